@@ -1,0 +1,31 @@
+"""SpeeD timestep sampling and loss weighting for diffusion training.
+
+The names below load torch and mmengine when they are first used, so that the command line can check a config
+before anything heavy is imported.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from speedit_plugins.version import __version__
+
+if TYPE_CHECKING:
+    from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+    from speedit_plugins.core.schedule import NoiseSchedule
+    from speedit_plugins.registry import build_policy
+
+__all__ = ["NoiseSchedule", "TimestepDraw", "TimestepPolicy", "__version__", "build_policy"]
+
+_HOMES = {
+    "NoiseSchedule": "speedit_plugins.core.schedule",
+    "TimestepDraw": "speedit_plugins.core.policy",
+    "TimestepPolicy": "speedit_plugins.core.policy",
+    "build_policy": "speedit_plugins.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

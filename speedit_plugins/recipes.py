@@ -1,0 +1,105 @@
+"""The named policies: each is a density, a weighting and a draw, written as the config that composes them.
+
+`build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` draw and weigh alike.
+"""
+
+from typing import Any
+
+from speedit_plugins.core.schedule import CONVERGENCE_SNR, NoiseSchedule
+
+Recipe = dict[str, Any]
+
+
+def uniform() -> Recipe:
+    """Ordinary diffusion training."""
+    return {"density": {"type": "uniform"}, "weighting": {"type": "constant"}}
+
+
+def speedit(
+    *,
+    threshold: float = 0.1,
+    sharpness: float = 1000.0,
+    gamma: float = 1.0,
+    k: float = 1.0,
+) -> Recipe:
+    """SpeeDiT: asymmetric density with half its mass reflected, P2 weights. Source: the SpeeDiT README."""
+    return {
+        "density": {"type": "asymmetric", "threshold": threshold, "sharpness": sharpness},
+        "weighting": {"type": "p2", "gamma": gamma, "k": k},
+    }
+
+
+def speedit_reference(*, threshold: float = 0.1) -> Recipe:
+    """SpeeDiT as published: the reflections fill the second half of each batch."""
+    return {
+        "density": {"type": "asymmetric", "threshold": threshold, "reflected": False},
+        "weighting": {"type": "p2"},
+        "draw": {"type": "paired", "threshold": threshold},
+    }
+
+
+def speed(
+    *,
+    k: float = 5.0,
+    lam: float = 0.6,
+    snr_boundary: float = CONVERGENCE_SNR,
+    tau: int | None = None,
+) -> Recipe:
+    """SpeeD: convergence area k times rarer, weights by change. Wang et al. 2024, arXiv:2405.17403."""
+    return {
+        "density": {"type": "thinned", "k": k, "snr_boundary": snr_boundary, "tau": tau},
+        "weighting": {"type": "change_aware", "lam": lam},
+    }
+
+
+def speed_reference(
+    schedule: NoiseSchedule, *, k: float = 5.0, lam: float = 0.6, tau: int | None = None
+) -> Recipe:
+    """SpeeD as released: tau = 0.7 T, weight 1 from tau on, draws paired at SpeeDiT's pivot, not at tau."""
+    boundary = max(1, round(0.7 * schedule.num_timesteps)) if tau is None else tau
+    return {
+        "density": {"type": "thinned", "k": k, "tau": boundary},
+        "weighting": {"type": "change_aware", "lam": lam, "tau": boundary, "beyond": 1.0},
+        "draw": {"type": "paired"},
+    }
+
+
+def open_sora_speed() -> Recipe:
+    """Open-Sora's vendored `iddpm-speed`: density switch at 0.1 per u, pairing around the 0.05 crossing."""
+    return {
+        "density": {"type": "asymmetric", "reflected": False},
+        "weighting": {"type": "p2"},
+        "draw": {"type": "paired", "threshold": 0.05},
+    }
+
+
+def p2(*, gamma: float = 1.0, k: float = 1.0) -> Recipe:
+    """Uniform draws, P2 weights. Source: Choi et al. 2022, arXiv:2204.00227."""
+    return {"density": {"type": "uniform"}, "weighting": {"type": "p2", "gamma": gamma, "k": k}}
+
+
+def min_snr(*, gamma: float = 5.0) -> Recipe:
+    """Uniform draws, Min-SNR weights. Source: Hang et al. 2023, arXiv:2303.09556."""
+    return {"density": {"type": "uniform"}, "weighting": {"type": "min_snr", "gamma": gamma}}
+
+
+def logit_normal(*, mean: float = 0.0, std: float = 1.0) -> Recipe:
+    """Logit-normal draws, weight 1. Source: Esser et al. 2024, arXiv:2403.03206."""
+    return {"density": {"type": "logit_normal", "mean": mean, "std": std}, "weighting": {"type": "constant"}}
+
+
+def clts(*, mean: float = 0.3, std: float = 0.25, curriculum_steps: int = 50_000) -> Recipe:
+    """Curriculum from uniform to a Gaussian over timesteps. Source: Xu et al. 2024, arXiv:2404.07946."""
+    return {
+        "density": {"type": "clts", "mean": mean, "std": std, "curriculum_steps": curriculum_steps},
+        "weighting": {"type": "constant"},
+    }
+
+
+def loss_second_moment(*, history: int = 10, uniform_floor: float = 0.001) -> Recipe:
+    """IDDPM's unbiased importance sampling. Source: Nichol & Dhariwal 2021, arXiv:2102.09672."""
+    return {
+        "density": {"type": "loss_second_moment", "history": history, "uniform_floor": uniform_floor},
+        "weighting": {"type": "inverse_density"},
+        "scope": "loss",
+    }
