@@ -95,7 +95,7 @@ def thinned(
     if boundary == 0:
         raise ValueError(f"no timestep has an SNR >= {snr_boundary:g}, the highest is {schedule.snr.max():g}")
     if k == 1 or boundary == schedule.num_timesteps:
-        reason = "k = 1" if k == 1 else f"no timestep has an SNR < {snr_boundary:g}"
+        reason = "k = 1" if k == 1 else f"no index lies past the boundary, {boundary}"
         warnings.warn(f"thinned draws every timestep equally often: {reason}", stacklevel=2)
     table = torch.ones(schedule.num_timesteps, dtype=torch.float64)
     table[:boundary] = k
@@ -181,10 +181,8 @@ class Curriculum(AdaptiveDensity):
         self, schedule: NoiseSchedule, *, mean: float = 0.3, std: float = 0.25, curriculum_steps: int = 50_000
     ) -> None:
         if not (0 <= mean <= 1 and 0 < std < math.inf and curriculum_steps >= 1):
-            raise ValueError(
-                "clts needs mean in [0, 1], std > 0 and curriculum_steps >= 1,"
-                f" got {mean}, {std} and {curriculum_steps}"
-            )
+            got = f"{mean}, {std} and {curriculum_steps}"
+            raise ValueError(f"clts needs mean in [0, 1], std > 0 and curriculum_steps >= 1, got {got}")
         T = schedule.num_timesteps
         t = torch.arange(T, dtype=torch.float64)
         self._gaussian = torch.softmax(-(((t - mean * T) / (std * T)) ** 2) / 2, dim=0)
@@ -256,4 +254,5 @@ class LossSecondMoment(AdaptiveDensity):
             raise ValueError(
                 f"loss history needs shape {tuple(self._losses.shape)}, got {tuple(state['losses'].shape)}"
             )
-        self._losses, self._counts = state["losses"].double().clone(), state["counts"].clone()
+        # A checkpoint may have been loaded onto a device; the history lives on the CPU.
+        self._losses, self._counts = state["losses"].double().cpu().clone(), state["counts"].cpu().clone()

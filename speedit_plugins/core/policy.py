@@ -133,6 +133,10 @@ class TimestepPolicy:
         """E[weight] under `density`."""
         return float((self.density * self.weight).sum())
 
+    def __str__(self) -> str:
+        area = "no boundary" if self.boundary_index is None else f"boundary {self.boundary_index}"
+        return f"{self.name}: {area} of {len(self.weight)} timesteps, mean weight {self.mean_weight:.4f}"
+
     def update(self, index: Tensor, loss: Tensor) -> None:
         """Tells a learning policy the unweighted losses (B,) at their indices (B,); else does nothing."""
         if self._adaptive is not None and self._adaptive.update(index, loss):
@@ -200,4 +204,5 @@ class TimestepPolicy:
             return quantile
         # A random order keeps the marginal of every position in the batch equal to the density.
         order = torch.randperm(batch_size, device=device, generator=generator)
-        return (order + quantile) / batch_size
+        # The sum can round up to batch_size, and a quantile of 1 lies past the last index.
+        return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)

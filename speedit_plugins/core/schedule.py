@@ -237,6 +237,5 @@ def _beta_scale(num_timesteps: int, beta_start: float, beta_end: float) -> float
 
 
 def _span(table: Tensor) -> str:
-    if table.ndim != 1 or table.numel() == 0:
-        return f"shape {tuple(table.shape)}"
-    return f"values from {table.min():g} to {table.max():g}"
+    known = table.ndim == 1 and table.numel() > 0
+    return f"values from {table.min():g} to {table.max():g}" if known else f"shape {tuple(table.shape)}"

@@ -1,0 +1,98 @@
+"""The command line: `speedit -c CONFIG -p PHASE [key=value ...]`, also behind `tools/main.py`."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from speedit_plugins.engine.config import ExperimentConfig, load_config, to_yaml
+from speedit_plugins.engine.schema import PHASES
+
+PACKAGE_FOLDER = Path(__file__).parent
+USER_ERROR = 2
+
+# Each phase is the function of its name in a module of the engine.
+_MODULE_OF = {"train": "train", "inference": "generate", "sample": "generate", "test": "evaluate"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one phase of an experiment.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        The phase's exit code; 2 after a user's error, which is one line on stderr.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        # Under torchrun every process reads the config; one of them speaks.
+        logging.getLogger("speedit_plugins").setLevel(logging.ERROR)
+    try:
+        arguments = _parser().parse_intermixed_args(argv)
+        config = load_config(
+            arguments.config, arguments.phase, arguments.overrides, allow_python=arguments.allow_python_config
+        )
+        return _describe(config) if arguments.dry_run else _run(arguments.phase, config)
+    except (ValueError, OSError) as error:
+        if not _is_user_error(error):
+            raise
+        sys.stderr.write(f"speedit: error: {_one_line(error)}\n")
+        return USER_ERROR
+
+
+def _run(phase: str, config: ExperimentConfig) -> int:
+    # Imports torch: only once the config is known to be right.
+    runner = import_module(f"speedit_plugins.engine.{_MODULE_OF[phase]}")
+    return int(getattr(runner, phase)(config))
+
+
+def _describe(config: ExperimentConfig) -> int:
+    # Flushed first, so that the config is on the screen while torch loads.
+    sys.stdout.write(to_yaml(config))
+    sys.stdout.flush()
+    build = import_module("speedit_plugins.engine.build")
+    sys.stdout.write(f"\n{build.describe(config)}\n")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see speedit --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="speedit",
+        description="Train a diffusion transformer, draw samples, compare them.",
+        epilog="example: speedit -c image/digits/speedit.yaml -p train optimizer.lr=1e-3",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c", "--config", required=True, help="a file, or a name below ./configs or the packaged configs"
+    )
+    parser.add_argument("-p", "--phase", required=True, choices=PHASES)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
+    parser.add_argument("--dry-run", action="store_true", help="print the config, sizes and memory, and exit")
+    parser.add_argument(
+        "--allow-python-config", action="store_true", help="read an mmengine .py config, which executes it"
+    )
+    return parser
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Files, and what this package raises on purpose; a ValueError out of a library is a fault."""
+    if isinstance(error, OSError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(PACKAGE_FOLDER)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

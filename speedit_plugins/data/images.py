@@ -1,0 +1,271 @@
+"""Images from a folder: with classes in the ImageNet layout, or without.
+
+Dimensions: H x W pixels, image_size = H = W after the crop.
+"""
+
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from speedit_plugins.registry import DATASETS
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ON_CORRUPT = ("raise", "skip")
+# What Pillow's decoders raise on damaged data.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class ImageFolder:
+    """Images below `root`, centre-cropped as in ADM, in a fixed order: by class name, then by path.
+
+    With classes the layout is ImageNet's: one folder per class directly below `root`, labels in the order of
+    the sorted folder names; images may lie deeper in it. Without, every image at any depth counts and every
+    label is 0. Names that begin with a dot and files that are no images by their suffix are left out.
+
+    Args:
+        root: the folder; may itself be a link.
+        image_size: side of the square crop in pixels, >= 1.
+        class_cond: labels from folder names; False for an unconditional set.
+        random_flip: mirror left to right with probability 1/2.
+        on_corrupt: "raise" names a damaged file; "skip" takes the next readable image, with that image's
+            label, and warns once per file. A file that the system fails to read (permission, disk) raises.
+        follow_links: True allows symbolic links that lead out of `root`.
+
+    Raises:
+        ValueError: no such folder, no images, a layout that does not fit `class_cond`, a link that leads out
+            of `root`, to nothing or in a circle.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        image_size: int,
+        class_cond: bool = True,
+        random_flip: bool = True,
+        on_corrupt: str = "raise",
+        follow_links: bool = False,
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"ImageFolder needs image_size >= 1, got {image_size}")
+        if on_corrupt not in ON_CORRUPT:
+            raise ValueError(f"ImageFolder needs on_corrupt in {ON_CORRUPT}, got {on_corrupt!r}")
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise ValueError(f"ImageFolder needs a folder as root, got {self.root}, which is none")
+        self.image_size = image_size
+        self.random_flip = random_flip
+        self.on_corrupt = on_corrupt
+        # Resolved once: a root that is a link stands for the folder it leads to.
+        walk = _Walk(self.root.resolve(), follow_links=follow_links)
+        self.classes, paths, labels = _with_classes(walk) if class_cond else _without_classes(walk)
+        self.num_classes = len(self.classes)
+        # An array, not a list: counting references to a million strings makes every forked worker copy them.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        # Shared memory, so that the workers and this process count each damaged file once.
+        self._corrupt = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def num_corrupt(self) -> int:
+        """Damaged files met so far, by all workers together."""
+        return int(self._corrupt.sum())
+
+    def path(self, index: int) -> Path:
+        """The file behind `index`."""
+        return Path(os.fsdecode(self._paths[index]))
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """One sample: "image" float32 (3, H, W) in [-1, 1] and "label" int.
+
+        `generator` decides the flip.
+
+        Raises:
+            ValueError: a damaged file with on_corrupt="raise", or no readable file at all with "skip".
+            OSError: the system fails to read the file.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"ImageFolder has {len(self)} images, got index {index}")
+        # Drawn before the file is read: a damaged file does not move the stream.
+        flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+        image, index = self._read(index)
+        pixels = np.asarray(center_crop(image, self.image_size), dtype=np.float32)  # (H, W, 3)
+        if flip:
+            pixels = pixels[:, ::-1]
+        scaled = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()  # (3, H, W)
+        return {"image": scaled, "label": int(self.labels[index])}
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """The image at `index`, or the first readable one after it (cyclically), with its index."""
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if self._corrupt[candidate]:
+                continue
+            path = self.path(candidate)
+            try:
+                return read_rgb(path), candidate
+            except ValueError as error:
+                if self.on_corrupt == "raise":
+                    raise
+                self._corrupt[candidate] = True
+                warnings.warn(f"{error}; the next readable image takes its place", UserWarning, stacklevel=3)
+        raise ValueError(
+            f"ImageFolder found no readable image: all {len(self)} files below {self.root} are damaged"
+        )
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """The file as an upright 8-bit RGB image of its own size.
+
+    EXIF orientation is applied; transparency is laid over white, since the colour under it is arbitrary;
+    16-bit grey keeps its high byte's scale; an animation gives its first frame.
+
+    Raises:
+        ValueError: the file is damaged or no image; names the file.
+        OSError: the system fails to read the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except DECODE_ERRORS as error:
+        # Pillow's own complaints carry no errno; one that does is a failing disk or a permission, not damage.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"corrupt image {path}: {type(error).__name__}: {error}") from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central square of `size` pixels a side, scaled so that the shorter side fills it.
+
+    The image is halved by box averages while its shorter side is at least twice `size`, brought to it by
+    bicubic interpolation, then cropped.
+
+    Source: the preprocessing of ADM, Dhariwal and Nichol 2021, arXiv:2105.05233 (openai/guided-diffusion).
+    """
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), resample=Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips at 255, which turns the picture white.
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"grey levels {grey.min()}..{grey.max()}, wanted at most 16 bits")
+        image = Image.fromarray(np.round(grey / 257.0).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; wanted an 8-bit or 16-bit image")
+    return image.convert("RGB")
+
+
+class _Walk:
+    """Sorted listing of folders below `root` that does not leave it unless `follow_links`."""
+
+    def __init__(self, root: Path, *, follow_links: bool) -> None:
+        self.root = root
+        self.follow_links = follow_links
+
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """Subfolders and images directly in `folder`, as full paths, sorted by name.
+
+        Raises:
+            ValueError: one of them is a link that is refused.
+        """
+        folders: list[str] = []
+        images: list[str] = []
+        with os.scandir(folder) as listing:
+            found = sorted(listing, key=lambda entry: entry.name)
+        for entry in found:
+            is_image = entry.name.lower().endswith(SUFFIXES)
+            if entry.name.startswith(".") or not (is_image or entry.is_dir()):
+                continue
+            if entry.is_symlink():
+                self._check_link(entry.path)
+            (folders if entry.is_dir() else images).append(entry.path)
+        return folders, images
+
+    def images(self, folder: str) -> Iterator[str]:
+        """Images in `folder` and below, depth first, sorted."""
+        folders, images = self.entries(folder)
+        yield from images
+        for below in folders:
+            yield from self.images(below)
+
+    def _check_link(self, link: str) -> None:
+        target = Path(os.path.realpath(link))
+        if not self.follow_links and not target.is_relative_to(self.root):
+            raise ValueError(
+                f"the link {link} leads out of the data root {self.root}, to {target}; "
+                "follow_links=True allows it"
+            )
+        if not target.exists():
+            raise ValueError(f"the link {link} leads to nothing: {target}")
+        if Path(os.path.realpath(os.path.dirname(link))).is_relative_to(target):
+            raise ValueError(f"the link {link} leads in a circle, to {target}")
+
+
+def _with_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Class names, paths and labels of the ImageNet layout."""
+    folders, stray = walk.entries(str(walk.root))
+    if stray:
+        raise ValueError(
+            f"class_cond=True needs one folder per class below {walk.root}, got an image directly in it: "
+            f"{stray[0]}; class_cond=False takes images of any depth without labels"
+        )
+    if not folders:
+        raise ValueError(f"class_cond=True needs one folder per class below {walk.root}, got no folder")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        found = list(walk.images(folder))
+        if not found:
+            raise ValueError(f"the class folder {folder} has no images (suffixes: {', '.join(SUFFIXES)})")
+        paths += found
+        labels += [label] * len(found)
+    return tuple(os.path.basename(folder) for folder in folders), paths, labels
+
+
+def _without_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """The same without class names; every label is 0."""
+    paths = list(walk.images(str(walk.root)))
+    if not paths:
+        raise ValueError(f"ImageFolder found no images below {walk.root} (suffixes: {', '.join(SUFFIXES)})")
+    return (), paths, [0] * len(paths)
+
+
+DATASETS.register_module(name="ImageFolder", module=ImageFolder)

@@ -1,0 +1,229 @@
+"""A resumable loader: the batches that follow are a function of (seed, epoch, offset) alone.
+
+Dimensions: B batch, C channels, H x W pixels.
+"""
+
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+# A key names one sample of one pass over the data: (epoch, index).
+Key = tuple[int, int]
+
+
+class SampleSource(Protocol):
+    """What the loader needs from a dataset; every random choice of `load` comes from `generator`."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]: ...
+
+
+class ResumableLoader:
+    """Infinite iterator of shuffled batches that continues bit for bit from a saved position.
+
+    Each epoch is one permutation of the dataset, cut into whole batches; the rest of it is dropped. The
+    position counts batches handed out, never batches prefetched: it is the same for every number of workers.
+
+    Args:
+        dataset: has `__len__` and `load(index, generator)`.
+        batch_size: samples per batch, in [1, len(dataset)].
+        seed: >= 0; decides the order and the augmentation of every epoch.
+        num_workers: loading processes; 0 loads in this one.
+        pin_memory: page-locked batches, for copies to a CUDA device; needs one.
+
+    Yields:
+        The samples of a batch stacked key by key: "image" (B, C, H, W), "label" int64 (B,).
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        size = len(dataset)
+        if batch_size < 1:
+            raise ValueError(f"the loader needs batch_size >= 1, got {batch_size}")
+        if size < batch_size:
+            raise ValueError(
+                f"the loader needs at least batch_size = {batch_size} samples, got a dataset of {size}"
+            )
+        if seed < 0:
+            raise ValueError(f"the loader needs seed >= 0, got {seed}")
+        if num_workers < 0:
+            raise ValueError(f"the loader needs num_workers >= 0, got {num_workers}")
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory=True has no effect without a CUDA device; wanted pin_memory=False")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self._epoch = 0
+        self._offset = 0
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The pass over the data that the next batch belongs to, from 0."""
+        return self._epoch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Whole batches in one pass over the data."""
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> "ResumableLoader":
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            # The running iterator is past the batch that failed; the next call starts again at the position.
+            self.close()
+            raise
+        self._epoch, self._offset = settle(
+            self._epoch, self._offset + self.batch_size, size=len(self.dataset), batch_size=self.batch_size
+        )
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers and what they prefetched; the position stays, the next batch starts new ones."""
+        self._batches = None
+
+    def state_dict(self) -> dict[str, int]:
+        """The position as plain ints: seed, epoch, offset (samples of it handed out), size of the dataset."""
+        return {
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "offset": self._offset,
+            "size": len(self.dataset),
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues from `state_dict`'s position.
+
+        The batch size may differ from the saved one: the offset counts samples.
+
+        Raises:
+            ValueError: a key is missing, unknown or out of range, or seed or dataset size is another one.
+        """
+        wanted = set(self.state_dict())
+        if set(state) != wanted:
+            raise ValueError(f"the loader's state needs the keys {sorted(wanted)}, got {sorted(state)}")
+        for key, value in state.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"the loader's state needs {key} to be an int >= 0, got {value!r}")
+        size = len(self.dataset)
+        if state["size"] != size:
+            raise ValueError(
+                f"the saved position is for a dataset of {state['size']} samples, got one of {size}"
+            )
+        if state["seed"] != self.seed:
+            raise ValueError(
+                f"the saved position has seed {state['seed']}, got a loader with seed {self.seed}"
+            )
+        if state["offset"] > size:
+            raise ValueError(f"the loader's state needs offset <= {size}, got {state['offset']}")
+        self.close()
+        self._epoch, self._offset = settle(
+            state["epoch"], state["offset"], size=size, batch_size=self.batch_size
+        )
+
+    def _start(self) -> Iterator[dict[str, Tensor]]:
+        """Batches from the current position on."""
+        keys = _BatchKeys(
+            size=len(self.dataset),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start=(self._epoch, self._offset),
+        )
+        loader: DataLoader[Any] = DataLoader(
+            _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]  # keys are pairs, not ints
+            batch_sampler=keys,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_trainer,
+            # Without a generator of its own the DataLoader draws from the global one.
+            generator=torch.Generator().manual_seed(0),
+        )
+        return iter(loader)
+
+
+def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
+    """(epoch, offset) of the next whole batch: as given, or the next epoch if too few samples are left."""
+    return (epoch, offset) if offset + batch_size <= size else (epoch + 1, 0)
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch: a permutation of range(size), int64 (size,), decided by (seed, epoch)."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
+    return torch.randperm(size, generator=generator)
+
+
+def stream_seed(seed: int, *path: int) -> int:
+    """A 64-bit seed for the stream named by `path`, e.g. (epoch,) or (epoch, index); all values >= 0.
+
+    Hashed, not added up: torch's CPU generator keeps the low 32 bits of a seed, and seeds that differ by a
+    constant must not share streams between epochs.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0])
+
+
+class _BatchKeys:
+    """Endless batches of keys from a position on.
+
+    A batch is cut from the epoch's order before any sample is read, so one process of many can take its part
+    of it here.
+    """
+
+    def __init__(self, *, size: int, batch_size: int, seed: int, start: Key) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, offset = self.start
+        while True:
+            order = epoch_order(self.size, seed=self.seed, epoch=epoch)
+            for first in range(offset, self.size - self.batch_size + 1, self.batch_size):
+                yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            epoch, offset = epoch + 1, 0
+
+
+class _KeyedSamples:
+    """Map-style view of a dataset under keys; runs in the workers."""
+
+    def __init__(self, dataset: SampleSource, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, epoch, index))
+        return dict(self.dataset.load(index, generator))
+
+
+def _leave_signals_to_trainer(worker_id: int) -> None:
+    """Workers ignore Ctrl-C and SIGTERM, which reach all processes: the trainer ends its step first.
+
+    They still end with the trainer: the DataLoader shuts them down, and they watch their parent process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

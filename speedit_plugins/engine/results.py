@@ -1,0 +1,35 @@
+"""The folder of an experiment: what lies where.
+
+`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, grids/, samples.png, inference/,
+test.json, and the config of each phase that ran.
+"""
+
+from pathlib import Path
+
+from speedit_plugins.engine import checkpoint
+from speedit_plugins.engine.config import to_yaml
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.tracking import METRICS, say
+
+CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
+SAMPLES, LOSS_CURVE, TEST = "samples.png", "loss.png", "test.json"
+
+
+def save_config(config: ExperimentConfig, phase: str) -> None:
+    """Writes the resolved config of a phase as config_<phase>.yaml, secrets redacted."""
+    folder = Path(config.experiment_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"config_{phase}.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+
+def say_where(folder: Path) -> None:
+    """Says where what exists of an experiment's results lies."""
+    places = {
+        "sample grid": folder / SAMPLES,
+        "loss curve": folder / LOSS_CURVE,
+        "metrics": folder / METRICS,
+        "checkpoint": checkpoint.newest(folder / CHECKPOINTS),
+    }
+    for name, path in places.items():
+        if path is not None and path.exists():
+            say(f"  {name:<12} {path}")

@@ -1,0 +1,195 @@
+"""Feature spaces in which sets of images are compared.
+
+An entry of FEATURES is built with its own options and, where it has parameters of these names, the reference
+set: `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None. What comes back has `name` and `dim` and
+maps uint8 images (B, H, W, C) to float features (B, dim); any extractor of this form plugs in.
+
+Dimensions: N reference images, B images, H x W pixels, C channels, D features.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from speedit_plugins.registry import FEATURES
+
+
+class FeatureExtractor(Protocol):
+    """Images in, features out; a distance is reported together with `name`."""
+
+    name: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Pixels:
+    """Pixel values in [0, 1], averaged over a grid of pool x pool cells or as they are.
+
+    Args:
+        images: reference set; its image shape is the only one accepted.
+        pool: cells a side, in [1, min(H, W)]; None keeps every pixel.
+    """
+
+    def __init__(self, images: Tensor, *, pool: int | None = None) -> None:
+        self.shape = _image_shape(images)
+        height, width, channels = self.shape
+        if pool is not None and not 1 <= pool <= min(height, width):
+            raise ValueError(
+                f"pixels needs pool in [1, {min(height, width)}] for {height} x {width}, got {pool}"
+            )
+        self.pool = pool
+        self.name = "pixels" if pool is None else f"pixels@{pool}"
+        self.dim = channels * (height * width if pool is None else pool * pool)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Float32 (B, D) in [0, 1]."""
+        values = _unit_range(images, self.shape)  # (B, C, H, W)
+        if self.pool is not None:
+            values = functional.adaptive_avg_pool2d(values, self.pool)
+        return values.flatten(start_dim=1)  # (B, D)
+
+
+def pixels_at_8(images: Tensor) -> Pixels:
+    """`Pixels` on a grid of 8 x 8 cells: few enough features for small sample sets."""
+    return Pixels(images, pool=8)
+
+
+class DigitClassifier:
+    """The 32 penultimate features of a small convolutional network, trained on the reference set when built.
+
+    For small images with few classes, such as digits, where no pretrained network fits. The same arguments
+    give the same features to the bit on one machine; the global random state is neither read nor changed.
+
+    Args:
+        images: uint8 (N, H, W, C), N >= 10; images larger than 8 x 8 are averaged down to it.
+        labels: int64 (N,), values 0..K-1 with K >= 2.
+        seed: decides the split, the initial weights and the order.
+        epochs: passes over the training part, >= 1.
+
+    Attributes:
+        accuracy: share of right classes on the fifth of the reference set that was not trained on.
+    """
+
+    name = "digit_classifier"
+    dim = 32
+
+    def __init__(self, images: Tensor, labels: Tensor | None, *, seed: int = 0, epochs: int = 15) -> None:
+        self.shape = _image_shape(images)
+        if labels is None:
+            raise ValueError("digit_classifier needs the labels of its reference images, got None")
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"digit_classifier needs labels int64 ({len(images)},), "
+                f"got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(images) < 10:
+            raise ValueError(f"digit_classifier needs at least 10 images, got {len(images)}")
+        if int(labels.min()) < 0 or int(labels.max()) < 1:
+            raise ValueError(
+                f"digit_classifier needs labels 0..K-1, K >= 2, got {int(labels.min())}..{int(labels.max())}"
+            )
+        if epochs < 1:
+            raise ValueError(f"digit_classifier needs epochs >= 1, got {epochs}")
+        generator = torch.Generator().manual_seed(seed)
+        held_out, trained_on = _split(len(images), generator)
+        # The caller may well evaluate under no_grad or inference_mode; training needs neither.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            self._network = _Network(self.shape[2], self.dim, int(labels.max()) + 1, generator)
+            values, targets = self._prepare(images), labels.cpu().clone()
+            _train(self._network, values[trained_on], targets[trained_on], epochs, generator)
+        self.accuracy = float((self.classify(images[held_out]) == targets[held_out]).double().mean())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Float32 (B, 32)."""
+        with torch.no_grad():
+            features: Tensor = self._network.features(self._prepare(images))
+        return features
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The likeliest class of each image, int64 (B,)."""
+        with torch.no_grad():
+            logits: Tensor = self._network(self._prepare(images))
+        return logits.argmax(dim=1)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        values = _unit_range(images, self.shape).cpu()
+        size = (min(8, values.shape[2]), min(8, values.shape[3]))
+        return functional.interpolate(functional.adaptive_avg_pool2d(values, size), size=(8, 8)) - 0.5
+
+
+class _Network(nn.Module):
+    """Two convolutions and two linear layers on images (B, C, 8, 8)."""
+
+    def __init__(self, channels: int, width: int, num_classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # skip_init: the layers' own initialisation draws from the global generator.
+        self.features = nn.Sequential(
+            nn.utils.skip_init(nn.Conv2d, channels, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.utils.skip_init(nn.Conv2d, 32, 32, 3, padding=1, stride=2),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.utils.skip_init(nn.Linear, 32 * 4 * 4, width),
+            nn.SiLU(),
+        )
+        self.head = nn.utils.skip_init(nn.Linear, width, num_classes)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, C, 8, 8) to logits (B, num_classes)."""
+        logits: Tensor = self.head(self.features(values))
+        return logits
+
+
+def _train(
+    network: nn.Module,
+    values: Tensor,
+    targets: Tensor,
+    epochs: int,
+    generator: torch.Generator,
+    batch_size: int = 64,
+) -> None:
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    for _ in range(epochs):
+        for picked in torch.randperm(len(values), generator=generator).split(batch_size):
+            loss = functional.cross_entropy(network(values[picked]), targets[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def _split(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of a random fifth, and of the rest."""
+    order = torch.randperm(num_images, generator=generator)
+    return order[: num_images // 5], order[num_images // 5 :]
+
+
+def _image_shape(images: Tensor) -> tuple[int, int, int]:
+    """(H, W, C) of uint8 images (N, H, W, C)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"features need images uint8 (N, H, W, C), not empty; got {images.dtype} {tuple(images.shape)}"
+        )
+    _, height, width, channels = images.shape
+    return height, width, channels
+
+
+def _unit_range(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Float32 (B, C, H, W) in [0, 1] of uint8 images (B, H, W, C) of the given shape."""
+    if _image_shape(images) != shape:
+        raise ValueError(
+            f"features need images of shape {shape} like the reference, got {tuple(images.shape[1:])}"
+        )
+    return images.permute(0, 3, 1, 2).float() / 255.0
+
+
+FEATURES.register_module(name="pixels", module=Pixels)
+FEATURES.register_module(name="pixels@8", module=pixels_at_8)
+FEATURES.register_module(name="digit_classifier", module=DigitClassifier)

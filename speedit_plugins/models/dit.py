@@ -1,0 +1,322 @@
+"""Diffusion transformer with adaLN-Zero conditioning. Source: Peebles and Xie 2022, arXiv:2212.09748.
+
+Parameters carry the names and shapes of facebookresearch/DiT, so that state dicts interchange both ways.
+Dims: `B` batch, `C` channels, `N` tokens, `D` width, `P` patch edge.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from speedit_plugins.models.attention import AttentionKernel, SelfAttention, attention_kernel
+from speedit_plugins.models.conditioning import MAX_PERIOD, LabelEmbedder, TimestepEmbedder
+from speedit_plugins.registry import MODELS
+
+# Width, depth and heads. Source: table 1 of the paper.
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+PATCH_SIZES = (2, 4, 8)
+
+
+class DiT(nn.Module):
+    """Predicts the noise (or what the process asks for), and its variance, of a square latent or image.
+
+    Args:
+        input_size: edge of the input; a multiple of patch_size.
+        patch_size: P.
+        in_channels: C.
+        hidden_size: D; a multiple of 4 (sine-cosine positions) and of num_heads.
+        depth: number of blocks.
+        num_heads: heads of each attention.
+        mlp_ratio: width of a block's perceptron over D.
+        class_dropout_prob: probability in [0, 1) that training replaces a label by `null_label`.
+        num_classes: 0 for an unconditional model, which has no label embedding.
+        learn_sigma: predict C variance channels after the C mean channels.
+        attention: "sdpa" or "xformers"; the latter is tried here, and refused where it cannot run.
+        gradient_checkpointing: in training, recompute each block in the backward pass instead of keeping it.
+
+    Raises:
+        ValueError: sizes that do not divide, an attention that is unknown or cannot run.
+    """
+
+    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
+        self,
+        input_size: int,
+        patch_size: int,
+        *,
+        in_channels: int = 4,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        if num_classes < 0:
+            raise ValueError(f"DiT needs num_classes >= 0 (0: unconditional), got {num_classes}")
+        self.input_size, self.patch_size = input_size, patch_size
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.num_classes, self.num_tokens = num_classes, (input_size // patch_size) ** 2
+        self.learn_sigma = learn_sigma
+        self.gradient_checkpointing = gradient_checkpointing
+        kernel = attention_kernel(attention, head_size=hidden_size // num_heads)
+
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = (
+            LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
+        )
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.reset_parameters()
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of "no class", num_classes; None where the model has learned none."""
+        return None if self.y_embedder is None else self.y_embedder.null_label
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Prediction for a noised input.
+
+        Args:
+            x: (B, C, input_size, input_size).
+            timestep: (B,), original timestep in [0, T), integer or fractional.
+            condition: int64 labels (B,) in [0, num_classes], None for an unconditional model.
+
+        Returns:
+            (B, 2C, input_size, input_size): mean channels, then variance channels in [-1, 1] once trained;
+            the C mean channels alone without learn_sigma.
+
+        Raises:
+            ValueError: a shape differs, or labels are missing or not wanted.
+        """
+        self._check_inputs(x, timestep, condition)
+        c = self.t_embedder(timestep)  # (B, D)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(condition)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            # A block draws nothing at random: there is no generator state to keep.
+            x = (
+                checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(x, c)
+            )
+        x = self.final_layer(x, c)  # (B, N, P P out_channels)
+        return self._unpatchify(x)  # (B, out_channels, input_size, input_size)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew: the law of facebookresearch/DiT, in its order of draws.
+
+        Xavier-uniform linear layers and patches with zero bias, N(0, 0.02^2) labels and timestep layers,
+        zeros where adaLN-Zero starts as the identity: every modulation and the last layer.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
+        self.x_embedder.reset_parameters()
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[index]).weight, std=0.02)
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(cast(Any, part).adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def _check_inputs(self, x: Tensor, timestep: Tensor, condition: Tensor | None) -> None:
+        wanted = (self.in_channels, self.input_size, self.input_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
+            raise ValueError(
+                f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {', '.join(map(str, wanted))})"
+            )
+        if timestep.shape != x.shape[:1]:
+            raise ValueError(f"DiT got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)")
+        if self.y_embedder is None:
+            if condition is not None:
+                raise ValueError(
+                    "DiT got labels, but num_classes=0 makes it unconditional; wanted condition=None"
+                )
+            return
+        if condition is None:
+            raise ValueError(
+                f"DiT got no labels; wanted ({x.shape[0]},) int64 labels in [0, {self.num_classes}]"
+            )
+        if condition.shape != x.shape[:1] or condition.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"DiT got labels of shape {tuple(condition.shape)} and type {condition.dtype}, "
+                f"wanted ({x.shape[0]},) int64 in [0, {self.num_classes}]"
+            )
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N, P P out_channels) -> (B, out_channels, input_size, input_size)."""
+        grid, edge = self.input_size // self.patch_size, self.patch_size
+        x = x.view(x.shape[0], grid, grid, edge, edge, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D)."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(hidden_size, num_heads, kernel=kernel)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Perceptron(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=2)  # six of (B, 1, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
+        return cast(Tensor, self.linear(modulate(self.norm_final(x), shift, scale)))
+
+
+class Perceptron(nn.Module):
+    """Two linear layers `fc1`, `fc2` around a GELU in its tanh form: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class PatchEmbedder(nn.Module):
+    """Linear map of each P x P patch, tokens in row-major order: (B, C, H, W) -> (B, N, D).
+
+    The weight is kept as that of the equal convolution, `proj.weight` (D, C, P, P).
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform as a linear layer of C P P inputs, zero bias."""
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Unfolding by hand gives contiguous tokens; the convolution's come channel first, and every later
+        # elementwise operation of the residual stream would inherit those strides.
+        edge = self.proj.kernel_size[0]
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, channels, height // edge, edge, width // edge, edge).permute(0, 2, 4, 1, 3, 5)
+        patches = x.reshape(batch, -1, channels * edge * edge)  # (B, N, C P P)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with x (B, N, D), shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, x, scale + 1)
+
+
+def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed position table of a square grid in row-major order, float32 (1, grid_size^2, D), on the CPU.
+
+    The first half of D encodes the column, the second the row, each as sines then cosines at D/4 frequencies
+    10000^(-i / (D/4)). Source: Vaswani et al. 2017, arXiv:1706.03762, per axis as in MAE, arXiv:2111.06377.
+    """
+    if hidden_size % 4:
+        raise ValueError(f"sincos_positions needs a hidden_size that is a multiple of 4, got {hidden_size}")
+    quarter = hidden_size // 4
+    # On the CPU whatever the default device is, and in float64: large angles lose digits in float32.
+    rank = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
+    angle = torch.outer(torch.arange(grid_size, dtype=torch.float64, device="cpu"), MAX_PERIOD**-rank)
+    axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # (grid, D / 2)
+    column = axis.unsqueeze(0).expand(grid_size, -1, -1)
+    row = axis.unsqueeze(1).expand(-1, grid_size, -1)
+    return torch.cat((column, row), dim=2).reshape(1, grid_size**2, hidden_size).float()
+
+
+def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:
+    """Raises ValueError for sizes that do not divide or are not positive."""
+    sizes = {
+        "input_size": input_size,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"DiT needs {name} >= 1, got {size}")
+    if input_size % patch_size:
+        raise ValueError(
+            f"DiT needs an input_size that is a multiple of patch_size {patch_size}, got {input_size}"
+        )
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(
+            f"DiT needs a hidden_size that is a multiple of 4 and of num_heads {num_heads}, got {hidden_size}"
+        )
+
+
+def _variant(size: str, patch_size: int) -> Callable[..., DiT]:
+    """The builder of DiT-{size}/{patch_size}."""
+    width, num_blocks, heads = SIZES[size]
+
+    def build(
+        input_size: int = 32,
+        *,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+    ) -> DiT:
+        return DiT(
+            input_size,
+            patch_size,
+            in_channels=in_channels,
+            hidden_size=width,
+            depth=num_blocks,
+            num_heads=heads,
+            class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    return build
+
+
+MODELS.register_module(name="DiT", module=DiT)
+for _size in SIZES:
+    for _patch_size in PATCH_SIZES:
+        MODELS.register_module(name=f"DiT-{_size}/{_patch_size}", module=_variant(_size, _patch_size))

@@ -1,0 +1,136 @@
+import errno
+import os
+import resource
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from speedit_plugins.engine import checkpoint
+from speedit_plugins.engine.checkpoint import CheckpointError, Contents
+
+
+def contents(value: float = 1.0, size: int = 8) -> Contents:
+    weights = {"a": torch.full((size,), value), "b": torch.arange(6.0).reshape(2, 3).T}
+    return Contents(
+        model=weights, ema={k: v + 1 for k, v in weights.items()}, state={"step": 3}, config="seed: 0\n"
+    )
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 100, contents(), keep_last=3)
+    loaded = checkpoint.load(path)
+    assert path.name == "step_0000100"
+    assert_close(dict(loaded.model), dict(contents().model), rtol=0, atol=0)
+    assert_close(dict(loaded.ema), dict(contents().ema), rtol=0, atol=0)
+    assert loaded.state == {"step": 3}
+    assert loaded.config == "seed: 0\n"
+
+
+def test_the_newest_by_step_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
+    for step in (5, 20, 100, 10_000_000):
+        checkpoint.save(tmp_path, step, contents(), keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000100", "step_10000000"]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.step_of(newest) == 10_000_000
+    assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def test_unfinished_and_removed_folders_are_not_checkpoints(tmp_path: Path) -> None:
+    for name in ("step_0000009.tmp", "step_0000008.old", "step_9", "notes"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="named step_<number>, got .*notes"):
+        checkpoint.step_of(tmp_path / "notes")
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, contents(1.0), keep_last=1)
+    checkpoint.save(tmp_path, 1, contents(2.0), keep_last=1)
+    assert checkpoint.load(tmp_path / "step_0000001").model["a"][0] == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0000001"]
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Writes past `num_bytes` fail with EFBIG, as on a full disk they fail with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("limit", [64, 6_000, 12_000], ids=["model", "ema", "state"])
+def test_a_full_disk_is_one_error_and_leaves_the_previous_checkpoint(tmp_path: Path, limit: int) -> None:
+    checkpoint.save(tmp_path, 1, contents(1.0, size=1000), keep_last=3)
+    big = contents(2.0, size=1000)
+    state = {"moments": torch.zeros(10_000)}
+    with (
+        file_size_limit(limit),
+        pytest.raises(
+            CheckpointError,
+            match=r"cannot write checkpoint .*step_0000002.*last checkpoint is .*step_0000001",
+        ),
+    ):
+        checkpoint.save(tmp_path, 2, Contents(big.model, big.ema, state, big.config), keep_last=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_0000001"]
+    assert checkpoint.load(tmp_path / "step_0000001").model["a"][0] == 1.0
+
+
+def test_an_unwritable_place_is_one_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*there is no earlier checkpoint"):
+        checkpoint.save(blocked / "checkpoints", 1, contents(), keep_last=1)
+
+
+def test_a_read_only_folder_is_one_error(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user may write into read-only folders")
+        with pytest.raises(CheckpointError, match=os.strerror(errno.EACCES)):
+            checkpoint.save(tmp_path, 2, contents(), keep_last=1)
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_0000001"
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.EMA, checkpoint.STATE])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    damaged = path / name
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=rf"checkpoint {path} is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    (path / checkpoint.EMA).unlink()
+    with pytest.raises(CheckpointError, match=r"step_0000001 lacks ema\.safetensors"):
+        checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="absent is not a folder"):
+        checkpoint.load(tmp_path / "absent")
+
+
+def test_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, ("true",)
+
+    path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    torch.save({"step": Evil()}, path / checkpoint.STATE)
+    with pytest.raises(CheckpointError, match="is damaged: UnpicklingError"):
+        checkpoint.load(path)

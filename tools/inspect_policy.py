@@ -1,0 +1,296 @@
+"""What a timestep policy does on a noise schedule, in numbers, words and a figure.
+
+    python tools/inspect_policy.py --policy speedit speed uniform --schedule linear --timesteps 1000 \\
+        --json out.json --plot out.png
+
+Dims: T timesteps.
+"""
+
+import argparse
+import ast
+import json
+import math
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.core.schedule import PREDICTION_TYPES
+
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "scaled_linear": NoiseSchedule.scaled_linear,
+    "cosine": NoiseSchedule.cosine,
+    "rectified_flow": NoiseSchedule.rectified_flow,
+}
+AREAS = ("acceleration", "deceleration", "convergence")
+AREA_COLORS = ("#e8eef7", "#f7f7f7", "#fbeee3")
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit status, 2 for a wrong argument with one line on stderr."""
+    try:
+        args = _parser().parse_args(argv)
+        # A warning about a policy belongs to the report, not to a source line.
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", UserWarning)
+            schedule, policies = _build(args)
+        report = describe(schedule, policies)
+        print(summary(args.schedule, schedule, report))
+        for line in dict.fromkeys(str(note.message) for note in notes):
+            print(_wrap(f"Note: {line}."))
+        for name in (name for name, policy in policies.items() if policy.state_dict()["density"]):
+            print(_wrap(f"Note: {name} follows the training and is shown as it starts."))
+        if args.plot is not None:
+            plot(args.plot, args.schedule, schedule, report)
+            print(f"figure: {args.plot}")
+        if args.json is not None:
+            _write_whole(args.json, json.dumps(report))
+            print(f"tables: {args.json}")
+    except ValueError as error:
+        print(f"inspect_policy: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(schedule: NoiseSchedule, policies: dict[str, TimestepPolicy]) -> dict[str, dict[str, Any]]:
+    """Tables and shares of each policy as plain values.
+
+    Returns:
+        Per policy: density, weight and importance (density * weight, normalised), each a list of T numbers;
+        boundary_index, mean_weight, scope; and per area of the schedule its range [first, end), share of the
+        draws and share of the importance.
+    """
+    return {name: _describe_one(schedule, policy) for name, policy in policies.items()}
+
+
+def areas(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
+    """[first, end) index of the three areas; the last one is empty where no SNR is below 1/143."""
+    convergence = schedule.convergence_index()
+    acceleration = min(schedule.acceleration_index, convergence)
+    edges = (0, acceleration, convergence, schedule.num_timesteps)
+    return {name: (edges[i], edges[i + 1]) for i, name in enumerate(AREAS)}
+
+
+def gain(schedule: NoiseSchedule) -> str:
+    """In words: what dropping samples of the convergence area can save at most, T / tau as k -> infinity."""
+    T, tau = schedule.num_timesteps, schedule.convergence_index()
+    if tau in (0, T):
+        which = "Every" if tau == 0 else "No"
+        return f"{which} timestep has an SNR below 1/143: no area to thin, so nothing to gain by thinning."
+    ceiling = T / tau
+    verdict = "almost nothing" if ceiling < 1.05 else "little" if ceiling < 1.15 else "a real saving"
+    at_default = 5 * T / (T + 4 * tau)
+    return (
+        f"Gain from dropping convergence samples alone: {verdict}. At most {ceiling:.4g}x, T / tau ="
+        f" {T} / {tau}, if none of them were drawn (k -> infinity); {at_default:.4g}x at k = 5."
+        " Anything beyond comes from the weights and from where else the density moves its draws."
+    )
+
+
+def summary(name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> str:
+    """The report for a terminal: areas, one row per policy, and what there is to gain."""
+    lines = [f"Schedule {name}, T = {schedule.num_timesteps}"]
+    for area, (first, end) in areas(schedule).items():
+        if first == end:
+            lines.append(f"  {area:<13} empty")
+            continue
+        snr = f"SNR {schedule.snr[first]:.3g} to {schedule.snr[end - 1]:.3g}"
+        lines.append(f"  {area:<13}{first:>6} ..{end - 1:>6}  {snr}")
+    width = max(len("policy"), *(len(policy) for policy in report))
+    head = f"{'policy':<{width}}  boundary  mean weight   share of importance (draws) in %"
+    columns = "".join(f"{area:>17}" for area in AREAS)
+    lines += ["", head, " " * (width + 23) + columns]
+    for policy, row in report.items():
+        boundary = "-" if row["boundary_index"] is None else row["boundary_index"]
+        shares = "".join(
+            f"{100 * area['importance']:>9.1f} ({100 * area['draws']:>4.1f})"
+            for area in row["areas"].values()
+        )
+        lines.append(f"{policy:<{width}}  {boundary:>8}  {row['mean_weight']:>11.4f} {shares}")
+    return "\n".join([*lines, "", _wrap(gain(schedule))])
+
+
+def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> None:
+    """Writes the figure: density, weight and importance against the timestep, the areas shaded.
+
+    Raises:
+        ValueError: the file cannot be written, or its name ends in a format that matplotlib does not write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    T = schedule.num_timesteps
+    rows = (
+        ("density", T, "density\n(uniform = 1)"),
+        ("weight", 1, "weight"),
+        ("importance", T, "density × weight\n(normalised, uniform = 1)"),
+    )
+    figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True, layout="constrained")
+    for axis, (table, scale, label) in zip(axes, rows, strict=True):
+        for i, (policy, row) in enumerate(report.items()):
+            values = [scale * value for value in row[table]]
+            axis.plot(values, color=LINE_COLORS[i % len(LINE_COLORS)], **_line_style(i), label=policy)
+        _dress(axis, schedule, label)
+    _name_areas(axes[0], schedule)
+    axes[-1].set_xlabel("timestep index t  (0 is clean, T is noise)")
+    axes[-1].set_xlim(0, T)
+    title = f"Timestep policies on the {name.replace('_', ' ')} schedule, T = {T}"
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = len(labels) if len(labels) <= 4 else min(4, math.ceil(len(labels) / 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        plt.close(figure)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog="inspect_policy", description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--policy", nargs="+", required=True, metavar="NAME", help="registered policy names")
+    parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="linear")
+    parser.add_argument("--timesteps", type=int, default=1000, metavar="T")
+    parser.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts; flow on rectified_flow and epsilon elsewhere if not given",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[POLICY.]KEY=VALUE",
+        help="a parameter of all policies, or of one",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure here (.png, .svg, .pdf)")
+    return parser
+
+
+def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepPolicy]]:
+    schedule = SCHEDULES[args.schedule](args.timesteps)
+    default = "flow" if schedule.is_flow else "epsilon"
+    configs: dict[str, dict[str, Any]] = {name: {"type": name} for name in args.policy}
+    for setting in args.set:
+        names, key, value = _parse_setting(setting, list(configs))
+        for name in names:
+            configs[name][key] = value
+    prediction_type = args.prediction_type or default
+    return schedule, {name: build_policy(c, schedule, prediction_type) for name, c in configs.items()}
+
+
+def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, Any]:
+    """Which policies, which key, which value a `[POLICY.]KEY=VALUE` means."""
+    target, equals, text = setting.partition("=")
+    policy, dot, key = target.rpartition(".")
+    if not equals or not key:
+        raise ValueError(f"--set needs KEY=VALUE or POLICY.KEY=VALUE, got {setting!r}")
+    if dot and policy not in policies:
+        raise ValueError(f"--set {setting!r} needs one of the inspected policies: {', '.join(policies)}")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    return [policy] if dot else policies, key, value
+
+
+def _describe_one(schedule: NoiseSchedule, policy: TimestepPolicy) -> dict[str, Any]:
+    importance = policy.density * policy.weight
+    # Weights may vanish everywhere; then no timestep has a share.
+    importance = importance / importance.sum() if importance.sum() > 0 else importance
+
+    def shares(first: int, end: int) -> dict[str, Any]:
+        draws, counts = float(policy.density[first:end].sum()), float(importance[first:end].sum())
+        return {"range": [first, end], "draws": draws, "importance": counts}
+
+    return {
+        "density": _numbers(policy.density),
+        "weight": _numbers(policy.weight),
+        "importance": _numbers(importance),
+        "boundary_index": policy.boundary_index,
+        "mean_weight": policy.mean_weight,
+        "scope": policy.scope,
+        "areas": {area: shares(first, end) for area, (first, end) in areas(schedule).items()},
+    }
+
+
+def _numbers(table: Tensor) -> list[float]:
+    values: list[float] = table.tolist()
+    assert all(math.isfinite(value) for value in values)
+    return values
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, width=100)
+
+
+def _line_style(i: int) -> dict[str, Any]:
+    """Lines that lie on one another stay visible: later ones are thinner and dashed."""
+    dashes = (
+        "-",
+        (0, (6, 2)),
+        (0, (2, 1.5)),
+        (0, (8, 2, 2, 2)),
+        (0, (1, 1)),
+        (0, (12, 3)),
+        (0, (4, 1, 1, 1)),
+    )
+    return {"linestyle": dashes[i % len(dashes)], "linewidth": max(1.4, 2.6 - 0.4 * i)}
+
+
+def _dress(axis: Any, schedule: NoiseSchedule, label: str) -> None:
+    for color, (first, end) in zip(AREA_COLORS, areas(schedule).values(), strict=True):
+        axis.axvspan(first, end, color=color, linewidth=0, zorder=0)
+    axis.set_ylabel(label, fontsize=11)
+    high = axis.get_ylim()[1]
+    axis.set_ylim(0, high)
+    axis.grid(axis="y", color="#d0d0d0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _name_areas(axis: Any, schedule: NoiseSchedule) -> None:
+    T = schedule.num_timesteps
+    for area, (first, end) in areas(schedule).items():
+        if first == end:
+            continue
+        # A narrow area has no room for its name: it leans on the edge of the figure.
+        narrow = end - first < 0.12 * T
+        place, align = ((first + end) / 2, "center") if not narrow else (end, "right" if end == T else "left")
+        axis.text(
+            place, 1.01, area, transform=axis.get_xaxis_transform(), ha=align, va="bottom", color="#444444"
+        )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes all of the text or leaves the path as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
