@@ -20,11 +20,21 @@ DENSITIES = Registry("density", scope="speedit_plugins")
 WEIGHTINGS = Registry("weighting", scope="speedit_plugins")
 DRAWS = Registry("draw", scope="speedit_plugins")
 POLICIES = Registry("policy", scope="speedit_plugins")
-PROCESSES = Registry("diffusion process", scope="speedit_plugins")
-MODELS = Registry("model", scope="speedit_plugins")
-ENCODERS = Registry("encoder", scope="speedit_plugins")
-DATASETS = Registry("dataset", scope="speedit_plugins")
-FEATURES = Registry("feature extractor", scope="speedit_plugins")
+
+# Of the trainer; their modules register themselves, and are imported when a name is first looked up.
+PROCESSES = Registry(
+    "diffusion process", scope="speedit_plugins", locations=["speedit_plugins.diffusion.process"]
+)
+MODELS = Registry("model", scope="speedit_plugins", locations=["speedit_plugins.models.dit"])
+ENCODERS = Registry("encoder", scope="speedit_plugins", locations=["speedit_plugins.models.pretrained"])
+DATASETS = Registry(
+    "dataset",
+    scope="speedit_plugins",
+    locations=["speedit_plugins.data.digits", "speedit_plugins.data.images"],
+)
+FEATURES = Registry(
+    "feature extractor", scope="speedit_plugins", locations=["speedit_plugins.evaluation.features"]
+)
 
 Config = Mapping[str, Any]
 
@@ -92,6 +102,7 @@ def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (),
             f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(registry)}"
         )
     name = options.pop("type")
+    registry.import_from_location()
     builder = registry.module_dict.get(name)
     if builder is None:
         raise ValueError(

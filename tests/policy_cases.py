@@ -4,7 +4,7 @@ Dims: T timesteps.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,14 @@ def build(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="thinned draws every timestep equally often")
         return build_policy(config, schedule, prediction_type)
+
+
+def every_policy(schedule: NoiseSchedule) -> Iterator[TimestepPolicy]:
+    """Each named policy, and its stratified form where there is one."""
+    for name in POLICY_NAMES:
+        yield build(name, schedule)
+        if name in NOT_PAIRED:
+            yield build({"type": name, "stratified": True}, schedule)
 
 
 def generator(seed: int) -> torch.Generator:

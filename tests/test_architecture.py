@@ -194,5 +194,5 @@ class TestReadingLength:
         assert architecture.train_path_findings([first, second], path) == []
         assert "missing" in architecture.train_path_findings([first], path)[0]
         assert "no file" in architecture.train_path_findings([in_package("cli.py", ""), second], path)[0]
-        long = in_package("engine/build.py", "\n" * 1201)
-        assert "1202 lines" in architecture.train_path_findings([first, long], path)[0]
+        long = in_package("engine/build.py", "x = 1\n" * 1200)
+        assert "1201 lines of code" in architecture.train_path_findings([first, long], path)[0]

@@ -35,7 +35,9 @@ def run_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    results: list[dict[str, Tensor]] = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    results: list[dict[str, Tensor]] = [
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
+    ]
     policy = build_policy({"type": "loss_second_moment", "history": 2}, NoiseSchedule.cosine(T))
     for number, call in enumerate(CALLS):
         in_rank_order = torch.cat(call)

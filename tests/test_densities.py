@@ -149,13 +149,12 @@ def test_asymmetric_density_before_reflection() -> None:
 def test_speedit_density_against_the_published_numbers() -> None:
     policy = build_policy("speedit", LINEAR)
     q = policy.density * 1000
-    half_digit = {"atol": 5e-4, "rtol": 0}
-    assert_close(q[:4], float64(0.879, 1.218, 1.474, 1.535), **half_digit)
+    assert_close(q[:4], float64(0.879, 1.218, 1.474, 1.535), atol=5e-4, rtol=0)
     # Single values are given for a plateau; its two sides differ by 0.001.
     assert_close(q[4:358], torch.full((354,), 1.543, dtype=torch.float64), atol=1.5e-3, rtol=0)
     assert_close(q[358:638], torch.full((280,), 1.402, dtype=torch.float64), atol=1.5e-3, rtol=0)
-    assert_close(q[642], float64(0.879)[0], **half_digit)
-    assert_close(q[646:], torch.full((354,), 0.140, dtype=torch.float64), **half_digit)
+    assert_close(q[642], float64(0.879)[0], atol=5e-4, rtol=0)
+    assert_close(q[646:], torch.full((354,), 0.140, dtype=torch.float64), atol=5e-4, rtol=0)
     assert float(policy.density[642:].sum()) == pytest.approx(0.0509, abs=5e-5)
     assert float((policy.density * policy.weight).sum()) == pytest.approx(0.5815, abs=5e-5)
     assert policy.boundary_index == 642

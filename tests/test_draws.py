@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.core.densities import Density
 from speedit_plugins.core.draws import Iid, Paired
+from speedit_plugins.core.weightings import constant
 
 LINEAR = NoiseSchedule.linear()
 
@@ -204,6 +206,18 @@ def test_the_last_quantile_stays_below_one(monkeypatch: pytest.MonkeyPatch) -> N
                 draw = policy.draw(256)
                 assert ((draw.index >= 0) & (draw.index < 1000)).all()
                 assert ((draw.time >= 0) & (draw.time <= 1)).all()
+
+
+def test_bins_are_half_open_and_empty_ones_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = NoiseSchedule.cosine(5)
+    table = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    policy = TimestepPolicy(schedule, Density(table), lambda density: constant(schedule))
+    # Bins [0, 1/2) and [1/2, 1): an edge belongs to the bin that it opens.
+    quantile = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: quantile)
+    draw = policy.draw(4)
+    assert draw.index.tolist() == [2, 2, 3, 3]
+    assert draw.time.tolist() == pytest.approx([2 / 5, 2.5 / 5, 3 / 5, 4 / 5])
 
 
 # Time

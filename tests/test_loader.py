@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +142,43 @@ def test_a_failing_batch_is_not_counted_and_not_passed_over(num_workers: int) ->
     loader.close()
     assert torch.equal(next(loader)["label"], epoch_order(4, seed=0, epoch=0))
     loader.close()
+
+
+def test_workers_outlive_a_signal_to_the_group_and_end_with_their_parent() -> None:
+    # The parent takes both signals as a flag, as the trainer does, goes on, and never closes the loader.
+    script = """
+import os, signal, torch
+from speedit_plugins.data.loader import ResumableLoader, epoch_order
+
+class Labels:
+    def __len__(self):
+        return 8
+
+    def load(self, index, generator):
+        return {"label": index}
+
+caught = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: caught.append(number))
+loader = ResumableLoader(Labels(), batch_size=8, num_workers=2)
+for epoch in range(2):  # a batch from each worker: both are up
+    next(loader)
+os.killpg(0, signal.SIGINT)
+os.killpg(0, signal.SIGTERM)
+for epoch in range(2, 20):
+    assert torch.equal(next(loader)["label"], epoch_order(8, seed=0, epoch=epoch))
+assert sorted(caught) == [signal.SIGINT, signal.SIGTERM], caught
+print("done", flush=True)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, "done"), result.stderr
 
 
 def test_the_global_random_state_is_left_alone() -> None:

@@ -1,7 +1,6 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,19 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import (
-    NOT_PAIRED,
     PAIRED,
     POLICY_NAMES,
     SCHEDULES,
     build,
     configs,
+    every_policy,
     generator,
     schedules,
     teach,
 )
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.core.densities import AdaptiveDensity, uniform
@@ -36,13 +34,6 @@ def assert_same_draw(first: TimestepDraw, second: TimestepDraw) -> None:
     assert torch.equal(first.time, second.time)
     assert torch.equal(first.weight, second.weight)
     assert first.scope == second.scope
-
-
-def every_policy() -> Iterator[TimestepPolicy]:
-    for name in POLICY_NAMES:
-        yield build(name, LINEAR)
-        if name in NOT_PAIRED:
-            yield build({"type": name, "stratified": True}, LINEAR)
 
 
 @settings(derandomize=True, deadline=None, max_examples=120)
@@ -90,7 +81,7 @@ def test_normalize_follows_a_learning_policy() -> None:
 
 
 def test_a_generator_reproduces_every_draw() -> None:
-    for policy in every_policy():
+    for policy in every_policy(LINEAR):
         assert_same_draw(policy.draw(33, generator=generator(5)), policy.draw(33, generator=generator(5)))
         assert not torch.equal(
             policy.draw(33, generator=generator(5)).time, policy.draw(33, generator=generator(6)).time
@@ -99,7 +90,7 @@ def test_a_generator_reproduces_every_draw() -> None:
 
 def test_a_generator_leaves_the_global_one_alone() -> None:
     before = torch.get_rng_state()
-    for policy in every_policy():
+    for policy in every_policy(LINEAR):
         policy.draw(16, generator=generator(0))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -144,77 +135,6 @@ def test_a_generator_of_another_device_is_refused(device: str, on: str) -> None:
     policy = build_policy("uniform", LINEAR)
     with pytest.raises(ValueError, match=f"draw on {device} needs a generator on {device}, got one on {on}"):
         policy.draw(4, device=device, generator=torch.Generator(on))
-
-
-# Synchronisation
-
-
-class RefusesSynchronisation(TorchDispatchMode):
-    """Fails on operators that would make the host wait for the device."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__.lstrip("_")
-        assert name not in [wait.lstrip("_") for wait in self.WAITS], f"{func} waits for the device"
-        masks = args[1] if name == "index" else []
-        assert not any(m is not None and m.dtype == torch.bool for m in masks), (
-            "a mask index counts on the host"
-        )
-        copies_here = name == "to_copy" and (kwargs or {}).get("device") == torch.device("cpu")
-        assert not copies_here, f"{func} copies to the CPU"
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_synchronisation_check_sees_synchronisations() -> None:
-    for waits in (lambda x: x.item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: int(x)):
-        with pytest.raises(AssertionError), RefusesSynchronisation():
-            waits(torch.ones(1))
-
-
-def test_draw_does_not_wait_for_the_device() -> None:
-    for policy in every_policy():
-        policy.draw(8)
-        with RefusesSynchronisation():
-            policy.draw(8, generator=generator(0))
-
-
-def test_draw_needs_no_values_on_the_host() -> None:
-    # Tensors on the meta device hold no values: whatever reads one raises.
-    for policy in every_policy():
-        draw = policy.draw(8, device="meta")
-        assert (draw.index.device.type, draw.index.shape) == ("meta", (8,))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_draw_on_cuda_does_not_synchronise() -> None:
-    for policy in every_policy():
-        policy.draw(8, device="cuda")
-        source = torch.Generator("cuda").manual_seed(0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            draw = policy.draw(256, device="cuda", generator=source)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert draw.index.is_cuda
-        assert ((draw.index >= 0) & (draw.index < 1000)).all()
-        assert_close(draw.weight.cpu(), policy.weight.float()[draw.index.cpu()], atol=0, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_state_loaded_onto_a_device_still_learns() -> None:
-    policy = build_policy("loss_second_moment", NoiseSchedule.cosine(5))
-    teach(policy, torch.arange(1.0, 6.0))
-    state = policy.state_dict()
-    state["density"] = {key: value.cuda() for key, value in state["density"].items()}
-    other = build_policy("loss_second_moment", NoiseSchedule.cosine(5))
-    other.load_state_dict(state)
-    other.update(torch.tensor([0], device="cuda"), torch.tensor([1.0], device="cuda"))
-    assert other.density.device.type == "cpu"
 
 
 # Learning and curriculum
@@ -341,6 +261,13 @@ def test_copies_draw_alike_and_learn_apart(name: str, duplicate: Any) -> None:
 )
 def test_boundary_of_each_policy_on_linear(name: str, boundary: int | None) -> None:
     assert build_policy(name, LINEAR).boundary_index == boundary
+
+
+def test_a_policy_prints_its_name_boundary_and_mean_weight() -> None:
+    assert str(build_policy("speed", LINEAR)) == "speed: boundary 700 of 1000 timesteps, mean weight 0.4965"
+    assert (
+        str(build_policy("uniform", LINEAR)) == "uniform: no boundary of 1000 timesteps, mean weight 1.0000"
+    )
 
 
 def test_only_the_importance_sampler_weighs_the_whole_loss() -> None:

@@ -65,7 +65,7 @@ class AdaptiveDensity(ABC):
 
 def uniform(schedule: NoiseSchedule) -> Density:
     """Every index equally likely."""
-    return Density(torch.ones(schedule.num_timesteps, dtype=torch.float64))
+    return Density(torch.ones_like(schedule.alpha))
 
 
 def thinned(
@@ -97,7 +97,7 @@ def thinned(
     if k == 1 or boundary == schedule.num_timesteps:
         reason = "k = 1" if k == 1 else f"no index lies past the boundary, {boundary}"
         warnings.warn(f"thinned draws every timestep equally often: {reason}", stacklevel=2)
-    table = torch.ones(schedule.num_timesteps, dtype=torch.float64)
+    table = torch.ones_like(schedule.alpha)
     table[:boundary] = k
     return Density(table, boundary)
 
@@ -137,7 +137,7 @@ def logit_normal(schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0
     """
     if not (math.isfinite(mean) and 0 < std < math.inf):
         raise ValueError(f"logit_normal needs a finite mean and std > 0, got {mean} and {std}")
-    edges = torch.linspace(0, 1, schedule.num_timesteps + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, schedule.num_timesteps + 1, dtype=torch.float64, device="cpu")
     cumulative = torch.special.ndtr((torch.logit(edges) - mean) / std)
     return Density(cumulative.diff())
 
@@ -184,7 +184,7 @@ class Curriculum(AdaptiveDensity):
             got = f"{mean}, {std} and {curriculum_steps}"
             raise ValueError(f"clts needs mean in [0, 1], std > 0 and curriculum_steps >= 1, got {got}")
         T = schedule.num_timesteps
-        t = torch.arange(T, dtype=torch.float64)
+        t = torch.arange(T, dtype=torch.float64, device="cpu")
         self._gaussian = torch.softmax(-(((t - mean * T) / (std * T)) ** 2) / 2, dim=0)
         self._curriculum_steps = curriculum_steps
         self._step = 0
@@ -220,13 +220,13 @@ class LossSecondMoment(AdaptiveDensity):
                 f"needs history >= 1 and uniform_floor in (0, 1], got {history} and {uniform_floor}"
             )
         self._floor = uniform_floor
-        self._losses = torch.zeros(schedule.num_timesteps, history, dtype=torch.float64)
-        self._counts = torch.zeros(schedule.num_timesteps, dtype=torch.int64)
+        self._losses = schedule.alpha.new_zeros(schedule.num_timesteps, history)
+        self._counts = torch.zeros_like(schedule.timesteps)
 
     def density(self) -> Density:
         T, history = self._losses.shape
         if (self._counts < history).any():
-            return Density(torch.ones(T, dtype=torch.float64))
+            return Density(torch.ones_like(self._losses[:, 0]))
         root = (self._losses**2).mean(dim=1).sqrt()
         # All-zero losses say nothing about where to draw: the floor alone remains.
         p = root / root.sum() if root.sum() > 0 else torch.full_like(root, 1 / T)

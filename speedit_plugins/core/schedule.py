@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ PREDICTION_TYPES = ("epsilon", "x0", "v", "flow")
 
 # sqrt(alpha-bar) = 1/12 puts the boundary of the linear T = 1000 schedule at exactly the paper's tau = 700.
 CONVERGENCE_SNR = 1 / 143
+
+# Tables are built on the CPU in double precision whatever torch's default device and dtype are.
+_CPU: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +79,7 @@ class NoiseSchedule:
             ValueError: the scaled end points leave (0, 1]; with the default end points, T < 20.
         """
         scale = _beta_scale(num_timesteps, beta_start, beta_end)
-        return cls.from_betas(
-            torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64)
-        )
+        return cls.from_betas(torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, **_CPU))
 
     @classmethod
     def scaled_linear(
@@ -92,7 +94,7 @@ class NoiseSchedule:
         """
         scale = _beta_scale(num_timesteps, beta_start, beta_end)
         start, end = math.sqrt(scale * beta_start), math.sqrt(scale * beta_end)
-        return cls.from_betas(torch.linspace(start, end, num_timesteps, dtype=torch.float64) ** 2)
+        return cls.from_betas(torch.linspace(start, end, num_timesteps, **_CPU) ** 2)
 
     @classmethod
     def cosine(
@@ -103,7 +105,7 @@ class NoiseSchedule:
         Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17.
         """
         _check_num_timesteps(num_timesteps)
-        u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        u = torch.arange(num_timesteps + 1, **_CPU) / num_timesteps
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
@@ -114,13 +116,13 @@ class NoiseSchedule:
         Source: Liu et al. 2022, arXiv:2209.03003, with t = 0 clean.
         """
         _check_num_timesteps(num_timesteps)
-        t = (torch.arange(num_timesteps, dtype=torch.float64) + 0.5) / num_timesteps
-        return cls(1 - t, t, torch.arange(num_timesteps), num_timesteps)
+        t = (torch.arange(num_timesteps, **_CPU) + 0.5) / num_timesteps
+        return cls(1 - t, t, torch.arange(num_timesteps, device="cpu"), num_timesteps)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> "NoiseSchedule":
         """Variance-preserving schedule with the given betas, each in (0, 1], shape (T,)."""
-        table = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        table = torch.as_tensor(betas, **_CPU)
         if table.ndim != 1 or not ((table > 0) & (table <= 1)).all():
             raise ValueError(f"betas need shape (T,) and values in (0, 1], got {_span(table)}")
         return cls.from_alphas_cumprod(torch.cumprod(1 - table, dim=0))
@@ -139,15 +141,15 @@ class NoiseSchedule:
             timesteps: original timestep of each index where the schedule is respaced, shape (T,).
             num_original: number of timesteps before respacing; required with `timesteps`.
         """
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
+        table = torch.as_tensor(alphas_cumprod, **_CPU)
         if table.ndim != 1 or not ((table >= 0) & (table < 1)).all():
             raise ValueError(f"alphas_cumprod needs shape (T,) and values in [0, 1), got {_span(table)}")
         if (timesteps is None) != (num_original is None):
             raise ValueError("timesteps and num_original describe one respacing: give both or neither")
         steps = (
-            torch.arange(len(table))
+            torch.arange(len(table), device="cpu")
             if timesteps is None
-            else torch.as_tensor(timesteps).to("cpu", torch.int64)
+            else torch.as_tensor(timesteps, dtype=torch.int64, device="cpu")
         )
         return cls(
             table.sqrt(), (1 - table).sqrt(), steps, len(table) if num_original is None else num_original
@@ -155,7 +157,7 @@ class NoiseSchedule:
 
     def respaced(self, indices: Sequence[int]) -> "NoiseSchedule":
         """The schedule at some of its indices only; `timesteps` goes on naming the original ones."""
-        keep = torch.as_tensor(indices, dtype=torch.int64)
+        keep = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if keep.ndim != 1 or keep.numel() == 0 or keep.min() < 0 or keep.max() >= self.num_timesteps:
             raise ValueError(
                 f"respaced needs indices in [0, {self.num_timesteps}), got {list(indices)[:8]}..."

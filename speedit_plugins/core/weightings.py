@@ -12,7 +12,7 @@ from speedit_plugins.core.schedule import PREDICTION_TYPES, NoiseSchedule
 
 def constant(schedule: NoiseSchedule) -> Tensor:
     """1 everywhere, shape (T,)."""
-    return torch.ones(schedule.num_timesteps, dtype=torch.float64)
+    return torch.ones_like(schedule.alpha)
 
 
 def change_aware(

@@ -3,6 +3,7 @@
 Dimensions: B batch, C channels, H x W pixels.
 """
 
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -101,7 +102,11 @@ class ResumableLoader:
 
     def close(self) -> None:
         """Ends the workers and what they prefetched; the position stays, the next batch starts new ones."""
-        self._batches = None
+        batches, self._batches = self._batches, None
+        if batches is not None and self.num_workers > 0:
+            # Dropping it is not enough: the traceback of an error keeps the iterator, and the next worker to
+            # be forked would then inherit it and shut down queues that are not its own.
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
 
     def state_dict(self) -> dict[str, int]:
         """The position as plain ints: seed, epoch, offset (samples of it handed out), size of the dataset."""
@@ -155,7 +160,7 @@ class ResumableLoader:
             batch_sampler=keys,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_leave_signals_to_trainer,
+            worker_init_fn=_leave_group_signals_to_trainer,
             # Without a generator of its own the DataLoader draws from the global one.
             generator=torch.Generator().manual_seed(0),
         )
@@ -220,10 +225,11 @@ class _KeyedSamples:
         return dict(self.dataset.load(index, generator))
 
 
-def _leave_signals_to_trainer(worker_id: int) -> None:
-    """Workers ignore Ctrl-C and SIGTERM, which reach all processes: the trainer ends its step first.
+def _leave_group_signals_to_trainer(worker_id: int) -> None:
+    """Takes a worker out of the trainer's process group, which gets Ctrl-C and a launcher's SIGTERM.
 
-    They still end with the trainer: the DataLoader shuts them down, and they watch their parent process.
+    The trainer ends its step and saves first; a worker that died under it would raise in the middle of that.
+    A SIGTERM to the worker alone still ends it.
     """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

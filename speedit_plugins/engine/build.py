@@ -8,11 +8,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-import speedit_plugins.data.digits
-import speedit_plugins.data.images
-import speedit_plugins.evaluation.features
-import speedit_plugins.models.dit
-import speedit_plugins.models.pretrained  # noqa: F401 - these five register the names that configs use
 from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.data.loader import SampleSource
 from speedit_plugins.diffusion.process import GaussianProcess
@@ -69,8 +64,8 @@ def build_dataset(config: ExperimentConfig) -> SampleSource:
     """
     conditional = config.num_classes > 0
     options = {"class_cond": conditional, "image_size": config.image_size}
-    given = {key: value for key, value in options.items() if key not in config.data.dataset}
-    dataset = build(DATASETS, config.data.dataset, also=(), **given)
+    given: dict[str, Any] = {key: value for key, value in options.items() if key not in config.data.dataset}
+    dataset = build(DATASETS, config.data.dataset, **given)
     if conditional and dataset.num_classes > config.num_classes:
         raise ValueError(
             f"the dataset has {dataset.num_classes} classes, got num_classes: {config.num_classes};"
@@ -109,7 +104,7 @@ def describe(config: ExperimentConfig) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Weights, gradients, two AdamW moments and the EMA, 4 bytes each.
     state = 4 * (num_parameters + 4 * trained)
-    activations = _gib(_saved_bytes(model, config))
+    activations = _gib(saved_bytes(model, config))
     policy = build_timestep_policy(config, build_process(config, respaced=True))
     return "\n".join(
         [
@@ -122,7 +117,7 @@ def describe(config: ExperimentConfig) -> str:
     )
 
 
-def _saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
+def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
     """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device."""
     B, size = config.data.batch_size, cast(int, model.input_size)
     storages: dict[int, Tensor] = {}

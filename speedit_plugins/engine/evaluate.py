@@ -19,7 +19,7 @@ from speedit_plugins.registry import build as build_registered
 
 
 def test(config: ExperimentConfig) -> int:
-    """Fréchet distance of sampled images to a reference npz, or without one to the dataset; writes test.json."""
+    """Fréchet distance of sampled images to a reference npz, or else to the dataset; writes test.json."""
     folder = Path(config.experiment_dir)
     samples_path = Path(config.samples) if config.samples else _newest_npz(folder / results.INFERENCE)
     samples = torch.from_numpy(read_npz(samples_path))

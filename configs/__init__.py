@@ -1,0 +1,1 @@
+"""The experiment configs, packaged as `speedit_plugins.configs`."""
