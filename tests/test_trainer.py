@@ -68,8 +68,12 @@ def test_twenty_steps_equal_ten_and_a_resumed_ten_bit_for_bit(
 
 
 def test_one_step_is_adamw_on_the_weighted_loss(tmp_path: Path) -> None:
-    trainer = small_trainer(tmp_path, optimizer__warmup_steps=0, model__class_dropout_prob=0.0)
-    twin = small_trainer(tmp_path, optimizer__warmup_steps=0, model__class_dropout_prob=0.0)
+    trainer = small_trainer(
+        tmp_path, optimizer__warmup_steps=0, optimizer__lr=1e-3, model__class_dropout_prob=0.0
+    )
+    twin = small_trainer(
+        tmp_path, optimizer__warmup_steps=0, optimizer__lr=1e-3, model__class_dropout_prob=0.0
+    )
     trainer.optimizer_step()
 
     batch = next(twin.loader)

@@ -67,6 +67,8 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
     axes.set(xlabel="training step", ylabel="loss", title=title, yscale="log")
+    for axis_part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_part("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
