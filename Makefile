@@ -1,6 +1,6 @@
 # `make` lists the targets. Each works from a fresh clone and creates .venv when it is missing.
 
-# Installed before everything else. Empty leaves the choice to pip; flags may follow the name, for example
+# Installed before everything else, so that no other package pulls a newer one. Empty leaves the choice to pip; flags may follow the name, for example
 #   make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 PYTHON ?= python3

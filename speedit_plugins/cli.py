@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from speedit_plugins.engine.config import ExperimentConfig, load_config, to_yaml
-from speedit_plugins.engine.schema import PHASES
+from speedit_plugins.engine.schema import PHASES, ExperimentConfig
 
 PACKAGE_FOLDER = Path(__file__).parent
 USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # Each phase is the function of its name in a module of the engine.
 _MODULE_OF = {"train": "train", "inference": "generate", "sample": "generate", "test": "evaluate"}
@@ -34,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("speedit_plugins").setLevel(logging.ERROR)
     try:
         arguments = _parser().parse_intermixed_args(argv)
-        config = load_config(
+        # OmegaConf comes with the trainer extra: without it, the message is one line.
+        config = import_module("speedit_plugins.engine.config").load_config(
             arguments.config, arguments.phase, arguments.overrides, allow_python=arguments.allow_python_config
         )
         return _describe(config) if arguments.dry_run else _run(arguments.phase, config)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.stderr.write("speedit: interrupted; nothing was started\n")
+        return INTERRUPTED
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if not _is_user_error(error):
             raise
         sys.stderr.write(f"speedit: error: {_one_line(error)}\n")
@@ -46,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(phase: str, config: ExperimentConfig) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"the trainer runs in one process for now, got WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        )
     # Imports torch: only once the config is known to be right.
     runner = import_module(f"speedit_plugins.engine.{_MODULE_OF[phase]}")
     return int(getattr(runner, phase)(config))
@@ -53,7 +61,7 @@ def _run(phase: str, config: ExperimentConfig) -> int:
 
 def _describe(config: ExperimentConfig) -> int:
     # Flushed first, so that the config is on the screen while torch loads.
-    sys.stdout.write(to_yaml(config))
+    sys.stdout.write(import_module("speedit_plugins.engine.config").to_yaml(config))
     sys.stdout.flush()
     build = import_module("speedit_plugins.engine.build")
     sys.stdout.write(f"\n{build.describe(config)}\n")
@@ -90,9 +98,13 @@ def _is_user_error(error: Exception) -> bool:
     """Files, and what this package raises on purpose; a ValueError out of a library is a fault."""
     if isinstance(error, OSError):
         return True
+    if isinstance(error, ModuleNotFoundError):
+        return not str(error.name).startswith("speedit_plugins")
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(PACKAGE_FOLDER)
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the trainer needs {error.name}: pip install 'speedit-plugins[trainer]'"
     return " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,7 @@ A plugin registers its own by a call, `DENSITIES.register_module(name="mine", mo
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from mmengine.registry import Registry
 from torch import Tensor
@@ -63,15 +63,18 @@ def build_policy(
     weightings.check_prediction_type(prediction_type)
     options: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
+    for key in ("stratified", "normalize"):
+        check_type(f"policy {key}", common.get(key, False), bool)
     name = options.get("type", "custom")
     parts: dict[str, Any] = (
         build(POLICIES, options, schedule=schedule, also=_COMMON_KEYS) if "type" in options else options
     )
     unknown = [key for key in parts if key not in _PART_KEYS]
     if unknown or "density" not in parts or "weighting" not in parts:
+        known = [*_PART_KEYS, *_COMMON_KEYS]
         raise ValueError(
-            "a policy needs type=NAME, or density=... and weighting=..., and may have draw and scope;"
-            f" got keys {sorted(parts)}{nearest(unknown[0], _PART_KEYS) if unknown else ''}"
+            f"a policy needs type=NAME, or density=... and weighting=...; got keys {sorted(parts)}"
+            f"{nearest(unknown[0], known) if unknown else ''}; known: type, {', '.join(known)}"
         )
     return TimestepPolicy(
         schedule,
@@ -85,7 +88,13 @@ def build_policy(
 
 
 def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> Any:
-    """Calls what `config["type"]` names with the config's other keys.
+    """Calls what `config["type"]` names with the config's other keys; see `check` for the rest."""
+    builder, options = _resolved(registry, config, also, given)
+    return builder(**options)
+
+
+def check(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> None:
+    """Raises what `build` would raise for names, parameters and their types, without building.
 
     Args:
         registry: where the name is looked up.
@@ -94,36 +103,68 @@ def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (),
         given: arguments from the caller, passed where the builder has a parameter of that name.
 
     Raises:
-        ValueError: no `type`, an unknown name, an unknown or a missing parameter.
+        ValueError: no `type`, an unknown name, an unknown or a missing parameter, a value of the wrong type.
     """
-    options = {"type": config} if isinstance(config, str) else dict(config)
-    if "type" not in options:
-        raise ValueError(
-            f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(registry)}"
-        )
-    name = options.pop("type")
-    registry.import_from_location()
-    builder = registry.module_dict.get(name)
-    if builder is None:
-        raise ValueError(
-            f"unknown {registry.name} {name!r}{nearest(str(name), registry.module_dict)}; {_known(registry)}"
-        )
+    _resolved(registry, config, also, given)
+
+
+def _resolved(
+    registry: Registry, config: str | Config, also: Iterable[str], given: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    builder, name, options = _found(registry, config)
+    what = f"{registry.name} {name!r}"
     parameters = inspect.signature(builder).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     own = [key for key, p in parameters.items() if key not in given and p.kind is not p.VAR_KEYWORD]
-    for key in options:
-        if key not in own and not open_ended:
+    for key, value in options.items():
+        if key in own:
+            check_type(f"{what} {key}", value, parameters[key].annotation)
+        elif not open_ended:
             names = sorted([*own, *also])
             raise ValueError(
-                f"{registry.name} {name!r} has no parameter {key!r}{nearest(key, names)};"
-                f" known: {', '.join(names)}"
+                f"{what} has no parameter {key!r}{nearest(key, names)}; known: {', '.join(names)}"
             )
     missing = [
         key for key in own if parameters[key].default is inspect.Parameter.empty and key not in options
     ]
     if missing:
-        raise ValueError(f"{registry.name} {name!r} needs {', '.join(missing)}, got {sorted(options)}")
-    return builder(**{key: value for key, value in given.items() if key in parameters}, **options)
+        raise ValueError(f"{what} needs {', '.join(missing)}, got {sorted(options)}")
+    return builder, {**{key: value for key, value in given.items() if key in parameters}, **options}
+
+
+def _found(registry: Registry, config: str | Config) -> tuple[Callable[..., Any], str, dict[str, Any]]:
+    """What a config's `type` names, that name, and the config's other keys."""
+    if not isinstance(config, str | Mapping):
+        raise ValueError(f"a {registry.name} config needs a name or a mapping with type, got {config!r}")
+    options = {"type": config} if isinstance(config, str) else dict(config)
+    if "type" not in options:
+        raise ValueError(
+            f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(registry)}"
+        )
+    name = str(options.pop("type"))
+    registry.import_from_location()
+    builder = registry.module_dict.get(name)
+    if builder is None:
+        close = nearest(name, registry.module_dict)
+        raise ValueError(f"unknown {registry.name} {name!r}{close}; {_known(registry)}")
+    return builder, name, options
+
+
+def check_type(what: str, value: Any, annotation: Any) -> None:
+    """Raises a ValueError unless a plain value has its annotation's type; other annotations pass.
+
+    Args:
+        what: begins the message.
+        annotation: bool, int, float (which takes an int), str, or one of these or None.
+    """
+    kinds = get_args(annotation) or (annotation,)
+    if not set(kinds) <= {bool, int, float, str, type(None)}:
+        return
+    # bool is an int to Python: k=true is a mistake all the same.
+    fits = (int, float) if float in kinds else kinds
+    if not isinstance(value, fits) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{what} needs {wanted}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -138,23 +179,28 @@ class _Weighting:
     def __init__(
         self, config: str | Config, schedule: NoiseSchedule, prediction_type: str, equivalent_to: str | None
     ) -> None:
-        name = config if isinstance(config, str) else config.get("type")
         if equivalent_to not in (None, "host", "epsilon"):
             raise ValueError(f"equivalent_to needs 'host' or 'epsilon', got {equivalent_to!r}")
-        if name == "min_snr" and equivalent_to == "host":
+        function = WEIGHTINGS.module_dict.get(_name_of(config))
+        always = getattr(function, "defined_on", "host") == "epsilon"
+        if always and equivalent_to == "host":
             raise ValueError(
-                "min_snr is defined by the prediction type and always converts: drop equivalent_to='host'"
+                f"{_name_of(config)} always converts from the epsilon loss: drop equivalent_to='host'"
             )
         self._config = config
         self._schedule = schedule
         self._prediction_type = prediction_type
-        self._converts = name == "min_snr" or equivalent_to == "epsilon"
+        self._converts = always or equivalent_to == "epsilon"
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
         if self._converts:
             return weightings.epsilon_equivalent(weight, self._schedule, self._prediction_type)
         return weight
+
+
+def _name_of(config: Any) -> Any:
+    return config.get("type") if isinstance(config, Mapping) else config
 
 
 def _known(registry: Registry) -> str:

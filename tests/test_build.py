@@ -66,6 +66,28 @@ def test_sampling_takes_the_process_without_the_respacing_of_training(tmp_path: 
     assert build.build_process(config, respaced=False).schedule.num_timesteps == 1000
 
 
+def test_activations_shrink_with_half_precision_and_with_checkpointing(tmp_path: Path) -> None:
+    def kept(**changes: Any) -> int:
+        config = small_config(tmp_path, **changes)
+        with torch.device("meta"):
+            return build.saved_bytes(build.build_model(config), config)
+
+    assert kept(model__gradient_checkpointing=True) < kept() / 2
+    # All but the timestep features, which stay float32.
+    assert kept(precision="bf16") < 0.6 * kept()
+
+
+def test_a_dry_run_looks_up_every_name(tmp_path: Path) -> None:
+    for change, message in (
+        ({"data__dataset__type": "Digit"}, "unknown dataset 'Digit'"),
+        ({"encoder__type": "Pixles"}, "unknown encoder 'Pixles'; did you mean 'Pixels'"),
+        ({"features__type": "pixel"}, "unknown feature extractor 'pixel'"),
+        ({"data__dataset__colour": 1}, "dataset 'Digits' has no parameter 'colour'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build.describe(small_config(tmp_path, **change))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

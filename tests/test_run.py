@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,9 +100,9 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert speedit("inference", trained, num_samples=30, per_proc_batch_size=20) == 0
-    images = read_npz(trained / "inference" / "step_0000020_n30.npz")
+    images = read_npz(trained / "inference" / "step_0000020_n30_cfg1_seed0.npz")
     assert images.shape == (30, 8, 8, 1)
-    files = sorted((trained / "inference" / "step_0000020_n30").iterdir())
+    files = sorted((trained / "inference" / "step_0000020_n30_cfg1_seed0").iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
     assert speedit("test", trained) == 0
@@ -159,6 +160,12 @@ def test_training_goes_on_by_itself_and_stops_where_it_is_done(trained: Path, tm
             r"change_aware needs lam in \[0.5, 1\], got 5",
         ),
         ("train", {"model__num_heads": 5}, "num_heads"),
+        (
+            "train",
+            {"diffusion__policy": "{type: speed, k: abc}"},
+            "'speed' k needs float, got 'abc'",
+        ),
+        ("test", {"ckpt_path": "x"}, "ckpt_path: has no effect in test"),
         ("train", {"device": "cuda"}, "needs a CUDA device, got none"),
         ("train", {"experiment_dir": "/proc/nowhere"}, "/proc/nowhere"),
     ],
@@ -229,3 +236,20 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: P
     assert found.state["policy"] == expected.state["policy"]
     for part in ("step", "ema_updates", "optimizer", "loader", "rng"):
         assert_close(found.state[part], expected.state[part], rtol=0, atol=0)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert speedit("train", tmp_path) == 2
+    assert "the trainer runs in one process for now, got WORLD_SIZE=8" in capfd.readouterr().err
+
+
+def test_a_finished_run_says_so_and_keeps_its_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert speedit("train", tmp_path, max_training_steps=3) == 0
+    state = tmp_path / "checkpoints" / "step_0000003" / "state.pt"
+    written = state.stat().st_mtime_ns
+    assert speedit("train", tmp_path, max_training_steps=3) == 0
+    assert "nothing to train: the run is at step 3 of 3" in capfd.readouterr().out
+    assert state.stat().st_mtime_ns == written

@@ -45,8 +45,6 @@ def test_rectified_flow_lies_on_bin_midpoints() -> None:
     assert_close(schedule.sigma, float64(0.125, 0.375, 0.625, 0.875))
     assert_close(schedule.alpha, float64(0.875, 0.625, 0.375, 0.125))
     assert_close(schedule.snr, float64(49.0, 25 / 9, 9 / 25, 1 / 49))
-    assert schedule.is_flow
-    assert not NoiseSchedule.linear().is_flow
 
 
 def test_snr_of_given_alpha_bar() -> None:

@@ -96,7 +96,7 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
         (
             "inference",
             ["sampler.num_steps=1001"],
-            "sampler.num_steps: wanted int <= diffusion.diffusion_steps",
+            "sampler.num_steps: ddpm wanted int in [2, 1000] of diffusion.diffusion_steps",
         ),
         ("inference", ["sampler.guidance_channels=3"], "sampler.guidance_channels: has no effect"),
         (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_trainer
+from runs import small_config, small_trainer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -12,7 +12,7 @@ from speedit_plugins.engine import checkpoint
 from speedit_plugins.engine.checkpoint import CheckpointError
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.tracking import Tracker
-from speedit_plugins.engine.trainer import Trainer
+from speedit_plugins.engine.trainer import Trainer, TrainingParts
 
 
 def fit(trainer: Trainer) -> None:
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) 
         match=r"is of another run: .*has shape .*, wanted",
     ):
         small_trainer(tmp_path, model__hidden_size=64).restore(path)
-    with pytest.raises(CheckpointError, match="policy 'speed' with T = 1000, got 'speedit'"):
+    with pytest.raises(CheckpointError, match=r"policy was \{'type': 'speedit'\}, got \{'type': 'speed'\}"):
         small_trainer(tmp_path, diffusion__policy="{type: speed}").restore(path)
 
 
@@ -195,3 +195,42 @@ def test_sampling_grids_leave_the_training_as_it_is(tmp_path: Path) -> None:
     assert_close(drawing.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
     grids = sorted(path.name for path in (tmp_path / "drawing" / "grids").iterdir())
     assert grids == ["step_0000002.png", "step_0000004.png", "step_0000006.png"]
+
+
+def test_changed_optimizer_options_count_after_a_resume(tmp_path: Path) -> None:
+    path = small_trainer(tmp_path).save()
+    changed = small_trainer(tmp_path, optimizer__weight_decay=0.5, optimizer__betas="[0.5, 0.6]")
+    changed.restore(path)
+    group = changed.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.6))
+
+
+def test_a_checkpoint_of_another_device_says_so(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    path = trainer.save()
+    trainer.device = torch.device("cuda")
+    with pytest.raises(CheckpointError, match="saved on cpu, got cuda: random states do not carry over"):
+        trainer.restore(path)
+
+
+def test_grids_need_somebody_to_draw_them(tmp_path: Path) -> None:
+    config = small_config(tmp_path, sample_every=2)
+    trainer = small_trainer(tmp_path)
+    parts = TrainingParts(
+        trainer.model, trainer.encoder, trainer.process, trainer.policy, trainer.loader, trainer.device
+    )
+    with pytest.raises(ValueError, match="sample_every: 2 needs draw_grid, got None"):
+        Trainer(parts, config)
+
+
+def test_a_learning_policy_is_scored_by_the_law_that_drew(tmp_path: Path) -> None:
+    learning = "{type: loss_second_moment, history: 1}"
+    trainer = small_trainer(
+        tmp_path, diffusion__policy=learning, diffusion__diffusion_steps=25, data__batch_size=256
+    )
+    trainer.optimizer_step()
+    # 256 draws fill the history of 25 timesteps: this step drew uniformly, the next one does not.
+    row = trainer.window.summary()
+    assert_close(row["uniform_mse"], row["mse"])
+    trainer.optimizer_step()
+    assert trainer.window.summary()["uniform_mse"] != pytest.approx(row["mse"], rel=1e-6)

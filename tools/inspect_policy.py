@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepPolicy]]:
     schedule = SCHEDULES[args.schedule](args.timesteps)
-    default = "flow" if schedule.is_flow else "epsilon"
+    default = "flow" if args.schedule == "rectified_flow" else "epsilon"
     configs: dict[str, dict[str, Any]] = {name: {"type": name} for name in args.policy}
     for setting in args.set:
         names, key, value = _parse_setting(setting, list(configs))

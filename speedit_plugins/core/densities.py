@@ -26,7 +26,7 @@ class Density:
 
     Args:
         table: unnormalised probability >= 0, shape (T,) float64; normalised on construction.
-        boundary_index: first index of the area that is drawn less; None where the density knows no areas.
+        boundary_index: first index past the boundary between areas; None where the density knows none.
     """
 
     table: Tensor
@@ -74,7 +74,7 @@ def thinned(
     """SpeeD's density: the convergence area is drawn k times less often than the rest.
 
     P = k / (T + tau (k - 1)) for an index below tau, 1 / (T + tau (k - 1)) from tau on.
-    Source: Wang et al. 2024, arXiv:2405.17403, equation 5.
+    Source: Wang et al. 2024, arXiv:2405.17403.
 
     Args:
         k: how many times rarer the convergence area is; > 0, 1 is uniform.
@@ -123,6 +123,8 @@ def asymmetric(
     slope = schedule.gradient((1 - schedule.alphas_cumprod).sqrt())
     p = torch.tanh(sharpness * (slope - threshold)) + 1.5
     pivot = reflection_pivot(schedule, threshold=threshold)
+    if pivot == schedule.num_timesteps:
+        warnings.warn(f"asymmetric has nothing to thin: no slope falls below {threshold}", stacklevel=2)
     return Density((p + push_reflected(p, pivot)) / 2 if reflected else p, pivot)
 
 
@@ -238,7 +240,8 @@ class LossSecondMoment(AdaptiveDensity):
             raise ValueError(
                 f"update needs index and loss of one shape (B,), got {index.shape} and {loss.shape}"
             )
-        rows = gather_rows(torch.stack([index.detach().double(), loss.detach().double()], dim=1)).cpu()
+        # float32 holds every index below 2^24, and exists on every device.
+        rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu()
         # A non-finite loss would sit in the history and turn the whole density into NaN.
         for t, value in rows[rows.isfinite().all(dim=1)].tolist():
             slot = self._counts[int(t)] % self._losses.shape[1]

@@ -125,7 +125,7 @@ class TimestepPolicy:
 
     @property
     def boundary_index(self) -> int | None:
-        """First index of the area that the density draws less; None where it knows no areas."""
+        """First index past the boundary between the density's areas; None where it knows none."""
         return self._base.boundary_index
 
     @property

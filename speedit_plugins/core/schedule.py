@@ -184,11 +184,6 @@ class NoiseSchedule:
         """ln SNR, shape (T,); -inf at a zero-terminal-SNR end."""
         return self.snr.log()
 
-    @property
-    def is_flow(self) -> bool:
-        """Whether the path is straight, alpha + sigma = 1 (rectified flow)."""
-        return bool(torch.allclose(self.alpha + self.sigma, torch.ones_like(self.alpha), atol=1e-6))
-
     def gradient(self, table: Tensor) -> Tensor:
         """d table / du with respect to the original timesteps, second-order differences, shape (T,).
 
@@ -203,7 +198,7 @@ class NoiseSchedule:
     def acceleration_index(self) -> int:
         """First index of the deceleration area: the steepest point of 1 - alpha-bar.
 
-        Source: Wang et al. 2024, arXiv:2405.17403, section 2.
+        Source: Wang et al. 2024, arXiv:2405.17403.
         """
         return int(self.gradient(1 - self.alphas_cumprod).argmax())
 

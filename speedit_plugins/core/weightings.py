@@ -20,7 +20,7 @@ def change_aware(
 ) -> Tensor:
     """SpeeD's weight: (1 - lam) + (2 lam - 1) minmax(d(1 - alpha-bar) / dt), in [1 - lam, lam].
 
-    Source: Wang et al. 2024, arXiv:2405.17403, equation 7.
+    Source: Wang et al. 2024, arXiv:2405.17403.
 
     Args:
         lam: upper end of the weights, in [0.5, 1]; 0.5 is constant.
@@ -55,7 +55,7 @@ def change_aware(
 def p2(schedule: NoiseSchedule, *, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     """P2 weight (k + SNR)^-gamma, shape (T,); 1 - alpha-bar at gamma = k = 1.
 
-    Source: Choi et al. 2022, arXiv:2204.00227, equation 8.
+    Source: Choi et al. 2022, arXiv:2204.00227.
 
     Args:
         gamma: strength, >= 0.
@@ -80,8 +80,12 @@ def min_snr(schedule: NoiseSchedule, *, gamma: float = 5.0) -> Tensor:
     return (gamma / schedule.snr).clamp(max=1.0)
 
 
+# What the weights are meant for: `build_policy` converts them to the model's own prediction type.
+min_snr.defined_on = "epsilon"  # type: ignore[attr-defined]  # functions take attributes
+
+
 def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
-    """1 / (T p): makes any density's weighted loss an unbiased estimate of the uniform one, shape (T,).
+    """1 / (T p): makes the weighted loss of draws from p an unbiased estimate of the uniform one, shape (T,).
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 18.
 
@@ -98,7 +102,7 @@ def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
 def epsilon_equivalent(weight: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
     """Weight on the loss of another prediction type that gives the objective of `weight` on the epsilon loss.
 
-    Factors: x0: SNR; v: SNR / (SNR + 1); flow velocity eps - x_0: (1 - t)^2. Source: docs/method.md.
+    The error of each target is that of epsilon times a function of alpha and sigma. Source: docs/method.md.
 
     Args:
         weight: weights on the epsilon loss, shape (T,).
@@ -108,13 +112,12 @@ def epsilon_equivalent(weight: Tensor, schedule: NoiseSchedule, prediction_type:
         Finite weights, shape (T,).
     """
     check_prediction_type(prediction_type)
-    if prediction_type == "flow" and not schedule.is_flow:
-        raise ValueError("a flow prediction needs a rectified-flow schedule, alpha + sigma = 1")
+    alpha, sigma = schedule.alpha, schedule.sigma
     factor = {
         "epsilon": torch.ones_like(schedule.snr),
         "x0": schedule.snr,
-        "v": schedule.alphas_cumprod,  # SNR / (SNR + 1)
-        "flow": schedule.alpha**2,  # alpha = 1 - t on the straight path
+        "v": (alpha / (alpha**2 + sigma**2)) ** 2,  # SNR / (SNR + 1) where alpha^2 + sigma^2 = 1
+        "flow": (alpha / (alpha + sigma)) ** 2,  # (1 - t)^2 on the straight path
     }
     return weight * factor[prediction_type]
 

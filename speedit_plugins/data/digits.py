@@ -1,6 +1,6 @@
 """The embedded dataset: real handwritten digits that need no download.
 
-Dimensions: N images, C channels, H x W pixels.
+Dims: N images, C channels, H x W pixels.
 """
 
 from typing import Any

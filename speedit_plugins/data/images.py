@@ -1,6 +1,6 @@
 """Images from a folder: with classes in the ImageNet layout, or without.
 
-Dimensions: H x W pixels, image_size = H = W after the crop.
+Dims: H x W pixels, image_size = H = W after the crop.
 """
 
 import os

@@ -1,6 +1,6 @@
 """A resumable loader: the batches that follow are a function of (seed, epoch, offset) alone.
 
-Dimensions: B batch, C channels, H x W pixels.
+Dims: B batch, C channels, H x W pixels.
 """
 
 import os
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+# What a seed is for: the first number of every path given to `stream_seed`, so that no two streams are one.
+DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM = range(4)
 
 # A key names one sample of one pass over the data: (epoch, index).
 Key = tuple[int, int]
@@ -174,7 +177,7 @@ def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
     """The order of one epoch: a permutation of range(size), int64 (size,), decided by (seed, epoch)."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(stream_seed(seed, DATA_STREAM, epoch))
     return torch.randperm(size, generator=generator)
 
 
@@ -221,7 +224,7 @@ class _KeyedSamples:
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, epoch, index))
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, DATA_STREAM, epoch, index))
         return dict(self.dataset.load(index, generator))
 
 

@@ -12,7 +12,16 @@ from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.data.loader import SampleSource
 from speedit_plugins.diffusion.process import GaussianProcess
 from speedit_plugins.engine.schema import ExperimentConfig
-from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, PROCESSES, build, build_policy
+from speedit_plugins.registry import (
+    DATASETS,
+    ENCODERS,
+    FEATURES,
+    MODELS,
+    PROCESSES,
+    build,
+    build_policy,
+    check,
+)
 
 
 class Encoder(Protocol):
@@ -56,20 +65,21 @@ def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:
     return cast(Encoder, build(ENCODERS, config.encoder, allow_download=config.allow_download).to(device))
 
 
-def build_dataset(config: ExperimentConfig) -> SampleSource:
+def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> SampleSource:
     """The dataset; a conditional model needs one with classes it knows.
+
+    Args:
+        augmented: False leaves out random flips: the data as they are.
 
     Raises:
         ValueError: the dataset's classes do not fit num_classes.
     """
-    conditional = config.num_classes > 0
-    options = {"class_cond": conditional, "image_size": config.image_size}
-    given: dict[str, Any] = {key: value for key, value in options.items() if key not in config.data.dataset}
-    dataset = build(DATASETS, config.data.dataset, **given)
-    if conditional and dataset.num_classes > config.num_classes:
+    section, given = _dataset_options(config, augmented=augmented)
+    dataset = build(DATASETS, section, **given)
+    if config.num_classes and not 0 < dataset.num_classes <= config.num_classes:
         raise ValueError(
             f"the dataset has {dataset.num_classes} classes, got num_classes: {config.num_classes};"
-            f" wanted at least {dataset.num_classes}"
+            f" wanted {f'at least {dataset.num_classes}' if dataset.num_classes else 'data with classes'}"
         )
     return cast(SampleSource, dataset)
 
@@ -97,6 +107,10 @@ def build_model(config: ExperimentConfig, encoder: Encoder | None = None) -> nn.
 
 def describe(config: ExperimentConfig) -> str:
     """Parameters, tokens per sample and training memory of a config, without allocating the model."""
+    check(ENCODERS, config.encoder, allow_download=False)
+    check(FEATURES, config.features, images=None, labels=None)
+    section, given = _dataset_options(config, augmented=True)
+    check(DATASETS, section, **given)
     with torch.device("meta"):
         model = build_model(config)
     batch_size = config.data.batch_size
@@ -111,14 +125,29 @@ def describe(config: ExperimentConfig) -> str:
             f"parameters         {num_parameters:,}",
             f"tokens per sample  {model.num_tokens:,}",
             f"training state     {_gib(state)} (weights, gradients, AdamW, EMA in fp32)",
-            f"activations        {activations} kept for the backward pass, batch {batch_size}",
+            f"activations        about {activations} kept for the backward pass, batch {batch_size}",
             f"policy             {policy}",
         ]
     )
 
 
+def _dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dataset's section, and what the experiment says of it where the section does not."""
+    section = dict(config.data.dataset)
+    facts: dict[str, Any] = {"class_cond": config.num_classes > 0, "image_size": config.image_size}
+    if not augmented:
+        section.pop("random_flip", None)
+        facts["random_flip"] = False
+    return section, {key: value for key, value in facts.items() if key not in section}
+
+
 def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
-    """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device."""
+    """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device.
+
+    Under bf16 the whole model counts in bf16, which autocast does for all but the norms.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = model.to(dtype).train()
     B, size = config.data.batch_size, cast(int, model.input_size)
     storages: dict[int, Tensor] = {}
 
@@ -128,13 +157,10 @@ def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
         return tensor
 
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    x = torch.zeros(B, cast(int, model.in_channels), size, size, device="meta")
+    x = torch.zeros(B, cast(int, model.in_channels), size, size, device="meta", dtype=dtype)
     t = torch.zeros(B, dtype=torch.int64, device="meta")
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
-    ):
-        model.eval()(x, t, t if config.num_classes else None)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(x, t, t if config.num_classes else None)
     kept = {key: tensor for key, tensor in storages.items() if key not in parameters}
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -62,10 +62,15 @@ def save(folder: Path, step: int, contents: Contents, *, keep_last: int) -> Path
             save_file({k: v.detach().cpu().contiguous() for k, v in contents.ema.items()}, partial / EMA)
             torch.save(dict(contents.state), partial / STATE)
             (partial / CONFIG).write_text(contents.config)
-            for file in partial.iterdir():
-                _sync(file)
-            _remove(target)
-            partial.rename(target)
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            replaced = _set_aside(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                if replaced is not None:
+                    replaced.rename(target)
+                raise
             _sync(folder)
     # torch reports a failed write as RuntimeError, safetensors as its own.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -73,7 +78,10 @@ def save(folder: Path, step: int, contents: Contents, *, keep_last: int) -> Path
         kept = f"the last checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot write checkpoint {target}: {error}; {kept}") from error
     for old in _all(folder)[:-keep_last]:
-        _remove(old)
+        _set_aside(old)
+    # Also what an interrupted save or removal of an earlier process left behind.
+    for leftover in (*folder.glob("step_*.old"), *folder.glob("step_*.tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
     return target
 
 
@@ -119,13 +127,13 @@ def _all(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
 
 
-def _remove(path: Path) -> None:
-    """Renames first: a removal cut short must not leave a folder that looks like a checkpoint."""
-    if path.exists():
-        doomed = path.with_suffix(".old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def _set_aside(path: Path) -> Path | None:
+    """Renames a folder to be removed: a removal cut short must not leave what looks like a checkpoint."""
+    if not path.exists():
+        return None
+    aside = path.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def _sync(path: Path) -> None:

@@ -45,9 +45,10 @@ _SECRET_KEY = re.compile(
     r"|credentials?)$|^token$",
     re.IGNORECASE,
 )
-# Hugging Face, OpenAI, GitHub, AWS; Weights & Biases (40 hexadecimal digits); user:password@host.
+# Hugging Face, OpenAI, GitHub, AWS; Weights & Biases (40 hexadecimal digits, but not in a path: a hub's cache
+# has folders of such names); user:password@host.
 _SECRET_VALUE = re.compile(
-    r"\b(hf_|sk-|gh[pousr]_|AKIA)[A-Za-z0-9_-]{16,}|\b[0-9a-fA-F]{40}\b|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\b(hf_|sk-|gh[pousr]_|AKIA)[A-Za-z0-9_-]{16,}|(?<![\w/\\])[0-9a-fA-F]{40}(?![\w/\\])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 _PUBLIC_HASH_KEYS = ("revision", "commit", "sha1")
 

@@ -17,6 +17,9 @@ from speedit_plugins.evaluation.npz import read_npz
 from speedit_plugins.registry import FEATURES
 from speedit_plugins.registry import build as build_registered
 
+# A covariance of 4096 features takes 128 MiB in float64; usual feature spaces have at most 2048.
+MAX_FEATURES = 4096
+
 
 def test(config: ExperimentConfig) -> int:
     """Fréchet distance of sampled images to a reference npz, or else to the dataset; writes test.json."""
@@ -25,6 +28,11 @@ def test(config: ExperimentConfig) -> int:
     samples = torch.from_numpy(read_npz(samples_path))
     reference, labels, source = _reference_images(config)
     extractor = build_registered(FEATURES, config.features, images=reference, labels=labels)
+    if extractor.dim > MAX_FEATURES:
+        raise ValueError(
+            f"features {extractor.name!r} have {extractor.dim} dimensions, wanted at most {MAX_FEATURES}:"
+            f" their covariance would take {8 * extractor.dim**2 / 2**30:.0f} GiB; pixels@8 has few"
+        )
     ours, theirs = feature_statistics(samples, extractor), feature_statistics(reference, extractor)
     distance = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
     result = {
@@ -51,12 +59,16 @@ def _reference_images(config: ExperimentConfig) -> tuple[Tensor, Tensor | None, 
     """uint8 images (N, H, W, C), labels (N,) where known, and what to call them."""
     if config.reference is not None:
         return torch.from_numpy(read_npz(config.reference)), None, config.reference
-    dataset = build.build_dataset(config)
+    dataset = build.build_dataset(config, augmented=False)
     generator = torch.Generator().manual_seed(config.seed)
-    items = [dataset.load(i, generator) for i in range(len(dataset))]
-    images = torch.cat([torch.from_numpy(pictures.to_uint8(item["image"][None])) for item in items])
-    labels = torch.tensor([item["label"] for item in items]) if config.num_classes else None
-    return images, labels, f"dataset {config.data.dataset['type']}"
+    images, labels = [], []
+    # One image at a time: as uint8 a quarter of its float form stays.
+    for index in range(len(dataset)):
+        item = dataset.load(index, generator)
+        images.append(torch.from_numpy(pictures.to_uint8(item["image"][None])))
+        labels.append(item["label"])
+    known = torch.tensor(labels) if config.num_classes else None
+    return torch.cat(images), known, f"dataset {config.data.dataset['type']}"
 
 
 def _newest_npz(folder: Path) -> Path:

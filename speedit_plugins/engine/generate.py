@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from speedit_plugins.data.loader import stream_seed
+from speedit_plugins.data.loader import IMAGE_STREAM, LABEL_STREAM, stream_seed
 from speedit_plugins.diffusion import sampling
 from speedit_plugins.diffusion.process import GaussianProcess
 from speedit_plugins.engine import build, checkpoint, pictures, results
@@ -36,10 +36,11 @@ def sample(config: ExperimentConfig) -> int:
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` images of random classes: PNG files, and one ADM-format npz."""
     generator, source = _load_generator(config)
-    name = source.name if source.is_dir() else source.stem
-    folder = Path(config.experiment_dir) / results.INFERENCE / f"{name}_n{config.num_samples}"
+    weights = source.name if source.is_dir() else source.stem
+    name = f"{weights}_n{config.num_samples}_cfg{config.guidance_scale:g}_seed{config.seed}"
+    folder = Path(config.experiment_dir) / results.INFERENCE / name
     folder.mkdir(parents=True, exist_ok=True)
-    npz = folder.with_suffix(".npz")
+    npz = folder.with_name(f"{name}.npz")
     with progress("inference", total=config.num_samples, unit="image") as bar:
         write_npz(npz, _written(generator, folder, bar), num_images=config.num_samples)
     results.save_config(config, "inference")
@@ -56,12 +57,26 @@ class ImageGenerator:
         model: on the device that images are drawn on.
         process: not respaced.
         encoder: decodes what the model draws.
+
+    Raises:
+        ValueError: guidance that the model or the encoder's channels do not allow.
     """
 
     def __init__(
         self, model: nn.Module, process: GaussianProcess, encoder: build.Encoder, config: ExperimentConfig
     ) -> None:
         self.model, self.process, self.encoder, self.config = model, process, encoder, config
+        self._null_label = cast(int | None, model.null_label)
+        if config.num_classes and config.guidance_scale != 1 and self._null_label is None:
+            raise ValueError(
+                f"guidance_scale {config.guidance_scale} needs a model with class_dropout_prob > 0;"
+                " this one has no null label"
+            )
+        channels = config.sampler.guidance_channels
+        if channels is not None and channels > encoder.channels:
+            raise ValueError(
+                f"sampler.guidance_channels needs <= {encoder.channels} channels, got {channels}"
+            )
 
     def images(
         self,
@@ -81,7 +96,7 @@ class ImageGenerator:
             callback: told the number of sampling steps done, and x, after each.
         """
         device = next(self.model.parameters()).device
-        generator = torch.Generator(device).manual_seed(stream_seed(self.config.seed, 2, stream))
+        generator = torch.Generator(device).manual_seed(stream_seed(self.config.seed, IMAGE_STREAM, stream))
         size = self.config.image_size // self.encoder.downsample
         shape = (num_images, self.encoder.channels, size, size)
         options = self.config.sampler
@@ -120,13 +135,8 @@ class ImageGenerator:
     def _null_labels(self, condition: Tensor | None) -> Tensor | None:
         if condition is None or self.config.guidance_scale == 1:
             return None
-        null_label = cast(int | None, self.model.null_label)
-        if null_label is None:
-            raise ValueError(
-                f"guidance_scale {self.config.guidance_scale} needs a model with class_dropout_prob > 0;"
-                " this one has no null label"
-            )
-        return torch.full_like(condition, null_label)
+        assert self._null_label is not None
+        return torch.full_like(condition, self._null_label)
 
 
 def draw_grid(
@@ -155,7 +165,7 @@ def draw_grid(
 def _written(generator: ImageGenerator, folder: Path, bar: Any) -> Iterator[Any]:
     """Chunks of uint8 images (B, H, W, C), each written to `folder` as PNG files before it is given on."""
     config = generator.config
-    chooser = torch.Generator().manual_seed(stream_seed(config.seed, 3))
+    chooser = torch.Generator().manual_seed(stream_seed(config.seed, LABEL_STREAM))
     for start in range(0, config.num_samples, config.per_proc_batch_size):
         count = min(config.per_proc_batch_size, config.num_samples - start)
         labels = None

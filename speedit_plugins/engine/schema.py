@@ -22,7 +22,12 @@ POLICY_PARTS = frozenset({"density", "weighting", "draw", "scope"})
 
 Config = TypeVar("Config")
 
-_LIMITS = {"at_least": (">=", operator.ge), "above": (">", operator.gt), "below": ("<", operator.lt)}
+_LIMITS = {
+    "at_least": (">=", operator.ge),
+    "at_most": ("<=", operator.le),
+    "above": (">", operator.gt),
+    "below": ("<", operator.lt),
+}
 
 
 class ConfigError(ValueError):
@@ -34,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def _limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field with a range: `at_least` (>=), `above` (>), `below` (<); each item of a sequence obeys it."""
+    """A field with a range, of each item in a sequence: `at_least`, `at_most`, `above`, `below`."""
     return field(default=default, metadata=limits)
 
 
@@ -63,7 +68,7 @@ class SamplerConfig:
 
     type: Literal["ddpm", "ddim", "dpm_solver"] = "ddpm"
     num_steps: int = _limited(250, at_least=1)
-    eta: float = _limited(0.0, at_least=0)
+    eta: float = _limited(0.0, at_least=0, at_most=1)
     guidance_channels: int | None = _limited(None, at_least=1)
     clip_sample: bool = False
 
@@ -277,6 +282,10 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         _check_classes(config)
         if phase != "inference" and config.num_classes and not config.sample_classes:
             raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
+    if phase == "test" and config.ckpt_path is not None:
+        raise ConfigError(
+            "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
+        )
     if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
         raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
 
@@ -299,8 +308,11 @@ def _check_sampler(config: ExperimentConfig) -> None:
     sampler = config.sampler
     if sampler.eta and sampler.type != "ddim":
         raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
-    if sampler.num_steps > config.diffusion.diffusion_steps:
-        limit = f"wanted int <= diffusion.diffusion_steps = {config.diffusion.diffusion_steps}"
+    # ddpm and ddim visit both ends of the chain; DPM-Solver takes the clean end as given.
+    steps = config.diffusion.diffusion_steps
+    least, most = (1, steps - 1) if sampler.type == "dpm_solver" else (2, steps)
+    if not least <= sampler.num_steps <= most:
+        limit = f"{sampler.type} wanted int in [{least}, {most}] of diffusion.diffusion_steps = {steps}"
         raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")

@@ -61,6 +61,7 @@ class LossWindow:
         self._bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=device)  # mse, count
         self._num_samples = 0
         self._density: Tensor | None = None
+        self._table = torch.empty(0)
 
     def add(self, draw: TimestepDraw, terms: LossTerms) -> None:
         """Adds the losses (B,) of one batch."""
@@ -120,7 +121,11 @@ class Tracker:
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, its scalars to TensorBoard, the loss to the progress bar."""
-        self._lines.write(json.dumps({"step": step, **row}) + "\n")
+        try:
+            self._lines.write(json.dumps({"step": step, **row}) + "\n")
+        except OSError as error:
+            # The system's message for a full disk names no file.
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
         self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         if self._board is not None:
             for name, value in row.items():

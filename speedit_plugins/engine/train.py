@@ -13,7 +13,7 @@ from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import Tracker, read_metrics, say
 from speedit_plugins.engine.trainer import Trainer, TrainingParts
-from speedit_plugins.models.pretrained import load_weights
+from speedit_plugins.models.pretrained import load_weights, read_checkpoint
 
 
 def train(config: ExperimentConfig) -> int:
@@ -28,6 +28,7 @@ def train(config: ExperimentConfig) -> int:
         elif config.pretrained is not None:
             _load_pretrained(trainer, config.pretrained)
         results.save_config(config, "train")
+        started = trainer.step
         trained = sum(p.numel() for p in trainer.parameters)
         say(f"policy {trainer.policy}; {trained:,} trained parameters on {trainer.device}")
         with Tracker(
@@ -39,9 +40,11 @@ def train(config: ExperimentConfig) -> int:
             trainer.fit(tracker, stop)
     rows = read_metrics(folder)
     if rows:
-        title = f"{folder}: policy {trainer.policy.name}"
+        title = f"{config.experiment_name or folder}: policy {trainer.policy.name}"
         pictures.save_loss_curve(rows, folder / results.LOSS_CURVE, title=title)
-    if trainer.step < config.max_training_steps:
+    if started == config.max_training_steps:
+        say(f"nothing to train: the run is at step {started} of {config.max_training_steps}")
+    elif trainer.step < config.max_training_steps:
         say(f"stopped by {stop.signal_name} after step {trainer.step}")
         say("run the same command again to go on from the checkpoint (resume: auto)")
     else:
@@ -65,13 +68,16 @@ def build_trainer(config: ExperimentConfig) -> Trainer:
         pin_memory=device.type == "cuda",
     )
     policy = build.build_timestep_policy(config, process)
+    parts = TrainingParts(model, encoder, process, policy, loader, device)
+    if not config.sample_every:
+        return Trainer(parts, config)
     generator = ImageGenerator(model, build.build_process(config, respaced=False), encoder, config)
 
     def draw(weights: Mapping[str, Tensor], step: int) -> None:
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
         draw_grid(generator, path, weights=weights)
 
-    return Trainer(TrainingParts(model, encoder, process, policy, loader, device), config, draw_grid=draw)
+    return Trainer(parts, config, draw_grid=draw)
 
 
 def checkpoint_to_resume(config: ExperimentConfig) -> Path | None:
@@ -100,9 +106,11 @@ def checkpoint_to_resume(config: ExperimentConfig) -> Path | None:
 
 
 def _load_pretrained(trainer: Trainer, path: str) -> None:
+    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
     # Another set of classes is the usual reason to fine-tune: label embeddings may differ.
-    excused = ("y_embedder.",) if trainer.config.num_classes else ()
-    report = load_weights(trainer.model, path, allow_mismatch=excused)
+    named = (*trainer.model.state_dict(), *read_checkpoint(source))
+    excused = ("y_embedder.",) if any(name.startswith("y_embedder.") for name in named) else ()
+    report = load_weights(trainer.model, source, allow_mismatch=excused)
     trainer.ema.load(dict(trainer.model.named_parameters()), num_updates=0)
     fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
     say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")

@@ -5,8 +5,8 @@ Dims: B batch, C channels, H x W pixels or latent cells.
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.data.loader import ResumableLoader, stream_seed
+from speedit_plugins.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
 from speedit_plugins.diffusion.process import GaussianProcess
 from speedit_plugins.engine import checkpoint
 from speedit_plugins.engine.build import Encoder
@@ -23,6 +23,8 @@ from speedit_plugins.engine.ema import Ema
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
 from speedit_plugins.engine.tracking import LossWindow, Tracker, is_finite
+
+DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Trainer:
     Args:
         parts: the objects that train, on their device.
         config: the experiment, phase train.
-        draw_grid: called as draw_grid(weights, step) every `sample_every` steps with the averaged weights.
+        draw_grid: called with the averaged weights and the step every `sample_every` steps.
+
+    Raises:
+        ValueError: `sample_every` without `draw_grid`.
     """
 
-    def __init__(self, parts: TrainingParts, config: ExperimentConfig, *, draw_grid: Any = None) -> None:
+    def __init__(
+        self, parts: TrainingParts, config: ExperimentConfig, *, draw_grid: DrawGrid | None = None
+    ) -> None:
+        if config.sample_every and draw_grid is None:
+            raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
         self.model, self.encoder = parts.model, parts.encoder
         self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
         self.config, self.device = config, parts.device
@@ -54,9 +63,10 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
         self.ema = Ema(self.model, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
-        self.generator = torch.Generator(self.device).manual_seed(stream_seed(config.seed, 1))
+        self.generator = torch.Generator(self.device).manual_seed(stream_seed(config.seed, NOISE_STREAM))
         self.window = LossWindow(self.policy, batch_size=config.data.batch_size, device=self.device)
         self.step = 0
+        self._saved_step = -1
         self._draw_grid = draw_grid
 
     def fit(self, tracker: Tracker, stop: StopRequest) -> None:
@@ -79,11 +89,14 @@ class Trainer:
                 row = {**self.window.summary(), "grad_norm": float(grad_norm), "steps_per_second": rate}
                 self._check_finite(row)
                 tracker.log(self.step, {**row, "lr": self.optimizer.param_groups[0]["lr"]})
-            if self.config.sample_every and self.step % self.config.sample_every == 0:
-                self._draw_grid(self.ema.weights, self.step)
-            if self.step % self.config.ckpt_every == 0 and self.step < last:
+            if self.step % self.config.ckpt_every == 0:
                 self.save()
-        self.save()
+            # A grid takes many model calls: a pending stop does not wait for it.
+            is_due = self._draw_grid is not None and self.step % self.config.sample_every == 0
+            if is_due and stop.signal_name is None:
+                self._draw_grid(self.ema.weights, self.step)
+        if self.step != self._saved_step:
+            self.save()
 
     def optimizer_step(self, *, measured: bool = False) -> Tensor:
         """One optimizer step over `grad_accumulation` batches.
@@ -124,8 +137,9 @@ class Trainer:
             prediction = self.model(noised.x_t, noised.timestep, condition)
         terms = self.process.loss(prediction, noised, draw)
         (terms.loss.mean() * share).backward()
-        self.policy.update(draw.index, (terms.mse + terms.vb).detach())
+        # Scored by the law it was drawn from, before the policy learns from it.
         self.window.add(draw, terms)
+        self.policy.update(draw.index, (terms.mse + terms.vb).detach())
 
     def save(self) -> Path:
         """Writes a checkpoint of this step, and returns its folder.
@@ -144,6 +158,8 @@ class Trainer:
             ema=self.ema.state_dict(self.model),
             state={
                 "step": self.step,
+                "device": self.device.type,
+                "diffusion": asdict(self.config.diffusion),
                 "ema_updates": self.ema.num_updates,
                 "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
@@ -152,9 +168,11 @@ class Trainer:
             },
             config=to_yaml(self.config),
         )
-        return checkpoint.save(
+        path = checkpoint.save(
             self.folder / "checkpoints", self.step, contents, keep_last=self.config.keep_last
         )
+        self._saved_step = self.step
+        return path
 
     def restore(self, path: Path) -> None:
         """Continues from the checkpoint folder `path`, bit for bit.
@@ -165,16 +183,22 @@ class Trainer:
         contents = checkpoint.load(path)
         state = contents.state
         try:
+            _check_same_run(state, device=self.device.type, diffusion=asdict(self.config.diffusion))
             _check_shapes(contents.model, self.model.state_dict())
             self.model.load_state_dict(contents.model)
             self.ema.load(contents.ema, state["ema_updates"])
             self.optimizer.load_state_dict(state["optimizer"])
+            # The state brings its own hyperparameters; the config's are those that count from here on.
+            for group in self.optimizer.param_groups:
+                group.update(
+                    betas=self.config.optimizer.betas, weight_decay=self.config.optimizer.weight_decay
+                )
             self.loader.load_state_dict(state["loader"])
             self.policy.load_state_dict(state["policy"])
             self._set_rng_state(state["rng"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         images = batch["image"].to(self.device, non_blocking=True)
@@ -203,6 +227,14 @@ class Trainer:
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def _check_same_run(state: Mapping[str, Any], *, device: str, diffusion: Mapping[str, Any]) -> None:
+    if state["device"] != device:
+        raise ValueError(f"saved on {state['device']}, got {device}: random states do not carry over")
+    for key, value in diffusion.items():
+        if state["diffusion"].get(key) != value:
+            raise ValueError(f"diffusion.{key} was {state['diffusion'].get(key)!r}, got {value!r}")
 
 
 def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ An entry of FEATURES is built with its own options and, where it has parameters 
 set: `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None. What comes back has `name` and `dim` and
 maps uint8 images (B, H, W, C) to float features (B, dim); any extractor of this form plugs in.
 
-Dimensions: N reference images, B images, H x W pixels, C channels, D features.
+Dims: N reference images, B images, H x W pixels, C channels, D features.
 """
 
 from typing import Protocol

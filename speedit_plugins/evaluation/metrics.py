@@ -1,6 +1,6 @@
 """Distances between sets of images, measured on features.
 
-Dimensions: N images, B of them in a batch, D features.
+Dims: N images, B of them in a batch, D features.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Sample sets in the ADM format: an `.npz` whose `arr_0` is uint8 (N, H, W, C), as its evaluation reads it.
 
-Dimensions: N images, B of them in a chunk, H x W pixels, C channels.
+Dims: N images, B of them in a chunk, H x W pixels, C channels.
 """
 
 import contextlib
