@@ -1,7 +1,7 @@
 # `make` lists the targets. Each works from a fresh clone and creates .venv when it is missing.
 
-# Installed before everything else, so that no other package pulls a newer one. Empty leaves the choice to pip; flags may follow the name, for example
-#   make install TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+# Installed before everything else, so that no other package pulls a newer one. Empty leaves the choice to pip.
+# Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 EXTRAS ?= trainer,eval,dev
@@ -19,7 +19,7 @@ PIP_INSTALL := $(PIP) install $(if $(CI),--progress-bar off)
 PYTEST := $(BIN)/python -m pytest --cov --cov-report=term
 
 # Small tensors gain little from a second thread, and two threads wait for each other on a busy machine.
-smoke check test: export OMP_NUM_THREADS ?= 1
+demo smoke check test: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -61,6 +61,12 @@ def build_policy(
         ValueError: an unknown name or parameter (the known ones and the nearest are listed), or a bad value.
     """
     weightings.check_prediction_type(prediction_type)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
+        )
+    if not isinstance(config, str | Mapping):
+        raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
     options: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
     for key in ("stratified", "normalize"):

@@ -362,3 +362,13 @@ def test_a_config_is_checked_without_torch() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_bare_name_and_its_parameters_on_the_command_line_are_one_section() -> None:
+    arguments = ["diffusion.policy=speed", "diffusion.policy.k=4"]
+    config = load_config("image/digits/speedit.yaml", "train", arguments)
+    assert config.diffusion.policy == {"type": "speed", "k": 4}
+    folder = load_config(
+        "image/digits/speedit.yaml", "train", ["data.dataset=ImageFolder", "data.dataset.root=x"]
+    )
+    assert folder.data.dataset == {"type": "ImageFolder", "root": "x"}

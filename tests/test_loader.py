@@ -225,3 +225,18 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing(change: dict[str,
     with pytest.raises(ValueError, match=message):
         loader.load_state_dict({**state, **change})
     assert loader.state_dict() == state
+
+
+class Faulty:
+    def __len__(self) -> int:
+        return 4
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        raise ValueError("corrupt image cat.png")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_in_the_data_is_the_same_error_with_and_without_workers(num_workers: int) -> None:
+    loader = ResumableLoader(Faulty(), batch_size=2, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"^corrupt image cat.png$"):
+        next(loader)

@@ -152,7 +152,7 @@ def test_training_goes_on_by_itself_and_stops_where_it_is_done(trained: Path, tm
         ("sample", {}, "no checkpoint in .*checkpoints: train first, or give ckpt_path"),
         ("test", {}, "no npz in .*inference: run the phase inference first"),
         ("train", {"pretrained": "absent.pt"}, "no checkpoint at 'absent.pt'"),
-        ("train", {"resume": "absent"}, "no checkpoint to read: absent is not a folder"),
+        ("train", {"resume": "absent"}, "resume needs auto, never or a checkpoint's folder, got 'absent'"),
         ("train", {"diffusion__policy": "{type: sped}"}, "unknown policy 'sped'; did you mean 'speed'"),
         (
             "train",

@@ -24,7 +24,7 @@ CONVERGENCE_SNR = 1 / 143
 _CPU: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """Signal and noise scale of every timestep, float64 on the CPU.
 
@@ -163,6 +163,9 @@ class NoiseSchedule:
                 f"respaced needs indices in [0, {self.num_timesteps}), got {list(indices)[:8]}..."
             )
         return NoiseSchedule(self.alpha[keep], self.sigma[keep], self.timesteps[keep], self.num_original)
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule(T = {self.num_timesteps}, SNR {self.snr[0]:.3g} to {self.snr[-1]:.3g})"
 
     @property
     def num_timesteps(self) -> int:

@@ -67,6 +67,8 @@ class ImageFolder:
         on_corrupt: str = "raise",
         follow_links: bool = False,
     ) -> None:
+        if not isinstance(root, str | os.PathLike):
+            raise ValueError(f"ImageFolder needs root to be a path, got {root!r}")
         if image_size < 1:
             raise ValueError(f"ImageFolder needs image_size >= 1, got {image_size}")
         if on_corrupt not in ON_CORRUPT:

@@ -6,15 +6,17 @@ Dims: B batch, C channels, H x W pixels.
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 # What a seed is for: the first number of every path given to `stream_seed`, so that no two streams are one.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM = range(4)
+
+_FAULT = "fault"
 
 # A key names one sample of one pass over the data: (epoch, index).
 Key = tuple[int, int]
@@ -93,7 +95,7 @@ class ResumableLoader:
         if self._batches is None:
             self._batches = self._start()
         try:
-            batch = next(self._batches)
+            batch = _checked(next(self._batches))
         except BaseException:
             # The running iterator is past the batch that failed; the next call starts again at the position.
             self.close()
@@ -163,6 +165,7 @@ class ResumableLoader:
             batch_sampler=keys,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            collate_fn=_collated,
             worker_init_fn=_leave_group_signals_to_trainer,
             # Without a generator of its own the DataLoader draws from the global one.
             generator=torch.Generator().manual_seed(0),
@@ -225,7 +228,23 @@ class _KeyedSamples:
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
         generator = torch.Generator().manual_seed(stream_seed(self.seed, DATA_STREAM, epoch, index))
-        return dict(self.dataset.load(index, generator))
+        try:
+            return dict(self.dataset.load(index, generator))
+        except ValueError as error:
+            # As data: out of a worker, an exception arrives wrapped in the worker's traceback.
+            return {_FAULT: str(error)}
+
+
+def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples stacked key by key, or the first fault among them."""
+    faults = [sample for sample in samples if _FAULT in sample]
+    return faults[0] if faults else cast(dict[str, Any], default_collate(samples))
+
+
+def _checked(batch: dict[str, Any]) -> dict[str, Tensor]:
+    if _FAULT in batch:
+        raise ValueError(batch[_FAULT])
+    return batch
 
 
 def _leave_group_signals_to_trainer(worker_id: int) -> None:

@@ -234,7 +234,8 @@ def _dotlist(overrides: Iterable[str]) -> dict[str, Any]:
             content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
         except (YAMLError, OmegaConfBaseException):
             raise ValueError(f"{key}: the value on the command line is not valid YAML; quote it") from None
-        merged = merge(merged, cast(dict[str, Any], content))
+        # Each argument becomes a section by itself: `policy=speed policy.k=4` sets k of speed.
+        merged = merge(merged, _with_sections(cast(dict[str, Any], content)))
     return merged
 
 
@@ -273,6 +274,11 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
         check_keys(ExperimentConfig, content)
     except ConfigError as error:
         raise ConfigError(error.path, f"{_message(error)} (in {layer.source})") from None
+    return _Layer(layer.source, _with_sections(content))
+
+
+def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` itself, where a component given by a bare name is a section with that `type` now."""
     for path in COMPONENTS:
         *parents, name = path.split(".")
         section: Any = content
@@ -280,7 +286,7 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
             section = section.get(parent) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(name), str):
             section[name] = {"type": section[name]}
-    return _Layer(layer.source, content)
+    return content
 
 
 def _changes_type(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> bool:

@@ -184,6 +184,10 @@ def _load_generator(config: ExperimentConfig) -> tuple[ImageGenerator, Path]:
     source = Path(config.ckpt_path) if config.ckpt_path else checkpoint.newest(checkpoints)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
+    if source.is_dir() and not (source / checkpoint.EMA).is_file():
+        raise ValueError(
+            f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
+        )
     device = build.build_device(config)
     encoder = build.build_encoder(config, device)
     model = build.build_model(config, encoder).to(device)

@@ -24,7 +24,8 @@ def train(config: ExperimentConfig) -> int:
         trainer = build_trainer(config)
         if resumed is not None:
             trainer.restore(resumed)
-            say(f"going on from {resumed}")
+            ignored = "" if config.pretrained is None else f"; {config.pretrained} is not read again"
+            say(f"going on from {resumed}{ignored}")
         elif config.pretrained is not None:
             _load_pretrained(trainer, config.pretrained)
         results.save_config(config, "train")
@@ -42,7 +43,7 @@ def train(config: ExperimentConfig) -> int:
     if rows:
         title = f"{config.experiment_name or folder}: policy {trainer.policy.name}"
         pictures.save_loss_curve(rows, folder / results.LOSS_CURVE, title=title)
-    if started == config.max_training_steps:
+    if started >= config.max_training_steps:
         say(f"nothing to train: the run is at step {started} of {config.max_training_steps}")
     elif trainer.step < config.max_training_steps:
         say(f"stopped by {stop.signal_name} after step {trainer.step}")
@@ -97,6 +98,8 @@ def checkpoint_to_resume(config: ExperimentConfig) -> Path | None:
             )
         return None
     path = Path(config.resume)
+    if not path.is_dir():
+        raise ValueError(f"resume needs auto, never or a checkpoint's folder, got {config.resume!r}")
     if found is not None and checkpoint.step_of(found) > checkpoint.step_of(path):
         raise ValueError(
             f"resume: {path} goes back behind {found} of the same run; wanted another experiment_dir for the"

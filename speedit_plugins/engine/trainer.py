@@ -92,9 +92,9 @@ class Trainer:
             if self.step % self.config.ckpt_every == 0:
                 self.save()
             # A grid takes many model calls: a pending stop does not wait for it.
-            is_due = self._draw_grid is not None and self.step % self.config.sample_every == 0
-            if is_due and stop.signal_name is None:
-                self._draw_grid(self.ema.weights, self.step)
+            draw_grid = self._draw_grid if stop.signal_name is None else None
+            if draw_grid is not None and self.step % self.config.sample_every == 0:
+                draw_grid(self.ema.weights, self.step)
         if self.step != self._saved_step:
             self.save()
 
