@@ -1,0 +1,187 @@
+"""Seam C: the host draws with `t, weights = schedule_sampler.sample(n, device)`.
+
+guided-diffusion and MDT multiply the whole loss, the variational term included, by the sampler's weights. So
+for a policy that weighs mse only, the sampler returns weight 1, and the diffusion object weighs the mse at
+the t that it is given. A policy of scope "loss" is what the host's weights are made for.
+
+Dims: T timesteps, B batch.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.hosts.diffusion_object import Attachment, attach, check_seam
+from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.registry import Config, build_policy
+
+
+def schedule_sampler(
+    diffusion: Any,
+    policy: str | Config | TimestepPolicy = "speedit",
+    *,
+    host_class: type = object,
+    prediction_type: str | None = None,
+    generator: torch.Generator | None = None,
+) -> "PolicySampler":
+    """A schedule sampler that draws by a policy; puts mse weights into the diffusion object.
+
+    Args:
+        diffusion: the object that the host trains with.
+        policy: see `build_policy`; or a policy built for this object's number of timesteps.
+        host_class: the host's ScheduleSampler, where it asks for an instance; its LossAwareSampler, where it
+            reports losses to no other class and the policy of scope "loss" learns.
+        prediction_type: what the model predicts; None reads it from the object.
+        generator: of the draws; None is the device's global one.
+
+    Raises:
+        ValueError: the object has a policy already (it would draw again), no seam, or another T.
+
+    Warns:
+        UserWarning: the host's mse is weighted before the policy's weights come on top.
+    """
+    check_seam(diffusion)
+    schedule = schedule_of(diffusion)
+    if not isinstance(policy, TimestepPolicy):
+        policy = build_policy(policy, schedule, prediction_type or prediction_type_of(diffusion))
+    elif policy.schedule.num_timesteps != schedule.num_timesteps:
+        raise ValueError(
+            f"the policy is built for T = {policy.schedule.num_timesteps}, got a diffusion object with"
+            f" {schedule.num_timesteps} timesteps"
+        )
+    _warn_if_weighted(diffusion, policy)
+    attachment = None
+    if policy.scope == "mse":
+        attachment = GivenTimesteps(policy)
+        attach(diffusion, attachment)
+    sampler: PolicySampler = _sampler_class(host_class)(policy, attachment, generator)
+    return sampler
+
+
+class PolicySampler:
+    """What the host calls; made by `schedule_sampler`.
+
+    Args:
+        policy: draws, and weighs in scope "loss".
+        attachment: weighs in the diffusion object in scope "mse", else None.
+        generator: of the draws; None is the device's global one.
+    """
+
+    def __init__(
+        self,
+        policy: TimestepPolicy,
+        attachment: "GivenTimesteps | None",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.policy = policy
+        self.num_samples = 0
+        self._attachment = attachment
+        self._generator = generator
+
+    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Timesteps int64 (B,), and the factors float32 (B,) that the host puts on the whole loss.
+
+        Raises:
+            ValueError: the first batch was drawn and never weighed: the host calls another loss.
+        """
+        if self._attachment is not None and self.num_samples and not self._attachment.num_calls:
+            raise ValueError(
+                f"the host drew twice and never called training_losses, where {self.policy.name!r} weighs"
+                " the mse; wanted a policy of scope 'loss' or a constant weighting"
+            )
+        self.policy.advance(self.num_samples)
+        self.num_samples += 1
+        draw = self.policy.draw(batch_size, device=device, generator=self._generator)
+        return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
+
+    def weights(self) -> Any:
+        """How often each timestep is drawn, numpy (T,); the host's base class demands the method.
+
+        `sample` does not use it: the host's own would divide the weights by the density again.
+        """
+        return self.policy.density.numpy()
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Tells a learning policy of scope "loss" the host's losses (B,); in scope "mse" the object does."""
+        if self._attachment is None:
+            self.policy.update(local_ts, local_losses.detach())
+
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """The same for lists; the host's base class demands it, and our policies gather ranks themselves."""
+        self.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))
+
+
+class GivenTimesteps(Attachment):
+    """Weighs the loss at the t that the host passes, and draws none."""
+
+    def __init__(self, policy: TimestepPolicy) -> None:
+        super().__init__(policy)
+        self._tables: tuple[Tensor, dict[torch.device, Tensor]] = (policy.weight, {})
+
+    def draw(self, t: Tensor) -> TimestepDraw:
+        """The host's t (B,) with our weights (B,)."""
+        self.num_calls += 1
+        index = t.long()
+        weight = self._table_on(t.device)[index]
+        return TimestepDraw(index, (index + 0.5) / len(self.policy.weight), weight, self.policy.scope)
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        # A learning policy replaces its table; one copy per table and device saves a transfer each step.
+        if self._tables[0] is not self.policy.weight:
+            self._tables = (self.policy.weight, {})
+        tables = self._tables[1]
+        if device not in tables:
+            tables[device] = self.policy.weight.float().to(device)
+        return tables[device]
+
+
+def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:
+    """The factors (B,) that a host's own training loss puts on the squared error at some timesteps.
+
+    A noise of 1, an x_0 of 1 and a model that answers 0 make the squared error of an epsilon or x_0 loss
+    exactly 1, so that the host's mse is its weight. No random number is drawn.
+
+    Args:
+        diffusion: has `training_losses(model, x_start, t, noise=...)`.
+        index: timesteps int64 (B,).
+    """
+    learns_sigma = "LEARNED" in str(getattr(diffusion, "model_var_type", ""))
+    x_0 = torch.ones(len(index), 1, 1, 1)
+
+    def silent(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(len(x), 2 if learns_sigma else 1, 1, 1)
+
+    terms = diffusion.training_losses(silent, x_0, index, noise=torch.ones_like(x_0))
+    mse: Tensor = terms["mse"]
+    return mse
+
+
+def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:
+    last = policy.schedule.num_timesteps - 1
+    index = torch.tensor([0, last // 8, last // 2, last])
+    is_known = any(name in str(getattr(diffusion, "model_mean_type", "")) for name in ("EPSILON", "START_X"))
+    has_mse = "KL" not in str(getattr(diffusion, "loss_type", ""))
+    if not (is_known and has_mse) or bool((policy.weight == policy.weight[0]).all()):
+        return
+    factors = built_in_weights(diffusion, index)
+    # A model that answers 0 leaves the squared error at 1 up to rounding.
+    if not torch.allclose(factors, torch.ones_like(factors), atol=1e-5, rtol=0):
+        shown = ", ".join(f"{float(w):.3g} at t = {int(t)}" for t, w in zip(index, factors, strict=True))
+        warnings.warn(
+            f"{type(diffusion).__module__} weighs its mse already ({shown}; Min-SNR 5 in MDT): the weights of"
+            f" {policy.name!r} multiply on top; a policy with weighting='constant' keeps the host's alone",
+            stacklevel=3,
+        )
+
+
+@cache
+def _sampler_class(host_class: type) -> Callable[..., PolicySampler]:
+    if host_class is object:
+        return PolicySampler
+    # Ours first: `sample` and `weights` take the place of the host's, and the abstract methods are filled in.
+    return type("PolicySampler", (PolicySampler, host_class), {"__module__": __name__})

@@ -1,0 +1,98 @@
+"""What a host trains on: its noise schedule and its prediction type, read from its own object.
+
+Dims: T timesteps.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from speedit_plugins.core.schedule import NoiseSchedule
+
+# The hosts' names, in lower case, for what their models predict.
+_PREDICTION_TYPES = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "start_x": "x0",
+    "x0": "x0",
+    "sample": "x0",
+    "velocity": "v",
+    "v_prediction": "v",
+    "v": "v",
+    "flow_prediction": "flow",
+}
+
+
+def schedule_of(diffusion: Any) -> NoiseSchedule:
+    """The schedule of a guided-diffusion style object, respaced as the object is.
+
+    Args:
+        diffusion: has `alphas_cumprod` (T,), numpy or torch; and `timestep_map` and `original_num_steps`
+            where it is respaced.
+
+    Raises:
+        ValueError: there is no `alphas_cumprod`.
+    """
+    table = getattr(diffusion, "alphas_cumprod", None)
+    if table is None:
+        raise ValueError(f"{_name(diffusion)} has no alphas_cumprod to read the noise schedule from")
+    timesteps = getattr(diffusion, "timestep_map", None)
+    if not isinstance(timesteps, Iterable):
+        return NoiseSchedule.from_alphas_cumprod(table)
+    return NoiseSchedule.from_alphas_cumprod(table, list(timesteps), int(diffusion.original_num_steps))
+
+
+def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
+    """The training schedule of a diffusers scheduler, index 0 cleanest.
+
+    Args:
+        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), or a flow-matching one with `sigmas`
+            that has not been set to inference steps.
+
+    Raises:
+        ValueError: a scheduler of another kind, such as EDM's, whose index is not a timestep.
+    """
+    if getattr(noise_scheduler, "alphas_cumprod", None) is not None:
+        return NoiseSchedule.from_alphas_cumprod(noise_scheduler.alphas_cumprod)
+    config = getattr(noise_scheduler, "config", {})
+    sigmas = getattr(noise_scheduler, "sigmas", None)
+    num_timesteps = int(config.get("num_train_timesteps", 0))
+    if "FlowMatch" not in type(noise_scheduler).__name__ or sigmas is None:
+        raise ValueError(
+            f"{_name(noise_scheduler)} has neither alphas_cumprod nor flow-matching sigmas: its index is not"
+            " a timestep of a schedule that a policy could read"
+        )
+    # diffusers counts from noise to data.
+    sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flip(0)
+    if len(sigma) != num_timesteps:
+        raise ValueError(
+            f"{_name(noise_scheduler)} has {len(sigma)} sigmas, wanted the {num_timesteps} of training: read"
+            " the schedule before set_timesteps"
+        )
+    return NoiseSchedule(1 - sigma, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
+
+
+def prediction_type_of(host: Any) -> str:
+    """What the host's model predicts: epsilon, x0, v or flow.
+
+    Args:
+        host: has `model_mean_type` (an enum or a string), `parameterization`, or `config.prediction_type`.
+
+    Raises:
+        ValueError: none of these, or another target; pass `prediction_type` then.
+    """
+    config = getattr(host, "config", None)
+    stated = [getattr(host, "model_mean_type", None), getattr(host, "parameterization", None)]
+    stated.append(config.get("prediction_type") if config is not None else None)
+    for value in stated:
+        if value is not None:
+            name = str(getattr(value, "name", value)).lower()
+            if name in _PREDICTION_TYPES:
+                return _PREDICTION_TYPES[name]
+            raise ValueError(f"{_name(host)} predicts {name!r}; wanted one of {', '.join(_PREDICTION_TYPES)}")
+    raise ValueError(f"{_name(host)} does not say what its model predicts: pass prediction_type")
+
+
+def _name(host: Any) -> str:
+    return f"{type(host).__module__}.{type(host).__qualname__}"

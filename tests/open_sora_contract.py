@@ -1,0 +1,334 @@
+"""What the plugin keeps in Open-Sora, checked on whatever `opensora` can be imported: stand-in or checkout.
+
+Each check takes a `Host`; `CHECKS` lists them.
+"""
+
+import copy
+import math
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from mmengine.config import Config
+from open_sora_standin import Denoiser, TextEncoder
+from torch import Tensor
+from torch.testing import assert_close
+
+from speedit_plugins.core.policy import TimestepPolicy
+from speedit_plugins.hosts.diffusion_object import is_attached, with_policy, without_policy
+
+B = 6
+SHAPE = (4, 2, 3, 3)
+INTEGRATION = Path(__file__).parents[1] / "integrations" / "open_sora"
+# Our config, the host's folder that it is copied to, and the host's config that it extends.
+CONFIGS = {
+    "1.0.0": [("speed_1_0.py", "opensora", "16x256x256.py")],
+    "1.1.0": [("speed_1_1.py", "opensora-v1-1", "stage1.py")],
+    "1.2.0": [
+        ("speed_1_1.py", "opensora-v1-1", "stage1.py"),
+        ("speed_flow.py", "opensora-v1-2", "stage1.py"),
+    ],
+    "1.3": [
+        ("speed_1_1.py", "opensora-v1-1", "stage1.py"),
+        ("speed_flow.py", "opensora-v1-3", "stage1.py"),
+    ],
+}
+# What a stand-in's config extends.
+FLOW_BASE = "scheduler = dict(type='rflow', use_timestep_transform=True, sample_method='logit-normal')\n"
+BASE = 'scheduler = dict(type="iddpm", timestep_respacing="")\n'
+
+
+@dataclass
+class Host:
+    """The imported host: its version, its folder unless it is a stand-in, and what the checks use of it."""
+
+    version: str
+    checkout: Path | None = None
+
+    @property
+    def registry(self) -> Any:
+        return import_module("opensora.registry").SCHEDULERS
+
+    @property
+    def passes_t(self) -> bool:
+        return self.version < "1.2"
+
+    def build(self, type: str = "SpeeDiffusion", **options: Any) -> Any:
+        import_module("speedit_plugins.hosts.open_sora")
+        return import_module("opensora.registry").build_module(dict(type=type, **options), self.registry)
+
+    def original(self, type: str = "iddpm", **options: Any) -> Any:
+        """The host's own scheduler, on the CPU where the host says CUDA."""
+        gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
+        defaults = gaussian.__init__.__kwdefaults__ or {}
+        with mock.patch.dict(defaults, {"device": "cpu"} if "device" in defaults else {}):
+            return import_module("opensora.registry").build_module(dict(type=type, **options), self.registry)
+
+    def train(
+        self, scheduler: Any, *, t: Tensor | None = None, model: Any = None, **options: Any
+    ) -> tuple[dict[str, Tensor], Denoiser]:
+        """One training step on fixed data, called as train.py does; t, if given, is the host's draw."""
+        model = Denoiser() if model is None else model
+        x, noise = _data()
+        args = {"y": torch.ones(B, 1)}
+        t = torch.arange(B) if t is None else t
+        if self.passes_t:
+            return scheduler.training_losses(model, x, t, args, noise=noise, **options), model
+        with mock.patch.object(torch, "randint", return_value=t.clone()):
+            return scheduler.training_losses(model, x, args, noise=noise, **options), model
+
+    def sample(self, scheduler: Any, model: Any = None) -> Tensor:
+        torch.manual_seed(3)
+        z: Any = SHAPE if self.version == "1.0.0" else torch.randn(2, *SHAPE)
+        with torch.no_grad():
+            return scheduler.sample(
+                model or Denoiser(), TextEncoder(), z, ["one", "other"], torch.device("cpu")
+            )
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(B, *SHAPE, generator=generator), torch.randn(B, *SHAPE, generator=generator)
+
+
+@contextmanager
+def _recorded(scheduler: Any) -> Iterator[list[Tensor]]:
+    """The indices that the scheduler's policy draws."""
+    drawn: list[Tensor] = []
+    draw = scheduler.policy.draw
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = draw(*args, **kwargs)
+        drawn.append(result.index.clone())
+        return result
+
+    with mock.patch.object(scheduler.policy, "draw", recording):
+        yield drawn
+
+
+def config_builds(host: Host) -> None:
+    for name, folder, base in CONFIGS[host.version]:
+        with tempfile.TemporaryDirectory() as copied_to:
+            for path, source in (
+                (Path(copied_to) / name, INTEGRATION / name),
+                (
+                    Path(copied_to) / base,
+                    host.checkout and host.checkout / "configs" / folder / "train" / base,
+                ),
+            ):
+                default = FLOW_BASE if name == "speed_flow.py" else BASE
+                path.write_text(source.read_text() if source else default)
+            config = _parsed(Path(copied_to) / name).scheduler
+            built = import_module("opensora.registry").build_module(config, host.registry)
+        is_flow = name == "speed_flow.py"
+        assert isinstance(
+            built, getattr(import_module("opensora.schedulers"), "RFLOW" if is_flow else "IDDPM")
+        )
+        if is_flow:
+            # What the host's config says beside the type stays.
+            assert (config.sample_method, config.use_timestep_transform) == ("logit-normal", True)
+            assert (built.thinning.k, built.thinning.lam) == (5.0, None)
+        else:
+            assert built.policy.name == "speedit"
+
+
+def policy_options_reach_the_policy(host: Host) -> None:
+    policy = host.build(policy=dict(type="speed", k=4)).policy
+    assert isinstance(policy, TimestepPolicy)
+    # k times more before tau = 700 of the linear schedule than from there on: the paper's density.
+    assert_close(policy.density[699] / policy.density[700], torch.tensor(4.0).double())
+
+
+def _parsed(path: Path) -> Any:
+    """The host's own parse_configs on this file; mmengine's reader, which it calls, for a stand-in."""
+    try:
+        config_utils = import_module("opensora.utils.config_utils")
+    except ModuleNotFoundError:
+        return Config.fromfile(path)
+    with mock.patch.object(sys, "argv", ["train.py", str(path)]):
+        return config_utils.parse_configs(training=True)
+
+
+def identity_is_the_hosts_loss(host: Host) -> None:
+    for mask in _masks(host):
+        scheduler = host.build(policy="uniform")
+        with _recorded(scheduler) as drawn:
+            ours, _ = host.train(scheduler, **mask)
+        theirs, _ = host.train(host.original(), t=drawn[0], **mask)
+        assert sorted(ours) == sorted(theirs)
+        for name, term in theirs.items():
+            assert torch.equal(ours[name], term), name
+
+
+def loss_is_weighted_mse_plus_vb(host: Host) -> None:
+    for mask in _masks(host):
+        scheduler = host.build(policy=dict(type="speedit"))
+        with _recorded(scheduler) as drawn:
+            ours, model = host.train(scheduler, **mask)
+        theirs, _ = host.train(host.original(), t=drawn[0], **mask)
+        assert torch.equal(ours["mse"], theirs["mse"])
+        assert torch.equal(ours["vb"], theirs["vb"])
+        # P2 with gamma = k = 1 is 1 - alpha-bar.
+        weight = 1 - torch.as_tensor(host.original().alphas_cumprod).double()[drawn[0]]
+        direct = weight * theirs["mse"].double() + theirs["vb"].double()
+        # float32 rounds the weight, the product and the sum by 6e-8 each.
+        assert_close(ours["loss"].double(), direct, rtol=2e-7, atol=0)
+        ours["loss"].mean().backward()
+        assert model.gain.grad is not None
+
+
+def _masks(host: Host) -> list[dict[str, Tensor]]:
+    if host.version == "1.0.0":
+        return [{}]
+    return [{}, {"mask": torch.tensor([[True, True], [True, False]] * (B // 2))}]
+
+
+def model_sees_the_drawn_t(host: Host) -> None:
+    for options in ({}, {"timestep_respacing": "100"}):
+        scheduler = host.build(policy="speedit", **options)
+        with _recorded(scheduler) as drawn:
+            _, model = host.train(scheduler)
+        assert len(model.seen) == 1
+        assert torch.equal(model.seen[0], torch.tensor(scheduler.timestep_map)[drawn[0]])
+        assert torch.equal(model.arguments[0]["y"], torch.ones(B, 1))
+
+
+def callers_t_is_left_alone(host: Host) -> None:
+    t = torch.arange(B)
+    host.train(host.build(), t=t)
+    assert torch.equal(t, torch.arange(B))
+
+
+def seen_t_follows_the_policy(host: Host) -> None:
+    scheduler, model = host.build(policy="speedit"), Denoiser()
+    n = 20_000
+    x = torch.zeros(n, 4, 1, 1, 1)
+    args: list[Any] = [torch.randint(0, 1000, (n,))] if host.passes_t else []
+    with torch.no_grad():
+        scheduler.training_losses(model, x, *args)
+    share = float((model.seen[0] >= 642).double().mean())
+    # The mass of t >= 642 after the reflection; 4 sigma of a binomial frequency.
+    assert abs(share - 0.0509) < 4 * math.sqrt(0.0509 * 0.9491 / n)
+
+
+def sampling_is_the_hosts(host: Host) -> None:
+    scheduler = host.build(num_sampling_steps=5, timestep_respacing="")
+    assert torch.equal(host.sample(scheduler), host.sample(host.original(num_sampling_steps=5)))
+    assert scheduler._speedit_attachment is None
+    # The same object trains, on the timesteps it has.
+    terms, model = host.train(scheduler)
+    assert scheduler.policy.schedule.num_timesteps == 5
+    assert torch.isfinite(terms["loss"]).all()
+    # Training leaves nothing behind: the model that trained samples as before.
+    assert torch.equal(host.sample(scheduler, model), host.sample(host.original(num_sampling_steps=5)))
+
+
+def copies_train_alike(host: Host) -> None:
+    scheduler = host.build()
+    copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))]  # noqa: S301 - written here
+    torch.manual_seed(5)
+    expected, _ = host.train(scheduler)
+    for other in copies:
+        assert type(other) is type(scheduler)
+        assert other.policy is not scheduler.policy
+        torch.manual_seed(5)
+        assert torch.equal(host.train(other)[0]["loss"], expected["loss"])
+
+
+def double_weights_are_refused(host: Host) -> None:
+    if host.version == "1.0.0":
+        # This version has no such argument, and says so.
+        with pytest.raises(TypeError, match="weights"):
+            host.train(host.build(), weights=torch.ones(1000))
+        return
+    with pytest.raises(ValueError, match="got weights, and the policy weights already"):
+        host.train(host.build(), weights=torch.ones(1000))
+
+
+def policies_are_not_stacked(host: Host) -> None:
+    for scheduler in (host.build(), host.build(num_sampling_steps=5)):
+        assert is_attached(scheduler)
+        with pytest.raises(ValueError, match="has a policy already"):
+            with_policy(scheduler)
+    scheduler, t = host.build(), torch.arange(0, 600, 100)
+    bare = without_policy(scheduler)
+    assert type(bare) is type(host.original())
+    assert torch.equal(host.train(bare, t=t)[0]["loss"], host.train(host.original(), t=t)[0]["loss"])
+
+
+def bad_configs_are_refused(host: Host) -> None:
+    with pytest.raises(ValueError, match="did you mean 'speedit'"):
+        host.build(policy="spedit")
+    with pytest.raises(TypeError, match="noise_shedule"):
+        host.build(noise_shedule="linear")
+    with pytest.raises(ValueError, match="no mse to weight"):
+        host.train(host.build(use_kl=True))
+
+
+def kl_losses_train_with_scope_loss(host: Host) -> None:
+    for options in ({}, {"timestep_respacing": "100"}):
+        scheduler = host.build(use_kl=True, policy="loss_second_moment", **options)
+        with _recorded(scheduler) as drawn:
+            ours, model = host.train(scheduler)
+        theirs, _ = host.train(host.original(use_kl=True, **options), t=drawn[0])
+        # The history is empty, so the density is uniform and every weight 1 / (T p) is 1.
+        assert_close(ours["loss"], theirs["loss"])
+        # The host wraps the model twice on this path, and respaces its t once.
+        assert torch.equal(model.seen[0], torch.tensor(scheduler.timestep_map)[drawn[0]])
+
+
+def other_registrations_stay(host: Host) -> None:
+    import_module("opensora.schedulers")
+    before = dict(host.registry.module_dict)
+    import_module("speedit_plugins.hosts.open_sora")
+    added = {"SpeeDiffusion"} if host.passes_t else {"SpeeDiffusion", "SpeeDFlow"}
+    after = host.registry.module_dict
+    assert set(after) - added == set(before) - added
+    assert all(after[name] is before[name] for name in set(before) - added)
+
+
+def hosts_own_speed_is_undisturbed(host: Host) -> None:
+    if "iddpm-speed" not in host.registry.module_dict:
+        return
+    import_module("speedit_plugins.hosts.open_sora")
+    theirs, (x, noise) = host.original("iddpm-speed"), _data()
+    if host.passes_t:
+        model = Denoiser()
+        torch.manual_seed(2)
+        terms = theirs.training_losses(model, x, torch.arange(B), {"y": torch.ones(B, 1)}, noise=noise)
+        plain, _ = host.train(host.original(), t=model.seen[0])
+        weight = 1 - theirs.alphas_cumprod[model.seen[0]]
+        # The host weighs inside the mean over pixels, in float32: rounding of a mean of 72 terms.
+        assert_close(terms["mse"], weight * plain["mse"], rtol=1e-5, atol=0)
+    else:
+        # It passes its t as the model's arguments, and never trained on these versions.
+        with pytest.raises(AttributeError, match="shape"):
+            theirs.training_losses(Denoiser(), x, {"y": torch.ones(B, 1)})
+
+
+CHECKS = (
+    other_registrations_stay,
+    config_builds,
+    policy_options_reach_the_policy,
+    identity_is_the_hosts_loss,
+    loss_is_weighted_mse_plus_vb,
+    model_sees_the_drawn_t,
+    callers_t_is_left_alone,
+    seen_t_follows_the_policy,
+    sampling_is_the_hosts,
+    copies_train_alike,
+    double_weights_are_refused,
+    policies_are_not_stacked,
+    bad_configs_are_refused,
+    kl_losses_train_with_scope_loss,
+    hosts_own_speed_is_undisturbed,
+)

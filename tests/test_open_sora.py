@@ -1,0 +1,112 @@
+"""Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and on the real checkouts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_sora_contract import CHECKS, Host
+from open_sora_flow_contract import FLOW_CHECKS
+from open_sora_standin import VERSIONS, installed
+
+
+@pytest.fixture(params=VERSIONS)
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with installed(request.param):
+        yield Host(request.param)
+
+
+@pytest.fixture(params=VERSIONS[2:])
+def flow_host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with installed(request.param):
+        yield Host(request.param)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Any, host: Host) -> None:
+    check(host)
+
+
+@pytest.mark.parametrize("check", FLOW_CHECKS, ids=lambda check: check.__name__)
+def test_flow_contract(check: Any, flow_host: Host) -> None:
+    check(flow_host)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("version", VERSIONS)
+def test_contract_on_checkout(version: str) -> None:
+    checkout = Path(os.environ["SPEEDIT_HOSTS"]) / f"hpcaitech+Open-Sora@v{version}"
+    if not checkout.is_dir():
+        pytest.skip(f"no checkout {checkout.name}")
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(tests / "open_sora_checkout.py"), version, str(checkout)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == len(CHECKS) + (len(FLOW_CHECKS) if version >= "1.2" else 0)
+    failed = {name: result for name, result in results.items() if result != "ok"}
+    assert not failed, "\n".join(f"{name}:\n{result}" for name, result in failed.items())
+
+
+def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        monkeypatch.delitem(sys.modules, "opensora.schedulers.iddpm")
+        with pytest.raises(ImportError, match=r"needs Open-Sora 1\.0, 1\.1, 1\.2 or 1\.3"):
+            import_module("speedit_plugins.hosts.open_sora")
+
+
+@pytest.mark.parametrize("when", ["after", "instead of"])
+def test_a_t_drawn_past_q_sample_raises(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    # What a later version might do: the model must never train on a t that is not the policy's.
+    with installed("1.2.0"):
+        host = Host("1.2.0")
+        scheduler = host.build()
+        gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
+
+        def redrawing(self: Any, model: Any, x_start: Any, *_: Any, **__: Any) -> Any:
+            t = torch.zeros(len(x_start), dtype=torch.int64)
+            if when == "after":
+                self.q_sample(x_start, t)
+                t = t.add_(1).remainder_(1000)
+            return {"loss": model(x_start, t)}
+
+        monkeypatch.setattr(gaussian, "training_losses", redrawing)
+        with pytest.raises(ValueError, match="another t than the policy drew"):
+            host.train(scheduler)
+
+
+def test_a_model_that_is_not_called_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        host = Host("1.2.0")
+        scheduler = host.build()
+        gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
+        monkeypatch.setattr(gaussian, "training_losses", lambda *_, **__: {"loss": torch.zeros(1)})
+        with pytest.raises(ValueError, match="did not call q_sample and then the model"):
+            host.train(scheduler)
+
+
+def test_a_flow_that_does_not_add_noise_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        scheduler = Host("1.2.0").build("SpeeDFlow")
+        monkeypatch.setattr(type(scheduler.scheduler), "training_losses", lambda *_, **__: {})
+        with pytest.raises(ValueError, match="did not pass its t to add_noise"):
+            scheduler.training_losses(None, torch.zeros(2, 4, 1, 1, 1))
+
+
+def test_inference_mode_trains_nothing_and_counts_as_seen() -> None:
+    with installed("1.2.0"), torch.inference_mode():
+        terms, model = Host("1.2.0").train(Host("1.2.0").build())
+        assert len(model.seen) == 1
+        assert terms["loss"].shape == (6,)
