@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hosts": _METHOD,
     "engine": _METHOD | _SIBLINGS | {"version"},
     "cli": _METHOD | _SIBLINGS | {"engine", "version"},
-    "launch": _METHOD | {"hosts", "engine", "version"},
+    "launch": _METHOD | {"hosts", "version"},
     "__init__": _METHOD | {"hosts", "version"},
 }
 

@@ -1,0 +1,381 @@
+"""Runs an unmodified training script of a host with a timestep policy in it.
+
+    python -m speedit_plugins.launch --policy speed --set k=5 train.py <the host's own arguments>
+    torchrun --nproc_per_node 8 -m speedit_plugins.launch train.py <the host's own arguments>
+
+The function with which a known host makes its diffusion object or its schedule sampler is replaced while its
+module is imported. An object draws its first timestep when it trains: one that only samples stays as it is.
+"""
+
+import argparse
+import ast
+import builtins
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.hosts.diffusion_object import Attachment, attach, is_attached
+from speedit_plugins.hosts.schedule_sampler import schedule_sampler
+from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.registry import Config, build_policy
+
+USER_ERROR = 2
+_MARK = "_speedit_launched"
+
+
+@dataclass(frozen=True)
+class Factory:
+    """Where a host makes what draws its timesteps.
+
+    Args:
+        hosts: for messages.
+        module: dotted name, as the host's scripts import it.
+        functions: of that module; those that are missing are skipped.
+        seam: "B" returns a diffusion object, "C" takes (name, diffusion) and returns a schedule sampler.
+    """
+
+    hosts: str
+    module: str
+    functions: tuple[str, ...]
+    seam: str = "B"
+
+
+FACTORIES = (
+    Factory("DiT, fast-DiT, Latte", "diffusion", ("create_diffusion",)),
+    Factory("PixArt-alpha", "diffusion.iddpm", ("IDDPM",)),
+    Factory("OpenDiT 1.0", "opendit.diffusion", ("create_diffusion",)),
+    Factory("OpenDiT 0.0.1", "opendit.models.diffusion", ("create_diffusion",)),
+    Factory(
+        "Open-Sora-Plan 1.0",
+        "opensora.models.diffusion.diffusion",
+        ("create_diffusion", "create_diffusion_T"),
+    ),
+    Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
+    Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
+)
+# DiT-3D's class stands in the training script itself.
+_SCRIPT_METHOD = "p_losses"
+
+
+class LaunchError(Exception):
+    """What the user can mend; the message is one line."""
+
+
+@dataclass
+class Launch:
+    """What one run of a script knows.
+
+    Args:
+        config: of the policy.
+        num_attached: objects or samplers that train with the policy so far.
+        found: hosts whose module was imported and replaced.
+    """
+
+    config: Config
+    num_attached: int = 0
+    found: list[str] = field(default_factory=list)
+
+    def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
+        """Counts a policy in use; the first one is reported on rank 0."""
+        if self.num_attached == 0 and os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"speedit: {hosts}, seam {seam}, policy {policy}\n")
+            sys.stderr.flush()
+        self.num_attached += 1
+
+
+class DeferredPolicy(Attachment):
+    """An attachment whose policy is built when its object first trains."""
+
+    def __init__(self, launch: Launch, hosts: str, diffusion: Any) -> None:
+        super().__init__(cast(TimestepPolicy, None))
+        self._origin = (launch, hosts, diffusion)
+
+    def draw(self, t: Tensor) -> TimestepDraw:
+        """See `Attachment.draw`."""
+        if self.policy is None:
+            launch, hosts, diffusion = self._origin
+            schedule = schedule_of(diffusion)
+            self.policy = build_policy(launch.config, schedule, prediction_type_of(diffusion))
+            launch.announce(hosts, "B", self.policy)
+        return super().draw(t)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a host's script.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        0; 2 after a user's error, or where nothing trained with the policy, with one line on stderr. The
+        script's own exceptions and exit codes pass through.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        launch = Launch(_config(arguments.policy, arguments.set))
+        build_policy(launch.config, NoiseSchedule.linear())
+        check_script(arguments.script)
+        run(launch, arguments.script, arguments.arguments)
+    except (LaunchError, ValueError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise
+        sys.stderr.write(f"speedit: error: {' '.join(str(error).split())}\n")
+        return USER_ERROR
+    if not launch.num_attached:
+        sys.stderr.write(f"speedit: error: {_untrained(launch)}\n")
+        return USER_ERROR
+    return 0
+
+
+def check_script(script: str) -> None:
+    """Raises LaunchError where a script can have no seam: nothing is imported or run for this.
+
+    A known module has to stand where the script would import it from, or the script itself names one or
+    defines DiT-3D's `p_losses`.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise LaunchError(f"no script {script!r}")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
+    except SyntaxError as error:
+        raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
+    if any(isinstance(node, ast.FunctionDef) and node.name == _SCRIPT_METHOD for node in ast.walk(tree)):
+        return
+    named = set(_imported(tree))
+    folders = [str(path.resolve().parent), *sys.path[1:]]
+    if not any(f.module in named or _stands(f.module, folders) for f in FACTORIES):
+        raise LaunchError(f"{script} has no seam: looked for {_looked_for()}")
+
+
+def run(launch: Launch, script: str, arguments: Sequence[str]) -> None:
+    """Runs a script as `python script arguments` does, with the factories replaced while it runs."""
+    finder = _Finder(launch)
+    build_class, argv, path = builtins.__build_class__, sys.argv, list(sys.path)
+    spawn = getattr(torch.multiprocessing, "spawn")  # noqa: B009 - mypy: a name that torch does not export
+    guard = register_optimizer_step_pre_hook(_guard(launch))
+    try:
+        sys.meta_path.insert(0, finder)
+        # The one place through which a class passes that the script defines for itself.
+        setattr(builtins, "__build_class__", _class_builder(launch, build_class))  # noqa: B010 - mypy: it is final
+        sys.argv = [script, *arguments]
+        sys.path[0] = str(Path(script).resolve().parent)
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as leaving:
+        # A script that leaves with success has still to have trained with the policy.
+        if leaving.code not in (None, 0):
+            raise
+    finally:
+        guard.remove()
+        setattr(builtins, "__build_class__", build_class)  # noqa: B010 - as above
+        setattr(torch.multiprocessing, "spawn", spawn)  # noqa: B010 - as above
+        sys.meta_path.remove(finder)
+        sys.argv, sys.path[:] = argv, path
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules as Python does, and replaces the factories of a known one after its own code has run."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        known = [factory for factory in FACTORIES if factory.module == name]
+        if not known:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                loader: Any = spec.loader
+                execute = loader.exec_module
+
+                def executed(module: ModuleType, execute: Callable[[ModuleType], None] = execute) -> None:
+                    execute(module)
+                    for factory in known:
+                        _replace(self._launch, factory, module)
+
+                loader.exec_module = executed
+                return spec
+        return None
+
+
+def _replace(launch: Launch, factory: Factory, module: ModuleType) -> None:
+    for name in factory.functions:
+        made = getattr(module, name, None)
+        if made is None or hasattr(made, _MARK):
+            continue
+        launched = _object_factory if factory.seam == "B" else _sampler_factory
+        replacement = launched(launch, factory, module, made)
+        setattr(replacement, _MARK, True)
+        setattr(module, name, replacement)
+        launch.found.append(factory.hosts)
+
+
+def _object_factory(
+    launch: Launch, factory: Factory, module: ModuleType, made: Callable[..., Any]
+) -> Callable[..., Any]:
+    @wraps(made)
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        return _defer(launch, factory.hosts, made(*args, **kwargs))
+
+    return launched
+
+
+def _sampler_factory(
+    launch: Launch, factory: Factory, module: ModuleType, made: Callable[..., Any]
+) -> Callable[..., Any]:
+    @wraps(made)
+    def launched(name: str, diffusion: Any) -> Any:
+        if name != "uniform":
+            raise LaunchError(f"the host draws with its own sampler {name!r}: drop it or the policy")
+        scope = build_policy(launch.config, schedule_of(diffusion)).scope
+        # The host reports losses to this class alone.
+        base = "LossAwareSampler" if scope == "loss" else "ScheduleSampler"
+        sampler = schedule_sampler(diffusion, launch.config, host_class=getattr(module, base))
+        launch.announce(factory.hosts, "C", sampler.policy)
+        return sampler
+
+    return launched
+
+
+def _defer(launch: Launch, hosts: str, diffusion: Any) -> Any:
+    if is_attached(diffusion):
+        return diffusion
+    return attach(diffusion, DeferredPolicy(launch, hosts, diffusion))
+
+
+def _class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
+    def build(function: Any, name: str, *bases: Any, **kwargs: Any) -> type:
+        made = build_class(function, name, *bases, **kwargs)
+        if getattr(made, "__module__", None) == "__main__" and _SCRIPT_METHOD in vars(made):
+            _replace_init(launch, made)
+            # Processes that a script spawns import it anew, without this launcher: they would draw uniformly.
+            setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
+        return made
+
+    return build
+
+
+def _replace_init(launch: Launch, made: type) -> None:
+    init = cast(Callable[..., None], getattr(made, "__init__"))  # noqa: B009 - mypy: unsound on an instance
+
+    @wraps(init)
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _defer(launch, "DiT-3D", self)
+
+    setattr(made, "__init__", launched)  # noqa: B010 - mypy: a method is assigned
+    launch.found.append("DiT-3D")
+
+
+def _refused_spawn(*_: Any, **__: Any) -> NoReturn:
+    raise LaunchError("the script spawns its own processes, which leave the policy behind: start it on one")
+
+
+def _guard(launch: Launch) -> Callable[..., None]:
+    def before_step(*_: Any) -> None:
+        if not launch.num_attached:
+            raise LaunchError(_untrained(launch))
+
+    return before_step
+
+
+def _untrained(launch: Launch) -> str:
+    found = f"found {', '.join(dict.fromkeys(launch.found))}, but " if launch.found else ""
+    return f"{found}no training loss went through the policy; looked for {_looked_for()}"
+
+
+def _looked_for() -> str:
+    places = [f"{f.module}.{' or '.join(f.functions)} ({f.hosts})" for f in FACTORIES]
+    return f"{'; '.join(places)}; a class with {_SCRIPT_METHOD} in the script (DiT-3D)"
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _stands(module: str, folders: Sequence[str]) -> bool:
+    """Whether a module lies in one of these folders; a package is looked into, not imported."""
+    search: Sequence[str] | None = folders
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part, search)
+        if spec is None:
+            return False
+        search = spec.submodule_search_locations
+    return True
+
+
+def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {"type": policy}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not (key and equals):
+            raise LaunchError(f"--set needs KEY=VALUE, got {setting!r}")
+        config[key] = _value(text)
+    return config
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it: a host's own ValueError keeps its traceback."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(f"{message}; see python -m speedit_plugins.launch --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m speedit_plugins.launch",
+        description="Run a host's unmodified training script with a timestep policy in it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--policy", default="speedit", help="a registered policy (default: %(default)s)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy"
+    )
+    parser.add_argument("script", help="the host's training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    # By its own name: while the script runs, __main__ is the script, and these classes have to be found.
+    sys.exit(import_module("speedit_plugins.launch").main())

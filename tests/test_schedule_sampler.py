@@ -1,0 +1,158 @@
+"""Seam C: a sampler in the place of the host's."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_standins import (
+    IMAGES,
+    LossAwareSampler,
+    LossType,
+    MaskedDiffusion,
+    ScheduleSampler,
+    SpacedDiffusion,
+    create,
+)
+from torch import Tensor
+
+from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins.hosts.diffusion_object import with_policy, without_policy
+from speedit_plugins.hosts.schedule_sampler import built_in_weights, schedule_sampler
+
+
+def model(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+    return torch.cat([torch.sin(x), 0.3 * x], dim=1)
+
+
+class TestSample:
+    def test_mse_weights_are_left_to_the_object(self) -> None:
+        t, weights = schedule_sampler(create(), "speedit").sample(64, "cpu")
+        assert t.dtype == torch.int64
+        assert t.shape == (64,)
+        assert torch.equal(weights, torch.ones(64))
+
+    def test_weights_of_the_whole_loss_are_the_hosts_own(self) -> None:
+        diffusion = create()
+        sampler = schedule_sampler(
+            diffusion, dict(density="uniform", weighting="inverse_density", scope="loss")
+        )
+        # 1/(T p) of a uniform density.
+        assert torch.allclose(sampler.sample(8, "cpu")[1], torch.ones(8))
+        assert type(diffusion) is SpacedDiffusion
+
+    def test_draws_follow_the_density(self) -> None:
+        sampler = schedule_sampler(create(), "speed", generator=torch.Generator().manual_seed(1))
+        num_draws = 40_000
+        t, _ = sampler.sample(num_draws, "cpu")
+        # P(t >= 700) of `speed` at T = 1000 is 300 / (1000 + 4 * 700); 4 sigma of a binomial frequency.
+        expected = 300 / 3800
+        tolerance = 4 * (expected * (1 - expected) / num_draws) ** 0.5
+        assert float((t >= 700).float().mean()) == pytest.approx(expected, abs=tolerance)
+
+    def test_the_generator_decides(self) -> None:
+        samplers = [schedule_sampler(create(), generator=torch.Generator().manual_seed(4)) for _ in range(2)]
+        first, second = (sampler.sample(16, "cpu")[0] for sampler in samplers)
+        assert torch.equal(first, second)
+
+    def test_weights_is_the_density(self) -> None:
+        sampler = schedule_sampler(create(), "speedit")
+        assert np.array_equal(sampler.weights(), sampler.policy.density.numpy())
+
+    def test_a_host_that_never_calls_training_losses_is_told(self) -> None:
+        sampler = schedule_sampler(create(), "speedit")
+        sampler.sample(4, "cpu")
+        with pytest.raises(ValueError, match="drew twice and never called training_losses"):
+            sampler.sample(4, "cpu")
+
+
+class TestRefusals:
+    def test_a_redrawing_policy(self) -> None:
+        diffusion = with_policy(create(), "speedit")
+        with pytest.raises(ValueError, match="SpacedDiffusion has a policy already"):
+            schedule_sampler(diffusion)
+
+    def test_a_policy_for_another_schedule(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.linear(500))
+        with pytest.raises(ValueError, match="built for T = 500, got a diffusion object with 1000 timesteps"):
+            schedule_sampler(create(), policy)
+
+    def test_a_redraw_inside_a_package_of_two_losses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(SpacedDiffusion, "__module__", "masked_diffusion.respace")
+        with pytest.raises(ValueError, match="trains two losses at one t.*schedule_sampler"):
+            with_policy(create())
+
+    def test_a_loss_without_mse(self) -> None:
+        diffusion = create(loss_type=LossType.KL)
+        sampler = schedule_sampler(diffusion, "speedit")
+        t, _ = sampler.sample(6, "cpu")
+        with pytest.raises(ValueError, match="have no mse to weight"):
+            diffusion.training_losses(model, torch.zeros(IMAGES), t)
+
+
+class TestBuiltInWeights:
+    def test_a_plain_host_has_none(self) -> None:
+        # A squared error of 1 up to the host's own arithmetic, which is exact here.
+        assert torch.equal(built_in_weights(create(), torch.tensor([0, 500])), torch.ones(2))
+
+    def test_min_snr_is_reported(self) -> None:
+        with pytest.warns(UserWarning, match=r"weighs its mse already \(0.0005 at t = 0, .*multiply on top"):
+            schedule_sampler(create(MaskedDiffusion), "speedit")
+
+    @pytest.mark.filterwarnings("error")
+    def test_no_warning_without_weights_of_our_own(self) -> None:
+        config = dict(density="thinned", weighting="constant")
+        schedule_sampler(create(MaskedDiffusion), config)
+        schedule_sampler(create(), "speedit")
+
+    def test_no_random_number_is_drawn(self) -> None:
+        state = torch.get_rng_state()
+        built_in_weights(create(MaskedDiffusion), torch.tensor([3]))
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestLearning:
+    def test_losses_of_all_weights_reach_the_policy(self) -> None:
+        sampler = schedule_sampler(create(), "loss_second_moment", host_class=LossAwareSampler)
+        assert isinstance(sampler, LossAwareSampler)
+        before = sampler.policy.state_dict()["density"]
+        t, _ = sampler.sample(6, "cpu")
+        sampler.update_with_local_losses(t, torch.full((6,), 2.0))
+        sampler.update_with_all_losses(t.tolist(), [2.0] * 6)
+        after = sampler.policy.state_dict()["density"]
+        assert str(before) != str(after)
+
+    def test_in_scope_mse_the_object_reports_them(self) -> None:
+        diffusion = create()
+        config = dict(density="loss_second_moment", weighting="constant")
+        sampler = schedule_sampler(diffusion, config)
+        t, _ = sampler.sample(6, "cpu")
+        before = str(sampler.policy.state_dict())
+        sampler.update_with_local_losses(t, torch.ones(6))
+        assert str(sampler.policy.state_dict()) == before
+        diffusion.training_losses(model, torch.zeros(IMAGES), t)
+        assert str(sampler.policy.state_dict()) != before
+
+    def test_weights_follow_a_policy_that_learns(self) -> None:
+        diffusion = create()
+        config = dict(density=dict(type="clts", curriculum_steps=2), weighting="inverse_density")
+        sampler = schedule_sampler(diffusion, config)
+        x = torch.randn(IMAGES)
+        for _ in range(3):
+            t, _ = sampler.sample(6, "cpu")
+            noise = torch.randn(IMAGES)
+            terms = diffusion.training_losses(model, x, t, noise=noise)
+            direct = sampler.policy.weight.float()[t] * terms["mse"] + terms["vb"]
+            assert torch.equal(terms["loss"], direct)
+
+
+def test_one_t_serves_two_losses() -> None:
+    diffusion = create(MaskedDiffusion)
+    with pytest.warns(UserWarning, match="Min-SNR"):
+        sampler = schedule_sampler(diffusion, "speedit", host_class=ScheduleSampler)
+    t, _ = sampler.sample(6, "cpu")
+    x, noise = torch.randn(IMAGES), torch.randn(IMAGES)
+    first, second = (diffusion.training_losses(model, x, t, noise=noise) for _ in range(2))
+    assert torch.equal(first["loss"], second["loss"])
+    assert isinstance(sampler, ScheduleSampler)
+    assert type(without_policy(diffusion)) is MaskedDiffusion

@@ -1,0 +1,110 @@
+"""What is read from a host's own object: its noise schedule and its prediction type."""
+
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from host_standins import create, create_points
+
+from speedit_plugins import NoiseSchedule
+from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of, schedule_of
+
+
+class TestScheduleOf:
+    def test_numpy_tables_are_read_exactly(self) -> None:
+        diffusion = create()
+        schedule = schedule_of(diffusion)
+        assert schedule.num_timesteps == schedule.num_original == 1000
+        assert np.allclose(schedule.alphas_cumprod.numpy(), diffusion.alphas_cumprod, rtol=1e-14, atol=0)
+
+    def test_a_respaced_object_keeps_its_original_timesteps(self) -> None:
+        diffusion = create(respacing="50")
+        schedule = schedule_of(diffusion)
+        assert schedule.num_timesteps == 50
+        assert schedule.num_original == 1000
+        assert schedule.timesteps.tolist() == diffusion.timestep_map
+
+    def test_torch_float32_tables(self) -> None:
+        diffusion = create_points()
+        assert torch.equal(schedule_of(diffusion).alphas_cumprod.float(), diffusion.alphas_cumprod)
+
+    def test_an_object_without_tables(self) -> None:
+        with pytest.raises(ValueError, match="types.SimpleNamespace has no alphas_cumprod"):
+            schedule_of(SimpleNamespace(betas=[0.1]))
+
+
+class TestFromDiffusers:
+    @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"])
+    def test_schedulers_of_the_ddpm_family(self, name: str) -> None:
+        scheduler = getattr(diffusers, name)(
+            num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
+        schedule = from_diffusers(scheduler)
+        # diffusers accumulates 1000 float32 products.
+        expected = NoiseSchedule.scaled_linear()
+        assert torch.allclose(schedule.alphas_cumprod, expected.alphas_cumprod, rtol=1e-4)
+        assert schedule.timesteps.tolist() == list(range(1000))
+
+    def test_flow_matching_counts_from_data_to_noise(self) -> None:
+        schedule = from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000))
+        # sigma = (i + 1) / T without a shift.
+        expected = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        assert torch.allclose(schedule.sigma, expected, atol=1e-6)
+        assert torch.equal(schedule.alpha, 1 - schedule.sigma)
+
+    def test_the_resolution_shift_is_kept(self) -> None:
+        schedule = from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        assert torch.allclose(schedule.sigma, 3 * t / (1 + 2 * t), atol=1e-6)
+
+    def test_a_scheduler_set_to_inference(self) -> None:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(20)
+        with pytest.raises(ValueError, match="has 21 sigmas, wanted the 1000 of training: read .* before"):
+            from_diffusers(scheduler)
+
+    def test_a_scheduler_whose_index_is_no_timestep(self) -> None:
+        with pytest.raises(ValueError, match="EDMEulerScheduler has neither alphas_cumprod nor"):
+            from_diffusers(diffusers.EDMEulerScheduler())
+
+
+class MeanType(enum.Enum):
+    PREVIOUS_X = 1
+    START_X = 2
+    EPSILON = 3
+    VELOCITY = 4
+
+
+class TestPredictionTypeOf:
+    @pytest.mark.parametrize(
+        ("host", "expected"),
+        [
+            (SimpleNamespace(model_mean_type=MeanType.EPSILON), "epsilon"),
+            (SimpleNamespace(model_mean_type=MeanType.START_X), "x0"),
+            (SimpleNamespace(model_mean_type=MeanType.VELOCITY), "v"),
+            (SimpleNamespace(model_mean_type="eps"), "epsilon"),
+            (SimpleNamespace(parameterization="x0"), "x0"),
+            (SimpleNamespace(parameterization="v"), "v"),
+            (SimpleNamespace(config={"prediction_type": "epsilon"}), "epsilon"),
+            (SimpleNamespace(config={"prediction_type": "sample"}), "x0"),
+            (SimpleNamespace(config={"prediction_type": "v_prediction"}), "v"),
+            (SimpleNamespace(config={"prediction_type": "flow_prediction"}), "flow"),
+        ],
+    )
+    def test_what_hosts_state(self, host: Any, expected: str) -> None:
+        assert prediction_type_of(host) == expected
+
+    def test_diffusers(self) -> None:
+        assert prediction_type_of(diffusers.DDPMScheduler(prediction_type="v_prediction")) == "v"
+
+    def test_a_target_that_no_policy_knows(self) -> None:
+        with pytest.raises(ValueError, match="predicts 'previous_x'; wanted one of epsilon"):
+            prediction_type_of(SimpleNamespace(model_mean_type=MeanType.PREVIOUS_X))
+
+    def test_a_host_that_does_not_say(self) -> None:
+        with pytest.raises(ValueError, match="does not say what its model predicts: pass prediction_type"):
+            prediction_type_of(SimpleNamespace())
