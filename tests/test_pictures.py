@@ -14,7 +14,7 @@ def test_uint8_is_the_rounded_affine_map_and_clamps() -> None:
     assert to_uint8(values).ravel().tolist() == [0, 0, 128, 255, 255, 127]
 
 
-def test_a_grid_holds_each_image_enlarged_by_whole_pixels_in_reading_order(tmp_path: Path) -> None:
+def test_a_grid_holds_each_image_enlarged_in_reading_order(tmp_path: Path) -> None:
     images = torch.tensor([-1.0, 1.0, 0.0]).reshape(3, 1, 1, 1).expand(3, 1, 32, 32)
     save_grid(images, tmp_path / "grid.png", columns=2)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))

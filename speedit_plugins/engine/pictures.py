@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Cells smaller than this are enlarged by whole pixels, so that an 8 x 8 digit can be seen.
+# Cells smaller than this are enlarged by a whole factor, smoothly: blocks hide an 8 x 8 digit from the eye.
 _MIN_CELL = 64
 
 
@@ -25,22 +25,26 @@ def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:
 
 def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
     """One uint8 image (H, W, C), C 1 or 3, as PNG."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    _pillow(image).save(path)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
-    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, with a line between cells."""
+    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, a line between cells, small ones enlarged."""
     cells = to_uint8(images)
     scale = max(1, _MIN_CELL // cells.shape[1])
-    cells = cells.repeat(scale, axis=1).repeat(scale, axis=2)
-    _, height, width, channels = cells.shape
+    height, width, channels = scale * cells.shape[1], scale * cells.shape[2], cells.shape[3]
     rows = -(-len(cells) // columns)
     gap = 2
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 96, dtype=np.uint8)
     for i, cell in enumerate(cells):
         top, left = (gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap))
-        grid[top : top + height, left : left + width] = cell
+        enlarged = _pillow(cell).resize((width, height), Image.Resampling.BICUBIC)
+        grid[top : top + height, left : left + width] = np.asarray(enlarged).reshape(height, width, channels)
     save_png(grid, path)
+
+
+def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
