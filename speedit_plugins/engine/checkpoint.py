@@ -61,7 +61,7 @@ def save(folder: Path, step: int, contents: Contents, *, keep_last: int) -> Path
             save_file({k: v.detach().cpu().contiguous() for k, v in contents.model.items()}, partial / MODEL)
             save_file({k: v.detach().cpu().contiguous() for k, v in contents.ema.items()}, partial / EMA)
             torch.save(dict(contents.state), partial / STATE)
-            (partial / CONFIG).write_text(contents.config)
+            (partial / CONFIG).write_text(contents.config, encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             replaced = _set_aside(target)
@@ -100,7 +100,7 @@ def load(path: Path) -> Contents:
             model=load_file(path / MODEL),
             ema=load_file(path / EMA),
             state=torch.load(path / STATE, map_location="cpu", weights_only=True),
-            config=(path / CONFIG).read_text(),
+            config=(path / CONFIG).read_text(encoding="utf-8"),
         )
     # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
     except Exception as error:

@@ -21,6 +21,7 @@ from speedit_plugins.engine.build import Encoder
 from speedit_plugins.engine.config import to_yaml
 from speedit_plugins.engine.ema import Ema
 from speedit_plugins.engine.interrupt import StopRequest
+from speedit_plugins.engine.results import CHECKPOINTS
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
 from speedit_plugins.engine.tracking import LossWindow, Tracker, is_finite
 
@@ -169,7 +170,7 @@ class Trainer:
             config=to_yaml(self.config),
         )
         path = checkpoint.save(
-            self.folder / "checkpoints", self.step, contents, keep_last=self.config.keep_last
+            self.folder / CHECKPOINTS, self.step, contents, keep_last=self.config.keep_last
         )
         self._saved_step = self.step
         return path
@@ -213,7 +214,7 @@ class Trainer:
             raise ValueError(f"training diverged by step {self.step}: {values}; {self._last_checkpoint()}")
 
     def _last_checkpoint(self) -> str:
-        last = checkpoint.newest(self.folder / "checkpoints")
+        last = checkpoint.newest(self.folder / CHECKPOINTS)
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def _rng_state(self) -> dict[str, Tensor]:

@@ -54,15 +54,29 @@ def with_policy(
             f"{type(diffusion).__module__} trains two losses at one t, which a redraw inside training_losses"
             " would tear apart: use speedit_plugins.hosts.schedule_sampler.schedule_sampler"
         )
+    return attach(diffusion, Attachment(policy_for(diffusion, policy, prediction_type), generator))
+
+
+def policy_for(
+    diffusion: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
+) -> TimestepPolicy:
+    """The policy on the schedule of a diffusion object; one that is built already is checked against it.
+
+    Args:
+        diffusion: see `schedule_of`; asked what it predicts where `prediction_type` is None.
+
+    Raises:
+        ValueError: a bad policy, or one for another T.
+    """
     schedule = schedule_of(diffusion)
     if not isinstance(policy, TimestepPolicy):
-        policy = build_policy(policy, schedule, prediction_type or prediction_type_of(diffusion))
-    elif policy.schedule.num_timesteps != schedule.num_timesteps:
+        return build_policy(policy, schedule, prediction_type or prediction_type_of(diffusion))
+    if policy.schedule.num_timesteps != schedule.num_timesteps:
         raise ValueError(
             f"the policy is built for T = {policy.schedule.num_timesteps}, got a diffusion object with"
             f" {schedule.num_timesteps} timesteps"
         )
-    return attach(diffusion, Attachment(policy, generator))
+    return policy
 
 
 def check_seam(diffusion: Any) -> None:

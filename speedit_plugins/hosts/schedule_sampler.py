@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.hosts.diffusion_object import Attachment, attach, check_seam
-from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.hosts.diffusion_object import Attachment, attach, check_seam, policy_for
+from speedit_plugins.registry import Config
 
 
 def schedule_sampler(
@@ -46,14 +45,7 @@ def schedule_sampler(
         UserWarning: the host's mse is weighted before the policy's weights come on top.
     """
     check_seam(diffusion)
-    schedule = schedule_of(diffusion)
-    if not isinstance(policy, TimestepPolicy):
-        policy = build_policy(policy, schedule, prediction_type or prediction_type_of(diffusion))
-    elif policy.schedule.num_timesteps != schedule.num_timesteps:
-        raise ValueError(
-            f"the policy is built for T = {policy.schedule.num_timesteps}, got a diffusion object with"
-            f" {schedule.num_timesteps} timesteps"
-        )
+    policy = policy_for(diffusion, policy, prediction_type)
     _warn_if_weighted(diffusion, policy)
     attachment = None
     if policy.scope == "mse":
