@@ -11,7 +11,7 @@ from speedit_plugins.version import __version__
 if TYPE_CHECKING:
     from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
     from speedit_plugins.core.schedule import NoiseSchedule
-    from speedit_plugins.hosts.diffusion_object import with_policy
+    from speedit_plugins.hosts.entry import with_policy
     from speedit_plugins.registry import build_policy
 
 __all__ = ["NoiseSchedule", "TimestepDraw", "TimestepPolicy", "__version__", "build_policy", "with_policy"]
@@ -21,7 +21,7 @@ _HOMES = {
     "TimestepDraw": "speedit_plugins.core.policy",
     "TimestepPolicy": "speedit_plugins.core.policy",
     "build_policy": "speedit_plugins.registry",
-    "with_policy": "speedit_plugins.hosts.diffusion_object",
+    "with_policy": "speedit_plugins.hosts.entry",
 }
 
 

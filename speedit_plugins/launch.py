@@ -11,11 +11,10 @@ import argparse
 import ast
 import builtins
 import os
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cached_property, wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -24,50 +23,25 @@ from types import ModuleType
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.core.schedule import NoiseSchedule
-from speedit_plugins.hosts.diffusion_object import Attachment, attach, is_attached
+from speedit_plugins.hosts import diffusion_object, flow_object
+from speedit_plugins.hosts.attachment import Attachment, attach, is_attached
+from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.factories import FACTORIES, Factory
+from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
-from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.hosts.schedules import schedule_of
+from speedit_plugins.hosts.script import ScriptPolicy
+from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.registry import Config, build_policy
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"
 
 
-@dataclass(frozen=True)
-class Factory:
-    """Where a host makes what draws its timesteps.
-
-    Args:
-        hosts: for messages.
-        module: dotted name, as the host's scripts import it.
-        functions: of that module; those that are missing are skipped.
-        seam: "B" returns a diffusion object, "C" takes (name, diffusion) and returns a schedule sampler.
-    """
-
-    hosts: str
-    module: str
-    functions: tuple[str, ...]
-    seam: str = "B"
-
-
-FACTORIES = (
-    Factory("DiT, fast-DiT, Latte", "diffusion", ("create_diffusion",)),
-    Factory("PixArt-alpha", "diffusion.iddpm", ("IDDPM",)),
-    Factory("OpenDiT 1.0", "opendit.diffusion", ("create_diffusion",)),
-    Factory("OpenDiT 0.0.1", "opendit.models.diffusion", ("create_diffusion",)),
-    Factory(
-        "Open-Sora-Plan 1.0",
-        "opensora.models.diffusion.diffusion",
-        ("create_diffusion", "create_diffusion_T"),
-    ),
-    Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
-    Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
-)
 # DiT-3D's class stands in the training script itself.
 _SCRIPT_METHOD = "p_losses"
 
@@ -90,6 +64,12 @@ class Launch:
     num_attached: int = 0
     found: list[str] = field(default_factory=list)
 
+    @cached_property
+    def calls(self) -> ScriptCalls:
+        """What the edited draws and losses of a script call."""
+        seam = ScriptPolicy(self.config, on_use=lambda policy: self.announce("diffusers script", "D", policy))
+        return ScriptCalls(seam)
+
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use; the first one is reported on rank 0."""
         if self.num_attached == 0 and os.environ.get("RANK", "0") == "0":
@@ -98,21 +78,20 @@ class Launch:
         self.num_attached += 1
 
 
-class DeferredPolicy(Attachment):
-    """An attachment whose policy is built when its object first trains."""
+@dataclass(frozen=True)
+class DeferredPolicy:
+    """Builds the policy of an object when it first trains, and reports it."""
 
-    def __init__(self, launch: Launch, hosts: str, diffusion: Any) -> None:
-        super().__init__(cast(TimestepPolicy, None))
-        self._origin = (launch, hosts, diffusion)
+    launch: Launch
+    hosts: str
+    host: Any
 
-    def draw(self, t: Tensor) -> TimestepDraw:
-        """See `Attachment.draw`."""
-        if self.policy is None:
-            launch, hosts, diffusion = self._origin
-            schedule = schedule_of(diffusion)
-            self.policy = build_policy(launch.config, schedule, prediction_type_of(diffusion))
-            launch.announce(hosts, "B", self.policy)
-        return super().draw(t)
+    def __call__(self) -> TimestepPolicy:
+        """The policy, in use from here on."""
+        seam = flow_object if flow_object.fits(self.host) else diffusion_object
+        policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config)
+        self.launch.announce(self.hosts, "B", policy)
+        return policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         launch = Launch(_config(arguments.policy, arguments.set))
         build_policy(launch.config, NoiseSchedule.linear())
-        check_script(arguments.script)
-        run(launch, arguments.script, arguments.arguments)
+        tree = parsed(arguments.script)
+        run(launch, tree, [arguments.script, *arguments.arguments])
     except (LaunchError, ValueError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
@@ -142,11 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_script(script: str) -> None:
-    """Raises LaunchError where a script can have no seam: nothing is imported or run for this.
+def parsed(script: str) -> ast.Module:
+    """A script whose seam is found, edited where it draws for itself; nothing is imported or run for this.
 
-    A known module has to stand where the script would import it from, or the script itself names one or
-    defines DiT-3D's `p_losses`.
+    A known module has to stand where the script would import it from, or the script itself names one, defines
+    DiT-3D's `p_losses`, or draws timesteps of a noise scheduler and makes a squared error.
+
+    Raises:
+        LaunchError: no script, no Python, or no seam.
     """
     path = Path(script)
     if not path.is_file():
@@ -155,27 +137,42 @@ def check_script(script: str) -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
     except SyntaxError as error:
         raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
-    if any(isinstance(node, ast.FunctionDef) and node.name == _SCRIPT_METHOD for node in ast.walk(tree)):
-        return
+    changed, sites = edited(tree)
     named = set(_imported(tree))
     folders = [str(path.resolve().parent), *sys.path[1:]]
-    if not any(f.module in named or _stands(f.module, folders) for f in FACTORIES):
+    is_known = any(
+        isinstance(node, ast.FunctionDef) and node.name == _SCRIPT_METHOD for node in ast.walk(tree)
+    )
+    if not (
+        sites.are_a_seam
+        or is_known
+        or any(f.module in named or _stands(f.module, folders) for f in FACTORIES)
+    ):
         raise LaunchError(f"{script} has no seam: looked for {_looked_for()}")
+    return changed
 
 
-def run(launch: Launch, script: str, arguments: Sequence[str]) -> None:
-    """Runs a script as `python script arguments` does, with the factories replaced while it runs."""
-    finder = _Finder(launch)
-    build_class, argv, path = builtins.__build_class__, sys.argv, list(sys.path)
+def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
+    """Runs a script as `python *argv` does, with the factories replaced while it runs.
+
+    Args:
+        tree: the script as `parsed` returns it.
+        argv: its path, then its arguments.
+    """
+    finder, script = _Finder(launch), argv[0]
+    build_class, old_argv, path = builtins.__build_class__, sys.argv, list(sys.path)
+    main_module = sys.modules["__main__"]
     spawn = getattr(torch.multiprocessing, "spawn")  # noqa: B009 - mypy: a name that torch does not export
     guard = register_optimizer_step_pre_hook(_guard(launch))
+    module = ModuleType("__main__")
+    vars(module).update({"__file__": script, "__builtins__": builtins, CALLS: launch.calls})
     try:
         sys.meta_path.insert(0, finder)
         # The one place through which a class passes that the script defines for itself.
         setattr(builtins, "__build_class__", _class_builder(launch, build_class))  # noqa: B010 - mypy: it is final
-        sys.argv = [script, *arguments]
+        sys.argv, sys.modules["__main__"] = list(argv), module
         sys.path[0] = str(Path(script).resolve().parent)
-        runpy.run_path(script, run_name="__main__")
+        exec(compile(tree, script, "exec"), vars(module))
     except SystemExit as leaving:
         # A script that leaves with success has still to have trained with the policy.
         if leaving.code not in (None, 0):
@@ -185,7 +182,7 @@ def run(launch: Launch, script: str, arguments: Sequence[str]) -> None:
         setattr(builtins, "__build_class__", build_class)  # noqa: B010 - as above
         setattr(torch.multiprocessing, "spawn", spawn)  # noqa: B010 - as above
         sys.meta_path.remove(finder)
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.modules["__main__"], sys.path[:] = old_argv, main_module, path
 
 
 class _Finder(MetaPathFinder):
@@ -253,10 +250,15 @@ def _sampler_factory(
     return launched
 
 
-def _defer(launch: Launch, hosts: str, diffusion: Any) -> Any:
-    if is_attached(diffusion):
-        return diffusion
-    return attach(diffusion, DeferredPolicy(launch, hosts, diffusion))
+def _defer(launch: Launch, hosts: str, host: Any) -> Any:
+    if is_attached(host):
+        return host
+    source = DeferredPolicy(launch, hosts, host)
+    if flow_object.fits(host):
+        return flow_object.attach_flow(host, FlowAttachment(source))
+    if not diffusion_object.fits(host):
+        raise LaunchError(no_seam(host))
+    return attach(host, Attachment(source), diffusion_object.steered_methods)
 
 
 def _class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
@@ -302,7 +304,10 @@ def _untrained(launch: Launch) -> str:
 
 def _looked_for() -> str:
     places = [f"{f.module}.{' or '.join(f.functions)} ({f.hosts})" for f in FACTORIES]
-    return f"{'; '.join(places)}; a class with {_SCRIPT_METHOD} in the script (DiT-3D)"
+    return (
+        f"{'; '.join(places)}; in the script itself, a class with {_SCRIPT_METHOD} (DiT-3D), or"
+        " torch.randint(0, noise_scheduler.config.num_train_timesteps, ...) and F.mse_loss (diffusers)"
+    )
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.hosts.diffusion_object import is_attached, with_policy, without_policy
+from speedit_plugins.hosts.attachment import is_attached, without_policy
+from speedit_plugins.hosts.entry import with_policy
 
 B = 6
 SHAPE = (4, 2, 3, 3)

@@ -20,14 +20,8 @@ from torch import Tensor
 
 import speedit_plugins
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
-from speedit_plugins.hosts.diffusion_object import (
-    Attachment,
-    attach,
-    attachment_of,
-    check_seam,
-    is_attached,
-    without_policy,
-)
+from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
+from speedit_plugins.hosts.diffusion_object import steered_methods
 
 ZEROS = torch.zeros(6, dtype=torch.long)
 
@@ -226,16 +220,15 @@ class TestErrors:
             "builtins.object has no seam: looked for a method training_losses,"
             " training_losses_diffusers, p_losses with an argument t or timestep"
         )
-        for action in (check_seam, with_policy):
-            with pytest.raises(ValueError, match=message):
-                action(object())
+        with pytest.raises(ValueError, match=message):
+            with_policy(object())
 
     def test_an_attachment_is_put_in_once(self) -> None:
         diffusion = create(MaskedDiffusion)
         attachment = Attachment(build_policy("uniform", NoiseSchedule.linear()))
-        assert attachment_of(attach(diffusion, attachment)) is attachment
+        assert attachment_of(attach(diffusion, attachment, steered_methods)) is attachment
         with pytest.raises(ValueError, match="MaskedDiffusion has a policy already: without_policy"):
-            attach(diffusion, attachment)
+            attach(diffusion, attachment, steered_methods)
 
     def test_the_prediction_type_can_be_stated(self) -> None:
         diffusion = create()

@@ -17,7 +17,7 @@ from host_standins import (
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.hosts.diffusion_object import with_policy, without_policy
+from speedit_plugins.hosts.entry import with_policy, without_policy
 from speedit_plugins.hosts.schedule_sampler import built_in_weights, schedule_sampler
 
 

@@ -23,13 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.hosts.diffusion_object import (
-    attach,
-    attachment_of,
-    is_attached,
-    with_policy,
-    without_policy,
-)
+from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached
+from speedit_plugins.hosts.diffusion_object import steered_methods
+from speedit_plugins.hosts.entry import with_policy, without_policy
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.launch import DeferredPolicy, Launch
@@ -149,10 +145,12 @@ def sampling_is_untouched(subject: Subject) -> None:
     """Point 4."""
     for method in subject.sampling:
         plain, launched = subject.make("5"), subject.make("5")
-        attach(launched, DeferredPolicy(Launch({"type": POLICY}), "host", launched))
+        attach(
+            launched, Attachment(DeferredPolicy(Launch({"type": POLICY}), "host", launched)), steered_methods
+        )
         samples = [_sample(subject, diffusion, method) for diffusion in (plain, launched)]
         assert torch.equal(*samples), f"{method} differs"
-        assert attachment_of(launched).policy is None, f"{method} built the policy's tables"
+        assert not attachment_of(launched).is_built, f"{method} built the policy's tables"
 
 
 def object_is_the_hosts(subject: Subject) -> None:

@@ -1,20 +1,66 @@
-"""Flow matching: a host's own draw of t, thinned where the noise the model sees is past the boundary.
+"""Flow matching: a host's own draw of t, thinned by the noise that the model sees.
 
-On a straight path x_t changes at a constant rate, so the convergence area is found through the SNR: the
-host's law p becomes p(t) * [1 if SNR(t) >= boundary else 1 / k], normalised.
+The host's law p becomes p(t) * acceptance(t), normalised. `FlowThinning` accepts all but 1 - 1/k of the
+convergence area; on a straight path x_t changes at a constant rate, so that area is found through the SNR.
+`FlowAttachment` accepts by the density of any policy, which is that policy's own law where the host draws
+uniformly; a resolution shift or a logit-normal draw of the host stays in.
 
-Dims: B batch.
+Dims: T timesteps, B batch.
 """
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.core.schedule import CONVERGENCE_SNR
+from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, is_constant
+
+# Nothing is refused this often by a law that can be drawn from: at one in a hundred, the odds are e^-100.
+MAX_PASSES = 10_000
+
+
+def thinned(
+    hosts_draw: Callable[[], Tensor],
+    acceptance: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A batch of the law p(t) * acceptance(t), by rejection: a refused t becomes the host's next one.
+
+    Args:
+        hosts_draw: returns a batch of p, shape (B,); each position is i.i.d. from call to call.
+        acceptance: for a batch of t the probability in (0, 1] of keeping each, shape (B,).
+        generator: of the refusals, on the device of the draw; None is that device's global one.
+
+    Returns:
+        Values of `hosts_draw`, in its dtype and place, shape (B,).
+
+    Raises:
+        ValueError: some position was refused `MAX_PASSES` times.
+    """
+
+    def refused(t: Tensor) -> Tensor:
+        # In float32 or wider: bfloat16 resolves only 8 bits.
+        coin = torch.rand(t.shape, device=t.device, dtype=torch.float32, generator=generator)
+        return coin >= acceptance(t)
+
+    t = hosts_draw()
+    again = refused(t)
+    # A pass keeps a fixed share of the batch on average; the test costs one synchronisation per pass.
+    for _ in range(MAX_PASSES):
+        if not again.any():
+            return t
+        t = torch.where(again, hosts_draw(), t)
+        again = again & refused(t)
+    raise ValueError(
+        f"no t that the host drew in {MAX_PASSES} passes was kept: the policy's density is about 0 where the"
+        " host draws"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,15 +118,10 @@ class FlowThinning:
         Returns:
             Values of `hosts_draw`, in its dtype and place, shape (B,). With k = 1 its first ones.
         """
-        t = hosts_draw()
         if self.k == 1:
-            return t
-        refused = self._refused(t, num_timesteps, generator)
-        # A pass keeps at least 1 / k of the batch on average; the test costs one synchronisation per pass.
-        while refused.any():
-            t = torch.where(refused, hosts_draw(), t)
-            refused = refused & self._refused(t, num_timesteps, generator)
-        return t
+            return hosts_draw()
+        past = self.boundary * num_timesteps
+        return thinned(hosts_draw, lambda t: 1 - (1 - 1 / self.k) * (t > past).float(), generator)
 
     def weight(self, time: Tensor) -> Tensor:
         """(1 - lam) + (2 lam - 1) (dv/dt) / 2 with v = sigma^2 / (alpha^2 + sigma^2); ones without lam.
@@ -99,7 +140,56 @@ class FlowThinning:
         change = time * (1 - time) / (1 - 2 * time + 2 * time**2) ** 2
         return (1 - self.lam) + (2 * self.lam - 1) * change
 
-    def _refused(self, t: Tensor, num_timesteps: float, generator: torch.Generator | None) -> Tensor:
-        # In float32 or wider: bfloat16 resolves only 8 bits of 1 / k.
-        coin = torch.rand(t.shape, device=t.device, dtype=torch.float32, generator=generator)
-        return (t > self.boundary * num_timesteps) & (coin >= 1 / self.k)
+
+class FlowAttachment(Attachment):
+    """A policy on a host that draws continuous time: its law is the host's times the policy's density.
+
+    The density counts relative to its largest value; weights are looked up at the time that comes out.
+    """
+
+    def __init__(
+        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(policy, generator)
+        self._acceptance = TableOnDevices(lambda: self.policy.density, lambda p: p / p.max())
+        self._weight = TableOnDevices(lambda: self.policy.weight)
+        # Of the training call that is under way.
+        self._draw: TimestepDraw | None = None
+
+    def draw_from(self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """A t (B,) of the thinned law, in the host's dtype and place; `weighted_call` weighs its loss.
+
+        Args:
+            hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call.
+            time_of: turns such a t into time in [0, 1], 1 is noise.
+        """
+        self.advance()
+        T = len(self.policy.density)
+
+        def bins(t: Tensor) -> Tensor:
+            return (time_of(t).float() * T).long().clamp(0, T - 1)
+
+        # A flat density keeps every draw: no coin is thrown, and the random state stays as the host's.
+        if is_constant(self.policy.density):
+            t = hosts_draw()
+        else:
+            t = thinned(hosts_draw, lambda t: self._acceptance.at(bins(t)), self.generator)
+        index = bins(t)
+        self._draw = TimestepDraw(index, time_of(t).float(), self._weight.at(index), self.policy.scope)
+        return t
+
+    def weighted_call(self, train: Callable[[], Any]) -> Any:
+        """The terms of a host's training call, with weights in the loss (B,) for the t drawn inside it.
+
+        Raises:
+            ValueError: the call drew no t, or returned no dict with a loss.
+        """
+        self._draw = None
+        terms = train()
+        draw, self._draw = self._draw, None
+        if draw is None or not isinstance(terms, Mapping) or "loss" not in terms:
+            raise ValueError(
+                "the host's training_losses draws its t elsewhere, or returns no dict with a loss: known to"
+                " work are SiT, LightningDiT, VideoSys 2.0 and Open-Sora 1.2 and 1.3"
+            )
+        return {**terms, "loss": self.weighted_whole(terms["loss"], draw)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.hosts.diffusion_object import Attachment
+from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.registry import Config, build_policy
 

@@ -5,22 +5,19 @@
 Dims: B batch.
 """
 
-import copy
 import inspect
 from importlib import import_module
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.core.schedule import CONVERGENCE_SNR
 from speedit_plugins.hosts.flow import FlowThinning
+from speedit_plugins.hosts.flow_object import model_arguments_of, rectified_flow_draw
 
 RFLOW: Any = import_module("opensora.schedulers").RFLOW
 
 _TRAINING_LOSSES = inspect.signature(RFLOW.training_losses)
-# 1.2 and 1.3 name the model's arguments differently.
-_MODEL_ARGUMENTS = ("model_kwargs", "model_args")
 
 
 class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
@@ -70,9 +67,9 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             )
         if given.get("t") is not None:
             return super().training_losses(*bound.args[1:], **bound.kwargs)
-        model_arguments = next((given[name] for name in _MODEL_ARGUMENTS if name in given), None)
         t = self.thinning.draw(
-            lambda: self._hosts_draw(x_start, model_arguments), num_timesteps=self.num_timesteps
+            lambda: rectified_flow_draw(self.scheduler, x_start, model_arguments_of(given)),
+            num_timesteps=self.num_timesteps,
         )
         given["t"] = t
         terms = super().training_losses(*bound.args[1:], **bound.kwargs)
@@ -80,28 +77,3 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             return terms
         weight = self.thinning.weight(t / self.num_timesteps)
         return {**terms, "loss": weight.to(terms["loss"].dtype) * terms["loss"]}
-
-    def _hosts_draw(self, x_start: Tensor, model_arguments: Any) -> Tensor:
-        """The t (B,) that the host would train on, shifted as it shifts."""
-        # The draw is written into the host's training_losses; add_noise is the first to get the finished t. A
-        # shallow copy stops there, before the model, and leaves the host's object as it is.
-        stopping = copy.copy(self.scheduler)
-        stopping.add_noise = _stop
-        rows = torch.empty(len(x_start), 1, device=x_start.device)
-        try:
-            stopping.training_losses(None, rows, model_arguments, noise=rows)
-        except _DrawnTimestep as drawn:
-            return drawn.t
-        raise ValueError(
-            "the host's rectified flow did not pass its t to add_noise; known to work: Open-Sora 1.2.0, 1.3"
-        )
-
-
-class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host, and is no error
-    def __init__(self, t: Tensor) -> None:
-        super().__init__("the host has drawn its t")
-        self.t = t
-
-
-def _stop(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    raise _DrawnTimestep(timesteps)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.hosts.diffusion_object import Attachment, attach, check_seam, policy_for
+from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, attach, is_constant, refuse_attached
+from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
+from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.registry import Config
 
 
@@ -44,13 +46,15 @@ def schedule_sampler(
     Warns:
         UserWarning: the host's mse is weighted before the policy's weights come on top.
     """
-    check_seam(diffusion)
+    refuse_attached(diffusion)
+    if not fits(diffusion):
+        raise ValueError(no_seam(diffusion))
     policy = policy_for(diffusion, policy, prediction_type)
     _warn_if_weighted(diffusion, policy)
     attachment = None
     if policy.scope == "mse":
         attachment = GivenTimesteps(policy)
-        attach(diffusion, attachment)
+        attach(diffusion, attachment, steered_methods)
     sampler: PolicySampler = _sampler_class(host_class)(policy, attachment, generator)
     return sampler
 
@@ -113,23 +117,14 @@ class GivenTimesteps(Attachment):
 
     def __init__(self, policy: TimestepPolicy) -> None:
         super().__init__(policy)
-        self._tables: tuple[Tensor, dict[torch.device, Tensor]] = (policy.weight, {})
+        self._weight = TableOnDevices(lambda: self.policy.weight)
 
     def draw(self, t: Tensor) -> TimestepDraw:
         """The host's t (B,) with our weights (B,)."""
         self.num_calls += 1
         index = t.long()
-        weight = self._table_on(t.device)[index]
-        return TimestepDraw(index, (index + 0.5) / len(self.policy.weight), weight, self.policy.scope)
-
-    def _table_on(self, device: torch.device) -> Tensor:
-        # A learning policy replaces its table; one copy per table and device saves a transfer each step.
-        if self._tables[0] is not self.policy.weight:
-            self._tables = (self.policy.weight, {})
-        tables = self._tables[1]
-        if device not in tables:
-            tables[device] = self.policy.weight.float().to(device)
-        return tables[device]
+        time = (index + 0.5) / len(self.policy.weight)
+        return TimestepDraw(index, time, self._weight.at(index), self.policy.scope)
 
 
 def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:
@@ -158,7 +153,7 @@ def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:
     index = torch.tensor([0, last // 8, last // 2, last])
     is_known = any(name in str(getattr(diffusion, "model_mean_type", "")) for name in ("EPSILON", "START_X"))
     has_mse = "KL" not in str(getattr(diffusion, "loss_type", ""))
-    if not (is_known and has_mse) or bool((policy.weight == policy.weight[0]).all()):
+    if not (is_known and has_mse) or is_constant(policy.weight):
         return
     factors = built_in_weights(diffusion, index)
     # A model that answers 0 leaves the squared error at 1 up to rounding.

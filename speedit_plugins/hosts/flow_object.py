@@ -1,0 +1,230 @@
+"""Seam B for flow matching: the host's object draws a continuous t inside `training_losses`.
+
+Two kinds: a transport (SiT, LightningDiT), whose t = 0 is noise, and a rectified flow (VideoSys, Open-Sora
+1.2 and 1.3), which shifts its t by the resolution. Either way the host draws as it does, and our law is its
+law thinned by the policy's density (`FlowAttachment`).
+
+Dims: T timesteps, B batch.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.core.policy import TimestepPolicy
+from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.hosts.attachment import (
+    attach,
+    attachment_of,
+    draws_pairs,
+    hosts_method,
+    refuse_double_weights,
+)
+from speedit_plugins.hosts.flow import FlowAttachment
+from speedit_plugins.registry import Config, build_policy
+
+# Rows of a policy on continuous time: with jitter they follow a logit-normal's quantiles within 0.002.
+NUM_BINS = 1000
+# What a transport's model predicts, by the host's name for it and for its path. The score times sigma is
+# minus the noise, and the host's loss scales it so; the velocity on a cosine path is v times a constant.
+_NOISE = ("NOISE", "SCORE")
+_VELOCITY = {"ICPlan": "flow", "GVPCPlan": "v"}
+# 1.2 and 1.3 of Open-Sora name the model's arguments differently.
+_MODEL_ARGUMENTS = ("model_kwargs", "model_args")
+
+
+def fits(host: Any) -> bool:
+    """Whether a host's object is a transport or a rectified flow."""
+    return is_transport(host) or is_rectified_flow(host)
+
+
+def is_transport(host: Any) -> bool:
+    """Whether an object has SiT's `path_sampler`, `sample(x1)` and `training_losses(model, x1, ...)`."""
+    return hasattr(host, "path_sampler") and callable(getattr(host, "training_losses", None))
+
+
+def is_rectified_flow(host: Any) -> bool:
+    """Whether an object has a `scheduler` that adds noise by itself, as Open-Sora's RFLOW has."""
+    inner = getattr(host, "scheduler", None)
+    return (
+        hasattr(inner, "add_noise") and hasattr(inner, "training_losses") and hasattr(host, "training_losses")
+    )
+
+
+def wrapped(
+    host: Any,
+    policy: str | Config | TimestepPolicy,
+    prediction_type: str | None,
+    generator: torch.Generator | None,
+) -> Any:
+    """The host's object with a policy in it; see `with_policy`."""
+    return attach_flow(host, FlowAttachment(policy_for(host, policy, prediction_type), generator))
+
+
+def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
+    """Lets an attachment draw and weigh for a transport or a rectified flow; returns the same object."""
+    return attach(host, attachment, transport_methods if is_transport(host) else rectified_flow_methods)
+
+
+def policy_for(
+    host: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
+) -> TimestepPolicy:
+    """The policy on the noise levels of a flow host, 0 clean; one that is built already is checked.
+
+    Args:
+        host: a transport or a rectified flow; asked what it predicts where `prediction_type` is None.
+
+    Raises:
+        ValueError: a bad policy, one that draws in pairs, or one that weighs beside the host's own weights.
+    """
+    if isinstance(policy, TimestepPolicy):
+        built = policy
+    else:
+        schedule = _transport_schedule(host) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
+        built = build_policy(policy, schedule, prediction_type or flow_prediction_type(host))
+    if draws_pairs(built):
+        raise ValueError(
+            f"{built.name!r} draws in pairs, and a flow host's own draws are thinned one by one: take a"
+            " policy with independent draws, such as 'speedit'"
+        )
+    own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
+    if is_transport(host) and own_weights != "NONE" and host.model_type.name in _NOISE:
+        refuse_double_weights(
+            built, f"{type(host).__module__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
+        )
+    return built
+
+
+def flow_prediction_type(host: Any) -> str:
+    """What the loss of a transport or a rectified flow is a squared error of: flow, v or epsilon.
+
+    Raises:
+        ValueError: a velocity on another path, where no closed form relates it to the noise.
+    """
+    if not is_transport(host):
+        return "flow"
+    if host.model_type.name in _NOISE:
+        return "epsilon"
+    path = type(host.path_sampler).__name__
+    if path not in _VELOCITY:
+        raise ValueError(
+            f"{type(host).__module__} predicts the velocity on the path {path}, where it has no closed form"
+            " in the noise: pass prediction_type, or take the Linear or the GVP path"
+        )
+    return _VELOCITY[path]
+
+
+def rectified_flow_draw(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tensor:
+    """The t (B,) that a host's rectified flow would train on, drawn and shifted as it does.
+
+    Raises:
+        ValueError: the host does not hand its t to `add_noise`.
+    """
+    # The draw is written into the host's training_losses; add_noise is the first to get the finished t. A
+    # shallow copy stops there, before the model, and leaves the host's object as it is.
+    stopping = copy.copy(scheduler)
+    stopping.add_noise = _stop
+    rows = torch.empty(len(x_start), 1, device=x_start.device)
+    try:
+        stopping.training_losses(None, rows, model_arguments, noise=rows)
+    except _DrawnTimestep as drawn:
+        return drawn.t
+    raise ValueError(
+        "the host's rectified flow did not pass its t to add_noise; known to work: Open-Sora 1.2.0, 1.3,"
+        " VideoSys 2.0"
+    )
+
+
+def model_arguments_of(arguments: Mapping[str, Any]) -> Any:
+    """The model's arguments among those of a rectified flow's `training_losses`; None without."""
+    return next((arguments[name] for name in _MODEL_ARGUMENTS if name in arguments), None)
+
+
+def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
+    """`training_losses` of a rectified flow, at a t of the thinned law; a t that is passed is kept."""
+    signature = _signature(host_class, "training_losses")
+
+    def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        own = hosts_method(self, host_class, rectified_flow_methods, "training_losses")
+        given = bound.arguments
+        if given.get("weights") is not None:
+            raise ValueError("training_losses got weights, and the policy weighs already: drop one of them")
+        if given.get("t") is not None:
+            return own(*args, **kwargs)
+        attachment, num_timesteps = attachment_of(self), self.num_timesteps
+
+        def time_of(t: Tensor) -> Tensor:
+            # A discrete t is a row of the host's own: its middle.
+            time: Tensor = (t if t.is_floating_point() else t + 0.5) / num_timesteps
+            return time
+
+        def trained() -> Any:
+            given["t"] = attachment.draw_from(
+                lambda: rectified_flow_draw(self.scheduler, given["x_start"], model_arguments_of(given)),
+                time_of,
+            )
+            return own(*bound.args[1:], **bound.kwargs)
+
+        return attachment.weighted_call(trained)
+
+    return {"training_losses": training_losses}
+
+
+def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
+    """`sample` and `training_losses` of a transport, at a t of the thinned law.
+
+    LightningDiT validates on an interval of its own, `sp_timesteps`: draw and loss stay the host's then.
+    """
+    sample_signature = _signature(host_class, "sample")
+    loss_signature = _signature(host_class, "training_losses")
+
+    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = hosts_method(self, host_class, transport_methods, "sample")
+        drawn, bound = own(*args, **kwargs), sample_signature.bind(self, *args, **kwargs)
+        if bound.arguments.get("sp_timesteps") is not None:
+            return drawn
+        # The first t is the one drawn with the noise. More are drawn for rows without pixels.
+        first, x1 = [drawn[0]], bound.arguments["x1"]
+        bound.arguments["x1"] = x1.new_empty(len(x1), 1)
+
+        def hosts_draw() -> Tensor:
+            t: Tensor = first.pop() if first else own(*bound.args[1:], **bound.kwargs)[0]
+            return t
+
+        attachment: FlowAttachment = attachment_of(self)
+        return (attachment.draw_from(hosts_draw, lambda t: 1 - t), *drawn[1:])
+
+    def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = hosts_method(self, host_class, transport_methods, "training_losses")
+        if loss_signature.bind(self, *args, **kwargs).arguments.get("sp_timesteps") is not None:
+            return own(*args, **kwargs)
+        return attachment_of(self).weighted_call(lambda: own(*args, **kwargs))
+
+    return {"sample": sample, "training_losses": training_losses}
+
+
+def _signature(host_class: type, method: str) -> inspect.Signature:
+    return inspect.signature(getattr(host_class, method))
+
+
+def _transport_schedule(host: Any) -> NoiseSchedule:
+    """Noise levels of a transport's path at bin midpoints, 0 clean."""
+    # Its 0 is noise.
+    t = 1 - (torch.arange(NUM_BINS, dtype=torch.float64, device="cpu") + 0.5) / NUM_BINS
+    alpha, sigma = host.path_sampler.compute_alpha_t(t)[0], host.path_sampler.compute_sigma_t(t)[0]
+    return NoiseSchedule(alpha, sigma, torch.arange(NUM_BINS, device="cpu"), NUM_BINS)
+
+
+class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host, and is no error
+    def __init__(self, t: Tensor) -> None:
+        super().__init__("the host has drawn its t")
+        self.t = t
+
+
+def _stop(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    raise _DrawnTimestep(timesteps)

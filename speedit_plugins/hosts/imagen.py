@@ -1,0 +1,126 @@
+"""Seam D for imagen-pytorch: `Imagen.forward` draws a continuous time and hands it to `p_losses`.
+
+There our time takes its place, and the host's `loss_fn` weighs each sample. Each unet of the cascade has a
+noise schedule, and so a policy, of its own. The noise of the low-resolution conditioning stays the host's,
+and outside training mode all of it does.
+
+Dims: T timesteps, B batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.hosts.attachment import (
+    Attachment,
+    attach,
+    attachment_of,
+    hosts_method,
+    refuse_double_weights,
+)
+from speedit_plugins.registry import Config, build_policy
+
+# Rows of a policy on continuous time: with jitter they follow a logit-normal's quantiles within 0.002.
+NUM_BINS = 1000
+
+
+def fits(host: Any) -> bool:
+    """Whether a host's object is an `Imagen`; the elucidated one draws sigmas and has no noise schedulers."""
+    return hasattr(host, "noise_schedulers") and hasattr(host, "p_losses") and hasattr(host, "loss_fn")
+
+
+def wrapped(
+    host: Any,
+    policy: str | Config | TimestepPolicy,
+    prediction_type: str | None,
+    generator: torch.Generator | None,
+) -> Any:
+    """The host's object with a policy for each of its unets; see `with_policy`.
+
+    Raises:
+        ValueError: a bad policy, one with weights where the host's Min-SNR is on, or a prediction type.
+    """
+    if prediction_type not in (None, "epsilon"):
+        raise ValueError(
+            "Imagen scales the loss of every objective to that of the noise: leave prediction_type out, got"
+            f" {prediction_type!r}"
+        )
+    parts = []
+    for number, (scheduler, gamma) in enumerate(
+        zip(host.noise_schedulers, host.min_snr_gamma, strict=True), 1
+    ):
+        built = (
+            policy
+            if isinstance(policy, TimestepPolicy)
+            else build_policy(policy, schedule_of_unet(scheduler))
+        )
+        if gamma is not None:
+            weighing = f"unet {number} of this Imagen weighs its loss by Min-SNR (gamma {gamma})"
+            refuse_double_weights(built, weighing, "make it with min_snr_loss_weight=False")
+        parts.append(Attachment(built, generator))
+    return attach(host, CascadeAttachment(parts), imagen_methods)
+
+
+def schedule_of_unet(scheduler: Any) -> NoiseSchedule:
+    """The continuous schedule of one unet at bin midpoints, 0 clean.
+
+    Args:
+        scheduler: imagen-pytorch's, has `log_snr(times)`.
+    """
+    time = (torch.arange(NUM_BINS, dtype=torch.float64, device="cpu") + 0.5) / NUM_BINS
+    log_snr = scheduler.log_snr(time)
+    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+    return NoiseSchedule(alpha, sigma, torch.arange(NUM_BINS, device="cpu"), NUM_BINS)
+
+
+@dataclass
+class CascadeAttachment:
+    """What is added to an Imagen.
+
+    Args:
+        parts: one attachment for each unet.
+        current: the unet's attachment and the draw of the training call that is under way.
+    """
+
+    parts: list[Attachment]
+    current: tuple[Attachment, TimestepDraw] | None = None
+
+
+def imagen_methods(host_class: type) -> Mapping[str, Any]:
+    """`p_losses` at our times, and `loss_fn`, which weighs while it runs."""
+
+    def p_losses(self: Any, unet: Any, x_start: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
+        own: Callable[..., Tensor] = hosts_method(self, host_class, imagen_methods, "p_losses")
+        if not self.training:
+            return own(unet, x_start, times, **kwargs)
+        cascade: CascadeAttachment = attachment_of(self)
+        number = next(n for n, s in enumerate(self.noise_schedulers) if s is kwargs["noise_scheduler"])
+        part = cascade.parts[number]
+        draw = part.draw(times)
+        cascade.current = (part, draw)
+        try:
+            return own(unet, x_start, draw.time.to(times.dtype), **kwargs)
+        finally:
+            cascade.current = None
+
+    def loss_fn(self: Any) -> Callable[..., Tensor]:
+        own: Callable[..., Tensor] = self.__dict__["loss_fn"]
+        cascade: CascadeAttachment = attachment_of(self)
+        return own if cascade.current is None else _weighing(own, *cascade.current)
+
+    # A property goes before the instance's own attribute of that name, which stays as it is.
+    return {"p_losses": p_losses, "loss_fn": property(loss_fn)}
+
+
+def _weighing(own: Callable[..., Tensor], part: Attachment, draw: TimestepDraw) -> Callable[..., Tensor]:
+    def weighed(prediction: Tensor, target: Tensor, *, reduction: str) -> Tensor:
+        losses = own(prediction, target, reduction=reduction)
+        part.policy.update(draw.index, losses.detach().flatten(1).mean(1))
+        return draw.weight.to(losses.dtype).view(-1, *[1] * (losses.dim() - 1)) * losses
+
+    return weighed

@@ -1,0 +1,152 @@
+"""Seam D: a script that draws its timesteps and makes its loss by itself, as the diffusers examples do.
+
+    seam = ScriptPolicy("speedit")
+    timesteps = seam.timesteps(noise_scheduler, bsz, latents.device)  # in place of torch.randint(...)
+    loss = seam.mse_loss(model_pred.float(), target.float())  # in place of F.mse_loss(..., reduction="mean")
+
+The launcher makes the same two edits in an unmodified script (`script_edits`).
+
+Dims: B batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from speedit_plugins.core.policy import TimestepPolicy
+from speedit_plugins.hosts.attachment import TableOnDevices, draws_pairs, is_constant, refuse_double_weights
+from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
+from speedit_plugins.registry import Config, build_policy
+
+
+class ScriptPolicy:
+    """Draws timesteps for a script and weighs its squared errors.
+
+    Args:
+        policy: see `build_policy`; built for the noise scheduler that comes with the first draw.
+        prediction_type: what the model predicts; None reads it from the noise scheduler.
+        generator: of the draws; None is the device's global one.
+        on_use: told the policy when the first loss goes through it.
+    """
+
+    def __init__(
+        self,
+        policy: str | Config = "speedit",
+        *,
+        prediction_type: str | None = None,
+        generator: torch.Generator | None = None,
+        on_use: Callable[[TimestepPolicy], None] | None = None,
+    ) -> None:
+        self._config = policy
+        self._prediction_type = prediction_type
+        self._generator = generator
+        self._on_use = on_use
+        self._scheduler: Any = None
+        self._built: tuple[TimestepPolicy, str] | None = None
+        self._index: Tensor | None = None
+        self._weight = TableOnDevices(lambda: self.policy.weight)
+        self.num_draws = 0
+
+    @property
+    def policy(self) -> TimestepPolicy:
+        """Draws and weighs, for the noise scheduler as it is now.
+
+        Raises:
+            ValueError: nothing was drawn yet, or a bad policy.
+        """
+        if self._scheduler is None:
+            raise ValueError(
+                "the script makes its loss before timesteps were drawn by the policy: it draws them elsewhere"
+                " (a timestep bias, a density of its own)"
+            )
+        # A script may tell its scheduler what the model predicts after the first draw (--prediction_type).
+        stated = self._prediction_type or prediction_type_of(self._scheduler)
+        if self._built is None or self._built[1] != stated:
+            self._built = build_policy(self._config, from_diffusers(self._scheduler), stated), stated
+        return self._built[0]
+
+    def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
+        """Timesteps int64 (B,) to corrupt and to train a batch at; `mse_loss` weighs for them.
+
+        Args:
+            noise_scheduler: diffusers' with `alphas_cumprod`, whose rows are the timesteps that its
+                `add_noise` and the model take.
+
+        Raises:
+            ValueError: a bad policy, or a scheduler whose index is not such a timestep (EDM, flow matching).
+        """
+        if getattr(noise_scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
+                " timestep. Flow matching takes policy.draw (integrations/diffusers); EDM has nothing to gain"
+            )
+        if noise_scheduler is not self._scheduler:
+            self._scheduler, self._built = noise_scheduler, None
+        self.policy.advance(self.num_draws)
+        self.num_draws += 1
+        self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
+        return self._index
+
+    def mse_loss(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        reduction: Literal["mean", "none"] = "mean",
+        *,
+        part: tuple[int, int] = (0, 1),
+    ) -> Tensor:
+        """The squared error of a batch with the weights of its timesteps.
+
+        Args:
+            prediction: (B, ...), the rows that the last timesteps were drawn for.
+            target: the same shape.
+            reduction: "mean" is a scalar, the mean over samples of weight * mse; "none" has the shape of the
+                input.
+            part: (i, n) where the script splits its batch by `chunk(n)`, as for prior preservation: this is
+                chunk i.
+
+        Raises:
+            ValueError: no timesteps were drawn, for another number of rows, or in pairs for a split batch.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
+        policy, index = self.policy, self._rows(len(prediction), part)
+        if self._on_use is not None:
+            self._on_use(policy)
+            self._on_use = None
+        weights_nothing = is_constant(policy.weight) and float(policy.weight[0]) == 1
+        weight = self._weight.at(index)
+        error = functional.mse_loss(prediction, target, reduction="none")
+        policy.update(index, error.detach().flatten(1).mean(1))
+        if weights_nothing:
+            # The host's own reduction, so that its loss comes out to the bit.
+            return functional.mse_loss(prediction, target, reduction=reduction)
+        if reduction == "none":
+            return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
+        return (weight.to(error.dtype) * error.flatten(1).mean(1)).mean()
+
+    def refuse_min_snr(self) -> None:
+        """Raises ValueError where the script weighs by Min-SNR beside a policy that has weights."""
+        refuse_double_weights(self.policy, "the script weighs its loss by Min-SNR", "drop --snr_gamma")
+
+    def _rows(self, num_rows: int, part: tuple[int, int]) -> Tensor:
+        """The timesteps of one chunk of the batch, checked against its rows."""
+        number, num_parts = part
+        if self._index is None or not 0 <= number < num_parts:
+            raise ValueError(f"part needs (i, n) with 0 <= i < n, got {part}")
+        if num_parts > 1 and draws_pairs(self.policy):
+            raise ValueError(
+                f"{self.policy.name!r} draws pairs, whose second half mirrors the first, and this script"
+                " splits its batch into halves (prior preservation): take one with independent draws, such as"
+                " 'speedit'"
+            )
+        chunk = self._index.chunk(num_parts)[number]
+        if len(chunk) != num_rows:
+            raise ValueError(
+                f"the loss is made of {num_rows} rows, and {len(chunk)} timesteps were drawn: a script that"
+                " splits its batch (prior preservation) passes part=(0, 2) and part=(1, 2)"
+            )
+        return chunk

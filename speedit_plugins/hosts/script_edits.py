@@ -1,0 +1,149 @@
+"""The two edits of seam D, made on a parsed script: where it draws timesteps, and where it makes its loss.
+
+Only the script's own call sites change: `torch.randint` over a noise scheduler's `num_train_timesteps`, its
+`mse_loss`, and its `compute_snr`, which gives Min-SNR weights. Line numbers stay.
+
+Dims: B batch.
+"""
+
+import ast
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.hosts.script import ScriptPolicy
+
+# The name under which the edited script finds its `ScriptCalls`.
+CALLS = "_speedit_calls"
+_NUM_TIMESTEPS = "num_train_timesteps"
+
+
+@dataclass
+class Sites:
+    """Line numbers of what a script does itself."""
+
+    draws: list[int] = field(default_factory=list)
+    losses: list[int] = field(default_factory=list)
+
+    @property
+    def are_a_seam(self) -> bool:
+        """Whether the script both draws timesteps and makes a squared error."""
+        return bool(self.draws and self.losses)
+
+
+def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
+    """A script with its draws and losses going through `ScriptCalls`, and where they stand.
+
+    Args:
+        tree: stays as it is; it comes back where the script has not both.
+    """
+    editor = _Editor()
+    changed = ast.fix_missing_locations(editor.visit(copy.deepcopy(tree)))
+    return (changed if editor.sites.are_a_seam else tree), editor.sites
+
+
+class ScriptCalls:
+    """What the edited call sites call: the script's arguments, and a `ScriptPolicy` behind them."""
+
+    def __init__(self, seam: ScriptPolicy) -> None:
+        self._seam = seam
+
+    def randint(
+        self,
+        noise_scheduler: Any,
+        low: int,
+        high: int,
+        size: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        **others: Any,
+    ) -> Tensor:
+        """Timesteps (B,) in the place of `torch.randint(low, high, size, device=device)`.
+
+        Raises:
+            ValueError: the script draws part of the timesteps only, or in another shape.
+        """
+        if low != 0 or high != len(noise_scheduler.alphas_cumprod) or len(size) != 1 or others:
+            raise ValueError(
+                f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all"
+                f" {len(noise_scheduler.alphas_cumprod)} timesteps in shape (B,)"
+            )
+        return self._seam.timesteps(noise_scheduler, size[0], device)
+
+    def refused_index(self, noise_scheduler: Any, *_: Any, **__: Any) -> Tensor:
+        """Raises ValueError for a draw that is no timestep: EDM-style scripts look a sigma up with it."""
+        raise ValueError(
+            f"the script draws an index into the sigmas of {type(noise_scheduler).__name__} (EDM style),"
+            " which is no timestep of its schedule: leave out --do_edm_style_training"
+        )
+
+    def mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean", **others: Any) -> Tensor:
+        """The script's squared error, weighted."""
+        if others:
+            raise ValueError(f"mse_loss with {sorted(others)} is not known here")
+        return self._seam.mse_loss(prediction, target, reduction)
+
+    def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The script's signal-to-noise ratios, where they do not weigh beside the policy.
+
+        Raises:
+            ValueError: the policy has weights.
+        """
+        self._seam.refuse_min_snr()
+        return own(*args, **kwargs)
+
+
+class _Editor(ast.NodeTransformer):
+    def __init__(self) -> None:
+        self.sites = Sites()
+        self._is_index = False
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        """Notes whether the draw below is kept as timesteps, or as an index into something else."""
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        self._is_index = bool(names) and not any("step" in name for name in names)
+        node = self._visited(node)
+        self._is_index = False
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Replaces a draw, a squared error or an SNR; every other call stays."""
+        node = self._visited(node)
+        name, scheduler = _called(node), _scheduler_drawn_for(node)
+        if scheduler is not None:
+            self.sites.draws.append(node.lineno)
+            return _call(node, "refused_index" if self._is_index else "randint", scheduler)
+        if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
+            self.sites.losses.append(node.lineno)
+            return _call(node, "mse_loss")
+        if name == "compute_snr":
+            return _call(node, "compute_snr", node.func)
+        return node
+
+    def _visited(self, node: Any) -> Any:
+        self.generic_visit(node)
+        return node
+
+
+def _called(node: ast.Call) -> str:
+    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+
+
+def _scheduler_drawn_for(node: ast.Call) -> ast.expr | None:
+    """`S` of `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config`."""
+    if _called(node) != "torch.randint" or len(node.args) < 2:
+        return None
+    high = node.args[1]
+    if not (isinstance(high, ast.Attribute) and high.attr == _NUM_TIMESTEPS):
+        return None
+    owner = high.value
+    return owner.value if isinstance(owner, ast.Attribute) and owner.attr == "config" else owner
+
+
+def _call(node: ast.Call, method: str, *first: ast.expr) -> ast.Call:
+    function = ast.Attribute(ast.Name(CALLS, ast.Load()), method, ast.Load())
+    return ast.copy_location(ast.Call(function, [*first, *node.args], node.keywords), node)
