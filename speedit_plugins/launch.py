@@ -35,7 +35,7 @@ from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
+from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, Sites, edited
 from speedit_plugins.registry import Config, build_policy
 
 USER_ERROR = 2
@@ -148,8 +148,18 @@ def parsed(script: str) -> ast.Module:
         or is_known
         or any(f.module in named or _stands(f.module, folders) for f in FACTORIES)
     ):
-        raise LaunchError(f"{script} has no seam: looked for {_looked_for()}")
+        raise LaunchError(f"{script} has no seam: {_drawn_only(sites)}looked for {_looked_for()}")
     return changed
+
+
+def _drawn_only(sites: Sites) -> str:
+    if not sites.draws:
+        return ""
+    lines = ", ".join(map(str, sites.draws))
+    return (
+        f"it draws timesteps (line {lines}) and makes no F.mse_loss to weigh, see integrations/diffusers for"
+        " the edit by hand; "
+    )
 
 
 def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:

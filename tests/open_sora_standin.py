@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from mmengine.registry import Registry
-from torch import Tensor, nn
+from torch import Tensor
 
 VERSIONS = ("1.0.0", "1.1.0", "1.2.0", "1.3")
 PLUGIN = "speedit_plugins.hosts.open_sora"
@@ -218,7 +218,7 @@ def _iddpm_class(spaced: type, version: str) -> type:
                 assert timestep_respacing is None
                 timestep_respacing = str(num_sampling_steps)
             count = int(timestep_respacing or diffusion_steps)
-            steps = torch.linspace(0, diffusion_steps - 1, count).round().int().tolist()
+            steps = torch.linspace(0, diffusion_steps - 1, count, dtype=torch.float64).round().int().tolist()
             betas = torch.linspace(1e-4, 0.02, diffusion_steps, dtype=torch.float64)
             super().__init__(use_timesteps=steps, betas=betas, loss_type="kl" if use_kl else "mse")
             self.cfg_scale = cfg_scale
@@ -337,32 +337,3 @@ def _rflow_class(version: str) -> type:
             )
 
     return RFLOW12 if version == "1.2.0" else RFLOW13
-
-
-class Denoiser(nn.Module):
-    """(B, C, F, H, W) -> (B, 2C, F, H, W), other at each t; keeps every t and argument that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(0.3))
-        self.seen: list[Tensor] = []
-        self.arguments: list[dict[str, Any]] = []
-
-    def forward(self, x: Tensor, timestep: Tensor, y: Any = None, **kwargs: Any) -> Tensor:
-        self.seen.append(timestep.clone())
-        self.arguments.append({"y": y, **kwargs})
-        phase = (timestep.float() / 1000).view(-1, *[1] * (x.ndim - 1))
-        return torch.cat([self.gain * x * (1 + phase), torch.tanh(x + phase)], dim=1)
-
-
-class TextEncoder:
-    """Embeds each prompt by its length."""
-
-    def tokenize_fn(self, prompts: list[str]) -> dict[str, Any]:
-        return {"prompts": prompts}
-
-    def encode(self, prompts: list[str]) -> dict[str, Any]:
-        return {"y": torch.tensor([[float(len(prompt))] for prompt in prompts])}
-
-    def null(self, n: int) -> Tensor:
-        return torch.zeros(n, 1)

@@ -192,6 +192,109 @@ def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path
     assert "spawns its own processes, which leave the policy behind" in reports(done)[0]
 
 
+FLOW = """
+from flow_standins import Transport
+def create_transport():
+    return Transport()
+"""
+FLOW_TRAIN = """
+import torch
+from transport import create_transport
+from host_contract import SmallModel
+transport = create_transport()
+model = SmallModel(None)
+opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+transport.training_losses(model, torch.zeros(5000, 4, 2, 2))["loss"].mean().backward()
+opt.step()
+print("late", float((model.seen[0] < 0.077).float().mean()))
+"""
+
+
+def test_a_transport(tmp_path: Path) -> None:
+    script = host(tmp_path, "transport", FLOW)
+    script.write_text(FLOW_TRAIN)
+    done = start("--policy", "speed", str(script))
+    assert done.returncode == 0, done.stderr
+    assert reports(done)[0].startswith("speedit: SiT, seam B, policy speed: boundary 923 of 1000 timesteps")
+    # t = 0 is noise there: 0.077 / 5 of 0.938, within 4 binomial sigma.
+    assert abs(float(done.stdout.split()[-1]) - 0.0164) < 4 * (0.0164 / 5000) ** 0.5
+
+
+DIFFUSERS = """
+import sys
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from host_contract import SmallModel
+noise_scheduler, unet, snr_gamma = DDPMScheduler(), SmallModel(None), {snr_gamma}
+optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
+latents = torch.randn(64, 4, 2, 2)
+for step in range(2):
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(0, noise_scheduler.config.{high}, (64,), device=latents.device)
+    model_pred = unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps)
+    if snr_gamma is None:
+        loss = F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
+    else:
+        snr = compute_snr(noise_scheduler, timesteps)
+        loss = F.mse_loss(model_pred.float(), noise.float(), reduction="none").mean(dim=[1, 2, 3]) * 5 / snr
+        loss = loss.mean()
+    loss.backward()
+    optimizer.step()
+print("late", int((torch.cat(unet.seen) >= 642).sum()), "of", len(torch.cat(unet.seen)), __name__, sys.argv)
+raise RuntimeError("line 27 of the script") if {fails} else SystemExit(0)
+"""
+
+
+class TestAScriptThatDrawsForItself:
+    def script(
+        self, folder: Path, snr_gamma: object = None, high: str = "num_train_timesteps", fails: int = 0
+    ) -> Path:
+        path = folder / "train.py"
+        path.write_text(DIFFUSERS.format(snr_gamma=snr_gamma, high=high, fails=fails))
+        return path
+
+    def test_it_draws_and_weighs_by_the_policy(self, tmp_path: Path) -> None:
+        script = self.script(tmp_path)
+        done = start(str(script), "--x")
+        assert done.returncode == 0, done.stderr
+        assert reports(done) == [
+            "speedit: diffusers script, seam D, policy speedit:"
+            " boundary 642 of 1000 timesteps, mean weight 0.5815"
+        ]
+        # 0.0509 of 128 is 6.5, and 4 binomial sigma are 10; uniform draws have 45.8.
+        assert int(done.stdout.split()[1]) <= 16
+        assert f"of 128 __main__ {[str(script), '--x']}" in done.stdout
+
+    def test_min_snr_beside_weights_is_refused(self, tmp_path: Path) -> None:
+        done = start(str(self.script(tmp_path, snr_gamma=5.0)))
+        assert done.returncode == 2
+        assert "the script weighs its loss by Min-SNR already" in reports(done)[0]
+        assert "drop --snr_gamma" in reports(done)[0]
+
+    def test_lines_in_a_traceback_are_the_scripts(self, tmp_path: Path) -> None:
+        script = self.script(tmp_path, fails=1)
+        done = start(str(script))
+        assert done.returncode == 1
+        line = (
+            script.read_text()
+            .splitlines()
+            .index('raise RuntimeError("line 27 of the script") if 1 else SystemExit(0)')
+        )
+        assert f'File "{script}", line {line + 1}, in <module>' in done.stderr
+
+    def test_a_draw_without_a_loss_to_weigh(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        script = tmp_path / "train.py"
+        script.write_text(
+            "t = torch.randint(0, s.config.num_train_timesteps, (1,))\nraise SystemExit('ran')\n"
+        )
+        assert launch.main([str(script)]) == 2
+        printed = capsys.readouterr().err
+        assert "draws timesteps (line 1) and makes no F.mse_loss to weigh" in printed
+        assert "integrations/diffusers" in printed
+
+
 class TestErrors:
     """Each is one line and exit code 2, before anything trains."""
 

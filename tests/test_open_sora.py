@@ -1,18 +1,14 @@
 """Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and on the real checkouts."""
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from open_sora_contract import CHECKS, Host
-from open_sora_flow_contract import FLOW_CHECKS
+from open_sora_contract import CONTRACT, Host
+from open_sora_flow_contract import FLOW_CONTRACT
 from open_sora_standin import VERSIONS, installed
 
 
@@ -28,6 +24,10 @@ def flow_host(request: pytest.FixtureRequest) -> Iterator[Host]:
         yield Host(request.param)
 
 
+CHECKS = [check for checks in CONTRACT.values() for check in checks]
+FLOW_CHECKS = [check for checks in FLOW_CONTRACT.values() for check in checks]
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check: Any, host: Host) -> None:
     check(host)
@@ -36,28 +36,6 @@ def test_contract(check: Any, host: Host) -> None:
 @pytest.mark.parametrize("check", FLOW_CHECKS, ids=lambda check: check.__name__)
 def test_flow_contract(check: Any, flow_host: Host) -> None:
     check(flow_host)
-
-
-@pytest.mark.hosts
-@pytest.mark.parametrize("version", VERSIONS)
-def test_contract_on_checkout(version: str) -> None:
-    checkout = Path(os.environ["SPEEDIT_HOSTS"]) / f"hpcaitech+Open-Sora@v{version}"
-    if not checkout.is_dir():
-        pytest.skip(f"no checkout {checkout.name}")
-    tests = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(tests / "open_sora_checkout.py"), version, str(checkout)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == len(CHECKS) + (len(FLOW_CHECKS) if version >= "1.2" else 0)
-    failed = {name: result for name, result in results.items() if result != "ok"}
-    assert not failed, "\n".join(f"{name}:\n{result}" for name, result in failed.items())
 
 
 def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:

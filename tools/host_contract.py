@@ -9,6 +9,7 @@ A check raises AssertionError with what it saw. The points:
 5. Attributes, isinstance, deepcopy and pickling are the host's.
 6. An object without the seam is refused, naming what was looked for.
 7. A second policy is refused, and without the policy the object is as before.
+8. A compiled model and one under DDP train alike; a bfloat16 default dtype leaves every timestep reachable.
 
 Dims: B batch, C channels.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from host_environments import default_dtype, wrapped_models
 from torch import Tensor, nn
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
@@ -34,6 +36,8 @@ from speedit_plugins.registry import build_policy
 POLICY = "speedit"
 FLOAT32_TOLERANCE = 2e-7
 FLOAT64_TOLERANCE = 1e-12
+# A timestep of 1,000 is missed with probability (1 - 1/1000)^12000 = 6e-6: 0.006 of them on average.
+NUM_DRAWS = 12_000
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,17 @@ def check(subject: Subject) -> list[int]:
     Raises:
         AssertionError: the first point that does not, its number first.
     """
-    steps = CONTRACT_OF_OBJECTS if subject.host_class is None else CONTRACT_OF_SAMPLERS
+    return run_points(CONTRACT_OF_OBJECTS if subject.host_class is None else CONTRACT_OF_SAMPLERS, subject)
+
+
+def run_points(points: Mapping[int, Callable[[Any], None]], subject: Any) -> list[int]:
+    """The numbers of the checks that hold for a subject, in order; see `check`."""
     passed = []
-    for point, step in steps.items():
+    for point, step in points.items():
         try:
             step(subject)
         except AssertionError as error:
-            raise AssertionError(f"point {point}: {error}") from error
+            raise AssertionError(f"point {point}: {error or step.__name__}") from error
         passed.append(point)
     return passed
 
@@ -175,7 +183,7 @@ def missing_seam_is_refused(subject: Subject) -> None:
         kept[f"old_{name}"] = kept.pop(name)
     bare = object.__new__(type("Changed", (), kept))
     vars(bare).update(vars(diffusion))
-    _refused(lambda: with_policy(bare, POLICY), "has no seam: looked for a method training_losses")
+    refused(lambda: with_policy(bare, POLICY), "has no seam: looked for a method training_losses")
 
 
 def wrapping_ends(subject: Subject) -> None:
@@ -183,10 +191,45 @@ def wrapping_ends(subject: Subject) -> None:
     diffusion = subject.make("")
     host_class, names = type(diffusion), set(vars(diffusion))
     with_policy(diffusion, POLICY)
-    _refused(lambda: with_policy(diffusion, POLICY), "has a policy already")
+    refused(lambda: with_policy(diffusion, POLICY), "has a policy already")
     without_policy(diffusion)
     assert type(diffusion) is host_class, f"left as {type(diffusion)}"
     assert set(vars(diffusion)) == names, f"left behind {set(vars(diffusion)) - names}"
+
+
+def other_models_train_alike(subject: Subject) -> None:
+    """Point 8: the loss of a compiled model and of one under DDP, its gradient, and draws in bfloat16."""
+    model, (x, noise) = _model(subject), _batch(subject)
+    with wrapped_models(model) as others:
+        losses = {}
+        for name, other in {"plain": model, **others}.items():
+            diffusion = with_policy(subject.make(""), POLICY, generator=_seeded())
+            terms = terms_of(subject, diffusion, other, x, torch.zeros(len(x), dtype=torch.long), noise)
+            losses[name] = terms["loss"].detach()
+            model.scale.grad = None
+            terms["loss"].mean().backward()
+            assert model.scale.grad is not None, f"{name}: no gradient"
+            assert torch.equal(losses[name], losses["plain"]), f"{name}: another loss"
+    with default_dtype(torch.bfloat16):
+        diffusion = with_policy(subject.make(""), "uniform", generator=_seeded())
+        rows = torch.zeros(NUM_DRAWS, *subject.shape[1:]).float()[..., :1]
+        terms_of(subject, diffusion, model, rows, torch.zeros(NUM_DRAWS, dtype=torch.long), rows)
+    assert len(model.seen[-1].unique()) == 1000, "a bfloat16 default leaves timesteps out"
+
+
+def sampler_trains_other_models_alike(subject: Subject) -> None:
+    """Point 8 of seam C."""
+    model, (x, noise) = _model(subject), _batch(subject)
+    with wrapped_models(model) as others:
+        losses = []
+        for other in (model, *others.values()):
+            diffusion = subject.make("")
+            t, _ = _sampler(subject, diffusion).sample(len(x), "cpu")
+            losses.append(terms_of(subject, diffusion, other, x, t, noise)["loss"].detach())
+            assert torch.equal(losses[0], losses[-1]), "another loss"
+    with default_dtype(torch.bfloat16):
+        t, _ = _sampler(subject, subject.make(""), "uniform").sample(NUM_DRAWS, "cpu")
+    assert len(t.unique()) == 1000, "a bfloat16 default leaves timesteps out"
 
 
 def sampler_draws_are_seen(subject: Subject) -> None:
@@ -251,8 +294,8 @@ def second_sampler_is_refused(subject: Subject) -> None:
     diffusion = subject.make("")
     host_class = type(diffusion)
     _sampler(subject, diffusion)
-    _refused(lambda: _sampler(subject, diffusion), "has a policy already")
-    _refused(lambda: with_policy(diffusion, POLICY), "has a policy already")
+    refused(lambda: _sampler(subject, diffusion), "has a policy already")
+    refused(lambda: with_policy(diffusion, POLICY), "has a policy already")
     assert type(without_policy(diffusion)) is host_class, f"left as {type(diffusion)}"
 
 
@@ -264,6 +307,7 @@ CONTRACT_OF_OBJECTS: dict[int, Callable[[Subject], None]] = {
     5: object_is_the_hosts,
     6: missing_seam_is_refused,
     7: wrapping_ends,
+    8: other_models_train_alike,
 }
 CONTRACT_OF_SAMPLERS: dict[int, Callable[[Subject], None]] = {
     1: sampler_draws_are_seen,
@@ -273,6 +317,7 @@ CONTRACT_OF_SAMPLERS: dict[int, Callable[[Subject], None]] = {
     5: sampler_is_the_hosts,
     6: missing_seam_is_refused,
     7: second_sampler_is_refused,
+    8: sampler_trains_other_models_alike,
 }
 
 
@@ -329,10 +374,11 @@ def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
-def _refused(action: Callable[[], object], wanted: str) -> None:
+def refused(action: Callable[[], object], wanted: str, error: type[Exception] = ValueError) -> None:
+    """Raises AssertionError unless an action raises an error of this type that says what is wanted."""
     message = "nothing"
     try:
         action()
-    except ValueError as error:
-        message = str(error)
+    except error as raised:
+        message = str(raised)
     assert wanted in message, f"wanted an error with {wanted!r}, got {message}"

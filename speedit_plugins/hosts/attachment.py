@@ -170,29 +170,23 @@ class Attachment:
 
 
 class TableOnDevices:
-    """A table (T,) of a policy, float32, on each device that asks; follows a policy that replaces it.
+    """Copies of a table (T,) on the devices that asked for it: one each, which saves a transfer each step.
 
     Args:
-        read: returns the policy's table as it is now.
-        derive: from that table, the one to look up.
+        derive: from the table, what is looked up in its place; a function that can be pickled.
     """
 
-    def __init__(
-        self, read: Callable[[], Tensor], derive: Callable[[Tensor], Tensor] = torch.Tensor.float
-    ) -> None:
-        self._read = read
+    def __init__(self, derive: Callable[[Tensor], Tensor] = torch.Tensor.float) -> None:
         self._derive = derive
-        self._source: Tensor | None = None
+        self._table: Tensor | None = None
         self._copies: dict[torch.device, Tensor] = {}
 
-    def at(self, index: Tensor) -> Tensor:
-        """Its values (B,) at indices int64 (B,), on their device."""
-        source = self._read()
-        # One copy per table and device saves a transfer each step.
-        if source is not self._source:
-            self._source, self._copies = source, {}
+    def at(self, table: Tensor, index: Tensor) -> Tensor:
+        """Values float32 (B,) at indices int64 (B,), on their device; another table drops the copies."""
+        if table is not self._table:
+            self._table, self._copies = table, {}
         if index.device not in self._copies:
-            self._copies[index.device] = self._derive(source).float().to(index.device)
+            self._copies[index.device] = self._derive(table).float().to(index.device)
         return self._copies[index.device][index]
 
 

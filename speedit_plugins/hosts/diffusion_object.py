@@ -41,6 +41,11 @@ def wrapped(
             f"{type(host).__module__} trains two losses at one t, which a redraw inside training_losses"
             " would tear apart: use speedit_plugins.hosts.schedule_sampler.schedule_sampler"
         )
+    if hasattr(host, "parameterization") and hasattr(host, "l_simple_weight"):
+        raise ValueError(
+            f"{type(host).__module__} returns one loss for the batch, which is too late to weigh: name"
+            f" speedit_plugins.hosts.latent_diffusion.{type(host).__name__} as `target:` in the host's config"
+        )
     return attach(host, Attachment(policy_for(host, policy, prediction_type), generator), steered_methods)
 
 

@@ -151,8 +151,8 @@ class FlowAttachment(Attachment):
         self, policy: TimestepPolicy | Callable[[], TimestepPolicy], generator: torch.Generator | None = None
     ) -> None:
         super().__init__(policy, generator)
-        self._acceptance = TableOnDevices(lambda: self.policy.density, lambda p: p / p.max())
-        self._weight = TableOnDevices(lambda: self.policy.weight)
+        self._acceptance = TableOnDevices(_relative_to_largest)
+        self._weight = TableOnDevices()
         # Of the training call that is under way.
         self._draw: TimestepDraw | None = None
 
@@ -173,9 +173,13 @@ class FlowAttachment(Attachment):
         if is_constant(self.policy.density):
             t = hosts_draw()
         else:
-            t = thinned(hosts_draw, lambda t: self._acceptance.at(bins(t)), self.generator)
+            t = thinned(
+                hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(t)), self.generator
+            )
         index = bins(t)
-        self._draw = TimestepDraw(index, time_of(t).float(), self._weight.at(index), self.policy.scope)
+        self._draw = TimestepDraw(
+            index, time_of(t).float(), self._weight.at(self.policy.weight, index), self.policy.scope
+        )
         return t
 
     def weighted_call(self, train: Callable[[], Any]) -> Any:
@@ -193,3 +197,7 @@ class FlowAttachment(Attachment):
                 " work are SiT, LightningDiT, VideoSys 2.0 and Open-Sora 1.2 and 1.3"
             )
         return {**terms, "loss": self.weighted_whole(terms["loss"], draw)}
+
+
+def _relative_to_largest(density: Tensor) -> Tensor:
+    return density / density.max()

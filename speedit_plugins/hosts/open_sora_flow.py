@@ -38,6 +38,9 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
         ValueError: a value out of range.
     """
 
+    # What `is_attached` and `without_policy` look for.
+    host_class = RFLOW
+
     def __init__(
         self,
         *,
@@ -51,7 +54,12 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             if lam != "auto":
                 raise ValueError(f"lam needs a number, None or 'auto', got {lam!r}")
             lam = None if options.get("sample_method") == "logit-normal" else 0.6
-        self.thinning = FlowThinning(k, snr_boundary, lam)
+        self._speedit_attachment = FlowThinning(k, snr_boundary, lam)
+
+    @property
+    def thinning(self) -> FlowThinning:
+        """What thins the host's draw and weighs its loss."""
+        return self._speedit_attachment
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's loss terms, each (B,), at a t of the thinned law, with the weights in `loss`.

@@ -117,14 +117,14 @@ class GivenTimesteps(Attachment):
 
     def __init__(self, policy: TimestepPolicy) -> None:
         super().__init__(policy)
-        self._weight = TableOnDevices(lambda: self.policy.weight)
+        self._weight = TableOnDevices()
 
     def draw(self, t: Tensor) -> TimestepDraw:
         """The host's t (B,) with our weights (B,)."""
         self.num_calls += 1
         index = t.long()
         time = (index + 0.5) / len(self.policy.weight)
-        return TimestepDraw(index, time, self._weight.at(index), self.policy.scope)
+        return TimestepDraw(index, time, self._weight.at(self.policy.weight, index), self.policy.scope)
 
 
 def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class ScriptPolicy:
         self._scheduler: Any = None
         self._built: tuple[TimestepPolicy, str] | None = None
         self._index: Tensor | None = None
-        self._weight = TableOnDevices(lambda: self.policy.weight)
+        self._weight = TableOnDevices()
         self.num_draws = 0
 
     @property
@@ -118,7 +118,7 @@ class ScriptPolicy:
             self._on_use(policy)
             self._on_use = None
         weights_nothing = is_constant(policy.weight) and float(policy.weight[0]) == 1
-        weight = self._weight.at(index)
+        weight = self._weight.at(self.policy.weight, index)
         error = functional.mse_loss(prediction, target, reduction="none")
         policy.update(index, error.detach().flatten(1).mean(1))
         if weights_nothing:

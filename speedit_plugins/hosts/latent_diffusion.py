@@ -1,0 +1,244 @@
+"""Seam D for latent-diffusion and Stable Diffusion 1 and 2: `target:` in a config names a class from here.
+
+Every class of `ldm.models.diffusion.ddpm` that trains through `p_losses` has one of the same name in this
+module, such as `speedit_plugins.hosts.latent_diffusion.LatentDiffusion`: the host's class, with a policy.
+
+Dims: T timesteps, B batch, C channels, H and W height and width.
+"""
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.hosts.attachment import Attachment
+from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.registry import Config, build_policy, nearest
+
+_HOST = "ldm.models.diffusion.ddpm"
+# Of the checkpoint: the policy's state and the number of training calls.
+CHECKPOINT_KEY = "speedit_plugins"
+_TERMS = ("train/loss_simple", "train/loss_vlb", "train/loss")
+
+
+def _takes_t(host_class: Any) -> bool:
+    method = getattr(host_class, "p_losses", None)
+    return method is not None and "t" in inspect.signature(method).parameters
+
+
+try:
+    _ddpm: Any = import_module(_HOST)
+    _DDPM: Any = getattr(_ddpm, "DDPM", None)
+    if not (_takes_t(_DDPM) and hasattr(_DDPM, "get_loss")):
+        raise ImportError(f"{_HOST} has no class DDPM with p_losses(x_start, ..., t) and get_loss")
+except ImportError as error:
+    raise ImportError(
+        "speedit_plugins.hosts.latent_diffusion needs latent-diffusion or Stable Diffusion 1 or 2"
+        f" ({_HOST}.DDPM with p_losses and get_loss); importing it failed: {error}"
+    ) from error
+
+
+class _TrainingCall:
+    """One training call of `p_losses`: our draw, and the errors (B, C, H, W) that `get_loss` returned."""
+
+    def __init__(self, draw: TimestepDraw) -> None:
+        self.draw = draw
+        self.plain: list[Tensor] = []
+        self.weighed: list[Tensor] = []
+
+    def weigh(self, error: Tensor) -> Tensor:
+        """The error of the host's next term, with the draw's weights where they belong."""
+        # Where the host asks a second time, it is for the variational term.
+        if self.plain and self.draw.scope == "mse":
+            weighed = error
+        else:
+            weighed = self.draw.weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
+        self.plain.append(error)
+        self.weighed.append(weighed)
+        return weighed
+
+
+class _LossAttachment(Attachment):
+    """The attachment of a model whose `get_loss` weighs while a training call is under way."""
+
+    call: _TrainingCall | None = None
+
+
+class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
+    """Stands before the host's class: t from a policy and the weights in its training loss.
+
+    In eval mode all of it is the host's, so that a monitored val/loss is comparable between policies.
+
+    Args:
+        policy: see `build_policy`; a config of OmegaConf as well.
+        args, kwargs: of the host's class.
+
+    Raises:
+        ValueError: a bad policy; `learn_logvar`, which learns the weights away; or a shortened schedule of
+            the conditioning, which the host noises at its own t.
+    """
+
+    # Set by each class of this module; `is_attached` and `without_policy` look for the first.
+    host_class: type
+    _signature: inspect.Signature
+
+    def __init__(self, *args: Any, policy: str | Config = "speedit", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.learn_logvar:
+            raise ValueError(
+                "learn_logvar=True divides the loss at each timestep by a factor that it learns, which takes"
+                " the weights out again: wanted learn_logvar=False"
+            )
+        # An unconditional model has the shortened schedule without a use for it.
+        if getattr(self, "shorten_cond_schedule", False) and self.model.conditioning_key is not None:
+            raise ValueError(
+                f"num_timesteps_cond={self.num_timesteps_cond} noises the conditioning at the t that the host"
+                " draws, not at the policy's: wanted num_timesteps_cond=1"
+            )
+        # The schedule is known only now that the host has registered it.
+        built = build_policy(_plain(policy), schedule_of(self), prediction_type_of(self))
+        self._speedit_attachment = _LossAttachment(built)
+
+    @property
+    def policy(self) -> TimestepPolicy:
+        """What draws and weights."""
+        return self._speedit_attachment.policy
+
+    def p_losses(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The host's loss and its terms, scalars; in training mode at our t in place of the given one.
+
+        There `train/loss` is the weighted loss; `train/loss_simple` and `train/loss_vlb` are unweighted.
+
+        Raises:
+            ValueError: the host's loss is not made of these two terms.
+        """
+        if not self.training:
+            plain: tuple[Tensor, dict[str, Tensor]] = super().p_losses(*args, **kwargs)
+            return plain
+        bound = self._signature.bind(self, *args, **kwargs)
+        t, attachment = bound.arguments["t"], self._speedit_attachment
+        draw = attachment.draw(t)
+        bound.arguments["t"] = draw.index.to(t.dtype)
+        call = attachment.call = _TrainingCall(draw)
+        try:
+            loss, terms = super().p_losses(*bound.args[1:], **bound.kwargs)
+        finally:
+            attachment.call = None
+        return self._weighted(loss, terms, call)
+
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """The host's error (B, C, H, W), or its mean; weighted while a training call makes such a term."""
+        error: Tensor = super().get_loss(pred, target, mean=mean)
+        call = self._speedit_attachment.call
+        if call is None:
+            return error
+        if mean:
+            raise ValueError(
+                "p_losses asked get_loss for the batch's mean, wanted mean=False: w is per sample"
+            )
+        return call.weigh(error)
+
+    def _weighted(
+        self, loss: Tensor, terms: Mapping[str, Tensor], call: _TrainingCall
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        attachment, draw = self._speedit_attachment, call.draw
+        # Once: each comparison waits for the device.
+        if attachment.is_sum is None:
+            self._confirm(loss, terms, call)
+            attachment.is_sum = True
+        error = _per_sample(call.plain[0])  # (B,)
+        factor = self.lvlb_weights[draw.index]
+        vlb = (factor * error).mean()
+        if len(call.plain) == 1 and draw.scope == "mse":
+            # Pixel-space DDPM makes both terms of one error: the variational one is summed anew, unweighted.
+            loss = terms["train/loss_simple"] * self.l_simple_weight + self.original_elbo_weight * vlb
+        # What a learning policy balances is the loss that the host would have without it.
+        whole = self.l_simple_weight * error + self.original_elbo_weight * factor * error
+        attachment.policy.update(draw.index, whole.detach())
+        return loss, {**terms, **dict(zip(_TERMS, (error.mean(), vlb, loss), strict=True))}
+
+    def _confirm(self, loss: Tensor, terms: Mapping[str, Tensor], call: _TrainingCall) -> None:
+        """Raises unless the host's loss is made of its errors as known: a fork's may be another."""
+        missing = [name for name in _TERMS if name not in terms]
+        if missing or len(call.plain) not in (1, 2):
+            raise ValueError(
+                f"{self.host_class.__name__}.p_losses asked get_loss {len(call.plain)} times and reports"
+                f" {sorted(terms)}; wanted once or twice, and {', '.join(_TERMS)}"
+            )
+        simple = _per_sample(call.weighed[0]).mean()
+        vlb = (self.lvlb_weights[call.draw.index] * _per_sample(call.weighed[-1])).mean()
+        pairs = [(terms["train/loss_simple"], simple), (terms["train/loss_vlb"], vlb)]
+        if len(call.plain) == 1:
+            pairs.append((loss, simple * self.l_simple_weight + self.original_elbo_weight * vlb))
+        else:
+            # LatentDiffusion puts a constant `logvar` into its first term: its errors are compared.
+            pairs.append((call.plain[0].mean(), call.plain[1].mean()))
+        if not all(torch.allclose(theirs, ours, equal_nan=True) for theirs, ours in pairs):
+            raise ValueError(
+                f"{self.host_class.__name__}.p_losses does not sum l_simple_weight * loss_simple and"
+                " original_elbo_weight * loss_vlb of one error at the policy's t: the weights do not fit in"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: the policy's state and the number of training calls go with the host's."""
+        # Lightning has the hook; a stand-in for it, or a host that is a bare module, may not.
+        hook = getattr(super(), "on_save_checkpoint", None)
+        if hook is not None:
+            hook(checkpoint)
+        attachment = self._speedit_attachment
+        checkpoint[CHECKPOINT_KEY] = {
+            "policy": attachment.policy.state_dict(),
+            "num_calls": attachment.num_calls,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: restores what was saved; a checkpoint of the host alone leaves the policy new.
+
+        Raises:
+            ValueError: the checkpoint is of another policy or T.
+        """
+        hook = getattr(super(), "on_load_checkpoint", None)
+        if hook is not None:
+            hook(checkpoint)
+        if CHECKPOINT_KEY in checkpoint:
+            state, attachment = checkpoint[CHECKPOINT_KEY], self._speedit_attachment
+            attachment.policy.load_state_dict(state["policy"])
+            attachment.num_calls = int(state["num_calls"])
+
+
+def __getattr__(name: str) -> Any:
+    """The class of this name, made at its first use and kept, so that objects of it pickle by its name."""
+    known = {
+        key: each
+        for key, each in vars(_ddpm).items()
+        if isinstance(each, type) and issubclass(each, _DDPM) and _takes_t(each)
+    }
+    if name not in known:
+        raise AttributeError(
+            f"{__name__} has no class {name!r}{nearest(name, list(known))}; known: {', '.join(sorted(known))}"
+        )
+    host_class: Any = known[name]
+    members = {
+        "host_class": host_class,
+        "_signature": inspect.signature(host_class.p_losses),
+        "__module__": __name__,
+        "__doc__": host_class.__doc__,
+    }
+    globals()[name] = type(name, (_Steered, host_class), members)
+    return globals()[name]
+
+
+def _per_sample(error: Tensor) -> Tensor:
+    """Means (B,) of an error (B, C, H, W), by the host's arithmetic."""
+    return error.mean(dim=list(range(1, error.dim())))
+
+
+def _plain(config: Any) -> Any:
+    """A config without OmegaConf's containers, which resolve and copy in their own way."""
+    if isinstance(config, Mapping):
+        return {str(key): _plain(value) for key, value in config.items()}
+    return config

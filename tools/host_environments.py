@@ -1,0 +1,41 @@
+"""Circumstances of a training run that every adapter has to work in: point 8 of the contract."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone, unless there is a group already."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype, as in hosts that build a bfloat16 model so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def wrapped_models(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """The model as `torch.compile` and as DistributedDataParallel wrap it; parameters are shared."""
+    with process_group():
+        # Dynamo traces; its "eager" backend calls the same kernels, so that results compare to the bit.
+        compiled = torch.compile(model, backend="eager")
+        yield {"compiled": compiled, "DDP": nn.parallel.DistributedDataParallel(model)}
