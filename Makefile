@@ -5,6 +5,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 EXTRAS ?= trainer,eval,dev
+# Frameworks that the tests run against. Without their dependencies: torchvision has no build beside CPU torch.
+HOSTS := imagen-pytorch==2.1.0
 
 DEMO_CONFIG := configs/image/digits/speedit.yaml
 DEMO_DIR ?= outputs/digits/speedit
@@ -36,6 +38,7 @@ install: .venv/.installed  ## create .venv with the package (editable), the trai
 	$(PYTHON) -m venv .venv
 	$(if $(strip $(TORCH)),$(PIP_INSTALL) $(TORCH))
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
+	$(if $(findstring dev,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(HOSTS))
 	@touch $@
 
 # The last command ends by listing where the samples, the loss curve, the metrics and the checkpoint lie.

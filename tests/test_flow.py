@@ -43,7 +43,7 @@ def test_discrete_uniform_follows_the_papers_density() -> None:
     T = 50
     schedule = NoiseSchedule.rectified_flow(T)
     # The host's t is the bin's midpoint here, as the schedule's is.
-    drawn = FlowThinning(k=3).draw(lambda: torch.randint(0, T, (N,)) + 0.5, num_timesteps=T)
+    drawn = FlowThinning(k=3).draw(lambda: torch.randint(0, T, (N,)) + 0.5, time_of=lambda t: t / T)
     counts = torch.bincount(drawn.long(), minlength=T).double() / N
     density = densities.thinned(schedule, k=3).table
     density = density / density.sum()
@@ -84,7 +84,7 @@ def test_a_generator_makes_the_refusals_repeat() -> None:
 
 
 def test_draws_keep_the_hosts_dtype() -> None:
-    drawn = FlowThinning().draw(lambda: torch.randint(0, 1000, (64,)), num_timesteps=1000)
+    drawn = FlowThinning().draw(lambda: torch.randint(0, 1000, (64,)), time_of=lambda t: t / 1000)
     assert drawn.dtype == torch.int64
 
 

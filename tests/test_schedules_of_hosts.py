@@ -10,7 +10,7 @@ import pytest
 import torch
 from host_standins import create, create_points
 
-from speedit_plugins import NoiseSchedule
+from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of, schedule_of
 
 
@@ -64,12 +64,52 @@ class TestFromDiffusers:
     def test_a_scheduler_set_to_inference(self) -> None:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(20)
-        with pytest.raises(ValueError, match="has 21 sigmas, wanted the 1000 of training: read .* before"):
+        with pytest.raises(ValueError, match="has 20 sigmas, wanted the 1000 of training: read .* before"):
             from_diffusers(scheduler)
 
-    def test_a_scheduler_whose_index_is_no_timestep(self) -> None:
-        with pytest.raises(ValueError, match="EDMEulerScheduler has neither alphas_cumprod nor"):
-            from_diffusers(diffusers.EDMEulerScheduler())
+    @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+    def test_noise_that_is_added_to_data_of_scale_one(self, name: str) -> None:
+        schedule = from_diffusers(getattr(diffusers, name)())
+        # Karras' ramp between 0.002 and 80 with rho = 7, in float32.
+        ramp = torch.linspace(0, 1, schedule.num_timesteps, dtype=torch.float64)
+        expected = (0.002 ** (1 / 7) + ramp * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+        assert torch.allclose(schedule.sigma, expected, rtol=1e-4)
+        assert bool((schedule.alpha == 1).all())
+
+    def test_a_terminal_snr_of_zero(self) -> None:
+        scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
+        schedule = from_diffusers(scheduler)
+        assert float(schedule.snr[-1]) < 1e-7
+        assert torch.isfinite(build_policy("min_snr", schedule, "v").weight).all()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' own numpy calls
+    def test_every_scheduler_with_a_table_of_noise_levels(self) -> None:
+        read, refused = [], []
+        for name in (name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")):
+            try:
+                scheduler = getattr(diffusers.schedulers, name)()
+            except (ImportError, TypeError):  # another package, or arguments without a default
+                continue
+            if getattr(scheduler, "alphas_cumprod", None) is None:
+                refused.append(name)
+                continue
+            schedule = from_diffusers(scheduler)
+            assert torch.allclose(
+                schedule.alphas_cumprod.float(), torch.as_tensor(scheduler.alphas_cumprod).float()
+            )
+            read.append(name)
+        assert {
+            "DDPMScheduler",
+            "PNDMScheduler",
+            "DPMSolverMultistepScheduler",
+            "UniPCMultistepScheduler",
+        } <= set(read)
+        assert {"DDPMWuerstchenScheduler", "SCMScheduler"} <= set(refused)
+
+    def test_a_scheduler_without_noise_levels(self) -> None:
+        for name in ("DDPMWuerstchenScheduler", "SCMScheduler"):
+            with pytest.raises(ValueError, match=f"{name} has neither alphas_cumprod nor a table of sigmas"):
+                from_diffusers(getattr(diffusers.schedulers, name)())
 
 
 class MeanType(enum.Enum):

@@ -104,15 +104,14 @@ class FlowThinning:
         self,
         hosts_draw: Callable[[], Tensor],
         *,
-        num_timesteps: float = 1.0,
+        time_of: Callable[[Tensor], Tensor] = torch.Tensor.float,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """A batch of the thinned law, by rejection: a refused t is replaced by the host's next one.
 
         Args:
-            hosts_draw: returns what the model would see, shape (B,), 0 clean to `num_timesteps` noise; each
-                position is i.i.d. from call to call.
-            num_timesteps: the host's t of pure noise.
+            hosts_draw: returns the host's t, shape (B,); each position is i.i.d. from call to call.
+            time_of: turns them into time in [0, 1], 1 is noise, as the model sees it after any shift.
             generator: of the refusals, on the device of the draw; None is that device's global one.
 
         Returns:
@@ -120,8 +119,11 @@ class FlowThinning:
         """
         if self.k == 1:
             return hosts_draw()
-        past = self.boundary * num_timesteps
-        return thinned(hosts_draw, lambda t: 1 - (1 - 1 / self.k) * (t > past).float(), generator)
+
+        def acceptance(t: Tensor) -> Tensor:
+            return 1 - (1 - 1 / self.k) * (time_of(t) > self.boundary).float()
+
+        return thinned(hosts_draw, acceptance, generator)
 
     def weight(self, time: Tensor) -> Tensor:
         """(1 - lam) + (2 lam - 1) (dv/dt) / 2 with v = sigma^2 / (alpha^2 + sigma^2); ones without lam.

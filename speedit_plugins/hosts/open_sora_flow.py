@@ -77,7 +77,7 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             return super().training_losses(*bound.args[1:], **bound.kwargs)
         t = self.thinning.draw(
             lambda: rectified_flow_draw(self.scheduler, x_start, model_arguments_of(given)),
-            num_timesteps=self.num_timesteps,
+            time_of=lambda t: t / self.num_timesteps,
         )
         given["t"] = t
         terms = super().training_losses(*bound.args[1:], **bound.kwargs)

@@ -47,30 +47,35 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     """The training schedule of a diffusers scheduler, index 0 cleanest.
 
     Args:
-        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), or a flow-matching one with `sigmas`
-            that has not been set to inference steps.
+        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index; or one with
+            a table of `sigmas` not yet set to inference steps, flow matching (x_t = (1 - sigma) x_0
+            + sigma eps) or EDM's (x_t = x_0 + sigma eps), whose row r is our index T - 1 - r.
 
     Raises:
-        ValueError: a scheduler of another kind, such as EDM's, whose index is not a timestep.
+        ValueError: a scheduler without such a table (masked tokens, continuous time), or set to inference.
     """
     if getattr(noise_scheduler, "alphas_cumprod", None) is not None:
         return NoiseSchedule.from_alphas_cumprod(noise_scheduler.alphas_cumprod)
     config = getattr(noise_scheduler, "config", {})
     sigmas = getattr(noise_scheduler, "sigmas", None)
-    num_timesteps = int(config.get("num_train_timesteps", 0))
-    if "FlowMatch" not in type(noise_scheduler).__name__ or sigmas is None:
+    is_flow = "FlowMatch" in type(noise_scheduler).__name__
+    if sigmas is None or not (is_flow or "sigma_max" in config):
         raise ValueError(
-            f"{_name(noise_scheduler)} has neither alphas_cumprod nor flow-matching sigmas: its index is not"
-            " a timestep of a schedule that a policy could read"
+            f"{_name(noise_scheduler)} has neither alphas_cumprod nor a table of sigmas: its index is not a"
+            " timestep of a schedule that a policy could read"
         )
-    # diffusers counts from noise to data.
+    # diffusers counts from noise to data, and ends an EDM table with zeros.
     sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flip(0)
-    if len(sigma) != num_timesteps:
+    sigma = sigma[sigma > 0]
+    T, wanted = len(sigma), int(config.get("num_train_timesteps", 0))
+    # EDMEulerScheduler has one more than it is asked for.
+    if T < wanted:
         raise ValueError(
-            f"{_name(noise_scheduler)} has {len(sigma)} sigmas, wanted the {num_timesteps} of training: read"
-            " the schedule before set_timesteps"
+            f"{_name(noise_scheduler)} has {T} sigmas, wanted the {wanted} of training: read the schedule"
+            " before set_timesteps"
         )
-    return NoiseSchedule(1 - sigma, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
+    alpha = 1 - sigma if is_flow else torch.ones_like(sigma)
+    return NoiseSchedule(alpha, sigma, torch.arange(T, device="cpu"), T)
 
 
 def prediction_type_of(host: Any) -> str:
