@@ -1,18 +1,22 @@
-"""Runs the unmodified train.py of a DiT or fast-DiT checkout through the launcher, on the CPU.
+"""Runs the unmodified train.py of DiT, fast-DiT, SiT or LightningDiT through the launcher, on the CPU.
 
-    python tools/host_training.py --checkout DIR/facebookresearch+DiT --work EMPTY_DIR [--policy speedit]
+    python tools/host_training.py --checkout DIR/willisma+SiT --work EMPTY_DIR [--policy speedit]
 
-The data are random; the model is the host's DiT-S/8. What a CPU lacks is replaced, and listed in STAND_INS.
-Prints, as JSON, the launcher's exit code and how the t that the model saw fit the policy's density.
+The data are random; the model is the smallest of the host's own. What a CPU lacks is replaced, and listed in
+STAND_INS. Prints, as JSON, the launcher's exit code and how the t that the model saw fit the policy's
+density.
 
-Dims: B batch.
+Dims: B batch, T timesteps.
 """
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +25,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from host_stand_ins import StandIns
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
@@ -29,13 +35,37 @@ from speedit_plugins import NoiseSchedule, build_policy, launch
 ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = (
     "torch.cuda (present, device 'cpu')",
+    "torch.compile (none)",
     "NCCL (gloo)",
     "accelerate (one process)",
     "timm (its three layers)",
     "torchvision (random images)",
     "the VAE (a mean over 8 x 8 pixels)",
+    "wandb, torchdiffeq, fairscale (imported, never called)",
 )
-BATCH, NUM_BATCHES, LATENT_SIZE = 64, 24, 32
+BATCH, NUM_BATCHES, LATENT_SIZE = 64, 16, 32
+_UNUSED = ("torchvision", "wandb", "torchdiffeq", "fairscale")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a host's train.py is started, and what its model sees.
+
+    Args:
+        host: name.
+        marker: stands in this host's train.py and in that of none of the later ones.
+        model: class of the model.
+        arguments: of the script, for the checkout and a work folder; they may write data there.
+        schedule: whose policy draws.
+        time_of: time in [0, 1], 1 is noise, of the t that the model sees.
+    """
+
+    host: str
+    marker: str
+    model: str
+    arguments: Callable[[Path, Path], list[str]]
+    schedule: Callable[[], NoiseSchedule]
+    time_of: Callable[[Tensor], Tensor]
 
 
 class _CpuCount:
@@ -51,6 +81,12 @@ class _Accelerator:
     device = torch.device("cpu")
     is_main_process = True
     num_processes = 1
+    local_process_index = 0
+    mixed_precision = "no"
+
+    def __init__(self) -> None:
+        # accelerate starts the process group; a train.py without its own relies on that.
+        dist.init_process_group("gloo")
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:
         return objects
@@ -83,39 +119,54 @@ class _Encoder(nn.Module):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 where the script ran and its timesteps follow the policy."""
     parser = argparse.ArgumentParser(prog="host_training", description="A host's train.py, on the CPU.")
-    parser.add_argument("--checkout", type=Path, required=True, help="of DiT or fast-DiT")
+    parser.add_argument("--checkout", type=Path, required=True, help="of DiT, fast-DiT, SiT or LightningDiT")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and results")
     parser.add_argument("--policy", default="speedit")
     args = parser.parse_args(argv)
-    arguments = ["--results-dir", str(args.work / "results"), "--model", "DiT-S/8", "--image-size", "256"]
-    arguments += ["--num-classes", "10", "--epochs", "1", "--global-batch-size", str(BATCH)]
-    arguments += ["--num-workers", "0", "--log-every", "8", "--ckpt-every", "1000"]
-    # fast-DiT trains on features that another of its scripts writes.
-    is_fast = "--feature-path" in (args.checkout / "train.py").read_text(encoding="utf-8")
-    arguments += ["--feature-path" if is_fast else "--data-path", str(args.work)]
-    write_features(args.work)
+    script, work = args.checkout.resolve() / "train.py", args.work.resolve()
+    training = training_of(script)
+    work.mkdir(parents=True, exist_ok=True)
     seen: list[Tensor] = []
-    code = run(args.checkout / "train.py", args.policy, arguments, seen)
-    result = {"host": args.checkout.name, "exit": code, "stand_ins": STAND_INS, **fit(args.policy, seen)}
-    print(json.dumps(result))
-    return 0 if code == 0 and result["draws"] and result["worst_sigma"] < 4 else 1
+    code = run(training, script, args.policy, work, seen)
+    shares = tenths(args.policy, training.schedule())
+    fitted = fit(shares, [training.time_of(t) for t in seen])
+    print(json.dumps({"host": args.checkout.name, "exit": code, "stand_ins": STAND_INS, **fitted}))
+    return 0 if code == 0 and fitted["draws"] and fitted["worst_sigma"] < 4 else 1
 
 
-def run(script: Path, policy: str, arguments: Sequence[str], seen: list[Tensor]) -> int:
+def training_of(script: Path) -> Training:
+    """How this train.py is started.
+
+    Raises:
+        SystemExit: none of the known hosts' scripts.
+    """
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
+    known = next((training for training in TRAININGS if training.marker in text), None)
+    if known is None:
+        raise SystemExit(f"no train.py of {', '.join(training.host for training in TRAININGS)}: {script}")
+    return known
+
+
+def run(training: Training, script: Path, policy: str, work: Path, seen: list[Tensor]) -> int:
     """The launcher's exit code; the t (B,) of every call of the host's model are added to `seen`."""
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if type(module).__name__ == "DiT":
+        if type(module).__name__ == training.model:
             seen.append(inputs[1].detach().clone())
 
-    hook = nn.modules.module.register_module_forward_pre_hook(record)
-    try:
-        with ExitStack() as stack:
-            for replaced in _replacements():
-                stack.enter_context(replaced)
-            return launch.main(["--policy", policy, str(script), *arguments])
-    finally:
-        hook.remove()
+    arguments = training.arguments(script.parent, work)
+    with ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(record).remove)
+        for replaced in _replacements():
+            stack.enter_context(replaced)
+        # LightningDiT logs into the folder it is started in.
+        stack.callback(os.chdir, Path.cwd())
+        os.chdir(work)
+        code = launch.main(["--policy", policy, str(script), *arguments])
+        # The scripts differ in whether they end the group that they train in.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
 
 
 def write_features(folder: Path) -> None:
@@ -129,16 +180,53 @@ def write_features(folder: Path) -> None:
         np.save(folder / "imagenet256_labels" / f"{index}.npy", np.array([index % 10]))
 
 
-def fit(policy: str, seen: Sequence[Tensor]) -> dict[str, Any]:
-    """How far the share of draws in each tenth of the schedule is from the policy's, in binomial sigmas."""
+def write_lightningdit(checkout: Path, folder: Path) -> Path:
+    """The host's published config for a small model and few steps, and the latents that it names.
+
+    Its logit-normal draw is off: in 1,000 draws the policy's law could not be told from it.
+    """
+    published = checkout / "configs" / "lightningdit_xl_vavae_f16d32.yaml"
+    # As the host's own train.py reads it.
+    config = yaml.safe_load(published.read_text(encoding="utf-8"))
+    channels, count = config["model"]["in_chans"], BATCH * NUM_BATCHES
+    config["data"].update(data_path=str(folder), image_size=16, num_classes=10, num_workers=0)
+    # One token of the smallest model; four large batches, since its 130 million weights cost per step.
+    config["model"].update(model_type="LightningDiT-B/1")
+    steps = {"max_steps": 4, "global_batch_size": count // 4, "log_every": 2, "ckpt_every": 1000}
+    config["train"].update(steps, output_dir=str(folder / "results"), exp_name="run")
+    config["transport"].update(use_lognorm=False)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(count, channels, 1, 1, generator=generator)
+    tensors = {"latents": latents, "latents_flip": latents.clone(), "labels": torch.arange(count) % 10}
+    save_file(tensors, folder / "latents.safetensors")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return folder / "config.yaml"
+
+
+def tenths(policy: str, schedule: NoiseSchedule) -> Tensor:
+    """The policy's share of draws in each tenth of time, float64 (10,)."""
+    density = build_policy(policy, schedule).density_for(BATCH)
+    return density.view(10, -1).sum(1)
+
+
+def fit(shares: Tensor, seen: Sequence[Tensor]) -> dict[str, Any]:
+    """How far the shares of times (B,) per tenth are from expected and from equal ones, in binomial sigmas.
+
+    Args:
+        shares: expected, shape (10,), sums to 1.
+        seen: times in [0, 1].
+    """
     if not seen:
         return {"draws": 0, "worst_sigma": float("inf")}
-    t = torch.cat(list(seen))
-    density = build_policy(policy, NoiseSchedule.linear()).density_for(BATCH)
-    expected = density.view(10, -1).sum(1)
-    shares = torch.bincount(t // 100, minlength=10) / len(t)
-    sigma = (expected * (1 - expected) / len(t)).sqrt()
-    return {"draws": len(t), "worst_sigma": round(float(((shares - expected) / sigma).abs().max()), 2)}
+    tenth = (torch.cat(list(seen)).double() * 10).long().clamp(max=9)
+    found = torch.bincount(tenth, minlength=10) / len(tenth)
+
+    def worst(expected: Tensor) -> float:
+        sigma = (expected * (1 - expected) / len(tenth)).sqrt()
+        return round(float(((found - expected).abs() / sigma).max()), 2)
+
+    equal = torch.full_like(shares, 0.1)
+    return {"draws": len(tenth), "worst_sigma": worst(shares), "sigma_from_uniform": worst(equal)}
 
 
 def _replacements() -> list[Any]:
@@ -151,10 +239,13 @@ def _replacements() -> list[Any]:
     timm = {"timm": ModuleType("timm"), "timm.models": ModuleType("timm.models"), layers.__name__: layers}
     accelerate, datasets = ModuleType("accelerate"), ModuleType("torchvision.datasets")
     vars(accelerate).update(Accelerator=_Accelerator)
-    vars(datasets).update(ImageFolder=_Images)
+    # SiT's own download.py imports from a module below it.
+    vars(datasets).update(ImageFolder=_Images, __path__=[])
     modules = {**timm, "accelerate": accelerate, "torchvision.datasets": datasets}
     ddp, start = nn.parallel.DistributedDataParallel, dist.init_process_group
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    # SiT's train.py reads two names for wandb, also without it.
+    environment.update(ENTITY="none", PROJECT="none")
 
     def on_cpu(model: nn.Module, device_ids: object = None) -> nn.Module:
         return ddp(model)
@@ -165,17 +256,67 @@ def _replacements() -> list[Any]:
     def present() -> bool:
         return True
 
+    def uncompiled(function: Any) -> Any:
+        return function
+
     cuda = {"is_available": present, "device_count": _CpuCount, "set_device": id, "synchronize": present}
     return [
         # First: diffusers looks at what is installed while it is imported.
         mock.patch("diffusers.models.AutoencoderKL.from_pretrained", return_value=_Encoder()),
         mock.patch.dict("os.environ", environment),
         mock.patch.dict(sys.modules, modules),
-        mock.patch.object(sys, "meta_path", [*sys.meta_path, StandIns(["torchvision"])]),
+        mock.patch.object(sys, "meta_path", [*sys.meta_path, StandIns(_UNUSED)]),
         mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(torch, "compile", uncompiled),
         mock.patch.object(nn.parallel, "DistributedDataParallel", on_cpu),
         mock.patch.object(dist, "init_process_group", with_gloo),
     ]
+
+
+def _image_arguments(model: str, checkout: Path, work: Path) -> list[str]:
+    arguments = ["--data-path", str(work), "--results-dir", str(work / "results"), "--model", model]
+    arguments += ["--image-size", "256", "--num-classes", "10", "--epochs", "1", "--num-workers", "0"]
+    return [*arguments, "--global-batch-size", str(BATCH), "--log-every", "8", "--ckpt-every", "1000"]
+
+
+def _feature_arguments(checkout: Path, work: Path) -> list[str]:
+    write_features(work)
+    return ["--feature-path", *_image_arguments("DiT-S/8", checkout, work)[1:]]
+
+
+def _config_arguments(checkout: Path, work: Path) -> list[str]:
+    return ["--config", str(write_lightningdit(checkout, work))]
+
+
+def _middle(t: Tensor) -> Tensor:
+    return (t + 0.5) / 1000
+
+
+def _flipped(t: Tensor) -> Tensor:
+    # A transport's 0 is noise.
+    return 1 - t
+
+
+TRAININGS = (
+    Training(
+        "LightningDiT",
+        "LightningDiT_models",
+        "LightningDiT",
+        _config_arguments,
+        NoiseSchedule.rectified_flow,
+        _flipped,
+    ),
+    Training(
+        "SiT",
+        "SiT_models",
+        "SiT",
+        partial(_image_arguments, "SiT-S/8"),
+        NoiseSchedule.rectified_flow,
+        _flipped,
+    ),
+    Training("fast-DiT", "--feature-path", "DiT", _feature_arguments, NoiseSchedule.linear, _middle),
+    Training("DiT", "DiT_models", "DiT", partial(_image_arguments, "DiT-S/8"), NoiseSchedule.linear, _middle),
+)
 
 
 if __name__ == "__main__":

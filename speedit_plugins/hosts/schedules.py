@@ -47,8 +47,8 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     """The training schedule of a diffusers scheduler, index 0 cleanest.
 
     Args:
-        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index; or one with
-            a table of `sigmas` not yet set to inference steps, flow matching (x_t = (1 - sigma) x_0
+        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index; or one
+            with a table of `sigmas` not yet set to inference steps, flow matching (x_t = (1 - sigma) x_0
             + sigma eps) or EDM's (x_t = x_0 + sigma eps), whose row r is our index T - 1 - r.
 
     Raises:
@@ -67,15 +67,15 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     # diffusers counts from noise to data, and ends an EDM table with zeros.
     sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flip(0)
     sigma = sigma[sigma > 0]
-    T, wanted = len(sigma), int(config.get("num_train_timesteps", 0))
+    num_timesteps, wanted = len(sigma), int(config.get("num_train_timesteps", 0))
     # EDMEulerScheduler has one more than it is asked for.
-    if T < wanted:
+    if num_timesteps < wanted:
         raise ValueError(
-            f"{_name(noise_scheduler)} has {T} sigmas, wanted the {wanted} of training: read the schedule"
+            f"{_name(noise_scheduler)} has {num_timesteps} sigmas, wanted the {wanted} of training: read the schedule"
             " before set_timesteps"
         )
     alpha = 1 - sigma if is_flow else torch.ones_like(sigma)
-    return NoiseSchedule(alpha, sigma, torch.arange(T, device="cpu"), T)
+    return NoiseSchedule(alpha, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
 
 
 def prediction_type_of(host: Any) -> str:

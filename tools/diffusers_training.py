@@ -1,0 +1,224 @@
+"""Runs an unmodified text-to-image script of a diffusers checkout through the launcher, on the CPU.
+
+    python tools/diffusers_training.py --checkout DIR/huggingface+diffusers --work EMPTY_DIR \\
+        [--policy speedit] [--script examples/text_to_image/train_text_to_image.py] \\
+        [-- --prediction_type v_prediction]
+
+The pipeline is tiny and made on the spot, the images are random; needs accelerate, and peft for LoRA. Prints,
+as JSON, the launcher's exit code, how the t that the UNet saw fit the policy's density, and how far the loss
+is from the mean of weight * mse of what the UNet was asked and answered. With `--policy uniform` the script
+also runs without the launcher, at the same t: the difference of the losses is printed.
+
+Dims: B batch.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
+from host_training import fit, tenths
+from torch import Tensor, nn
+
+from speedit_plugins import NoiseSchedule, build_policy, launch
+from speedit_plugins.hosts.script import ScriptPolicy
+
+SCRIPT = "examples/text_to_image/train_text_to_image.py"
+BATCH, NUM_STEPS = 64, 32
+
+
+@dataclass
+class Seen:
+    """What a script asked of its UNet, step by step.
+
+    Args:
+        t: timesteps, int64 (B,).
+        answers: of the UNet, shape (B, C, H, W).
+        targets: noise or velocity, the same shape.
+        losses: scalars that the script differentiates.
+    """
+
+    t: list[Tensor] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the launcher's exit code, or 1 where the script does not follow the policy."""
+    parser = argparse.ArgumentParser(
+        prog="diffusers_training", description="A diffusers example, on the CPU."
+    )
+    parser.add_argument("--checkout", type=Path, required=True, help="of diffusers")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and results")
+    parser.add_argument("--script", default=SCRIPT, help="within the checkout (default: %(default)s)")
+    parser.add_argument("--policy", default="speedit")
+    parser.add_argument("arguments", nargs="*", help="more of the script's own, after --")
+    args = parser.parse_args(argv)
+    script, work = args.checkout.resolve() / args.script, args.work.resolve()
+    seen, arguments = Seen(), [*script_arguments(script, work), *args.arguments]
+    write_pipeline(work / "pipeline", is_xl="sdxl" in script.name)
+    is_compared = args.policy == "uniform"
+    with drawn_aside() if is_compared else nullcontext():
+        code = recorded(seen, lambda: launch.main(["--policy", args.policy, str(script), *arguments]))
+    result: dict[str, Any] = {"script": script.name, "exit": code, "stand_ins": NAMES}
+    if code == 0:
+        result |= report(args.policy, arguments, seen)
+        if is_compared:
+            result["loss_difference"] = difference(seen, replayed(script, arguments, seen.t))
+    print(json.dumps(result))
+    return code or (0 if is_right(result) else 1)
+
+
+def is_right(result: Mapping[str, Any]) -> bool:
+    """Whether timesteps follow the policy, and losses are weight * mse and, if compared, the host's."""
+    # float32 keeps 6e-8 of each of the sums in a loss; the host's mean and ours add in another order.
+    follows = bool(result["draws"]) and result["worst_sigma"] < 4 and result["loss_error"] < 1e-5
+    return follows and result.get("loss_difference", 0.0) == 0
+
+
+def script_arguments(script: Path, work: Path) -> list[str]:
+    """What every text-to-image script is started with."""
+    numbers = {"resolution": RESOLUTION, "train_batch_size": BATCH, "max_train_steps": NUM_STEPS, "seed": 0}
+    # Without warm-up every step changes the UNet; a checkpoint after the last step is none.
+    numbers |= {"lr_warmup_steps": 0, "checkpointing_steps": 1000}
+    paths = {"pretrained_model_name_or_path": work / "pipeline", "output_dir": work / "results"}
+    options = {**paths, **numbers, "dataset_name": "random", "mixed_precision": "no"}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def recorded(seen: Seen, start: Callable[[], int]) -> int:
+    """What `start` returns, run with stand-ins; what the script's UNet is asked is added to `seen`."""
+    import accelerate
+    import diffusers
+
+    # Imported before their stand-ins: transformers looks once at what is installed.
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401 - for the import alone
+
+    def asked(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, diffusers.UNet2DConditionModel):
+            seen.t.append(inputs[1].detach().clone())
+
+    def answered(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, diffusers.UNet2DConditionModel):
+            seen.answers.append(output[0].detach().clone())
+
+    scheduler, backward = diffusers.DDPMScheduler, accelerate.Accelerator.backward
+    add_noise, get_velocity = scheduler.add_noise, scheduler.get_velocity
+
+    def noised(self: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Any:
+        seen.targets.append(noise.detach().clone())
+        return add_noise(self, latents, noise, timesteps)
+
+    def velocity(self: Any, *args: Any) -> Any:
+        # Takes the place of the noise of this step.
+        seen.targets[-1] = get_velocity(self, *args)
+        return seen.targets[-1]
+
+    def differentiated(self: Any, loss: Tensor, **kwargs: Any) -> None:
+        seen.losses.append(loss.detach().clone())
+        backward(self, loss, **kwargs)
+
+    modules = nn.modules.module
+    with ExitStack() as stack:
+        stack.callback(modules.register_module_forward_pre_hook(asked).remove)
+        stack.callback(modules.register_module_forward_hook(answered).remove)
+        stack.enter_context(mock.patch.multiple(scheduler, add_noise=noised, get_velocity=velocity))
+        stack.enter_context(mock.patch.object(accelerate.Accelerator, "backward", differentiated))
+        stack.enter_context(placed(stand_ins()))
+        return start()
+
+
+@contextmanager
+def drawn_aside() -> Iterator[None]:
+    """Draws of the policy that leave the global generator to the noise, as a replayed draw does."""
+    draw, generator = ScriptPolicy.timesteps, torch.Generator().manual_seed(0)
+
+    def drawn(self: ScriptPolicy, *args: Any) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.set_rng_state(generator.get_state())
+            index = draw(self, *args)
+            generator.set_state(torch.random.get_rng_state())
+        return index
+
+    with mock.patch.object(ScriptPolicy, "timesteps", drawn):
+        yield
+
+
+def report(policy: str, arguments: Sequence[str], seen: Seen) -> dict[str, Any]:
+    """How the timesteps fit the density, and the largest relative error of a loss against weight * mse.
+
+    Args:
+        policy: name.
+        arguments: of the script; noise or velocity is predicted, and the script has no weights of its own.
+        seen: of a whole run.
+    """
+    schedule = NoiseSchedule.scaled_linear()
+    prediction = "v" if "v_prediction" in arguments else "epsilon"
+    weight = build_policy(policy, schedule, prediction).weight
+    fitted = fit(tenths(policy, schedule), [(t + 0.5) / schedule.num_timesteps for t in seen.t])
+    errors = [
+        abs(float(loss) / float((weight[t] * mse).mean()) - 1)
+        for t, mse, loss in zip(seen.t, _mse(seen), seen.losses, strict=True)
+    ]
+    return {**fitted, "loss_error": max(errors, default=0.0)}
+
+
+def replayed(script: Path, arguments: Sequence[str], timesteps: Sequence[Tensor]) -> Seen:
+    """What the script does without the launcher, where its draws return these timesteps in turn."""
+    from accelerate.state import AcceleratorState
+
+    seen, left, randint = Seen(), list(timesteps), torch.randint
+
+    def next_draw(*args: Any, **kwargs: Any) -> Tensor:
+        is_draw = args[:2] == (0, 1000) and sys._getframe(1).f_code.co_filename == str(script)
+        return left.pop(0).clone() if is_draw else randint(*args, **kwargs)
+
+    def start() -> int:
+        runpy.run_path(str(script), run_name="__main__")
+        return 0
+
+    # The launched run left its own behind.
+    AcceleratorState._reset_state(True)
+    with mock.patch.object(sys, "argv", [str(script), *arguments]), mock.patch("torch.randint", next_draw):
+        recorded(seen, start)
+    return seen
+
+
+def difference(first: Seen, second: Seen) -> float:
+    """The largest difference of two runs' losses at the same step; infinite where their timesteps differ."""
+    is_same = len(first.losses) == len(second.losses) > 0 and all(map(torch.equal, first.t, second.t))
+    if not is_same:
+        return float("inf")
+    return float((torch.stack(first.losses) - torch.stack(second.losses)).abs().max())
+
+
+def _mse(seen: Seen) -> Iterator[Tensor]:
+    for answer, target in zip(seen.answers, seen.targets, strict=True):
+        yield (answer.double() - target.double()).square().flatten(1).mean(1)
+
+
+@contextmanager
+def placed(modules: dict[str, ModuleType]) -> Iterator[None]:
+    """Modules in sys.modules. (mock.patch.dict would also drop what is imported meanwhile.)"""
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
