@@ -12,12 +12,12 @@ import ast
 import builtins
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, cast
@@ -30,7 +30,14 @@ from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.hosts import diffusion_object, flow_object
 from speedit_plugins.hosts.attachment import Attachment, attach, is_attached
 from speedit_plugins.hosts.entry import no_seam
-from speedit_plugins.hosts.factories import FACTORIES, Factory
+from speedit_plugins.hosts.factories import (
+    FACTORIES,
+    SCRIPT_METHOD,
+    Factory,
+    defines,
+    looked_for,
+    reaches_a_factory,
+)
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
@@ -40,10 +47,6 @@ from speedit_plugins.registry import Config, build_policy
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"
-
-
-# DiT-3D's class stands in the training script itself.
-_SCRIPT_METHOD = "p_losses"
 
 
 class LaunchError(Exception):
@@ -73,8 +76,7 @@ class Launch:
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use; the first one is reported on rank 0."""
         if self.num_attached == 0 and os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"speedit: {hosts}, seam {seam}, policy {policy}\n")
-            sys.stderr.flush()
+            _report(f"{hosts}, seam {seam}, policy {policy}")
         self.num_attached += 1
 
 
@@ -113,12 +115,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LaunchError, ValueError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
-        sys.stderr.write(f"speedit: error: {' '.join(str(error).split())}\n")
+        _report(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
     if not launch.num_attached:
-        sys.stderr.write(f"speedit: error: {_untrained(launch)}\n")
+        _report(f"error: {_untrained(launch)}")
         return USER_ERROR
     return 0
+
+
+def _report(text: str) -> None:
+    """One line on stderr, clear of the progress bar that the script may have there."""
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if bar is not None:
+        bar.write(f"speedit: {text}", file=sys.stderr)
+    else:
+        sys.stderr.write(f"speedit: {text}\n")
+    sys.stderr.flush()
 
 
 def parsed(script: str) -> ast.Module:
@@ -138,17 +150,9 @@ def parsed(script: str) -> ast.Module:
     except SyntaxError as error:
         raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
     changed, sites = edited(tree)
-    named = set(_imported(tree))
     folders = [str(path.resolve().parent), *sys.path[1:]]
-    is_known = any(
-        isinstance(node, ast.FunctionDef) and node.name == _SCRIPT_METHOD for node in ast.walk(tree)
-    )
-    if not (
-        sites.are_a_seam
-        or is_known
-        or any(f.module in named or _stands(f.module, folders) for f in FACTORIES)
-    ):
-        raise LaunchError(f"{script} has no seam: {_drawn_only(sites)}looked for {_looked_for()}")
+    if not (sites.are_a_seam or reaches_a_factory(tree, folders) or defines(tree, SCRIPT_METHOD)):
+        raise LaunchError(f"{script} has no seam: {_drawn_only(sites)}looked for {looked_for()}")
     return changed
 
 
@@ -274,7 +278,7 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
 def _class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
     def build(function: Any, name: str, *bases: Any, **kwargs: Any) -> type:
         made = build_class(function, name, *bases, **kwargs)
-        if getattr(made, "__module__", None) == "__main__" and _SCRIPT_METHOD in vars(made):
+        if getattr(made, "__module__", None) == "__main__" and SCRIPT_METHOD in vars(made):
             _replace_init(launch, made)
             # Processes that a script spawns import it anew, without this launcher: they would draw uniformly.
             setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
@@ -309,35 +313,7 @@ def _guard(launch: Launch) -> Callable[..., None]:
 
 def _untrained(launch: Launch) -> str:
     found = f"found {', '.join(dict.fromkeys(launch.found))}, but " if launch.found else ""
-    return f"{found}no training loss went through the policy; looked for {_looked_for()}"
-
-
-def _looked_for() -> str:
-    places = [f"{f.module}.{' or '.join(f.functions)} ({f.hosts})" for f in FACTORIES]
-    return (
-        f"{'; '.join(places)}; in the script itself, a class with {_SCRIPT_METHOD} (DiT-3D), or"
-        " torch.randint(0, noise_scheduler.config.num_train_timesteps, ...) and F.mse_loss (diffusers)"
-    )
-
-
-def _imported(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def _stands(module: str, folders: Sequence[str]) -> bool:
-    """Whether a module lies in one of these folders; a package is looked into, not imported."""
-    search: Sequence[str] | None = folders
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part, search)
-        if spec is None:
-            return False
-        search = spec.submodule_search_locations
-    return True
+    return f"{found}no training loss went through the policy; looked for {looked_for()}"
 
 
 def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:

@@ -50,12 +50,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": _METHOD | {"hosts", "version"},
 }
 
-# Heavy or optional packages and the files of the package that may import them, also inside a function.
+# What runs hosts imports what they are made of.
+_HOST_TOOLS = ("tools/host_checks/*.py", "tools/*_training.py")
+# Heavy or optional packages and the files that may import them, also inside a function: of the package, or a
+# path from the project's root.
 CONFINED: dict[str, tuple[str, ...]] = {
-    "mmengine": ("registry.py", "hosts/*.py", "engine/config.py"),
+    "mmengine": ("registry.py", "hosts/*.py", "engine/config.py", *_HOST_TOOLS),
     "colossalai": ("engine/booster.py", "engine/checkpoint.py"),
-    "diffusers": ("models/pretrained.py", "diffusion/sampling.py"),
-    "transformers": ("models/pretrained.py", "diffusion/sampling.py"),
+    "diffusers": ("models/pretrained.py", "diffusion/sampling.py", *_HOST_TOOLS),
+    "transformers": ("models/pretrained.py", "diffusion/sampling.py", *_HOST_TOOLS),
     "av": ("data/videos.py",),
     "sklearn": ("data/digits.py",),
     "xformers": ("models/attention.py",),
@@ -166,7 +169,7 @@ def core_imports_torch_only(source: Source) -> Iterator[Finding]:
 def confined_package(source: Source) -> Iterator[Finding]:
     for line, name in imports(source):
         homes = CONFINED.get(name.split(".")[0])
-        if homes is not None and not any(fnmatch(source.in_package, home) for home in homes):
+        if homes is not None and not any(fnmatch(source.in_package or source.path, home) for home in homes):
             yield line, f"imports {name}, which only {', '.join(homes)} may"
 
 

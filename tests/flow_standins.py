@@ -9,7 +9,7 @@ import enum
 from typing import Any
 
 import torch
-from flow_contract import rectified_flow, transport
+from host_checks.flow import rectified_flow, transport
 from torch import Tensor
 
 

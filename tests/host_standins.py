@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from host_contract import Subject
+from host_checks.contract import Subject
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000

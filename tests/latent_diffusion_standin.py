@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from latent_diffusion_contract import HOST, PLUGIN, LightningModule, lightning_modules
+from host_checks.latent_diffusion import HOST, PLUGIN, LightningModule, lightning_modules
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 from host_standins import (
     IMAGES,
     LossType,

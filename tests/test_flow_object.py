@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import flow_contract
+import host_checks.flow as flow_contract
 import pytest
 import torch
 from flow_standins import (
@@ -14,7 +14,7 @@ from flow_standins import (
     VPCPlan,
     WeightType,
 )
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of

@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers_stand_ins
 import diffusers_training
+import host_checks.diffusers_stand_ins as diffusers_stand_ins
 import host_training
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers_stand_ins import Examples
 from diffusers_training import Seen
+from host_checks.diffusers_stand_ins import Examples
 from PIL import Image
 from safetensors.torch import load_file
 

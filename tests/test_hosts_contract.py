@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import check_hosts
-import host_contract
+import host_checks.contract as host_contract
 import pytest
 import torch
-from host_contract import Subject
+from host_checks.contract import Subject
 from host_standins import IMAGES, SUBJECTS, MaskedDiffusion, SpacedDiffusion, create
 
 TOOL = Path(check_hosts.__file__)

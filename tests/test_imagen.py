@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-import imagen_contract
+import host_checks.imagen as imagen_contract
 import pytest
 import torch
-from imagen_contract import IMAGES, TEXT, Host
+from host_checks.imagen import IMAGES, TEXT, Host
 
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of

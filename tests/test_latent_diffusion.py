@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import latent_diffusion_contract as contract
+import host_checks.latent_diffusion as contract
 import pytest
 import torch
-from latent_diffusion_contract import ELBO, HOST, L_SIMPLE, PLUGIN, SHAPE, batch, made, step_of
+from host_checks.latent_diffusion import ELBO, HOST, L_SIMPLE, PLUGIN, SHAPE, batch, made, step_of
 from latent_diffusion_standin import DDPM, LatentDiffusion, installed, instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from speedit_plugins.hosts.attachment import attachment_of
 
 ROOT = Path(contract.__file__).resolve().parents[1]
-SPEED_YAML = ROOT / "integrations" / "latent_diffusion" / "speed.yaml"
+SPEED_YAML = Path(__file__).parents[1] / "integrations/latent_diffusion/speed.yaml"
 CHECKOUTS = ("CompVis+latent-diffusion", "CompVis+stable-diffusion", "Stability-AI+stablediffusion")
 CLASS = f"{PLUGIN}.LatentDiffusion"
 
@@ -82,7 +82,7 @@ def _checkout(name: str) -> Path:
 class TestConfig:
     def test_the_example_builds_the_host_s_class_with_the_policy(self, ddpm: ModuleType) -> None:
         params = {
-            "unet_config": {"target": "latent_diffusion_contract.SmallUnet"},
+            "unet_config": {"target": "host_checks.latent_diffusion.SmallUnet"},
             "first_stage_config": contract.SMALL_STAGE,
             "cond_stage_config": "__is_first_stage__",
             "timesteps": 500,

@@ -23,7 +23,7 @@ import sys
 import torch
 from torch import nn
 from {module} import create_diffusion{alias}
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 print("argv", sys.argv)
 print("path", sys.path[0])
 print("name", __name__)
@@ -127,7 +127,7 @@ def create_named_schedule_sampler(name, diffusion):
 SAMPLED = """
 import torch
 from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 from host_standins import create
 diffusion = create()
 sampler = create_named_schedule_sampler({name!r}, diffusion)
@@ -160,7 +160,7 @@ def test_the_hosts_own_sampler_beside_a_policy_is_refused(tmp_path: Path) -> Non
 
 POINTS = """
 import torch
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 from host_standins import PointDiffusion as Base, create_points
 class GaussianDiffusion(Base):
     def p_losses(self, denoise_fn, data_start, t, noise=None, y=None):
@@ -200,7 +200,7 @@ def create_transport():
 FLOW_TRAIN = """
 import torch
 from transport import create_transport
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 transport = create_transport()
 model = SmallModel(None)
 opt = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -215,7 +215,9 @@ def test_a_transport(tmp_path: Path) -> None:
     script.write_text(FLOW_TRAIN)
     done = start("--policy", "speed", str(script))
     assert done.returncode == 0, done.stderr
-    assert reports(done)[0].startswith("speedit: SiT, seam B, policy speed: boundary 923 of 1000 timesteps")
+    assert reports(done)[0].startswith(
+        "speedit: SiT, LightningDiT, seam B, policy speed: boundary 923 of 1000 timesteps"
+    )
     # t = 0 is noise there: 0.077 / 5 of 0.938, within 4 binomial sigma.
     assert abs(float(done.stdout.split()[-1]) - 0.0164) < 4 * (0.0164 / 5000) ** 0.5
 
@@ -226,7 +228,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 noise_scheduler, unet, snr_gamma = DDPMScheduler(), SmallModel(None), {snr_gamma}
 optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
 latents = torch.randn(64, 4, 2, 2)

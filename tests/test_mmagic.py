@@ -7,11 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import mmagic_contract
+import host_checks.mmagic as mmagic_contract
 import numpy as np
 import pytest
 import torch
-from mmagic_contract import Recorder, Unet, build
+from host_checks.mmagic import Recorder, Unet, build
 from mmagic_standin import PLUGIN, installed
 from mmengine.config import Config
 from torch.testing import assert_close

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from open_sora_contract import CONTRACT, Host
-from open_sora_flow_contract import FLOW_CONTRACT
+from host_checks.open_sora import CONTRACT, Host
+from host_checks.open_sora_flow import FLOW_CONTRACT
 from open_sora_standin import VERSIONS, installed
 
 

@@ -4,10 +4,10 @@ import ast
 from typing import Any
 
 import diffusers
+import host_checks.script as script_contract
 import pytest
-import script_contract
 import torch
-from script_contract import SCHEDULERS, SCRIPT, step_of
+from host_checks.script import SCHEDULERS, SCRIPT, step_of
 from torch.nn import functional
 
 from speedit_plugins.hosts.schedules import from_diffusers

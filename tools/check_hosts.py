@@ -2,8 +2,9 @@
 
     python tools/check_hosts.py --hosts DIR [--only NAME ...] [--json OUT]
 
-DIR holds folders owner+name or owner+name@tag; `known_hosts.py` lists them. `host_contract.py` says what the
-points are. Packages of a host that cannot be imported here are replaced by stand-ins, and named.
+DIR holds folders owner+name or owner+name@tag; `host_checks/known.py` lists them, `host_checks/contract.py`
+says what the points are. Packages of a host that cannot be imported here are replaced by stand-ins, and
+named.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import flow_contract
-import host_contract
-from flow_contract import FlowSubject
-from host_contract import Subject
-from host_stand_ins import StandIns
-from known_hosts import HOSTS, SAMPLER, Host
+import host_checks.contract as host_contract
+import host_checks.flow as flow_contract
+from host_checks.contract import Subject
+from host_checks.flow import FlowSubject
+from host_checks.known import HOSTS, SAMPLER, Host
+from host_checks.stand_ins import StandIns
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300
@@ -32,10 +33,10 @@ LIMIT_SECONDS = 300
 SCRIPT = """
 import sys
 sys.path.insert(0, {tools!r})
-from host_stand_ins import StandIns
+from host_checks.stand_ins import StandIns
 sys.meta_path[:] = [StandIns({replaced!r}), *sys.meta_path, StandIns({stand_ins!r})]
 import torch
-from host_contract import SmallModel
+from host_checks.contract import SmallModel
 {factory_import}
 diffusion = {factory_call}
 shape, axis, as_tuple = {shape!r}, {axis!r}, {as_tuple!r}
@@ -108,7 +109,7 @@ def check_in_process(host: Host, hosts: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     result["launcher"] = ""
     if script := result.pop("launch", ""):
-        launched = _launch(script, host, hosts)
+        launched = _launch(script, hosts / host.folder)
         lines = [line for line in launched.stderr.splitlines() if line.startswith("speedit: ")]
         result["launcher"] = lines[0] if lines else ""
         if launched.returncode or len(lines) != 1:
@@ -155,16 +156,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _launch(script: str, host: Host, hosts: Path) -> "subprocess.CompletedProcess[str]":
+def _launch(script: str, checkout: Path) -> "subprocess.CompletedProcess[str]":
     with TemporaryDirectory() as folder:
         path = Path(folder) / "train.py"
-        head = (
-            f"import sys\nsys.path.insert(0, {str(ROOT / 'tools')!r})\nfrom host_stand_ins import StandIns\n"
-        )
-        path.write_text(
-            f"{head}sys.meta_path.append(StandIns({host.stand_ins!r}))\n{script}", encoding="utf-8"
-        )
-        return _run([sys.executable, "-m", "speedit_plugins.launch", str(path)], hosts / host.folder)
+        path.write_text(script, encoding="utf-8")
+        return _run([sys.executable, "-m", "speedit_plugins.launch", str(path)], checkout)
 
 
 def _run(command: Sequence[str], path: Path | None = None) -> "subprocess.CompletedProcess[str]":

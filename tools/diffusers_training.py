@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
+from host_checks.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
 from host_training import fit, tenths
 from torch import Tensor, nn
 

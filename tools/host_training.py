@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from host_stand_ins import StandIns
+from host_checks.stand_ins import StandIns
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

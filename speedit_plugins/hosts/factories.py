@@ -1,6 +1,9 @@
-"""Where each known host makes what draws its timesteps: what the launcher replaces."""
+"""Where each known host makes what draws its timesteps, for the launcher; and which scripts get there."""
 
+import ast
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,49 @@ FACTORIES = (
         "opensora.models.diffusion.diffusion",
         ("create_diffusion", "create_diffusion_T"),
     ),
-    Factory("SiT", "transport", ("create_transport",)),
+    Factory("SiT, LightningDiT", "transport", ("create_transport",)),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
 )
+# DiT-3D's class stands in the training script itself.
+SCRIPT_METHOD = "p_losses"
+
+
+def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
+    """Whether a script names a known module, or one stands in the folders that it would import from."""
+    named = set(_imported(tree))
+    return any(factory.module in named or _stands(factory.module, folders) for factory in FACTORIES)
+
+
+def defines(tree: ast.Module, function: str) -> bool:
+    """Whether a script has a function or method of this name."""
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in ast.walk(tree))
+
+
+def looked_for() -> str:
+    """What the launcher looks for in a script, for messages."""
+    places = [f"{f.module}.{' or '.join(f.functions)} ({f.hosts})" for f in FACTORIES]
+    return (
+        f"{'; '.join(places)}; in the script itself, a class with {SCRIPT_METHOD} (DiT-3D), or"
+        " torch.randint(0, noise_scheduler.config.num_train_timesteps, ...) and F.mse_loss (diffusers)"
+    )
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _stands(module: str, folders: Sequence[str]) -> bool:
+    """Whether a module lies in one of these folders; a package is looked into, not imported."""
+    search: Sequence[str] | None = folders
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part, search)
+        if spec is None:
+            return False
+        search = spec.submodule_search_locations
+    return True

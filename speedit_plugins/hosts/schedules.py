@@ -71,8 +71,8 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     # EDMEulerScheduler has one more than it is asked for.
     if num_timesteps < wanted:
         raise ValueError(
-            f"{_name(noise_scheduler)} has {num_timesteps} sigmas, wanted the {wanted} of training: read the schedule"
-            " before set_timesteps"
+            f"{_name(noise_scheduler)} has {num_timesteps} sigmas, wanted the {wanted} of training: read the"
+            " schedule before set_timesteps"
         )
     alpha = 1 - sigma if is_flow else torch.ones_like(sigma)
     return NoiseSchedule(alpha, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)

@@ -1,4 +1,4 @@
-"""The contract of host_contract.py for scripts that draw for themselves, with diffusers' own schedulers.
+"""The contract of contract.py for scripts that draw for themselves, with diffusers' own schedulers.
 
 A small script with the lines of diffusers' examples is edited as the launcher does it, and run.
 
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_contract import (
+from torch import Tensor
+from torch.nn import functional
+
+from host_checks.contract import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     NUM_DRAWS,
@@ -24,10 +27,7 @@ from host_contract import (
     refused,
     run_points,
 )
-from host_environments import default_dtype, wrapped_models
-from torch import Tensor
-from torch.nn import functional
-
+from host_checks.environments import default_dtype, wrapped_models
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited

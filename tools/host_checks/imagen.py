@@ -1,4 +1,4 @@
-"""The contract of host_contract.py for imagen-pytorch's `Imagen`, made of small unets.
+"""The contract of contract.py for imagen-pytorch's `Imagen`, made of small unets.
 
 Dims: B batch, C channels.
 """
@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, POLICY, refused, run_points
-from host_environments import default_dtype, process_group
-from host_stand_ins import StandIns
 from torch import Tensor, nn
 
+from host_checks.contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, POLICY, refused, run_points
+from host_checks.environments import default_dtype, process_group
+from host_checks.stand_ins import StandIns
 from speedit_plugins.core.policy import TimestepDraw
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
 from speedit_plugins.hosts.entry import with_policy, without_policy

@@ -1,6 +1,6 @@
 """What the plugin keeps in Open-Sora, checked on whatever `opensora` can be imported: stand-in or checkout.
 
-Each check takes a `Host`; `CONTRACT` lists them by the points of host_contract.py.
+Each check takes a `Host`; `CONTRACT` lists them by the points of contract.py.
 """
 
 import copy
@@ -17,19 +17,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_contract import FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_points
-from host_environments import default_dtype, wrapped_models
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
+from host_checks.contract import FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_points
+from host_checks.environments import default_dtype, wrapped_models
+from host_checks.open_sora_models import Denoiser, TextEncoder
 from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.hosts.attachment import is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy
 
 B = 6
 SHAPE = (4, 2, 3, 3)
-INTEGRATION = Path(__file__).parents[1] / "integrations" / "open_sora"
+INTEGRATION = Path(__file__).parents[2] / "integrations" / "open_sora"
 # Our config, the host's folder that it is copied to, and the host's config that it extends.
 CONFIGS = {
     "1.0.0": [("speed_1_0.py", "opensora", "16x256x256.py")],
@@ -82,7 +83,7 @@ class Host:
         model: Any = None,
         dtype: torch.dtype = torch.float32,
         **options: Any,
-    ) -> tuple[dict[str, Tensor], "Denoiser"]:
+    ) -> tuple[dict[str, Tensor], Denoiser]:
         """One training step on fixed data, called as train.py does; t, if given, is the host's draw."""
         model = Denoiser() if model is None else model
         x, noise = (given.to(dtype) for given in _data())
@@ -100,35 +101,6 @@ class Host:
             return scheduler.sample(
                 model or Denoiser(), TextEncoder(), z, ["one", "other"], torch.device("cpu")
             )
-
-
-class Denoiser(nn.Module):
-    """(B, C, F, H, W) -> (B, 2C, F, H, W), other at each t; keeps every t and argument that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(0.3))
-        self.seen: list[Tensor] = []
-        self.arguments: list[dict[str, Any]] = []
-
-    def forward(self, x: Tensor, timestep: Tensor, y: Any = None, **kwargs: Any) -> Tensor:
-        self.seen.append(timestep.clone())
-        self.arguments.append({"y": y, **kwargs})
-        phase = (timestep.float() / 1000).view(-1, *[1] * (x.ndim - 1))
-        return torch.cat([self.gain * x * (1 + phase), torch.tanh(x + phase)], dim=1)
-
-
-class TextEncoder:
-    """Embeds each prompt by its length."""
-
-    def tokenize_fn(self, prompts: list[str]) -> dict[str, Any]:
-        return {"prompts": prompts}
-
-    def encode(self, prompts: list[str]) -> dict[str, Any]:
-        return {"y": torch.tensor([[float(len(prompt))] for prompt in prompts])}
-
-    def null(self, n: int) -> Tensor:
-        return torch.zeros(n, 1)
 
 
 def _data() -> tuple[Tensor, Tensor]:

@@ -8,18 +8,19 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import flow_contract
-import imagen_contract
-import latent_diffusion_contract
-import mmagic_checkout
-import mmagic_contract
 import numpy as np
-import open_sora_contract
-import open_sora_flow_contract
-import script_contract
 import torch
-from flow_contract import FlowSubject
-from host_contract import Subject
+
+import host_checks.flow as flow_contract
+import host_checks.imagen as imagen_contract
+import host_checks.latent_diffusion as latent_diffusion_contract
+import host_checks.mmagic as mmagic_contract
+import host_checks.mmagic_checkout as mmagic_checkout
+import host_checks.open_sora as open_sora_contract
+import host_checks.open_sora_flow as open_sora_flow_contract
+import host_checks.script as script_contract
+from host_checks.contract import Subject
+from host_checks.flow import FlowSubject
 
 IMAGES = (6, 4, 4, 4)
 Check = Callable[[Path, list[str]], list[int]]

@@ -1,4 +1,4 @@
-"""The contract of host_contract.py for flow hosts: a transport, or a rectified flow with a scheduler.
+"""The contract of contract.py for flow hosts: a transport, or a rectified flow with a scheduler.
 
 Dims: T timesteps, B batch.
 """
@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, POLICY, SmallModel, refused, run_points
-from host_environments import default_dtype, wrapped_models
 from torch import Tensor
 
+from host_checks.contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, POLICY, SmallModel, refused, run_points
+from host_checks.environments import default_dtype, wrapped_models
 from speedit_plugins.core.policy import TimestepDraw
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
 from speedit_plugins.hosts.entry import with_policy, without_policy

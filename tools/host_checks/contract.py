@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from host_environments import default_dtype, wrapped_models
 from torch import Tensor, nn
 
+from host_checks.environments import default_dtype, wrapped_models
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached
 from speedit_plugins.hosts.diffusion_object import steered_methods

@@ -1,6 +1,6 @@
 """The contract on latent-diffusion and Stable Diffusion 1 and 2, whose classes a config's `target:` names.
 
-The points are those of host_contract.py.
+The points are those of contract.py.
 
 Dims: B batch, C channels.
 """
@@ -17,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, POLICY, refused, run_points
-from host_environments import default_dtype, wrapped_models
-from host_stand_ins import StandIns
 from torch import Tensor, nn
 
+from host_checks.contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, POLICY, refused, run_points
+from host_checks.environments import default_dtype, wrapped_models
+from host_checks.stand_ins import StandIns
 from speedit_plugins.core.policy import TimestepDraw
 from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flow_contract import FlowSubject, rectified_flow
-from host_contract import refused
-from host_environments import default_dtype, wrapped_models
-from open_sora_contract import SHAPE, B, Denoiser, Host
 from torch import Tensor
 from torch.testing import assert_close
 
+from host_checks.contract import refused
+from host_checks.environments import default_dtype, wrapped_models
+from host_checks.flow import FlowSubject, rectified_flow
+from host_checks.open_sora import SHAPE, B, Host
+from host_checks.open_sora_models import Denoiser
 from speedit_plugins.hosts.entry import with_policy, without_policy
 
 # SNR = ((1 - t) / t)^2 = 1 / 143.

@@ -1,6 +1,6 @@
-"""The contract of `tools/host_contract.py` for mmagic, on whichever `mmagic` can be imported.
+"""The contract of `tools/host_checks/contract.py` for mmagic, on whichever `mmagic` can be imported.
 
-The points are those of host_contract.py, with mmagic's own reading of three:
+The points are those of contract.py, with mmagic's own reading of three:
 
 3. The host has no loss of its own: the uniform policy gives, to the bit, the plain loss of a given t.
 6. Also refused: a learned variance, which mmagic has no loss for, and a unet that answers one.

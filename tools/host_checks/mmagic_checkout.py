@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from host_stand_ins import StandIns
-from mmagic_contract import PLUGIN
 from torch import Tensor, nn
+
+from host_checks.mmagic import PLUGIN
+from host_checks.stand_ins import StandIns
 
 # What the checkout imports and its scheduler, unet and ADM do not use.
 STAND_INS = (
