@@ -64,3 +64,9 @@ class TestPolicies:
         policy = dict(density="logit_normal", weighting="constant")
         imagen = host.attached(policy, min_snr_loss_weight=True)
         assert torch.isfinite(imagen(torch.rand(IMAGES), text_embeds=torch.randn(TEXT)))
+
+    def test_a_version_that_weighs_otherwise_is_refused(self, host: Host) -> None:
+        imagen = host.make()
+        del imagen.min_snr_gamma
+        with pytest.raises(ValueError, match=r"known to work are imagen-pytorch 2\.0 and 2\.1"):
+            with_policy(imagen)

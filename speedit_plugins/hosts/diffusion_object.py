@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, hosts_method
+from speedit_plugins.hosts.attachment import (
+    Attachment,
+    attach,
+    attachment_of,
+    hosts_method,
+    refuse_double_weights,
+)
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.registry import Config, build_policy
 
@@ -58,17 +64,21 @@ def policy_for(
         diffusion: see `schedule_of`; asked what it predicts where `prediction_type` is None.
 
     Raises:
-        ValueError: a bad policy, or one for another T.
+        ValueError: a bad policy, one for another T, or one with weights beside the host's own.
     """
     schedule = schedule_of(diffusion)
-    if not isinstance(policy, TimestepPolicy):
-        return build_policy(policy, schedule, prediction_type or prediction_type_of(diffusion))
-    if policy.schedule.num_timesteps != schedule.num_timesteps:
+    built = policy
+    if not isinstance(built, TimestepPolicy):
+        built = build_policy(built, schedule, prediction_type or prediction_type_of(diffusion))
+    if built.schedule.num_timesteps != schedule.num_timesteps:
         raise ValueError(
-            f"the policy is built for T = {policy.schedule.num_timesteps}, got a diffusion object with"
+            f"the policy is built for T = {built.schedule.num_timesteps}, got a diffusion object with"
             f" {schedule.num_timesteps} timesteps"
         )
-    return policy
+    # PixArt's option: below t = 250 the error is that of x_0, which is the noise's over the SNR.
+    if getattr(diffusion, "snr", False) is True:
+        refuse_double_weights(built, "the host's snr_loss weighs its loss", "set snr_loss=False")
+    return built
 
 
 def steered_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:

@@ -43,12 +43,18 @@ def wrapped(
     """The host's object with a policy for each of its unets; see `with_policy`.
 
     Raises:
-        ValueError: a bad policy, one with weights where the host's Min-SNR is on, or a prediction type.
+        ValueError: a bad policy, one with weights where the host's Min-SNR is on, a prediction type, or
+            another version of the host.
     """
     if prediction_type not in (None, "epsilon"):
         raise ValueError(
             "Imagen scales the loss of every objective to that of the noise: leave prediction_type out, got"
             f" {prediction_type!r}"
+        )
+    if not hasattr(host, "min_snr_gamma"):
+        raise ValueError(
+            "this Imagen does not say by min_snr_gamma how it weighs its loss: known to work are"
+            " imagen-pytorch 2.0 and 2.1"
         )
     parts = []
     for number, (scheduler, gamma) in enumerate(
