@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from host_checks.flow import rectified_flow, transport
+from open_sora_standin import RFLOW12
 from torch import Tensor
 
 
@@ -70,54 +71,8 @@ class Transport:
         return {"pred": prediction, "loss": ((prediction - target) ** 2).flatten(1).mean(1)}
 
 
-class FlowScheduler:
-    """What draws in a rectified flow."""
-
-    def __init__(self, use_discrete_timesteps: bool) -> None:
-        self.num_timesteps = 1000
-        self.use_discrete_timesteps = use_discrete_timesteps
-
-    def training_losses(
-        self,
-        model: Any,
-        x_start: Tensor,
-        model_kwargs: Any = None,
-        noise: Any = None,
-        mask: Any = None,
-        weights: Any = None,
-        t: Any = None,
-    ) -> dict[str, Tensor]:
-        if t is None:
-            t = torch.rand(len(x_start)) * self.num_timesteps
-            if self.use_discrete_timesteps:
-                t = torch.randint(0, self.num_timesteps, (len(x_start),))
-        noise = torch.randn_like(x_start) if noise is None else noise
-        answer = model(self.add_noise(x_start, noise, t), t, **(model_kwargs or {})).chunk(2, dim=1)[0]
-        return {"loss": ((answer - (x_start - noise)) ** 2).flatten(1).mean(1)}
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        time = rows(timesteps.float() / self.num_timesteps, noise)
-        return (1 - time) * original_samples + time * noise
-
-
-class RectifiedFlow:
+class RectifiedFlow(RFLOW12):
     """VideoSys' object."""
-
-    def __init__(self, use_discrete_timesteps: bool = False) -> None:
-        self.num_timesteps = 1000
-        self.scheduler = FlowScheduler(use_discrete_timesteps)
-
-    def training_losses(
-        self,
-        model: Any,
-        x_start: Tensor,
-        model_kwargs: Any = None,
-        noise: Any = None,
-        mask: Any = None,
-        weights: Any = None,
-        t: Any = None,
-    ) -> dict[str, Tensor]:
-        return self.scheduler.training_losses(model, x_start, model_kwargs, noise, mask, weights, t)
 
 
 def sampled(host: Any, model: Any) -> Tensor:
@@ -133,5 +88,5 @@ SUBJECTS = {
     "transport": transport(Transport, sampled),
     "transport of noise": transport(lambda: Transport(ModelType.NOISE), sampled),
     "rectified flow": rectified_flow(RectifiedFlow, sampled),
-    "rectified flow, discrete": rectified_flow(lambda: RectifiedFlow(True), sampled),
+    "rectified flow, discrete": rectified_flow(lambda: RectifiedFlow(use_discrete_timesteps=True), sampled),
 }

@@ -54,7 +54,7 @@ def _modules(version: str) -> dict[str, ModuleType]:
         "opensora.schedulers.iddpm.gaussian_diffusion": {"GaussianDiffusion": gaussian},
     }
     if version >= "1.2":
-        rflow = _rflow_class(version)
+        rflow = RFLOW12 if version == "1.2.0" else RFLOW13
         registry.register_module(name="rflow", module=rflow)
         members["opensora.schedulers"]["RFLOW"] = rflow
     modules = {name: ModuleType(name) for name in members}
@@ -246,7 +246,7 @@ def _shifted(t: Tensor, args: Any, num_timesteps: int) -> Tensor:
     return ratio * t / (1 + (ratio - 1) * t) * num_timesteps
 
 
-class _RFlowScheduler:
+class RFlowScheduler:
     def __init__(
         self,
         num_timesteps: int = 1000,
@@ -290,50 +290,46 @@ class _RFlowScheduler:
         return (1 - time) * original_samples + time * noise
 
 
-def _rflow_class(version: str) -> type:
-    class RFLOW12:
-        def __init__(self, num_sampling_steps: int = 10, num_timesteps: int = 1000, **kwargs: Any) -> None:
-            self.num_sampling_steps = num_sampling_steps
-            self.num_timesteps = num_timesteps
-            self.scheduler = _RFlowScheduler(num_timesteps=num_timesteps, **kwargs)
+class RFLOW12:
+    """Open-Sora 1.2's and VideoSys' rectified flow."""
 
-        def sample(
-            self, model: Any, text_encoder: Any, z: Tensor, prompts: Any, device: Any, **_: Any
-        ) -> Tensor:
-            for step in range(self.num_sampling_steps):
-                t = torch.full((len(z),), (1 - step / self.num_sampling_steps) * self.num_timesteps)
-                velocity = model(z, t, **text_encoder.encode(prompts)).chunk(2, dim=1)[0]
-                z = z + velocity / self.num_sampling_steps
-            return z
+    def __init__(self, num_sampling_steps: int = 10, num_timesteps: int = 1000, **kwargs: Any) -> None:
+        self.num_sampling_steps = num_sampling_steps
+        self.num_timesteps = num_timesteps
+        self.scheduler = RFlowScheduler(num_timesteps=num_timesteps, **kwargs)
 
-        def training_losses(
-            self,
-            model: Any,
-            x_start: Tensor,
-            model_kwargs: Any = None,
-            noise: Any = None,
-            mask: Any = None,
-            weights: Any = None,
-            t: Any = None,
-        ) -> Any:
-            return self.scheduler.training_losses(model, x_start, model_kwargs, noise, mask, weights, t)
+    def sample(self, model: Any, text_encoder: Any, z: Tensor, prompts: Any, device: Any, **_: Any) -> Tensor:
+        for step in range(self.num_sampling_steps):
+            t = torch.full((len(z),), (1 - step / self.num_sampling_steps) * self.num_timesteps)
+            velocity = model(z, t, **text_encoder.encode(prompts)).chunk(2, dim=1)[0]
+            z = z + velocity / self.num_sampling_steps
+        return z
 
-    class RFLOW13(RFLOW12):
-        def training_losses(  # noqa: PLR0913 - the host's signature
-            self,
-            model: Any,
-            x_start: Tensor,
-            model_args: Any = None,
-            noise: Any = None,
-            mask: Any = None,
-            weights: Any = None,
-            t: Any = None,
-            mask_index: Any = None,
-            text_uncond_prob: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            return self.scheduler.training_losses(
-                model, x_start, model_args, noise, mask, weights, t, mask_index
-            )
+    def training_losses(
+        self,
+        model: Any,
+        x_start: Tensor,
+        model_kwargs: Any = None,
+        noise: Any = None,
+        mask: Any = None,
+        weights: Any = None,
+        t: Any = None,
+    ) -> Any:
+        return self.scheduler.training_losses(model, x_start, model_kwargs, noise, mask, weights, t)
 
-    return RFLOW12 if version == "1.2.0" else RFLOW13
+
+class RFLOW13(RFLOW12):
+    def training_losses(  # noqa: PLR0913 - the host's signature
+        self,
+        model: Any,
+        x_start: Tensor,
+        model_args: Any = None,
+        noise: Any = None,
+        mask: Any = None,
+        weights: Any = None,
+        t: Any = None,
+        mask_index: Any = None,
+        text_uncond_prob: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        return self.scheduler.training_losses(model, x_start, model_args, noise, mask, weights, t, mask_index)

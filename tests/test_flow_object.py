@@ -7,7 +7,6 @@ import pytest
 import torch
 from flow_standins import (
     SUBJECTS,
-    FlowScheduler,
     ModelType,
     RectifiedFlow,
     Transport,
@@ -15,6 +14,7 @@ from flow_standins import (
     WeightType,
 )
 from host_checks.contract import SmallModel
+from open_sora_standin import RFlowScheduler
 
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
@@ -49,12 +49,12 @@ class TestTheContractCanFail:
             with_policy(Elsewhere()).training_losses(None, IMAGES)
 
     def test_a_rectified_flow_that_adds_no_noise(self) -> None:
-        class Silent(FlowScheduler):
+        class Silent(RFlowScheduler):
             def training_losses(self, *args: Any, **kwargs: Any) -> Any:
                 return {}
 
         flow = with_policy(RectifiedFlow())
-        flow.scheduler = Silent(False)
+        flow.scheduler = Silent()
         with pytest.raises(ValueError, match="did not pass its t to add_noise"):
             flow.training_losses(None, VIDEOS)
 

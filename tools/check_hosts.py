@@ -44,8 +44,9 @@ model = SmallModel(axis, answers_tuple=as_tuple)
 opt = torch.optim.SGD(model.parameters(), lr=1e-3)
 weights = torch.ones(shape[0])
 {draw}
-loss = (diffusion.training_losses(model, torch.randn(shape){t})["loss"] * weights).mean()
-loss.backward()
+loss = diffusion.{method}(model, torch.randn(shape){t})
+loss = loss["loss"] if isinstance(loss, dict) else loss
+(loss * weights).mean().backward()
 opt.step()
 """
 
@@ -89,7 +90,7 @@ def check_one(host: Host, hosts: Path) -> dict[str, Any]:
                 subject = host.subject()
                 contract = flow_contract if isinstance(subject, FlowSubject) else host_contract
                 result.update(points=contract.check(subject), error="")
-                result["launch"] = launcher_script(host, subject)
+                result["launch"] = launcher_script(host, subject, hosts / host.folder)
         except Exception as error:  # reported as this host's result, and main exits non-zero
             result.update(points=[], error=f"{type(error).__name__}: {error}")
     own = [str(note.message) for note in notes if "weighs its mse already" in str(note.message)]
@@ -118,10 +119,15 @@ def check_in_process(host: Host, hosts: Path) -> dict[str, Any]:
     return result
 
 
-def launcher_script(host: Host, subject: Subject | FlowSubject) -> str:
-    """A training script of one step that gets its factory as the host's does; '' where it has none."""
-    if not host.factory_import:
+def launcher_script(host: Host, subject: Subject | FlowSubject, checkout: Path) -> str:
+    """A training script of one step that gets its object as the host's script does; '' where it cannot."""
+    if not host.factory_call:
         return ""
+    statement = host.factory_import
+    if host.own_script:
+        # All but the part that starts the host's own training.
+        text = (checkout / host.own_script).read_text(encoding="utf-8")
+        statement = text.split("if __name__ ==")[0]
     draws = {
         "B": "t = torch.zeros(shape[0], dtype=torch.long)",
         "C": f"t, weights = {SAMPLER}.sample(shape[0], 'cpu')",
@@ -131,8 +137,9 @@ def launcher_script(host: Host, subject: Subject | FlowSubject) -> str:
         tools=str(Path(__file__).parent),
         stand_ins=host.stand_ins,
         replaced=host.replaced,
-        factory_import=host.factory_import,
+        factory_import=statement,
         factory_call=host.factory_call,
+        method=subject.method if isinstance(subject, Subject) else "training_losses",
         shape=subject.shape,
         axis=subject.sigma_axis,
         as_tuple=isinstance(subject, Subject) and subject.answers_tuple,

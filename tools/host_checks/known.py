@@ -35,12 +35,13 @@ class Host:
         folder: in DIR.
         seam: A, B, C or D.
         subject: makes the contract's subject, of an object or a flow; runs with the checkout on sys.path.
-        factory_import: the statement by which the host's script gets its factory, empty where the launcher
-            is not for this host; `factory_call` then makes an object for the launcher's check.
-        factory_call: an expression over what that statement imported.
+        factory_import: the statement by which the host's script gets its factory.
+        factory_call: an expression over what that statement imported, which makes an object for the
+            launcher's check; empty where the launcher is not for this host.
         stand_ins: packages that may be replaced where they cannot be imported.
         replaced: packages that are replaced although they are here: the host needs another version, or they
             are its CUDA kernels.
+        own_script: in the place of `factory_import`, the script that defines the class itself.
         check: where there is no subject, returns the points that hold; it is given the checkout, and a list
             to which it adds what it stands in for.
     """
@@ -53,6 +54,7 @@ class Host:
     factory_call: str = ""
     stand_ins: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    own_script: str = ""
     check: Check | None = None
 
 
@@ -262,6 +264,8 @@ HOSTS = (
         "DiT-3D+DiT-3D",
         "B",
         point_clouds,
+        factory_call='GaussianDiffusion(get_betas("linear", 1e-4, 0.02, 1000), "mse", "eps", "fixedsmall")',
+        own_script="train.py",
         stand_ins=("tensorboardX", "trimesh", "timm", "open3d", "plyfile", "utils_vit"),
         replaced=("modules",),
     ),
