@@ -5,7 +5,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 EXTRAS ?= trainer,eval,dev
-# Frameworks that the tests run against. Without their dependencies: torchvision has no build beside CPU torch.
+# Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
+# PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
 
 DEMO_CONFIG := configs/image/digits/speedit.yaml

@@ -47,6 +47,8 @@ from speedit_plugins.registry import Config, build_policy
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"
+# What is found where a script defines the class by itself.
+SCRIPT_CLASS = f"a class with {SCRIPT_METHOD} in the script (DiT-3D)"
 
 
 class LaunchError(Exception):
@@ -268,6 +270,7 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     if is_attached(host):
         return host
     source = DeferredPolicy(launch, hosts, host)
+    diffusion_object.refuse_other_seams(host)
     if flow_object.fits(host):
         return flow_object.attach_flow(host, FlowAttachment(source))
     if not diffusion_object.fits(host):
@@ -293,10 +296,10 @@ def _replace_init(launch: Launch, made: type) -> None:
     @wraps(init)
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        _defer(launch, "DiT-3D", self)
+        _defer(launch, SCRIPT_CLASS, self)
 
     setattr(made, "__init__", launched)  # noqa: B010 - mypy: a method is assigned
-    launch.found.append("DiT-3D")
+    launch.found.append(SCRIPT_CLASS)
 
 
 def _refused_spawn(*_: Any, **__: Any) -> NoReturn:

@@ -179,6 +179,23 @@ class TestErrors:
             with_policy(diffusion)
         assert is_attached(with_policy(diffusion, dict(density="logit_normal", weighting="constant")))
 
+    def test_a_mean_over_the_batch_cannot_be_weighed(self) -> None:
+        class Mean(SpacedDiffusion):
+            def terms(self, answer: Any, noise: Any, t: Any) -> Any:
+                return {name: term.mean() for name, term in super().terms(answer, noise, t).items()}
+
+        message = (
+            r"loss has shape \(\), wanted one for each sample, \(6,\): a mean over the batch is too late"
+        )
+        for policy in ("speedit", "loss_second_moment"):
+            with pytest.raises(ValueError, match=message):
+                terms(with_policy(create(Mean), policy), SmallModel(1))
+
+    def test_a_prediction_type_beside_a_built_policy(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.linear(1000))
+        with pytest.raises(ValueError, match="'speedit' is built for a prediction type already"):
+            with_policy(create(), policy, prediction_type="v")
+
     def test_a_loss_of_the_whole_batch_is_sent_to_its_own_seam(self) -> None:
         diffusion = create_points()
         diffusion.parameterization, diffusion.l_simple_weight = "eps", 1.0

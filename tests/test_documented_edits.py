@@ -33,6 +33,12 @@ def checkout(name: str) -> Path:
     return folder
 
 
+def code_blocks(integration: str) -> list[str]:
+    """The Python blocks of an integration's README."""
+    text = (INTEGRATIONS / integration / "README.md").read_text(encoding="utf-8")
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
 def function_of(path: Path, name: str) -> Callable[..., Any]:
     """A function of a host's file, without the file's imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -67,9 +73,16 @@ class TestReadmes:
 def test_sd3_draws_by_a_policy_at_the_scripts_sigmas() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     policy = build_policy("speed", from_diffusers(scheduler), "flow")
+    lines = code_blocks("diffusers")[1].splitlines()
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    draw = policy.draw(N, generator=generator)
-    indices = len(policy.density) - 1 - draw.index
+    names: dict[str, Any] = {"policy": policy, "bsz": N}
+    exec("\n".join(lines[:2]), names)
+    draw, indices = names["draw"], names["indices"]
+    names["sigmas"] = scheduler.sigmas[indices].view(-1, 1, 1, 1)
+    exec(lines[2], names)
+    assert torch.equal(names["weighting"].flatten(), draw.weight)
+    assert names["weighting"].shape == (N, 1, 1, 1)
     sigmas = scheduler.sigmas[indices].double()
     # The script's row is the policy's row, up to float32.
     assert torch.allclose(sigmas, policy.schedule.sigma[draw.index], atol=1e-6)
@@ -120,11 +133,20 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
 @pytest.mark.hosts
 def test_the_line_of_flow_matching() -> None:
     path = checkout("facebookresearch+flow_matching") / "examples/image/training/train_loop.py"
-    skewed = function_of(path, "skewed_timestep_sample")
+    draw, loss = code_blocks("flow_matching")[:2]
+    laws = (function_of(path, "skewed_timestep_sample"), lambda n, device: torch.rand(n, device=device))
     torch.manual_seed(0)
-    for own in (lambda: skewed(N, device=torch.device("cpu")), lambda: torch.rand(N)):
-        t = 1 - FlowThinning(k=5).draw(lambda own=own: 1 - own())
-        assert is_thinned(1 - own() > BOUNDARY, 1 - t > BOUNDARY)
+    for law in laws:
+        names: dict[str, Any] = {"torch": torch, "skewed_timestep_sample": law}
+        names.update(FlowThinning=FlowThinning, samples=torch.zeros(N, 1), device=torch.device("cpu"))
+        exec(draw, names)
+        t = names["t"]
+        assert is_thinned(1 - law(N, device=torch.device("cpu")) > BOUNDARY, 1 - t > BOUNDARY)
+    # Its loss: each sample's error times the weight at its noise level.
+    names.update(model=lambda x, t, extra: x, x_t=torch.ones(N, 2), u_t=torch.zeros(N, 2), conditioning={})
+    names["flow"] = FlowThinning(k=5, lam=0.6)
+    exec(loss, names)
+    assert torch.allclose(names["loss"], names["flow"].weight(1 - t).mean())
 
 
 @pytest.mark.hosts
@@ -146,11 +168,9 @@ def test_the_lines_of_one_trainer(monkeypatch: pytest.MonkeyPatch, shift: float)
         max_noising_strength=1.0,
         timestep_distribution=kinds.UNIFORM,
     )
-    text = (INTEGRATIONS / "one_trainer" / "README.md").read_text()
-    lines = text.split("```python\n")[1].split("```")[0]
     host_draw = mixin._get_timestep_discrete
     names: dict[str, Any] = {}
-    exec(lines, names)
+    exec(code_blocks("one_trainer")[0], names)
     generator = torch.Generator().manual_seed(0)
     try:
         t = mixin._get_timestep_discrete(None, 1000, False, generator, N, settings)

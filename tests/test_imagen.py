@@ -51,6 +51,11 @@ class TestPolicies:
         policy = build_policy("uniform", NoiseSchedule.cosine(100))
         assert attachment_of(with_policy(host.make(), policy)).parts[0].policy is policy
 
+    def test_a_built_policy_for_several_unets_is_refused(self, host: Host) -> None:
+        imagen = host.make(unets=[host.make().unets[0] for _ in range(2)], image_sizes=(8, 16))
+        with pytest.raises(ValueError, match="one for all 2 unets, and their noise schedules differ"):
+            with_policy(imagen, build_policy("uniform", NoiseSchedule.cosine()))
+
     def test_a_learning_policy_is_told_the_unweighted_losses(self, host: Host) -> None:
         imagen = host.attached("loss_second_moment")
         told: list[tuple[torch.Tensor, torch.Tensor]] = []

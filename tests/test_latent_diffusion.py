@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
 
-ROOT = Path(contract.__file__).resolve().parents[1]
 SPEED_YAML = Path(__file__).parents[1] / "integrations/latent_diffusion/speed.yaml"
 CHECKOUTS = ("CompVis+latent-diffusion", "CompVis+stable-diffusion", "Stability-AI+stablediffusion")
 CLASS = f"{PLUGIN}.LatentDiffusion"

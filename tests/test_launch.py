@@ -181,7 +181,9 @@ def test_a_class_of_the_script_itself(tmp_path: Path) -> None:
     script.write_text(POINTS.format(body=body))
     done = start(str(script))
     assert done.returncode == 0, done.stderr
-    assert reports(done)[0].startswith("speedit: DiT-3D, seam B, policy speedit: boundary 642 of 1000")
+    assert reports(done)[0].startswith(
+        "speedit: a class with p_losses in the script (DiT-3D), seam B, policy speedit: boundary 642 of 1000"
+    )
 
 
 def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path) -> None:
@@ -192,11 +194,7 @@ def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path
     assert "spawns its own processes, which leave the policy behind" in reports(done)[0]
 
 
-FLOW = """
-from flow_standins import Transport
-def create_transport():
-    return Transport()
-"""
+FLOW = "from flow_standins import Transport as create_transport\n"
 FLOW_TRAIN = """
 import torch
 from transport import create_transport

@@ -68,13 +68,14 @@ class TestFromDiffusers:
             from_diffusers(scheduler)
 
     @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
-    def test_noise_that_is_added_to_data_of_scale_one(self, name: str) -> None:
+    def test_noise_that_is_added_to_data_of_scale_one_half(self, name: str) -> None:
         schedule = from_diffusers(getattr(diffusers, name)())
         # Karras' ramp between 0.002 and 80 with rho = 7, in float32.
         ramp = torch.linspace(0, 1, schedule.num_timesteps, dtype=torch.float64)
         expected = (0.002 ** (1 / 7) + ramp * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
         assert torch.allclose(schedule.sigma, expected, rtol=1e-4)
-        assert bool((schedule.alpha == 1).all())
+        # EDM's sigma_data.
+        assert bool((schedule.alpha == 0.5).all())
 
     def test_a_terminal_snr_of_zero(self) -> None:
         scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)

@@ -67,6 +67,48 @@ class TestEdits:
             calls.randint(scheduler, 0, 500, (2,))
         with pytest.raises(ValueError, match=r"in shape \(2, 3\), wanted all 1000 timesteps in shape \(B,\)"):
             calls.randint(scheduler, 0, 1000, (2, 3))
+        with pytest.raises(ValueError, match=r"draws its timesteps with \['generator'\]"):
+            calls.randint(scheduler, 0, 1000, (2,), generator=torch.Generator())
+        with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
+            calls.randint(diffusers.EDMEulerScheduler(), 0, 1000, (2,))
+        assert calls.randint(scheduler, 0, 1000, (2,), dtype=torch.int64).shape == (2,)
+
+    @pytest.mark.parametrize(
+        "draw",
+        [
+            "i: Tensor = torch.randint(0, s.config.num_train_timesteps, (2,))\nt = s.timesteps[i]\n",
+            "i = torch.randint(0, s.config.num_train_timesteps, (2,))\nx = self.sigmas[i.long()]\n",
+        ],
+    )
+    def test_an_index_is_told_by_its_use(self, draw: str) -> None:
+        assert "refused_index" in ast.unparse(edited(ast.parse(draw + LOSS))[0])
+
+    def test_any_other_name_is_a_timestep(self) -> None:
+        draw = "t = torch.randint(low=0, high=s.config.num_train_timesteps, size=(2,))\n"
+        assert f"{CALLS}.randint(s, low=0, high=" in ast.unparse(edited(ast.parse(draw + LOSS))[0])
+
+    @pytest.mark.parametrize(
+        ("loss", "method"),
+        [
+            ("loss = w * F.mse_loss(a, b, reduction='none')", "scaled_mse_loss"),
+            ("loss = F.mse_loss(a, b, reduction='none').mean([1, 2]) * w", "scaled_mse_loss"),
+            ("loss = 0.5 * F.mse_loss(a, b)", "mse_loss"),
+            ("loss = F.mse_loss(a, b, reduction='none') / n", "mse_loss"),
+        ],
+    )
+    def test_weights_of_the_script(self, loss: str, method: str) -> None:
+        assert f"{CALLS}.{method}(" in ast.unparse(edited(ast.parse(DRAW + loss))[0])
+
+    def test_weights_of_the_script_beside_the_policys(self) -> None:
+        ones = torch.ones(2, 3)
+        for policy in ("speedit", "uniform"):
+            own = seam(policy)
+            own.timesteps(diffusers.DDPMScheduler(), 2)
+            if policy == "uniform":
+                assert torch.equal(ScriptCalls(own).scaled_mse_loss(ones, 0 * ones, "none"), ones)
+                continue
+            with pytest.raises(ValueError, match="multiplies its squared error by weights already"):
+                ScriptCalls(own).scaled_mse_loss(ones, 0 * ones, "none")
 
     def test_an_unknown_option_of_the_loss_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"mse_loss with \['weight'\] is not known"):
@@ -153,7 +195,7 @@ def test_the_two_documented_lines() -> None:
     assert torch.allclose(loss, (own.policy.weight.float()[timesteps] * mse).mean())
 
 
-def test_the_policy_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_policy_is_told_of_once() -> None:
     used: list[str] = []
     step = step_of(ScriptPolicy("speed", on_use=lambda policy: used.append(policy.name)))
     for _ in range(2):

@@ -2,7 +2,7 @@
 
     python tools/check_hosts.py --hosts DIR [--only NAME ...] [--json OUT]
 
-DIR holds folders owner+name or owner+name@tag; `host_checks/known.py` lists them, `host_checks/contract.py`
+DIR holds folders owner+name or owner+name@tag; `host_checks/hosts.py` lists them, `host_checks/contract.py`
 says what the points are. Packages of a host that cannot be imported here are replaced by stand-ins, and
 named.
 """
@@ -22,7 +22,7 @@ import host_checks.contract as host_contract
 import host_checks.flow as flow_contract
 from host_checks.contract import Subject
 from host_checks.flow import FlowSubject
-from host_checks.known import HOSTS, SAMPLER, Host
+from host_checks.hosts import HOSTS, SAMPLER, Host
 from host_checks.stand_ins import StandIns
 
 ROOT = Path(__file__).resolve().parents[1]

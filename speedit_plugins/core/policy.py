@@ -82,7 +82,7 @@ class TimestepPolicy:
         self._adaptive = None if isinstance(density, Density) else density
         self._base = density if isinstance(density, Density) else density.density()
         self._weighting = weighting
-        self._stratified = stratified
+        self.stratified = stratified
         self._normalize = normalize
         self._rebuild()
 
@@ -200,7 +200,7 @@ class TimestepPolicy:
 
     def _quantiles(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         quantile = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-        if not self._stratified:
+        if not self.stratified:
             return quantile
         # A random order keeps the marginal of every position in the batch equal to the density.
         order = torch.randperm(batch_size, device=device, generator=generator)

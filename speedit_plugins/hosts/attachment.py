@@ -137,7 +137,7 @@ class Attachment:
             terms: dict with per-sample `loss` (B,), `mse` and perhaps `vb`; or the loss (B,) itself.
 
         Raises:
-            ValueError: anything else, or no mse where the policy weighs it.
+            ValueError: anything else, a loss of the whole batch, or no mse where the policy weighs it.
         """
         if isinstance(terms, Tensor):
             return self.weighted_whole(terms, draw)
@@ -154,6 +154,8 @@ class Attachment:
                 " wanted a policy of scope 'loss'"
             )
         loss, mse, rest = terms["loss"], terms["mse"], terms.get("vb")
+        for term in (loss, mse):
+            _check_per_sample(term, draw)
         weight = draw.weight.to(loss.dtype)
         self.policy.update(draw.index, loss.detach())
         if self.is_sum is None:
@@ -164,9 +166,27 @@ class Attachment:
         return {**terms, "loss": loss + (weight - 1) * mse}
 
     def weighted_whole(self, loss: Tensor, draw: TimestepDraw) -> Tensor:
-        """A host's loss (B,) of one term times the draw's weights, in its dtype."""
+        """A host's loss (B,) of one term times the draw's weights, in its dtype.
+
+        Raises:
+            ValueError: a loss of another shape.
+        """
+        _check_per_sample(loss, draw)
         self.policy.update(draw.index, loss.detach())
         return draw.weight.to(loss.dtype) * loss
+
+
+def scaled(error: Tensor, weight: Tensor) -> Tensor:
+    """An error (B, ...) times a weight (B,) of each sample, in the error's dtype."""
+    return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
+
+
+def _check_per_sample(loss: Tensor, draw: TimestepDraw) -> None:
+    if loss.shape != draw.index.shape:
+        raise ValueError(
+            f"the host's loss has shape {tuple(loss.shape)}, wanted one for each sample,"
+            f" {tuple(draw.index.shape)}: a mean over the batch is too late to weigh"
+        )
 
 
 class TableOnDevices:

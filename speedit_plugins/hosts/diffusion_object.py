@@ -31,7 +31,7 @@ _SHARED_TIMESTEPS = ("masked_diffusion",)
 
 
 def fits(host: Any) -> bool:
-    """Whether a host's object has a training method that takes t, and the tables of a diffusion."""
+    """Whether a host's object has a training method that takes t."""
     return bool(_timesteps(type(host)))
 
 
@@ -42,6 +42,12 @@ def wrapped(
     generator: torch.Generator | None,
 ) -> Any:
     """The host's object with a policy in it; see `with_policy`."""
+    refuse_other_seams(host)
+    return attach(host, Attachment(policy_for(host, policy, prediction_type), generator), steered_methods)
+
+
+def refuse_other_seams(host: Any) -> None:
+    """Raises ValueError for an object of a host that is entered elsewhere, naming where."""
     if type(host).__module__.split(".")[0] in _SHARED_TIMESTEPS:
         raise ValueError(
             f"{type(host).__module__} trains two losses at one t, which a redraw inside training_losses"
@@ -52,7 +58,6 @@ def wrapped(
             f"{type(host).__module__} returns one loss for the batch, which is too late to weigh: name"
             f" speedit_plugins.hosts.latent_diffusion.{type(host).__name__} as `target:` in the host's config"
         )
-    return attach(host, Attachment(policy_for(host, policy, prediction_type), generator), steered_methods)
 
 
 def policy_for(

@@ -44,9 +44,14 @@ def with_policy(
 
     Raises:
         ValueError: the object has none of these seams or has a policy already; the policy is for another T,
-            draws pairs for a flow, or has weights where the host weighs its loss already.
+            draws pairs or strata for a flow, or has weights where the host weighs its loss already; or
+            `prediction_type` beside a built policy.
     """
     refuse_attached(diffusion)
+    if prediction_type is not None and isinstance(policy, TimestepPolicy):
+        raise ValueError(
+            f"the policy {policy.name!r} is built for a prediction type already: leave out prediction_type"
+        )
     for seam in _SEAMS:
         if seam.fits(diffusion):
             return seam.wrapped(diffusion, policy, prediction_type, generator)

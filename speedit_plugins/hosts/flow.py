@@ -41,7 +41,7 @@ def thinned(
         Values of `hosts_draw`, in its dtype and place, shape (B,).
 
     Raises:
-        ValueError: some position was refused `MAX_PASSES` times.
+        ValueError: some position was refused `MAX_PASSES` times, or a generator of another device.
     """
 
     def refused(t: Tensor) -> Tensor:
@@ -50,6 +50,8 @@ def thinned(
         return coin >= acceptance(t)
 
     t = hosts_draw()
+    if generator is not None and generator.device.type != t.device.type:
+        raise ValueError(f"thinning on {t.device} needs a generator there, got one on {generator.device}")
     again = refused(t)
     # A pass keeps a fixed share of the batch on average; the test costs one synchronisation per pass.
     for _ in range(MAX_PASSES):
@@ -190,9 +192,11 @@ class FlowAttachment(Attachment):
         Raises:
             ValueError: the call drew no t, or returned no dict with a loss.
         """
-        self._draw = None
-        terms = train()
-        draw, self._draw = self._draw, None
+        try:
+            terms = train()
+            draw = self._draw
+        finally:
+            self._draw = None
         if draw is None or not isinstance(terms, Mapping) or "loss" not in terms:
             raise ValueError(
                 "the host's training_losses draws its t elsewhere, or returns no dict with a loss: known to"

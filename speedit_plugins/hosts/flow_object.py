@@ -25,10 +25,9 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.flow import FlowAttachment
+from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.registry import Config, build_policy
 
-# Rows of a policy on continuous time: with jitter they follow a logit-normal's quantiles within 0.002.
-NUM_BINS = 1000
 # What a transport's model predicts, by the host's name for it and for its path. The score times sigma is
 # minus the noise, and the host's loss scales it so; the velocity on a cosine path is v times a constant.
 _NOISE = ("NOISE", "SCORE")
@@ -79,16 +78,17 @@ def policy_for(
         host: a transport or a rectified flow; asked what it predicts where `prediction_type` is None.
 
     Raises:
-        ValueError: a bad policy, one that draws in pairs, or one that weighs beside the host's own weights.
+        ValueError: a bad policy, one that draws in pairs or strata, or one that weighs beside the host.
     """
     if isinstance(policy, TimestepPolicy):
         built = policy
     else:
-        schedule = _transport_schedule(host) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
+        schedule = binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
         built = build_policy(policy, schedule, prediction_type or flow_prediction_type(host))
-    if draws_pairs(built):
+    if draws_pairs(built) or built.stratified:
+        how = "strata" if built.stratified else "pairs"
         raise ValueError(
-            f"{built.name!r} draws in pairs, and a flow host's own draws are thinned one by one: take a"
+            f"{built.name!r} draws in {how}, and a flow host's own draws are thinned one by one: take a"
             " policy with independent draws, such as 'speedit'"
         )
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
@@ -212,12 +212,15 @@ def _signature(host_class: type, method: str) -> inspect.Signature:
     return inspect.signature(getattr(host_class, method))
 
 
-def _transport_schedule(host: Any) -> NoiseSchedule:
-    """Noise levels of a transport's path at bin midpoints, 0 clean."""
-    # Its 0 is noise.
-    t = 1 - (torch.arange(NUM_BINS, dtype=torch.float64, device="cpu") + 0.5) / NUM_BINS
-    alpha, sigma = host.path_sampler.compute_alpha_t(t)[0], host.path_sampler.compute_sigma_t(t)[0]
-    return NoiseSchedule(alpha, sigma, torch.arange(NUM_BINS, device="cpu"), NUM_BINS)
+def _levels_of(host: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Signal and noise scale of a transport's path at our time."""
+    path = host.path_sampler
+
+    def levels(time: Tensor) -> tuple[Tensor, Tensor]:
+        # Its 0 is noise.
+        return path.compute_alpha_t(1 - time)[0], path.compute_sigma_t(1 - time)[0]
+
+    return levels
 
 
 class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host, and is no error

@@ -22,11 +22,10 @@ from speedit_plugins.hosts.attachment import (
     attachment_of,
     hosts_method,
     refuse_double_weights,
+    scaled,
 )
+from speedit_plugins.hosts.schedules import binned
 from speedit_plugins.registry import Config, build_policy
-
-# Rows of a policy on continuous time: with jitter they follow a logit-normal's quantiles within 0.002.
-NUM_BINS = 1000
 
 
 def fits(host: Any) -> bool:
@@ -56,6 +55,11 @@ def wrapped(
             "this Imagen does not say by min_snr_gamma how it weighs its loss: known to work are"
             " imagen-pytorch 2.0 and 2.1"
         )
+    if isinstance(policy, TimestepPolicy) and len(host.noise_schedulers) > 1:
+        raise ValueError(
+            f"a built policy is one for all {len(host.noise_schedulers)} unets, and their noise schedules"
+            " differ: pass its name or config, which each unet builds for itself"
+        )
     parts = []
     for number, (scheduler, gamma) in enumerate(
         zip(host.noise_schedulers, host.min_snr_gamma, strict=True), 1
@@ -78,10 +82,12 @@ def schedule_of_unet(scheduler: Any) -> NoiseSchedule:
     Args:
         scheduler: imagen-pytorch's, has `log_snr(times)`.
     """
-    time = (torch.arange(NUM_BINS, dtype=torch.float64, device="cpu") + 0.5) / NUM_BINS
-    log_snr = scheduler.log_snr(time)
-    alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-    return NoiseSchedule(alpha, sigma, torch.arange(NUM_BINS, device="cpu"), NUM_BINS)
+
+    def levels(time: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = scheduler.log_snr(time)
+        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+    return binned(levels)
 
 
 @dataclass
@@ -127,6 +133,6 @@ def _weighing(own: Callable[..., Tensor], part: Attachment, draw: TimestepDraw) 
     def weighed(prediction: Tensor, target: Tensor, *, reduction: str) -> Tensor:
         losses = own(prediction, target, reduction=reduction)
         part.policy.update(draw.index, losses.detach().flatten(1).mean(1))
-        return draw.weight.to(losses.dtype).view(-1, *[1] * (losses.dim() - 1)) * losses
+        return scaled(losses, draw.weight)
 
     return weighed

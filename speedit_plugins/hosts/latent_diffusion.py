@@ -7,7 +7,7 @@ Dims: T timesteps, B batch, C channels, H and W height and width.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.hosts.attachment import Attachment
+from speedit_plugins.hosts.attachment import Attachment, scaled
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.registry import Config, build_policy, nearest
 
@@ -53,10 +53,8 @@ class _TrainingCall:
     def weigh(self, error: Tensor) -> Tensor:
         """The error of the host's next term, with the draw's weights where they belong."""
         # Where the host asks a second time, it is for the variational term.
-        if self.plain and self.draw.scope == "mse":
-            weighed = error
-        else:
-            weighed = self.draw.weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
+        is_variational = self.plain and self.draw.scope == "mse"
+        weighed = error if is_variational else scaled(error, self.draw.weight)
         self.plain.append(error)
         self.weighed.append(weighed)
         return weighed
@@ -241,4 +239,6 @@ def _plain(config: Any) -> Any:
     """A config without OmegaConf's containers, which resolve and copy in their own way."""
     if isinstance(config, Mapping):
         return {str(key): _plain(value) for key, value in config.items()}
+    if isinstance(config, Sequence) and not isinstance(config, str):
+        return [_plain(value) for value in config]
     return config

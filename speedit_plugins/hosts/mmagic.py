@@ -166,9 +166,12 @@ def _of_shape(value: Any, x_0: Tensor, what: str) -> Tensor:
     if isinstance(value, Tensor) and value.shape == x_0.shape:
         return value
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    advice = (
+        "; twice the channels are a learned variance: output_cfg=dict(mean='eps', var='fixed') leaves it out"
+    )
     raise ValueError(
-        f"training_loss needs {what} to give {tuple(x_0.shape)}, as x_0, got {got}; twice the channels are a"
-        " learned variance: output_cfg=dict(mean='eps', var='fixed') leaves it out"
+        f"training_loss needs {what} to give {tuple(x_0.shape)}, as x_0, got {got}"
+        f"{advice if what == 'the model' else ''}"
     )
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.hosts.attachment import TableOnDevices, draws_pairs, is_constant, refuse_double_weights
+from speedit_plugins.hosts.attachment import (
+    TableOnDevices,
+    draws_pairs,
+    is_constant,
+    refuse_double_weights,
+    scaled,
+)
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.registry import Config, build_policy
 
@@ -75,19 +81,20 @@ class ScriptPolicy:
             noise_scheduler: diffusers' with `alphas_cumprod`, whose rows are the timesteps that its
                 `add_noise` and the model take.
 
+        The first time, the scheduler's `add_noise` is watched once, so that a script that changes its
+        timesteps in between is told.
+
         Raises:
             ValueError: a bad policy, or a scheduler whose index is not such a timestep (EDM, flow matching).
         """
-        if getattr(noise_scheduler, "alphas_cumprod", None) is None:
-            raise ValueError(
-                f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-                " timestep. Flow matching takes policy.draw (integrations/diffusers); EDM has nothing to gain"
-            )
+        check_scheduler(noise_scheduler)
         if noise_scheduler is not self._scheduler:
             self._scheduler, self._built = noise_scheduler, None
         self.policy.advance(self.num_draws)
         self.num_draws += 1
         self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
+        if self.num_draws == 1:
+            _watch_once(noise_scheduler, self._index)
         return self._index
 
     def mse_loss(
@@ -117,25 +124,26 @@ class ScriptPolicy:
         if self._on_use is not None:
             self._on_use(policy)
             self._on_use = None
-        weights_nothing = is_constant(policy.weight) and float(policy.weight[0]) == 1
-        weight = self._weight.at(self.policy.weight, index)
+        table = policy.weight
         error = functional.mse_loss(prediction, target, reduction="none")
-        policy.update(index, error.detach().flatten(1).mean(1))
-        if weights_nothing:
+        per_sample = error.flatten(1).mean(1)
+        policy.update(index, per_sample.detach())
+        if is_constant(table) and float(table[0]) == 1:
             # The host's own reduction, so that its loss comes out to the bit.
-            return functional.mse_loss(prediction, target, reduction=reduction)
-        if reduction == "none":
-            return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
-        return (weight.to(error.dtype) * error.flatten(1).mean(1)).mean()
+            return error if reduction == "none" else functional.mse_loss(prediction, target)
+        # The table from before the update: the losses were drawn by it.
+        weight = self._weight.at(table, index)
+        return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
-    def refuse_min_snr(self) -> None:
-        """Raises ValueError where the script weighs by Min-SNR beside a policy that has weights."""
-        refuse_double_weights(self.policy, "the script weighs its loss by Min-SNR", "drop --snr_gamma")
+    def refuse_weights(self, weighing: str, remedy: str) -> None:
+        """Raises ValueError where the script weighs its loss beside a policy that has weights."""
+        refuse_double_weights(self.policy, weighing, remedy)
 
     def _rows(self, num_rows: int, part: tuple[int, int]) -> Tensor:
         """The timesteps of one chunk of the batch, checked against its rows."""
         number, num_parts = part
-        if self._index is None or not 0 <= number < num_parts:
+        assert self._index is not None  # the policy is there since the first draw
+        if not 0 <= number < num_parts:
             raise ValueError(f"part needs (i, n) with 0 <= i < n, got {part}")
         if num_parts > 1 and draws_pairs(self.policy):
             raise ValueError(
@@ -147,6 +155,35 @@ class ScriptPolicy:
         if len(chunk) != num_rows:
             raise ValueError(
                 f"the loss is made of {num_rows} rows, and {len(chunk)} timesteps were drawn: a script that"
-                " splits its batch (prior preservation) passes part=(0, 2) and part=(1, 2)"
+                " splits its batch (prior preservation) passes part=(0, 2) and part=(1, 2); one that trains"
+                " pairs at one timestep (DPO) is not this seam"
             )
         return chunk
+
+
+def check_scheduler(noise_scheduler: Any) -> None:
+    """Raises ValueError for a scheduler of which a script draws something else than a timestep."""
+    if getattr(noise_scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(
+            f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
+            " timestep. Flow matching takes policy.draw (integrations/diffusers); EDM has nothing to gain"
+        )
+
+
+def _watch_once(noise_scheduler: Any, index: Tensor) -> None:
+    """Lets the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,)."""
+    own = getattr(noise_scheduler, "add_noise", None)
+    if own is None:
+        return
+
+    def add_noise(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Any:
+        del noise_scheduler.add_noise
+        if timesteps.shape != index.shape or not torch.equal(timesteps.to(index), index):
+            raise ValueError(
+                "the script noises at other timesteps than the policy drew: it changes them in between, or"
+                f" repeats them; drew {index.tolist()[:8]}, got {timesteps.tolist()[:8]}"
+            )
+        return own(original_samples, noise, timesteps)
+
+    # On the instance, and gone with its first call: sampling is untouched.
+    noise_scheduler.add_noise = add_noise

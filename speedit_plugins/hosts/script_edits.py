@@ -10,12 +10,12 @@ import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.script import ScriptPolicy
+from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
 
 # The name under which the edited script finds its `ScriptCalls`.
 CALLS = "_speedit_calls"
@@ -41,7 +41,7 @@ def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
     Args:
         tree: stays as it is; it comes back where the script has not both.
     """
-    editor = _Editor()
+    editor = _Editor(tree)
     changed = ast.fix_missing_locations(editor.visit(copy.deepcopy(tree)))
     return (changed if editor.sites.are_a_seam else tree), editor.sites
 
@@ -65,12 +65,19 @@ class ScriptCalls:
         """Timesteps (B,) in the place of `torch.randint(low, high, size, device=device)`.
 
         Raises:
-            ValueError: the script draws part of the timesteps only, or in another shape.
+            ValueError: the script draws part of the timesteps only, in another shape, or with other options.
         """
-        if low != 0 or high != len(noise_scheduler.alphas_cumprod) or len(size) != 1 or others:
+        check_scheduler(noise_scheduler)
+        unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
+        if unknown:
             raise ValueError(
-                f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all"
-                f" {len(noise_scheduler.alphas_cumprod)} timesteps in shape (B,)"
+                f"the script draws its timesteps with {sorted(unknown)}, which the policy cannot use"
+            )
+        num_timesteps = len(noise_scheduler.alphas_cumprod)
+        if low != 0 or high != num_timesteps or len(size) != 1:
+            raise ValueError(
+                f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
+                " timesteps in shape (B,)"
             )
         return self._seam.timesteps(noise_scheduler, size[0], device)
 
@@ -87,31 +94,59 @@ class ScriptCalls:
             raise ValueError(f"mse_loss with {sorted(others)} is not known here")
         return self._seam.mse_loss(prediction, target, reduction)
 
+    def scaled_mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean") -> Tensor:
+        """The script's squared error where the script multiplies it by weights of its own.
+
+        Raises:
+            ValueError: the policy has weights too.
+        """
+        self._seam.refuse_weights(
+            "the script multiplies its squared error by weights", "let it predict the noise"
+        )
+        return self._seam.mse_loss(prediction, target, reduction)
+
     def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The script's signal-to-noise ratios, where they do not weigh beside the policy.
 
         Raises:
             ValueError: the policy has weights.
         """
-        self._seam.refuse_min_snr()
+        self._seam.refuse_weights("the script weighs its loss by Min-SNR", "drop --snr_gamma")
         return own(*args, **kwargs)
 
 
 class _Editor(ast.NodeTransformer):
-    def __init__(self) -> None:
+    def __init__(self, tree: ast.Module) -> None:
         self.sites = Sites()
+        # An index is told by its use: sigmas, or the scheduler's list of timesteps, are looked up with it.
+        self._index_names = {
+            name.id
+            for node in ast.walk(tree)
+            if _is_lookup(node)
+            for name in ast.walk(node)
+            if isinstance(name, ast.Name)
+        }
         self._is_index = False
+        self._is_scaled = False
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         """Notes whether the draw below is kept as timesteps, or as an index into something else."""
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        self._is_index = bool(names) and not any("step" in name for name in names)
+        return self._assigned(node, node.targets)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """The same with an annotation."""
+        return self._assigned(node, [node.target])
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """Notes a squared error that is multiplied where it stands."""
+        before, self._is_scaled = self._is_scaled, isinstance(node.op, ast.Mult)
         node = self._visited(node)
-        self._is_index = False
+        self._is_scaled = before
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replaces a draw, a squared error or an SNR; every other call stays."""
+        is_scaled = self._is_scaled and _is_per_element(node)
         node = self._visited(node)
         name, scheduler = _called(node), _scheduler_drawn_for(node)
         if scheduler is not None:
@@ -119,14 +154,36 @@ class _Editor(ast.NodeTransformer):
             return _call(node, "refused_index" if self._is_index else "randint", scheduler)
         if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
             self.sites.losses.append(node.lineno)
-            return _call(node, "mse_loss")
+            return _call(node, "scaled_mse_loss" if is_scaled else "mse_loss")
         if name == "compute_snr":
             return _call(node, "compute_snr", node.func)
         return node
 
+    def _assigned(self, node: Any, targets: list[ast.expr]) -> ast.AST:
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        self._is_index = bool(names & self._index_names)
+        node = self._visited(node)
+        self._is_index = False
+        return cast(ast.AST, node)
+
     def _visited(self, node: Any) -> Any:
         self.generic_visit(node)
         return node
+
+
+def _is_per_element(node: ast.Call) -> bool:
+    """Whether a squared error is not reduced: what multiplies it then can be weights."""
+    reductions = [keyword.value for keyword in node.keywords if keyword.arg == "reduction"]
+    return any(isinstance(value, ast.Constant) and value.value == "none" for value in reductions)
+
+
+def _is_lookup(node: ast.AST) -> bool:
+    """Whether a node is `X.timesteps[...]` or `X.sigmas[...]`."""
+    return (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr in ("timesteps", "sigmas")
+    )
 
 
 def _called(node: ast.Call) -> str:
@@ -134,10 +191,11 @@ def _called(node: ast.Call) -> str:
 
 
 def _scheduler_drawn_for(node: ast.Call) -> ast.expr | None:
-    """`S` of `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config`."""
-    if _called(node) != "torch.randint" or len(node.args) < 2:
+    """`S` of `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config`, or as `high=`."""
+    if _called(node) != "torch.randint":
         return None
-    high = node.args[1]
+    named = [keyword.value for keyword in node.keywords if keyword.arg == "high"]
+    high = next(iter([*node.args[1:2], *named]), None)
     if not (isinstance(high, ast.Attribute) and high.attr == _NUM_TIMESTEPS):
         return None
     owner = high.value

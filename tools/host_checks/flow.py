@@ -36,8 +36,7 @@ class FlowSubject:
         time_of: the host's t as time in [0, 1], 1 is noise.
         sample: a sample (host, model) by the host's own sampler.
         shape: of the data, (B, ...).
-        channels_out: how many times its channels the model answers.
-        arguments: of the model, as the host's `training_losses` takes them.
+        sigma_axis: where the model's variance channels are appended; None where it answers none.
     """
 
     make: Callable[[], Any]
@@ -64,9 +63,11 @@ def rectified_flow(make: Callable[[], Any], sample: Callable[[Any, Any], Tensor]
     def replay(host: Any, model: Any, x: Tensor, t: Tensor, noise: Tensor) -> Any:
         return host.training_losses(model, x, noise=noise, t=t)
 
+    num_timesteps = make().num_timesteps
+
     def time_of(t: Tensor) -> Tensor:
         # Discrete t are rows of the host's own: their middle.
-        return (t if t.is_floating_point() else t + 0.5) / make().num_timesteps
+        return (t if t.is_floating_point() else t + 0.5) / num_timesteps
 
     return FlowSubject(make, replay, time_of, sample, (6, 4, 2, 4, 4), 1)
 
@@ -151,6 +152,7 @@ def missing_seam_is_refused(subject: FlowSubject) -> None:
     vars(bare).update(vars(subject.make()))
     refused(lambda: with_policy(bare, POLICY), "has no seam: looked for a method training_losses")
     refused(lambda: with_policy(subject.make(), "speedit_reference"), "draws in pairs")
+    refused(lambda: with_policy(subject.make(), {"type": "speed", "stratified": True}), "draws in strata")
 
 
 def wrapping_ends(subject: FlowSubject) -> None:

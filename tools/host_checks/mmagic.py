@@ -12,11 +12,9 @@ Dims: T timesteps, B batch.
 import copy
 import pickle
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -24,8 +22,9 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from host_checks.contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_points
+from host_checks.environments import default_dtype, wrapped_models
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.attachment import is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy
@@ -33,8 +32,6 @@ from speedit_plugins.hosts.entry import with_policy
 PLUGIN = "speedit_plugins.hosts.mmagic"
 SCHEDULERS = "mmagic.models.diffusion_schedulers"
 SHAPE = (6, 3, 4, 4)
-FLOAT32_TOLERANCE = 2e-7
-FLOAT64_TOLERANCE = 1e-12
 
 
 class Unet(nn.Module):
@@ -77,14 +74,11 @@ def check() -> list[int]:
     Raises:
         AssertionError: the first point that does not, its number first.
     """
-    passed = []
-    for point, step in CONTRACT.items():
-        try:
-            step()
-        except AssertionError as error:
-            raise AssertionError(f"point {point}: {error}") from error
-        passed.append(point)
-    return passed
+    return run_points({point: _taking_nothing(step) for point, step in CONTRACT.items()}, None)
+
+
+def _taking_nothing(step: Callable[[], None]) -> Callable[[object], None]:
+    return lambda _: step()
 
 
 def build(**options: Any) -> Any:
@@ -181,19 +175,23 @@ def missing_seam_is_refused() -> None:
         mock.patch.dict(sys.modules, kept, clear=True),
         mock.patch.object(schedulers, "EditDDPMScheduler", bare),
     ):
-        _refused(lambda: import_module(PLUGIN), "training_loss and sample_timestep); this one has no")
+        refused(
+            lambda: import_module(PLUGIN),
+            "training_loss and sample_timestep); this one has no",
+            ImportError,
+        )
     for variance in ("learned", "learned_range"):
-        _refused(partial(build, variance_type=variance), f"got variance_type='{variance}'")
-    _refused(lambda: build().training_loss(Unet(answers=2), _batch()[0]), "learned variance: output_cfg")
+        refused(partial(build, variance_type=variance), f"got variance_type='{variance}'")
+    refused(lambda: build().training_loss(Unet(answers=2), _batch()[0]), "learned variance: output_cfg")
     # What the host's own training pipeline packs for images that it loads as 'gt'.
-    _refused(lambda: build().training_loss(Unet(), {}), "PackInputs(keys=...)")
+    refused(lambda: build().training_loss(Unet(), {}), "PackInputs(keys=...)")
 
 
 def second_policy_is_refused() -> None:
     """Point 7."""
     host_class = import_module(SCHEDULERS).EditDDPMScheduler
     scheduler = build()
-    _refused(lambda: with_policy(scheduler, "speedit"), "has a policy already")
+    refused(lambda: with_policy(scheduler, "speedit"), "has a policy already")
     bare = without_policy(scheduler)
     assert type(bare) is host_class, f"left as {type(bare)}"
     assert set(vars(bare)) == set(vars(host_class())), "left something behind"
@@ -204,26 +202,20 @@ def models_and_dtypes() -> None:
     x, noise = _batch()
     unet = Unet()
     losses = {}
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{Path(folder) / 'store'}"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        try:
-            wrapped = {
-                "plain": unet,
-                "compiled": torch.compile(unet, backend="eager"),
-                "ddp": DistributedDataParallel(unet),
-            }
-            for name, model in wrapped.items():
-                unet.zero_grad()
-                torch.manual_seed(7)
-                loss = build().training_loss(model, x, noise=noise)["loss"]
-                loss.backward()
-                assert unet.scale.grad is not None, f"{name}: no gradient"
-                losses[name] = (loss.item(), unet.scale.grad.item())
-        finally:
-            torch.distributed.destroy_process_group()
+    with wrapped_models(unet) as others:
+        for name, model in {"plain": unet, **others}.items():
+            unet.zero_grad()
+            torch.manual_seed(7)
+            loss = build().training_loss(model, x, noise=noise)["loss"]
+            loss.backward()
+            assert unet.scale.grad is not None, f"{name}: no gradient"
+            losses[name] = (loss.item(), unet.scale.grad.item())
     assert len(set(losses.values())) == 1, f"loss and gradient differ: {losses}"
-    _bfloat16_reaches_every_timestep()
+    with default_dtype(torch.bfloat16), torch.no_grad():
+        model = Recorder(Unet())
+        build(policy="uniform").training_loss(model, torch.zeros(NUM_DRAWS, 1, 1, 1).float())
+    reached = len(model.seen[0].t.unique())
+    assert reached == 1000, f"a bfloat16 default dtype reaches {reached} of 1000 timesteps"
 
 
 CONTRACT: dict[int, Callable[[], None]] = {
@@ -236,21 +228,6 @@ CONTRACT: dict[int, Callable[[], None]] = {
     7: second_policy_is_refused,
     8: models_and_dtypes,
 }
-
-
-def _bfloat16_reaches_every_timestep() -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Recorder(Unet())
-        # A timestep stays undrawn with probability exp(-30): 1e-10 for any of the thousand.
-        x = torch.zeros(30_000, 1, 1, 1)
-        with torch.no_grad():
-            build(policy="uniform").training_loss(model, x)
-    finally:
-        torch.set_default_dtype(before)
-    reached = len(model.seen[0].t.unique())
-    assert reached == 1000, f"a bfloat16 default dtype reaches {reached} of 1000 timesteps"
 
 
 def _sample(scheduler: Any, num_steps: int) -> Tensor:
@@ -272,12 +249,3 @@ def _batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(SHAPE, generator=generator).clamp(-1, 1)
     return x.to(dtype), torch.randn(SHAPE, generator=generator).to(dtype)
-
-
-def _refused(action: Callable[[], object], wanted: str) -> None:
-    message = "nothing"
-    try:
-        action()
-    except (ImportError, ValueError) as error:
-        message = str(error)
-    assert wanted in message, f"wanted an error with {wanted!r}, got {message}"

@@ -94,9 +94,9 @@ def seam_of(policy: Any = POLICY) -> ScriptPolicy:
     return ScriptPolicy(policy, generator=torch.Generator().manual_seed(7))
 
 
-def step_of(seam: ScriptPolicy | None) -> Callable[..., Any]:
+def step_of(seam: ScriptPolicy | None, text: str = SCRIPT) -> Callable[..., Any]:
     """The script's training step: edited around a seam, or as it is."""
-    tree = ast.parse(SCRIPT)
+    tree = ast.parse(text)
     names: dict[str, Any] = {"compute_snr": import_module("diffusers.training_utils").compute_snr}
     if seam is not None:
         tree, sites = edited(tree)
@@ -166,10 +166,15 @@ def sampling_is_untouched(scheduler: Scheduler) -> None:
 def seam_copies(scheduler: Scheduler) -> None:
     """Point 5: a seam in use can be copied and pickled, and draws on as the original would."""
     seam, noise_scheduler = seam_of(), scheduler.make()
-    seam.timesteps(noise_scheduler, 6)
-    pickled = pickle.dumps(_without_generator(seam))
-    for copied in (copy.deepcopy(seam), pickle.loads(pickled)):  # noqa: S301 - made here
-        assert torch.equal(copied.policy.weight, seam.policy.weight), "another policy"
+    step_of(seam)(noise_scheduler, SmallModel(None), *_batch())
+    seams = [_without_generator(seam)]
+    seams += [copy.deepcopy(seams[0]), pickle.loads(pickle.dumps(seams[0]))]  # noqa: S301 - made here
+    draws = []
+    for each in seams:
+        torch.manual_seed(3)
+        draws.append(each.timesteps(noise_scheduler, 6))
+        assert each.num_draws == 2, "another number of draws"
+    assert all(torch.equal(draws[0], draw) for draw in draws), "another draw"
 
 
 def other_schedulers_are_refused(scheduler: Scheduler) -> None:
@@ -178,9 +183,17 @@ def other_schedulers_are_refused(scheduler: Scheduler) -> None:
     for name in ("EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"):
         other = getattr(diffusers, name)()
         refused(lambda other=other: seam_of().timesteps(other, 6), f"{name} has no alphas_cumprod")
-    edm = "indices = torch.randint(0, noise_scheduler.config.num_train_timesteps, (2,))\nF.mse_loss(1, 2)\n"
+    edm = (
+        "i = torch.randint(0, noise_scheduler.config.num_train_timesteps, (2,))\n"
+        "t = noise_scheduler.timesteps[i]\nF.mse_loss(1, 2)\n"
+    )
     names = {CALLS: ScriptCalls(seam_of()), "noise_scheduler": scheduler.make()}
     refused(lambda: exec(compile(edited(ast.parse(edm))[0], "script", "exec"), names), "EDM style")
+    changed = SCRIPT.replace("timesteps.long()", "timesteps.clamp(max=2)")
+    refused(
+        lambda: step_of(seam_of(), changed)(scheduler.make(), SmallModel(None), *_batch()),
+        "at other timesteps",
+    )
 
 
 def weights_are_not_doubled(scheduler: Scheduler) -> None:

@@ -239,7 +239,7 @@ HOSTS = (
         "PixArt-alpha",
         "PixArt-alpha+PixArt-alpha",
         "B",
-        factory("diffusion", "IDDPM", sampling=("p_sample_loop", "ddim_sample_loop")),
+        factory("diffusion", "IDDPM"),
         "from diffusion import IDDPM",
         'IDDPM("1000", learn_sigma=True, pred_sigma=True, snr=False)',
         ("timm", "torchvision", "xformers", "mmcv"),
