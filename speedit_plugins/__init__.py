@@ -11,10 +11,18 @@ from speedit_plugins.version import __version__
 if TYPE_CHECKING:
     from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
     from speedit_plugins.core.schedule import NoiseSchedule
-    from speedit_plugins.hosts.entry import with_policy
+    from speedit_plugins.hosts.entry import with_policy, without_policy
     from speedit_plugins.registry import build_policy
 
-__all__ = ["NoiseSchedule", "TimestepDraw", "TimestepPolicy", "__version__", "build_policy", "with_policy"]
+__all__ = [
+    "NoiseSchedule",
+    "TimestepDraw",
+    "TimestepPolicy",
+    "__version__",
+    "build_policy",
+    "with_policy",
+    "without_policy",
+]
 
 _HOMES = {
     "NoiseSchedule": "speedit_plugins.core.schedule",
@@ -22,6 +30,7 @@ _HOMES = {
     "TimestepPolicy": "speedit_plugins.core.policy",
     "build_policy": "speedit_plugins.registry",
     "with_policy": "speedit_plugins.hosts.entry",
+    "without_policy": "speedit_plugins.hosts.entry",
 }
 
 

@@ -26,7 +26,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.core.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.hosts import diffusion_object, flow_object
 from speedit_plugins.hosts.attachment import Attachment, attach, is_attached
 from speedit_plugins.hosts.entry import no_seam
@@ -61,19 +61,24 @@ class Launch:
 
     Args:
         config: of the policy.
+        prediction_type: what the model predicts, where the host does not say.
         num_attached: objects or samplers that train with the policy so far.
         found: hosts whose module was imported and replaced.
     """
 
     config: Config
+    prediction_type: str | None = None
     num_attached: int = 0
     found: list[str] = field(default_factory=list)
 
     @cached_property
     def calls(self) -> ScriptCalls:
         """What the edited draws and losses of a script call."""
-        seam = ScriptPolicy(self.config, on_use=lambda policy: self.announce("diffusers script", "D", policy))
-        return ScriptCalls(seam)
+
+        def announce(policy: TimestepPolicy) -> None:
+            self.announce("diffusers script", "D", policy)
+
+        return ScriptCalls(ScriptPolicy(self.config, prediction_type=self.prediction_type, on_use=announce))
 
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use; the first one is reported on rank 0."""
@@ -93,7 +98,7 @@ class DeferredPolicy:
     def __call__(self) -> TimestepPolicy:
         """The policy, in use from here on."""
         seam = flow_object if flow_object.fits(self.host) else diffusion_object
-        policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config)
+        policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config, self.launch.prediction_type)
         self.launch.announce(self.hosts, "B", policy)
         return policy
 
@@ -110,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        launch = Launch(_config(arguments.policy, arguments.set))
-        build_policy(launch.config, NoiseSchedule.linear())
+        launch = Launch(_config(arguments.policy, arguments.set), arguments.prediction_type)
+        build_policy(launch.config, NoiseSchedule.linear(), launch.prediction_type or "epsilon")
         tree = parsed(arguments.script)
         run(launch, tree, [arguments.script, *arguments.arguments])
     except (LaunchError, ValueError) as error:
@@ -259,7 +264,12 @@ def _sampler_factory(
         scope = build_policy(launch.config, schedule_of(diffusion)).scope
         # The host reports losses to this class alone.
         base = "LossAwareSampler" if scope == "loss" else "ScheduleSampler"
-        sampler = schedule_sampler(diffusion, launch.config, host_class=getattr(module, base))
+        sampler = schedule_sampler(
+            diffusion,
+            launch.config,
+            host_class=getattr(module, base),
+            prediction_type=launch.prediction_type,
+        )
         launch.announce(factory.hosts, "C", sampler.policy)
         return sampler
 
@@ -364,6 +374,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="speedit", help="a registered policy (default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy"
+    )
+    parser.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, help="of the model, where the host does not say"
     )
     parser.add_argument("script", help="the host's training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")

@@ -65,6 +65,15 @@ class TestDraws:
         terms(diffusion, SmallModel(1), ZEROS.int())
         assert diffusion.dtype is torch.int32
 
+    def test_an_evaluation_is_at_the_t_that_is_given(self) -> None:
+        model, diffusion = SmallModel(1), with_policy(create())
+        t = torch.full((6,), 900)
+        with torch.no_grad():
+            ours = terms(diffusion, model, t)
+        assert torch.equal(model.seen[0], t)
+        assert torch.equal(ours["loss"], terms(create(), model, t)["loss"])
+        assert attachment_of(diffusion).num_calls == 0
+
     def test_by_default_the_global_generator_draws(self) -> None:
         first, second = SmallModel(1), SmallModel(1)
         for model in (first, second):
@@ -172,6 +181,11 @@ class TestErrors:
         with pytest.raises(ValueError, match="built for T = 500, got a diffusion object with 1000 timesteps"):
             with_policy(create(), policy)
 
+    def test_a_policy_on_another_schedule_of_the_same_length(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.scaled_linear(1000))
+        with pytest.raises(ValueError, match=r"built on NoiseSchedule\(.*\), got a diffusion object with"):
+            with_policy(create(), policy)
+
     def test_weights_beside_pixarts_snr_loss(self) -> None:
         diffusion = create(PixArtDiffusion)
         diffusion.snr = True
@@ -229,7 +243,9 @@ class TestErrors:
         diffusion = create(MaskedDiffusion)
         attachment = Attachment(build_policy("uniform", NoiseSchedule.linear()))
         assert attachment_of(attach(diffusion, attachment, steered_methods)) is attachment
-        with pytest.raises(ValueError, match="MaskedDiffusion has a policy already: without_policy"):
+        with pytest.raises(
+            ValueError, match="has a policy already, by a line of yours .* speedit_plugins.without_policy"
+        ):
             attach(diffusion, attachment, steered_methods)
 
     def test_the_prediction_type_can_be_stated(self) -> None:

@@ -74,6 +74,17 @@ class TestWhatTheHostKeeps:
             losses.append(host.training_losses(SmallModel(None), IMAGES, sp_timesteps=(0.0, 1.0))["loss"])
         assert torch.equal(*losses)
 
+    @pytest.mark.parametrize("host_class", [Transport, RectifiedFlow])
+    def test_an_evaluation_is_the_hosts(self, host_class: Any) -> None:
+        losses, x = [], IMAGES if host_class is Transport else VIDEOS
+        model = SmallModel(None if host_class is Transport else 1)
+        for host in (host_class(), with_policy(host_class(), "speed")):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                losses.append(host.training_losses(model, x)["loss"])
+        assert torch.equal(*losses)
+        assert attachment_of(host).num_calls == 0
+
     def test_a_curriculum_advances_with_the_calls(self) -> None:
         host = with_policy(Transport(), dict(type="clts", curriculum_steps=2))
         before = attachment_of(host).policy.density
@@ -105,6 +116,9 @@ class TestPredictionType:
     )
     def test_it_is_read_from_the_host(self, host: Any, predicted: str) -> None:
         assert flow_prediction_type(host) == predicted
+
+    def test_weights_that_are_not_converted_need_none(self) -> None:
+        assert attachment_of(with_policy(Transport(path_sampler=VPCPlan()), "speed")).policy.name == "speed"
 
     def test_a_velocity_without_a_closed_form_is_asked_for(self) -> None:
         host = Transport(path_sampler=VPCPlan())

@@ -58,9 +58,9 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     [
         ("facebookresearch+DiT", "speedit", "DiT, fast-DiT, Latte"),
         ("chuanyangjin+fast-DiT", "speedit", "DiT, fast-DiT, Latte"),
-        ("willisma+SiT", "speedit", "SiT"),
-        ("willisma+SiT", "speed", "SiT"),
-        ("hustvl+LightningDiT", "speedit", "SiT"),
+        ("willisma+SiT", "speedit", "SiT, LightningDiT"),
+        ("willisma+SiT", "speed", "SiT, LightningDiT"),
+        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT"),
     ],
 )
 def test_an_unmodified_train_script_runs_to_its_end(
@@ -149,7 +149,7 @@ class TestTrainings:
         [
             ("from models import DiT_models", "DiT"),
             ("from models import DiT_models\nparser.add_argument('--feature-path')", "fast-DiT"),
-            ("from models import SiT_models", "SiT"),
+            ("from models import SiT_models", "SiT, LightningDiT"),
             ("from models.lightningdit import LightningDiT_models", "LightningDiT"),
         ],
     )

@@ -142,6 +142,10 @@ class TestLoss:
         # A whole batch takes pairs.
         assert own.mse_loss(torch.ones(4, 3), torch.zeros(4, 3)) > 0
 
+    def test_a_wrong_name_is_told_at_once(self) -> None:
+        with pytest.raises(ValueError, match="unknown policy 'speeddit'; did you mean 'speedit'"):
+            ScriptPolicy("speeddit")
+
     def test_a_loss_before_any_draw(self) -> None:
         with pytest.raises(ValueError, match="before timesteps were drawn by the policy"):
             seam().mse_loss(torch.ones(2), torch.ones(2))

@@ -64,7 +64,10 @@ def is_attached(host: Any) -> bool:
 def refuse_attached(host: Any) -> None:
     """Raises ValueError where an object has a policy already."""
     if is_attached(host):
-        raise ValueError(f"{type(host).__name__} has a policy already: without_policy removes it")
+        raise ValueError(
+            f"{type(host).__name__} has a policy already, by a line of yours or by the launcher:"
+            " speedit_plugins.without_policy removes it"
+        )
 
 
 def is_constant(weight: Tensor) -> bool:
@@ -82,7 +85,7 @@ def refuse_double_weights(policy: TimestepPolicy, weighing: str, remedy: str) ->
     if not is_constant(policy.weight):
         raise ValueError(
             f"{weighing} already, and the weights of {policy.name!r} would multiply on top: {remedy}, or take"
-            " a policy with weighting='constant'"
+            " a policy that only draws, such as 'logit_normal' or dict(density=..., weighting='constant')"
         )
 
 

@@ -26,6 +26,8 @@ from speedit_plugins.registry import Config, build_policy
 
 METHODS = ("training_losses", "training_losses_diffusers", "p_losses")
 TIMESTEP_NAMES = ("t", "timestep")
+# Tables of hosts are float32 products of a thousand factors; schedules that differ do so by more than this.
+SNR_TOLERANCE = 0.01
 # Packages whose step evaluates two losses, of the masked and the whole input, at one t.
 _SHARED_TIMESTEPS = ("masked_diffusion",)
 
@@ -69,7 +71,7 @@ def policy_for(
         diffusion: see `schedule_of`; asked what it predicts where `prediction_type` is None.
 
     Raises:
-        ValueError: a bad policy, one for another T, or one with weights beside the host's own.
+        ValueError: a bad policy, one for another T or schedule, or one with weights beside the host's own.
     """
     schedule = schedule_of(diffusion)
     built = policy
@@ -79,6 +81,11 @@ def policy_for(
         raise ValueError(
             f"the policy is built for T = {built.schedule.num_timesteps}, got a diffusion object with"
             f" {schedule.num_timesteps} timesteps"
+        )
+    if not torch.allclose(built.schedule.snr, schedule.snr, rtol=SNR_TOLERANCE):
+        raise ValueError(
+            f"the policy is built on {built.schedule}, got a diffusion object with {schedule}: pass its name"
+            " or config"
         )
     # PixArt's option: below t = 250 the error is that of x_0, which is the noise's over the SNR.
     if getattr(diffusion, "snr", False) is True:
@@ -112,8 +119,11 @@ def _steered(host_class: type, method: str, timestep: tuple[int, str]) -> Callab
 
     @functools.wraps(getattr(host_class, method))
     def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attachment = attachment_of(self)
         own = hosts_method(self, host_class, steered_methods, method)
+        # Without gradients it is an evaluation, at the t that the host chose.
+        if not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        attachment: Attachment = attachment_of(self)
         given = list(args)
         # `position` counts self.
         t = kwargs[name] if name in kwargs else given[position - 1]

@@ -27,7 +27,8 @@ def with_policy(
 ) -> Any:
     """Puts a timestep policy into a host's object; returns the same object. `without_policy` takes it out.
 
-    Each training call is one step for a curriculum (`TimestepPolicy.advance`).
+    Each training call is one step for a curriculum (`TimestepPolicy.advance`). Under `torch.no_grad()`, as in
+    a validation, t and loss are the host's own.
 
     Args:
         diffusion: one of
@@ -43,9 +44,9 @@ def with_policy(
             flow's t is the host's own draw: there it decides what is refused.
 
     Raises:
-        ValueError: the object has none of these seams or has a policy already; the policy is for another T,
-            draws pairs or strata for a flow, or has weights where the host weighs its loss already; or
-            `prediction_type` beside a built policy.
+        ValueError: the object has none of these seams or has a policy already; the policy is for another T
+            or schedule, draws pairs or strata for a flow, or has weights where the host weighs its loss
+            already; or `prediction_type` beside a built policy.
     """
     refuse_attached(diffusion)
     if prediction_type is not None and isinstance(policy, TimestepPolicy):

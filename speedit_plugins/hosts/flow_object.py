@@ -84,7 +84,7 @@ def policy_for(
         built = policy
     else:
         schedule = binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
-        built = build_policy(policy, schedule, prediction_type or flow_prediction_type(host))
+        built = _built(policy, schedule, host, prediction_type)
     if draws_pairs(built) or built.stratified:
         how = "strata" if built.stratified else "pairs"
         raise ValueError(
@@ -94,9 +94,23 @@ def policy_for(
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
     if is_transport(host) and own_weights != "NONE" and host.model_type.name in _NOISE:
         refuse_double_weights(
-            built, f"{type(host).__module__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
+            built, f"this {type(host).__name__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
         )
     return built
+
+
+def _built(
+    policy: str | Config, schedule: NoiseSchedule, host: Any, prediction_type: str | None
+) -> TimestepPolicy:
+    try:
+        predicted = prediction_type or flow_prediction_type(host)
+    except ValueError:
+        # Only weights that are converted depend on it.
+        first, other = (build_policy(policy, schedule, each) for each in ("epsilon", "v"))
+        if torch.equal(first.weight, other.weight):
+            return first
+        raise
+    return build_policy(policy, schedule, predicted)
 
 
 def flow_prediction_type(host: Any) -> str:
@@ -112,8 +126,9 @@ def flow_prediction_type(host: Any) -> str:
     path = type(host.path_sampler).__name__
     if path not in _VELOCITY:
         raise ValueError(
-            f"{type(host).__module__} predicts the velocity on the path {path}, where it has no closed form"
-            " in the noise: pass prediction_type, or take the Linear or the GVP path"
+            f"this {type(host).__name__} predicts the velocity on the path {path}, where it has no closed"
+            " form in the noise: pass prediction_type (the launcher: --prediction-type), or take the Linear"
+            " or the GVP path"
         )
     return _VELOCITY[path]
 
@@ -154,7 +169,8 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
         given = bound.arguments
         if given.get("weights") is not None:
             raise ValueError("training_losses got weights, and the policy weighs already: drop one of them")
-        if given.get("t") is not None:
+        # Without gradients it is an evaluation, and the host's own.
+        if given.get("t") is not None or not torch.is_grad_enabled():
             return own(*args, **kwargs)
         attachment, num_timesteps = attachment_of(self), self.num_timesteps
 
@@ -178,7 +194,7 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
 def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
     """`sample` and `training_losses` of a transport, at a t of the thinned law.
 
-    LightningDiT validates on an interval of its own, `sp_timesteps`: draw and loss stay the host's then.
+    Without gradients, and where LightningDiT validates on an interval, draw and loss stay the host's.
     """
     sample_signature = _signature(host_class, "sample")
     loss_signature = _signature(host_class, "training_losses")
@@ -186,7 +202,7 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
     def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, transport_methods, "sample")
         drawn, bound = own(*args, **kwargs), sample_signature.bind(self, *args, **kwargs)
-        if bound.arguments.get("sp_timesteps") is not None:
+        if bound.arguments.get("sp_timesteps") is not None or not torch.is_grad_enabled():
             return drawn
         # The first t is the one drawn with the noise. More are drawn for rows without pixels.
         first, x1 = [drawn[0]], bound.arguments["x1"]
@@ -201,7 +217,8 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
 
     def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, transport_methods, "training_losses")
-        if loss_signature.bind(self, *args, **kwargs).arguments.get("sp_timesteps") is not None:
+        is_given = loss_signature.bind(self, *args, **kwargs).arguments.get("sp_timesteps") is not None
+        if is_given or not torch.is_grad_enabled():
             return own(*args, **kwargs)
         return attachment_of(self).weighted_call(lambda: own(*args, **kwargs))
 

@@ -85,7 +85,8 @@ class PolicySampler:
         Raises:
             ValueError: the first batch was drawn and never weighed: the host calls another loss.
         """
-        if self._attachment is not None and self.num_samples and not self._attachment.num_calls:
+        is_unweighed = self._attachment is not None and not self._attachment.num_calls
+        if is_unweighed and self.num_samples and torch.is_grad_enabled():
             raise ValueError(
                 f"the host drew twice and never called training_losses, where {self.policy.name!r} weighs"
                 " the mse; wanted a policy of scope 'loss' or a constant weighting"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.core.policy import TimestepPolicy
+from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.hosts.attachment import (
     TableOnDevices,
     draws_pairs,
@@ -36,6 +37,9 @@ class ScriptPolicy:
         prediction_type: what the model predicts; None reads it from the noise scheduler.
         generator: of the draws; None is the device's global one.
         on_use: told the policy when the first loss goes through it.
+
+    Raises:
+        ValueError: a bad policy.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class ScriptPolicy:
         generator: torch.Generator | None = None,
         on_use: Callable[[TimestepPolicy], None] | None = None,
     ) -> None:
+        # A wrong name or parameter is told now, not at the first draw.
+        build_policy(policy, NoiseSchedule.linear(), prediction_type or "epsilon")
         self._config = policy
         self._prediction_type = prediction_type
         self._generator = generator
@@ -155,8 +161,8 @@ class ScriptPolicy:
         if len(chunk) != num_rows:
             raise ValueError(
                 f"the loss is made of {num_rows} rows, and {len(chunk)} timesteps were drawn: a script that"
-                " splits its batch (prior preservation) passes part=(0, 2) and part=(1, 2); one that trains"
-                " pairs at one timestep (DPO) is not this seam"
+                " splits its batch (prior preservation) is edited by hand and passes part=(0, 2) and part=(1,"
+                " 2), see integrations/diffusers; one that trains pairs at one t (DPO) is not this seam"
             )
         return chunk
 
