@@ -149,7 +149,7 @@ class TestTrainings:
         [
             ("from models import DiT_models", "DiT"),
             ("from models import DiT_models\nparser.add_argument('--feature-path')", "fast-DiT"),
-            ("from models import SiT_models", "SiT, LightningDiT"),
+            ("from models import SiT_models", "SiT"),
             ("from models.lightningdit import LightningDiT_models", "LightningDiT"),
         ],
     )
