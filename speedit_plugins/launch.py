@@ -5,6 +5,7 @@
 
 The function with which a known host makes its diffusion object or its schedule sampler is replaced while its
 module is imported. An object draws its first timestep when it trains: one that only samples stays as it is.
+A script that draws timesteps by itself, as diffusers' do, has its draw and its loss edited as it is parsed.
 """
 
 import argparse
