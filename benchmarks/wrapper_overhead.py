@@ -337,7 +337,7 @@ def answer(results: Results) -> str:
         (results.share(timings) for timings in results.seams.values()), key=lambda share: share.high
     )
     return (
-        f"Does every wrapper add less than {100 * LIMIT:g} % to a {MODEL} step? "
+        f"Does each of the wrappers timed add less than {100 * LIMIT:g} % to a {MODEL} step? "
         f"{'Yes' if largest.high < LIMIT else 'No'}: the costliest adds {100 * largest.median:.4f} %, "
         f"{100 * largest.high:.4f} % at its upper quartile."
     )
