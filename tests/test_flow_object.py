@@ -141,7 +141,8 @@ class TestRefusals:
         with_policy(weighted, dict(density="logit_normal", weighting="constant"))
 
     def test_weights_of_a_velocity_loss_have_no_effect_in_the_host(self) -> None:
-        with_policy(Transport(ModelType.VELOCITY, WeightType.VELOCITY))
+        host = with_policy(Transport(ModelType.VELOCITY, WeightType.VELOCITY))
+        assert attachment_of(host).policy.name == "speedit"
 
     def test_weights_passed_to_a_rectified_flow(self) -> None:
         with pytest.raises(ValueError, match="got weights, and the policy weighs already"):
