@@ -81,9 +81,13 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's loss terms at our t, each (B,), with the weights in `loss`; arguments are the host's.
 
+        Under `torch.no_grad()`, as in a validation, t and loss are the host's own.
+
         Raises:
             ValueError: `weights` is given, or the host's loss has no mse for a policy that weights it.
         """
+        if not torch.is_grad_enabled():
+            return super().training_losses(model, x_start, *args, **kwargs)
         bound = _TRAINING_LOSSES.bind(self, model, x_start, *args, **kwargs)
         if bound.arguments.get("weights") is not None:
             raise ValueError("training_losses got weights, and the policy weights already: drop one of them")
@@ -131,12 +135,12 @@ class _TrainingCall:
     def fill(self, t: Tensor, draw: Callable[[Tensor], TimestepDraw]) -> None:
         self.draw = draw(t)
         t.copy_(self.draw.index)
-        self._t, self._version = t, _version(t)
+        self._t, self._version = t, t._version
 
     def see(self, t: Tensor) -> None:
         """Notes a t (B,) that goes to the model; raises unless it is the drawn one."""
         # The same tensor, unwritten since, proves it without a host-device synchronisation.
-        is_ours = t is self._t and _version(t) == self._version
+        is_ours = t is self._t and t._version == self._version
         if not is_ours and not (self.draw is not None and torch.equal(t, self.draw.index.to(t))):
             raise ValueError(
                 "the model gets another t than the policy drew: this Open-Sora draws or changes t between"
@@ -164,11 +168,6 @@ class _Watched:
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         self._call.see(t)
         return self._model(x, t, **kwargs)
-
-
-def _version(t: Tensor) -> int | None:
-    # Tensors of inference mode count no writes.
-    return None if t.is_inference() else t._version
 
 
 SCHEDULERS.register_module(name="SpeeDiffusion", module=SpeeDiffusion)

@@ -9,6 +9,7 @@ import inspect
 from importlib import import_module
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from speedit_plugins.core.schedule import CONVERGENCE_SNR
@@ -25,7 +26,7 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
 
     Uniform, discrete and logit-normal draws and the resolution shift stay the host's: the boundary is
     measured on the t that comes out of them, which is the t the model sees. A `t` passed by the caller, as
-    the host's evaluation scripts do, is kept, and its loss is the host's.
+    the host's evaluation scripts do, is kept, and its loss is the host's; so are all under `torch.no_grad()`.
 
     Args:
         k: see `FlowThinning`.
@@ -73,7 +74,8 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             raise ValueError(
                 "training_losses got weights, and SpeeDFlow has its own: drop weights, or set lam"
             )
-        if given.get("t") is not None:
+        # Without gradients it is an evaluation, and the host's own.
+        if given.get("t") is not None or not torch.is_grad_enabled():
             return super().training_losses(*bound.args[1:], **bound.kwargs)
         t = self.thinning.draw(
             lambda: rectified_flow_draw(self.scheduler, x_start, model_arguments_of(given)),

@@ -25,7 +25,7 @@ from host_checks.contract import FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_poin
 from host_checks.environments import default_dtype, wrapped_models
 from host_checks.open_sora_models import Denoiser, TextEncoder
 from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.hosts.attachment import is_attached, without_policy
+from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy
 
 B = 6
@@ -242,6 +242,16 @@ def model_sees_the_drawn_t(host: Host) -> None:
         assert torch.equal(model.arguments[0]["y"], torch.ones(B, 1))
 
 
+def evaluations_are_the_hosts(host: Host) -> None:
+    """Without gradients t and loss are the host's own, and no training call is counted."""
+    scheduler, t = host.build(), torch.arange(0, 600, 100)
+    with torch.no_grad():
+        (ours, model), (theirs, _) = host.train(scheduler, t=t), host.train(host.original(), t=t)
+    assert torch.equal(model.seen[0], t)
+    assert all(torch.equal(ours[name], term) for name, term in theirs.items())
+    assert attachment_of(scheduler).num_calls == 0
+
+
 def callers_t_is_left_alone(host: Host) -> None:
     """The trainer's tensor of t is not written to."""
     t = torch.arange(B)
@@ -251,12 +261,10 @@ def callers_t_is_left_alone(host: Host) -> None:
 
 def seen_t_follows_the_policy(host: Host) -> None:
     """How often the late timesteps reach the model."""
-    scheduler, model = host.build(policy="speedit"), Denoiser()
-    n = 20_000
+    scheduler, model, n = host.build(policy="speedit"), Denoiser(), 20_000
     x = torch.zeros(n, 4, 1, 1, 1)
     args: list[Any] = [torch.randint(0, 1000, (n,))] if host.passes_t else []
-    with torch.no_grad():
-        scheduler.training_losses(model, x, *args)
+    scheduler.training_losses(model, x, *args)
     share = float((model.seen[0] >= 642).double().mean())
     # The mass of t >= 642 after the reflection; 4 sigma of a binomial frequency.
     assert abs(share - 0.0509) < 4 * math.sqrt(0.0509 * 0.9491 / n)
@@ -366,7 +374,7 @@ def hosts_own_speed_is_undisturbed(host: Host) -> None:
 CONTRACT: dict[int, tuple[Callable[[Host], None], ...]] = {
     1: (model_sees_the_drawn_t, callers_t_is_left_alone, seen_t_follows_the_policy),
     2: (loss_is_weighted_mse_plus_vb, loss_is_weighted_in_float64, kl_losses_train_with_scope_loss),
-    3: (identity_is_the_hosts_loss,),
+    3: (identity_is_the_hosts_loss, evaluations_are_the_hosts),
     4: (sampling_is_the_hosts,),
     5: (copies_train_alike, other_registrations_stay, hosts_own_speed_is_undisturbed),
     6: (config_builds, policy_options_reach_the_policy, bad_configs_are_refused),

@@ -37,8 +37,7 @@ def _arguments(host: Host, **values: Any) -> dict[str, Any]:
 
 def _share_past_boundary(host: Host, n: int = 20_000, **options: Any) -> float:
     arguments = _arguments(host, **{name: value[:1].repeat(n) for name, value in PIXELS.items()})
-    with torch.no_grad():
-        _, model = _step(host.build("SpeeDFlow", **options), x=torch.zeros(n, 4, 1, 1, 1), **arguments)
+    _, model = _step(host.build("SpeeDFlow", **options), x=torch.zeros(n, 4, 1, 1, 1), **arguments)
     return float((model.seen[0] > 1000 * BOUNDARY).double().mean())
 
 
@@ -127,6 +126,14 @@ def callers_t_is_kept(host: Host) -> None:
     assert torch.equal(loss, expected)
 
 
+def evaluations_are_the_hosts(host: Host) -> None:
+    """Without gradients: the host's t and loss from the same seed."""
+    with torch.no_grad():
+        (ours, model), (theirs, original) = (_step(host.build(name)) for name in ("SpeeDFlow", "rflow"))
+    assert torch.equal(model.seen[0], original.seen[0])
+    assert torch.equal(ours, theirs)
+
+
 def sampling_is_the_hosts(host: Host) -> None:
     """The host's sampler, to the bit."""
     ours, theirs = host.build("SpeeDFlow", num_sampling_steps=3), host.build("rflow", num_sampling_steps=3)
@@ -183,7 +190,7 @@ def bad_options_are_refused(host: Host) -> None:
 FLOW_CONTRACT: dict[int, tuple[Callable[[Host], None], ...]] = {
     1: (convergence_area_is_k_times_rarer, callers_t_is_kept),
     2: (loss_is_the_hosts_weighted, logit_normal_is_not_weighted, masks_are_the_hosts),
-    3: (k_one_is_the_hosts_training, train_call_of_1_3),
+    3: (k_one_is_the_hosts_training, evaluations_are_the_hosts, train_call_of_1_3),
     4: (sampling_is_the_hosts,),
     5: (copies_are_the_hosts,),
     6: (bad_options_are_refused,),
