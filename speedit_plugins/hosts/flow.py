@@ -166,6 +166,9 @@ class FlowAttachment(Attachment):
         Args:
             hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call.
             time_of: turns such a t into time in [0, 1], 1 is noise.
+
+        Raises:
+            ValueError: see `thinned`.
         """
         self.advance()
         T = len(self.policy.density)

@@ -83,12 +83,14 @@ class ScriptPolicy:
     def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
         """Timesteps int64 (B,) to corrupt and to train a batch at; `mse_loss` weighs for them.
 
+        After the first draw the scheduler's `add_noise` is watched for one call: it raises a ValueError where
+        the script changes its timesteps in between.
+
         Args:
             noise_scheduler: diffusers' with `alphas_cumprod`, whose rows are the timesteps that its
                 `add_noise` and the model take.
-
-        The first time, the scheduler's `add_noise` is watched once, so that a script that changes its
-        timesteps in between is told.
+            batch_size: B, >= 1.
+            device: where the timesteps are drawn and lie.
 
         Raises:
             ValueError: a bad policy, or a scheduler whose index is not such a timestep (EDM, flow matching).
