@@ -4,10 +4,14 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,eval,dev
+EXTRAS ?= trainer,eval,colossal,dev
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
+
+# Without its dependencies: it pins versions of torch, transformers and diffusers that are years old, and runs
+# correctly on current ones. The extra `colossal` lists what it needs at run time.
+COLOSSAL := colossalai==0.5.0
 
 DEMO_CONFIG := configs/image/digits/speedit.yaml
 DEMO_DIR ?= outputs/digits/speedit
@@ -40,6 +44,7 @@ install: .venv/.installed  ## create .venv with the package (editable), the trai
 	$(if $(strip $(TORCH)),$(PIP_INSTALL) $(TORCH))
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	$(if $(findstring dev,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(HOSTS))
+	$(if $(findstring colossal,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(COLOSSAL))
 	@touch $@
 
 # The last command ends by listing where the samples, the loss curve, the metrics and the checkpoint lie.

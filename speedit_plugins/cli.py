@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,11 @@ from speedit_plugins.engine.schema import PHASES, ExperimentConfig
 
 PACKAGE_FOLDER = Path(__file__).parent
 USER_ERROR = 2
+PEER_LOST = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+# How gloo, NCCL and the store say that the other side of a collective is gone or silent.
+_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
 
 # Each phase is the function of its name in a module of the engine.
 _MODULE_OF = {"train": "train", "inference": "generate", "sample": "generate", "test": "evaluate"}
@@ -42,18 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("speedit: interrupted; nothing was started\n")
         return INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except Exception as error:
+        _tell_launcher(error)
+        if _is_lost_peer(error):
+            sys.stderr.write(f"speedit: {_rank()}lost another process, which says why: {_one_line(error)}\n")
+            return PEER_LOST
         if not _is_user_error(error):
             raise
-        sys.stderr.write(f"speedit: error: {_one_line(error)}\n")
+        sys.stderr.write(f"speedit: {_rank()}error: {_one_line(error)}\n")
         return USER_ERROR
 
 
 def _run(phase: str, config: ExperimentConfig) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"the trainer runs in one process for now, got WORLD_SIZE={os.environ['WORLD_SIZE']}"
-        )
+    if _is_launched() and phase != "train":
+        raise ValueError(f"{phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     # Imports torch: only once the config is known to be right.
     runner = import_module(f"speedit_plugins.engine.{_MODULE_OF[phase]}")
     return int(getattr(runner, phase)(config))
@@ -94,12 +101,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_launched() -> bool:
+    """Whether this is one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _rank() -> str:
+    """Which process speaks, where there are several."""
+    return f"rank {os.environ['RANK']}: " if _is_launched() else ""
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Leaves the error where torchrun looks for the cause of a failed job."""
+    if _is_launched() and "torch" in sys.modules:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone or does not answer."""
+    return _is_launched() and isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+
+
 def _is_user_error(error: Exception) -> bool:
     """Files, and what this package raises on purpose; a ValueError out of a library is a fault."""
     if isinstance(error, OSError):
         return True
     if isinstance(error, ModuleNotFoundError):
         return not str(error.name).startswith("speedit_plugins")
+    if not isinstance(error, ValueError):
+        return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(PACKAGE_FOLDER)
 

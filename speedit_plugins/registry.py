@@ -30,7 +30,7 @@ ENCODERS = Registry("encoder", scope="speedit_plugins", locations=["speedit_plug
 DATASETS = Registry(
     "dataset",
     scope="speedit_plugins",
-    locations=["speedit_plugins.data.digits", "speedit_plugins.data.images"],
+    locations=["speedit_plugins.data.digits", "speedit_plugins.data.images", "speedit_plugins.data.latents"],
 )
 FEATURES = Registry(
     "feature extractor", scope="speedit_plugins", locations=["speedit_plugins.evaluation.features"]

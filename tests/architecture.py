@@ -61,6 +61,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "transformers": ("models/pretrained.py", "diffusion/sampling.py", *_HOST_TOOLS),
     "av": ("data/videos.py",),
     "sklearn": ("data/digits.py",),
+    "wandb": ("engine/boards.py",),
     "xformers": ("models/attention.py",),
     "omegaconf": ("engine/config*.py", "models/pretrained.py"),
 }

@@ -13,12 +13,18 @@ from torch.testing import assert_close
 
 from speedit_plugins.engine import checkpoint
 from speedit_plugins.engine.checkpoint import CheckpointError, Contents
+from speedit_plugins.engine.masters import Slice
+from speedit_plugins.engine.runtime import Runtime
 
 
 def contents(value: float = 1.0, size: int = 8) -> Contents:
     weights = {"a": torch.full((size,), value), "b": torch.arange(6.0).reshape(2, 3).T}
     return Contents(
-        model=weights, ema={k: v + 1 for k, v in weights.items()}, state={"step": 3}, config="seed: 0\n"
+        model=weights,
+        ema={k: v + 1 for k, v in weights.items()},
+        state={"step": 3},
+        config="seed: 0\n",
+        moments={"exp_avg/a": Slice(0, torch.full((size,), value / 2)), "step/a": Slice(0, torch.ones(1))},
     )
 
 
@@ -30,6 +36,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert_close(dict(loaded.ema), dict(contents().ema), rtol=0, atol=0)
     assert loaded.state == {"step": 3}
     assert loaded.config == "seed: 0\n"
+    assert sorted(loaded.moments) == ["exp_avg/a", "step/a"]
+    assert_close(loaded.moments["exp_avg/a"], torch.full((8,), 0.5), rtol=0, atol=0)
+    assert checkpoint.damage(path) is None
 
 
 def test_the_newest_by_step_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
@@ -40,6 +49,57 @@ def test_the_newest_by_step_is_found_and_older_ones_are_removed(tmp_path: Path) 
     assert newest is not None
     assert checkpoint.step_of(newest) == 10_000_000
     assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        checkpoint.save(tmp_path, step, contents(), keep_last=1, keep_every=30)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000030", "step_0000060", "step_0000070"]
+
+
+def test_moments_of_several_ranks_are_put_together_where_they_belong(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    # As two ranks write them, the second with one element less.
+    for rank, values in ((0, [0.0, 1.0, 2.0]), (1, [3.0, 4.0])):
+        moments = {"exp_avg/a": Slice(3 * rank, torch.tensor(values)), "step/a": Slice(0, torch.ones(1))}
+        part = Contents({}, {}, {}, "", moments)
+        checkpoint._write_moments(path, part, Runtime(rank=rank, world_size=2))
+    (path / "optimizer_00000_of_00001.safetensors").unlink()
+    whole = checkpoint.Moments(path)
+    assert whole["exp_avg/a"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert whole["step/a"].tolist() == [1.0]
+
+
+FILES = (checkpoint.MODEL, checkpoint.EMA, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
+
+
+@pytest.mark.parametrize("name", [*FILES, "optimizer_00000_of_00001.safetensors"])
+@pytest.mark.parametrize("kind", ["cut", "flipped", "absent"])
+def test_any_damage_to_any_file_is_found_and_an_earlier_checkpoint_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    good = checkpoint.save(tmp_path, 1, contents(), keep_last=3)
+    path = checkpoint.save(tmp_path, 2, contents(), keep_last=3)
+    file = path / name
+    data = bytearray(file.read_bytes())
+    if kind == "absent":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    reason = checkpoint.damage(path)
+    assert reason is not None
+    assert name in reason or name == checkpoint.MANIFEST
+    assert checkpoint.newest_whole(checkpoint.newest_first(tmp_path)) == good
+    assert f"checkpoint {path} is damaged: {reason}; looking for an earlier one" in capsys.readouterr().out
+    damaged_too = good / checkpoint.EMA
+    damaged_too.write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=f"every checkpoint of the run is damaged, the newest is {path}"
+    ):
+        checkpoint.newest_whole(checkpoint.newest_first(tmp_path))
 
 
 def test_unfinished_and_removed_folders_are_not_checkpoints(tmp_path: Path) -> None:

@@ -2,25 +2,28 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.engine.ema import Ema
+from speedit_plugins.engine.masters import Slice
 
 
-def one_weight(value: float = 0.0) -> nn.Module:
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, value)
-    return model
+def one_weight(value: float = 0.0) -> dict[str, Slice]:
+    return {"weight": Slice(0, torch.full((1,), value))}
+
+
+def average(ema: Ema) -> Tensor:
+    return ema.slices["weight"].values
 
 
 def test_half_of_the_distance_to_a_constant_is_left_after_one_halflife() -> None:
-    model = one_weight(0.0)
-    ema = Ema(model, halflife_steps=7.0, ramp=False)
-    nn.init.constant_(model.weight, 1.0)
+    current = one_weight(0.0)
+    ema = Ema(current, halflife_steps=7.0, ramp=False)
+    current["weight"].values.fill_(1.0)
     for _ in range(7):
         ema.update()
-    assert_close(ema.weights["weight"].item(), 0.5, rtol=1e-6, atol=0)
+    assert_close(average(ema).item(), 0.5, rtol=1e-6, atol=0)
 
 
 def test_the_published_decay_of_dit_is_a_halflife_of_6931_steps() -> None:
@@ -38,24 +41,11 @@ def test_the_ramp_follows_its_formula_until_the_decay_is_reached() -> None:
     assert_close(decays[81:], [0.9] * 19)
 
 
-def test_frozen_parameters_come_from_the_model_and_averages_are_fp32() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).to(torch.bfloat16)
-    model[0].requires_grad_(False)
-    ema = Ema(model, halflife_steps=1.0)
-    state = ema.state_dict(model)
-    assert set(ema.weights) == {"1.weight", "1.bias"}
-    assert all(weight.dtype == torch.float32 for weight in ema.weights.values())
-    assert set(state) == set(model.state_dict())
-    assert state["0.weight"] is not ema.weights.get("0.weight")
-    assert_close(state["0.weight"], model[0].weight.detach())
-
-
-def test_load_restores_weights_and_number_of_updates() -> None:
-    ema, other = Ema(one_weight(1.0), halflife_steps=3.0), Ema(one_weight(5.0), halflife_steps=3.0)
-    ema.update()
-    other.load(ema.weights, ema.num_updates)
-    assert other.weights["weight"].item() == 1.0
-    assert other.decay == ema.decay == 2 / 11
+def test_load_takes_its_slice_of_whole_tensors_and_the_number_of_updates() -> None:
+    ema = Ema({"weight": Slice(2, torch.zeros(3))}, halflife_steps=3.0)
+    ema.load({"weight": torch.arange(6.0).reshape(2, 3), "other": torch.ones(1)}, 1)
+    assert average(ema).tolist() == [2.0, 3.0, 4.0]
+    assert ema.decay == 2 / 11
 
 
 @pytest.mark.parametrize("halflife", [0.0, -1.0, math.nan])

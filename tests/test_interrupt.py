@@ -22,6 +22,13 @@ def test_the_first_signal_is_kept_and_the_previous_handler_takes_the_second(numb
         signal.signal(number, before)
 
 
+def test_a_launched_process_leaves_later_signals_to_the_launcher() -> None:
+    with StopRequest(is_launched=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGINT"
+
+
 def test_leaving_restores_the_handlers() -> None:
     before = [signal.getsignal(number) for number in StopRequest.signals]
     with StopRequest():

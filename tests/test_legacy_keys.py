@@ -134,6 +134,30 @@ def test_other_names_of_keys(reference: Path) -> None:
     assert x0.diffusion.prediction_type == "x0"
 
 
+def test_the_wandb_section_names_the_project_of_our_own_switch(
+    reference: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = "max_training_steps=5"
+    config = load_config(reference, "train", [steps])
+    assert (config.enable_wandb_log, config.wandb_project) == (False, "x")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        later = load_config(
+            reference, "train", [steps, "enable_wandb_log=true", "wandb={entity: me, mode: m}"]
+        )
+    # A layer that names no project leaves the one below it.
+    assert (later.enable_wandb_log, later.wandb_project) == (True, "x")
+    lines = [record.getMessage() for record in caplog.records if "wandb" in record.getMessage()]
+    assert lines == [
+        "reference key: wandb.project -> wandb_project",
+        "reference key: wandb: entity, mode -> dropped: wandb_project alone is taken",
+    ]
+    with pytest.raises(ConfigError, match=r"^wandb.project: wanted either this key or wandb_project"):
+        load_config(reference, "train", [steps, "wandb_project=y", "wandb.project=z"])
+    with pytest.raises(ConfigError, match=r"^wandb_project: wanted str, got 5"):
+        load_config(reference, "train", [steps, "wandb.project=5"])
+
+
 def test_no_condition_means_no_classes(reference: Path) -> None:
     overrides = ["max_training_steps=5", "model={_target_: speed.networks.dit.DiT_S_2, condition: none}"]
     config = load_config(reference, "train", overrides)
@@ -208,7 +232,6 @@ def test_every_policy_it_makes_is_built_by_the_registry() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("enable_wandb_log=true", "enable_wandb_log: Weights & Biases is not supported yet; wanted false"),
         ("save_firt_step_ckpt=true", "save_firt_step_ckpt: not supported"),
         ("diffusion.use_kl=true", "diffusion.use_kl: not supported"),
         ("data.dataset.text_cond=true", "data.dataset.text_cond: text conditions are not supported"),

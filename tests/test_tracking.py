@@ -1,5 +1,7 @@
 import json
 import math
+import resource
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,15 @@ from torch.testing import assert_close
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.diffusion.process import LossTerms
-from speedit_plugins.engine.tracking import NUM_BINS, LossWindow, Tracker, is_finite, read_metrics
+from speedit_plugins.engine.pictures import save_loss_curve
+from speedit_plugins.engine.tracking import (
+    NUM_BINS,
+    LossWindow,
+    SilentTracker,
+    Tracker,
+    peak_memory_bytes,
+    read_metrics,
+)
 
 
 def terms_of(draw: TimestepDraw, mse: torch.Tensor) -> LossTerms:
@@ -48,7 +58,29 @@ def test_means_and_bins_are_those_of_the_samples_and_a_summary_starts_anew() -> 
     row = seen.summary()
     assert (row["loss"], row["mse"], row["vb"], row["uniform_mse"]) == (3.0, 5.0, 1.0, 5.0)
     assert row["mse_per_bin"] == [3.0, *[None] * (NUM_BINS - 2), 9.0]
-    assert seen.summary()["mse_per_bin"] == [None] * NUM_BINS
+    nothing = seen.summary()
+    assert nothing["mse_per_bin"] == [None] * NUM_BINS
+    assert all(math.isnan(nothing[key]) for key in ("loss", "mse", "vb", "uniform_mse"))
+
+
+def test_ranks_that_add_up_their_sums_once_see_the_means_of_all_samples() -> None:
+    policy = build_policy("speedit", NoiseSchedule.linear(100))
+    draw = policy.draw(8, generator=torch.Generator().manual_seed(0))
+    # Small whole numbers, whose sums are exact in any order.
+    mse = torch.arange(1.0, 9.0)
+    lone, first, second = (window(policy, 8) for _ in range(3))
+    lone.add(draw, LossTerms(2 * mse, mse, mse - 1))
+    for seen, rows in ((first, slice(0, 3)), (second, slice(3, 8))):
+        part = TimestepDraw(draw.index[rows], draw.time[rows], draw.weight[rows])
+        seen.add(part, LossTerms(2 * mse[rows], mse[rows], mse[rows] - 1))
+    sent: list[torch.Tensor] = []
+    second.summary(lambda sums: sent.append(sums.clone()))
+    found, wanted = first.summary(lambda sums: sums.add_(sent[0])), lone.summary()
+    assert len(sent) == 1
+    # The correction's quotients are rounded, so their sum depends on its order: float64 has 2e-16.
+    assert_close(found.pop("uniform_mse"), wanted.pop("uniform_mse"), rtol=1e-14, atol=0)
+    assert found == wanted
+    assert math.isnan(first.summary()["loss"])
 
 
 def test_the_correction_follows_a_policy_that_changes() -> None:
@@ -66,7 +98,7 @@ ROW: dict[str, Any] = {"loss": 1.0, "mse": 2.0, "vb": 0.0, "uniform_mse": 2.0, "
 
 def test_resuming_drops_the_lines_after_the_checkpoint_and_goes_on(tmp_path: Path) -> None:
     for start, steps in ((0, (5, 10, 15)), (10, (12, 15))):
-        with Tracker(tmp_path, total_steps=20, start_step=start, tensorboard=False) as tracker:
+        with Tracker(tmp_path, total_steps=20, start_step=start) as tracker:
             for step in steps:
                 tracker.log(step, ROW)
     assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10, 12, 15]
@@ -81,19 +113,95 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_damage_before_it_is_named(tm
         read_metrics(tmp_path)
 
 
-def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+class Recorder:
+    """A board that keeps what it is given."""
 
-    with Tracker(tmp_path, total_steps=2, start_step=0, tensorboard=True) as tracker:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.ends: list[bool] = []
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(scalars)))
+
+    def close(self, *, is_failed: bool) -> None:
+        self.ends.append(is_failed)
+
+
+def test_every_board_gets_the_numbers_of_a_row_by_their_path(tmp_path: Path) -> None:
+    boards = [Recorder(), Recorder()]
+    row = {
+        "loss": 1.5,
+        "skipped_steps": 2,
+        "grad_norm": math.inf,
+        "time_split": {"data": 0.25, "other": math.nan},
+        "mse_per_bin": [3.0, None],
+        "note": "no number",
+    }
+    with Tracker(tmp_path, total_steps=2, start_step=0, boards=boards) as tracker:
+        tracker.step_done()
+        tracker.log(1, row)
+    wanted = {
+        "train/loss": 1.5,
+        "train/skipped_steps": 2,
+        "train/time_split/data": 0.25,
+        "mse_per_bin/0": 3.0,
+    }
+    for board in boards:
+        assert board.rows == [(1, wanted)]
+        assert board.ends == [False]
+
+
+def test_a_board_hears_that_a_run_failed(tmp_path: Path) -> None:
+    board = Recorder()
+    with (
+        pytest.raises(RuntimeError, match="diverged"),
+        Tracker(tmp_path, total_steps=2, start_step=0, boards=[board]),
+    ):
+        raise RuntimeError("diverged")
+    assert board.ends == [True]
+
+
+def test_every_line_is_json_also_where_a_number_is_none(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    row = {**ROW, "loss": math.nan, "grad_norm": -math.inf, "time_split": {"data": math.nan}}
+    # What older versions wrote.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "grad_norm": Infinity}\n')
+    with Tracker(tmp_path, total_steps=2, start_step=1) as tracker:
+        tracker.log(2, row)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert first == {"step": 1, "grad_norm": None}
+    assert second == {"step": 2, **ROW, "loss": None, "grad_norm": None, "time_split": {"data": None}}
+
+
+def test_a_loss_curve_has_a_gap_where_every_step_was_skipped(tmp_path: Path) -> None:
+    rows = [{**ROW, "step": step, "loss": None if step == 2 else 1.0} for step in range(1, 4)]
+    save_loss_curve(rows, tmp_path / "loss.png", title="a run")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_silent_tracker_takes_the_same_calls_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with SilentTracker() as tracker:
         tracker.step_done()
         tracker.log(1, ROW)
-        tracker.log(2, {**ROW, "loss": 0.5, "mse_per_bin": [0.25] * 10})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
-    assert [(e.step, e.value) for e in events.Scalars("mse_per_bin/9")] == [(2, 0.25)]
+    assert isinstance(tracker, Tracker)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
-def test_a_row_is_finite_only_if_losses_and_gradient_are() -> None:
-    assert is_finite({**ROW, "grad_norm": 1.0})
-    assert not is_finite({**ROW, "grad_norm": math.inf})
-    assert not is_finite({**ROW, "mse": math.nan, "grad_norm": 1.0})
+def test_peak_memory_on_the_cpu_is_the_most_that_was_ever_resident() -> None:
+    device, size = torch.device("cpu"), 64 * 2**20
+    # The kernel counts in batches per thread, and may drop pages of mapped files meanwhile.
+    slack = size // 8
+    before = peak_memory_bytes(device)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert before >= resident - slack
+    held = torch.ones(before - resident + size, dtype=torch.uint8)
+    assert abs(peak_memory_bytes(device) - (before + size)) <= slack
+    del held
+    assert peak_memory_bytes(device) >= before + size - slack

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 # What a seed is for: the first number of every path given to `stream_seed`, so that no two streams are one.
-DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM = range(4)
+DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
 
 _FAULT = "fault"
 
@@ -33,28 +33,34 @@ class SampleSource(Protocol):
 class ResumableLoader:
     """Infinite iterator of shuffled batches that continues bit for bit from a saved position.
 
-    Each epoch is one permutation of the dataset, cut into whole batches; the rest of it is dropped. The
-    position counts batches handed out, never batches prefetched: it is the same for every number of workers.
+    Each epoch is one permutation of the dataset, cut into whole batches; the rest of it is dropped. Of each
+    batch every rank yields its part. The position counts batches handed out, never batches prefetched: it is
+    the same for every number of workers and on every rank, and goes on with any number of ranks.
 
     Args:
         dataset: has `__len__` and `load(index, generator)`.
-        batch_size: samples per batch, in [1, len(dataset)].
+        batch_size: samples per batch of all ranks together, in [1, len(dataset)].
         seed: >= 0; decides the order and the augmentation of every epoch.
-        num_workers: loading processes; 0 loads in this one.
+        num_workers: loading processes of this rank; 0 loads in this one.
+        prefetch_factor: batches that each worker loads ahead, >= 1; None is torch's own number, 2.
         pin_memory: page-locked batches, for copies to a CUDA device; needs one.
+        rank: which of `world_size` equal parts of a batch to yield, in order; world_size divides batch_size.
 
     Yields:
-        The samples of a batch stacked key by key: "image" (B, C, H, W), "label" int64 (B,).
+        The samples of a part stacked key by key: "image" (B, C, H, W), "label" int64 (B,).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - flat, as torch's DataLoader
         self,
         dataset: SampleSource,
         *,
         batch_size: int,
         seed: int = 0,
         num_workers: int = 0,
+        prefetch_factor: int | None = None,
         pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         size = len(dataset)
         if batch_size < 1:
@@ -67,12 +73,21 @@ class ResumableLoader:
             raise ValueError(f"the loader needs seed >= 0, got {seed}")
         if num_workers < 0:
             raise ValueError(f"the loader needs num_workers >= 0, got {num_workers}")
+        if prefetch_factor is not None and num_workers == 0:
+            raise ValueError("prefetch_factor has no effect without workers; wanted num_workers > 0")
+        if not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(
+                f"the loader needs rank in [0, world_size) and a batch_size that world_size divides, got rank"
+                f" {rank}, world_size {world_size}, batch_size {batch_size}"
+            )
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory=True has no effect without a CUDA device; wanted pin_memory=False")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.rank, self.world_size = rank, world_size
         self.pin_memory = pin_memory
         self._epoch = 0
         self._offset = 0
@@ -159,11 +174,13 @@ class ResumableLoader:
             batch_size=self.batch_size,
             seed=self.seed,
             start=(self._epoch, self._offset),
+            part=(self.rank, self.world_size),
         )
         loader: DataLoader[Any] = DataLoader(
             _KeyedSamples(self.dataset, self.seed),  # type: ignore[arg-type]  # keys are pairs, not ints
             batch_sampler=keys,
             num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
             pin_memory=self.pin_memory,
             collate_fn=_collated,
             worker_init_fn=_leave_group_signals_to_trainer,
@@ -193,25 +210,34 @@ def stream_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0])
 
 
-class _BatchKeys:
-    """Endless batches of keys from a position on.
+def sample_seeds(seed: int, *path: int, count: int) -> list[int]:
+    """`count` 64-bit seeds of the stream named by `path`; the first ones are the same for every count."""
+    return cast(
+        list[int], np.random.SeedSequence(seed, spawn_key=path).generate_state(count, np.uint64).tolist()
+    )
 
-    A batch is cut from the epoch's order before any sample is read, so one process of many can take its part
-    of it here.
+
+class _BatchKeys:
+    """Endless batches of keys from a position on; of each, part `part[0]` of `part[1]` equal ones.
+
+    A batch is cut from the epoch's order before any sample is read.
     """
 
-    def __init__(self, *, size: int, batch_size: int, seed: int, start: Key) -> None:
+    def __init__(self, *, size: int, batch_size: int, seed: int, start: Key, part: tuple[int, int]) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
+        self.part_size = batch_size // part[1]
+        self.skipped = part[0] * self.part_size
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, offset = self.start
         while True:
             order = epoch_order(self.size, seed=self.seed, epoch=epoch)
             for first in range(offset, self.size - self.batch_size + 1, self.batch_size):
-                yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+                own = first + self.skipped
+                yield [(epoch, index) for index in order[own : own + self.part_size].tolist()]
             epoch, offset = epoch + 1, 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speedit_plugins.data.latents import LatentCache
 from speedit_plugins.engine import build, pictures, results
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import say
@@ -60,6 +61,10 @@ def _reference_images(config: ExperimentConfig) -> tuple[Tensor, Tensor | None, 
     if config.reference is not None:
         return torch.from_numpy(read_npz(config.reference)), None, config.reference
     dataset = build.build_dataset(config, augmented=False)
+    if isinstance(dataset, LatentCache):
+        raise ValueError(
+            "test compares images, got a LatentCache; wanted reference: NPZ or the image dataset"
+        )
     generator = torch.Generator().manual_seed(config.seed)
     images, labels = [], []
     # One image at a time: as uint8 a quarter of its float form stays.

@@ -181,7 +181,8 @@ def _written(generator: ImageGenerator, folder: Path, bar: Any) -> Iterator[Any]
 def _load_generator(config: ExperimentConfig) -> tuple[ImageGenerator, Path]:
     """The generator with averaged weights, and the checkpoint or file they come from."""
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
-    source = Path(config.ckpt_path) if config.ckpt_path else checkpoint.newest(checkpoints)
+    found = checkpoint.newest_first(checkpoints)
+    source = Path(config.ckpt_path) if config.ckpt_path else checkpoint.newest_whole(found)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
     if source.is_dir() and not (source / checkpoint.EMA).is_file():

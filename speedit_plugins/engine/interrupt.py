@@ -6,12 +6,19 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is kept in `signal_name`; a second one acts as usual."""
+    """While entered, the first SIGINT or SIGTERM is kept in `signal_name`.
+
+    Args:
+        is_launched: the process is one of a launcher, which passes on a signal that a terminal has sent to
+            all already: later ones are ignored, and the launcher's own patience ends a process that hangs. Of
+            a lone process the second signal acts as usual.
+    """
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_launched: bool = False) -> None:
         self.signal_name: str | None = None
+        self._is_launched = is_launched
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -24,8 +31,9 @@ class StopRequest:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore()
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        if not self._is_launched:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

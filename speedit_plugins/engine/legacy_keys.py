@@ -31,7 +31,6 @@ _RENAMED = {
 }
 # Flags that only mean something when they are true, and then ask for what this project has not.
 _UNSUPPORTED_FLAGS = {
-    "enable_wandb_log": "Weights & Biases is not supported yet; wanted false",
     "save_firt_step_ckpt": "not supported: ckpt_every decides; wanted false",
     "diffusion.use_kl": "not supported: the loss is mse with the vb term; wanted false",
     "data.dataset.text_cond": "text conditions are not supported yet; wanted false",
@@ -94,6 +93,7 @@ class ReferenceKeys:
             self._drop_flag(layer, key, reason)
         self._rename(layer)
         self._drop(layer)
+        self._wandb(layer)
         self._model(layer)
         self._policy_keys(layer)
         self._targets(layer)
@@ -150,8 +150,6 @@ class ReferenceKeys:
             target = encoder.get("_target_") if isinstance(encoder, dict) else encoder
             _translate_target("condition_encoder", target)
             self._note("condition_encoder", "dropped: the model embeds class labels")
-        if layer.pop("wandb", None) is not None:
-            self._note("wandb", "dropped: Weights & Biases is not supported yet")
         if "epoch" in layer:
             self._epoch = layer.pop("epoch")
         enabled, every = layer.pop("enable_sample_log", None), layer.pop("sample_log_every", None)
@@ -160,6 +158,22 @@ class ReferenceKeys:
             self._note("enable_sample_log", f"sample_every: {layer['sample_every']}")
         elif enabled is not None or every is not None:
             self._note("sample_log_every", "dropped: enable_sample_log is off")
+
+    def _wandb(self, layer: Layer) -> None:
+        """The arguments of wandb.init, of which the project is a key here."""
+        section = layer.pop("wandb", None)
+        if section is None:
+            return
+        arguments = dict(section) if isinstance(section, dict) else {}
+        project = arguments.pop("project", None)
+        if project is not None:
+            if "wandb_project" in layer:
+                raise ConfigError("wandb.project", "wanted either this key or wandb_project, got both")
+            layer["wandb_project"] = project
+            self._note("wandb.project", "wandb_project")
+        dropped = ", ".join(key for key in arguments if key != "_target_")
+        if dropped or project is None:
+            self._note(f"wandb: {dropped}" if dropped else "wandb", "dropped: wandb_project alone is taken")
 
     def _model(self, layer: Layer) -> None:
         model = layer.get("model")

@@ -1,7 +1,7 @@
 """The folder of an experiment: what lies where.
 
-`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, grids/, samples.png, inference/,
-test.json, and the config of each phase that ran.
+`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png,
+inference/, test.json, and the config of each phase that ran.
 """
 
 from pathlib import Path

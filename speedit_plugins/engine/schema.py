@@ -82,6 +82,8 @@ class OptimizerConfig:
     weight_decay: float = _limited(0.0, at_least=0)
     betas: tuple[float, float] = _limited((0.9, 0.999), at_least=0, below=1)
     warmup_steps: int = _limited(0, at_least=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: float = _limited(0.0, at_least=0)
     max_grad_norm: float = _limited(0.0, at_least=0)
     grad_accumulation: int = _limited(1, at_least=1)
 
@@ -101,6 +103,7 @@ class DataConfig:
     dataset: Component
     batch_size: int = _limited(at_least=1)
     num_workers: int = _limited(0, at_least=0)
+    prefetch_factor: int | None = _limited(None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class ExperimentConfig:
     experiment_name: str = ""
     seed: int = _limited(0, at_least=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     allow_tf32: bool = True
     allow_download: bool = False
 
@@ -122,6 +125,10 @@ class ExperimentConfig:
     encoder: Component = field(default_factory=lambda: {"type": "Pixels"})
     data: DataConfig
 
+    plugin: Literal["ddp", "zero1", "zero2", "gemini"] = "ddp"
+    distributed_timeout_seconds: float = _limited(600.0, above=0)
+    compile: bool = False
+
     max_training_steps: int = _limited(0, at_least=0)
     resume: str = "auto"
     pretrained: str | None = None
@@ -129,9 +136,13 @@ class ExperimentConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     ckpt_every: int = _limited(50_000, at_least=1)
     keep_last: int = _limited(3, at_least=1)
+    keep_every: int = _limited(0, at_least=0)
+    max_skipped_steps: int = _limited(10, at_least=1)
     log_every: int = _limited(100, at_least=1)
     sample_every: int = _limited(0, at_least=0)
     enable_tensorboard_log: bool = True
+    enable_wandb_log: bool = False
+    wandb_project: str = "speedit"
 
     ckpt_path: str | None = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -275,8 +286,8 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         ConfigError: a key that the phase needs is missing, two keys contradict, an option has no effect.
     """
     _check_agreement(config)
-    if phase == "train" and config.max_training_steps < 1:
-        raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
+    if phase == "train":
+        _check_training(config)
     if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
         _check_sampler(config)
         _check_classes(config)
@@ -288,6 +299,22 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         )
     if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
         raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def _check_training(config: ExperimentConfig) -> None:
+    """Keys of the training loop."""
+    if config.max_training_steps < 1:
+        raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
+    if config.data.prefetch_factor is not None and config.data.num_workers == 0:
+        raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
+    options = config.optimizer
+    if options.min_lr and options.schedule == "constant":
+        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
+    if options.min_lr > options.lr:
+        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
+    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
+        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
+        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
 
 
 def _check_agreement(config: ExperimentConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a run says: progress bar, metrics.jsonl, TensorBoard, and lines on the terminal.
+"""What a run says: progress bar, metrics.jsonl, boards, and lines on the terminal.
 
 Dims: T timesteps, B batch.
 """
@@ -6,8 +6,9 @@ Dims: T timesteps, B batch.
 import json
 import math
 import os
+import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.diffusion.process import LossTerms
+from speedit_plugins.engine.boards import Board
 
 NUM_BINS = 10
 METRICS = "metrics.jsonl"
@@ -51,36 +53,44 @@ class LossWindow:
 
     Args:
         policy: whose draws are scored.
-        batch_size: B of every draw; the marginal law of a paired draw depends on it.
+        batch_size: samples of a step's draw, those of all ranks; the marginal law of a paired draw depends
+            on it.
     """
 
     def __init__(self, policy: TimestepPolicy, *, batch_size: int, device: torch.device) -> None:
         self._policy = policy
         self._batch_size = batch_size
-        self._totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, mse, vb, corrected mse
-        self._bins = torch.zeros(2, NUM_BINS, dtype=torch.float64, device=device)  # mse, count
-        self._num_samples = 0
+        # In one tensor, so that ranks add it up in one call.
+        self._sums = torch.zeros(4 + 2 * NUM_BINS, dtype=torch.float64, device=device)
+        self._totals = self._sums[:4]  # loss, mse, vb, corrected mse
+        self._bins = self._sums[4:].view(2, NUM_BINS)  # mse, count
         self._density: Tensor | None = None
         self._table = torch.empty(0)
 
     def add(self, draw: TimestepDraw, terms: LossTerms) -> None:
-        """Adds the losses (B,) of one batch."""
+        """Adds the losses (B,) of one batch of this rank."""
         loss, mse, vb = (term.detach().double() for term in (terms.loss, terms.mse, terms.vb))
         corrected = mse * self._correction(mse.device)[draw.index]
         self._totals += torch.stack([loss.sum(), mse.sum(), vb.sum(), corrected.sum()])
         bins = draw.index * NUM_BINS // self._policy.schedule.num_timesteps
         self._bins.index_add_(1, bins, torch.stack([mse, torch.ones_like(mse)]))
-        self._num_samples += len(mse)
 
-    def summary(self) -> dict[str, Any]:
-        """Means per sample since the last call: loss, mse, vb, uniform_mse, mse_per_bin (None: not drawn)."""
-        loss, mse, vb, corrected = (self._totals / max(1, self._num_samples)).tolist()
-        sums, counts = self._bins.tolist()
+    def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
+        """Means per sample since the last call: loss, mse, vb, uniform_mse, mse_per_bin.
+
+        NaN, and None in mse_per_bin, where no sample was drawn.
+
+        Args:
+            reduce: replaces a tensor by its sum over the ranks, each of which calls this; None is one rank.
+        """
+        if reduce is not None:
+            reduce(self._sums)
+        totals, (sums, counts) = self._totals.tolist(), self._bins.tolist()
+        self._sums.zero_()
+        num_samples = sum(counts)
+        means = [total / num_samples if num_samples else math.nan for total in totals]
         per_bin = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-        self._totals.zero_()
-        self._bins.zero_()
-        self._num_samples = 0
-        return {"loss": loss, "mse": mse, "vb": vb, "uniform_mse": corrected, "mse_per_bin": per_bin}
+        return {**dict(zip(("loss", "mse", "vb", "uniform_mse"), means, strict=True)), "mse_per_bin": per_bin}
 
     def _correction(self, device: torch.device) -> Tensor:
         # An adaptive policy replaces its density when it changes; the object tells whether it did.
@@ -93,47 +103,47 @@ class LossWindow:
 
 
 class Tracker:
-    """Writes one run's metrics into its folder and shows its progress; a context manager.
+    """Writes one run's metrics into its folder and shows its progress, on rank 0; a context manager.
 
     Args:
-        folder: the experiment's folder; `metrics.jsonl` and `tensorboard/` are written there.
+        folder: the experiment's folder; `metrics.jsonl` is written there.
         total_steps: where the progress bar ends.
         start_step: where this run starts; lines of metrics.jsonl past it come from a run that was cut off
             after its last checkpoint, and are dropped.
-        tensorboard: whether TensorBoard files are written.
+        boards: also take what is logged; closed here.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, start_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, *, total_steps: int, start_step: int, boards: Sequence[Board] = ()
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / METRICS
         _replace_lines(self.metrics_path, [row for row in read_metrics(folder) if row["step"] <= start_step])
         self._lines = self.metrics_path.open("a", buffering=1)
         self._bar = progress("training", total=total_steps, initial=start_step)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._boards = boards
 
     def step_done(self) -> None:
         """Moves the progress bar by one training step."""
         self._bar.update()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, its scalars to TensorBoard, the loss to the progress bar."""
+        """One line of metrics.jsonl, its numbers to the boards, the loss to the progress bar.
+
+        Args:
+            step: training steps done.
+            row: `loss` and whatever else; values may be lists of numbers, or dicts of values.
+        """
+        plain = _plain(row)
         try:
-            self._lines.write(json.dumps({"step": step, **row}) + "\n")
+            self._lines.write(_line({"step": step, **plain}))
         except OSError as error:
             # The system's message for a full disk names no file.
             raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
         self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"train/{name}", value, step)
-            for i, value in enumerate(row["mse_per_bin"]):
-                if value is not None:
-                    self._board.add_scalar(f"mse_per_bin/{i}", value, step)
+        scalars = _scalars(plain)
+        for board in self._boards:
+            board.add(step, scalars)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -143,8 +153,24 @@ class Tracker:
     ) -> None:
         self._bar.close()
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(is_failed=error is not None)
+
+
+class SilentTracker(Tracker):
+    """A tracker of the ranks that neither write nor show anything."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step_done(self) -> None:
+        pass
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -161,12 +187,41 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def is_finite(row: Mapping[str, Any]) -> bool:
-    """Whether the losses of a summary, and the gradient norm in it, are finite."""
-    return all(math.isfinite(row[key]) for key in ("loss", "mse", "vb", "grad_norm"))
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held at once: in tensors on a CUDA device, else resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _replace_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(_line(_plain(row)) for row in rows))
     os.replace(partial, path)
+
+
+def _line(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A copy with None in place of every number that JSON has not: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:
+    """The numbers of a row by path: train/loss, train/time_split/data; of a list, mse_per_bin/0 and on."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found |= _scalars(value, f"{prefix}/{name}")
+        elif isinstance(value, list):
+            found |= {f"{name}/{i}": item for i, item in enumerate(value) if item is not None}
+        elif isinstance(value, int | float):
+            found[f"{prefix}/{name}"] = value
+    return found

@@ -1,52 +1,69 @@
-"""The training loop of one process.
+"""The training loop of one rank.
 
-Dims: B batch, C channels, H x W pixels or latent cells.
+Dims: B samples of this rank in a batch, C channels, H x W pixels or latent cells.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
-from speedit_plugins.diffusion.process import GaussianProcess
-from speedit_plugins.engine import checkpoint
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.data.latents import sample_latents
+from speedit_plugins.data.loader import (
+    MODEL_STREAM,
+    NOISE_STREAM,
+    TIMESTEP_STREAM,
+    ResumableLoader,
+    sample_seeds,
+    stream_seed,
+)
+from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
+from speedit_plugins.engine import checkpoint, masters
 from speedit_plugins.engine.build import Encoder
 from speedit_plugins.engine.config import to_yaml
 from speedit_plugins.engine.ema import Ema
 from speedit_plugins.engine.interrupt import StopRequest
+from speedit_plugins.engine.replica import Engine, StepResult
 from speedit_plugins.engine.results import CHECKPOINTS
+from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
-from speedit_plugins.engine.tracking import LossWindow, Tracker, is_finite
+from speedit_plugins.engine.step_clock import StepClock
+from speedit_plugins.engine.tracking import LossWindow, Tracker, peak_memory_bytes, say
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a trainer is made of; `device` is where model, encoder and batches live."""
+    """What a trainer is made of; all of it on the runtime's device.
 
-    model: nn.Module
+    `mfu` turns samples per second into model FLOPs utilisation, None where the device's peak is unknown.
+    """
+
+    engine: Engine
     encoder: Encoder
     process: GaussianProcess
     policy: TimestepPolicy
     loader: ResumableLoader
-    device: torch.device
+    runtime: Runtime
+    mfu: Callable[[float], float] | None = None
 
 
 class Trainer:
     """Trains a model step by step; everything that decides the next step is in its checkpoint.
 
+    Every random number is a function of the seed, the step and the sample's position in the step's global
+    batch: a resumed run goes on with those of an uninterrupted one, on any number of ranks.
+
     Args:
-        parts: the objects that train, on their device.
+        parts: the objects that train.
         config: the experiment, phase train.
-        draw_grid: called with the averaged weights and the step every `sample_every` steps.
+        draw_grid: on rank 0 called with the averaged weights and the step every `sample_every` steps.
 
     Raises:
         ValueError: `sample_every` without `draw_grid`.
@@ -57,182 +74,279 @@ class Trainer:
     ) -> None:
         if config.sample_every and draw_grid is None:
             raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
-        self.model, self.encoder = parts.model, parts.encoder
+        self.engine, self.encoder, self.runtime = parts.engine, parts.encoder, parts.runtime
         self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
-        self.config, self.device = config, parts.device
+        self.config, self.device = config, parts.runtime.device
+        self.model = self.engine.module
         self.folder = Path(config.experiment_dir)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.ema = Ema(self.model, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
-        self.generator = torch.Generator(self.device).manual_seed(stream_seed(config.seed, NOISE_STREAM))
-        self.window = LossWindow(self.policy, batch_size=config.data.batch_size, device=self.device)
+        self.batch_size = config.data.batch_size * config.optimizer.grad_accumulation
+        slices = masters.owned(self.engine.masters, self.runtime, is_replicated=self.engine.is_replicated)
+        self._slices = slices
+        self._shapes = {master.name: master.shape for master in self.engine.masters}
+        self.ema = Ema(slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
+        self.window = LossWindow(self.policy, batch_size=self.batch_size, device=self.device)
+        self.clock = StepClock(self.device)
         self.step = 0
+        self.num_skipped = 0
+        self._num_skipped_in_a_row = 0
+        self._num_tokens = 0
         self._saved_step = -1
-        self._draw_grid = draw_grid
+        self._draw_grid, self._mfu = draw_grid, parts.mfu
+        rows = config.data.batch_size // self.runtime.world_size
+        self._generators = [torch.Generator(self.device) for _ in range(rows)]
+        self._timestep_generator = torch.Generator(self.device)
 
     def fit(self, tracker: Tracker, stop: StopRequest) -> None:
-        """Trains to `max_training_steps`, or until a stop is requested; saves either way.
+        """Trains to `max_training_steps`, or until a rank was asked to stop; saves either way, at one step.
 
         Raises:
-            ValueError: the loss or a weight stopped being finite; nothing is saved then.
+            ValueError: too many steps in a row were skipped; nothing is saved then.
             CheckpointError: a checkpoint cannot be written.
         """
-        self.model.train()
+        self.engine.model.train()
         last = self.config.max_training_steps
-        clock, clock_step = time.perf_counter(), self.step
-        while self.step < last and stop.signal_name is None:
-            is_logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == last
-            grad_norm = self.optimizer_step(measured=is_logged)
+        is_stopping = False
+        while self.step < last and not is_stopping:
+            result, is_stopping = self.optimizer_step(stop)
             tracker.step_done()
-            if is_logged:
-                rate = (self.step - clock_step) / (time.perf_counter() - clock)
-                clock, clock_step = time.perf_counter(), self.step
-                row = {**self.window.summary(), "grad_norm": float(grad_norm), "steps_per_second": rate}
-                self._check_finite(row)
-                tracker.log(self.step, {**row, "lr": self.optimizer.param_groups[0]["lr"]})
+            if self.step % self.config.log_every == 0 or self.step == last:
+                self._log(tracker, result)
             if self.step % self.config.ckpt_every == 0:
                 self.save()
             # A grid takes many model calls: a pending stop does not wait for it.
-            draw_grid = self._draw_grid if stop.signal_name is None else None
-            if draw_grid is not None and self.step % self.config.sample_every == 0:
-                draw_grid(self.ema.weights, self.step)
+            if self._draw_grid is not None and not is_stopping and self.step % self.config.sample_every == 0:
+                self._draw(self._draw_grid)
         if self.step != self._saved_step:
             self.save()
 
-    def optimizer_step(self, *, measured: bool = False) -> Tensor:
+    def optimizer_step(self, stop: StopRequest | None = None) -> tuple[StepResult, bool]:
         """One optimizer step over `grad_accumulation` batches.
 
-        Args:
-            measured: compute the gradient norm even where nothing is clipped.
+        A loss or gradient norm that is not finite, on any rank, skips it on all of them.
 
         Returns:
-            The gradient norm before clipping, a scalar; NaN where it was not computed.
-        """
-        options = self.config.optimizer
-        self.policy.advance(self.step)
-        for _ in range(options.grad_accumulation):
-            self.train_step(next(self.loader), share=1 / options.grad_accumulation)
-        norm = torch.tensor(math.nan)
-        if options.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm)
-        elif measured:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (self.step + 1) / max(1, options.warmup_steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
-        self.step += 1
-        return norm
+            The step's result, and whether any rank was asked to stop by then.
 
-    def train_step(self, batch: Mapping[str, Tensor], *, share: float = 1.0) -> None:
-        """Forward and backward of one batch; its gradient counts `share`.
+        Raises:
+            ValueError: `max_skipped_steps` in a row were skipped.
+        """
+        self.policy.advance(self.step)
+        torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
+        timesteps = self._draw_timesteps()
+        self._num_tokens = 0
+        seen: list[tuple[TimestepDraw, LossTerms]] = []
+        num_batches = self.config.optimizer.grad_accumulation
+        for number in range(num_batches):
+            with self.clock.phase("data"):
+                batch = next(self.loader)
+            draw = self._rows(timesteps, number)
+            with self.engine.micro_batch(is_last=number + 1 == num_batches):
+                seen.append((draw, self.train_step(batch, draw)))
+        with self.clock.phase("optimizer"):
+            is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
+            is_asked = stop is not None and stop.signal_name is not None
+            bad_rank, is_any_asked = self.runtime.maximum(
+                [-1 if is_finite else self.runtime.rank, float(is_asked)]
+            )
+            lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
+            result = self.engine.step(lr, is_healthy=bad_rank < 0)
+        self.step += 1
+        if result.is_skipped:
+            self._count_skipped("the gradient norm" if bad_rank < 0 else f"a loss on rank {bad_rank:.0f}")
+        else:
+            self._learn(seen)
+        self.clock.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
+        return result, bool(is_any_asked)
+
+    def train_step(self, batch: Mapping[str, Tensor], draw: TimestepDraw) -> LossTerms:
+        """Forward and backward of one batch; the loss per sample.
 
         Args:
-            batch: "image" (B, C, H, W) in [-1, 1], and "label" (B,) int64 for a conditional model.
+            batch: "image" (B, C, H, W) in [-1, 1], or its cached latents; "label" (B,) int64 for a
+                conditional model.
+            draw: its timesteps.
         """
-        latents, condition = self._encode(batch)
-        draw = self.policy.draw(len(latents), device=self.device, generator=self.generator)
-        noised = self.process.corrupt(latents, draw, generator=self.generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            prediction = self.model(noised.x_t, noised.timestep, condition)
-        terms = self.process.loss(prediction, noised, draw)
-        (terms.loss.mean() * share).backward()
-        # Scored by the law it was drawn from, before the policy learns from it.
-        self.window.add(draw, terms)
-        self.policy.update(draw.index, (terms.mse + terms.vb).detach())
+        with self.clock.phase("encode"):
+            latents, condition = self._encode(batch)
+            self._num_tokens += self._tokens_of(latents) * self.runtime.world_size
+            noise = torch.empty_like(latents)
+            for row, generator in zip(noise, self._generators, strict=True):
+                torch.randn(row.shape, generator=generator, out=row)
+        with self.clock.phase("forward"):
+            noised = self.process.corrupt(latents, draw, noise=noise)
+            with self.engine.autocast():
+                prediction = self.engine.model(noised.x_t, noised.timestep, condition)
+            terms = self.process.loss(prediction, noised, draw)
+        with self.clock.phase("backward"):
+            self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
+        return terms
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The EMA of every trained parameter on rank 0, empty elsewhere; collective."""
+        return masters.gather(self.ema.slices, self._shapes, self.runtime)
 
     def save(self) -> Path:
-        """Writes a checkpoint of this step, and returns its folder.
+        """Writes a checkpoint of this step, and returns its folder; collective.
 
         Raises:
             ValueError: a weight is not finite.
             CheckpointError: it cannot be written; earlier ones are as before.
         """
-        finite = [p.detach().isfinite().all() for p in self.parameters]
-        if not torch.stack(finite).all():
+        finite = torch.stack([part.values.isfinite().all() for part in self._slices.values()]).all()
+        if self.runtime.maximum([float(not finite)])[0]:
             raise ValueError(
                 f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
             )
+        weights = masters.gather(self._slices, self._shapes, self.runtime)
+        averages = self.averaged_weights()
+        untrained = self.engine.untrained()
         contents = checkpoint.Contents(
-            model=self.model.state_dict(),
-            ema=self.ema.state_dict(self.model),
+            model={**untrained, **weights},
+            ema={**untrained, **averages},
+            moments=masters.optimizer_slices(
+                self.engine.optimizer,
+                self.engine.masters,
+                self.runtime,
+                is_replicated=self.engine.is_replicated,
+            ),
             state={
                 "step": self.step,
-                "device": self.device.type,
+                "num_skipped": self.num_skipped,
                 "diffusion": asdict(self.config.diffusion),
                 "ema_updates": self.ema.num_updates,
-                "optimizer": self.optimizer.state_dict(),
                 "loader": self.loader.state_dict(),
                 "policy": self.policy.state_dict(),
-                "rng": self._rng_state(),
+                "scaler": self.engine.scaler_state(),
             },
             config=to_yaml(self.config),
         )
         path = checkpoint.save(
-            self.folder / CHECKPOINTS, self.step, contents, keep_last=self.config.keep_last
+            self.folder / CHECKPOINTS,
+            self.step,
+            contents,
+            keep_last=self.config.keep_last,
+            keep_every=self.config.keep_every,
+            runtime=self.runtime,
         )
         self._saved_step = self.step
         return path
 
     def restore(self, path: Path) -> None:
-        """Continues from the checkpoint folder `path`, bit for bit.
+        """Continues from the checkpoint folder `path`, bit for bit on as many ranks as wrote it.
 
         Raises:
             CheckpointError: it is missing, damaged, or of another model, policy or dataset.
         """
-        contents = checkpoint.load(path)
-        state = contents.state
+        saved = checkpoint.load(path)
+        state = saved.state
         try:
-            _check_same_run(state, device=self.device.type, diffusion=asdict(self.config.diffusion))
-            _check_shapes(contents.model, self.model.state_dict())
-            self.model.load_state_dict(contents.model)
-            self.ema.load(contents.ema, state["ema_updates"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            # The state brings its own hyperparameters; the config's are those that count from here on.
-            for group in self.optimizer.param_groups:
-                group.update(
-                    betas=self.config.optimizer.betas, weight_decay=self.config.optimizer.weight_decay
-                )
+            _check_same_run(state, diffusion=asdict(self.config.diffusion))
+            _check_shapes(saved.model, self.model.state_dict())
+            self.engine.load_weights(saved.model)
+            self.ema.load(saved.ema, state["ema_updates"])
+            self.engine.load_moments(saved.moments)
+            self.engine.load_scaler_state(state["scaler"])
             self.loader.load_state_dict(state["loader"])
             self.policy.load_state_dict(state["policy"])
-            self._set_rng_state(state["rng"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         self.step = self._saved_step = state["step"]
+        self.num_skipped = state["num_skipped"]
+
+    def _draw_timesteps(self) -> TimestepDraw:
+        """Those of the whole step, the same on all ranks: a stratified draw spans the global batch."""
+        seed = stream_seed(self.config.seed, TIMESTEP_STREAM, self.step)
+        generator = self._timestep_generator.manual_seed(seed)
+        return self.policy.draw(self.batch_size, device=self.device, generator=generator)
+
+    def _rows(self, timesteps: TimestepDraw, number: int) -> TimestepDraw:
+        """This rank's part of batch `number` of the step; seeds its samples' generators."""
+        num_rows = len(self._generators)
+        first = number * self.config.data.batch_size + self.runtime.rank * num_rows
+        seeds = sample_seeds(self.config.seed, NOISE_STREAM, self.step, count=first + num_rows)
+        for generator, seed in zip(self._generators, seeds[first:], strict=True):
+            generator.manual_seed(seed)
+        rows = slice(first, first + num_rows)
+        return replace(
+            timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
+        )
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        images = batch["image"].to(self.device, non_blocking=True)
-        with torch.no_grad():
-            latents = self.encoder.encode(images, self.generator)
-        conditional = self.config.num_classes > 0
-        return latents, batch["label"].to(self.device, non_blocking=True) if conditional else None
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        if "image" in on_device:
+            with torch.no_grad():
+                latents = self.encoder.encode(on_device["image"], self._generators)
+        else:
+            latents = sample_latents(on_device["latent_mean"], on_device["latent_std"], self._generators)
+        return latents, on_device["label"] if self.config.num_classes else None
 
-    def _check_finite(self, row: Mapping[str, Any]) -> None:
-        if not is_finite(row):
-            values = ", ".join(f"{key} {row[key]}" for key in ("loss", "mse", "vb", "grad_norm"))
-            raise ValueError(f"training diverged by step {self.step}: {values}; {self._last_checkpoint()}")
+    def _tokens_of(self, latents: Tensor) -> int:
+        """Tokens of a batch, whose sides may differ from those the model is built for."""
+        size = cast(int, self.model.input_size)
+        return cast(int, self.model.num_tokens) * latents[:, 0].numel() // size**2
+
+    def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
+        """What follows from a step that moved the weights."""
+        self._num_skipped_in_a_row = 0
+        with self.clock.phase("ema"):
+            self.ema.update()
+        for draw, terms in seen:
+            # Scored by the law it was drawn from, before the policy learns from it.
+            self.window.add(draw, terms)
+        for draw, terms in seen:
+            self.policy.update(draw.index, (terms.mse + terms.vb).detach())
+
+    def _count_skipped(self, culprit: str) -> None:
+        self.num_skipped += 1
+        self._num_skipped_in_a_row += 1
+        if self.runtime.is_main:
+            say(f"step {self.step} skipped: {culprit} is not finite ({self.num_skipped} skipped so far)")
+        if self._num_skipped_in_a_row >= self.config.max_skipped_steps:
+            raise ValueError(
+                f"training diverged: {self._num_skipped_in_a_row} steps in a row up to {self.step} were"
+                f" skipped, the last because {culprit} is not finite; {self._last_checkpoint()}"
+            )
+
+    def _log(self, tracker: Tracker, result: StepResult) -> None:
+        losses = self.window.summary(self.runtime.sum)
+        pace = self.clock.summary()
+        memory = self.runtime.maximum([float(peak_memory_bytes(self.device))])[0]
+        row: dict[str, Any] = {
+            **losses,
+            "grad_norm": result.grad_norm,
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.num_skipped,
+            **pace,
+            "peak_memory_bytes": int(memory),
+        }
+        if self._mfu is not None:
+            row["mfu"] = self._mfu(pace["samples_per_second"])
+        tracker.log(self.step, row)
+
+    def _draw(self, draw_grid: DrawGrid) -> None:
+        weights = self.averaged_weights()
+        if self.runtime.is_main:
+            draw_grid(weights, self.step)
 
     def _last_checkpoint(self) -> str:
         last = checkpoint.newest(self.folder / CHECKPOINTS)
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-
-    def _rng_state(self) -> dict[str, Tensor]:
-        states = {"noise": self.generator.get_state(), "cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def _set_rng_state(self, states: Mapping[str, Tensor]) -> None:
-        self.generator.set_state(states["noise"])
-        torch.set_rng_state(states["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"
 
 
-def _check_same_run(state: Mapping[str, Any], *, device: str, diffusion: Mapping[str, Any]) -> None:
-    if state["device"] != device:
-        raise ValueError(f"saved on {state['device']}, got {device}: random states do not carry over")
+def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of the step after `step` done ones: linear warm-up, then constant or a cosine to min_lr.
+
+    Source of the cosine: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5 without restarts.
+    """
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    done = min(1.0, (step - options.warmup_steps) / (num_steps - options.warmup_steps))
+    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _check_same_run(state: Mapping[str, Any], *, diffusion: Mapping[str, Any]) -> None:
     for key, value in diffusion.items():
         if state["diffusion"].get(key) != value:
             raise ValueError(f"diffusion.{key} was {state['diffusion'].get(key)!r}, got {value!r}")
@@ -244,10 +358,3 @@ def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         got, needed = (table.get(name) for table in shapes)
         if got != needed:
             raise ValueError(f"{name} has shape {got}, wanted {needed}")
-
-
-def build_optimizer(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, in torch's fused form."""
-    return torch.optim.AdamW(
-        parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
-    )

@@ -1,7 +1,7 @@
 """Diffusion transformer with adaLN-Zero conditioning. Source: Peebles and Xie 2022, arXiv:2212.09748.
 
 Parameters carry the names and shapes of facebookresearch/DiT, so that state dicts interchange both ways.
-Dims: `B` batch, `C` channels, `N` tokens, `D` width, `P` patch edge.
+Dims: `B` batch, `C` channels, `h`, `w` edges of the input, `N` tokens, `D` width, `P` patch edge.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,14 @@ PATCH_SIZES = (2, 4, 8)
 
 
 class DiT(nn.Module):
-    """Predicts the noise (or what the process asks for), and its variance, of a square latent or image.
+    """Predicts the noise (or what the process asks for), and its variance, of a latent or image.
+
+    Its parameters fit inputs of every size that is whole patches. On another grid than the square one of
+    `input_size` positions are stretched or shrunk, per axis, to the range that they have on it.
+    Source: PixArt-alpha, Chen et al. 2023, arXiv:2310.00426.
 
     Args:
-        input_size: edge of the input; a multiple of patch_size.
+        input_size: edge of the square input that positions are laid out for; a multiple of patch_size.
         patch_size: P.
         in_channels: C.
         hidden_size: D; a multiple of 4 (sine-cosine positions) and of num_heads.
@@ -75,6 +79,8 @@ class DiT(nn.Module):
             LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
         )
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
+        # Positions on other grids, by rows, columns and device: no buffers, the state dict is the original's.
+        self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel) for _ in range(depth)
         )
@@ -90,22 +96,23 @@ class DiT(nn.Module):
         """Prediction for a noised input.
 
         Args:
-            x: (B, C, input_size, input_size).
+            x: (B, C, h, w), h and w multiples of patch_size; those of one batch may differ from the next.
             timestep: (B,), original timestep in [0, T), integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], None for an unconditional model.
 
         Returns:
-            (B, 2C, input_size, input_size): mean channels, then variance channels in [-1, 1] once trained;
-            the C mean channels alone without learn_sigma.
+            (B, 2C, h, w): mean channels, then variance channels in [-1, 1] once trained; the C mean channels
+            alone without learn_sigma.
 
         Raises:
             ValueError: a shape differs, or labels are missing or not wanted.
         """
         self._check_inputs(x, timestep, condition)
+        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         c = self.t_embedder(timestep)  # (B, D)
         if self.y_embedder is not None:
             c = c + self.y_embedder(condition)
-        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             # A block draws nothing at random: there is no generator state to keep.
@@ -115,7 +122,7 @@ class DiT(nn.Module):
                 else block(x, c)
             )
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
-        return self._unpatchify(x)  # (B, out_channels, input_size, input_size)
+        return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -139,10 +146,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _check_inputs(self, x: Tensor, timestep: Tensor, condition: Tensor | None) -> None:
-        wanted = (self.in_channels, self.input_size, self.input_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
+        edge = self.patch_size
+        if x.ndim != 4 or x.shape[1] != self.in_channels or any(n < edge or n % edge for n in x.shape[2:]):
             raise ValueError(
-                f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {', '.join(map(str, wanted))})"
+                f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {self.in_channels}, h, w) with h and w"
+                f" multiples of patch_size {edge}"
             )
         if timestep.shape != x.shape[:1]:
             raise ValueError(f"DiT got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)")
@@ -162,11 +170,22 @@ class DiT(nn.Module):
                 f"wanted ({x.shape[0]},) int64 in [0, {self.num_classes}]"
             )
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, P P out_channels) -> (B, out_channels, input_size, input_size)."""
-        grid, edge = self.input_size // self.patch_size, self.patch_size
-        x = x.view(x.shape[0], grid, grid, edge, edge, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
+    def _positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """The position table of a grid (1, rows columns, D), in the type of the parameter."""
+        edge = self.input_size // self.patch_size
+        if rows == columns == edge:
+            return self.pos_embed
+        key = (rows, columns, device)
+        if key not in self._other_positions:
+            table = sincos_positions(self.pos_embed.shape[2], edge, shape=(rows, columns))
+            self._other_positions[key] = table.to(device)
+        return self._other_positions[key].to(self.pos_embed.dtype)
+
+    def _unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, N, P P out_channels) -> (B, out_channels, h, w)."""
+        edge = self.patch_size
+        x = x.view(x.shape[0], rows, columns, edge, edge, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], self.out_channels, rows * edge, columns * edge)
 
 
 class Block(nn.Module):
@@ -245,22 +264,35 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale + 1)
 
 
-def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed position table of a square grid in row-major order, float32 (1, grid_size^2, D), on the CPU.
+def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int] | None = None) -> Tensor:
+    """Fixed position table of a grid in row-major order, float32 (1, rows * columns, D), on the CPU.
 
     The first half of D encodes the column, the second the row, each as sines then cosines at D/4 frequencies
     10000^(-i / (D/4)). Source: Vaswani et al. 2017, arXiv:1706.03762, per axis as in MAE, arXiv:2111.06377.
+
+    Args:
+        hidden_size: D; a multiple of 4.
+        grid_size: places lie in [0, grid_size) on both axes, equally far apart, from 0 on.
+        shape: rows and columns of the grid; None is the square of grid_size, with the places 0, 1, ...
+
+    Raises:
+        ValueError: hidden_size is no multiple of 4.
     """
     if hidden_size % 4:
         raise ValueError(f"sincos_positions needs a hidden_size that is a multiple of 4, got {hidden_size}")
     quarter = hidden_size // 4
-    # On the CPU whatever the default device is, and in float64: large angles lose digits in float32.
-    rank = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
-    angle = torch.outer(torch.arange(grid_size, dtype=torch.float64, device="cpu"), MAX_PERIOD**-rank)
-    axis = torch.cat((angle.sin(), angle.cos()), dim=1)  # (grid, D / 2)
-    column = axis.unsqueeze(0).expand(grid_size, -1, -1)
-    row = axis.unsqueeze(1).expand(-1, grid_size, -1)
-    return torch.cat((column, row), dim=2).reshape(1, grid_size**2, hidden_size).float()
+    rows, columns = shape or (grid_size, grid_size)
+
+    def encoded(count: int) -> Tensor:
+        # On the CPU whatever the default device is, and in float64: large angles lose digits in float32.
+        place = torch.arange(count, dtype=torch.float64, device="cpu") * (grid_size / count)
+        rank = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
+        angle = torch.outer(place, MAX_PERIOD**-rank)
+        return torch.cat((angle.sin(), angle.cos()), dim=1)  # (count, D / 2)
+
+    column = encoded(columns).unsqueeze(0).expand(rows, -1, -1)
+    row = encoded(rows).unsqueeze(1).expand(-1, columns, -1)
+    return torch.cat((column, row), dim=2).reshape(1, rows * columns, hidden_size).float()
 
 
 def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:

@@ -5,6 +5,7 @@ Dims: `B` batch, `C` latent channels, `H`, `W` edges of the image, `h`, `w` thos
 
 import argparse
 import collections
+import hashlib
 import pickle
 import re
 import typing
@@ -220,8 +221,32 @@ class Autoencoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> a sample of their latents (B, C, h, w), near unit variance."""
+    def encode(
+        self, images: Tensor, generators: list[torch.Generator] | torch.Generator | None = None
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> a sample of their latents (B, C, h, w), near unit variance.
+
+        Args:
+            images: see `posterior`.
+            generators: one per image, or one for all; None draws from torch's global one.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        if isinstance(generators, list) and len(generators) != len(images):
+            raise ValueError(
+                f"the autoencoder needs one generator per image, {len(images)}, got {len(generators)}"
+            )
+        mean, std = self.posterior(images)
+        noise = randn_tensor(mean.shape, generator=generators, device=mean.device, dtype=mean.dtype)
+        return cast(Tensor, mean + std * noise)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents, scaled and shifted, in the images' dtype.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], H and W multiples of `downsample`.
+        """
         edge, channels = self.downsample, int(self.model.config.in_channels)
         if (
             images.ndim != 4
@@ -233,9 +258,17 @@ class Autoencoder(nn.Module):
                 f"the autoencoder got images of shape {tuple(images.shape)}, "
                 f"wanted (B, {channels}, H, W) with H and W multiples of {edge}"
             )
-        posterior = self.model.encode(images.to(self.model.dtype)).latent_dist
-        latents = (posterior.sample(generator) - self.shift_factor) * self.scaling_factor
-        return cast(Tensor, latents.to(images.dtype))
+        gaussian = self.model.encode(images.to(self.model.dtype)).latent_dist
+        mean, std = gaussian.mean.to(images.dtype), gaussian.std.to(images.dtype)
+        return (mean - self.shift_factor) * self.scaling_factor, std * self.scaling_factor
+
+    def fingerprint(self) -> str:
+        """Sha256, in hexadecimal, of what decides the latents: the kind, its scale and shift, the weights."""
+        digest = hashlib.sha256(f"AutoencoderKL {self.scaling_factor} {self.shift_factor}".encode())
+        for name, weights in sorted(self.model.state_dict().items()):
+            digest.update(f"\n{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
+            digest.update(weights.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -266,9 +299,19 @@ class Pixels(nn.Module):
             raise ValueError(f"Pixels needs channels 1 or 3, got {channels}")
         self.channels = channels
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, generators: list[torch.Generator] | torch.Generator | None = None
+    ) -> Tensor:
         """Images (B, channels, H, W), unchanged; nothing is drawn."""
         return self._checked(images)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The images (B, channels, H, W) as mean, and a standard deviation of 0."""
+        return self._checked(images), torch.zeros_like(images)
+
+    def fingerprint(self) -> str:
+        """Sha256, in hexadecimal, of what decides the latents: the kind and its channels."""
+        return hashlib.sha256(f"Pixels {self.channels}".encode()).hexdigest()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, channels, H, W), unchanged."""

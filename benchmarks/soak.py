@@ -1,0 +1,237 @@
+"""Kills a two-process training again and again, and compares what it ends with to an uninterrupted one.
+
+Each round launches the run under torchrun, picks a moment (during the start, between steps, or while a
+checkpoint is being written) and one of the ranks, and sends it SIGKILL. The next round goes on from the
+newest whole checkpoint. After the last kill the run finishes; its last checkpoint is compared with that of a
+run that was left alone, tensor by tensor, bit for bit.
+
+    python benchmarks/soak.py [--kills 40] [--plugin zero2] [--precision fp32] [--json OUT] [key=value ...]
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from speedit_plugins.engine import checkpoint
+from speedit_plugins.engine.tracking import read_metrics
+
+CONFIG = "configs/image/digits/speedit.yaml"
+# Steps of some 30 ms, a checkpoint about every second.
+OPTIONS = (
+    "model.hidden_size=64",
+    "model.depth=2",
+    "data.batch_size=32",
+    "max_training_steps=4000",
+    "ckpt_every=20",
+    "log_every=5",
+    "enable_tensorboard_log=false",
+)
+MOMENTS = ("start", "step", "save")
+PATIENCE_SECONDS = 240
+START_SECONDS = 12.0  # of imports and building, on two cores
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One launch that was killed.
+
+    Args:
+        moment: what the kill was aimed at.
+        rank: which rank was killed.
+        newest_step: newest checkpoint on the disk at the launch, 0 for none; verified to be whole.
+        resumed_step: where the launch said it goes on; None if it was killed before it said so.
+        is_unfinished: whether a checkpoint was left half written.
+    """
+
+    moment: str
+    rank: int
+    newest_step: int
+    resumed_step: int | None
+    is_unfinished: bool
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the launch went on from another checkpoint than the newest."""
+        return self.resumed_step not in (None, self.newest_step)
+
+
+def main() -> None:
+    """Prints a line per kill and the verdict; exit code 1 where the runs differ or a checkpoint was lost."""
+    arguments = _arguments()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    options = [
+        *OPTIONS,
+        f"plugin={arguments.plugin}",
+        f"precision={arguments.precision}",
+        *arguments.overrides,
+    ]
+    start = time.monotonic()
+    print(f"a run left alone, under {arguments.plugin} in {arguments.precision}", flush=True)
+    _finish(_launch(folder / "whole", options))
+    kills = _killed(folder / "killed", options, num_kills=arguments.kills, seed=arguments.seed)
+    differences = _differences(folder / "whole", folder / "killed")
+    print(f"{_summary(kills)}; {time.monotonic() - start:.0f} s in all")
+    print(
+        f"different: {', '.join(differences)}" if differences else "the finished runs are equal bit for bit"
+    )
+    if arguments.json is not None:
+        record = {"options": options, "kills": [asdict(kill) for kill in kills], "differences": differences}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(folder)
+    sys.exit(1 if differences or any(kill.is_wrong for kill in kills) else 0)
+
+
+def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> list[Kill]:
+    """Trains to the end with `num_kills` kills on the way."""
+    chance = random.Random(seed)
+    kills = []
+    for number in range(num_kills):
+        newest = _newest_step(folder)
+        job = _launch(folder, options)
+        moment, rank = chance.choice(MOMENTS), chance.randrange(2)
+        _wait_for(moment, job, folder, chance)
+        processes = _ranks(job)
+        if job.poll() is not None:
+            raise SystemExit(f"the run ended by itself, before kill {number}:\n{job.communicate()[0]}")
+        processes[rank].send_signal(signal.SIGKILL)
+        output = job.communicate(timeout=PATIENCE_SECONDS)[0]
+        said = re.search(r"going on from .*step_(\d+)", output)
+        is_unfinished = any((folder / "checkpoints").glob("*.tmp"))
+        kills.append(Kill(moment, rank, newest, int(said[1]) if said else None, is_unfinished))
+        print(f"{number + 1:3d}  {kills[-1]}", flush=True)
+    newest = _newest_step(folder)
+    output = _finish(_launch(folder, options))
+    if f"step_{newest:07d}" not in output:
+        raise SystemExit(f"the last launch did not go on from step {newest}:\n{output}")
+    return kills
+
+
+def _wait_for(moment: str, job: subprocess.Popen[str], folder: Path, chance: random.Random) -> None:
+    """Returns at a random time in that part of the launch."""
+    begun = _last_logged(folder)
+    _until(lambda: len(_ranks(job)) == 2, job)
+    if moment == "start":
+        time.sleep(chance.uniform(0, START_SECONDS))
+        return
+    # The metrics are cut back to the checkpoint when training begins.
+    _until(lambda: _last_logged(folder) not in (None, begun), job)
+    if moment == "step":
+        time.sleep(chance.uniform(0, 2.0))
+        return
+    _until(lambda: any((folder / "checkpoints").glob("*.tmp")), job, pause_seconds=0.0005)
+    time.sleep(chance.uniform(0, 0.02))
+
+
+def _until(condition: Callable[[], bool], job: subprocess.Popen[str], *, pause_seconds: float = 0.02) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition() and job.poll() is None:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"nothing happened for {PATIENCE_SECONDS} s")
+        time.sleep(pause_seconds)
+
+
+def _ranks(job: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The job's training processes by rank."""
+    found = {}
+    try:
+        for process in psutil.Process(job.pid).children():
+            rank = process.environ().get("RANK")
+            if rank is not None:
+                found[int(rank)] = process
+    except psutil.Error:
+        return {}
+    return found
+
+
+def _last_logged(folder: Path) -> int | None:
+    rows = read_metrics(folder)
+    return rows[-1]["step"] if rows else None
+
+
+def _newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint; everything that is published must be whole."""
+    found = checkpoint.newest_first(folder / "checkpoints")
+    for path in found:
+        if reason := checkpoint.damage(path):
+            raise SystemExit(f"a published checkpoint is damaged: {path}: {reason}")
+    return checkpoint.step_of(found[0]) if found else 0
+
+
+def _differences(*folders: Path) -> list[str]:
+    """Names of what differs between the last checkpoints of two runs."""
+    found = [checkpoint.newest(folder / "checkpoints") for folder in folders]
+    whole, killed = (checkpoint.load(path) for path in found if path is not None)
+    names = ("model", "ema", "moments")
+    different = [
+        f"{part}/{name}"
+        for part in names
+        for name in {*getattr(whole, part), *getattr(killed, part)}
+        if not _same(getattr(whole, part), getattr(killed, part), name)
+    ]
+    return different + [key for key in whole.state if str(whole.state[key]) != str(killed.state[key])]
+
+
+def _same(one: Any, other: Any, name: str) -> bool:
+    return name in one and name in other and torch.equal(one[name], other[name])
+
+
+def _summary(kills: list[Kill]) -> str:
+    moments = Counter(kill.moment for kill in kills)
+    counted = ", ".join(f"{moments[moment]} at {moment}" for moment in MOMENTS)
+    return (
+        f"{len(kills)} kills ({counted}; {sum(kill.rank == 0 for kill in kills)} of rank 0); "
+        f"{sum(kill.is_unfinished for kill in kills)} left a checkpoint half written; "
+        f"{sum(kill.is_wrong for kill in kills)} launches went on from another checkpoint than the newest"
+    )
+
+
+def _launch(folder: Path, options: list[str]) -> subprocess.Popen[str]:
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launcher = [str(torchrun), "--standalone", "--nproc_per_node", "2", "tools/main.py"]
+    return subprocess.Popen(
+        [*launcher, "-c", CONFIG, "-p", "train", f"experiment_dir={folder}", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _finish(job: subprocess.Popen[str]) -> str:
+    output = job.communicate(timeout=1800)[0]
+    if job.returncode != 0:
+        raise SystemExit(f"the run failed:\n{output}")
+    return output
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--plugin", default="zero2", choices=("ddp", "zero1", "zero2"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--seed", type=int, default=0, help="of ranks and moments")
+    parser.add_argument("--json", type=Path, help="write every kill here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""ColossalAI behind the engine's interface: its Booster with DDP, ZeRO 1 and 2, Gemini.
+
+The only file that knows ColossalAI; checkpoints are this project's own and need nothing of it. Tested against
+0.5.0, whose ZeRO runs on CPUs too once its accelerator has the few methods below.
+"""
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from speedit_plugins.engine.masters import STEP, Master, load_optimizer
+from speedit_plugins.engine.replica import (
+    INITIAL_LOSS_SCALE,
+    Engine,
+    Replica,
+    StepResult,
+    build_optimizer,
+    set_lr,
+)
+from speedit_plugins.engine.runtime import Runtime
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.tracking import say
+
+INSTALLATION = "pip install 'speedit-plugins[colossal]' && pip install --no-deps colossalai==0.5.0"
+# Counters of ColossalAI's loss scaler that its own state dict leaves out.
+_SCALER_FIELDS = ("_growth_step", "_hysteresis_step")
+
+
+def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Engine:
+    """The engine of `plugin`; a lone process of `ddp` needs no ColossalAI, and several can do without.
+
+    Raises:
+        ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks.
+    """
+    if config.plugin == "ddp" and runtime.world_size == 1:
+        return Replica(model, config, runtime)
+    if importlib.util.find_spec("colossalai") is None:
+        if config.plugin != "ddp":
+            raise ValueError(f"plugin: {config.plugin} needs ColossalAI; wanted ddp, or {INSTALLATION}")
+        if runtime.is_main:
+            say(f"no ColossalAI: ddp is torch's own; zero1, zero2 and gemini need {INSTALLATION}")
+        return Replica(model, config, runtime)
+    if config.plugin == "gemini":
+        _check_gemini(config, runtime)
+    _import_quietly()
+    _set_accelerator(runtime.device)
+    engines = {"ddp": BoostedReplica, "zero1": ZeroEngine, "zero2": ZeroEngine, "gemini": GeminiEngine}
+    return cast(Engine, engines[config.plugin](model, config, runtime))
+
+
+class BoostedReplica(Replica):
+    """`plugin: ddp` through ColossalAI's TorchDDPPlugin."""
+
+    def _wrapped(self, model: nn.Module, runtime: Runtime) -> nn.Module:
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import TorchDDPPlugin
+
+        # Its mixed precision knows no bf16: autocast and the loss scale are those of `Replica`.
+        self._booster = Booster(plugin=TorchDDPPlugin(gradient_as_bucket_view=True))
+        boosted, self._boosted_optimizer, *_ = self._booster.boost(model, self.optimizer)
+        return cast(nn.Module, boosted)
+
+    def backward(self, loss: Tensor) -> None:
+        self._booster.backward(self._scaler.scale(loss), self._boosted_optimizer)
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        return cast(AbstractContextManager[Any], self._booster.no_sync(self.model, self._boosted_optimizer))
+
+
+class ZeroEngine:
+    """`plugin: zero1 | zero2`: masters and moments are sharded over the ranks, under zero2 gradients too.
+
+    Under bf16 and fp16 the model itself is held in that precision, as ColossalAI does it.
+    Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+    """
+
+    is_replicated = False
+
+    def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
+        self.module = model
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: p.detach().clone() for name, p in named.items()}
+        # Frozen tensors stay as they are, where the model is cast.
+        self._untrained = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in named}
+        self._max_norm = config.optimizer.max_grad_norm
+        self._boost(named, config, runtime)
+        self.masters = self._masters(named)
+        # The masters were made from the cast model: they start from the weights as initialised.
+        self.load_weights(weights)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Nothing: the model holds its precision."""
+        return nullcontext()
+
+    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Nothing: each backward pass adds to the shards, which is what keeps gradients sharded."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`, a scalar, averaged over the ranks."""
+        self._booster.backward(loss, self._sharded)
+
+    def step(self, lr: float, *, is_healthy: bool) -> StepResult:
+        """One optimizer step with the gradients so far; see `Replica.step`."""
+        grad_norm = math.inf
+        if is_healthy:
+            set_lr(self.optimizer, lr)
+            scale = self._scale()
+            # Stays None where fp16 overflows: the step ends before a norm is taken.
+            self._sharded._current_grad_norm = None
+            self._sharded.step()
+            norm = self._sharded._current_grad_norm
+            grad_norm = math.inf if norm is None else float(norm) / scale
+        self._sharded.zero_grad()
+        return StepResult(grad_norm, is_skipped=not math.isfinite(grad_norm))
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies whole parameters into model and masters, frozen tensors into what is saved too."""
+        own = self.module.state_dict()
+        for name, value in weights.items():
+            own[name].copy_(value)
+            if name in self._untrained:
+                self._untrained[name].copy_(value)
+        for master in self.masters:
+            if master.name in weights:
+                flat = weights[master.name].reshape(-1)
+                master.values.copy_(flat[master.start : master.start + len(master.values)])
+
+    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
+        """Sets the optimizer's state, see `masters.load_optimizer`."""
+        load_optimizer(self.optimizer, self.masters, whole)
+
+    def untrained(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters, in the precision they were built in."""
+        return self._untrained
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scale of fp16 and its counters; empty otherwise."""
+        scaler = self._scaler()
+        if scaler is None:
+            return {}
+        return {"scale": float(scaler.scale), **{field: getattr(scaler, field) for field in _SCALER_FIELDS}}
+
+    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """Restores `scaler_state`; the scale alone of one that ddp saved."""
+        scaler = self._scaler()
+        if scaler is not None and state:
+            scaler._scale.fill_(state["scale"])
+            for field in _SCALER_FIELDS:
+                setattr(scaler, field, state.get(field, 0))
+
+    def _boost(self, named: Mapping[str, nn.Parameter], config: ExperimentConfig, runtime: Runtime) -> None:
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import LowLevelZeroPlugin
+
+        self.optimizer: torch.optim.Optimizer = build_optimizer(list(named.values()), config.optimizer)
+        plugin = LowLevelZeroPlugin(
+            stage={"zero1": 1, "zero2": 2}[config.plugin],
+            precision=config.precision,
+            max_norm=self._max_norm,
+            initial_scale=INITIAL_LOSS_SCALE,
+            max_scale=2**24,
+            overlap_communication=runtime.device.type == "cuda",
+        )
+        self._booster = Booster(plugin=plugin)
+        with _any_device_allowed():
+            self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
+        _skip_unless_finite(self.optimizer, self._sharded)
+
+    def _masters(self, named: Mapping[str, nn.Parameter]) -> list[Master]:
+        masters = []
+        for name, parameter in named.items():
+            shard = self._sharded.working_to_master_param[id(parameter)]
+            size, rank = parameter.numel(), self._sharded.pid_to_grad_store[id(parameter)].local_rank
+            start = min(size, rank * len(shard))
+            # The end of the last shard is padding.
+            values = shard[: min(len(shard), size - start)]
+            masters.append(Master(name, tuple(parameter.shape), start, values, shard, tuple(shard.shape)))
+        return masters
+
+    def _scaler(self) -> Any:
+        return getattr(self._sharded.mixed_precision_mixin, "grad_scaler", None)
+
+    def _scale(self) -> float:
+        """What the gradients are multiplied by."""
+        scaler = self._scaler()
+        return 1.0 if scaler is None else float(scaler.scale)
+
+
+class GeminiEngine(ZeroEngine):
+    """`plugin: gemini`: weights, gradients, masters and moments live in sharded chunks. CUDA only.
+
+    Source: Fang et al. 2022, arXiv:2108.05818.
+    """
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies whole parameters into the chunks, frozen tensors into what is saved too."""
+        self.model.load_state_dict(dict(weights), strict=False)
+        for name in weights.keys() & self._untrained.keys():
+            self._untrained[name].copy_(weights[name])
+
+    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
+        """Sets the optimizer's state; this Adam counts its steps in plain ints."""
+        super().load_moments(whole)
+        for state in self.optimizer.state.values():
+            state[STEP] = int(state[STEP])
+
+    def _boost(self, named: Mapping[str, nn.Parameter], config: ExperimentConfig, runtime: Runtime) -> None:
+        from colossalai.booster import Booster
+        from colossalai.booster.plugin import GeminiPlugin
+        from colossalai.nn.optimizer import HybridAdam
+
+        options = config.optimizer
+        # Gemini hands its Adam the scale to divide gradients by, which torch's does not take.
+        self.optimizer = HybridAdam(
+            list(named.values()), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+        )
+        plugin = GeminiPlugin(
+            precision=config.precision,
+            # The norm is only taken where something is clipped, and it decides whether a step is skipped.
+            max_norm=self._max_norm or math.inf,
+            initial_scale=INITIAL_LOSS_SCALE,
+            enable_gradient_accumulation=options.grad_accumulation > 1,
+        )
+        self._booster = Booster(plugin=plugin)
+        self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
+        _skip_unless_finite(self.optimizer, self._sharded)
+
+    def _masters(self, named: Mapping[str, nn.Parameter]) -> list[Master]:
+        name_of = {id(parameter): name for name, parameter in named.items()}
+        masters = []
+        for number, parameter in self._sharded.id_to_real_params.items():
+            key = self._sharded.id_to_fake_params.get(number)
+            start, values = 0, torch.empty(0, device=parameter.device)
+            if key is not None:
+                offset, start, size = self._sharded.get_offsets(number)
+                payload = self._sharded.param_to_chunk16[key].paired_chunk.payload
+                values = payload[offset : offset + size]
+            name, shape = name_of[id(parameter)], tuple(parameter.shape)
+            masters.append(Master(name, shape, start, values, values if key is None else key, (len(values),)))
+        return masters
+
+    def _scaler(self) -> Any:
+        return getattr(self._sharded.mix_precision_mixin, "grad_scaler", None)
+
+
+def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
+    if runtime.device.type != "cuda":
+        raise ValueError(
+            f"plugin: gemini needs CUDA, got {runtime.device.type}: it manages chunks of GPU memory;"
+            " wanted ddp, zero1 or zero2 here"
+        )
+    if config.precision == "fp32":
+        raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
+
+
+def _set_accelerator(device: torch.device) -> None:
+    """Tells ColossalAI which device to use, before anything of it asks."""
+    from colossalai.accelerator import set_accelerator
+    from colossalai.accelerator.cpu_accelerator import CpuAccelerator
+
+    if device.type == "cuda":
+        set_accelerator("cuda")
+        return
+
+    class SynchronousCpu(CpuAccelerator):  # type: ignore[misc]  # ColossalAI has no types
+        """A CPU has no streams, and every operation is done when it returns."""
+
+        def synchronize(self, device: Any = None) -> None: ...
+        def empty_cache(self) -> None: ...
+        def device_count(self) -> int:
+            return 1
+
+        def Stream(self, *args: Any, **options: Any) -> None: ...  # noqa: N802 - ColossalAI's name
+        def current_stream(self, device: Any = None) -> None: ...
+        def stream(self, stream_: Any) -> AbstractContextManager[Any]:
+            return nullcontext()
+
+    set_accelerator(SynchronousCpu())
+
+
+@contextmanager
+def _any_device_allowed() -> Iterator[None]:
+    """Lets ZeRO be built on a CPU: its check wants a GPU, nothing else in it does."""
+    from colossalai.zero.low_level import LowLevelZeroOptimizer
+
+    check = LowLevelZeroOptimizer._sanity_checks
+    LowLevelZeroOptimizer._sanity_checks = lambda self: None
+    try:
+        yield
+    finally:
+        LowLevelZeroOptimizer._sanity_checks = check
+
+
+def _skip_unless_finite(inner: torch.optim.Optimizer, sharded: Any) -> None:
+    """Makes the inner optimizer leave the masters alone where the gradient norm is not finite.
+
+    ColossalAI steps in any case, and one rank's NaN would reach every weight.
+    """
+    step = inner.step
+
+    def guarded(*args: Any, **options: Any) -> Any:
+        return step(*args, **options) if math.isfinite(sharded._current_grad_norm) else None
+
+    inner.step = guarded  # type: ignore[method-assign]  # the object is ours, its class is torch's
+
+
+def _import_quietly() -> None:
+    """Without ColossalAI's warnings: of optional packages for absent hardware, of older names of torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("colossalai.booster.plugin")
+    for name in (
+        "broadcast_buffers",
+        "torch.distributed.all_gather_into_tensor",
+        "torch.distributed.reduce_scatter_tensor",
+    ):
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)

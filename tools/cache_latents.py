@@ -1,0 +1,261 @@
+"""Encodes an experiment's dataset once, so that its training reads latents in place of images.
+
+    python tools/cache_latents.py -c image/imagenet_256/dit_xl2.yaml data.dataset.root=DATA --flip
+    python tools/cache_latents.py -c my/experiment.yaml --out latents --dtype float16
+
+The images are taken in order, without random flips, through the encoder of the config, and its posterior
+(scaled mean and standard deviation) is written: training still draws a new sample of it at each step. The
+same command after an interruption goes on after the last whole shard; another config into the same folder is
+refused. At the end the lines are printed that make the same experiment train from the cache.
+
+float16 halves the size; a mean keeps 11 bits. --flip doubles it, and keeps random flips in training.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from speedit_plugins.data.latents import FLIPPED, LATENTS, ShardIndex, append_shard, start_or_resume
+from speedit_plugins.data.loader import SampleSource
+from speedit_plugins.engine.build import Encoder, build_dataset, build_device, build_encoder
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.tracking import progress
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What a run of this tool did: the finished index, and the images it encoded in so many seconds."""
+
+    index: ShardIndex
+    num_encoded: int
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 2 after one line on stderr that says what is wrong, 130 after Ctrl-C."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        config = load_config(
+            arguments.config, "train", arguments.overrides, allow_python=arguments.allow_python_config
+        )
+        folder = arguments.out or Path(config.experiment_dir) / "latents"
+        done = cache(
+            config,
+            folder,
+            shard_size=arguments.shard_size,
+            batch_size=arguments.batch_size,
+            dtype=arguments.dtype,
+            flip=arguments.flip,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+    _report(done, folder, flip=arguments.flip)
+    return 0
+
+
+def _report(done: Caching, folder: Path, *, flip: bool) -> None:
+    index = done.index
+    print(f"{folder}: {index.num_samples:,} samples in {len(index.shards)} shards, {index.num_bytes:,} bytes")
+    rate = done.num_encoded / done.seconds
+    print(f"  {done.num_encoded:,} of them encoded now, {rate:,.1f} images/s")
+    if not flip:
+        print("  without --flip: training from it mirrors no image")
+    print("  to train from it, with the rest of the config as it is:")
+    print(f"    data.dataset.type=LatentCache\n    data.dataset.root={folder}")
+
+
+def cache(
+    config: ExperimentConfig, folder: Path, *, shard_size: int, batch_size: int, dtype: str, flip: bool
+) -> Caching:
+    """Writes what is missing of the experiment's cache.
+
+    Args:
+        config: whose dataset and encoder are used.
+        folder: the cache's; created where it is missing.
+        shard_size: samples per file.
+        batch_size: images encoded at once; the last bits of a latent may depend on it.
+        dtype: of the latents, a key of DTYPES.
+        flip: encode the mirrored images too.
+
+    Raises:
+        ValueError: a dataset without images of one size, a damaged image, latents that are not finite in
+            `dtype`, a folder with another cache.
+        OSError: a file cannot be read or written.
+    """
+    dataset = build_dataset(config, augmented=False)
+    if getattr(dataset, "buckets", None) is not None:
+        raise ValueError("a latent cache holds images of one size, got a dataset with buckets")
+    device = build_device(config)
+    encoder = build_encoder(config, device)
+    made_from = {
+        **_choices(config),
+        "encoder_fingerprint": encoder.fingerprint(),
+        "num_classes": dataset.num_classes,
+        "scaled": True,
+        "dtype": dtype,
+        "flip": flip,
+        "shard_size": shard_size,
+    }
+    index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
+    first = index.num_done
+    cuts = _cuts(first, len(dataset), shard_size=shard_size, batch_size=batch_size)
+    batches = _batches(dataset, [rows for shard in cuts for rows in shard], config.data.num_workers)
+    started = time.perf_counter()
+    with progress("caching", total=len(dataset), initial=first, unit="image") as bar:
+        for shard in cuts:
+            parts = []
+            for rows in shard:
+                parts.append(_encoded(encoder, next(batches), device, flip=flip, dtype=DTYPES[dtype]))
+                _check_finite(parts[-1], rows, dtype)
+                bar.update(len(rows))
+            index = append_shard(folder, index, _joined(parts))
+    return Caching(index, len(dataset) - first, time.perf_counter() - started)
+
+
+def _choices(config: ExperimentConfig) -> dict[str, Any]:
+    """What the config says of the latents; random flips are left out of the images."""
+    dataset = {key: value for key, value in config.data.dataset.items() if key != "random_flip"}
+    return {
+        "encoder": config.encoder,
+        "dataset": dataset,
+        "image_size": config.image_size,
+        "class_cond": config.num_classes > 0,
+    }
+
+
+def _cuts(first: int, size: int, *, shard_size: int, batch_size: int) -> list[list[range]]:
+    """The rows of each batch of each shard from sample `first` on.
+
+    A batch lies in one shard: a resumed run forms the batches of an uninterrupted one, and so its bits.
+    """
+    shards = (range(start, min(start + shard_size, size)) for start in range(first, size, shard_size))
+    return [[shard[i : i + batch_size] for i in range(0, len(shard), batch_size)] for shard in shards]
+
+
+def _batches(
+    dataset: SampleSource, rows: Sequence[range], num_workers: int
+) -> Iterator[Mapping[str, Tensor]]:
+    """Batches of "image" (B, 3, H, W) and "label" (B,), in order.
+
+    Raises:
+        ValueError: a damaged image, as the dataset reports it, or samples that are no images.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Rows(dataset),
+        batch_sampler=rows,
+        num_workers=num_workers,
+        collate_fn=_collated,
+        worker_init_fn=_leave_interrupt_to_parent,
+    )
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ValueError(batch)
+        if "image" not in batch:
+            raise ValueError(f"a latent cache is made of images, got a dataset of {sorted(batch)}")
+        yield batch
+
+
+class _Rows:
+    """The dataset by index; a sample that cannot be read is the text of its error."""
+
+    def __init__(self, dataset: SampleSource) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        try:
+            # Nothing is drawn without augmentation.
+            return dict(self.dataset.load(index, torch.Generator()))
+        except ValueError as error:
+            # As data: out of a worker, an exception arrives wrapped in the worker's traceback.
+            return str(error)
+
+
+def _collated(samples: list[dict[str, Any] | str]) -> dict[str, Any] | str:
+    faults = [sample for sample in samples if isinstance(sample, str)]
+    return faults[0] if faults else default_collate(samples)
+
+
+def _leave_interrupt_to_parent(worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _encoded(
+    encoder: Encoder, batch: Mapping[str, Tensor], device: torch.device, *, flip: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Latents (B, C, h, w) of the images, and of the mirrored ones with `flip`, and their labels (B,)."""
+    images = batch["image"].to(device)
+    tensors = dict(zip(LATENTS, encoder.posterior(images), strict=True))
+    if flip:
+        tensors |= zip(FLIPPED, encoder.posterior(images.flip(-1)), strict=True)
+    latents = {name: tensor.to(dtype).cpu() for name, tensor in tensors.items()}
+    return {**latents, "label": batch["label"]}
+
+
+def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype}; wanted float32, or an"
+                " encoder and images without overflow"
+            )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted an int >= 1, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "-c", "--config", required=True, help="a file, or a name below ./configs or the packaged configs"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the cache (default: latents/ in experiment_dir)"
+    )
+    parser.add_argument(
+        "--shard-size", type=_positive, default=4096, metavar="N", help="samples per file (default: 4096)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="images encoded at once (default: 32)"
+    )
+    parser.add_argument("--flip", action="store_true", help="cache the mirrored images too")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the cached latents (default: float32)"
+    )
+    parser.add_argument(
+        "--allow-python-config", action="store_true", help="read an mmengine .py config, which executes it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
