@@ -116,11 +116,18 @@ def check_two_ranks_equal_one_process_with_both_half_batches(runtime: Runtime, f
             )
 
 
-def check_accumulation_on_two_ranks_equals_one_batch(runtime: Runtime, folder: Path) -> None:
-    expected = weights(steps(alone(folder, optimizer__max_grad_norm=0.1), 5))
+def check_accumulation_and_recomputation_on_two_ranks_equal_one_batch(runtime: Runtime, folder: Path) -> None:
+    clipping = {"optimizer__max_grad_norm": 0.1}
+    expected = weights(steps(alone(folder, **clipping), 5))
     for plugin in PLUGINS:
-        options = {"plugin": plugin, "data__batch_size": 8, "optimizer__grad_accumulation": 2}
-        found = weights(steps(two_ranks(runtime, folder, optimizer__max_grad_norm=0.1, **options), 5))
+        options = {
+            "plugin": plugin,
+            "data__batch_size": 8,
+            "optimizer__grad_accumulation": 2,
+            "model__gradient_checkpointing": True,
+            **clipping,
+        }
+        found = weights(steps(two_ranks(runtime, folder, **options), 5))
         if runtime.is_main:
             assert_close(
                 found, expected, rtol=0, atol=1e-6, msg=lambda text, plugin=plugin: f"{plugin}: {text}"

@@ -233,19 +233,19 @@ class TestPixels:
         "size", [(8, 8), (16, 8), (8, 21), (9, 13), (7, 5), (40, 33), (64, 17), (100, 150)]
     )
     def test_crop_has_the_target_size(self, size: tuple[int, int]) -> None:
-        assert center_crop(noise(*size), 8).size == (8, 8)
+        assert center_crop(noise(*size), 8, 8).size == (8, 8)
 
     def test_halving_is_a_box_average_of_two_by_two_pixels(self) -> None:
         # Multiples of 16: the two halvings of 32 -> 16 -> 8 divide by 2 four times, without rounding.
         pixels = np.random.default_rng(0).integers(0, 16, (32, 32, 3), dtype=np.uint8) * 16
         expected = pixels.astype(np.int64).reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-        np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(pixels), 8)), expected)
+        np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(pixels), 8, 8)), expected)
 
     def test_crop_is_central(self) -> None:
         image = noise(8, 14)
-        np.testing.assert_array_equal(np.asarray(center_crop(image, 8)), np.asarray(image)[:, 3:11])
+        np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(image)[:, 3:11])
         image = noise(13, 8)
-        np.testing.assert_array_equal(np.asarray(center_crop(image, 8)), np.asarray(image)[2:10])
+        np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(image)[2:10])
 
     @pytest.mark.hosts
     def test_crop_equals_the_one_that_dit_trains_with(self) -> None:
@@ -262,7 +262,7 @@ class TestPixels:
         for seed, size in enumerate(sizes):
             image = noise(*size, seed=seed)
             theirs = namespace["center_crop_arr"](image, 8)
-            np.testing.assert_array_equal(np.asarray(center_crop(image, 8)), np.asarray(theirs))
+            np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(theirs))
 
     def test_flip_is_a_fair_coin_of_the_generator(self, tmp_path: Path) -> None:
         save(tmp_path / "a" / "0.png")
