@@ -24,13 +24,13 @@ from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.runtime import Runtime, launch
 from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.engine.trainer import Trainer
-from speedit_plugins.registry import DATASETS, ENCODERS
+from speedit_plugins.registry import DATASETS
 
 LONE = "independent"
 
 
-class RandomLatents:
-    """Normal latents (4, edge, edge) of random classes: data that cost nothing."""
+class RandomImages:
+    """Normal pixels (3, edge, edge) of random classes: data that cost nothing."""
 
     num_classes = 1000
 
@@ -41,24 +41,11 @@ class RandomLatents:
         return 10_000
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-        latents = torch.randn(4, self.edge, self.edge, generator=generator)
-        return {"image": latents, "label": torch.randint(1000, (), generator=generator)}
+        image = torch.randn(3, self.edge, self.edge, generator=generator)
+        return {"image": image, "label": torch.randint(1000, (), generator=generator)}
 
 
-class Latents(torch.nn.Module):
-    """Hands latents on."""
-
-    channels, downsample = 4, 1
-
-    def encode(self, images: Tensor, generators: object = None) -> Tensor:
-        return images
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-
-DATASETS.register_module(name="RandomLatents", module=RandomLatents)
-ENCODERS.register_module(name="Latents", module=Latents)
+DATASETS.register_module(name="RandomImages", module=RandomImages)
 
 
 def main() -> None:
@@ -72,9 +59,9 @@ def main() -> None:
             [
                 f"experiment_dir={folder}",
                 f"image_size={arguments.edge}",
-                f"model={{type: {arguments.model}}}",
-                "encoder=Latents",
-                "data.dataset={type: RandomLatents}",
+                f"model={{type: {arguments.model}, in_channels: 3, input_size: {arguments.edge}}}",
+                "encoder=Pixels",
+                "data.dataset={type: RandomImages}",
                 f"data.batch_size={2 * arguments.batch}",
                 "data.num_workers=0",
                 "precision=fp32",
@@ -160,7 +147,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--batch", type=int, default=8, help="samples per process")
-    parser.add_argument("--edge", type=int, default=32, help="of the latents")
+    parser.add_argument("--edge", type=int, default=32, help="of the images, in pixels")
     parser.add_argument("--plugins", nargs="+", default=["ddp", "zero1", "zero2"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

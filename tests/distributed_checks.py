@@ -9,7 +9,6 @@ list of failures (empty: passed) by name.
 import json
 import math
 import resource
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import small_config
+from runs import file_size_limit, small_config
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -356,18 +355,6 @@ def poisoned(trainer: Trainer, *, only_rank: int) -> Iterator[None]:
         yield
     finally:
         trainer.encoder.encode = encode  # type: ignore[method-assign]  # as it was
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def message_of(kind: type[Exception], action: Callable[[], Any]) -> str:

@@ -1,5 +1,9 @@
 """A run small enough for a test: digits, a DiT of two narrow blocks, few timesteps to sample."""
 
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +39,16 @@ def small_config(folder: Path, phase: str = "train", **changes: Any) -> Experime
 def small_trainer(folder: Path, **changes: Any) -> Trainer:
     """A trainer before its first step."""
     return build_trainer(small_config(folder, **changes))
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Writes past `num_bytes` fail with EFBIG, as on a full disk they fail with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)

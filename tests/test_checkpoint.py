@@ -1,14 +1,11 @@
 import errno
 import os
-import resource
-import signal
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from runs import file_size_limit
 from torch.testing import assert_close
 
 from speedit_plugins.engine import checkpoint
@@ -115,19 +112,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, contents(2.0), keep_last=1)
     assert checkpoint.load(tmp_path / "step_0000001").model["a"][0] == 2.0
     assert [p.name for p in tmp_path.iterdir()] == ["step_0000001"]
-
-
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Writes past `num_bytes` fail with EFBIG, as on a full disk they fail with ENOSPC."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("limit", [64, 6_000, 12_000], ids=["model", "ema", "state"])

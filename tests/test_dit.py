@@ -161,7 +161,9 @@ def test_modulate_perceptron_and_final_layer_equal_their_formulas() -> None:
     assert_close(final(x, torch.randn(2, 8).double()), normal @ final.linear.weight.T + final.linear.bias)
 
 
-def reference_forward(model: DiT, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+def reference_forward(
+    model: DiT, x: Tensor, timestep: Tensor, label: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """The whole model from its state dict: convolution, explicit softmax, loops over patches."""
     w = {name: tensor.double() for name, tensor in model.state_dict().items()}
 
@@ -175,8 +177,8 @@ def reference_forward(model: DiT, x: Tensor, timestep: Tensor, label: Tensor) ->
     c = F.silu(c + w["y_embedder.embedding_table.weight"][label])
     edge = model.patch_size
     x = F.conv2d(x.double(), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=edge)
-    grid = x.shape[2]
-    x = x.flatten(2).transpose(1, 2) + w["pos_embed"]
+    rows, columns = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2) + (w["pos_embed"] if positions is None else positions.double())
     for i in range(len(model.blocks)):
         p = f"blocks.{i}"
         m = linear(f"{p}.adaLN_modulation.1", c)[:, None].chunk(6, dim=2)
@@ -190,9 +192,9 @@ def reference_forward(model: DiT, x: Tensor, timestep: Tensor, label: Tensor) ->
         x = x + m[5] * linear(f"{p}.mlp.fc2", hidden)
     shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=2)
     x = linear("final_layer.linear", norm(x) * (1 + scale) + shift)
-    out = x.new_zeros(len(x), model.out_channels, grid * edge, grid * edge)
-    for token in range(grid * grid):
-        top, left = (place * edge for place in divmod(token, grid))
+    out = x.new_zeros(len(x), model.out_channels, rows * edge, columns * edge)
+    for token in range(rows * columns):
+        top, left = (place * edge for place in divmod(token, columns))
         patch = x[:, token].reshape(-1, edge, edge, model.out_channels).permute(0, 3, 1, 2)
         out[:, :, top : top + edge, left : left + edge] = patch
     return out
@@ -206,6 +208,22 @@ def test_forward_equals_an_independent_implementation() -> None:
     assert_close(
         model(x.double(), timestep, label), reference_forward(model, x, timestep, label), atol=1e-11, rtol=0
     )
+
+
+@pytest.mark.parametrize("sides", [(12, 6), (6, 12), (4, 16), (2, 2), (16, 16)])
+def test_other_sides_equal_the_independent_implementation_with_their_positions(
+    sides: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    model = randomised(DiT(**SMALL)).double().eval()
+    _, timestep, label = inputs()
+    x = torch.randn(3, 4, *sides)
+    positions = sincos_positions(48, 4, shape=(sides[0] // 2, sides[1] // 2))
+    wanted = reference_forward(model, x, timestep, label, positions)
+    assert wanted.shape == (3, 8, *sides)
+    # Float64 on both sides; only the order of sums differs. Twice: made, then from the cache.
+    for _ in range(2):
+        assert_close(model(x.double(), timestep, label), wanted, atol=1e-11, rtol=0)
 
 
 def test_autocast_and_bf16_weights_stay_within_bf16_of_float32() -> None:
@@ -296,8 +314,10 @@ def test_impossible_sizes_say_what_is_wanted(change: dict[str, object], message:
 def test_wrong_inputs_say_what_is_wanted() -> None:
     model = DiT(**SMALL)
     x, timestep, label = inputs()
-    for bad in (x[:, :3], x[..., :6], x[0]):
-        with pytest.raises(ValueError, match=r"DiT got an input of shape .*, wanted \(B, 4, 8, 8\)"):
+    for bad in (x[:, :3], x[..., :7], x[..., :5, :], x[..., :0], x[0]):
+        with pytest.raises(
+            ValueError, match=r"DiT got an input of shape .*, wanted \(B, 4, h, w\) .*patch_size 2"
+        ):
             model(bad, timestep, label)
     with pytest.raises(ValueError, match=r"timesteps of shape \(2,\), wanted \(3,\)"):
         model(x, timestep[:2], label)

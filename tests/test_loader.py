@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speedit_plugins.data.loader import ResumableLoader, epoch_order, settle, stream_seed
+from speedit_plugins.data.loader import ResumableLoader, epoch_order, sample_seeds, settle, stream_seed
 
 
 class Numbered:
@@ -104,6 +105,58 @@ def test_any_cut_of_the_stream_continues_it(data: st.DataObject, size: int, seed
     assert_same(head + take(second, total - cut), whole)
 
 
+@settings(max_examples=50)
+@given(data=st.data(), worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 2**40))
+def test_the_ranks_together_yield_the_batches_of_one_process_also_after_their_number_changes(
+    data: st.DataObject, worlds: tuple[int, int], seed: int
+) -> None:
+    batch_size = math.lcm(*worlds) * data.draw(st.integers(1, 3))
+    size, total = data.draw(st.integers(batch_size, 5 * batch_size)), 8
+    cut = data.draw(st.integers(0, total))
+
+    def ranks(world_size: int) -> list[ResumableLoader]:
+        return [
+            ResumableLoader(
+                Numbered(size), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+            )
+            for rank in range(world_size)
+        ]
+
+    def together(loaders: list[ResumableLoader], count: int) -> list[dict[str, Tensor]]:
+        parts = [[next(loader) for loader in loaders] for _ in range(count)]
+        return [{key: torch.cat([part[key] for part in row]) for key in row[0]} for row in parts]
+
+    first, second = ranks(worlds[0]), ranks(worlds[1])
+    head = together(first, cut)
+    states = [loader.state_dict() for loader in first]
+    assert all(state == states[0] for state in states)
+    for loader in second:
+        loader.load_state_dict(data.draw(st.sampled_from(states)))
+    whole = take(ResumableLoader(Numbered(size), batch_size=batch_size, seed=seed), total)
+    assert_same(head + together(second, total - cut), whole)
+
+
+@given(
+    seed=st.integers(0, 2**64),
+    path=st.lists(st.integers(0, 2**31), max_size=3),
+    counts=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+)
+def test_the_seed_of_a_sample_does_not_depend_on_how_many_there_are(
+    seed: int, path: list[int], counts: tuple[int, int]
+) -> None:
+    fewer, more = sorted(counts)
+    seeds = sample_seeds(seed, *path, count=more)
+    assert sample_seeds(seed, *path, count=fewer) == seeds[:fewer]
+    assert seeds[:1] == [stream_seed(seed, *path)][:more]
+    assert all(type(value) is int and 0 <= value < 2**64 for value in seeds)
+
+
+def test_the_seeds_of_samples_differ_within_a_step_and_between_steps() -> None:
+    seeds = [value for step in range(20) for value in sample_seeds(0, step, count=500)]
+    # 10,000 distinct 64-bit values: a chance collision has probability 3e-12.
+    assert len(set(seeds)) == 10_000
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
     def draws(seed: int, batch_size: int) -> dict[int, list[float]]:
         loader = ResumableLoader(Numbered(6), batch_size=batch_size, seed=seed)
@@ -194,11 +247,23 @@ def test_the_global_random_state_is_left_alone() -> None:
         ({"batch_size": 5}, "at least batch_size = 5 samples, got a dataset of 4"),
         ({"batch_size": 2, "seed": -1}, "seed >= 0, got -1"),
         ({"batch_size": 2, "num_workers": -1}, "num_workers >= 0, got -1"),
+        ({"batch_size": 2, "prefetch_factor": 4}, "prefetch_factor has no effect without workers"),
+        ({"batch_size": 3, "world_size": 2}, "got rank 0, world_size 2, batch_size 3"),
+        ({"batch_size": 2, "rank": 2, "world_size": 2}, "got rank 2, world_size 2, batch_size 2"),
+        ({"batch_size": 2, "rank": -1}, "got rank -1, world_size 1, batch_size 2"),
+        ({"batch_size": 2, "world_size": 0}, "got rank 0, world_size 0, batch_size 2"),
     ],
 )
 def test_bad_arguments_say_what_is_wanted(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResumableLoader(Numbered(4), **options)
+
+
+def test_workers_that_load_further_ahead_yield_the_same() -> None:
+    loader = ResumableLoader(Numbered(11), batch_size=4, seed=5, num_workers=1, prefetch_factor=4)
+    assert_same(take(loader, 5), take(ResumableLoader(Numbered(11), batch_size=4, seed=5), 5))
+    assert loader.state_dict() == {"seed": 5, "epoch": 2, "offset": 4, "size": 11}
+    loader.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory has its effect here")

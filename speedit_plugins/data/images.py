@@ -1,24 +1,31 @@
-"""Images from a folder: with classes in the ImageNet layout, or without.
+"""Images from a folder: with classes in the ImageNet layout, or without; of one size, or in buckets.
 
-Dims: H x W pixels, image_size = H = W after the crop.
+Dims: H x W pixels after the crop, N images.
 """
 
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from torch import Tensor
 
+from speedit_plugins.data.buckets import checked_sides, nearest_buckets
 from speedit_plugins.registry import DATASETS
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ON_CORRUPT = ("raise", "skip")
+# Of TIFF, in pixels.
+IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
+# EXIF orientations that swap height and width.
+SIDEWAYS = (5, 6, 7, 8)
 # What Pillow's decoders raise on damaged data.
 DECODE_ERRORS = (
     OSError,
@@ -41,18 +48,25 @@ class ImageFolder:
     the sorted folder names; images may lie deeper in it. Without, every image at any depth counts and every
     label is 0. Names that begin with a dot and files that are no images by their suffix are left out.
 
+    With buckets, an image is scaled to cover the one of the nearest aspect ratio and cropped to it; this
+    reads the header of every file. `buckets` then holds the bucket of each image, int64 (N,), else None.
+
     Args:
         root: the folder; may itself be a link.
-        image_size: side of the square crop in pixels, >= 1.
+        image_size: side of the square crop in pixels, >= 1. With buckets nothing is cropped to it: it is the
+            size of what an experiment samples.
         class_cond: labels from folder names; False for an unconditional set.
         random_flip: mirror left to right with probability 1/2.
         on_corrupt: "raise" names a damaged file; "skip" takes the next readable image, with that image's
             label, and warns once per file. A file that the system fails to read (permission, disk) raises.
+            With buckets it is the next one of its bucket; a damaged header counts as that of a square.
         follow_links: True allows symbolic links that lead out of `root`.
+        buckets: [height, width] of each, in pixels, of different aspect ratios; None crops to the square.
 
     Raises:
         ValueError: no such folder, no images, a layout that does not fit `class_cond`, a link that leads out
-            of `root`, to nothing or in a circle.
+            of `root`, to nothing or in a circle, unusable buckets, with them a damaged header ("raise").
+        OSError: with buckets, the system fails to read a file.
     """
 
     channels = 3
@@ -66,6 +80,7 @@ class ImageFolder:
         random_flip: bool = True,
         on_corrupt: str = "raise",
         follow_links: bool = False,
+        buckets: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not isinstance(root, str | os.PathLike):
             raise ValueError(f"ImageFolder needs root to be a path, got {root!r}")
@@ -86,6 +101,8 @@ class ImageFolder:
         # An array, not a list: counting references to a million strings makes every forked worker copy them.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = torch.tensor(labels, dtype=torch.int64)
+        self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
+        self.buckets = None if buckets is None else self._nearest_buckets()
         # Shared memory, so that the workers and this process count each damaged file once.
         self._corrupt = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
@@ -107,7 +124,8 @@ class ImageFolder:
         `generator` decides the flip.
 
         Raises:
-            ValueError: a damaged file with on_corrupt="raise", or no readable file at all with "skip".
+            ValueError: a damaged file with on_corrupt="raise", or with "skip" no readable one at all (of its
+                bucket).
             OSError: the system fails to read the file.
         """
         if not 0 <= index < len(self):
@@ -115,17 +133,18 @@ class ImageFolder:
         # Drawn before the file is read: a damaged file does not move the stream.
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         image, index = self._read(index)
-        pixels = np.asarray(center_crop(image, self.image_size), dtype=np.float32)  # (H, W, 3)
+        height, width = self._sides[0 if self.buckets is None else int(self.buckets[index])]
+        pixels = np.asarray(center_crop(image, height, width), dtype=np.float32)  # (H, W, 3)
         if flip:
             pixels = pixels[:, ::-1]
         scaled = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()  # (3, H, W)
         return {"image": scaled, "label": int(self.labels[index])}
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The image at `index`, or the first readable one after it (cyclically), with its index."""
+        """The image at `index`, or the next readable one of its bucket (cyclically), with its index."""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
-            if self._corrupt[candidate]:
+            if self._corrupt[candidate] or not self._shares_bucket(index, candidate):
                 continue
             path = self.path(candidate)
             try:
@@ -135,9 +154,46 @@ class ImageFolder:
                     raise
                 self._corrupt[candidate] = True
                 warnings.warn(f"{error}; the next readable image takes its place", UserWarning, stacklevel=3)
-        raise ValueError(
-            f"ImageFolder found no readable image: all {len(self)} files below {self.root} are damaged"
-        )
+        where = f"below {self.root}"
+        if self.buckets is not None:
+            where += f" of the bucket {list(self._sides[int(self.buckets[index])])}"
+        num_damaged = sum(self._shares_bucket(index, other) for other in range(len(self)))
+        raise ValueError(f"ImageFolder found no readable image: all {num_damaged} files {where} are damaged")
+
+    def _shares_bucket(self, index: int, other: int) -> bool:
+        return self.buckets is None or bool(self.buckets[index] == self.buckets[other])
+
+    def _nearest_buckets(self) -> Tensor:
+        """The bucket of each image by its header, int64 (N,)."""
+        ratios = torch.empty(len(self), dtype=torch.float64)
+        for index in range(len(self)):
+            try:
+                height, width = read_size(self.path(index))
+            except ValueError:
+                if self.on_corrupt == "raise":
+                    raise
+                # `load` warns of the file, and replaces it by one of this bucket.
+                height = width = self.image_size
+            ratios[index] = height / width
+        return nearest_buckets(ratios, self._sides)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright image in pixels, from the file's header alone.
+
+    Raises:
+        ValueError: the header is damaged or of no image; names the file.
+        OSError: the system fails to read the file.
+    """
+    with _naming_damage(path), Image.open(path) as image:
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # Of the stored picture in every version: newer ones of Pillow give the upright size here.
+            width, height = image.tag_v2[IMAGE_WIDTH], image.tag_v2[IMAGE_LENGTH]
+        # The PNG plugin's own getexif decodes the picture, in search of a record behind it; one there is not
+        # seen here, which costs such a file the better bucket.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -150,9 +206,15 @@ def read_rgb(path: Path) -> Image.Image:
         ValueError: the file is damaged or no image; names the file.
         OSError: the system fails to read the file.
     """
+    with _naming_damage(path), Image.open(path) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """What a decoder raises inside, as a ValueError that names the file; a failing system as it is."""
     try:
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+        yield
     except DECODE_ERRORS as error:
         # Pillow's own complaints carry no errno; one that does is a failing disk or a permission, not damage.
         if isinstance(error, OSError) and error.errno is not None:
@@ -160,23 +222,24 @@ def read_rgb(path: Path) -> Image.Image:
         raise ValueError(f"corrupt image {path}: {type(error).__name__}: {error}") from error
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of `size` pixels a side, scaled so that the shorter side fills it.
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The central rectangle of height x width pixels, scaled so that the image just covers it.
 
-    The image is halved by box averages while its shorter side is at least twice `size`, brought to it by
-    bicubic interpolation, then cropped.
+    The image is halved by box averages while it then still covers it, brought to it by bicubic
+    interpolation, then cropped.
 
-    Source: the preprocessing of ADM, Dhariwal and Nichol 2021, arXiv:2105.05233 (openai/guided-diffusion).
+    Source: the preprocessing of ADM, Dhariwal and Nichol 2021, arXiv:2105.05233 (openai/guided-diffusion),
+    which has squares alone.
     """
-    width, height = image.size
-    while min(width, height) >= 2 * size:
-        width, height = width // 2, height // 2
-        image = image.resize((width, height), resample=Image.Resampling.BOX)
-    scale = size / min(width, height)
-    width, height = round(width * scale), round(height * scale)
-    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    columns, rows = image.size
+    while columns >= 2 * width and rows >= 2 * height:
+        columns, rows = columns // 2, rows // 2
+        image = image.resize((columns, rows), resample=Image.Resampling.BOX)
+    scale = max(width / columns, height / rows)
+    columns, rows = round(columns * scale), round(rows * scale)
+    image = image.resize((columns, rows), resample=Image.Resampling.BICUBIC)
+    left, top = (columns - width) // 2, (rows - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ Dims: B batch, C channels, H x W pixels.
 
 import os
 import signal
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+
+from speedit_plugins.data.buckets import usable_size, whole_batches
 
 # What a seed is for: the first number of every path given to `stream_seed`, so that no two streams are one.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
@@ -23,7 +26,10 @@ Key = tuple[int, int]
 
 
 class SampleSource(Protocol):
-    """What the loader needs from a dataset; every random choice of `load` comes from `generator`."""
+    """What the loader needs from a dataset; every random choice of `load` comes from `generator`.
+
+    Where not all samples have one shape, it also has `buckets`, int64 (len,): those of a bucket have.
+    """
 
     def __len__(self) -> int: ...
 
@@ -37,8 +43,11 @@ class ResumableLoader:
     batch every rank yields its part. The position counts batches handed out, never batches prefetched: it is
     the same for every number of workers and on every rank, and goes on with any number of ranks.
 
+    With buckets each batch, of all ranks together, is of one bucket, and the rest of every bucket is dropped:
+    see `whole_batches`.
+
     Args:
-        dataset: has `__len__` and `load(index, generator)`.
+        dataset: has `__len__` and `load(index, generator)`, and where shapes differ `buckets`.
         batch_size: samples per batch of all ranks together, in [1, len(dataset)].
         seed: >= 0; decides the order and the augmentation of every epoch.
         num_workers: loading processes of this rank; 0 loads in this one.
@@ -89,6 +98,8 @@ class ResumableLoader:
         self.prefetch_factor = prefetch_factor
         self.rank, self.world_size = rank, world_size
         self.pin_memory = pin_memory
+        self._buckets: Tensor | None = getattr(dataset, "buckets", None)
+        self._usable_size, self._arrangement = _arrangement(self._buckets, size=size, batch_size=batch_size)
         self._epoch = 0
         self._offset = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -101,7 +112,7 @@ class ResumableLoader:
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches in one pass over the data."""
-        return len(self.dataset) // self.batch_size
+        return self._usable_size // self.batch_size
 
     def __iter__(self) -> "ResumableLoader":
         return self
@@ -116,7 +127,7 @@ class ResumableLoader:
             self.close()
             raise
         self._epoch, self._offset = settle(
-            self._epoch, self._offset + self.batch_size, size=len(self.dataset), batch_size=self.batch_size
+            self._epoch, self._offset + self.batch_size, size=self._usable_size, batch_size=self.batch_size
         )
         return batch
 
@@ -129,21 +140,27 @@ class ResumableLoader:
             batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
 
     def state_dict(self) -> dict[str, int]:
-        """The position as plain ints: seed, epoch, offset (samples of it handed out), size of the dataset."""
+        """The position as plain ints: seed, epoch, offset (samples of it handed out), size of the dataset.
+
+        With buckets also what arranges an epoch: batch_size and a checksum of the buckets.
+        """
         return {
             "seed": self.seed,
             "epoch": self._epoch,
             "offset": self._offset,
             "size": len(self.dataset),
+            **self._arrangement,
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues from `state_dict`'s position.
 
-        The batch size may differ from the saved one: the offset counts samples.
+        The batch size may differ from the saved one: the offset counts samples. With buckets it may only at
+        the start of an epoch, like the buckets themselves.
 
         Raises:
-            ValueError: a key is missing, unknown or out of range, or seed or dataset size is another one.
+            ValueError: a key is missing, unknown or out of range, or seed or dataset size is another one, or,
+                within an epoch of buckets, batch size or buckets are.
         """
         wanted = set(self.state_dict())
         if set(state) != wanted:
@@ -160,17 +177,33 @@ class ResumableLoader:
             raise ValueError(
                 f"the saved position has seed {state['seed']}, got a loader with seed {self.seed}"
             )
-        if state["offset"] > size:
-            raise ValueError(f"the loader's state needs offset <= {size}, got {state['offset']}")
+        self._check_arrangement(state)
+        if state["offset"] > self._usable_size:
+            raise ValueError(f"the loader's state needs offset <= {self._usable_size}, got {state['offset']}")
         self.close()
         self._epoch, self._offset = settle(
-            state["epoch"], state["offset"], size=size, batch_size=self.batch_size
+            state["epoch"], state["offset"], size=self._usable_size, batch_size=self.batch_size
         )
+
+    def _check_arrangement(self, state: Mapping[str, int]) -> None:
+        """Raises ValueError unless the saved offset points to the same samples here."""
+        for key, value in self._arrangement.items():
+            if state["offset"] and state[key] != value:
+                raise ValueError(
+                    f"the saved position lies within an epoch of buckets with {key} {state[key]},"
+                    f" got {value}, which arranges that epoch otherwise; wanted the same one"
+                )
+        if self._arrangement and state["offset"] % self.batch_size:
+            raise ValueError(
+                f"the loader's state needs an offset of whole batches of {self.batch_size} with buckets, got"
+                f" {state['offset']}"
+            )
 
     def _start(self) -> Iterator[dict[str, Tensor]]:
         """Batches from the current position on."""
         keys = _BatchKeys(
             size=len(self.dataset),
+            buckets=self._buckets,
             batch_size=self.batch_size,
             seed=self.seed,
             start=(self._epoch, self._offset),
@@ -223,8 +256,18 @@ class _BatchKeys:
     A batch is cut from the epoch's order before any sample is read.
     """
 
-    def __init__(self, *, size: int, batch_size: int, seed: int, start: Key, part: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        *,
+        size: int,
+        buckets: Tensor | None,
+        batch_size: int,
+        seed: int,
+        start: Key,
+        part: tuple[int, int],
+    ) -> None:
         self.size = size
+        self.buckets = buckets
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
@@ -235,10 +278,29 @@ class _BatchKeys:
         epoch, offset = self.start
         while True:
             order = epoch_order(self.size, seed=self.seed, epoch=epoch)
-            for first in range(offset, self.size - self.batch_size + 1, self.batch_size):
+            if self.buckets is not None:
+                order = whole_batches(order, self.buckets, batch_size=self.batch_size)
+            for first in range(offset, len(order) - self.batch_size + 1, self.batch_size):
                 own = first + self.skipped
                 yield [(epoch, index) for index in order[own : own + self.part_size].tolist()]
             epoch, offset = epoch + 1, 0
+
+
+def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple[int, dict[str, int]]:
+    """Samples of an epoch to cut batches from, and what a position within it depends on with buckets."""
+    if buckets is None:
+        return size, {}
+    if buckets.shape != (size,) or buckets.dtype != torch.int64:
+        raise ValueError(
+            f"the loader needs buckets of shape ({size},) and type int64, got {tuple(buckets.shape)} and"
+            f" {buckets.dtype}"
+        )
+    usable = usable_size(buckets, batch_size=batch_size)
+    if usable == 0:
+        raise ValueError(
+            f"the loader needs at least batch_size = {batch_size} samples in one bucket, got none that large"
+        )
+    return usable, {"batch_size": batch_size, "buckets_crc32": zlib.crc32(buckets.numpy().tobytes())}
 
 
 class _KeyedSamples:

@@ -61,9 +61,10 @@ def _reference_images(config: ExperimentConfig) -> tuple[Tensor, Tensor | None, 
     if config.reference is not None:
         return torch.from_numpy(read_npz(config.reference)), None, config.reference
     dataset = build.build_dataset(config, augmented=False)
-    if isinstance(dataset, LatentCache):
+    if isinstance(dataset, LatentCache) or getattr(dataset, "buckets", None) is not None:
         raise ValueError(
-            "test compares images, got a LatentCache; wanted reference: NPZ or the image dataset"
+            "test compares images of one size, got a LatentCache or buckets; wanted reference: NPZ, or the"
+            " image dataset without buckets"
         )
     generator = torch.Generator().manual_seed(config.seed)
     images, labels = [], []

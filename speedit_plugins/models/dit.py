@@ -124,6 +124,14 @@ class DiT(nn.Module):
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
         return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """As every module's, but for the positions of other grids.
+
+        Compiled along, each new grid in their cache would invalidate what is compiled for all others.
+        """
+        self._cached_positions = torch.compiler.disable(self._cached_positions)  # type: ignore[method-assign]  # of this object
+        super().compile(*args, **options)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws every parameter anew: the law of facebookresearch/DiT, in its order of draws.
@@ -149,8 +157,8 @@ class DiT(nn.Module):
         edge = self.patch_size
         if x.ndim != 4 or x.shape[1] != self.in_channels or any(n < edge or n % edge for n in x.shape[2:]):
             raise ValueError(
-                f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {self.in_channels}, h, w) with h and w"
-                f" multiples of patch_size {edge}"
+                f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {self.in_channels}, h, w) with"
+                f" h and w multiples of patch_size {edge}"
             )
         if timestep.shape != x.shape[:1]:
             raise ValueError(f"DiT got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)")
@@ -175,11 +183,16 @@ class DiT(nn.Module):
         edge = self.input_size // self.patch_size
         if rows == columns == edge:
             return self.pos_embed
+        return self._cached_positions(rows, columns, device).to(self.pos_embed.dtype)
+
+    def _cached_positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """The position table of another grid than the model's own, float32 (1, rows columns, D)."""
         key = (rows, columns, device)
         if key not in self._other_positions:
+            edge = self.input_size // self.patch_size
             table = sincos_positions(self.pos_embed.shape[2], edge, shape=(rows, columns))
             self._other_positions[key] = table.to(device)
-        return self._other_positions[key].to(self.pos_embed.dtype)
+        return self._other_positions[key]
 
     def _unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, N, P P out_channels) -> (B, out_channels, h, w)."""
