@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speedit_plugins.data.loader import ResumableLoader, epoch_order, sample_seeds, settle, stream_seed
+from speedit_plugins.data.loader import ResumableLoader, epoch_order, settle, stream_seed
 
 
 class Numbered:
@@ -134,27 +134,6 @@ def test_the_ranks_together_yield_the_batches_of_one_process_also_after_their_nu
         loader.load_state_dict(data.draw(st.sampled_from(states)))
     whole = take(ResumableLoader(Numbered(size), batch_size=batch_size, seed=seed), total)
     assert_same(head + together(second, total - cut), whole)
-
-
-@given(
-    seed=st.integers(0, 2**64),
-    path=st.lists(st.integers(0, 2**31), max_size=3),
-    counts=st.tuples(st.integers(0, 40), st.integers(0, 40)),
-)
-def test_the_seed_of_a_sample_does_not_depend_on_how_many_there_are(
-    seed: int, path: list[int], counts: tuple[int, int]
-) -> None:
-    fewer, more = sorted(counts)
-    seeds = sample_seeds(seed, *path, count=more)
-    assert sample_seeds(seed, *path, count=fewer) == seeds[:fewer]
-    assert seeds[:1] == [stream_seed(seed, *path)][:more]
-    assert all(type(value) is int and 0 <= value < 2**64 for value in seeds)
-
-
-def test_the_seeds_of_samples_differ_within_a_step_and_between_steps() -> None:
-    seeds = [value for step in range(20) for value in sample_seeds(0, step, count=500)]
-    # 10,000 distinct 64-bit values: a chance collision has probability 3e-12.
-    assert len(set(seeds)) == 10_000
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:

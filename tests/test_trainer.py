@@ -9,7 +9,7 @@ from runs import small_config, small_trainer
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.data.loader import NOISE_STREAM, TIMESTEP_STREAM, sample_seeds, stream_seed
+from speedit_plugins.data.loader import NOISE_STREAM, TIMESTEP_STREAM, stream_seed
 from speedit_plugins.engine import checkpoint
 from speedit_plugins.engine.checkpoint import CheckpointError
 from speedit_plugins.engine.interrupt import StopRequest
@@ -87,7 +87,7 @@ def test_one_step_is_adamw_on_the_weighted_loss(tmp_path: Path) -> None:
     noise = torch.stack(
         [
             torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed))
-            for seed in sample_seeds(twin.config.seed, NOISE_STREAM, 0, count=16)
+            for seed in (stream_seed(twin.config.seed, NOISE_STREAM, 0, i) for i in range(16))
         ]
     )
     alpha_bar = twin.process.schedule.alphas_cumprod[draw.index].float().reshape(-1, 1, 1, 1)

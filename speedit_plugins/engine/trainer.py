@@ -19,7 +19,6 @@ from speedit_plugins.data.loader import (
     NOISE_STREAM,
     TIMESTEP_STREAM,
     ResumableLoader,
-    sample_seeds,
     stream_seed,
 )
 from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
@@ -263,9 +262,8 @@ class Trainer:
         """This rank's part of batch `number` of the step; seeds its samples' generators."""
         num_rows = len(self._generators)
         first = number * self.config.data.batch_size + self.runtime.rank * num_rows
-        seeds = sample_seeds(self.config.seed, NOISE_STREAM, self.step, count=first + num_rows)
-        for generator, seed in zip(self._generators, seeds[first:], strict=True):
-            generator.manual_seed(seed)
+        for position, generator in enumerate(self._generators, start=first):
+            generator.manual_seed(stream_seed(self.config.seed, NOISE_STREAM, self.step, position))
         rows = slice(first, first + num_rows)
         return replace(
             timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
