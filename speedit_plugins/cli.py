@@ -113,7 +113,7 @@ def _rank() -> str:
 
 def _tell_launcher(error: Exception) -> None:
     """Leaves the error where torchrun looks for the cause of a failed job."""
-    if _is_launched() and "torch" in sys.modules:
+    if _is_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

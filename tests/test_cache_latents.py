@@ -18,6 +18,7 @@ from speedit_plugins.data.latents import LatentCache, read_index, sample_latents
 from speedit_plugins.data.loader import ResumableLoader
 from speedit_plugins.engine.build import build_dataset
 from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.models.pretrained import Autoencoder
 
 ROOT = Path(__file__).parent.parent
@@ -247,3 +248,29 @@ def test_latents_beyond_half_precision_are_refused(
     assert tool.main([*command, "--out", str(tmp_path / "half"), "--dtype", "float16"]) == 2
     assert "latent_mean of samples 0..3 is not finite in float16" in capsys.readouterr().err
     assert tool.main([*command, "--out", str(tmp_path / "single")]) == 0
+
+
+@pytest.mark.parametrize("encoder", ["autoencoder", "pixels"])
+def test_training_from_the_cache_follows_training_on_the_fly(
+    tool: ModuleType, config: Path, tmp_path: Path, encoder: str
+) -> None:
+    pixels = ["encoder={type: Pixels}", "model.patch_size=4"] if encoder == "pixels" else []
+    # Mirrored images are drawn alike from both.
+    assert tool.main(["-c", str(config), "--out", str(tmp_path), "--flip", *pixels]) == 0
+    losses = []
+    for cached in ([], ["data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]):
+        trainer = build_trainer(load_config(config, "train", [*pixels, *cached]))
+        for _ in range(3):
+            assert not trainer.optimizer_step()[0].is_skipped
+        losses.append(trainer.window.summary()["loss"])
+    # Convolutions round by their batch.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_training_with_another_encoder_than_the_caches_is_refused(
+    tool: ModuleType, config: Path, tmp_path: Path
+) -> None:
+    assert tool.main(["-c", str(config), "--out", str(tmp_path)]) == 0
+    changed = ["encoder={type: Pixels}", "data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]
+    with pytest.raises(ValueError, match=r"were made by another encoder than \{'type': 'Pixels'\}"):
+        build_trainer(load_config(config, "train", changed))

@@ -142,7 +142,7 @@ def test_fine_tuning_on_other_classes_reports_what_stays_at_its_initial_value(tm
     table = "y_embedder.embedding_table.weight"
     before = model.state_dict()[table].clone()
     with pytest.raises(
-        ValueError, match=rf"of 1 names it has\n  {table}: shape \(4, 8\), wanted shape \(8, 8\)"
+        ValueError, match=rf"not fit the model: {table}: shape \(4, 8\), wanted shape \(8, 8\); wanted the"
     ):
         load_weights(model, tmp_path / "w.pt")
     report = load_weights(model, tmp_path / "w.pt", allow_mismatch=("y_embedder.",))
@@ -165,14 +165,11 @@ def test_a_mismatch_lists_names_and_copies_nothing(tmp_path: Path) -> None:
     model = DiT(**SMALL)
     # Two blocks of five layers with weight and bias.
     with pytest.raises(
-        ValueError, match=r"of 20 names it has\n  blocks.1.attn.qkv.weight: shape \(24, 8\), wanted n"
+        ValueError,
+        match=r"the model: blocks.1.attn.qkv.weight: shape \(24, 8\), wanted n.*; and 17 more; wanted",
     ):
         load_weights(model, tmp_path / "w.pt")
     assert not (model.x_embedder.proj.weight == 2).any()
-    torch.save(filled(2.0, depth=4), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="of 30 names (.*\n)+  and 10 more$") as caught:
-        load_weights(model, tmp_path / "w.pt")
-    assert str(caught.value).count("\n") == 21
 
 
 def test_an_allowance_that_begins_no_name_is_refused(tmp_path: Path) -> None:

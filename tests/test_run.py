@@ -264,5 +264,5 @@ def test_a_finished_run_says_so_and_keeps_its_checkpoint(
     state = tmp_path / "checkpoints" / "step_0000003" / "state.pt"
     written = state.stat().st_mtime_ns
     assert speedit("train", tmp_path, max_training_steps=3) == 0
-    assert "nothing to train: the run is at step 3 of 3" in capfd.readouterr().out
+    assert "nothing to train: the run is at step 3, max_training_steps 3" in capfd.readouterr().out
     assert state.stat().st_mtime_ns == written

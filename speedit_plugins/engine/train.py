@@ -50,8 +50,9 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     if runtime.is_main:
         results.save_config(config, "train")
         _introduce(trainer, resumed)
-    with _tracker(config, trainer) as tracker:
-        trainer.fit(tracker, stop)
+    if started < config.max_training_steps:
+        with _tracker(config, trainer) as tracker:
+            trainer.fit(tracker, stop)
     if runtime.is_main:
         _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
 
@@ -174,8 +175,10 @@ def _introduce(trainer: Trainer, resumed: Path | None) -> None:
         ignored = "" if config.pretrained is None else f"; {config.pretrained} is not read again"
         say(f"going on from {resumed}{ignored}")
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    ranks = "" if runtime.world_size == 1 else f", {runtime.world_size} processes, {config.plugin}"
-    say(f"policy {trainer.policy}; {trained:,} trained parameters on {trainer.device.type}{ranks}")
+    where = f"{trainer.device.type}, {config.precision}"
+    if runtime.world_size > 1:
+        where += f", {runtime.world_size} processes, {config.plugin}"
+    say(f"policy {trainer.policy}; {trained:,} trained parameters on {where}")
 
 
 def _conclude(trainer: Trainer, folder: Path, *, started: int, signal_name: str | None) -> None:
@@ -185,11 +188,11 @@ def _conclude(trainer: Trainer, folder: Path, *, started: int, signal_name: str 
         title = f"{config.experiment_name or folder}: policy {trainer.policy.name}"
         pictures.save_loss_curve(rows, folder / results.LOSS_CURVE, title=title)
     if started >= config.max_training_steps:
-        say(f"nothing to train: the run is at step {started} of {config.max_training_steps}")
+        say(f"nothing to train: the run is at step {started}, max_training_steps {config.max_training_steps}")
     elif trainer.step < config.max_training_steps:
         say(f"stopped by {signal_name or 'a signal to another process'} after step {trainer.step}")
         say("run the same command again to go on from the checkpoint (resume: auto)")
     else:
-        skipped = f", {trainer.num_skipped} of them skipped" if trainer.num_skipped else ""
-        say(f"trained {trainer.step} steps{skipped}")
+        skipped = f", {trainer.num_skipped} steps skipped" if trainer.num_skipped else ""
+        say(f"trained to step {trainer.step}{skipped}")
     results.say_where(folder)

@@ -166,11 +166,10 @@ class Trainer:
             draw: its timesteps.
         """
         with self.clock.phase("encode"):
+            # Before the encoder draws: so it is the same for cached latents, whatever made them.
+            noise = self._noise(batch)
             latents, condition = self._encode(batch)
             self._num_tokens += self._tokens_of(latents) * self.runtime.world_size
-            noise = torch.empty_like(latents)
-            for row, generator in zip(noise, self._generators, strict=True):
-                torch.randn(row.shape, generator=generator, out=row)
         with self.clock.phase("forward"):
             noised = self.process.corrupt(latents, draw, noise=noise)
             with self.engine.autocast():
@@ -268,6 +267,18 @@ class Trainer:
         return replace(
             timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
         )
+
+    def _noise(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Standard normal of the latents' shape, each sample's from its own generator."""
+        if "image" in batch:
+            height, width = (side // self.encoder.downsample for side in batch["image"].shape[2:])
+            noise = torch.empty(len(self._generators), self.encoder.channels, height, width)
+        else:
+            noise = torch.empty(batch["latent_mean"].shape)
+        noise = noise.to(self.device)
+        for row, generator in zip(noise, self._generators, strict=True):
+            torch.randn(row.shape, generator=generator, out=row)
+        return noise
 
     def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}

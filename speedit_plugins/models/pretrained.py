@@ -64,10 +64,12 @@ def load_weights(
     excused = tuple(allow_mismatch)
     faults = [name for name in dict.fromkeys((*left_at_init, *unused)) if not name.startswith(excused)]
     if faults:
-        lines = [f"  {name}: {_shape(found, name)}, wanted {_shape(wanted, name)}" for name in faults[:20]]
-        rest = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        listed = "\n".join(lines) + rest
-        raise ValueError(f"'{path}' does not fit the model; of {len(faults)} names it has\n{listed}")
+        listed = [f"{name}: {_shape(found, name)}, wanted {_shape(wanted, name)}" for name in faults[:3]]
+        rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(
+            f"'{path}' does not fit the model: {'; '.join(listed)}{rest}; wanted the model's keys of the run"
+            " that wrote it (config.yaml beside a checkpoint)"
+        )
     model.load_state_dict({name: found[name] for name in loaded}, strict=False)
     return LoadReport(tuple(loaded), tuple(left_at_init), tuple(unused))
 
