@@ -103,6 +103,9 @@ def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> l
     kills = []
     for number in range(num_kills):
         newest = _newest_step(folder)
+        # What an earlier kill left must not be taken for a save of this launch.
+        for leftover in (folder / "checkpoints").glob("*.tmp"):
+            shutil.rmtree(leftover)
         job = _launch(folder, options)
         moment, rank = chance.choice(MOMENTS), chance.randrange(2)
         _wait_for(moment, job, folder, chance)

@@ -67,6 +67,16 @@ def test_moments_of_several_ranks_are_put_together_where_they_belong(tmp_path: P
     assert whole["step/a"].tolist() == [1.0]
 
 
+def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_saves(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 20, contents(), keep_last=3)
+    damaged = checkpoint.save(tmp_path, 40, contents(), keep_last=3)
+    (damaged / checkpoint.EMA).write_bytes(b"")
+    # Gone on from 20, and stopped before 40.
+    path = checkpoint.save(tmp_path, 25, contents(), keep_last=1)
+    assert checkpoint.newest_whole(checkpoint.newest_first(tmp_path)) == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000025", "step_0000040.damaged"]
+
+
 FILES = (checkpoint.MODEL, checkpoint.EMA, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
 
 

@@ -22,7 +22,6 @@ from speedit_plugins.engine.tracking import read_metrics
 pytest.importorskip("colossalai", reason="needs ColossalAI; make install adds it")
 psutil = pytest.importorskip("psutil")
 
-CHECKS = sorted(name for name in vars(distributed_checks) if name.startswith("check_"))
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
@@ -68,7 +67,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", CHECKS, ids=lambda name: name.removeprefix("check_"))
+@pytest.mark.parametrize(
+    "name", sorted(distributed_checks.CHECKS), ids=lambda name: name.removeprefix("check_")
+)
 def test_on_two_ranks(results: dict[str, list[str]], name: str) -> None:
     assert results[name] == [], "\n".join(results[name])
 

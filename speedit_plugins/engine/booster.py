@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from speedit_plugins.engine.masters import STEP, Master, load_optimizer
 from speedit_plugins.engine.replica import (
+    GROWTH_INTERVAL_STEPS,
     INITIAL_LOSS_SCALE,
     Engine,
     Replica,
@@ -28,8 +29,6 @@ from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import say
 
 INSTALLATION = "pip install 'speedit-plugins[colossal]' && pip install --no-deps colossalai==0.5.0"
-# Counters of ColossalAI's loss scaler that its own state dict leaves out.
-_SCALER_FIELDS = ("_growth_step", "_hysteresis_step")
 
 
 def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Engine:
@@ -89,6 +88,7 @@ class ZeroEngine:
         # Frozen tensors stay as they are, where the model is cast.
         self._untrained = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in named}
         self._max_norm = config.optimizer.max_grad_norm
+        self._step_scale, self._is_held = 1.0, False
         self._boost(named, config, runtime)
         self.masters = self._masters(named)
         # The masters were made from the cast model: they start from the weights as initialised.
@@ -109,14 +109,14 @@ class ZeroEngine:
     def step(self, lr: float, *, is_healthy: bool) -> StepResult:
         """One optimizer step with the gradients so far; see `Replica.step`."""
         grad_norm = math.inf
+        set_lr(self.optimizer, lr)
         if is_healthy:
-            set_lr(self.optimizer, lr)
-            scale = self._scale()
+            self._step_scale = self._scale()
             # Stays None where fp16 overflows: the step ends before a norm is taken.
             self._sharded._current_grad_norm = None
             self._sharded.step()
             norm = self._sharded._current_grad_norm
-            grad_norm = math.inf if norm is None else float(norm) / scale
+            grad_norm = math.inf if norm is None else float(norm) / self._step_scale
         self._sharded.zero_grad()
         return StepResult(grad_norm, is_skipped=not math.isfinite(grad_norm))
 
@@ -142,19 +142,16 @@ class ZeroEngine:
         return self._untrained
 
     def scaler_state(self) -> dict[str, Any]:
-        """The loss scale of fp16 and its counters; empty otherwise."""
+        """The loss scale of fp16 and the steps since it changed, alike in all engines; empty otherwise."""
         scaler = self._scaler()
-        if scaler is None:
-            return {}
-        return {"scale": float(scaler.scale), **{field: getattr(scaler, field) for field in _SCALER_FIELDS}}
+        return {} if scaler is None else {"scale": float(scaler.scale), "growth_step": scaler._growth_step}
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
-        """Restores `scaler_state`; the scale alone of one that ddp saved."""
+        """Restores `scaler_state`; an empty one, of another precision, leaves the scale as it starts."""
         scaler = self._scaler()
         if scaler is not None and state:
             scaler._scale.fill_(state["scale"])
-            for field in _SCALER_FIELDS:
-                setattr(scaler, field, state.get(field, 0))
+            scaler._growth_step = state["growth_step"]
 
     def _boost(self, named: Mapping[str, nn.Parameter], config: ExperimentConfig, runtime: Runtime) -> None:
         from colossalai.booster import Booster
@@ -166,13 +163,40 @@ class ZeroEngine:
             precision=config.precision,
             max_norm=self._max_norm,
             initial_scale=INITIAL_LOSS_SCALE,
-            max_scale=2**24,
+            growth_interval=GROWTH_INTERVAL_STEPS,
+            hysteresis=1,
             overlap_communication=runtime.device.type == "cuda",
         )
         self._booster = Booster(plugin=plugin)
         with _any_device_allowed():
             self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
-        _skip_unless_finite(self.optimizer, self._sharded)
+        self._guard_masters()
+        self._divide_by_the_scale_of_the_step(self._sharded.mixed_precision_mixin)
+
+    def _guard_masters(self) -> None:
+        """Lets the inner optimizer leave the masters alone where the step is to be skipped.
+
+        ColossalAI steps in any case, and one rank's NaN would reach every weight.
+        """
+        step = self.optimizer.step
+
+        def guarded(*args: Any, **options: Any) -> Any:
+            is_finite = math.isfinite(self._sharded._current_grad_norm)
+            return None if self._is_held or not is_finite else step(*args, **options)
+
+        self.optimizer.step = guarded  # type: ignore[method-assign]  # the object is ours, its class is torch's
+
+    def _divide_by_the_scale_of_the_step(self, mixin: Any) -> None:
+        """ColossalAI lets a scale grow before it divides by it: the step would be half as long."""
+        if self._scaler() is None:
+            return
+        divide = mixin.get_grad_div_scale
+
+        def by_the_scale_of_the_step() -> float:
+            divide()  # for the state it keeps
+            return self._step_scale
+
+        mixin.get_grad_div_scale = by_the_scale_of_the_step
 
     def _masters(self, named: Mapping[str, nn.Parameter]) -> list[Master]:
         masters = []
@@ -200,11 +224,35 @@ class GeminiEngine(ZeroEngine):
     Source: Fang et al. 2022, arXiv:2108.05818.
     """
 
+    def step(self, lr: float, *, is_healthy: bool) -> StepResult:
+        """One optimizer step; see `Replica.step`.
+
+        Gradients may lie where the weights were, so that a skipped step too runs to its end, which puts the
+        masters back.
+        """
+        set_lr(self.optimizer, lr)
+        self._step_scale = self._scale()
+        self._sharded._current_grad_norm = None
+        self._is_held = not is_healthy
+        self._sharded.step()
+        norm = self._sharded._current_grad_norm
+        grad_norm = math.inf if norm is None or not is_healthy else float(norm) / self._step_scale
+        self._sharded.zero_grad()
+        # Left set where ColossalAI ends an overflowing step early.
+        self._sharded.module.chunk_manager.accumulating_grads = False
+        return StepResult(grad_norm, is_skipped=not math.isfinite(grad_norm))
+
+    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies whole parameters into the chunks, frozen tensors into what is saved too."""
+        """Copies whole parameters into chunks and masters, frozen tensors into what is saved too."""
         self.model.load_state_dict(dict(weights), strict=False)
         for name in weights.keys() & self._untrained.keys():
             self._untrained[name].copy_(weights[name])
+        # What the chunks took went through the model's precision.
+        for master in self.masters:
+            if master.name in weights:
+                flat = weights[master.name].reshape(-1)
+                master.values.copy_(flat[master.start : master.start + len(master.values)])
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
         """Sets the optimizer's state; this Adam counts its steps in plain ints."""
@@ -227,11 +275,14 @@ class GeminiEngine(ZeroEngine):
             # The norm is only taken where something is clipped, and it decides whether a step is skipped.
             max_norm=self._max_norm or math.inf,
             initial_scale=INITIAL_LOSS_SCALE,
+            growth_interval=GROWTH_INTERVAL_STEPS,
+            hysteresis=1,
             enable_gradient_accumulation=options.grad_accumulation > 1,
         )
         self._booster = Booster(plugin=plugin)
         self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
-        _skip_unless_finite(self.optimizer, self._sharded)
+        self._guard_masters()
+        self._divide_by_the_scale_of_the_step(self._sharded.mix_precision_mixin)
 
     def _masters(self, named: Mapping[str, nn.Parameter]) -> list[Master]:
         name_of = {id(parameter): name for name, parameter in named.items()}
@@ -297,19 +348,6 @@ def _any_device_allowed() -> Iterator[None]:
         yield
     finally:
         LowLevelZeroOptimizer._sanity_checks = check
-
-
-def _skip_unless_finite(inner: torch.optim.Optimizer, sharded: Any) -> None:
-    """Makes the inner optimizer leave the masters alone where the gradient norm is not finite.
-
-    ColossalAI steps in any case, and one rank's NaN would reach every weight.
-    """
-    step = inner.step
-
-    def guarded(*args: Any, **options: Any) -> Any:
-        return step(*args, **options) if math.isfinite(sharded._current_grad_norm) else None
-
-    inner.step = guarded  # type: ignore[method-assign]  # the object is ours, its class is torch's
 
 
 def _import_quietly() -> None:

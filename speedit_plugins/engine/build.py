@@ -147,9 +147,9 @@ def _dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict
 def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
     """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device.
 
-    Under bf16 the whole model counts in bf16, which autocast does for all but the norms.
+    Under bf16 and fp16 the whole model counts in it, which autocast does for all but the norms.
     """
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     model = model.to(dtype).train()
     B, size = config.data.batch_size, cast(int, model.input_size)
     storages: dict[int, Tensor] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,7 +104,10 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if runtime.is_main:
-        _remove_old(folder, keep_last, keep_every)
+        try:
+            _remove_old(target, keep_last, keep_every)
+        except OSError as error:
+            say(f"older checkpoints beside {target} cannot be removed: {error}")
     return target
 
 
@@ -216,14 +219,14 @@ def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list
     result, failure = None, None
     try:
         result = action()
-    # torch reports a failed write as RuntimeError, safetensors as its own.
-    except (OSError, RuntimeError, SafetensorError) as error:
+    # Whatever it is: the other ranks wait to be told.
+    except Exception as error:
         failure = error
     said = runtime.gather_objects((result, None if failure is None else str(failure)))
     for rank, (_, message) in enumerate(said):
         if message is not None:
-            last = newest(target.parent)
-            kept = f"the last checkpoint is {last}" if last else "there is no earlier checkpoint"
+            earlier = [p for p in newest_first(target.parent) if step_of(p) < step_of(target)]
+            kept = f"the last checkpoint is {earlier[0]}" if earlier else "there is no earlier checkpoint"
             where = f" on rank {rank}" if runtime.world_size > 1 else ""
             raise CheckpointError(f"cannot write checkpoint {target}{where}: {message}; {kept}") from failure
     return [result for result, _ in said]
@@ -295,7 +298,11 @@ def _own_damage(path: Path, runtime: Runtime) -> str | None:
     return None
 
 
-def _remove_old(folder: Path, keep_last: int, keep_every: int) -> None:
+def _remove_old(target: Path, keep_last: int, keep_every: int) -> None:
+    folder = target.parent
+    for later in (path for path in newest_first(folder) if step_of(path) > step_of(target)):
+        # A run only comes to lie behind a checkpoint that was damaged and passed over.
+        later.rename(later.with_suffix(".damaged"))
     for old in newest_first(folder)[keep_last:]:
         if not keep_every or step_of(old) % keep_every:
             _set_aside(old)

@@ -15,6 +15,7 @@ from speedit_plugins.data.loader import IMAGE_STREAM, LABEL_STREAM, stream_seed
 from speedit_plugins.diffusion import sampling
 from speedit_plugins.diffusion.process import GaussianProcess
 from speedit_plugins.engine import build, checkpoint, pictures, results
+from speedit_plugins.engine.replica import AUTOCAST
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import progress, say
 from speedit_plugins.evaluation.npz import write_npz
@@ -125,9 +126,10 @@ class ImageGenerator:
 
     def _model_with(self, weights: Mapping[str, Tensor] | None) -> sampling.Model:
         own = dict(weights or {})
+        is_half = self.config.precision != "fp32"
 
         def model(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with torch.autocast(x.device.type, AUTOCAST[self.config.precision], enabled=is_half):
                 return cast(Tensor, functional_call(self.model, own, (x, timestep, condition)))
 
         return model

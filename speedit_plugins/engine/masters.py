@@ -79,7 +79,8 @@ def optimizer_slices(
     found = {}
     for master in masters:
         # Empty before the first step, and for a parameter that never had a gradient.
-        for kind, value in optimizer.state[master.key].items():
+        # Not by index: the optimizer's state makes an entry for whoever looks.
+        for kind, value in optimizer.state.get(master.key, {}).items():
             name = f"{kind}/{master.name}"
             if kind == STEP:
                 found[name] = Slice(0, torch.as_tensor(value, dtype=torch.float32).reshape(1))

@@ -14,8 +14,9 @@ from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Source: torch.amp.GradScaler's own default.
+# Of the loss scale under fp16. Source: torch.amp.GradScaler's own defaults.
 INITIAL_LOSS_SCALE = 2.0**16
+GROWTH_INTERVAL_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class Replica:
         self._max_norm = config.optimizer.max_grad_norm
         self._device_type, self._precision = runtime.device.type, config.precision
         self._scaler = torch.amp.GradScaler(
-            runtime.device.type, init_scale=INITIAL_LOSS_SCALE, enabled=config.precision == "fp16"
+            runtime.device.type,
+            init_scale=INITIAL_LOSS_SCALE,
+            growth_interval=GROWTH_INTERVAL_STEPS,
+            enabled=config.precision == "fp16",
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -99,6 +103,7 @@ class Replica:
         Args:
             is_healthy: False skips it, as a gradient norm does that is not finite. The same on all ranks.
         """
+        set_lr(self.optimizer, lr)
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         grad_norm = float(norm)
@@ -106,7 +111,6 @@ class Replica:
         if not is_skipped:
             if self._max_norm:
                 nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-            set_lr(self.optimizer, lr)
             self.optimizer.step()
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -129,13 +133,15 @@ class Replica:
         return {name: value for name, value in self.module.state_dict().items() if name not in trained}
 
     def scaler_state(self) -> dict[str, Any]:
-        """The loss scale of fp16 and its counters; empty otherwise."""
-        return self._scaler.state_dict()
+        """The loss scale of fp16 and the steps since it changed, alike in all engines; empty otherwise."""
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "growth_step": state["_growth_tracker"]} if state else {}
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
         """Restores `scaler_state`; an empty one, of another precision, leaves the scale as it starts."""
         if state and self._scaler.is_enabled():
-            self._scaler.load_state_dict(dict(state))
+            changed = {"scale": state["scale"], "_growth_tracker": state["growth_step"]}
+            self._scaler.load_state_dict({**self._scaler.state_dict(), **changed})
 
     def _wrapped(self, model: nn.Module, runtime: Runtime) -> nn.Module:
         if runtime.world_size == 1:

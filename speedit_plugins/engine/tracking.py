@@ -152,9 +152,15 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._lines.close()
-        for board in self._boards:
-            board.close(is_failed=error is not None)
+        try:
+            self._lines.close()
+        except OSError as closing:
+            # It flushes again what a failed write left, whose error is on its way.
+            if error is None:
+                raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
+        finally:
+            for board in self._boards:
+                board.close(is_failed=error is not None)
 
 
 class SilentTracker(Tracker):

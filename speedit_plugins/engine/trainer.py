@@ -56,8 +56,9 @@ class TrainingParts:
 class Trainer:
     """Trains a model step by step; everything that decides the next step is in its checkpoint.
 
-    Every random number is a function of the seed, the step and the sample's position in the step's global
-    batch: a resumed run goes on with those of an uninterrupted one, on any number of ranks.
+    Data order, timesteps and noise are functions of the seed, the step and the sample's position in the
+    step's global batch: a resumed run goes on with those of an uninterrupted one, on any number of ranks.
+    Label dropout, which the model draws, is one of seed, step and rank.
 
     Args:
         parts: the objects that train.
@@ -90,6 +91,7 @@ class Trainer:
         self._num_skipped_in_a_row = 0
         self._num_tokens = 0
         self._saved_step = -1
+        self._last_saved: Path | None = None
         self._draw_grid, self._mfu = draw_grid, parts.mfu
         rows = config.data.batch_size // self.runtime.world_size
         self._generators = [torch.Generator(self.device) for _ in range(rows)]
@@ -226,7 +228,7 @@ class Trainer:
             keep_every=self.config.keep_every,
             runtime=self.runtime,
         )
-        self._saved_step = self.step
+        self._saved_step, self._last_saved = self.step, path
         return path
 
     def restore(self, path: Path) -> None:
@@ -249,6 +251,7 @@ class Trainer:
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         self.step = self._saved_step = state["step"]
+        self._last_saved = path
         self.num_skipped = state["num_skipped"]
 
     def _draw_timesteps(self) -> TimestepDraw:
@@ -272,10 +275,10 @@ class Trainer:
         """Standard normal of the latents' shape, each sample's from its own generator."""
         if "image" in batch:
             height, width = (side // self.encoder.downsample for side in batch["image"].shape[2:])
-            noise = torch.empty(len(self._generators), self.encoder.channels, height, width)
+            sizes = torch.Size((len(self._generators), self.encoder.channels, height, width))
         else:
-            noise = torch.empty(batch["latent_mean"].shape)
-        noise = noise.to(self.device)
+            sizes = batch["latent_mean"].shape
+        noise = torch.empty(sizes, device=self.device)
         for row, generator in zip(noise, self._generators, strict=True):
             torch.randn(row.shape, generator=generator, out=row)
         return noise
@@ -333,12 +336,14 @@ class Trainer:
         tracker.log(self.step, row)
 
     def _draw(self, draw_grid: DrawGrid) -> None:
-        weights = self.averaged_weights()
+        averages = self.averaged_weights()
         if self.runtime.is_main:
-            draw_grid(weights, self.step)
+            # Frozen tensors too: a plugin may have cast the model's own.
+            weights = {**self.engine.untrained(), **averages}
+            draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
 
     def _last_checkpoint(self) -> str:
-        last = checkpoint.newest(self.folder / CHECKPOINTS)
+        last = self._last_saved
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"
 
 
