@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from speedit_plugins.data.files import flush, sha256_of
 from speedit_plugins.registry import DATASETS
 
 INDEX = "index.json"
@@ -313,7 +314,7 @@ def check_shard(folder: Path, shard: Shard, *, verify: bool = True) -> None:
     num_bytes = path.stat().st_size
     if num_bytes != shard.num_bytes:
         raise ValueError(f"the shard {path} is damaged: wanted {shard.num_bytes} bytes, got {num_bytes}")
-    if verify and _sha256(path) != shard.sha256:
+    if verify and sha256_of(path) != shard.sha256:
         raise ValueError(f"the shard {path} is damaged: its sha256 is not that of {INDEX}")
 
 
@@ -330,14 +331,6 @@ def _map(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the shard {path} cannot be read: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
@@ -359,16 +352,10 @@ def _write_index(folder: Path, index: ShardIndex) -> None:
 def _write_whole(path: Path, content: bytes) -> None:
     """Writes beside the target and renames: what stood there before stays until the new file is on disk."""
     partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_bytes(content)
+    flush(partial)
     partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush(path.parent)
 
 
 DATASETS.register_module(name="LatentCache", module=LatentCache)

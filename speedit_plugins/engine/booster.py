@@ -128,10 +128,7 @@ class ZeroEngine:
             own[name].copy_(value)
             if name in self._untrained:
                 self._untrained[name].copy_(value)
-        for master in self.masters:
-            if master.name in weights:
-                flat = weights[master.name].reshape(-1)
-                master.values.copy_(flat[master.start : master.start + len(master.values)])
+        self._load_masters(weights)
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
         """Sets the optimizer's state, see `masters.load_optimizer`."""
@@ -172,6 +169,13 @@ class ZeroEngine:
             self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
         self._guard_masters()
         self._divide_by_the_scale_of_the_step(self._sharded.mixed_precision_mixin)
+
+    def _load_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies this rank's slices of whole parameters."""
+        for master in self.masters:
+            if master.name in weights:
+                flat = weights[master.name].reshape(-1)
+                master.values.copy_(flat[master.start : master.start + len(master.values)])
 
     def _guard_masters(self) -> None:
         """Lets the inner optimizer leave the masters alone where the step is to be skipped.
@@ -249,10 +253,7 @@ class GeminiEngine(ZeroEngine):
         for name in weights.keys() & self._untrained.keys():
             self._untrained[name].copy_(weights[name])
         # What the chunks took went through the model's precision.
-        for master in self.masters:
-            if master.name in weights:
-                flat = weights[master.name].reshape(-1)
-                master.values.copy_(flat[master.start : master.start + len(master.values)])
+        self._load_masters(weights)
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
         """Sets the optimizer's state; this Adam counts its steps in plain ints."""

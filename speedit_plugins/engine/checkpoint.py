@@ -5,9 +5,7 @@ optimizer moments per rank, state.pt (data position, policy, loss scale: plain v
 config.yaml, and manifest.json with size and SHA-256 of each of them.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from speedit_plugins.data.files import flush, sha256_of
 from speedit_plugins.engine.masters import Slice
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.tracking import say
@@ -257,8 +256,8 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
 
 def _finished(path: Path) -> dict[str, Any]:
     """Flushes a file to the disk; its size in bytes and hash, for the manifest."""
-    _sync(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    flush(path)
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Callable[[], None]:
@@ -266,8 +265,8 @@ def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Call
 
     def publish() -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync(partial / MANIFEST)
-        _sync(partial)
+        flush(partial / MANIFEST)
+        flush(partial)
         replaced = _set_aside(target)
         try:
             partial.rename(target)
@@ -275,7 +274,7 @@ def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Call
             if replaced is not None:
                 replaced.rename(target)
             raise
-        _sync(target.parent)
+        flush(target.parent)
 
     return publish
 
@@ -289,7 +288,7 @@ def _own_damage(path: Path, runtime: Runtime) -> str | None:
             size = (path / name).stat().st_size
             if size != facts["size"]:
                 return f"{name} has {size} bytes, wanted {facts['size']}"
-            if _sha256(path / name) != facts["sha256"]:
+            if sha256_of(path / name) != facts["sha256"]:
                 return f"{name} does not have the hash of the manifest"
     except OSError as error:
         return f"{error.filename or path}: {error.strerror}"
@@ -318,19 +317,3 @@ def _set_aside(path: Path) -> Path | None:
     aside = path.with_suffix(".old")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -78,8 +78,8 @@ def optimizer_slices(
     """This rank's slice of each moment, "exp_avg/<parameter>"; the count "step/<parameter>" is whole."""
     found = {}
     for master in masters:
-        # Empty before the first step, and for a parameter that never had a gradient.
-        # Not by index: the optimizer's state makes an entry for whoever looks.
+        # Empty before the first step, and for a parameter that never had a gradient; asked by `get`, since
+        # the optimizer's state makes an entry for whoever indexes it.
         for kind, value in optimizer.state.get(master.key, {}).items():
             name = f"{kind}/{master.name}"
             if kind == STEP:

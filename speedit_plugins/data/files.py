@@ -1,0 +1,31 @@
+"""Files that must be right on the disk: their hash, and their way to it."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's contents in hexadecimal, read in pieces of 4 MiB.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Returns when a file's contents, or the entries of a folder, are on the disk.
+
+    Raises:
+        OSError: the system cannot write them.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+
+from speedit_plugins.data.files import flush, sha256_of
+
+
+def test_the_hash_is_that_of_the_standards_example(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    # FIPS 180-4, example of SHA-256 for a message of one block.
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_longer_than_a_piece_hashes_as_a_whole(tmp_path: Path) -> None:
+    for name, content in (("long", bytes(2**22) + b"a"), ("other", bytes(2**22) + b"b")):
+        (tmp_path / name).write_bytes(content)
+    assert sha256_of(tmp_path / "long") != sha256_of(tmp_path / "other")
+
+
+def test_files_and_folders_are_flushed_and_missing_ones_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    flush(tmp_path / "file")
+    flush(tmp_path)
+    with pytest.raises(OSError, match="absent"):
+        flush(tmp_path / "absent")
