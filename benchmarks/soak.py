@@ -187,11 +187,20 @@ def _differences(*folders: Path) -> list[str]:
         for name in {*getattr(whole, part), *getattr(killed, part)}
         if not _same(getattr(whole, part), getattr(killed, part), name)
     ]
-    return different + [key for key in whole.state if str(whole.state[key]) != str(killed.state[key])]
+    keys = {*whole.state, *killed.state}
+    return different + [f"state/{key}" for key in keys if not _same(whole.state, killed.state, key)]
 
 
 def _same(one: Any, other: Any, name: str) -> bool:
-    return name in one and name in other and torch.equal(one[name], other[name])
+    return name in one and name in other and _equal(one[name], other[name])
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _summary(kills: list[Kill]) -> str:
