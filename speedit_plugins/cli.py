@@ -18,7 +18,7 @@ USER_ERROR = 2
 PEER_LOST = 3
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
-# How gloo, NCCL and the store say that the other side of a collective is gone or silent.
+# How gloo, NCCL and the store say that a collective failed: mostly since another process is gone or silent.
 _LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
 
 # Each phase is the function of its name in a module of the engine.
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _tell_launcher(error)
         if _is_lost_peer(error):
-            sys.stderr.write(f"speedit: {_rank()}lost another process, which says why: {_one_line(error)}\n")
+            lost = "lost another process, which says why if it failed"
+            sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
             return PEER_LOST
         if not _is_user_error(error):
             raise

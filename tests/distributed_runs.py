@@ -43,9 +43,7 @@ def steps(trainer: Trainer, count: int) -> Trainer:
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     """Whole masters on rank 0, with the key biases cut out."""
-    slices = masters.owned(
-        trainer.engine.masters, trainer.runtime, is_replicated=trainer.engine.is_replicated
-    )
+    slices = masters.owned(trainer.engine.masters, trainer.runtime)
     shapes = {master.name: master.shape for master in trainer.engine.masters}
     return without_key_bias(masters.gather(slices, shapes, trainer.runtime))
 
@@ -63,13 +61,9 @@ def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def everything(trainer: Trainer) -> dict[str, Any]:
     """All of this rank that decides the next step."""
-    parts = masters.owned(trainer.engine.masters, trainer.runtime, is_replicated=trainer.engine.is_replicated)
-    moments = masters.optimizer_slices(
-        trainer.engine.optimizer,
-        trainer.engine.masters,
-        trainer.runtime,
-        is_replicated=trainer.engine.is_replicated,
-    )
+    parts = masters.owned(trainer.engine.masters, trainer.runtime)
+    engine = trainer.engine
+    moments = masters.optimizer_slices(engine.optimizer, engine.masters, trainer.runtime)
     return {
         "weights": {name: part.values for name, part in parts.items()},
         "model": dict(trainer.model.state_dict()),

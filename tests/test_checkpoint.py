@@ -38,6 +38,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert checkpoint.damage(path) is None
 
 
+def test_who_reads_the_averaged_weights_alone_looks_at_their_file_alone(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 100, contents(), keep_last=3)
+    (path / checkpoint.MODEL).write_bytes(b"cut")
+    assert checkpoint.damage(path) is not None
+    assert checkpoint.newest_whole([path], only=checkpoint.EMA) == path
+    (path / checkpoint.EMA).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="every checkpoint of the run is damaged"):
+        checkpoint.newest_whole([path], only=checkpoint.EMA)
+
+
 def test_the_newest_by_step_is_found_and_older_ones_are_removed(tmp_path: Path) -> None:
     for step in (5, 20, 100, 10_000_000):
         checkpoint.save(tmp_path, step, contents(), keep_last=2)

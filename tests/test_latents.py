@@ -213,14 +213,6 @@ def test_a_folder_of_another_cache_is_refused_with_what_differs(tmp_path: Path) 
     assert read_index(tmp_path) == before == start_or_resume(tmp_path, made_from=made_from, num_samples=3)
 
 
-def test_the_fingerprint_is_that_of_what_made_the_cache_not_of_how_far_it_is(tmp_path: Path) -> None:
-    first = start_or_resume(tmp_path / "a", made_from=MADE_FROM, num_samples=NUM_SAMPLES)
-    assert LatentCache(write(tmp_path / "a")).fingerprint == first.fingerprint
-    for changes, size in (({"image_size": 9}, NUM_SAMPLES), ({}, NUM_SAMPLES + 1)):
-        other = start_or_resume(tmp_path / f"{size}", made_from={**MADE_FROM, **changes}, num_samples=size)
-        assert other.fingerprint != first.fingerprint
-
-
 def test_a_shard_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     index = start_or_resume(tmp_path, made_from=MADE_FROM, num_samples=6)
     one = append_shard(tmp_path, index, latents(range(4)))

@@ -68,12 +68,6 @@ class ShardIndex:
         """Size of the shards that are done."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    @property
-    def fingerprint(self) -> str:
-        """Sha256, in hexadecimal, of `made_from` and `num_samples`."""
-        decisive = json.dumps([self.made_from, self.num_samples], sort_keys=True)
-        return hashlib.sha256(decisive.encode()).hexdigest()
-
 
 class LatentCache:
     """Latents that `tools/cache_latents.py` wrote: what the encoder would give for each image, scaled.
@@ -127,11 +121,6 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self._shards)
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256, in hexadecimal, of what made the cache: encoder, dataset, and the choices between them."""
-        return self._shards.index.fingerprint
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "latent_mean" and "latent_std" float32 (C, h, w), and "label" int.

@@ -79,8 +79,6 @@ class ZeroEngine:
     Source: Rajbhandari et al. 2020, arXiv:1910.02054.
     """
 
-    is_replicated = False
-
     def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
         self.module = model
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -311,6 +309,8 @@ def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
         )
     if config.precision == "fp32":
         raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
+    if config.compile:
+        raise ValueError("compile: true does not go with plugin: gemini, which moves weights; wanted false")
 
 
 def _set_accelerator(device: torch.device) -> None:

@@ -133,27 +133,32 @@ def load(path: Path) -> Saved:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def damage(path: Path, runtime: Runtime | None = None) -> str | None:
+def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, by size and hash; None if nothing is. Collective.
 
     The ranks share the reading.
+
+    Args:
+        only: the one file to look at; None is all of them.
     """
     runtime = runtime or Runtime()
-    found = [report for report in runtime.gather_objects(_own_damage(path, runtime)) if report]
+    found = [report for report in runtime.gather_objects(_own_damage(path, runtime, only)) if report]
     return found[0] if found else None
 
 
-def newest_whole(found: Sequence[Path], runtime: Runtime | None = None) -> Path | None:
+def newest_whole(
+    found: Sequence[Path], runtime: Runtime | None = None, *, only: str | None = None
+) -> Path | None:
     """The first of the folders `newest_first` gave that is not damaged, None of none. Collective.
 
-    Damaged ones are said to be passed over.
+    Damaged ones are said to be passed over; `only` as in `damage`.
 
     Raises:
         CheckpointError: all of them are damaged.
     """
     runtime = runtime or Runtime()
     for path in found:
-        reason = damage(path, runtime)
+        reason = damage(path, runtime, only=only)
         if reason is None:
             return path
         if runtime.is_main:
@@ -279,12 +284,14 @@ def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Call
     return publish
 
 
-def _own_damage(path: Path, runtime: Runtime) -> str | None:
+def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
     """What is wrong with this rank's part of the files."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = sorted(manifest["files"].items())
-        for name, facts in files[runtime.rank :: runtime.world_size]:
+        files = manifest["files"]
+        names = sorted(files) if only is None else [only]
+        for name in names[runtime.rank :: runtime.world_size]:
+            facts = files[name]
             size = (path / name).stat().st_size
             if size != facts["size"]:
                 return f"{name} has {size} bytes, wanted {facts['size']}"

@@ -184,7 +184,8 @@ def _load_generator(config: ExperimentConfig) -> tuple[ImageGenerator, Path]:
     """The generator with averaged weights, and the checkpoint or file they come from."""
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
     found = checkpoint.newest_first(checkpoints)
-    source = Path(config.ckpt_path) if config.ckpt_path else checkpoint.newest_whole(found)
+    named = config.ckpt_path
+    source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
     if source.is_dir() and not (source / checkpoint.EMA).is_file():

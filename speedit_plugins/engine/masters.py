@@ -28,6 +28,7 @@ class Master:
         values: float32, 1-D; a view, so that it follows the optimizer.
         key: the tensor under which the optimizer keeps its state.
         state_shape: of its moments; may be padded at the end.
+        is_replicated: every rank holds the whole of it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Master:
     values: Tensor
     key: Tensor
     state_shape: tuple[int, ...]
+    is_replicated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +48,9 @@ class Slice:
     values: Tensor
 
 
-def owned(masters: Sequence[Master], runtime: Runtime, *, is_replicated: bool) -> dict[str, Slice]:
+def owned(masters: Sequence[Master], runtime: Runtime) -> dict[str, Slice]:
     """This rank's slice of each master, a view; all slices of a parameter together are the whole of it."""
-    return {master.name: _own(master, master.values, runtime, is_replicated) for master in masters}
+    return {master.name: _own(master, master.values, runtime) for master in masters}
 
 
 def gather(
@@ -73,7 +75,7 @@ def gather(
 
 
 def optimizer_slices(
-    optimizer: torch.optim.Optimizer, masters: Sequence[Master], runtime: Runtime, *, is_replicated: bool
+    optimizer: torch.optim.Optimizer, masters: Sequence[Master], runtime: Runtime
 ) -> dict[str, Slice]:
     """This rank's slice of each moment, "exp_avg/<parameter>"; the count "step/<parameter>" is whole."""
     found = {}
@@ -85,7 +87,7 @@ def optimizer_slices(
             if kind == STEP:
                 found[name] = Slice(0, torch.as_tensor(value, dtype=torch.float32).reshape(1))
             else:
-                found[name] = _own(master, value.detach().view(-1), runtime, is_replicated)
+                found[name] = _own(master, value.detach().view(-1), runtime)
     return found
 
 
@@ -117,10 +119,10 @@ def load_optimizer(
             optimizer.state[master.key] = state
 
 
-def _own(master: Master, held: Tensor, runtime: Runtime, is_replicated: bool) -> Slice:
+def _own(master: Master, held: Tensor, runtime: Runtime) -> Slice:
     """The owned part of `held`, which begins at `master.start`."""
     size = math.prod(master.shape)
-    if not is_replicated:
+    if not master.is_replicated:
         return Slice(master.start, held[: len(master.values)])
     share = math.ceil(size / runtime.world_size)
     first, last = (min(size, place * share) for place in (runtime.rank, runtime.rank + 1))

@@ -30,15 +30,13 @@ class StepResult:
 class Engine(Protocol):
     """Turns losses into steps. Every method is called by all ranks in the same order.
 
-    `model` is what forward passes go through, `module` the bare model with its parameters' names;
-    `is_replicated` says whether each rank holds every master whole.
+    `model` is what forward passes go through, `module` the bare model with its parameters' names.
     """
 
     model: nn.Module
     module: nn.Module
     optimizer: torch.optim.Optimizer
     masters: list[Master]
-    is_replicated: bool
 
     def autocast(self) -> AbstractContextManager[Any]: ...
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]: ...
@@ -61,15 +59,13 @@ class Replica:
         model: on the runtime's device.
     """
 
-    is_replicated = True
-
     def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
         self.module = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = build_optimizer(self._parameters, config.optimizer)
         self.model = self._wrapped(model, runtime)
         self.masters = [
-            Master(name, tuple(p.shape), 0, p.detach().view(-1), p, tuple(p.shape))
+            Master(name, tuple(p.shape), 0, p.detach().view(-1), p, tuple(p.shape), is_replicated=True)
             for name, p in model.named_parameters()
             if p.requires_grad
         ]

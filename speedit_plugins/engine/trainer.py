@@ -80,10 +80,9 @@ class Trainer:
         self.model = self.engine.module
         self.folder = Path(config.experiment_dir)
         self.batch_size = config.data.batch_size * config.optimizer.grad_accumulation
-        slices = masters.owned(self.engine.masters, self.runtime, is_replicated=self.engine.is_replicated)
-        self._slices = slices
+        self._slices = masters.owned(self.engine.masters, self.runtime)
         self._shapes = {master.name: master.shape for master in self.engine.masters}
-        self.ema = Ema(slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
+        self.ema = Ema(self._slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
         self.window = LossWindow(self.policy, batch_size=self.batch_size, device=self.device)
         self.clock = StepClock(self.device)
         self.step = 0
@@ -203,12 +202,7 @@ class Trainer:
         contents = checkpoint.Contents(
             model={**untrained, **weights},
             ema={**untrained, **averages},
-            moments=masters.optimizer_slices(
-                self.engine.optimizer,
-                self.engine.masters,
-                self.runtime,
-                is_replicated=self.engine.is_replicated,
-            ),
+            moments=masters.optimizer_slices(self.engine.optimizer, self.engine.masters, self.runtime),
             state={
                 "step": self.step,
                 "num_skipped": self.num_skipped,
