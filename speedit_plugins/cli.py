@@ -71,8 +71,8 @@ def _describe(config: ExperimentConfig) -> int:
     # Flushed first, so that the config is on the screen while torch loads.
     sys.stdout.write(import_module("speedit_plugins.engine.config").to_yaml(config))
     sys.stdout.flush()
-    build = import_module("speedit_plugins.engine.build")
-    sys.stdout.write(f"\n{build.describe(config)}\n")
+    description = import_module("speedit_plugins.engine.describe").describe(config)
+    sys.stdout.write(f"\n{description}\n")
     return 0
 
 

@@ -6,7 +6,8 @@ A plugin registers its own by a call, `DENSITIES.register_module(name="mine", mo
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from mmengine.registry import Registry
 from torch import Tensor
@@ -23,15 +24,36 @@ POLICIES = Registry("policy", scope="speedit_plugins")
 
 # Of the trainer; their modules register themselves, and are imported when a name is first looked up.
 PROCESSES = Registry(
-    "diffusion process", scope="speedit_plugins", locations=["speedit_plugins.diffusion.process"]
+    "diffusion process",
+    scope="speedit_plugins",
+    locations=["speedit_plugins.diffusion.process", "speedit_plugins.diffusion.flow"],
 )
-MODELS = Registry("model", scope="speedit_plugins", locations=["speedit_plugins.models.dit"])
+MODELS = Registry(
+    "model",
+    scope="speedit_plugins",
+    locations=[
+        "speedit_plugins.models.dit",
+        "speedit_plugins.models.latte",
+        "speedit_plugins.models.backbones",
+    ],
+)
 ENCODERS = Registry("encoder", scope="speedit_plugins", locations=["speedit_plugins.models.pretrained"])
+TEXT_ENCODERS = Registry("text encoder", scope="speedit_plugins", locations=["speedit_plugins.models.text"])
 DATASETS = Registry(
     "dataset",
     scope="speedit_plugins",
-    locations=["speedit_plugins.data.digits", "speedit_plugins.data.images", "speedit_plugins.data.latents"],
+    locations=[
+        "speedit_plugins.data.digits",
+        "speedit_plugins.data.images",
+        "speedit_plugins.data.latents",
+        "speedit_plugins.data.emoji",
+        "speedit_plugins.data.moving_digits",
+        "speedit_plugins.data.captions",
+        "speedit_plugins.data.video_table",
+        "speedit_plugins.data.video_folder",
+    ],
 )
+MASKS = Registry("mask", scope="speedit_plugins", locations=["speedit_plugins.data.masks"])
 FEATURES = Registry(
     "feature extractor", scope="speedit_plugins", locations=["speedit_plugins.evaluation.features"]
 )
@@ -163,7 +185,8 @@ def check_type(what: str, value: Any, annotation: Any) -> None:
         what: begins the message.
         annotation: bool, int, float (which takes an int), str, or one of these or None.
     """
-    kinds = get_args(annotation) or (annotation,)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if is_union else (annotation,)
     if not set(kinds) <= {bool, int, float, str, type(None)}:
         return
     # bool is an int to Python: k=true is a mistake all the same.

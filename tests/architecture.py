@@ -57,8 +57,15 @@ _HOST_TOOLS = ("tools/host_checks/*.py", "tools/*_training.py")
 CONFINED: dict[str, tuple[str, ...]] = {
     "mmengine": ("registry.py", "hosts/*.py", "engine/config.py", *_HOST_TOOLS),
     "colossalai": ("engine/booster.py",),
-    "diffusers": ("models/pretrained.py", "diffusion/sampling.py", *_HOST_TOOLS),
-    "transformers": ("models/pretrained.py", "diffusion/sampling.py", *_HOST_TOOLS),
+    "diffusers": (
+        "models/pretrained.py",
+        "models/backbones.py",
+        "models/exported.py",
+        "diffusion/sampling.py",
+        *_HOST_TOOLS,
+    ),
+    "peft": ("models/backbones.py", *_HOST_TOOLS),
+    "transformers": ("models/text.py", *_HOST_TOOLS),
     "av": ("data/videos.py",),
     "sklearn": ("data/digits.py",),
     "wandb": ("engine/boards.py",),
@@ -273,8 +280,8 @@ def train_path_findings(sources: Sequence[Source], paths: Sequence[str] = TRAIN_
 
 
 @cache
-def project() -> tuple[Source, ...]:
-    """Every text file that is tracked or could be added; without git, what lies outside hidden folders."""
+def project_files() -> tuple[Path, ...]:
+    """Every file that is tracked or could be added; without git, what lies outside hidden folders."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split(
@@ -284,10 +291,16 @@ def project() -> tuple[Source, ...]:
     except (OSError, subprocess.CalledProcessError):
         skipped = re.compile(r"^(\.(?!ci/)|outputs/|build/|dist/)|\.egg-info/|__pycache__/")
         paths = [path for path in ROOT.rglob("*") if not skipped.search(path.relative_to(ROOT).as_posix())]
+    return tuple(path for path in sorted(paths) if path.is_file())
+
+
+@cache
+def project() -> tuple[Source, ...]:
+    """The text files among them."""
     sources = []
-    for path in sorted(path for path in paths if path.is_file()):
+    for path in project_files():
         try:
             sources.append(Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")))
         except UnicodeDecodeError:
-            continue  # a picture
+            continue  # a picture, a video, an archive
     return tuple(sources)

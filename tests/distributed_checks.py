@@ -2,36 +2,42 @@
 
     torchrun --standalone --nproc_per_node 2 tests/distributed_checks.py OUT_FOLDER
 
-Every function `check_...` of the two modules is called on both ranks with a folder of its own; rank 0 writes
-results.json, a list of failures (empty: passed) by name.
+Every function `check_...` of the modules, or those named behind the folder, is called on both ranks with a
+folder of its own; rank 0 writes results.json, a list of failures (empty: passed) by name.
 """
 
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import distributed_faults
 import distributed_numbers
+import distributed_tasks
 from runs import small_config
 
-from speedit_plugins.engine.runtime import launch
+from speedit_plugins.engine.runtime import Runtime, launch
 
-CHECKS = {
-    name: check
-    for module in (distributed_numbers, distributed_faults)
-    for name, check in vars(module).items()
-    if name.startswith("check_")
-}
+
+def checks_of(*modules: ModuleType) -> dict[str, Callable[[Runtime, Path], None]]:
+    return {
+        name: check for module in modules for name, check in vars(module).items() if name.startswith("check_")
+    }
+
+
+CHECKS = checks_of(distributed_numbers, distributed_faults)
+TASKS = checks_of(distributed_tasks)
 
 
 def main() -> None:
     out = Path(sys.argv[1])
-    wanted = sys.argv[2:]
+    wanted = sys.argv[2:] or [*CHECKS, *TASKS]
     runtime = launch(small_config(out))
     results = {}
-    for name, check in CHECKS.items():
-        if wanted and name not in wanted:
+    for name, check in {**CHECKS, **TASKS}.items():
+        if name not in wanted:
             continue
         failure = ""
         try:

@@ -119,10 +119,10 @@ class Asking:
 
 @contextmanager
 def poisoned(trainer: Trainer, *, only_rank: int) -> Iterator[None]:
-    encode = trainer.encoder.encode
+    encode = trainer.inputs.encoder.encode
     factor = math.nan if trainer.runtime.rank == only_rank else 1.0
-    trainer.encoder.encode = lambda images, generators: encode(images, generators) * factor  # type: ignore[method-assign]  # for the test
+    trainer.inputs.encoder.encode = lambda images, generators: encode(images, generators) * factor  # type: ignore[method-assign]  # for the test
     try:
         yield
     finally:
-        trainer.encoder.encode = encode  # type: ignore[method-assign]  # as it was
+        trainer.inputs.encoder.encode = encode  # type: ignore[method-assign]  # as it was

@@ -7,6 +7,7 @@ from runs import small_config
 
 from speedit_plugins.engine import build
 from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.describe import describe, saved_bytes
 from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MODELS, PROCESSES
 
 CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path != Path("configs/base.yaml"))
@@ -42,7 +43,7 @@ def test_a_registry_imports_its_modules_on_first_use() -> None:
 
 def test_the_description_counts_parameters_tokens_and_bytes(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    text = build.describe(config)
+    text = describe(config)
     model = build.build_model(config)
     assert f"parameters         {sum(p.numel() for p in model.parameters()):,}" in text
     assert "tokens per sample  4" in text
@@ -55,7 +56,7 @@ def test_activations_grow_in_proportion_to_the_batch(tmp_path: Path) -> None:
         config = small_config(tmp_path, data__batch_size=batch_size)
         with torch.device("meta"):
             model = build.build_model(config)
-        kept.append(build.saved_bytes(model, config))
+        kept.append(saved_bytes(model, config))
     # Nothing that is kept is without a batch dimension but the timestep frequencies, 512 bytes.
     assert abs(kept[1] - 2 * kept[0]) <= 1024
 
@@ -70,7 +71,7 @@ def test_activations_shrink_with_half_precision_and_with_checkpointing(tmp_path:
     def kept(**changes: Any) -> int:
         config = small_config(tmp_path, **changes)
         with torch.device("meta"):
-            return build.saved_bytes(build.build_model(config), config)
+            return saved_bytes(build.build_model(config), config)
 
     assert kept(model__gradient_checkpointing=True) < kept() / 2
     # All but the timestep features, which stay float32.
@@ -85,13 +86,13 @@ def test_a_dry_run_looks_up_every_name(tmp_path: Path) -> None:
         ({"data__dataset__colour": 1}, "dataset 'Digits' has no parameter 'colour'"),
     ):
         with pytest.raises(ValueError, match=message):
-            build.describe(small_config(tmp_path, **change))
+            describe(small_config(tmp_path, **change))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__input_size": 16}, r"model.input_size needs 8: image_size 8 through the encoder; got 16"),
+        ({"model__input_size": 16}, r"model.input_size needs 8: image_size 8 through the encoders; got 16"),
         ({"encoder__channels": 3}, r"model.in_channels needs 3"),
         (
             {"num_classes": 4, "sample_classes": "[0]"},

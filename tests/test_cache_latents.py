@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from speedit_plugins.data.latents import LatentCache, read_index, sample_latents
+from speedit_plugins.data.latents import LatentCache, sample_latents
 from speedit_plugins.data.loader import ResumableLoader
+from speedit_plugins.data.shards import read_index
 from speedit_plugins.engine.build import build_dataset
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.train import build_trainer
@@ -274,3 +275,30 @@ def test_training_with_another_encoder_than_the_caches_is_refused(
     changed = ["encoder={type: Pixels}", "data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]
     with pytest.raises(ValueError, match=r"were made by another encoder than \{'type': 'Pixels'\}"):
         build_trainer(load_config(config, "train", changed))
+
+
+def test_a_text_run_from_the_cache_follows_the_run_without_it(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = "configs/text_to_image/emoji.yaml"
+    small = ["model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4"]
+    assert tool.main(["-c", config, "--out", str(tmp_path / "cache"), *small]) == 0
+    overrides = [line.strip() for line in capsys.readouterr().out.splitlines()[-2:]]
+    weights = []
+    for number, changes in enumerate(([], overrides)):
+        options = [f"experiment_dir={tmp_path / str(number)}", "max_training_steps=3", *small, *changes]
+        trainer = build_trainer(load_config(config, "train", options))
+        trainer.engine.model.train()
+        for _ in range(3):
+            trainer.optimizer_step()
+        weights.append(dict(trainer.model.state_dict()))
+    # Pixels are cached as they are, and features of one table: the runs are one, to the bit.
+    assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert weights[0]["null_mask"].sum() == 2  # the empty caption's two special tokens
+    with pytest.raises(ValueError, match="text_encoder needs .*'max_length': 16.*got .*'max_length': 12"):
+        build_trainer(
+            load_config(config, "train", [*options, "text_encoder.max_length=12", "model.text_length=12"])
+        )
+    (tmp_path / "cache" / "null_text.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"null_text.safetensors is missing or damaged"):
+        build_trainer(load_config(config, "train", options))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,22 @@ def wait_for_step(folder: Path, job: subprocess.Popen[str], step: int, seconds: 
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    folder = tmp_path_factory.mktemp("distributed")
-    job = launch([*TORCHRUN, Path(distributed_checks.__file__), folder])
+def run_checks(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    job = launch([*TORCHRUN, Path(distributed_checks.__file__), folder, *names])
     output = job.communicate(timeout=500)[0]
     assert (folder / "results.json").exists(), output
     found: dict[str, list[str]] = json.loads((folder / "results.json").read_text())
     return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return run_checks(tmp_path_factory.mktemp("distributed"), distributed_checks.CHECKS)
+
+
+@pytest.fixture(scope="module")
+def results_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return run_checks(tmp_path_factory.mktemp("tasks"), distributed_checks.TASKS)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +81,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 )
 def test_on_two_ranks(results: dict[str, list[str]], name: str) -> None:
     assert results[name] == [], "\n".join(results[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", sorted(distributed_checks.TASKS), ids=lambda name: name.removeprefix("check_")
+)
+def test_every_task_on_two_ranks(results_of_tasks: dict[str, list[str]], name: str) -> None:
+    assert results_of_tasks[name] == [], "\n".join(results_of_tasks[name])
 
 
 @pytest.mark.slow

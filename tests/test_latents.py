@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from speedit_plugins.data.latents import (
-    LatentCache,
-    TensorShards,
-    append_shard,
-    read_index,
-    sample_latents,
-    start_or_resume,
-)
+from speedit_plugins.data.latents import LatentCache, sample_latents
 from speedit_plugins.data.loader import ResumableLoader
+from speedit_plugins.data.shards import TensorShards, append_shard, read_index, start_or_resume
 from speedit_plugins.models.pretrained import Autoencoder, Pixels
 from speedit_plugins.registry import DATASETS, build
 
@@ -91,7 +85,7 @@ def test_tensors_of_any_name_and_shape_keep_their_dtype(tmp_path: Path) -> None:
     for i in range(3):
         found = shards.load(i, ["tokens", "length"])
         assert_close(found, {name: tensor[i] for name, tensor in text.items()}, atol=0, rtol=0)
-    with pytest.raises(ValueError, match=r"needs label, latent_mean, latent_std, got \['length', 'tokens'\]"):
+    with pytest.raises(ValueError, match=r"needs latent_mean, latent_std, got \['length', 'tokens'\]"):
         LatentCache(tmp_path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from architecture import ROOT, project
+from architecture import ROOT, project_files
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def run(command: Sequence[str | Path], cwd: Path, path: Path | None = None) -> s
 def relative_files(folder: str, suffix: str) -> set[str]:
     """Paths of the project below a folder, relative to that folder."""
     prefix = f"{folder}/"
-    paths = [source.path for source in project()]
+    paths = [path.relative_to(ROOT).as_posix() for path in project_files()]
     return {p.removeprefix(prefix) for p in paths if p.startswith(prefix) and p.endswith(suffix)}
 
 
@@ -39,10 +39,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The built files by kind. The sdist comes from a copy of the tree, the wheel from the sdist."""
     folder = tmp_path_factory.mktemp("build")
     tree = folder / "tree"
-    for source in project():
-        target = tree / source.path
+    for path in project_files():
+        target = tree / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / source.path, target)
+        shutil.copy(path, target)
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, tree], cwd=folder)
     return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 

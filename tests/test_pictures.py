@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from speedit_plugins.engine.pictures import save_grid, save_loss_curve, save_png, to_uint8
+from speedit_plugins.engine.pictures import save, save_grid, save_loss_curve, save_png, save_videos, to_uint8
 
 
 def test_uint8_is_the_rounded_affine_map_and_clamps() -> None:
@@ -39,3 +39,39 @@ def test_the_loss_curve_is_a_picture_of_the_logged_steps(tmp_path: Path) -> None
     assert drawn.shape[0] > 300
     # Three curves in three colours beside black text on white.
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 3
+
+
+def test_titles_stand_above_their_columns(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3, 64, 64)
+    save_grid(images, tmp_path / "plain.png", columns=2)
+    save_grid(images, tmp_path / "titled.png", columns=2, titles=["", "a long title that has to be wrapped"])
+    plain, titled = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "titled"))
+    band = titled[: len(titled) - len(plain)]
+    assert np.array_equal(titled[len(band) :], plain)
+    # Black on white, in several lines, over the second column alone.
+    assert (band[:, :66] == 255).all()
+    rows_with_ink = (band[:, 66:] < 128).any(axis=(1, 2))
+    assert np.count_nonzero(np.diff(rows_with_ink.astype(int)) == 1) > 1
+
+
+def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) -> None:
+    # Video v is grey level 40 v at rest, but for its last frame, which is white.
+    videos = torch.zeros(2, 1, 4, 64, 64)
+    videos[1] = 40 / 127.5
+    videos[:, :, 3] = 1.0
+    save_videos(videos, tmp_path / "v.png", columns=2, frames_per_second=5)
+    still = np.asarray(Image.open(tmp_path / "v.png"))
+    assert still.shape == (2 * 66 + 2, 4 * 66 + 2)
+    assert (still[68:132, 2:66] == 168).all()
+    assert (still[68:132, 200:264] == 255).all()
+    with Image.open(tmp_path / "v.gif") as gif:
+        # The first three frames are equal, and shown as one.
+        gif.seek(gif.n_frames - 1)
+        assert (np.asarray(gif.convert("L"))[2:66, 2:66] == 255).all()
+    assert (tmp_path / "v.mp4").stat().st_size > 0
+
+
+def test_a_sample_is_a_png_or_an_mp4(tmp_path: Path) -> None:
+    save(np.zeros((4, 4, 3), np.uint8), tmp_path / "a", frames_per_second=8)
+    save(np.zeros((3, 4, 4, 3), np.uint8), tmp_path / "b", frames_per_second=8)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.mp4"}

@@ -328,14 +328,17 @@ def test_half_precision_is_sampled_in_float32_without_gradients(sampler: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "ddpn"}, "unknown sampler 'ddpn'; did you mean 'ddpm'.*known: ddim, ddpm, dpm_solver"),
+        (
+            {"sampler": "ddpn"},
+            "unknown sampler 'ddpn'; did you mean 'ddpm'.*known: ddim, ddim_leading, .*ddpm, dpm_solver",
+        ),
         ({"eta": 0.5}, "eta has no effect on ddpm, only on ddim: needs 0, got 0.5"),
         ({"eta": 0.5, "sampler": "dpm_solver"}, "eta has no effect on dpm_solver"),
         ({"eta": 1.5, "sampler": "ddim"}, r"ddim needs eta in \[0, 1\], got 1.5"),
         ({"num_steps": 1}, r"num_steps needs to be in \[2, 1000\], got 1"),
         ({"num_steps": 1001, "sampler": "ddim"}, r"num_steps needs to be in \[2, 1000\]"),
         ({"num_steps": 1000, "sampler": "dpm_solver"}, r"num_steps needs to be in \[1, 999\]"),
-        ({"guidance_scale": 2.0}, "needs condition and null_condition of one shape, got None and None"),
+        ({"guidance_scale": 2.0}, "null_condition of the same names and shapes, got None and None"),
         ({"guidance_scale": -1.0}, "guidance_scale needs a finite value >= 0, got -1.0"),
         ({"guidance_channels": 3}, "guidance_channels has no effect at guidance_scale 1: needs None, got 3"),
         (
@@ -344,7 +347,7 @@ def test_half_precision_is_sampled_in_float32_without_gradients(sampler: str) ->
         ),
         (
             {"guidance_scale": 2.0, "condition": torch.zeros(2), "null_condition": torch.zeros(1)},
-            r"of one shape, got \(2,\) and \(1,\)",
+            r"of the same names and shapes, got \(2,\) and \(1,\)",
         ),
     ],
 )

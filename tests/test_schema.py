@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from speedit_plugins.engine.agreement import check_phase
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.schema import (
     ConfigError,
@@ -15,7 +16,6 @@ from speedit_plugins.engine.schema import (
     SamplerConfig,
     build_section,
     check_keys,
-    check_phase,
     describe_type,
     join,
     key_paths,
@@ -102,7 +102,7 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
         (
             "inference",
             ["num_classes=0", "model.num_classes=0", "guidance_scale=2"],
-            "guidance_scale: needs classes, but num_classes is 0; wanted 1, got 2.0",
+            "guidance_scale: needs classes, but num_classes is 0, or text; wanted 1, got 2.0",
         ),
         ("train", ["model.num_classes=7"], "model.num_classes: wanted the value of num_classes, 10, got 7"),
         (

@@ -11,6 +11,7 @@ from speedit_plugins.engine import throughput
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.throughput import mfu, mfu_of, peak_flops, training_flops
 from speedit_plugins.models.dit import DiT
+from speedit_plugins.models.interface import example_inputs
 from speedit_plugins.registry import MODELS, build
 
 LATENT = (4, 32, 32)
@@ -28,7 +29,7 @@ def small_dit(**options: Any) -> DiT:
 def test_the_flops_are_three_times_those_of_the_paper(name: str, gflops: float) -> None:
     with torch.device("meta"):
         model = build(MODELS, name)
-    counted = training_flops(model, input_shape=LATENT, is_conditional=True)
+    counted = training_flops(model, example_inputs(model, 1))
     # The paper also counts what is no matrix product: norms and activations, below a hundredth of it.
     assert counted == pytest.approx(3 * 2 * gflops * 1e9, rel=0.01)
 
@@ -43,7 +44,7 @@ def test_a_linear_layer_makes_six_flops_per_weight() -> None:
             assert label is None
             return self.layer(x)
 
-    assert training_flops(Linear(), input_shape=(8,), is_conditional=False) == 6 * 8 * 5
+    assert training_flops(Linear(), (torch.empty(1, 8, device="meta"), None, None)) == 6 * 8 * 5
 
 
 def test_checkpointing_dropout_and_the_attention_kernel_change_no_count(
@@ -52,7 +53,7 @@ def test_checkpointing_dropout_and_the_attention_kernel_change_no_count(
     from speedit_plugins.models import attention
 
     def count(model: DiT) -> int:
-        return training_flops(model, input_shape=(4, 8, 8), is_conditional=True)
+        return training_flops(model, example_inputs(model, 1))
 
     def refuse(qkv: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a kernel of another package runs on its own device alone")
@@ -70,7 +71,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     kernels = [block.attn.kernel for block in model.blocks]
     state = torch.random.get_rng_state()
-    training_flops(model, input_shape=(4, 8, 8), is_conditional=True)
+    training_flops(model, example_inputs(model, 1))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert [block.attn.kernel for block in model.blocks] == kernels
@@ -149,5 +150,5 @@ def test_a_run_has_a_utilisation_on_a_known_device_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     found = mfu_of(model, config, on_cuda)
     assert found is not None
-    flops = training_flops(model, input_shape=(4, 8, 8), is_conditional=True)
+    flops = training_flops(model, example_inputs(model, 1))
     assert found(1e6) == pytest.approx(flops * 1e6 / (2 * 312e12))

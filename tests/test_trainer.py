@@ -157,8 +157,8 @@ def test_a_diverged_run_stops_saves_nothing_and_names_the_last_good_checkpoint(
     )
     good = trainer.save()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    encode = trainer.encoder.encode
-    trainer.encoder.encode = lambda images, generators: encode(images, generators) * math.inf  # type: ignore[method-assign]  # for the test
+    encode = trainer.inputs.encoder.encode
+    trainer.inputs.encoder.encode = lambda images, generators: encode(images, generators) * math.inf  # type: ignore[method-assign]  # for the test
     with pytest.raises(
         ValueError,
         match=r"training diverged: 2 steps in a row up to 2 were skipped, the last because a loss on rank 0"
@@ -225,7 +225,7 @@ def test_grids_need_somebody_to_draw_them(tmp_path: Path) -> None:
     config = small_config(tmp_path, sample_every=2)
     trainer = small_trainer(tmp_path)
     parts = TrainingParts(
-        trainer.engine, trainer.encoder, trainer.process, trainer.policy, trainer.loader, trainer.runtime
+        trainer.engine, trainer.inputs, trainer.process, trainer.policy, trainer.loader, trainer.runtime
     )
     with pytest.raises(ValueError, match="sample_every: 2 needs draw_grid, got None"):
         Trainer(parts, config)

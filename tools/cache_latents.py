@@ -1,10 +1,12 @@
-"""Encodes an experiment's dataset once, so that its training reads latents in place of images.
+"""Encodes an experiment's dataset once, so that its training reads latents and caption features.
 
     python tools/cache_latents.py -c image/imagenet_256/dit_xl2.yaml data.dataset.root=DATA --flip
     python tools/cache_latents.py -c my/experiment.yaml --out latents --dtype float16
+    python tools/cache_latents.py -c text_to_image/pixart_256.yaml data.dataset.captions_file=captions.csv
 
 The images are taken in order, without random flips, through the encoder of the config, and its posterior
-(scaled mean and standard deviation) is written: training still draws a new sample of it at each step. The
+(scaled mean and standard deviation) is written: training still draws a new sample of it at each step. With a
+text encoder its features of each caption are written too, and training needs neither encoder's weights. The
 same command after an interruption goes on after the last whole shard; another config into the same folder is
 refused. At the end the lines are printed that make the same experiment train from the cache.
 
@@ -12,6 +14,7 @@ float16 halves the size; a mean keeps 11 bits. --flip doubles it, and keeps rand
 """
 
 import argparse
+import hashlib
 import signal
 import sys
 import time
@@ -24,12 +27,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from speedit_plugins.data.latents import FLIPPED, LATENTS, ShardIndex, append_shard, start_or_resume
+from speedit_plugins.data.files import write_whole
+from speedit_plugins.data.latents import FLIPPED, LATENTS, NULL_TEXT, TEXT, null_text_file
 from speedit_plugins.data.loader import SampleSource
-from speedit_plugins.engine.build import Encoder, build_dataset, build_device, build_encoder
+from speedit_plugins.data.shards import ShardIndex, append_shard, start_or_resume
+from speedit_plugins.engine.build import build_dataset, build_device, build_encoder
+from speedit_plugins.engine.conditions import build_captions
 from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.inputs import Encoder
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import progress
+from speedit_plugins.models.text import CaptionSource
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -102,9 +110,11 @@ def cache(
     if getattr(dataset, "buckets", None) is not None:
         raise ValueError("a latent cache holds images of one size, got a dataset with buckets")
     device = build_device(config)
-    encoder = build_encoder(config, device)
+    encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
+    null_text = None if captions is None else null_text_file(captions.encode([""]))
     made_from = {
         **_choices(config),
+        **({} if null_text is None else {"null_text_sha256": hashlib.sha256(null_text).hexdigest()}),
         "encoder_fingerprint": encoder.fingerprint(),
         "num_classes": dataset.num_classes,
         "scaled": True,
@@ -113,6 +123,8 @@ def cache(
         "shard_size": shard_size,
     }
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
+    if null_text is not None and not (folder / NULL_TEXT).is_file():
+        write_whole(folder / NULL_TEXT, null_text)
     first = index.num_done
     cuts = _cuts(first, len(dataset), shard_size=shard_size, batch_size=batch_size)
     batches = _batches(dataset, [rows for shard in cuts for rows in shard], config.data.num_workers)
@@ -121,7 +133,9 @@ def cache(
         for shard in cuts:
             parts = []
             for rows in shard:
-                parts.append(_encoded(encoder, next(batches), device, flip=flip, dtype=DTYPES[dtype]))
+                batch = next(batches)
+                latents = _encoded(encoder, batch, device, flip=flip, dtype=DTYPES[dtype])
+                parts.append({**latents, **_text(captions, batch, DTYPES[dtype])})
                 _check_finite(parts[-1], rows, dtype)
                 bar.update(len(rows))
             index = append_shard(folder, index, _joined(parts))
@@ -133,6 +147,7 @@ def _choices(config: ExperimentConfig) -> dict[str, Any]:
     dataset = {key: value for key, value in config.data.dataset.items() if key != "random_flip"}
     return {
         "encoder": config.encoder,
+        "text_encoder": config.text_encoder,
         "dataset": dataset,
         "image_size": config.image_size,
         "class_cond": config.num_classes > 0,
@@ -201,13 +216,21 @@ def _leave_interrupt_to_parent(worker_id: int) -> None:
 def _encoded(
     encoder: Encoder, batch: Mapping[str, Tensor], device: torch.device, *, flip: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Latents (B, C, h, w) of the images, and of the mirrored ones with `flip`, and their labels (B,)."""
+    """Latents (B, C, h, w) of the images, and of the mirrored ones with `flip`; their labels (B,) if any."""
     images = batch["image"].to(device)
     tensors = dict(zip(LATENTS, encoder.posterior(images), strict=True))
     if flip:
         tensors |= zip(FLIPPED, encoder.posterior(images.flip(-1)), strict=True)
     latents = {name: tensor.to(dtype).cpu() for name, tensor in tensors.items()}
-    return {**latents, "label": batch["label"]}
+    return {**latents, **({"label": batch["label"]} if "label" in batch else {})}
+
+
+def _text(captions: CaptionSource | None, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Features (B, L, D) and mask (B, L) of the captions, if there are any."""
+    if captions is None:
+        return {}
+    features = captions.encode(batch["caption"])
+    return dict(zip(TEXT, (features["tokens"].to(dtype).cpu(), features["mask"].cpu()), strict=True))
 
 
 def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> None:

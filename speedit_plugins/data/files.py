@@ -29,3 +29,12 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes beside the target and renames: what stood there before stays until the new file is on disk."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_bytes(content)
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)

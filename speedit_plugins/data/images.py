@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 from speedit_plugins.data.buckets import checked_sides, nearest_buckets
+from speedit_plugins.data.folders import Walk
 from speedit_plugins.registry import DATASETS
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -95,7 +96,7 @@ class ImageFolder:
         self.random_flip = random_flip
         self.on_corrupt = on_corrupt
         # Resolved once: a root that is a link stands for the folder it leads to.
-        walk = _Walk(self.root.resolve(), follow_links=follow_links)
+        walk = Walk(self.root.resolve(), follow_links=follow_links, suffixes=SUFFIXES)
         self.classes, paths, labels = _with_classes(walk) if class_cond else _without_classes(walk)
         self.num_classes = len(self.classes)
         # An array, not a list: counting references to a million strings makes every forked worker copy them.
@@ -129,7 +130,7 @@ class ImageFolder:
             OSError: the system fails to read the file.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"ImageFolder has {len(self)} images, got index {index}")
+            raise IndexError(f"{type(self).__name__} has {len(self)} images, got index {index}")
         # Drawn before the file is read: a damaged file does not move the stream.
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         image, index = self._read(index)
@@ -158,7 +159,9 @@ class ImageFolder:
         if self.buckets is not None:
             where += f" of the bucket {list(self._sides[int(self.buckets[index])])}"
         num_damaged = sum(self._shares_bucket(index, other) for other in range(len(self)))
-        raise ValueError(f"ImageFolder found no readable image: all {num_damaged} files {where} are damaged")
+        raise ValueError(
+            f"{type(self).__name__} found no readable image: all {num_damaged} files {where} are damaged"
+        )
 
     def _shares_bucket(self, index: int, other: int) -> bool:
         return self.buckets is None or bool(self.buckets[index] == self.buckets[other])
@@ -258,53 +261,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class _Walk:
-    """Sorted listing of folders below `root` that does not leave it unless `follow_links`."""
-
-    def __init__(self, root: Path, *, follow_links: bool) -> None:
-        self.root = root
-        self.follow_links = follow_links
-
-    def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Subfolders and images directly in `folder`, as full paths, sorted by name.
-
-        Raises:
-            ValueError: one of them is a link that is refused.
-        """
-        folders: list[str] = []
-        images: list[str] = []
-        with os.scandir(folder) as listing:
-            found = sorted(listing, key=lambda entry: entry.name)
-        for entry in found:
-            is_image = entry.name.lower().endswith(SUFFIXES)
-            if entry.name.startswith(".") or not (is_image or entry.is_dir()):
-                continue
-            if entry.is_symlink():
-                self._check_link(entry.path)
-            (folders if entry.is_dir() else images).append(entry.path)
-        return folders, images
-
-    def images(self, folder: str) -> Iterator[str]:
-        """Images in `folder` and below, depth first, sorted."""
-        folders, images = self.entries(folder)
-        yield from images
-        for below in folders:
-            yield from self.images(below)
-
-    def _check_link(self, link: str) -> None:
-        target = Path(os.path.realpath(link))
-        if not self.follow_links and not target.is_relative_to(self.root):
-            raise ValueError(
-                f"the link {link} leads out of the data root {self.root}, to {target}; "
-                "follow_links=True allows it"
-            )
-        if not target.exists():
-            raise ValueError(f"the link {link} leads to nothing: {target}")
-        if Path(os.path.realpath(os.path.dirname(link))).is_relative_to(target):
-            raise ValueError(f"the link {link} leads in a circle, to {target}")
-
-
-def _with_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
+def _with_classes(walk: Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
     """Class names, paths and labels of the ImageNet layout."""
     folders, stray = walk.entries(str(walk.root))
     if stray:
@@ -317,7 +274,7 @@ def _with_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = list(walk.images(folder))
+        found = list(walk.files(folder))
         if not found:
             raise ValueError(f"the class folder {folder} has no images (suffixes: {', '.join(SUFFIXES)})")
         paths += found
@@ -325,9 +282,9 @@ def _with_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
     return tuple(os.path.basename(folder) for folder in folders), paths, labels
 
 
-def _without_classes(walk: _Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
+def _without_classes(walk: Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
     """The same without class names; every label is 0."""
-    paths = list(walk.images(str(walk.root)))
+    paths = list(walk.files(str(walk.root)))
     if not paths:
         raise ValueError(f"ImageFolder found no images below {walk.root} (suffixes: {', '.join(SUFFIXES)})")
     return (), paths, [0] * len(paths)

@@ -165,8 +165,15 @@ class ZeroEngine:
         self._booster = Booster(plugin=plugin)
         with _any_device_allowed():
             self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
+        self._keep_times()
         self._guard_masters()
         self._divide_by_the_scale_of_the_step(self._sharded.mixed_precision_mixin)
+
+    def _keep_times(self) -> None:
+        """ColossalAI casts all inputs to the model's precision; in bfloat16 a time of 501.3 would be 500."""
+        cast_input = self.model.convert_fn
+        if cast_input is not None:
+            self.model.convert_fn = lambda item: item if _is_vector(item) else cast_input(item)
 
     def _load_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Copies this rank's slices of whole parameters."""
@@ -301,6 +308,11 @@ class GeminiEngine(ZeroEngine):
         return getattr(self._sharded.mix_precision_mixin, "grad_scaler", None)
 
 
+def _is_vector(item: Any) -> bool:
+    """Whether it has one value per sample."""
+    return isinstance(item, Tensor) and item.ndim == 1
+
+
 def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
     if runtime.device.type != "cuda":
         raise ValueError(
@@ -309,6 +321,11 @@ def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
         )
     if config.precision == "fp32":
         raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
+    if config.diffusion.is_flow:
+        raise ValueError(
+            "diffusion.type: RectifiedFlow does not go with plugin: gemini, which rounds continuous times to"
+            " the model's precision; wanted ddp, zero1 or zero2"
+        )
     if config.compile:
         raise ValueError("compile: true does not go with plugin: gemini, which moves weights; wanted false")
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from speedit_plugins.engine.agreement import check_phase
 from speedit_plugins.engine.legacy_keys import ReferenceKeys
 from speedit_plugins.engine.schema import (
     COMPONENTS,
@@ -27,8 +28,8 @@ from speedit_plugins.engine.schema import (
     ExperimentConfig,
     build_section,
     check_keys,
-    check_phase,
     join,
+    settled,
 )
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
@@ -37,8 +38,11 @@ CONFIG_FOLDER = "configs"
 SUFFIXES = (".yaml", ".yml", ".py")
 REDACTED = "<redacted>"
 
-# Facts about the data, not the architecture: they outlive a change of `model.type`.
-_KEPT_ON_TYPE_CHANGE = {"model": ("input_size", "in_channels", "num_classes", "learn_sigma")}
+# What outlives a change of a section's `type`: facts about the data, and the policy and its number of steps.
+_KEPT_ON_TYPE_CHANGE = {
+    "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
+    "diffusion": ("policy", "diffusion_steps"),
+}
 # Not every `..._key` or `..._token`: `image_key` and `pad_token` are ordinary arguments.
 _SECRET_KEY = re.compile(
     r"(^|_)((api|access|private|secret)_?key|(api|access|auth|hf|hub|bearer)_?token|secret|password|passwd"
@@ -93,7 +97,7 @@ def load_config(
         merged = merge(merged, layers[-1].content)
     try:
         resolved = reference.finish(_resolve(merged))
-        config = build_section(ExperimentConfig, resolved)
+        config = settled(build_section(ExperimentConfig, resolved))
         check_phase(config, phase)
     except ConfigError as error:
         raise ConfigError(error.path, _located(error, layers)) from None
@@ -124,7 +128,8 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], path: str = "") ->
     """`upper` over `lower`: sections key by key, lists and scalars whole; both stay as they are.
 
     A section that states another `type` than the one below it replaces that section, so that no parameter of
-    the old type reaches the new one; of `model` input_size, in_channels, num_classes and learn_sigma stay.
+    the old type reaches the new one; of `model` input_size, in_channels, num_classes and learn_sigma stay,
+    of `diffusion` the policy and diffusion_steps.
     """
     result = dict(lower)
     for key, value in upper.items():

@@ -1,8 +1,9 @@
-"""Pictures of a run: sample grids and the loss curve.
+"""Pictures of a run: sample grids, videos, and the loss curve.
 
-Dims: B images, C channels, H x W pixels.
+Dims: B samples, C channels, F frames, H x W pixels.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 # Cells smaller than this are enlarged by a whole factor, smoothly: blocks hide an 8 x 8 digit from the eye.
 _MIN_CELL = 64
 
 
-def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:
-    """Images (B, C, H, W) in [-1, 1], clamped, as uint8 (B, H, W, C)."""
-    scaled = ((images.float() + 1) * 127.5).round().clamp(0, 255)
-    return np.asarray(scaled.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy())
+def to_uint8(samples: Tensor) -> npt.NDArray[np.uint8]:
+    """Samples (B, C, [F,] H, W) in [-1, 1], clamped, as uint8 (B, [F,] H, W, C)."""
+    scaled = ((samples.float() + 1) * 127.5).round().clamp(0, 255)
+    return np.asarray(scaled.to("cpu", torch.uint8).movedim(1, -1).numpy())
+
+
+def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float) -> None:
+    """An image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3."""
+    if sample.ndim == 3:
+        save_png(sample, stem.with_suffix(".png"))
+        return
+    # Only runs with videos need its package.
+    from speedit_plugins.data.videos import write_mp4
+
+    write_mp4(stem.with_suffix(".mp4"), torch.from_numpy(sample), fps=frames_per_second)
 
 
 def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
@@ -28,9 +40,37 @@ def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
     _pillow(image).save(path)
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
-    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, a line between cells, small ones enlarged."""
-    cells = to_uint8(images)
+def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
+    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, a line between cells, small ones enlarged.
+
+    Args:
+        titles: written above the columns, wrapped.
+    """
+    save_png(_titled(_grid(to_uint8(images), columns), columns, titles), path)
+
+
+def save_videos(
+    videos: Tensor, path: Path, *, columns: int, titles: Sequence[str] = (), frames_per_second: float
+) -> None:
+    """Videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
+
+    The PNG has a row per video, up to eight frames of it from left to right.
+    """
+    from speedit_plugins.data.videos import write_gif, write_mp4
+
+    frames = to_uint8(videos)  # (B, F, H, W, C)
+    moving = np.stack(
+        [_titled(_grid(frames[:, f], columns), columns, titles) for f in range(frames.shape[1])]
+    )
+    write_mp4(path.with_suffix(".mp4"), torch.from_numpy(moving), fps=frames_per_second)
+    write_gif(path.with_suffix(".gif"), torch.from_numpy(moving), fps=frames_per_second)
+    shown = np.linspace(0, frames.shape[1] - 1, min(8, frames.shape[1])).round().astype(int)
+    still = frames[:, shown].reshape(-1, *frames.shape[2:])
+    save_png(_grid(still, len(shown)), path)
+
+
+def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:
+    """Cells (B, H, W, C), row by row, as one image (H', W', C)."""
     scale = max(1, _MIN_CELL // cells.shape[1])
     height, width, channels = scale * cells.shape[1], scale * cells.shape[2], cells.shape[3]
     rows = -(-len(cells) // columns)
@@ -40,7 +80,23 @@ def save_grid(images: Tensor, path: Path, *, columns: int) -> None:
         top, left = (gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap))
         enlarged = _pillow(cell).resize((width, height), Image.Resampling.BICUBIC)
         grid[top : top + height, left : left + width] = np.asarray(enlarged).reshape(height, width, channels)
-    save_png(grid, path)
+    return grid
+
+
+def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """The grid (H, W, C) under a band with a title for each of its columns; as it is without titles."""
+    if not titles:
+        return grid
+    width, size = grid.shape[1] // columns, 10
+    font = ImageFont.load_default(size)
+    lines = ["\n".join(textwrap.wrap(title, max(4, 2 * width // size))) for title in titles]
+    height = (size + 4) * max(text.count("\n") + 1 for text in lines) + 6
+    band = Image.new("RGB", (grid.shape[1], height), "white")
+    pen = ImageDraw.Draw(band)
+    for column, text in enumerate(lines):
+        pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
+    whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
+    return np.ascontiguousarray(whole)
 
 
 def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:

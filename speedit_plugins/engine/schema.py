@@ -16,7 +16,26 @@ PHASES = ("train", "inference", "sample", "test")
 
 # A section that a registry builds: `type` and free keys, which its builder's own signature checks.
 Component = dict[str, Any]
-COMPONENTS = ("model", "diffusion.policy", "encoder", "data.dataset", "features")
+COMPONENTS = (
+    "model",
+    "diffusion.policy",
+    "encoder",
+    "text_encoder",
+    "inpainting",
+    "data.dataset",
+    "features",
+)
+FLOW = "RectifiedFlow"
+# Which keys of `diffusion` are arguments of which kind of process.
+FLOW_KEYS = ("base_density", "logit_mean", "logit_std", "shift")
+GAUSSIAN_KEYS = (
+    "prediction_type",
+    "learn_sigma",
+    "noise_schedule",
+    "timestep_respacing",
+    "sigma_small",
+    "rescale_learned_sigmas",
+)
 # A policy has a `type`, or these parts.
 POLICY_PARTS = frozenset({"density", "weighting", "draw", "scope"})
 
@@ -45,28 +64,43 @@ def _limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """The process that is trained: arguments of a registered process, and the timestep policy."""
+    """The process that is trained: arguments of a registered process, and the timestep policy.
+
+    None is the process's own choice: `settled` puts it in.
+    """
 
     type: str = "SpeeDiffusion"
     policy: Component = field(default_factory=lambda: {"type": "speedit"})
-    noise_schedule: str = "linear"
     diffusion_steps: int = _limited(1000, at_least=1)
+    prediction_type: Literal["epsilon", "x0", "v", "flow"] | None = None
+    learn_sigma: bool | None = None
+    noise_schedule: str | None = None
     timestep_respacing: str = ""
-    prediction_type: Literal["epsilon", "x0", "v"] = "epsilon"
-    learn_sigma: bool = True
     sigma_small: bool = False
     rescale_learned_sigmas: bool = False
+    base_density: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float | None = None
+    logit_std: float | None = _limited(None, above=0)
+    shift: float = _limited(1.0, above=0)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a rectified flow, and not a Gaussian process on a noise schedule."""
+        return self.type == FLOW
 
     def process_config(self) -> Component:
         """`type` and the process's arguments, without the policy: what `registry.build` takes."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "policy"}
+        own = ("type", "diffusion_steps", *(FLOW_KEYS if self.is_flow else GAUSSIAN_KEYS))
+        return {key: getattr(self, key) for key in own if getattr(self, key) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How samples are drawn in inference, sample and training grids."""
 
-    type: Literal["ddpm", "ddim", "dpm_solver"] = "ddpm"
+    type: Literal["ddpm", "ddim", "ddim_leading", "ddim_leading_1", "dpm_solver", "euler", "heun"] | None = (
+        None
+    )
     num_steps: int = _limited(250, at_least=1)
     eta: float = _limited(0.0, at_least=0, at_most=1)
     guidance_channels: int | None = _limited(None, at_least=1)
@@ -123,6 +157,10 @@ class ExperimentConfig:
     model: Component
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     encoder: Component = field(default_factory=lambda: {"type": "Pixels"})
+    num_frames: int = _limited(0, at_least=0)
+    text_encoder: Component | None = None
+    caption_dropout_prob: float = _limited(0.1, at_least=0, below=1)
+    inpainting: Component | None = None
     data: DataConfig
 
     plugin: Literal["ddp", "zero1", "zero2", "gemini"] = "ddp"
@@ -148,7 +186,12 @@ class ExperimentConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance_scale: float = _limited(1.0, at_least=0)
     sample_classes: list[int] = field(default_factory=list)
+    sample_prompts: list[str] = field(default_factory=list)
+    prompts_file: str | None = None
+    inpaint_image: str | None = None
+    inpaint_mask: str | None = None
     samples_per_class: int = _limited(1, at_least=1)
+    frames_per_second: float = _limited(8.0, above=0)
     num_samples: int = _limited(50_000, at_least=1)
     per_proc_batch_size: int = _limited(32, at_least=1)
 
@@ -174,6 +217,21 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ConfigError(key, f"missing; wanted {describe_type(hints[entry.name])}")
     return schema(**values)
+
+
+def settled(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the process's own choice in place of each None that stands for it."""
+    old, is_flow = config.diffusion, config.diffusion.is_flow
+    diffusion = dataclasses.replace(
+        old,
+        prediction_type=old.prediction_type or ("flow" if is_flow else "epsilon"),
+        learn_sigma=not is_flow if old.learn_sigma is None else old.learn_sigma,
+        noise_schedule=old.noise_schedule or (None if is_flow else "linear"),
+    )
+    sampler = dataclasses.replace(
+        config.sampler, type=config.sampler.type or ("euler" if is_flow else "ddpm")
+    )
+    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler)
 
 
 def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
@@ -277,79 +335,3 @@ def _scalar(value: Any, hint: type, key: str, limits: Mapping[str, float]) -> An
         if not holds(value, limit):
             raise ConfigError(key, f"wanted {describe_type(hint)} {symbol} {limit:g}, got {value!r}")
     return value
-
-
-def check_phase(config: ExperimentConfig, phase: str) -> None:
-    """What the keys must say together in this phase.
-
-    Raises:
-        ConfigError: a key that the phase needs is missing, two keys contradict, an option has no effect.
-    """
-    _check_agreement(config)
-    if phase == "train":
-        _check_training(config)
-    if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
-        _check_sampler(config)
-        _check_classes(config)
-        if phase != "inference" and config.num_classes and not config.sample_classes:
-            raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
-    if phase == "test" and config.ckpt_path is not None:
-        raise ConfigError(
-            "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
-        )
-    if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
-        raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
-
-
-def _check_training(config: ExperimentConfig) -> None:
-    """Keys of the training loop."""
-    if config.max_training_steps < 1:
-        raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
-    if config.data.prefetch_factor is not None and config.data.num_workers == 0:
-        raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
-    options = config.optimizer
-    if options.min_lr and options.schedule == "constant":
-        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
-    if options.min_lr > options.lr:
-        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
-    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
-        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
-        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
-
-
-def _check_agreement(config: ExperimentConfig) -> None:
-    """Keys that components repeat from the top must say the same."""
-    pairs = (
-        ("model.num_classes", config.model, config.num_classes),
-        ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
-        ("data.dataset.image_size", config.data.dataset, config.image_size),
-    )
-    for key, section, wanted in pairs:
-        name = key.rpartition(".")[2]
-        if name in section and section[name] != wanted:
-            top = "diffusion.learn_sigma" if name == "learn_sigma" else name
-            raise ConfigError(key, f"wanted the value of {top}, {wanted!r}, got {section[name]!r}")
-
-
-def _check_sampler(config: ExperimentConfig) -> None:
-    sampler = config.sampler
-    if sampler.eta and sampler.type != "ddim":
-        raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
-    # ddpm and ddim visit both ends of the chain; DPM-Solver takes the clean end as given.
-    steps = config.diffusion.diffusion_steps
-    least, most = (1, steps - 1) if sampler.type == "dpm_solver" else (2, steps)
-    if not least <= sampler.num_steps <= most:
-        limit = f"{sampler.type} wanted int in [{least}, {most}] of diffusion.diffusion_steps = {steps}"
-        raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
-    if sampler.guidance_channels is not None and config.guidance_scale == 1:
-        raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
-
-
-def _check_classes(config: ExperimentConfig) -> None:
-    if config.num_classes == 0 and config.guidance_scale != 1:
-        scale = config.guidance_scale
-        raise ConfigError("guidance_scale", f"needs classes, but num_classes is 0; wanted 1, got {scale}")
-    for label in config.sample_classes:
-        if not 0 <= label < config.num_classes:
-            known = f"in [0, {config.num_classes})" if config.num_classes else "an empty list without classes"
-            raise ConfigError("sample_classes", f"wanted {known}, got {label}")

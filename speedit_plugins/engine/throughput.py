@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.models.attention import SelfAttention, sdpa
+from speedit_plugins.models.interface import example_inputs
 
 # A device's name without its maker, then its dense peaks in TFLOP/s, sums in fp32; None where it has no unit
 # for a format. A data sheet's number "with sparsity" is halved.
@@ -67,9 +68,7 @@ def mfu_of(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Call
     peak = peak_flops(name, config.precision, allow_tf32=config.allow_tf32)
     if peak is None:
         return None
-    edge = cast(int, model.input_size)
-    shape = (cast(int, model.in_channels), edge, edge)
-    flops = training_flops(model, input_shape=shape, is_conditional=config.num_classes > 0)
+    flops = training_flops(model, example_inputs(model, 1))
     return partial(mfu, flops_per_sample=flops, peak=peak, num_devices=runtime.world_size)
 
 
@@ -85,7 +84,7 @@ def mfu(samples_per_second: float, *, flops_per_sample: float, peak: float, num_
     return flops_per_sample * samples_per_second / (peak * num_devices)
 
 
-def training_flops(model: nn.Module, *, input_shape: Sequence[int], is_conditional: bool) -> int:
+def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
     """FLOPs of one sample's forward and backward pass, a multiply-add counted as two.
 
     Matrix products and convolutions alone: three times those of the forward pass, since each is
@@ -93,20 +92,17 @@ def training_flops(model: nn.Module, *, input_shape: Sequence[int], is_condition
     again: MFU compares with what the model needs, not with what the device is made to do.
 
     Args:
-        model: called as `model(x, timestep, label)`; neither computed with nor changed.
-        input_shape: of x, without the batch.
-        is_conditional: whether it takes a label.
+        model: called as `model(*inputs)`; neither computed with nor changed.
+        inputs: of one sample, on the meta device.
     """
     twin = _without_storage(model).eval()
     for module in twin.modules():
         if isinstance(module, SelfAttention):
             # The counter knows torch's own kernel; every kernel computes the same.
             module.kernel = sdpa
-    x = torch.empty(1, *input_shape, device="meta")
-    index = torch.empty(1, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        twin(x, index, index if is_conditional else None)
+        twin(*inputs)
     return 3 * counter.get_total_flops()
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from speedit_plugins.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.engine import build, checkpoint, pictures, results
 from speedit_plugins.engine.boards import check_boards, open_boards
 from speedit_plugins.engine.booster import build_engine
-from speedit_plugins.engine.generate import ImageGenerator, draw_grid
+from speedit_plugins.engine.conditions import build_captions, grid_conditions
+from speedit_plugins.engine.generate import SampleGenerator, draw_grid
+from speedit_plugins.engine.inputs import BatchEncoder, Encoder
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.runtime import Runtime, launch
 from speedit_plugins.engine.schema import ExperimentConfig
@@ -21,6 +24,8 @@ from speedit_plugins.engine.throughput import mfu_of
 from speedit_plugins.engine.tracking import SilentTracker, Tracker, read_metrics, say
 from speedit_plugins.engine.trainer import Trainer, TrainingParts
 from speedit_plugins.models.pretrained import load_weights, read_checkpoint
+from speedit_plugins.registry import MASKS
+from speedit_plugins.registry import build as build_registered
 
 
 def train(config: ExperimentConfig) -> int:
@@ -81,15 +86,16 @@ def build_trainer(
     # The same on all ranks, so that they build the same model.
     torch.manual_seed(config.seed)
     encoder = build.build_encoder(config, runtime.device)
-    model = build.build_model(config, encoder).to(runtime.device)
+    dataset = build.build_dataset(config)
+    _check_cache(dataset, encoder, config)
+    captions = build_captions(config, dataset, runtime.device)
+    model = build.build_model(config, encoder, captions).to(runtime.device)
     if weights is not None:
         _load_pretrained(model, weights, runtime)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
     process = build.build_process(config, respaced=True)
-    dataset = build.build_dataset(config)
-    _check_cache(dataset, encoder, config)
     loader = ResumableLoader(
         dataset,
         batch_size=config.data.batch_size,
@@ -102,14 +108,24 @@ def build_trainer(
     )
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
-    parts = TrainingParts(engine, encoder, process, policy, loader, runtime, mfu)
+    inputs = BatchEncoder(
+        encoder,
+        runtime.device,
+        is_labelled=config.num_classes > 0,
+        captions=captions,
+        null_text=None if captions is None else cast(Mapping[str, Tensor], model.null_text),
+        caption_dropout_prob=config.caption_dropout_prob,
+        masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
+    )
+    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu)
     if not config.sample_every:
         return Trainer(parts, config)
-    generator = ImageGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    conditions = grid_conditions(config, captions)
 
     def draw(averages: Mapping[str, Tensor], step: int) -> None:
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, path, weights=averages)
+        draw_grid(generator, conditions, path, weights=averages)
 
     return Trainer(parts, config, draw_grid=draw)
 
@@ -150,7 +166,7 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     return path
 
 
-def _check_cache(dataset: SampleSource, encoder: build.Encoder, config: ExperimentConfig) -> None:
+def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConfig) -> None:
     if isinstance(dataset, LatentCache) and dataset.encoder_fingerprint != encoder.fingerprint():
         raise ValueError(
             f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"

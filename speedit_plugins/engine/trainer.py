@@ -1,6 +1,6 @@
 """The training loop of one rank.
 
-Dims: B samples of this rank in a batch, C channels, H x W pixels or latent cells.
+Dims: B samples of this rank in a batch.
 """
 
 import math
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.data.latents import sample_latents
 from speedit_plugins.data.loader import (
     MODEL_STREAM,
     NOISE_STREAM,
@@ -21,11 +20,12 @@ from speedit_plugins.data.loader import (
     ResumableLoader,
     stream_seed,
 )
-from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
+from speedit_plugins.diffusion.process import LossTerms
 from speedit_plugins.engine import checkpoint, masters
-from speedit_plugins.engine.build import Encoder
+from speedit_plugins.engine.build import Process
 from speedit_plugins.engine.config import to_yaml
 from speedit_plugins.engine.ema import Ema
+from speedit_plugins.engine.inputs import BatchEncoder
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.replica import Engine, StepResult
 from speedit_plugins.engine.results import CHECKPOINTS
@@ -33,6 +33,7 @@ from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
 from speedit_plugins.engine.step_clock import StepClock
 from speedit_plugins.engine.tracking import LossWindow, Tracker, peak_memory_bytes, say
+from speedit_plugins.models.interface import input_shape
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
@@ -45,8 +46,8 @@ class TrainingParts:
     """
 
     engine: Engine
-    encoder: Encoder
-    process: GaussianProcess
+    inputs: BatchEncoder
+    process: Process
     policy: TimestepPolicy
     loader: ResumableLoader
     runtime: Runtime
@@ -74,7 +75,7 @@ class Trainer:
     ) -> None:
         if config.sample_every and draw_grid is None:
             raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
-        self.engine, self.encoder, self.runtime = parts.engine, parts.encoder, parts.runtime
+        self.engine, self.inputs, self.runtime = parts.engine, parts.inputs, parts.runtime
         self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
         self.config, self.device = config, parts.runtime.device
         self.model = self.engine.module
@@ -162,19 +163,16 @@ class Trainer:
         """Forward and backward of one batch; the loss per sample.
 
         Args:
-            batch: "image" (B, C, H, W) in [-1, 1], or its cached latents; "label" (B,) int64 for a
-                conditional model.
+            batch: of the loader, see `BatchEncoder.encode`.
             draw: its timesteps.
         """
         with self.clock.phase("encode"):
-            # Before the encoder draws: so it is the same for cached latents, whatever made them.
-            noise = self._noise(batch)
-            latents, condition = self._encode(batch)
-            self._num_tokens += self._tokens_of(latents) * self.runtime.world_size
+            given = self.inputs.encode(batch, self._generators)
+            self._num_tokens += self._tokens_of(given.latents) * self.runtime.world_size
         with self.clock.phase("forward"):
-            noised = self.process.corrupt(latents, draw, noise=noise)
+            noised = self.process.corrupt(given.latents, draw, noise=given.noise)
             with self.engine.autocast():
-                prediction = self.engine.model(noised.x_t, noised.timestep, condition)
+                prediction = self.engine.model(noised.x_t, noised.timestep, given.condition)
             terms = self.process.loss(prediction, noised, draw)
         with self.clock.phase("backward"):
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
@@ -265,31 +263,10 @@ class Trainer:
             timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
         )
 
-    def _noise(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Standard normal of the latents' shape, each sample's from its own generator."""
-        if "image" in batch:
-            height, width = (side // self.encoder.downsample for side in batch["image"].shape[2:])
-            sizes = torch.Size((len(self._generators), self.encoder.channels, height, width))
-        else:
-            sizes = batch["latent_mean"].shape
-        noise = torch.empty(sizes, device=self.device)
-        for row, generator in zip(noise, self._generators, strict=True):
-            torch.randn(row.shape, generator=generator, out=row)
-        return noise
-
-    def _encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        if "image" in on_device:
-            with torch.no_grad():
-                latents = self.encoder.encode(on_device["image"], self._generators)
-        else:
-            latents = sample_latents(on_device["latent_mean"], on_device["latent_std"], self._generators)
-        return latents, on_device["label"] if self.config.num_classes else None
-
     def _tokens_of(self, latents: Tensor) -> int:
         """Tokens of a batch, whose sides may differ from those the model is built for."""
-        size = cast(int, self.model.input_size)
-        return cast(int, self.model.num_tokens) * latents[:, 0].numel() // size**2
+        per_sample = cast(int, self.model.num_tokens) * latents[:, 0].numel()
+        return per_sample // math.prod(input_shape(self.model)[1:])
 
     def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
         """What follows from a step that moved the weights."""
@@ -325,6 +302,8 @@ class Trainer:
             **pace,
             "peak_memory_bytes": int(memory),
         }
+        if self.inputs.num_cut_captions is not None:
+            row["cut_captions"] = self.inputs.num_cut_captions
         if self._mfu is not None:
             row["mfu"] = self._mfu(pace["samples_per_second"])
         tracker.log(self.step, row)

@@ -5,7 +5,8 @@ Dims: `B` batch, `C` channels, `h`, `w` edges of the input, `N` tokens, `D` widt
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from itertools import cycle, islice
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.models.attention import AttentionKernel, SelfAttention, attention_kernel
-from speedit_plugins.models.conditioning import MAX_PERIOD, LabelEmbedder, TimestepEmbedder
+from speedit_plugins.models.conditioning import LabelEmbedder, TimestepEmbedder
+from speedit_plugins.models.interface import Condition, split_extra
+from speedit_plugins.models.positions import sincos_positions
 from speedit_plugins.registry import MODELS
 
 # Width, depth and heads. Source: table 1 of the paper.
@@ -41,10 +44,14 @@ class DiT(nn.Module):
         learn_sigma: predict C variance channels after the C mean channels.
         attention: "sdpa" or "xformers"; the latter is tried here, and refused where it cannot run.
         gradient_checkpointing: in training, recompute each block in the backward pass instead of keeping it.
+        extra_channels: E of an input that is concatenated to x, such as a mask and a masked latent.
 
     Raises:
         ValueError: sizes that do not divide, an attention that is unknown or cannot run.
     """
+
+    attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
+    """What the blocks attend with, in turn."""
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
         self,
@@ -61,19 +68,21 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
+        extra_channels: int = 0,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if num_classes < 0:
-            raise ValueError(f"DiT needs num_classes >= 0 (0: unconditional), got {num_classes}")
+            raise ValueError(f"the model needs num_classes >= 0 (0: unconditional), got {num_classes}")
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.num_tokens = num_classes, (input_size // patch_size) ** 2
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
+        self.extra_channels = extra_channels
         kernel = attention_kernel(attention, head_size=hidden_size // num_heads)
 
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbedder(patch_size, in_channels + extra_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = (
             LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
@@ -82,7 +91,8 @@ class DiT(nn.Module):
         # Positions on other grids, by rows, columns and device: no buffers, the state dict is the original's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel) for _ in range(depth)
+            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel, attention=attention_type)
+            for attention_type in islice(cycle(self.attention_types), depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
@@ -92,13 +102,14 @@ class DiT(nn.Module):
         """The label of "no class", num_classes; None where the model has learned none."""
         return None if self.y_embedder is None else self.y_embedder.null_label
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
         """Prediction for a noised input.
 
         Args:
             x: (B, C, h, w), h and w multiples of patch_size; those of one batch may differ from the next.
             timestep: (B,), original timestep in [0, T), integer or fractional.
-            condition: int64 labels (B,) in [0, num_classes], None for an unconditional model.
+            condition: int64 labels (B,) in [0, num_classes], None for an unconditional model; with
+                extra_channels named tensors "extra" (B, E, h, w) and, of a conditional model, "label".
 
         Returns:
             (B, 2C, h, w): mean channels, then variance channels in [-1, 1] once trained; the C mean channels
@@ -107,20 +118,11 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape differs, or labels are missing or not wanted.
         """
-        self._check_inputs(x, timestep, condition)
+        x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        c = self.t_embedder(timestep)  # (B, D)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(condition)
         x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # A block draws nothing at random: there is no generator state to keep.
-            x = (
-                checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else block(x, c)
-            )
+            x = self._through(block, x, c)
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
         return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
 
@@ -153,28 +155,52 @@ class DiT(nn.Module):
             nn.init.zeros_(cast(Any, part).adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def _check_inputs(self, x: Tensor, timestep: Tensor, condition: Tensor | None) -> None:
+    def _prepared(self, x: Tensor, timestep: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """x with the extra channels, (B, C + E, ...), and what modulates the blocks, (B, D)."""
+        extra, label = split_extra(condition, self.extra_channels)
+        self._check_shape(x)
+        self._check_condition(x, timestep, label)
+        if extra is not None:
+            x = torch.cat([x, extra.to(x.dtype)], dim=1)
+        c = self.t_embedder(timestep)
+        return x, c if self.y_embedder is None else c + self.y_embedder(label)
+
+    def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # A block draws nothing at random: there is no generator state to keep.
+            return cast(Tensor, checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False))
+        return cast(Tensor, block(x, c))
+
+    def _check_shape(self, x: Tensor) -> None:
         edge = self.patch_size
         if x.ndim != 4 or x.shape[1] != self.in_channels or any(n < edge or n % edge for n in x.shape[2:]):
             raise ValueError(
                 f"DiT got an input of shape {tuple(x.shape)}, wanted (B, {self.in_channels}, h, w) with"
                 f" h and w multiples of patch_size {edge}"
             )
+
+    def _check_condition(self, x: Tensor, timestep: Tensor, condition: Condition) -> None:
         if timestep.shape != x.shape[:1]:
-            raise ValueError(f"DiT got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)")
+            raise ValueError(
+                f"the model got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)"
+            )
         if self.y_embedder is None:
             if condition is not None:
                 raise ValueError(
-                    "DiT got labels, but num_classes=0 makes it unconditional; wanted condition=None"
+                    "the model got labels, but num_classes=0 makes it unconditional; wanted condition=None"
                 )
             return
         if condition is None:
             raise ValueError(
-                f"DiT got no labels; wanted ({x.shape[0]},) int64 labels in [0, {self.num_classes}]"
+                f"the model got no labels; wanted ({x.shape[0]},) int64 labels in [0, {self.num_classes}]"
+            )
+        if not isinstance(condition, Tensor):
+            raise ValueError(
+                f"the model got named tensors {sorted(condition)}, wanted int64 labels ({x.shape[0]},)"
             )
         if condition.shape != x.shape[:1] or condition.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"DiT got labels of shape {tuple(condition.shape)} and type {condition.dtype}, "
+                f"the model got labels of shape {tuple(condition.shape)} and type {condition.dtype}, "
                 f"wanted ({x.shape[0]},) int64 in [0, {self.num_classes}]"
             )
 
@@ -202,27 +228,39 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D)."""
+    """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D).
+
+    With an `attention` that takes (B, F, N, D), so does the block, and c is (B, 1, D).
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        kernel: AttentionKernel,
+        attention: type[SelfAttention] = SelfAttention,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(hidden_size, num_heads, kernel=kernel)
+        self.attn = attention(hidden_size, num_heads, kernel=kernel)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Perceptron(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=2)  # six of (B, 1, D)
+        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels)."""
+    """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels).
+
+    Of a clip x (B, F, N, D), c (B, 1, D) -> (B, F, N, P P out_channels).
+    """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -231,7 +269,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
         return cast(Tensor, self.linear(modulate(self.norm_final(x), shift, scale)))
 
 
@@ -277,37 +315,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, scale + 1)
 
 
-def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int] | None = None) -> Tensor:
-    """Fixed position table of a grid in row-major order, float32 (1, rows * columns, D), on the CPU.
-
-    The first half of D encodes the column, the second the row, each as sines then cosines at D/4 frequencies
-    10000^(-i / (D/4)). Source: Vaswani et al. 2017, arXiv:1706.03762, per axis as in MAE, arXiv:2111.06377.
-
-    Args:
-        hidden_size: D; a multiple of 4.
-        grid_size: places lie in [0, grid_size) on both axes, equally far apart, from 0 on.
-        shape: rows and columns of the grid; None is the square of grid_size, with the places 0, 1, ...
-
-    Raises:
-        ValueError: hidden_size is no multiple of 4.
-    """
-    if hidden_size % 4:
-        raise ValueError(f"sincos_positions needs a hidden_size that is a multiple of 4, got {hidden_size}")
-    quarter = hidden_size // 4
-    rows, columns = shape or (grid_size, grid_size)
-
-    def encoded(count: int) -> Tensor:
-        # On the CPU whatever the default device is, and in float64: large angles lose digits in float32.
-        place = torch.arange(count, dtype=torch.float64, device="cpu") * (grid_size / count)
-        rank = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
-        angle = torch.outer(place, MAX_PERIOD**-rank)
-        return torch.cat((angle.sin(), angle.cos()), dim=1)  # (count, D / 2)
-
-    column = encoded(columns).unsqueeze(0).expand(rows, -1, -1)
-    row = encoded(rows).unsqueeze(1).expand(-1, columns, -1)
-    return torch.cat((column, row), dim=2).reshape(1, rows * columns, hidden_size).float()
-
-
 def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:
     """Raises ValueError for sizes that do not divide or are not positive."""
     sizes = {
@@ -319,14 +326,15 @@ def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: i
     }
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"DiT needs {name} >= 1, got {size}")
+            raise ValueError(f"the model needs {name} >= 1, got {size}")
     if input_size % patch_size:
         raise ValueError(
-            f"DiT needs an input_size that is a multiple of patch_size {patch_size}, got {input_size}"
+            f"the model needs an input_size that is a multiple of patch_size {patch_size}, got {input_size}"
         )
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(
-            f"DiT needs a hidden_size that is a multiple of 4 and of num_heads {num_heads}, got {hidden_size}"
+            f"the model needs a hidden_size that is a multiple of 4 and of num_heads {num_heads},"
+            f" got {hidden_size}"
         )
 
 
@@ -343,6 +351,7 @@ def _variant(size: str, patch_size: int) -> Callable[..., DiT]:
         learn_sigma: bool = True,
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
+        extra_channels: int = 0,
     ) -> DiT:
         return DiT(
             input_size,
@@ -356,6 +365,7 @@ def _variant(size: str, patch_size: int) -> Callable[..., DiT]:
             learn_sigma=learn_sigma,
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
+            extra_channels=extra_channels,
         )
 
     return build

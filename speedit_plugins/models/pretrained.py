@@ -213,7 +213,7 @@ class Autoencoder(nn.Module):
                 f"{' or the hub' if allow_download else ''}; {advice}"
             ) from error
         self.model = model.requires_grad_(False).eval()
-        self.channels = int(model.config.latent_channels)
+        self.channels, self.image_channels = int(model.config.latent_channels), int(model.config.in_channels)
         self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
         self.scaling_factor = float(model.config.scaling_factor)
         self.shift_factor = float(model.config.shift_factor or 0.0)
@@ -299,7 +299,7 @@ class Pixels(nn.Module):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"Pixels needs channels 1 or 3, got {channels}")
-        self.channels = channels
+        self.channels = self.image_channels = channels
 
     def encode(
         self, images: Tensor, generators: list[torch.Generator] | torch.Generator | None = None

@@ -1,0 +1,88 @@
+"""Random holes in images, to train filling them.
+
+Dims: H x W pixels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.registry import MASKS
+
+
+class RandomMasks:
+    """Holes of a random form: a rectangle, or a chain of brush strokes.
+
+    Source of the two forms: Suvorov et al. 2021 (LaMa), arXiv:2109.07161, appendix.
+
+    Args:
+        box_prob: how often the hole is a rectangle, in [0, 1].
+        box_share: least and largest share of each side that a rectangle takes, in (0, 1].
+        num_strokes: most strokes of a chain, >= 1.
+        brush_share: least and largest width of a brush, as a share of the shorter side, in (0, 1].
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        box_prob: float = 0.5,
+        box_share: tuple[float, float] = (0.25, 0.75),
+        num_strokes: int = 6,
+        brush_share: tuple[float, float] = (0.1, 0.25),
+    ) -> None:
+        if not 0 <= box_prob <= 1:
+            raise ValueError(f"RandomMasks needs box_prob in [0, 1], got {box_prob}")
+        for name, (low, high) in (("box_share", box_share), ("brush_share", brush_share)):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"RandomMasks needs 0 < low <= high <= 1 as {name}, got {low}, {high}")
+        if num_strokes < 1:
+            raise ValueError(f"RandomMasks needs num_strokes >= 1, got {num_strokes}")
+        self.box_prob, self.num_strokes = box_prob, num_strokes
+        self.box_share, self.brush_share = tuple(box_share), tuple(brush_share)
+
+    def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """A mask (H, W), float32, on the generator's device: 1 in the hole, which is never empty, else 0."""
+        uniform = torch.rand(5 + 2 * self.num_strokes + 2, generator=generator, device=generator.device)
+        chances = uniform.tolist()
+        if chances[0] < self.box_prob:
+            return self._box(height, width, chances, generator.device)
+        return self._strokes(height, width, chances, generator.device)
+
+    def _box(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
+        low, high = self.box_share
+        mask = torch.zeros(height, width, device=device)
+        rows, columns = (
+            max(1, round(side * (low + (high - low) * chance)))
+            for side, chance in zip((height, width), chances[1:3], strict=True)
+        )
+        top, left = (
+            math.floor(chance * (side - taken + 1))
+            for side, taken, chance in zip((height, width), (rows, columns), chances[3:5], strict=True)
+        )
+        mask[top : top + rows, left : left + columns] = 1
+        return mask
+
+    def _strokes(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
+        low, high = self.brush_share
+        radius = max(0.75, min(height, width) * (low + (high - low) * chances[1]) / 2)
+        count = 1 + math.floor(chances[2] * self.num_strokes)
+        points = torch.tensor(chances[5 : 5 + 2 * (count + 1)], device=device).view(count + 1, 2)
+        points = points * torch.tensor([height - 1, width - 1], device=device)
+        rows = torch.arange(height, device=device, dtype=torch.float32)
+        columns = torch.arange(width, device=device, dtype=torch.float32)
+        pixels = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (H, W, 2)
+        hole = torch.zeros(height, width, dtype=torch.bool, device=device)
+        for start, end in zip(points[:-1], points[1:], strict=True):
+            along = end - start
+            # The place on the segment that is nearest to each pixel, in [0, 1].
+            place = ((pixels - start) @ along / along.dot(along).clamp(min=1e-6)).clamp(0, 1)
+            distance = (pixels - start - place.unsqueeze(-1) * along).norm(dim=-1)
+            hole |= distance <= radius
+        return hole.float()
+
+
+MASKS.register_module(name="RandomMasks", module=RandomMasks)

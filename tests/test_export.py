@@ -1,0 +1,194 @@
+"""What a pipeline of diffusers draws from an exported folder, against the trainer's own sampler."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from saved_models import save_pipeline
+
+from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.engine import checkpoint, pictures
+from speedit_plugins.engine.conditions import grid_conditions
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.generate import load_generator
+from speedit_plugins.engine.train import build_trainer
+
+EXPORT = runpy.run_path("tools/export.py")
+STEPS = 10
+SEED = stream_seed(0, IMAGE_STREAM, 0)
+
+
+def trained(folder: Path, config: str, *options: str) -> list[str]:
+    """A checkpoint of a random model that has not one zero layer; the arguments that name it."""
+    arguments = [f"experiment_dir={folder}", *options]
+    trainer = build_trainer(load_config(config, "train", arguments))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    weights = dict(trainer.model.state_dict())
+    contents = checkpoint.Contents(model=weights, ema=weights, state={}, config="")
+    checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
+    return arguments
+
+
+def drawn(config: str, arguments: list[str]) -> Any:
+    """What `sample` draws for the first class or prompt, uint8."""
+    name = "ddim_leading_1" if "sd15" in config else "ddim_leading"
+    sampler = [f"sampler.type={name}", f"sampler.num_steps={STEPS}"]
+    loaded = load_config(config, "sample", [*arguments, *sampler])
+    generator, captions, _ = load_generator(loaded)
+    conditions = grid_conditions(loaded, captions)
+    return pictures.to_uint8(generator.draw(conditions.of(torch.tensor([0]), torch.device("cpu")), 1))[0]
+
+
+def exported(config: str, arguments: list[str], folder: Path, **options: Any) -> str:
+    loaded = load_config(config, "sample", [*arguments, f"sampler.num_steps={STEPS}"])
+    return EXPORT["export"](loaded, folder, **options)
+
+
+def agree(one: Any, other: Any) -> bool:
+    # Both round to 8 bits, from sums in another order.
+    return np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def dit_options(folder: Path) -> list[str]:
+    save_pipeline(folder / "parts", "PixArt")
+    return [
+        "image_size=8",
+        "num_classes=10",
+        "model={type: DiT, input_size: 4, patch_size: 2, hidden_size: 32, depth: 2, num_heads: 2}",
+        f"encoder={{type: AutoencoderKL, path: {folder / 'parts'}, subfolder: vae}}",
+        "data.dataset=Digits",
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "guidance_scale=2.0",
+        "sample_classes=[2]",
+        "max_training_steps=1",
+    ]
+
+
+DIT = "configs/image/imagenet_256/base.yaml"
+
+
+def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path))
+    said = exported(DIT, arguments, tmp_path / "out")
+    assert "DiTPipeline" in said
+    assert f"fitted to num_inference_steps={STEPS}." in said
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    found = pipeline(
+        class_labels=[2],
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    assert agree((found * 255).round(), drawn(DIT, arguments))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "timestep policy `{'type': 'speedit'}`" in card
+    assert f"manual_seed({SEED})" in card
+
+
+def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
+    parts = save_pipeline(folder / "parts", kind)
+    padding = ", attend_padding: true" if kind == "UNet" else ""
+    places = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer"
+    text = f"{places}, max_length: 8, dtype: float32{padding}"
+    edge = 8 if frames else 4
+    return [
+        f"image_size={2 * edge}",
+        f"model={{type: {kind}, path: {parts}, input_size: {edge}, text_width: 16, text_length: 8}}",
+        f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
+        f"text_encoder={{type: TextEncoder, {text}}}",
+        "data.dataset=" + ("MovingDigits" if frames else "Digits"),
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "precision=fp32",
+        "sample_prompts=[a red heart]",
+        "max_training_steps=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("PixArt", "configs/text_to_image/pixart_256.yaml"), ("UNet", "configs/text_to_image/sd15.yaml")],
+)
+def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
+    tmp_path: Path, kind: str, config: str
+) -> None:
+    import diffusers
+
+    options = [*text_options(tmp_path, kind), "guidance_scale=2.0"]
+    arguments = trained(tmp_path / "run", config, *options)
+    exported(config, arguments, tmp_path / "out")
+    name = {"PixArt": "PixArtAlphaPipeline", "UNet": "StableDiffusionPipeline"}[kind]
+    pipeline = getattr(diffusers, name).from_pretrained(tmp_path / "out")
+    own = (
+        {"use_resolution_binning": False, "max_sequence_length": 8, "clean_caption": False}
+        if kind == "PixArt"
+        else {}
+    )
+    if kind == "UNet":
+        pipeline.tokenizer.model_max_length = 8
+    found = pipeline(
+        "a red heart",
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+        **own,
+    ).images[0]
+    assert agree((found * 255).round(), drawn(config, arguments))
+
+
+def test_a_text_to_video_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+    from diffusers import LattePipeline
+
+    config = "configs/text_to_video/latte_16x256.yaml"
+    # Guided, diffusers' pipeline would read padding behind the empty caption, which training does not.
+    options = [*text_options(tmp_path, "LatteT2V", frames=3), "num_frames=3", "guidance_scale=1.0"]
+    arguments = trained(tmp_path / "run", config, *options)
+    exported(config, arguments, tmp_path / "out")
+    pipeline = LattePipeline.from_pretrained(tmp_path / "out")
+    found = pipeline(
+        "a red heart",
+        video_length=3,
+        height=16,
+        width=16,
+        guidance_scale=1.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="pt",
+        clean_caption=False,
+    ).frames[0]
+    assert agree((found.permute(0, 2, 3, 1).numpy() * 255).round(), drawn(config, arguments))
+
+
+def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    config = "configs/image/digits/speedit.yaml"
+    arguments = trained(tmp_path / "run", config, "data.num_workers=0")
+    with pytest.raises(ValueError, match="a pipeline decodes latents, got a model of pixels"):
+        exported(config, arguments, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    exported(config, arguments, tmp_path / "out", model_only=True)
+    net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert net.config.sample_size == 8
+    assert DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.clip_sample
+    with pytest.raises(ValueError, match="--out needs a folder that does not exist"):
+        exported(config, arguments, tmp_path / "out", model_only=True)
+
+
+def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
+    config = "configs/image/digits/speedit.yaml"
+    arguments = trained(tmp_path / "run", config, "data.num_workers=0")
+    with pytest.raises(ValueError, match="no pipeline of these models samples a RectifiedFlow"):
+        exported(config, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)

@@ -1,0 +1,153 @@
+"""Writes a trained model as a diffusers pipeline that `from_pretrained` loads.
+
+    python tools/export.py -c image/imagenet_256/dit_xl2.yaml --out pipeline
+    python tools/export.py -c text_to_image/emoji.yaml --out exported --model-only
+
+A DiT of classes becomes a DiTPipeline, PixArt a PixArtAlphaPipeline, LatteT2V a LattePipeline, UNet a
+StableDiffusionPipeline, each with a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ...: the sampler
+`ddim_leading`, of Stable Diffusion `ddim_leading_1`, draws the same images from the same noise. A pipeline
+needs latents: of a model that is trained on pixels only the model and the scheduler can be written, with
+--model-only.
+
+Weights are the averaged ones, as safetensors, of the newest checkpoint in experiment_dir or of ckpt_path. The
+model card README.md has the config, the data and the last metrics.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.engine.config import load_config, to_yaml
+from speedit_plugins.engine.generate import load_generator
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.tracking import read_metrics
+from speedit_plugins.models.exported import Exported, export_model, save_pipeline, save_scheduler
+from speedit_plugins.models.text import TextEncoder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        config = load_config(arguments.config, "sample", arguments.overrides)
+        folder = arguments.out or Path(config.experiment_dir) / "pipeline"
+        said = export(config, folder, model_only=arguments.model_only)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(said)
+    return 0
+
+
+def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) -> str:
+    """Writes the folder, whole or not at all; what it holds, in a few lines.
+
+    Raises:
+        ValueError: the folder exists; a model that no pipeline is for; a pipeline of a model without latents.
+    """
+    if folder.exists():
+        raise ValueError(f"--out needs a folder that does not exist, got {folder}")
+    _check(config, model_only)
+    generator, captions, source = load_generator(config)
+    exported = export_model(generator.model, num_steps=config.sampler.num_steps)
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    options = {
+        "num_timesteps": config.diffusion.diffusion_steps,
+        "noise_schedule": config.diffusion.noise_schedule,
+        "prediction_type": config.diffusion.prediction_type,
+        "clip_sample": config.sampler.clip_sample,
+    }
+    if model_only:
+        exported.net.save_pretrained(partial / exported.subfolder)
+        save_scheduler(partial / "scheduler", **options)
+    else:
+        text = captions if isinstance(captions, TextEncoder) else None
+        save_pipeline(partial, exported, generator.encoder, text, **options)
+    (partial / "README.md").write_text(_card(config, exported, source, model_only), encoding="utf-8")
+    partial.rename(folder)
+    what = f"{exported.subfolder} and scheduler" if model_only else exported.pipeline
+    lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
+    return "\n".join(lines)
+
+
+def _check(config: ExperimentConfig, model_only: bool) -> None:
+    if config.diffusion.is_flow:
+        raise ValueError(
+            "no pipeline of these models samples a RectifiedFlow; wanted diffusion.type SpeeDiffusion"
+        )
+    if config.inpainting is not None:
+        raise ValueError("a model of inpainting is not exported; wanted inpainting: null")
+    if config.encoder["type"] == "Pixels" and not model_only:
+        raise ValueError(
+            "a pipeline decodes latents, got a model of pixels (encoder: Pixels); --model-only writes the"
+            " model and the scheduler"
+        )
+
+
+def _card(config: ExperimentConfig, exported: Exported, source: Path, model_only: bool) -> str:
+    rows = read_metrics(Path(config.experiment_dir))
+    last = {k: v for k, v in (rows[-1] if rows else {}).items() if isinstance(v, int | float)}
+    metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items()) or "| none | |"
+    tags = "\n".join(
+        f"- {tag}" for tag in ("diffusers", "speedit", config.diffusion.policy.get("type", "custom"))
+    )
+    usage = "" if model_only else _usage(config, exported)
+    notes = "".join(f"\n{note}\n" for note in exported.notes)
+    return f"""---
+library_name: diffusers
+tags:
+{tags}
+---
+
+# {config.experiment_name or Path(config.experiment_dir).name}
+
+Trained by speedit_plugins with the timestep policy `{config.diffusion.policy}` on the dataset
+`{config.data.dataset}`.
+The weights are the exponential moving average of `{source.name}`.
+{usage}{notes}
+## Last metrics
+
+| | |
+|---|---|
+{metrics}
+
+## Config
+
+```yaml
+{to_yaml(config).strip()}
+```
+"""
+
+
+def _usage(config: ExperimentConfig, exported: Exported) -> str:
+    seed = stream_seed(config.seed, IMAGE_STREAM, 0)
+    return f"""
+```python
+import torch
+from diffusers import {exported.pipeline}
+
+pipeline = {exported.pipeline}.from_pretrained(FOLDER)
+# With this seed it draws what `speedit -p sample sampler.type={exported.sampler}` draws.
+generator = torch.Generator().manual_seed({seed})
+```
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-c", "--config", required=True, help="of the training")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: pipeline/ in experiment_dir")
+    parser.add_argument("--model-only", action="store_true", help="the model and the scheduler, no pipeline")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
