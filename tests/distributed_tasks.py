@@ -14,20 +14,21 @@ from speedit_plugins.engine.train import build_trainer
 
 EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
 DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
+GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
 SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
 
 
 def check_text_to_image(runtime: Runtime, folder: Path) -> None:
-    trained_resumed_and_sampled(runtime, folder, EMOJI, NARROW)
+    trained_resumed_and_sampled(runtime, folder, EMOJI, (*NARROW, GAUSSIAN))
 
 
 def check_text_to_video(runtime: Runtime, folder: Path) -> None:
-    trained_resumed_and_sampled(runtime, folder, MOVING, NARROW)
+    trained_resumed_and_sampled(runtime, folder, MOVING, (*NARROW, GAUSSIAN))
 
 
 def check_a_flow_of_text(runtime: Runtime, folder: Path) -> None:
-    options = (*NARROW, "diffusion.type=RectifiedFlow", "diffusion.base_density=logit_normal")
+    options = (*NARROW, "diffusion.base_density=logit_normal", "diffusion.shift=2")
     trained_resumed_and_sampled(runtime, folder, EMOJI, options)
     trained_resumed_and_sampled(runtime, folder / "bf16", EMOJI, (*options, "precision=bf16"))
 

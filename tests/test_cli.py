@@ -46,7 +46,7 @@ def test_each_phase_runs_with_its_config_and_exit_code(stub: Callable[..., None]
 def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
     stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub("build", describe=lambda config: f"seed {config.seed} described")
+    stub("describe", describe=lambda config: f"seed {config.seed} described")
     assert main(["-c", DIGITS, "-p", "train", "seed=4", "--dry-run"]) == 0
     out = capsys.readouterr().out
     config = load_config(DIGITS, "train", ["seed=4"])

@@ -238,6 +238,24 @@ def test_visits_the_linspace_of_diffusers(sampler: str, scheduler: type) -> None
         assert visited(sampler, num_steps) == own.timesteps.tolist()
 
 
+@pytest.mark.parametrize(("sampler", "offset"), [("ddim_leading", 0), ("ddim_leading_1", 1)])
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_leading_steps_are_those_of_the_scheduler_in_diffusers_pipelines(
+    sampler: str, offset: int, num_steps: int
+) -> None:
+    process = GaussianProcess(LINEAR, learn_sigma=False)
+    scheduler = DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading", steps_offset=offset
+    )
+    scheduler.set_timesteps(num_steps)
+    x = noise = randn(IMAGE, 0)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(mean_only(x, timestep.expand(len(x)), None), timestep, x).prev_sample
+    # diffusers keeps its tables in float32: seven digits of alpha-bar, which the steps amplify.
+    found = sample(mean_only, process, noise, sampler=sampler, num_steps=num_steps)
+    assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
 def test_ddpm_at_250_goes_from_999_to_0() -> None:
     steps = visited("ddpm", 250)
     assert steps == np.linspace(0, 999, 250).round()[::-1].astype(int).tolist()

@@ -33,10 +33,8 @@ def test_a_text_to_image_run_trains_samples_and_infers(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     # Of 1,911 names of emoji some have more than four words.
     assert rows[-1]["cut_captions"] > 0
-    assert (
-        run("sample", EMOJI, tmp_path, *NARROW, "sample_prompts=[red heart,a sun]", "samples_per_class=2")
-        == 0
-    )
+    asked = ("sample_prompts=[red heart,a sun]", "samples_per_class=2")
+    assert run("sample", EMOJI, tmp_path, *short, *asked) == 0
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.width == 2 * 66 + 2
         assert grid.height > 2 * 66 + 2  # the titles
@@ -100,9 +98,9 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
     [
         (EMOJI, ("model.text_width=512",), "model.text_width needs 384"),
         (
-            EMOJI,
-            ("text_encoder=null", "sample_prompts=[]"),
-            "text_encoder does not fit the model PixArt: wanted one",
+            DIGITS,
+            ("num_classes=0", "model.num_classes=0", "text_encoder=MiniLM"),
+            "text_encoder does not fit the model DiT: wanted null",
         ),
         (EMOJI, ("num_classes=3",), "text_encoder: wanted num_classes 0 beside it, got 3"),
         (EMOJI, ("num_frames=4",), "num_frames: 4 does not fit the model PixArt, which has 0"),
@@ -115,15 +113,15 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
             ("inpainting=RandomMasks",),
             "inpainting does not fit the model PixArt",
         ),
-        (EMOJI, ("diffusion.shift=3",), "diffusion.shift: has no effect with diffusion.type SpeeDiffusion"),
+        (DIGITS, ("diffusion.shift=3",), "diffusion.shift: has no effect with diffusion.type SpeeDiffusion"),
         (
             EMOJI,
             ("diffusion.type=RectifiedFlow", "diffusion.noise_schedule=cosine"),
             "diffusion.noise_schedule: has no effect with diffusion.type RectifiedFlow",
         ),
         (EMOJI, ("diffusion.type=RectifiedFlow", "diffusion.learn_sigma=true"), "wanted learn_sigma null"),
-        (EMOJI, ("diffusion.prediction_type=flow",), "flow is what diffusion.type RectifiedFlow predicts"),
-        (EMOJI, ("sample_every=1", "sampler.type=euler"), "sampler.type: wanted ddpm, ddim or dpm_solver"),
+        (DIGITS, ("diffusion.prediction_type=flow",), "flow is what diffusion.type RectifiedFlow predicts"),
+        (DIGITS, ("sample_every=1", "sampler.type=euler"), "sampler.type: wanted ddpm, ddim or dpm_solver"),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(

@@ -32,7 +32,7 @@ def describe(config: ExperimentConfig) -> str:
             f"parameters         {num_parameters:,}",
             f"tokens per sample  {model.num_tokens:,}",
             f"training state     {_gib(state)} (weights, gradients, AdamW, EMA in fp32)",
-            f"activations        about {activations} kept for the backward pass, batch {batch_size}",
+            f"activations        about {activations} kept for backward, batch {batch_size} in one process",
             f"policy             {policy}",
         ]
     )
