@@ -282,11 +282,12 @@ def test_a_text_run_from_the_cache_follows_the_run_without_it(
 ) -> None:
     config = "configs/text_to_image/emoji.yaml"
     small = ["model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4"]
+    shared = ["max_training_steps=3", "optimizer.warmup_steps=1"]
     assert tool.main(["-c", config, "--out", str(tmp_path / "cache"), *small]) == 0
     overrides = [line.strip() for line in capsys.readouterr().out.splitlines()[-2:]]
     weights = []
     for number, changes in enumerate(([], overrides)):
-        options = [f"experiment_dir={tmp_path / str(number)}", "max_training_steps=3", *small, *changes]
+        options = [*shared, f"experiment_dir={tmp_path / str(number)}", *small, *changes]
         trainer = build_trainer(load_config(config, "train", options))
         trainer.engine.model.train()
         for _ in range(3):

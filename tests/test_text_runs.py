@@ -14,7 +14,7 @@ from speedit_plugins.cli import main
 EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
 DIGITS = "configs/image/digits/speedit.yaml"
 NARROW = ("model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4")
-SHORT = ("enable_tensorboard_log=false", "log_every=1")
+SHORT = ("enable_tensorboard_log=false", "log_every=1", "optimizer.warmup_steps=1")
 
 
 def run(phase: str, config: str, folder: Path, *options: str) -> int:
