@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from distributed_runs import everything, steps
+from PIL import Image
 from saved_models import save_pipeline
 from torch.testing import assert_close
 
+from speedit_plugins.data.videos import real_clip
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.train import build_trainer
@@ -31,6 +33,34 @@ def check_a_flow_of_text(runtime: Runtime, folder: Path) -> None:
     options = (*NARROW, "diffusion.base_density=logit_normal", "diffusion.shift=2")
     trained_resumed_and_sampled(runtime, folder, EMOJI, options)
     trained_resumed_and_sampled(runtime, folder / "bf16", EMOJI, (*options, "precision=bf16"))
+
+
+def check_images_among_videos(runtime: Runtime, folder: Path) -> None:
+    table = folder / "table.csv"
+    if runtime.is_main:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+        rows = [f"{real_clip()},a rabbit", f"{folder / 'red.png'},red"] * 8
+        table.write_text("\n".join(["path,text", *rows]))
+    runtime.barrier()
+    options = (
+        "image_size=16",
+        "num_frames=3",
+        "model={path: null, in_channels: 3, input_size: 16, patch_size: 8, text_width: 384, text_length: 8}",
+        *NARROW,
+        "encoder=Pixels",
+        "text_encoder={type: MiniLM, max_length: 8}",
+        f"data.dataset={{type: VideoTable, table: {table}, buckets: [[3, 16, 16], [1, 16, 16]]}}",
+        "data.num_workers=0",
+        "sample_prompts=[a rabbit]",
+        "precision=fp32",
+    )
+    # zero2 as the others, and ddp, which waits for a gradient of every parameter.
+    for plugin in ("zero2", "ddp"):
+        place = folder / plugin
+        trained_resumed_and_sampled(
+            runtime, place, "configs/text_to_video/latte_16x256.yaml", (*options, f"plugin={plugin}")
+        )
 
 
 def check_stable_diffusion_with_adapters(runtime: Runtime, folder: Path) -> None:
@@ -77,14 +107,13 @@ def trained_resumed_and_sampled(
 ) -> None:
     own = (
         f"experiment_dir={folder}",
-        "plugin=zero2",
         "data.batch_size=4",
         "max_training_steps=20",
         "sampler.num_steps=3",
         "optimizer.warmup_steps=2",
         f"sample_every={20 if is_sampled else 0}",
     )
-    loaded = load_config(config, "train", [*options, *own])
+    loaded = load_config(config, "train", ["plugin=zero2", *own, *options])
     whole = build_trainer(loaded, runtime)
     steps(whole, 20)
     if is_sampled:
