@@ -1,7 +1,7 @@
 """The folder of an experiment: what lies where.
 
-`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png,
-inference/, test.json, and the config of each phase that ran.
+`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (of
+videos also samples.mp4 and samples.gif), inference/, test.json, and the config of each phase that ran.
 """
 
 from pathlib import Path
@@ -26,6 +26,8 @@ def say_where(folder: Path) -> None:
     """Says where what exists of an experiment's results lies."""
     places = {
         "sample grid": folder / SAMPLES,
+        "as video": (folder / SAMPLES).with_suffix(".mp4"),
+        "as GIF": (folder / SAMPLES).with_suffix(".gif"),
         "loss curve": folder / LOSS_CURVE,
         "metrics": folder / METRICS,
         "checkpoint": checkpoint.newest(folder / CHECKPOINTS),
