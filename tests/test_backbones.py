@@ -93,6 +93,11 @@ def test_images_train_the_spatial_half_of_a_video_model() -> None:
     assert all(grad is not None and grad.any() for grad in spatial)
 
 
+def test_clips_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs clips of 3 frames, or of 1, got 2"):
+        call(small_latte(), condition(2), frames=2)
+
+
 # Parameters of the released models; Latte's include its positions of time.
 @pytest.mark.parametrize(
     ("name", "width", "length", "size", "millions"),

@@ -96,6 +96,31 @@ def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     assert f"manual_seed({SEED})" in card
 
 
+def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path) -> None:
+    from diffusers import DiTPipeline
+
+    options = [*dit_options(tmp_path), "diffusion.diffusion_steps=100"]
+    arguments = trained(tmp_path / "run", DIT, *options)
+    exported(DIT, arguments, tmp_path / "out")
+    found = DiTPipeline.from_pretrained(tmp_path / "out")(
+        class_labels=[2],
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    assert agree((found * 255).round(), drawn(DIT, arguments))
+
+
+def test_a_model_with_adapters_is_refused(tmp_path: Path) -> None:
+    config = "configs/text_to_image/sd15.yaml"
+    options = [*text_options(tmp_path, "UNet"), "model.lora_rank=2"]
+    arguments = trained(tmp_path / "run", config, *options)
+    with pytest.raises(ValueError, match="a model with adapters .lora_rank. is not exported yet"):
+        exported(config, arguments, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
     parts = save_pipeline(folder / "parts", kind)
     padding = ", attend_padding: true" if kind == "UNet" else ""

@@ -106,6 +106,17 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
         (EMOJI, ("num_frames=4",), "num_frames: 4 does not fit the model PixArt, which has 0"),
         (MOVING, ("num_frames=0",), "num_frames: 0 does not fit the model LatteT2V, which has 16"),
         (EMOJI, ("model.in_channels=4",), "model.in_channels needs 3"),
+        (
+            MOVING,
+            ("data.dataset.num_frames=8",),
+            "data.dataset.num_frames: wanted the value of num_frames, 4",
+        ),
+        (MOVING, ("frames_per_second=60",), "frames_per_second: wanted float <= 50, got 60"),
+        (
+            EMOJI,
+            ("image_size=8", "model.in_channels=1", "encoder.channels=1", "data.dataset=Digits"),
+            "text_encoder needs data with captions, got batches of image, label",
+        ),
         (DIGITS, ("sample_prompts=[a]",), "sample_prompts: has no effect without text_encoder"),
         (DIGITS, ("inpainting=RandomMasks", "sample_every=5"), "sample_every: has no image to fill"),
         (

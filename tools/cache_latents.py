@@ -197,7 +197,7 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any] | str:
         try:
-            # Nothing is drawn without augmentation.
+            # Without augmentation only which of several captions is drawn: the same at every run.
             return dict(self.dataset.load(index, torch.Generator()))
         except ValueError as error:
             # As data: out of a worker, an exception arrives wrapped in the worker's traceback.

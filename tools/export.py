@@ -52,7 +52,11 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
         raise ValueError(f"--out needs a folder that does not exist, got {folder}")
     _check(config, model_only)
     generator, captions, source = load_generator(config)
-    exported = export_model(generator.model, num_steps=config.sampler.num_steps)
+    exported = export_model(
+        generator.model,
+        num_steps=config.sampler.num_steps,
+        num_timesteps=config.diffusion.diffusion_steps,
+    )
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -64,6 +64,7 @@ def _check_agreement(config: ExperimentConfig) -> None:
         ("model.num_classes", config.model, config.num_classes),
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
         ("data.dataset.image_size", config.data.dataset, config.image_size),
+        ("data.dataset.num_frames", config.data.dataset, config.num_frames),
     )
     for key, section, wanted in pairs:
         name = key.rpartition(".")[2]

@@ -122,6 +122,8 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
         facts |= {"input_size": config.image_size // encoder.downsample, "in_channels": encoder.channels}
         if config.inpainting is not None:
             facts["extra_channels"] = 1 + encoder.channels
+    elif config.inpainting is not None and "in_channels" in config.model:
+        facts["extra_channels"] = 1 + config.model["in_channels"]
     if text is not None:
         facts |= {"text_width": text.width, "text_length": text.max_length}
     if config.num_frames:

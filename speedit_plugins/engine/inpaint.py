@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from speedit_plugins.data.images import center_crop, read_rgb
+from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.engine import pictures
 from speedit_plugins.engine.conditions import Conditions
 from speedit_plugins.engine.generate import SampleGenerator
@@ -34,7 +35,11 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     num_rows, num_fills = max(1, len(conditions.names)), config.samples_per_class
     rows = torch.arange(num_rows).repeat_interleave(num_fills)
     images = image.expand(len(rows), -1, -1, -1)
-    extra = masked_latents(generator.encoder, images, mask.expand(len(rows), -1, -1, -1))
+    seed = stream_seed(config.seed, IMAGE_STREAM, 1)
+    rest = masked_latents(
+        generator.encoder, image, mask, [torch.Generator(generator.device).manual_seed(seed)]
+    )
+    extra = rest.expand(len(rows), -1, -1, -1)
     drawn = generator.draw(with_extra(conditions.of(rows, generator.device), extra), len(rows))
     fills = torch.where(mask > 0, drawn, images)  # (B, C, H, W)
     given = image * (1 - mask)

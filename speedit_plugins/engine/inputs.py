@@ -131,8 +131,11 @@ class BatchEncoder:
             return None
         if TEXT[0] in batch:
             features = dict(zip(("tokens", "mask"), (batch[name] for name in TEXT), strict=True))
+        elif self.captions is None or "caption" not in batch:
+            raise ValueError(
+                f"text_encoder needs data with captions, got batches of {', '.join(sorted(batch))}"
+            )
         else:
-            assert self.captions is not None
             encoded = self.captions.encode(batch["caption"])
             features = {name: value.to(self.device) for name, value in encoded.items()}
         if not self._dropout:

@@ -191,7 +191,7 @@ class ExperimentConfig:
     inpaint_image: str | None = None
     inpaint_mask: str | None = None
     samples_per_class: int = _limited(1, at_least=1)
-    frames_per_second: float = _limited(8.0, above=0)
+    frames_per_second: float = _limited(8.0, above=0, at_most=50)
     num_samples: int = _limited(50_000, at_least=1)
     per_proc_batch_size: int = _limited(32, at_least=1)
 

@@ -7,7 +7,7 @@ input is concatenated to x, "extra" (B, E, ...). The diffusers model is `net`, i
 Dims: `B` batch, `C` channels, `F` frames, `h`, `w` edges, `L` caption tokens, `D` width of the text encoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from speedit_plugins.models.interface import split_extra
 from speedit_plugins.registry import MODELS
-
-Condition = Mapping[str, Tensor]
 
 # What diffusers' class leaves open and every released Latte shares.
 _LATTE: dict[str, Any] = {
@@ -82,12 +80,12 @@ class TextConditioned(nn.Module):
         """Features of the empty caption: "tokens" (1, L, D), "mask" (1, L)."""
         return {"tokens": self.get_buffer("null_tokens"), "mask": self.get_buffer("null_mask")}
 
-    def set_null_text(self, features: Condition) -> None:
+    def set_null_text(self, features: Mapping[str, Tensor]) -> None:
         """Stores the empty caption's features: they are saved with the weights."""
         for name, stored in self.null_text.items():
             stored.copy_(features[name])
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition | None = None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor] | None = None) -> Tensor:
         """Prediction for a noised input.
 
         Args:
@@ -139,6 +137,8 @@ class _UNet(TextConditioned):
 
 class _Latte(TextConditioned):
     def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        if x.shape[2] not in (1, self.num_frames):
+            raise ValueError(f"the model needs clips of {self.num_frames} frames, or of 1, got {x.shape[2]}")
         # Per frame, and as a bias already: diffusers repeats the tokens for every frame, but not their mask.
         bias = torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, -10_000.0)
         output: Tensor = self.net(
@@ -393,10 +393,6 @@ def _config(net: Any, name: str) -> Any:
     return net.config[name]
 
 
-_BACKBONES: dict[str, Callable[..., TextConditioned]] = {
-    "PixArt": pixart,
-    "UNet": unet,
-    "LatteT2V": latte_t2v,
-}
-for _name, _builder in _BACKBONES.items():
-    MODELS.register_module(name=_name, module=_builder)
+MODELS.register_module(name="PixArt", module=pixart)
+MODELS.register_module(name="UNet", module=unet)
+MODELS.register_module(name="LatteT2V", module=latte_t2v)

@@ -45,29 +45,32 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def export_model(model: nn.Module, *, num_steps: int) -> Exported:
+def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exported:
     """The diffusers network of a trained model.
 
     Args:
         num_steps: N of the `ddim_leading` sampling that a DiT's timestep layer is fitted to, see `dit_of`.
+        num_timesteps: T of the process.
 
     Raises:
         ValueError: a model that no pipeline of diffusers is for.
     """
     if isinstance(model, TextConditioned):
         pipeline, subfolder = _PIPELINES[type(model.net).__name__]
+        if any("lora_" in name for name, _ in model.net.named_parameters()):
+            raise ValueError("a model with adapters (lora_rank) is not exported yet: they are not merged")
         return Exported(
             model.net, pipeline, subfolder, "ddim_leading_1" if subfolder == "unet" else "ddim_leading"
         )
     if isinstance(model, DiT) and model.num_classes and model.null_label is not None:
-        return dit_of(model, num_steps=num_steps)
+        return dit_of(model, num_steps=num_steps, num_timesteps=num_timesteps)
     raise ValueError(
         f"no pipeline of diffusers is for {type(model).__name__} as it is; wanted a DiT with classes and"
         " class_dropout_prob > 0, PixArt, UNet or LatteT2V"
     )
 
 
-def dit_of(model: DiT, *, num_steps: int, num_timesteps: int = 1000) -> Exported:
+def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
     """diffusers' `DiTTransformer2DModel` with the weights of a DiT.
 
     Labels get the pipeline's layout: K classes from 0 on, "no class" at 1000, zeros between. diffusers spaces
