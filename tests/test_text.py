@@ -85,12 +85,6 @@ def test_dropped_captions_become_the_empty_one(encoder: TextEncoder) -> None:
         assert_close(value[[0, 2]], features[name][[0, 2]], rtol=0, atol=0)
 
 
-def test_the_fingerprint_is_that_of_weights_and_length(tmp_path: Path, encoder: TextEncoder) -> None:
-    path = str(saved(tmp_path, "t5"))
-    assert TextEncoder(path, max_length=6).fingerprint() == encoder.fingerprint()
-    assert TextEncoder(path, max_length=7).fingerprint() != encoder.fingerprint()
-
-
 def test_what_is_wrong_with_an_encoder_is_said(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no text encoder with a tokenizer found at '.*absent': .*give the folder"

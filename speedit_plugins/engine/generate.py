@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from speedit_plugins.data.files import write_whole
 from speedit_plugins.data.loader import IMAGE_STREAM, LABEL_STREAM, stream_seed
 from speedit_plugins.diffusion import sampling
 from speedit_plugins.engine import build, checkpoint, pictures, results
@@ -117,8 +118,8 @@ class SampleGenerator:
             stream: batches of one run draw from different streams, >= 0.
             callback: told the number of sampling steps done, and x, after each.
         """
-        device = self.device
-        generator = torch.Generator(device).manual_seed(stream_seed(self.config.seed, IMAGE_STREAM, stream))
+        seed = stream_seed(self.config.seed, IMAGE_STREAM, stream)
+        generator = torch.Generator(self.device).manual_seed(seed)
         options = self.config.sampler
         is_guided = condition is not None and self.config.guidance_scale != 1
         is_training = self.model.training
@@ -127,7 +128,7 @@ class SampleGenerator:
             latents = sampling.sample(
                 self._model_with(weights),
                 self.process,
-                torch.randn((num_samples, *input_shape(self.model)), generator=generator, device=device),
+                torch.randn((num_samples, *input_shape(self.model)), generator=generator, device=self.device),
                 condition=condition,
                 null_condition=null_condition(self.model, condition) if is_guided else None,
                 sampler=cast(str, options.type),
@@ -211,7 +212,7 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
         lines = "".join(
             json.dumps({"file": f"{i:06d}", "caption": name}) + "\n" for i, name in enumerate(names)
         )
-        (folder / "captions.jsonl").write_text(lines, encoding="utf-8")
+        write_whole(folder / "captions.jsonl", lines.encode())
 
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:

@@ -3,7 +3,6 @@
 Dims: `B` captions, `L` tokens of a caption after padding, `D` width of the encoder.
 """
 
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,16 +127,6 @@ class TextEncoder(nn.Module):
         ).last_hidden_state  # (B, L, D)
         # What is not read is zero: the features of a caption do not depend on the kind of padding.
         return {"tokens": hidden.float() * mask.unsqueeze(2), "mask": mask.bool()}
-
-    def fingerprint(self) -> str:
-        """Sha256, in hexadecimal, of what decides the features: length, vocabulary, weights."""
-        kind = f"{type(self.model).__name__} {self.max_length} {self.attend_padding}"
-        digest = hashlib.sha256(kind.encode())
-        digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        for name, weights in sorted(self.model.state_dict().items()):
-            digest.update(f"\n{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
-            digest.update(weights.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def _count_cut(self, captions: Sequence[str]) -> None:
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
