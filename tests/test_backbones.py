@@ -120,7 +120,7 @@ def test_a_saved_pipeline_gives_its_weights(tmp_path: Path, name: str) -> None:
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
     with pytest.raises(ValueError, match=f"has .* {TEXT_WIDTH}, wanted the text encoder's width, 32"):
         build(MODELS, options, text_width=32)
-    with pytest.raises(ValueError, match=r"model.path: no .* at '.*absent'.*give its folder"):
+    with pytest.raises(ValueError, match=r"model.path: no .* at '.*absent'.*give the folder of a saved one"):
         build(MODELS, {**options, "path": str(tmp_path / "absent")}, text_width=TEXT_WIDTH)
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from speedit_plugins.data.latents import LatentCache, sample_latents
 from speedit_plugins.data.loader import ResumableLoader
 from speedit_plugins.data.shards import read_index
-from speedit_plugins.engine.build import build_dataset
+from speedit_plugins.engine.build import build_dataset, build_text_encoder
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.models.pretrained import Autoencoder
@@ -300,6 +300,42 @@ def test_a_text_run_from_the_cache_follows_the_run_without_it(
         build_trainer(
             load_config(config, "train", [*options, "text_encoder.max_length=12", "model.text_length=12"])
         )
+    whole = files(tmp_path / "cache")
     (tmp_path / "cache" / "null_text.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"null_text.safetensors is missing or damaged"):
         build_trainer(load_config(config, "train", options))
+    # The same command again mends it, as it does shards.
+    assert tool.main(["-c", config, "--out", str(tmp_path / "cache"), *small]) == 0
+    assert files(tmp_path / "cache") == whole
+
+
+def test_of_several_captions_the_cache_gives_the_one_that_the_dataset_draws(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("one", "two red", "a green thing")
+    annotations = []
+    for i in range(NUM_IMAGES):
+        Image.new("RGB", (40, 32), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        annotations += [{"image_id": i, "caption": f"{i} {text}"} for text in words[: 1 + i % 3]]
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(NUM_IMAGES)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    config = "configs/text_to_image/emoji.yaml"
+    dataset = f"{{type: ImageCaptions, captions_file: {tmp_path / 'coco.json'}, random_flip: true}}"
+    options = ["--out", str(tmp_path / "cache"), "--flip", "--batch-size", "4", "--shard-size", "8"]
+    assert tool.main(["-c", config, *options, f"data.dataset={dataset}"]) == 0
+    overrides = [line.strip() for line in capsys.readouterr().out.splitlines()[-2:]]
+    experiments = [load_config(config, "train", given) for given in ([f"data.dataset={dataset}"], overrides)]
+    encoder = build_text_encoder(experiments[0], torch.device("cpu"))
+    assert encoder is not None
+    live, cached = (ResumableLoader(build_dataset(each), batch_size=4, seed=3) for each in experiments)
+    seen: set[str] = set()
+    for _ in range(8):
+        one, other = next(live), next(cached)
+        assert torch.equal(other["latent_mean"], one["image"])
+        expected = encoder.encode(one["caption"])
+        # Its last bits depend on the captions that share a batch.
+        assert_close(other["text_tokens"], expected["tokens"], atol=1e-5, rtol=1e-5)
+        assert torch.equal(other["text_mask"], expected["mask"])
+        seen.update(one["caption"])
+    # In four epochs more than one of an image is drawn.
+    assert len(seen) > NUM_IMAGES

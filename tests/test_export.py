@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from saved_models import save_pipeline
+from torch.testing import assert_close
 
 from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.engine import checkpoint, pictures
@@ -15,6 +16,8 @@ from speedit_plugins.engine.conditions import grid_conditions
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.generate import load_generator
 from speedit_plugins.engine.train import build_trainer
+from speedit_plugins.models.backbones import unet
+from speedit_plugins.models.exported import export_model
 
 EXPORT = runpy.run_path("tools/export.py")
 STEPS = 10
@@ -72,7 +75,7 @@ def dit_options(folder: Path) -> list[str]:
     ]
 
 
-DIT = "configs/image/imagenet_256/base.yaml"
+DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
 
 
 def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
@@ -112,12 +115,38 @@ def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path)
     assert agree((found * 255).round(), drawn(DIT, arguments))
 
 
-def test_a_model_with_adapters_is_refused(tmp_path: Path) -> None:
-    config = "configs/text_to_image/sd15.yaml"
-    options = [*text_options(tmp_path, "UNet"), "model.lora_rank=2"]
-    arguments = trained(tmp_path / "run", config, *options)
-    with pytest.raises(ValueError, match="a model with adapters .lora_rank. is not exported yet"):
-        exported(config, arguments, tmp_path / "out")
+def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
+    model = unet(
+        input_size=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        text_width=16,
+        text_length=8,
+        lora_rank=2,
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x, tokens = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4), (8, 16)))
+    given = x, torch.tensor([3, 500]), {"tokens": tokens, "mask": torch.ones(2, 8, dtype=torch.bool)}
+    adapted = model(*given)
+    model.net.disable_lora()
+    assert not torch.allclose(model(*given), adapted, atol=1e-2)
+    model.net.enable_lora()
+    net = export_model(model, num_steps=STEPS, num_timesteps=1000).net
+    assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
+    # W x + B (A x) against (W + B A) x: float32 sums in another order.
+    assert_close(model(*given), adapted, rtol=0, atol=1e-4)
+
+
+def test_stable_diffusion_is_exported_where_padding_was_read_in_training(tmp_path: Path) -> None:
+    options = [*text_options(tmp_path, "UNet"), "text_encoder.attend_padding=false"]
+    arguments = trained(tmp_path / "run", SD15, *options)
+    message = "reads padding like words, got a model trained with text_encoder.attend_padding false"
+    with pytest.raises(ValueError, match=message):
+        exported(SD15, arguments, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -142,15 +171,21 @@ def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"),
-    [("PixArt", "configs/text_to_image/pixart_256.yaml"), ("UNet", "configs/text_to_image/sd15.yaml")],
+    ("kind", "config", "changes"),
+    [
+        ("PixArt", "configs/text_to_image/pixart_256.yaml", ()),
+        ("UNet", SD15, ()),
+        # Merged adapters are in the pipeline's own weights.
+        ("UNet", SD15, ("model.lora_rank=2",)),
+    ],
+    ids=["PixArt", "UNet", "adapters"],
 )
 def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
-    tmp_path: Path, kind: str, config: str
+    tmp_path: Path, kind: str, config: str, changes: tuple[str, ...]
 ) -> None:
     import diffusers
 
-    options = [*text_options(tmp_path, kind), "guidance_scale=2.0"]
+    options = [*text_options(tmp_path, kind), "guidance_scale=2.0", *changes]
     arguments = trained(tmp_path / "run", config, *options)
     exported(config, arguments, tmp_path / "out")
     name = {"PixArt": "PixArtAlphaPipeline", "UNet": "StableDiffusionPipeline"}[kind]
@@ -160,8 +195,7 @@ def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
         if kind == "PixArt"
         else {}
     )
-    if kind == "UNet":
-        pipeline.tokenizer.model_max_length = 8
+    assert pipeline.tokenizer.model_max_length == 8
     found = pipeline(
         "a red heart",
         guidance_scale=2.0,

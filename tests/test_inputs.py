@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.engine.inputs import (
+    FRAMES_AT_ONCE,
     BatchEncoder,
     decode_video,
     encode_video,
@@ -121,6 +122,37 @@ def test_frames_of_a_video_draw_one_after_the_other_from_its_generator() -> None
     latents = encode_video(Halving(), videos, generators(2))
     for video, generator in zip(latents, generators(2), strict=True):
         assert_close(video.flatten(), torch.cat([torch.randn(1, generator=generator) for _ in range(3)]))
+
+
+class Counting(Halving):
+    """Keeps how many images it was given at once."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def encode(self, images: Tensor, generators: Any = None) -> Tensor:
+        self.counts.append(len(images))
+        return super().encode(images, generators)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.counts.append(len(latents))
+        return super().decode(latents)
+
+
+def test_an_encoder_has_a_limited_number_of_frames_at_once() -> None:
+    F = FRAMES_AT_ONCE - 3
+    videos, counting = torch.rand(3, 1, F, 2, 2), Counting()
+    latents = encode_video(counting, videos, generators(3))
+    parts = [FRAMES_AT_ONCE, FRAMES_AT_ONCE, 3 * F - 2 * FRAMES_AT_ONCE]
+    assert counting.counts == parts
+    # Means of four pixels: no frame's bits depend on those beside it.
+    whole = Halving().encode(videos.transpose(1, 2).flatten(0, 1))
+    drawn = [torch.randn(1, 1, 1, 1, generator=each) for each in generators(3) for _ in range(F)]
+    assert torch.equal(latents.transpose(1, 2).flatten(0, 1), whole + torch.cat(drawn))
+    counting.counts.clear()
+    decoded = decode_video(counting, latents)
+    assert counting.counts == parts
+    assert torch.equal(decoded, latents.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
 
 def test_noise_has_the_latents_shape() -> None:

@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 from saved_models import save_pipeline
+from torch.testing import assert_close
 
 from speedit_plugins.cli import main
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.train import build_trainer
 
 EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
 DIGITS = "configs/image/digits/speedit.yaml"
@@ -140,6 +144,22 @@ def test_what_does_not_fit_is_said_before_training(
 ) -> None:
     assert message in error(capsys, "train", config, tmp_path, *options)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("max_length", [16, 6])
+def test_fine_tuning_drops_captions_to_its_own_text_encoders_empty_one(
+    tmp_path: Path, max_length: int
+) -> None:
+    arguments = [f"experiment_dir={tmp_path}", "max_training_steps=2", *NARROW, *SHORT]
+    weights = dict(build_trainer(load_config(EMOJI, "train", arguments)).model.state_dict())
+    weights["null_tokens"] = weights["null_tokens"] + 1
+    save_file(weights, tmp_path / "file.safetensors")
+    own = load_config(EMOJI, "train", [*arguments, f"text_encoder.max_length={max_length}"])
+    fresh = build_trainer(own).model
+    tuned = build_trainer(own, weights=str(tmp_path / "file.safetensors")).model
+    assert_close(tuned.null_text, fresh.null_text, rtol=0, atol=0)
+    found = {name: value for name, value in tuned.state_dict().items() if "null" not in name}
+    assert_close(found, {name: weights[name] for name in found}, rtol=0, atol=0)
 
 
 def test_another_autoencoder_than_the_models_is_refused(

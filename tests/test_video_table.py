@@ -248,6 +248,31 @@ class TestUnusableVideos:
             assert lenient.load(1, generator())["caption"] == "drei ü"
         assert lenient.num_corrupt == 1
 
+    def test_a_video_is_used_where_it_is_whole_whatever_was_asked_for_before(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            for number in range(4):
+                path = tmp_path / name / f"{number}.png"
+                path.parent.mkdir(exist_ok=True)
+                Image.new("RGB", (8, 8), (10 * number,) * 3).save(path)
+        (tmp_path / "a" / "3.png").write_text("no image")
+        listed = table(tmp_path, "path,text\na,a\nb,b\n")
+        options = {"image_size": 8, "num_frames": 2, "on_corrupt": "skip"}
+        seeds = range(20)
+
+        def captions(order: Any) -> dict[int, str]:
+            data = VideoTable(listed, **options)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = {seed: data.load(0, generator(seed))["caption"] for seed in order}
+            assert ["line 2: corrupt image" in str(warning.message) for warning in caught] == [True]
+            assert data.num_corrupt == 1
+            return found
+
+        forwards = captions(seeds)
+        # Of the three starts the last one reaches the damaged frame.
+        assert set(forwards.values()) == {"a", "b"}
+        assert captions(reversed(seeds)) == forwards
+
     def test_workers_share_the_count(self, listed: Path) -> None:
         data = VideoTable(listed, image_size=8, num_frames=2, on_corrupt="skip")
         damage(data.path(0))
@@ -320,6 +345,12 @@ class TestTable:
     def test_a_wrong_table_says_where(self, tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(ValueError, match=rf"videos\.csv.*{message}"):
             VideoTable(table(tmp_path, text), image_size=8, num_frames=2)
+
+    def test_white_space_around_values_is_no_part_of_them(self, tmp_path: Path) -> None:
+        text = 'path,text,label\n a.mp4 ," one, first ", run\nb.mp4,two,run \n'
+        rows = read_rows(table(tmp_path, text), ("path", "text", "label"))
+        found = [[row[name] for name in ("path", "text", "label")] for row in rows]
+        assert found == [["a.mp4", "one, first", "run"], ["b.mp4", "two", "run"]]
 
     def test_no_table_and_another_encoding_are_named(self, tmp_path: Path) -> None:
         for path in (tmp_path / "nowhere.csv", tmp_path):

@@ -6,7 +6,8 @@
 
 The images are taken in order, without random flips, through the encoder of the config, and its posterior
 (scaled mean and standard deviation) is written: training still draws a new sample of it at each step. With a
-text encoder its features of each caption are written too, and training needs neither encoder's weights. The
+text encoder its features of each caption are written too, all of an image that has several, of which training
+draws one as it does without the cache; and training needs neither encoder's weights. The
 same command after an interruption goes on after the last whole shard; another config into the same folder is
 refused. At the end the lines are printed that make the same experiment train from the cache.
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.data.files import write_whole
-from speedit_plugins.data.latents import FLIPPED, LATENTS, NULL_TEXT, TEXT, null_text_file
+from speedit_plugins.data.latents import FLIPPED, LATENTS, NULL_TEXT, TEXT_COUNT, null_text_file, text_names
 from speedit_plugins.data.loader import SampleSource
 from speedit_plugins.data.shards import ShardIndex, append_shard, start_or_resume
 from speedit_plugins.engine.build import build_dataset, build_device, build_encoder
@@ -111,10 +112,8 @@ def cache(
         raise ValueError("a latent cache holds images of one size, got a dataset with buckets")
     device = build_device(config)
     encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
-    null_text = None if captions is None else null_text_file(captions.encode([""]))
     made_from = {
         **_choices(config),
-        **({} if null_text is None else {"null_text_sha256": hashlib.sha256(null_text).hexdigest()}),
         "encoder_fingerprint": encoder.fingerprint(),
         "num_classes": dataset.num_classes,
         "scaled": True,
@@ -122,9 +121,15 @@ def cache(
         "flip": flip,
         "shard_size": shard_size,
     }
+    max_captions = getattr(dataset, "max_captions", 1)
+    if captions is not None:
+        null_text = null_text_file(captions.encode([""]))
+        made_from["null_text_sha256"] = hashlib.sha256(null_text).hexdigest()
+        if max_captions > 1:
+            made_from["max_captions"] = max_captions
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
-    if null_text is not None and not (folder / NULL_TEXT).is_file():
-        write_whole(folder / NULL_TEXT, null_text)
+    if captions is not None:
+        _write_unless_there(folder / NULL_TEXT, null_text)
     first = index.num_done
     cuts = _cuts(first, len(dataset), shard_size=shard_size, batch_size=batch_size)
     batches = _batches(dataset, [rows for shard in cuts for rows in shard], config.data.num_workers)
@@ -135,7 +140,7 @@ def cache(
             for rows in shard:
                 batch = next(batches)
                 latents = _encoded(encoder, batch, device, flip=flip, dtype=DTYPES[dtype])
-                parts.append({**latents, **_text(captions, batch, DTYPES[dtype])})
+                parts.append({**latents, **_text(captions, batch, max_captions, DTYPES[dtype])})
                 _check_finite(parts[-1], rows, dtype)
                 bar.update(len(rows))
             index = append_shard(folder, index, _joined(parts))
@@ -166,7 +171,7 @@ def _cuts(first: int, size: int, *, shard_size: int, batch_size: int) -> list[li
 def _batches(
     dataset: SampleSource, rows: Sequence[range], num_workers: int
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Batches of "image" (B, 3, H, W) and "label" (B,), in order.
+    """Batches of "image" (B, 3, H, W), and "label" (B,) or "captions", B lists, in order.
 
     Raises:
         ValueError: a damaged image, as the dataset reports it, or samples that are no images.
@@ -196,17 +201,25 @@ class _Rows:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any] | str:
+        load = getattr(self.dataset, "load_all", self.dataset.load)
         try:
-            # Without augmentation only which of several captions is drawn: the same at every run.
-            return dict(self.dataset.load(index, torch.Generator()))
+            # Without augmentation nothing is drawn.
+            sample = dict(load(index, torch.Generator()))
         except ValueError as error:
             # As data: out of a worker, an exception arrives wrapped in the worker's traceback.
             return str(error)
+        if "caption" in sample:
+            sample["captions"] = [sample.pop("caption")]
+        return sample
 
 
 def _collated(samples: list[dict[str, Any] | str]) -> dict[str, Any] | str:
-    faults = [sample for sample in samples if isinstance(sample, str)]
-    return faults[0] if faults else default_collate(samples)
+    whole = [sample for sample in samples if not isinstance(sample, str)]
+    if len(whole) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, str))
+    # Lists of unequal length, which are not to be stacked.
+    captions = [sample.pop("captions") for sample in whole if "captions" in sample]
+    return {**default_collate(whole), **({"captions": captions} if captions else {})}
 
 
 def _leave_interrupt_to_parent(worker_id: int) -> None:
@@ -225,12 +238,35 @@ def _encoded(
     return {**latents, **({"label": batch["label"]} if "label" in batch else {})}
 
 
-def _text(captions: CaptionSource | None, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Features (B, L, D) and mask (B, L) of the captions, if there are any."""
-    if captions is None:
+def _text(
+    source: CaptionSource | None, batch: Mapping[str, Any], max_captions: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Features (B, L, D) and mask (B, L) of the captions, if there are any.
+
+    Where images have several: of the first ones, the second ones, ..., zeros where an image has fewer, and
+    how many each has.
+    """
+    if source is None:
         return {}
-    features = captions.encode(batch["caption"])
-    return dict(zip(TEXT, (features["tokens"].to(dtype).cpu(), features["mask"].cpu()), strict=True))
+    found: dict[str, Tensor] = {}
+    captions: Sequence[Sequence[str]] = batch["captions"]
+    for number in range(max_captions):
+        rows = [row for row, texts in enumerate(captions) if number < len(texts)]
+        size = (len(captions), source.max_length)
+        tokens, mask = torch.zeros(*size, source.width, dtype=dtype), torch.zeros(size, dtype=torch.bool)
+        if rows:
+            features = source.encode([captions[row][number] for row in rows])
+            tokens[rows], mask[rows] = features["tokens"].to(dtype).cpu(), features["mask"].cpu()
+        found |= zip(text_names(number), (tokens, mask), strict=True)
+    if max_captions > 1:
+        found[TEXT_COUNT] = torch.tensor([len(texts) for texts in captions])
+    return found
+
+
+def _write_unless_there(path: Path, content: bytes) -> None:
+    # A damaged one is written again, as damaged shards are.
+    if not path.is_file() or path.read_bytes() != content:
+        write_whole(path, content)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> None:

@@ -101,8 +101,21 @@ class ImageCaptions(ImageFolder):
                 bucket).
             OSError: the system fails to read the file.
         """
+        sample = self.load_all(index, generator)
+        texts = sample["captions"]
+        # A single one draws nothing.
+        number = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
+        return {"image": sample["image"], "caption": texts[number]}
+
+    def load_all(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """As `load`, but "captions", list of str: all that the image has; `generator` decides the flip."""
         sample = super().load(index, generator)
-        return {"image": sample["image"], "caption": self._texts.draw(sample["label"], generator)}
+        return {"image": sample["image"], "captions": self._texts.of(sample["label"])}
+
+    @property
+    def max_captions(self) -> int:
+        """Of the image that has the most."""
+        return self._texts.most
 
 
 def read_captions(file: Path) -> Iterator[Row]:
@@ -258,13 +271,11 @@ class _Texts:
             first.append(len(texts))
         self._texts = Strings(texts)
         self._first = np.array(first, dtype=np.int64)  # the first caption of each image
+        self.most = int(np.diff(self._first).max())
 
-    def draw(self, index: int, generator: torch.Generator) -> str:
-        """A caption of the image, each as likely; a single one draws nothing."""
-        number, count = int(self._first[index]), int(self._first[index + 1] - self._first[index])
-        if count > 1:
-            number += int(torch.randint(count, (), generator=generator))
-        return self._texts[number]
+    def of(self, index: int) -> list[str]:
+        """The captions of the image."""
+        return [self._texts[number] for number in range(self._first[index], self._first[index + 1])]
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

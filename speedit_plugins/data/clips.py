@@ -102,7 +102,8 @@ class Clips:
             the size is read.
         cut: what becomes of each.
         on_corrupt: "raise" names a video that is missing, too short or damaged; "skip" warns of it once and
-            takes the next usable one of the same bucket, with that one's label or caption.
+            takes the next usable one of the same bucket, with that one's label or caption. One of which
+            some frames are damaged is replaced where a sample asks for these.
         table: the file whose lines the entries are, for messages; None where there is none.
 
     Raises:
@@ -132,7 +133,8 @@ class Clips:
             fault = f"{entries[index].path} has {lengths[index]} frames, wanted {_wish(cut)}"
             faults.setdefault(index, fault)
         self._report(faults)
-        self._lengths = torch.from_numpy(lengths)
+        # 0 of what no sample can be cut from, however often it is tried.
+        self._lengths = torch.from_numpy(np.where(chosen < 0, 0, lengths))
         self._shapes = torch.from_numpy(self._placed(chosen, ratios))
         self.buckets = None if cut.buckets is None else self._shapes
 
@@ -170,15 +172,18 @@ class Clips:
         return (video.flip(-1) if flip else video).contiguous(), index
 
     def _read(self, index: int, start: float) -> tuple[list[Image.Image], int]:
-        """Frames of the video at `index`, or of the next usable one of its bucket (cyclically); its index."""
+        """Frames of the video at `index`, or of the next usable one of its bucket (cyclically); its index.
+
+        Damage met before does not count: the sample would depend on which ones were asked for earlier.
+        """
         shape = int(self._shapes[index])
         (frames, height, width), span = self._cut.shapes[shape], self._cut.spans[shape]
         crop = partial(center_crop, height=height, width=width)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
-            if self._corrupt[candidate] or self._shapes[candidate] != shape:
-                continue
             length = int(self._lengths[candidate])
+            if not length or self._shapes[candidate] != shape:
+                continue
             first = int(start * (length - span + 1))
             positions = range(first, first + span, self._cut.frame_interval)
             try:
@@ -187,8 +192,10 @@ class Clips:
                 message = f"{self._place(candidate)}{error}"
                 if self.on_corrupt == "raise":
                     raise ValueError(message) from error
-                self._corrupt[candidate] = True
-                warnings.warn(f"{message}; the next usable video takes its place", UserWarning, stacklevel=4)
+                if not self._corrupt[candidate]:
+                    self._corrupt[candidate] = True
+                    note = f"{message}; the next usable video takes its place"
+                    warnings.warn(note, UserWarning, stacklevel=4)
         raise ValueError(
             f"{type(self).__name__} found no usable video of {frames} frames, {height} x {width}: all"
             f" {int((self._shapes == shape).sum())} are missing, too short or damaged"

@@ -19,6 +19,8 @@ from speedit_plugins.registry import DATASETS
 LATENTS = ("latent_mean", "latent_std")
 FLIPPED = ("flipped_mean", "flipped_std")
 TEXT = ("text_tokens", "text_mask")
+# How many captions a sample has, in a cache where some have several.
+TEXT_COUNT = "text_count"
 NULL_TEXT = "null_text.safetensors"
 
 
@@ -71,7 +73,8 @@ class LatentCache:
             raise ValueError(f"the cache in {root} was asked for captions: got {found}, wanted {wanted}")
         self.null_text = _read_null_text(Path(root).expanduser(), index.made_from) if has_text else None
         self.text_encoder: dict[str, Any] | None = index.made_from.get("text_encoder")
-        self._others = [name for name in ("label", *TEXT) if name in index.tensors]
+        self._has_label, self._has_text = "label" in index.tensors, has_text
+        self._has_several = TEXT_COUNT in index.tensors
         if random_flip and FLIPPED[0] not in index.tensors:
             raise ValueError(
                 f"random_flip=True needs mirrored images, got none in {root}; tools/cache_latents.py --flip"
@@ -90,16 +93,25 @@ class LatentCache:
         """One sample: "latent_mean" and "latent_std" float32 (C, h, w), and what it has of "label" int,
         "text_tokens" float32 (L, D) and "text_mask" bool (L,).
 
-        `generator` decides the flip, by the draw with which `ImageFolder` decides it.
+        `generator` decides the flip, then which of several captions, by the draws with which `ImageFolder`
+        and `ImageCaptions` decide them.
         """
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
-        mean, std = FLIPPED if flip else LATENTS
-        sample = self._shards.load(index, (mean, std, *self._others))
-        found: dict[str, Any] = {"latent_mean": sample[mean].float(), "latent_std": sample[std].float()}
-        for name in self._others:
-            value = sample[name]
-            found[name] = int(value) if name == "label" else value.float() if name == TEXT[0] else value
+        names = dict(zip(LATENTS, FLIPPED if flip else LATENTS, strict=True))
+        if self._has_label:
+            names["label"] = "label"
+        if self._has_text:
+            names |= zip(TEXT, text_names(self._draw_caption(index, generator)), strict=True)
+        sample = self._shards.load(index, tuple(names.values()))
+        found: dict[str, Any] = {}
+        for name, stored in names.items():
+            value = sample[stored]
+            found[name] = int(value) if name == "label" else value if name == TEXT[1] else value.float()
         return found
+
+    def _draw_caption(self, index: int, generator: torch.Generator) -> int:
+        count = int(self._shards.load(index, (TEXT_COUNT,))[TEXT_COUNT]) if self._has_several else 1
+        return int(torch.randint(count, (), generator=generator)) if count > 1 else 0
 
 
 def sample_latents(
@@ -123,6 +135,15 @@ def sample_latents(
     if len(generators) != len(mean):
         raise ValueError(f"sample_latents needs one generator per sample, {len(mean)}, got {len(generators)}")
     return mean + std * torch.cat([_noise(mean, (1, *mean.shape[1:]), each) for each in generators])
+
+
+def text_names(number: int) -> tuple[str, str]:
+    """The cache's names of the features and the mask of a sample's caption `number`, from 0.
+
+    A tensor for each: what is read of a sample is what is drawn.
+    """
+    tokens, mask = TEXT
+    return (f"{tokens}_{number}", f"{mask}_{number}") if number else TEXT
 
 
 def null_text_file(features: Mapping[str, Tensor]) -> bytes:

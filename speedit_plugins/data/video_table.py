@@ -103,6 +103,8 @@ class VideoTable(Clips):
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a table: `line`, the wanted columns as text, and `SIZES` as ints or None.
 
+    White space at the ends of a value is no part of it.
+
     Args:
         path: a CSV file.
         columns: those that the table must have, with a value in each row.
@@ -137,9 +139,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 def _parsed(row: Mapping[str, str], columns: Sequence[str], place: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in columns:
-        if not row[name].strip():
+        values[name] = row[name].strip()
+        if not values[name]:
             raise ValueError(f"{place}, column {name}: got nothing, wanted a {name}")
-        values[name] = row[name]
     # A NUL ends a path to the system.
     if "\0" in values["path"]:
         raise ValueError(f"{place}, column path: got {values['path']!r}, wanted a path")

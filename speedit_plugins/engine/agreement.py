@@ -1,9 +1,11 @@
-"""What the keys of an experiment must say together, in each phase.
+"""What the keys of an experiment must say together, in each phase, and in a run that goes on.
 
 Standard library only, as `schema.py`: a contradiction fails before torch is imported.
 """
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
 
 from speedit_plugins.engine.schema import (
     FLOW,
@@ -12,6 +14,8 @@ from speedit_plugins.engine.schema import (
     ConfigError,
     DiffusionConfig,
     ExperimentConfig,
+    build_section,
+    settled_process,
 )
 
 
@@ -40,6 +44,28 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         )
     if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
         raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """What gives a checkpoint's weights their meaning is as it was: the process, the encoders, the holes.
+
+    Args:
+        saved: plain config of the checkpoint; a key that was not known when it was written is at its default.
+        config: that of the run which goes on from it.
+
+    Raises:
+        ValueError: a key says something else; the message has both.
+    """
+    was, now = _meaning(saved), _meaning(config)
+    for key, value in was.items():
+        if now[key] != value:
+            raise ValueError(f"{key} was {value!r}, got {now[key]!r}")
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
+    given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given}
 
 
 def _check_training(config: ExperimentConfig) -> None:
@@ -78,7 +104,7 @@ def _check_process(diffusion: DiffusionConfig) -> None:
     if diffusion.is_flow:
         if diffusion.learn_sigma or diffusion.prediction_type != "flow":
             raise ConfigError("diffusion.type", f"{FLOW} wanted learn_sigma null and prediction_type null")
-        foreign = [key for key in GAUSSIAN_KEYS[2:] if getattr(diffusion, key)]
+        foreign = [key for key in GAUSSIAN_KEYS if key != "prediction_type" and getattr(diffusion, key)]
     else:
         if diffusion.prediction_type == "flow":
             raise ConfigError("diffusion.prediction_type", f"flow is what diffusion.type {FLOW} predicts")

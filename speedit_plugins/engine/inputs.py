@@ -17,6 +17,10 @@ from speedit_plugins.models.text import CaptionSource, dropped
 
 Generators = Sequence[torch.Generator]
 
+# Frames that an encoder has at once: of 256 x 256 pixels the largest tensors of Stable Diffusion's, 256
+# channels in float32, are 64 MiB a frame, and several live at a time.
+FRAMES_AT_ONCE = 16
+
 
 class Encoder(Protocol):
     """Between images (B, C, H, W) in [-1, 1] and what the model is trained on."""
@@ -168,18 +172,21 @@ def with_extra(condition: Condition, extra: Tensor) -> Condition:
 
 
 def encode_video(encoder: Encoder, videos: Tensor, generators: Generators | None = None) -> Tensor:
-    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), frame by frame."""
+    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), `FRAMES_AT_ONCE`."""
     B, _, F, _, _ = videos.shape
     frames = videos.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
     # The same generator F times: its frames draw one after the other.
     each = None if generators is None else [generator for generator in generators for _ in range(F)]
-    return encoder.encode(frames, each).unflatten(0, (B, F)).transpose(1, 2)
+    parts = [slice(first, first + FRAMES_AT_ONCE) for first in range(0, B * F, FRAMES_AT_ONCE)]
+    latents = [encoder.encode(frames[part], None if each is None else each[part]) for part in parts]
+    return torch.cat(latents).unflatten(0, (B, F)).transpose(1, 2)
 
 
 def decode_video(encoder: Encoder, latents: Tensor) -> Tensor:
-    """Latents (B, c, F, h, w) -> videos (B, C, F, H, W), about [-1, 1]."""
+    """Latents (B, c, F, h, w) -> videos (B, C, F, H, W), about [-1, 1], `FRAMES_AT_ONCE`."""
     B, _, F, _, _ = latents.shape
-    frames = encoder.decode(latents.transpose(1, 2).flatten(0, 1))  # (B F, C, H, W)
+    parts = latents.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)
+    frames = torch.cat([encoder.decode(part) for part in parts])  # (B F, C, H, W)
     return frames.unflatten(0, (B, F)).transpose(1, 2)
 
 

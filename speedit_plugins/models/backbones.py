@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.models.interface import split_extra
+from speedit_plugins.models.pretrained import first_line, loading_advice
 from speedit_plugins.registry import MODELS
 
 # What diffusers' class leaves open and every released Latte shares.
@@ -346,10 +347,9 @@ def _pretrained(kind: Any, path: str, subfolder: str, *, allow_download: bool, *
     try:
         net = kind.from_pretrained(path, subfolder=subfolder if is_pipeline else None, **options)
     except (OSError, ValueError) as error:
-        advice = "check the name" if allow_download else "give its folder, or set allow_download: true"
         raise ValueError(
-            f"model.path: no {kind.__name__} in safetensors form at '{path}': {str(error).splitlines()[0]};"
-            f" {advice}"
+            f"model.path: no {kind.__name__} in safetensors form at '{path}': {first_line(error)};"
+            f" {loading_advice(allow_download)}"
         ) from error
     for name, value in wanted.items():
         if int(_config(net, name)) != value:

@@ -46,7 +46,7 @@ class Exported:
 
 
 def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exported:
-    """The diffusers network of a trained model.
+    """The diffusers network of a trained model; adapters (`lora_rank`) are merged into its weights, in place.
 
     Args:
         num_steps: N of the `ddim_leading` sampling that a DiT's timestep layer is fitted to, see `dit_of`.
@@ -57,11 +57,11 @@ def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exp
     """
     if isinstance(model, TextConditioned):
         pipeline, subfolder = _PIPELINES[type(model.net).__name__]
-        if any("lora_" in name for name, _ in model.net.named_parameters()):
-            raise ValueError("a model with adapters (lora_rank) is not exported yet: they are not merged")
-        return Exported(
-            model.net, pipeline, subfolder, "ddim_leading_1" if subfolder == "unet" else "ddim_leading"
-        )
+        net = cast(Any, model.net)
+        if any("lora_" in name for name, _ in net.named_parameters()):
+            net.fuse_lora()
+            net.unload_lora()
+        return Exported(net, pipeline, subfolder, "ddim_leading_1" if subfolder == "unet" else "ddim_leading")
     if isinstance(model, DiT) and model.num_classes and model.null_label is not None:
         return dit_of(model, num_steps=num_steps, num_timesteps=num_timesteps)
     raise ValueError(
@@ -143,9 +143,11 @@ def save_pipeline(
 ) -> None:
     """Writes the pipeline's folder: network, autoencoder, scheduler, and text encoder with tokenizer.
 
+    The tokenizer's `model_max_length`, to which StableDiffusionPipeline pads, becomes the text encoder's.
+
     Raises:
         ValueError: an autoencoder with a shift, which these pipelines do not apply; a text encoder of another
-            kind than the pipeline's.
+            kind than the pipeline's; Stable Diffusion's without `attend_padding`.
     """
     import diffusers
 
@@ -153,6 +155,12 @@ def save_pipeline(
     if encoder.shift_factor:
         raise ValueError(
             f"{exported.pipeline} applies no shift_factor, got an autoencoder with {encoder.shift_factor}"
+        )
+    is_sd = exported.pipeline == "StableDiffusionPipeline"
+    if is_sd and text is not None and not text.attend_padding:
+        raise ValueError(
+            "StableDiffusionPipeline reads padding like words, got a model trained with"
+            " text_encoder.attend_padding false; wanted true"
         )
     parts: dict[str, Any] = {
         exported.subfolder: exported.net,
@@ -163,8 +171,9 @@ def save_pipeline(
         ),
     }
     if text is not None:
+        text.tokenizer.model_max_length = text.max_length
         parts |= {"text_encoder": text.model, "tokenizer": text.tokenizer}
-    if exported.pipeline == "StableDiffusionPipeline":
+    if is_sd:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     getattr(diffusers, exported.pipeline)(**parts).save_pretrained(folder, safe_serialization=True)
 
