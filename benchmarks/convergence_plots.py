@@ -1,0 +1,139 @@
+"""The plots of a convergence run: distance against step, and speed-up against the horizon it is read at.
+
+python benchmarks/convergence_plots.py outputs/convergence/results.json
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crossing import AT_LEAST, AT_MOST, EXACT, MIXED
+
+# Two lines of different policies are told apart by colour and marker.
+_MARKERS = "osD^vP*Xp<>"
+
+
+def main() -> None:
+    """Draws the plots beside a results.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="a results.json of convergence.py")
+    path = parser.parse_args().results
+    for written in draw(json.loads(path.read_text(encoding="utf-8")), path.parent):
+        print(written)
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes distance.png and speed_up.png of the first sampler, and those of others under their names."""
+    written = []
+    for number, sampler in enumerate(found["by_sampler"]):
+        suffix = f"-{sampler}" if number else ""
+        for stem, plot in (("distance", _distances), ("speed_up", _speed_ups)):
+            path = folder / f"{stem}{suffix}.png"
+            _figure(found, sampler, plot, path)
+            written.append(path)
+    return written
+
+
+def _figure(found: dict[str, Any], sampler: str, plot: Any, path: Path) -> None:
+    # Imported on use: matplotlib is an extra.
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    names = list(found["by_sampler"][sampler]["speed_ups"])
+    colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors
+    styles = {
+        name: {"color": colours[i % len(colours)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+        for i, name in enumerate(names)
+    }
+    plot(axes, found, sampler, styles)
+    axes.set_xscale("log")
+    ticks = found["evaluations"]
+    axes.set_xticks(ticks, [str(step) for step in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _distances(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str, Any]) -> None:
+    steps = found["evaluations"]
+    for name, style in styles.items():
+        curves = [m["distances"][sampler] for m in found["members"] if m["name"] == name]
+        columns = [[v for v in column if v is not None] for column in zip(*curves, strict=True)]
+        means = [math.exp(sum(map(math.log, c)) / len(c)) if c else math.nan for c in columns]
+        axes.plot(steps, means, label=name, **style)
+        # More shades than these cannot be told apart.
+        if name == found["baseline"] or len(styles) <= 4:
+            low, high = ([end(c) if c else math.nan for c in columns] for end in (min, max))
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    _log_ticks(axes, [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)])
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"Fréchet distance [{found['protocol']['features']}], {sampler}")
+    axes.set_title(f"{_setting(found)}\ngeometric mean of the seeds, shaded from the least to the greatest")
+
+
+def _speed_ups(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str, Any]) -> None:
+    compared = found["by_sampler"][sampler]
+    horizons = found["evaluations"]
+    bands = [compared["null_band"][str(s)] for s in horizons]
+    # One seed has no band.
+    if None not in bands:
+        ends = ([end["value"] for end in side] for side in zip(*bands, strict=True))
+        axes.fill_between(horizons, *ends, color="0.85", label="chance (5 to 95 %)")
+        for s, band in zip(horizons, bands, strict=True):
+            for end in band:
+                _mark_bound(axes, s, end["value"], end["bound"], "0.4")
+    axes.axhline(1, color="0.4", linewidth=1)
+    for name, style in styles.items():
+        if name == found["baseline"]:
+            continue
+        points = [compared["speed_ups"][name][str(s)] for s in horizons]
+        means = [point["mean"] for point in points]
+        axes.plot(horizons, means, label=name, **style)
+        ends = [(p["mean"] - p["low"], p["high"] - p["mean"]) for p in points]
+        axes.errorbar(
+            horizons,
+            means,
+            yerr=list(zip(*ends, strict=True)),
+            fmt="none",
+            ecolor=style["color"],
+            alpha=0.5,
+            capsize=2,
+        )
+        for s, point in zip(horizons, points, strict=True):
+            _mark_bound(axes, s, point["mean"], point["bound"], style["color"])
+    _log_ticks(axes, (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8, 10, 14, 20))
+    axes.set_xlabel(f"horizon: step of {found['baseline']} whose distance is to be reached")
+    axes.set_ylabel(f"speed-up, {sampler}")
+    axes.set_title(f"{_setting(found)}\nmean over seeds with its 95 % interval")
+
+
+def _mark_bound(axes: Any, step: int, value: float, bound: str, colour: Any) -> None:
+    """An arrow to where the true value lies."""
+    if bound != EXACT:
+        arrow = {AT_LEAST: "↑", AT_MOST: "↓", MIXED: "↕"}[bound]
+        axes.annotate(arrow, (step, value), xytext=(4, -4), textcoords="offset points", color=colour)
+
+
+def _log_ticks(axes: Any, ticks: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+
+
+def _setting(found: dict[str, Any]) -> str:
+    protocol = found["protocol"]
+    seeds = len({member["seed"] for member in found["members"]})
+    name = Path(protocol["data"]).name.split(".")[0]
+    return f"{name} {protocol['image_size']}x{protocol['image_size']}, {protocol['schedule']}, {seeds} seeds"
+
+
+if __name__ == "__main__":
+    main()

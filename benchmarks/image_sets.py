@@ -1,0 +1,89 @@
+"""Image sets for the convergence benchmark, scaled down to a size that trains in minutes.
+
+Dims: N images, C channels, H x W pixels.
+"""
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speedit_plugins.data.digits import Digits
+from speedit_plugins.data.images import ImageFolder
+from speedit_plugins.evaluation.npz import npz_keys, read_npz
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images float32 (N, C, H, W) in [-1, 1]; labels int64 (N,) in [0, num_classes), None and 0 without."""
+
+    images: Tensor
+    labels: Tensor | None
+    num_classes: int
+
+
+def load_image_set(data: str, image_size: int) -> ImageSet:
+    """The set that `data` names, as squares of `image_size` pixels.
+
+    Args:
+        data: "digits", the embedded set; an ADM-format .npz, with labels where it has `arr_1`; the images of
+            a set in the IDX format of MNIST and Fashion-MNIST, *-images-idx3-ubyte.gz, with its labels beside
+            it; or a folder of images, with one folder per class or without any.
+        image_size: pixels are averaged down to it; only digits are also enlarged.
+
+    Raises:
+        ValueError: no such data, or images that are smaller or not square.
+    """
+    if data == "digits":
+        digits = Digits(image_size=image_size)
+        return ImageSet(digits.images, digits.labels, digits.num_classes)
+    path = Path(data)
+    if path.is_dir():
+        return _read_folder(path, image_size)
+    if not path.is_file():
+        raise ValueError(f"data needs 'digits', a file or a folder, got {data!r}, which is none")
+    images, labels = _read_idx(path) if path.name.endswith("-images-idx3-ubyte.gz") else _read_npz(path)
+    if images.shape[1] != images.shape[2] or images.shape[1] < image_size:
+        raise ValueError(f"{path} has images {images.shape[1:3]}, wanted squares of at least {image_size}")
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (N, C, H, W) in 0..255
+    scaled = F.interpolate(values, size=(image_size, image_size), mode="area") / 127.5 - 1
+    return ImageSet(scaled, labels, 0 if labels is None else int(labels.max()) + 1)
+
+
+def spread_labels(labels: Tensor, num_labels: int) -> Tensor:
+    """Labels (num_labels,) in the proportions of `labels` (N,), in rising order."""
+    places = (torch.arange(num_labels) * 2 + 1) * len(labels) // (2 * num_labels)
+    return labels.sort().values[places]
+
+
+def _read_folder(path: Path, image_size: int) -> ImageSet:
+    has_classes = any(entry.is_dir() for entry in path.iterdir())
+    folder = ImageFolder(path, image_size=image_size, class_cond=has_classes, random_flip=False)
+    # Without flips nothing is drawn from it.
+    generator = torch.Generator()
+    images = torch.stack([folder.load(index, generator)["image"] for index in range(len(folder))])
+    return ImageSet(images, folder.labels if has_classes else None, folder.num_classes if has_classes else 0)
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, Tensor | None]:
+    images = read_npz(path)
+    if "arr_1" not in npz_keys(path):
+        return images, None
+    with np.load(path, allow_pickle=False) as archive:
+        return images, torch.from_numpy(archive["arr_1"].astype(np.int64))
+
+
+def _read_idx(path: Path) -> tuple[np.ndarray, Tensor]:
+    """uint8 images (N, H, W, 1) and labels (N,): a header of big-endian int32, then bytes."""
+    images, labels = (
+        np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8)
+        for file in (path, path.with_name(path.name.replace("-images-idx3-", "-labels-idx1-")))
+    )
+    shape = images[4:16].view(">i4")
+    if tuple(images[:4]) != (0, 0, 8, 3) or tuple(labels[:4]) != (0, 0, 8, 1):
+        raise ValueError(f"{path} or its labels are no IDX file of bytes")
+    return images[16:].reshape(*shape, 1).copy(), torch.from_numpy(labels[8:].astype(np.int64))

@@ -1,0 +1,92 @@
+"""What a policy costs in time: steps per second of a lone training, and what the policy takes of a step."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from image_sets import ImageSet
+from stacked_training import Member, Shape, StackedTraining
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of a lone training on one thread: medians over rounds that time all policies in turn."""
+
+    steps_per_second: float
+    policy_microseconds: float
+
+
+def paces(
+    members: Sequence[Member],
+    data: ImageSet,
+    schedule: str,
+    shape: Shape,
+    *,
+    rounds: int = 9,
+    steps: int = 6,
+) -> dict[str, Pace]:
+    """Pace by name, of one member each.
+
+    The policy's part is its draw, with the weights, and what it does to follow the training.
+
+    Args:
+        members: one of each name.
+        rounds: timings of each member; one more before them is not counted.
+        steps: training steps of a timing; the policy's part is timed 20 times as often.
+    """
+    trainings = {member.name: StackedTraining([member], data, schedule, shape) for member in members}
+    for training in trainings.values():
+        _teach(training)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainings}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(rounds + 1):
+            # In alternating order, so that a slow moment of the machine meets all.
+            for name in sorted(trainings, reverse=number % 2 == 1):
+                training = trainings[name]
+                whole = _seconds(training.train_step, steps)
+                part = _seconds(_follower(training), 20 * steps)
+                if number > 0:
+                    seconds[name].append((whole, part))
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: Pace(
+            1 / statistics.median(whole for whole, _ in pairs),
+            1e6 * statistics.median(part for _, part in pairs),
+        )
+        for name, pairs in seconds.items()
+    }
+
+
+def _teach(training: StackedTraining) -> None:
+    # A policy that learns costs less until it has seen every timestep some times.
+    for policy in training.policies:
+        index = torch.arange(policy.schedule.num_timesteps)
+        for _ in range(10):
+            policy.update(index, torch.ones(len(index)))
+
+
+def _follower(training: StackedTraining) -> Callable[[], object]:
+    """What a training loop asks of the policy, once a step."""
+    (policy,), batch_size = training.policies, training.shape.batch_size
+    generator, loss = torch.Generator(), torch.ones(batch_size)
+    step = itertools.count(training.step)
+
+    def follow() -> None:
+        policy.advance(next(step))
+        draw = policy.draw(batch_size, generator=generator)
+        policy.update(draw.index, loss)
+
+    return follow
+
+
+def _seconds(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times

@@ -1,0 +1,103 @@
+"""The Fréchet distance of a member's samples to the data, under each sampler.
+
+Dims: N samples, C channels, H x W pixels.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from image_sets import ImageSet, spread_labels
+from stacked_training import Process, StackedTraining, build_model
+from torch import Tensor
+
+from speedit_plugins.data.loader import stream_seed
+from speedit_plugins.diffusion.sampling import sample
+from speedit_plugins.engine.pictures import to_uint8
+from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
+from speedit_plugins.models.dit import DiT
+from speedit_plugins.registry import FEATURES, build
+
+_SAMPLES = 3
+# What `sample` calls them.
+_SAMPLERS = {"ddim": "ddim", "ancestral": "ddpm", "dpm": "dpm_solver", "euler": "euler", "heun": "heun"}
+_NAME = re.compile(r"(\w+)-(\d+)(-unclamped)?")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler, its steps, and whether x_0 is clamped to [-1, 1] at each."""
+
+    kind: str
+    num_steps: int
+    is_clamped: bool
+
+    @classmethod
+    def named(cls, name: str) -> "Sampler":
+        """Of "ddim-25", "ancestral-100-unclamped" and their kin; a ValueError for another text."""
+        match = _NAME.fullmatch(name)
+        if match is None or match[1] not in _SAMPLERS:
+            kinds = ", ".join(_SAMPLERS)
+            raise ValueError(
+                f"a sampler is KIND-STEPS or KIND-STEPS-unclamped, KIND of {kinds}; got {name!r}"
+            )
+        return cls(_SAMPLERS[match[1]], int(match[2]), match[3] is None)
+
+
+class SampleQuality:
+    """Draws samples and compares them with the data, always with as many, and by the same features.
+
+    Args:
+        data: what is compared with; its labels, in their proportions, are what samples are drawn of.
+        features: an entry of FEATURES, built from the data.
+        samplers: names, see `Sampler`.
+        num_samples: N of each comparison.
+    """
+
+    def __init__(self, data: ImageSet, *, features: str, samplers: tuple[str, ...], num_samples: int) -> None:
+        self.samplers = {name: Sampler.named(name) for name in samplers}
+        self._noise_shape = (num_samples, *data.images.shape[1:])
+        self._labels = None if data.labels is None else spread_labels(data.labels, num_samples)
+        real = torch.from_numpy(to_uint8(data.images))
+        self._extractor = build(
+            FEATURES, features, images=real, labels=data.labels, device=torch.device("cpu")
+        )
+        self._real = feature_statistics(real, self._extractor)
+
+    def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, float]]:
+        """Squared Fréchet distance of each member under each sampler; infinite where samples are not finite.
+
+        Noise is that of the member's seed: the same for all members of it.
+        """
+        model = build_model(stack.data, stack.shape)
+        positions = model.state_dict()
+        for number, member in enumerate(stack.members):
+            model.load_state_dict({**positions, **stack.averaged_weights(number)})
+            yield {
+                name: self._distance(model, stack.process, member.seed, sampler)
+                for name, sampler in self.samplers.items()
+            }
+
+    def _distance(self, model: DiT, process: Process, seed: int, sampler: Sampler) -> float:
+        samples = self.draw(model, process, seed, sampler)
+        if not samples.isfinite().all():
+            return math.inf
+        ours = feature_statistics(torch.from_numpy(to_uint8(samples)), self._extractor)
+        return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)
+
+    def draw(self, model: DiT, process: Process, seed: int, sampler: Sampler) -> Tensor:
+        """Samples (N, C, H, W)."""
+        generator = torch.Generator().manual_seed(stream_seed(seed, _SAMPLES))
+        noise = torch.randn(self._noise_shape, generator=generator)
+        return sample(
+            model.eval(),
+            process,
+            noise,
+            condition=self._labels,
+            sampler=sampler.kind,
+            num_steps=sampler.num_steps,
+            clip_sample=sampler.is_clamped,
+            generator=generator,
+        )

@@ -1,0 +1,104 @@
+"""Many DiTs of one shape as one model: a layer's weights of all members in one tensor, one product a layer.
+
+What lies between the layers is the DiT's own code, on the members' batches one after the other. Attention and
+norms have no weights and see no members.
+
+Dims: `M` members, `B` rows of a member's batch, `N` tokens, `C` channels, `P` patch edge, `K` rows of a
+table, `I` and `O` features of a layer.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedit_plugins.models.dit import DiT, PatchEmbedder
+
+
+def stacked(models: Sequence[DiT]) -> DiT:
+    """One model of inputs (M B, ...), member after member, whose every trained parameter is (M, ...).
+
+    Each parameter keeps its name; positions, which are not trained, stay as they are in one model.
+
+    Args:
+        models: of the same options, without label dropout, which would be drawn for all members together.
+    """
+    embedder = models[0].y_embedder
+    if embedder is not None and embedder.dropout_prob > 0:
+        raise ValueError(f"stacked needs class_dropout_prob 0, got {embedder.dropout_prob}")
+    whole = copy.deepcopy(models[0])
+    _replace_layers(whole, models)
+    return whole
+
+
+def member_weights(parameters: dict[str, Tensor], member: int) -> dict[str, Tensor]:
+    """What one member's DiT loads: views of its rows of the trained parameters (M, ...)."""
+    return {name: stack[member] for name, stack in parameters.items()}
+
+
+class StackedLinear(nn.Module):
+    """A linear layer of each member: (M B, ..., I) -> (M B, ..., O)."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = _stack([layer.weight for layer in layers])  # (M, O, I)
+        self.bias = _stack([layer.bias for layer in layers])  # (M, O)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(x, self.weight, self.bias)
+
+
+class StackedPatches(nn.Module):
+    """A patch embedding of each member: (M B, C, H, W) -> (M B, N, O)."""
+
+    def __init__(self, embedders: Sequence[PatchEmbedder]) -> None:
+        super().__init__()
+        self.edge = embedders[0].proj.kernel_size[0]
+        self.proj = nn.Module()
+        self.proj.weight = _stack([embedder.proj.weight for embedder in embedders])  # (M, O, C, P, P)
+        self.proj.bias = _stack([embedder.proj.bias for embedder in embedders])  # (M, O)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, self.edge, stride=self.edge).transpose(1, 2)  # (M B, N, C P P)
+        return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)
+
+
+class StackedEmbedding(nn.Module):
+    """A table of K rows of each member: int64 (M B,) in [0, K) -> (M B, O)."""
+
+    def __init__(self, tables: Sequence[nn.Embedding]) -> None:
+        super().__init__()
+        self.weight = _stack([table.weight for table in tables])  # (M, K, O)
+
+    def forward(self, index: Tensor) -> Tensor:
+        members, rows, _ = self.weight.shape
+        first = torch.arange(members, device=index.device).unsqueeze(1) * rows  # (M, 1)
+        return F.embedding((index.view(members, -1) + first).flatten(), self.weight.flatten(0, 1))
+
+
+def _replace_layers(whole: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Replaces, at any depth of `whole`, each layer with weights by that of the same place in all `parts`."""
+    for name, child in list(whole.named_children()):
+        children = [getattr(part, name) for part in parts]
+        for kind, replacement in _STACKED.items():
+            if isinstance(child, kind):
+                setattr(whole, name, replacement(children))
+                break
+        else:
+            _replace_layers(child, children)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(M B, ..., I), weight (M, O, I), bias (M, O) -> (M B, ..., O)."""
+    members, features = bias.shape
+    rows = x.reshape(members, -1, x.shape[-1])  # (M, B ..., I)
+    return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2)).view(*x.shape[:-1], features)
+
+
+def _stack(parameters: Sequence[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack([parameter.detach() for parameter in parameters]))
+
+
+_STACKED = {PatchEmbedder: StackedPatches, nn.Linear: StackedLinear, nn.Embedding: StackedEmbedding}

@@ -1,0 +1,227 @@
+"""Trains the members of one stack side by side: same model and data, one timestep policy and seed each.
+
+Members of one seed share initialisation, data order and noise, whatever their policy or stack, and the
+uniform numbers that their timesteps are drawn from: they are paired.
+
+Dims: `M` members, `B` batch of a member, `T` timesteps, `C` channels.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from image_sets import ImageSet
+from stacked_dit import member_weights, stacked
+from torch import Tensor
+
+from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.data.loader import stream_seed
+from speedit_plugins.diffusion.flow import RectifiedFlow
+from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
+from speedit_plugins.models.dit import DiT
+from speedit_plugins.registry import PROCESSES, build, build_policy
+
+Process = GaussianProcess | RectifiedFlow
+
+# Names of the streams of a seed; sampling has another.
+_WEIGHTS, _BATCHES, _TIMESTEPS = range(3)
+_EMA_DECAY = 0.99
+_LOSS_DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training.
+
+    Args:
+        policy: what `build_policy` takes, or a policy, of which each member trains with a copy.
+        seed: of initialisation, data order, noise and samples, >= 0.
+        lr: learning rate of AdamW.
+        prediction_type: epsilon, x0 or v; flow on a rectified flow.
+        normalise_loss: divide the weighted loss by its running mean (decay 0.95) over the steps so far.
+        label: row of the table; '' makes one of the policy's name and what is unlike the defaults.
+    """
+
+    policy: str | Mapping[str, Any] | TimestepPolicy
+    seed: int = 0
+    lr: float = 3e-3
+    prediction_type: str = "epsilon"
+    normalise_loss: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label, or one made up."""
+        if self.label:
+            return self.label
+        if isinstance(self.policy, TimestepPolicy):
+            policy = self.policy.name
+        else:
+            policy = self.policy if isinstance(self.policy, str) else str(self.policy.get("type", "custom"))
+        prediction = "" if self.prediction_type in ("epsilon", "flow") else f" {self.prediction_type}"
+        rate = "" if self.lr == 3e-3 else f" lr {self.lr:g}"
+        return policy + prediction + rate + (" + loss norm" if self.normalise_loss else "")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one member's model and batch look like."""
+
+    width: int = 48
+    depth: int = 2
+    num_heads: int = 4
+    patch_size: int = 4
+    batch_size: int = 32
+
+
+def build_process(schedule: str, prediction_type: str) -> Process:
+    """The process of a member, T = 1000, without learned variance.
+
+    Args:
+        schedule: linear, scaled_linear, cosine or rectified_flow.
+        prediction_type: of the model; flow on a rectified flow, and nowhere else.
+    """
+    if (schedule == "rectified_flow") != (prediction_type == "flow"):
+        raise ValueError(
+            f"prediction_type flow belongs to schedule rectified_flow, got {prediction_type} on {schedule}"
+        )
+    if schedule == "rectified_flow":
+        return build(PROCESSES, "RectifiedFlow")
+    options = {"noise_schedule": schedule, "prediction_type": prediction_type, "learn_sigma": False}
+    return build(PROCESSES, {"type": "SpeeDiffusion", **options})
+
+
+def build_model(data: ImageSet, shape: Shape) -> DiT:
+    """A member's model, drawn from torch's global generator."""
+    return DiT(
+        data.images.shape[-1],
+        shape.patch_size,
+        in_channels=data.images.shape[1],
+        hidden_size=shape.width,
+        depth=shape.depth,
+        num_heads=shape.num_heads,
+        class_dropout_prob=0.0,
+        num_classes=data.num_classes,
+        learn_sigma=False,
+    )
+
+
+def first_model(data: ImageSet, shape: Shape, seed: int) -> DiT:
+    """The model that every member of the seed starts from; seeds torch's global generator."""
+    torch.manual_seed(stream_seed(seed, _WEIGHTS))
+    return build_model(data, shape)
+
+
+class StackedTraining:
+    """Members of one learning rate and prediction type, trained by AdamW, with their averaged weights.
+
+    The average keeps min(0.99, (1 + n) / (10 + n)) of itself after n steps, a ramp like the trainer's.
+
+    Args:
+        members: at least one.
+        data: what they train on.
+        schedule: see `build_process`.
+        shape: of each member.
+    """
+
+    def __init__(self, members: Sequence[Member], data: ImageSet, schedule: str, shape: Shape) -> None:
+        kinds = {(member.lr, member.prediction_type) for member in members}
+        if len(kinds) != 1:
+            raise ValueError(f"a stack needs one lr and prediction_type, got {sorted(kinds)}")
+        self.members, self.data, self.shape = members, data, shape
+        self.process = build_process(schedule, members[0].prediction_type)
+        self.policies = [build_member_policy(member, self.process) for member in members]
+        self.model = stacked([first_model(data, shape, member.seed) for member in members])
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.step = 0
+        # Elementwise: each member's update is that of its own optimizer.
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=members[0].lr, weight_decay=0, fused=True
+        )
+        self._is_normalised = torch.tensor([member.normalise_loss for member in members])
+        self._running_loss: Tensor | None = None
+
+    def train_step(self) -> Tensor:
+        """One step of every member; the mean weighted loss of each, (M,)."""
+        draws = self.draw_timesteps()
+        x_0, noise, labels = self._batches()
+        draw = TimestepDraw(
+            torch.cat([draw.index for draw in draws]),
+            torch.cat([draw.time for draw in draws]),
+            torch.cat([draw.weight for draw in draws]),
+        )  # without a learned variance both scopes are one
+        noised = self.process.corrupt(x_0, draw, noise=noise)
+        terms = self.process.loss(self.model(noised.x_t, noised.timestep, labels), noised, draw)
+        loss = terms.loss.view(len(self.members), -1).mean(dim=1)  # (M,)
+        self._running_loss = running_mean(self._running_loss, loss)
+        (loss / torch.where(self._is_normalised, self._running_loss, 1.0)).sum().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._average()
+        self.step += 1
+        self.learn(draws, terms)
+        return loss.detach()
+
+    def draw_timesteps(self) -> list[TimestepDraw]:
+        """What each member's policy draws for this step, (B,) each."""
+        draws = []
+        for member, policy in zip(self.members, self.policies, strict=True):
+            policy.advance(self.step)
+            generator = timestep_generator(member.seed, self.step)
+            draws.append(policy.draw(self.shape.batch_size, generator=generator))
+        return draws
+
+    def learn(self, draws: Sequence[TimestepDraw], terms: LossTerms) -> None:
+        """Tells each member's policy its unweighted losses."""
+        losses = (terms.mse + terms.vb).detach().view(len(self.members), -1)
+        for policy, draw, loss in zip(self.policies, draws, losses, strict=True):
+            policy.update(draw.index, loss)
+
+    def averaged_weights(self, member: int) -> dict[str, Tensor]:
+        """What the member's own DiT loads for sampling (views; positions are not in it)."""
+        return member_weights(self.averages, member)
+
+    def _batches(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x_0 and noise (M B, C, H, W) and labels (M B,), drawn once a seed; None without classes."""
+        seeds = {member.seed for member in self.members}
+        drawn = {s: draw_batch(self.data, self.shape.batch_size, seed=s, step=self.step) for s in seeds}
+        rows = torch.cat([drawn[member.seed][0] for member in self.members])
+        noise = torch.cat([drawn[member.seed][1] for member in self.members])
+        return self.data.images[rows], noise, None if self.data.labels is None else self.data.labels[rows]
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(_EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+
+
+def draw_batch(data: ImageSet, batch_size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Rows of the data (B,) that all members of the seed train on in this step, and noise (B, C, H, W)."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, _BATCHES, step))
+    rows = torch.randint(len(data.images), (batch_size,), generator=generator)
+    shape = (batch_size, *data.images.shape[1:])
+    return rows, torch.randn(shape, generator=generator, dtype=data.images.dtype)
+
+
+def timestep_generator(seed: int, step: int) -> torch.Generator:
+    """What the policy of every member of the seed draws from in this step."""
+    return torch.Generator().manual_seed(stream_seed(seed, _TIMESTEPS, step))
+
+
+def running_mean(last: Tensor | None, loss: Tensor) -> Tensor:
+    """The running mean of losses (M,), decay 0.95, without gradient; the first loss itself at first."""
+    current = loss.detach()
+    return current if last is None else _LOSS_DECAY * last + (1 - _LOSS_DECAY) * current
+
+
+def build_member_policy(member: Member, process: Process) -> TimestepPolicy:
+    """The policy that the member trains with, its own object; a ValueError for one of another schedule."""
+    if isinstance(member.policy, TimestepPolicy):
+        if not torch.equal(member.policy.schedule.snr, process.schedule.snr):
+            given, wanted = member.policy.schedule, process.schedule
+            raise ValueError(f"policy {member.name!r} needs the schedule {wanted} of the run, got {given}")
+        return copy.deepcopy(member.policy)
+    return build_policy(member.policy, process.schedule, member.prediction_type)
