@@ -55,7 +55,9 @@ DATASETS = Registry(
 )
 MASKS = Registry("mask", scope="speedit_plugins", locations=["speedit_plugins.data.masks"])
 FEATURES = Registry(
-    "feature extractor", scope="speedit_plugins", locations=["speedit_plugins.evaluation.features"]
+    "feature extractor",
+    scope="speedit_plugins",
+    locations=["speedit_plugins.evaluation.features", "speedit_plugins.evaluation.networks"],
 )
 
 Config = Mapping[str, Any]

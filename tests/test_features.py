@@ -3,7 +3,13 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.data.digits import Digits
-from speedit_plugins.evaluation.features import DigitClassifier, FeatureExtractor, Pixels, pixels_at_8
+from speedit_plugins.evaluation.features import (
+    DigitClassifier,
+    FeatureExtractor,
+    Pixels,
+    pixels_at_8,
+    read,
+)
 from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
 from speedit_plugins.registry import FEATURES, build
 
@@ -26,8 +32,8 @@ def classifier() -> DigitClassifier:
 class TestPixels:
     def test_features_are_the_pixels_over_255(self) -> None:
         images = noise(5, 6, 4, 3)
-        pixels = Pixels(images)
-        assert (pixels.name, pixels.dim) == ("pixels", 72)
+        pixels = Pixels()
+        assert pixels.name == "pixels"
         features = pixels(images[:2])
         assert features.dtype == torch.float32
         # Channel by channel, each row by row.
@@ -37,27 +43,29 @@ class TestPixels:
 
     def test_pooled_features_are_the_cell_means(self) -> None:
         images = noise(5, 16, 16, 1)
-        pixels = Pixels(images, pool=4)
-        assert (pixels.name, pixels.dim) == ("pixels@4", 16)
+        pixels = Pixels(pool=4)
+        assert pixels.name == "pixels@4"
         expected = images.double().reshape(5, 4, 4, 4, 4).mean(dim=(2, 4)).reshape(5, 16) / 255
         torch.testing.assert_close(pixels(images).double(), expected, atol=1e-6, rtol=0)
-        assert torch.equal(pixels_at_8(images)(images), Pixels(images, pool=8)(images))
+        assert torch.equal(pixels_at_8()(images), Pixels(pool=8)(images))
 
-    @pytest.mark.parametrize("pool", [0, 9])
-    def test_a_grid_finer_than_the_image_is_refused(self, pool: int) -> None:
-        with pytest.raises(ValueError, match=rf"pool in \[1, 8\] for 8 x 12, got {pool}"):
-            Pixels(noise(2, 8, 12, 1), pool=pool)
+    def test_a_grid_finer_than_the_image_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"pool in \[1, 8\] for 8 x 12, got 9"):
+            Pixels(pool=9)(noise(2, 8, 12, 1))
+        with pytest.raises(ValueError, match="pool >= 1, got 0"):
+            Pixels(pool=0)
 
     def test_images_of_another_kind_are_refused(self) -> None:
-        pixels = Pixels(noise(2, 8, 8, 1))
-        with pytest.raises(ValueError, match=r"shape \(8, 8, 1\) like the reference, got \(8, 8, 3\)"):
+        pixels = Pixels()
+        pixels(noise(2, 8, 8, 1))
+        with pytest.raises(ValueError, match=r"images of one shape, \(8, 8, 1\), got \(8, 8, 3\)"):
             pixels(noise(2, 8, 8, 3))
         with pytest.raises(
             ValueError, match=r"uint8 \(N, H, W, C\), not empty; got torch.float32 \(2, 8, 8, 1\)"
         ):
             pixels(noise(2, 8, 8, 1).float())
         with pytest.raises(ValueError, match=r"got torch.uint8 \(8, 8, 1\)"):
-            Pixels(noise(8, 8, 1))
+            Pixels()(noise(8, 8, 1))
 
 
 class TestDigitClassifier:
@@ -85,6 +93,15 @@ class TestDigitClassifier:
         torch.testing.assert_close(features[:7], classifier(images[:7]), rtol=1e-4, atol=1e-4)
         # No dead features: the covariance has full rank, so distances see all 32.
         assert int(torch.linalg.matrix_rank(classifier(images).double().T.cov())) == 32
+
+    def test_probabilities_are_those_of_its_classes(self, classifier: DigitClassifier) -> None:
+        images, _ = digit_images()
+        found = read(classifier, images[:40], probabilities=True).probabilities
+        assert found is not None
+        assert found.shape == (40, 10)
+        # Float32 sums of ten numbers.
+        torch.testing.assert_close(found.sum(dim=1), torch.ones(40), rtol=0, atol=1e-6)
+        assert torch.equal(found.argmax(dim=1), classifier.classify(images[:40]))
 
     def test_same_arguments_same_bits_and_no_global_randomness(self) -> None:
         images, labels = digit_images()
@@ -140,7 +157,6 @@ class BrightnessOnly:
     """A user's extractor, without use for the reference set."""
 
     name = "brightness"
-    dim = 1
 
     def __init__(self, *, scale: float) -> None:
         self.scale = scale
@@ -165,4 +181,16 @@ def test_the_registry_builds_ours_and_a_users_extractor() -> None:
         "digit_classifier",
         "brightness",
     ]
-    assert all(extractor(images).shape == (20, extractor.dim) for extractor in built)
+    assert [extractor(images).shape[1] for extractor in built] == [64, 64, 4, 32, 1]
+
+
+def test_what_an_extractor_cannot_tell_names_those_that_can() -> None:
+    images = noise(20, 8, 8, 1)
+    classifier = DigitClassifier(images, torch.arange(20) % 2, epochs=1)
+    with pytest.raises(
+        ValueError, match="sfid needs .* spatial map, got digit_classifier; wanted efficientnet"
+    ):
+        read(classifier, images, spatial=True)
+    with pytest.raises(ValueError, match="inception_score needs .* classes, got pixels; wanted digit"):
+        read(Pixels(), images, probabilities=True)
+    assert read(Pixels(), images).features.shape == (20, 64)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from speedit_plugins.evaluation.metrics import FeatureStatistics, feature_statistics, frechet_distance
+from speedit_plugins.data.emoji import Emoji
+from speedit_plugins.evaluation.features import Pixels
+from speedit_plugins.evaluation.metrics import (
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+)
 
 
 def gaussian(dim: int, seed: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -116,6 +124,138 @@ class TestFrechet:
             frechet_distance(zero, torch.tensor([[1.0, 0.5], [0.0, 1.0]]), zero, one)
         with pytest.raises(ValueError, match="positive semi-definite, got eigenvalue -1"):
             frechet_distance(zero, one, zero, torch.diag(torch.tensor([1.0, -1.0])))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class TestKernelDistance:
+    def test_small_sets_by_hand(self) -> None:
+        # k(0, 0) = 1, k(1, 1) = 8, k(0, 1) = 1: 1 + 8 - 2.
+        got = kernel_distance(
+            torch.zeros(3, 1), torch.ones(3, 1), num_subsets=1, subset_size=3, generator=seeded()
+        )
+        assert (got.mean, got.std) == (7.0, 0.0)
+        # Two dimensions: k(x, y) = (x y / 2 + 1)^3, without pairs of an image and itself.
+        x = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
+        y = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+        got = kernel_distance(x, y, num_subsets=1, subset_size=2, generator=seeded())
+        within = (2 * 1.0) / 2 + (2 * 1.0) / 2
+        across = (2.0**3 + 1.0 + 0.0 + 1.0) / 4
+        assert got.mean == pytest.approx(within - 2 * across, rel=1e-14)
+
+    @given(seed=st.integers(0, 10**6), chunk=st.integers(9, 40))
+    def test_chunks_change_rounding_alone(self, seed: int, chunk: int) -> None:
+        x, y = (torch.randn(40, 5, generator=seeded(seed + i)) for i in range(2))
+        whole, cut = (
+            kernel_distance(x, y, num_subsets=2, subset_size=30, generator=seeded(), chunk=c)
+            for c in (1000, chunk)
+        )
+        assert cut.mean == pytest.approx(whole.mean, abs=1e-12)
+        assert cut.std == pytest.approx(whole.std, abs=1e-12)
+
+    def test_equal_distributions_are_at_zero_on_average_at_any_size(self) -> None:
+        # 200 independent pairs of sets of 10 and of 25: the mean of an unbiased estimate of 0, to 4 sigma.
+        for size in (10, 25):
+            found = []
+            for seed in range(200):
+                x, y = torch.randn(2, size, 3, generator=seeded(seed))
+                found.append(kernel_distance(x, y, num_subsets=1, subset_size=size, generator=seeded()).mean)
+            assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(200)
+
+    def test_wrong_numbers_say_what_is_wanted(self) -> None:
+        x, y = torch.zeros(5, 2), torch.zeros(4, 2)
+        for number, size in ((0, 2), (1, 1), (1, 5)):
+            with pytest.raises(
+                ValueError, match=rf"subset_size in \[2, 4\] for 5 and 4 samples, got {number} and {size}"
+            ):
+                kernel_distance(x, y, num_subsets=number, subset_size=size, generator=seeded())
+        with pytest.raises(ValueError, match=r"must both be \(N, D\), got \(5, 2\) and \(4, 1\)"):
+            kernel_distance(x, y[:, :1], num_subsets=1, subset_size=2, generator=seeded())
+
+
+class TestInceptionScore:
+    @pytest.mark.parametrize("num_classes", [2, 10])
+    def test_certain_and_even_classes_score_their_number(self, num_classes: int) -> None:
+        certain = torch.eye(num_classes).repeat(6, 1)
+        got = inception_score(certain, num_splits=1, generator=seeded())
+        assert got.mean == pytest.approx(num_classes, rel=1e-12)
+        same = torch.full((12, num_classes), 1 / num_classes)
+        got = inception_score(same, num_splits=3, generator=seeded())
+        assert (got.mean, got.std) == (pytest.approx(1.0, abs=1e-6), pytest.approx(0.0, abs=1e-6))
+
+    def test_two_classes_with_doubt_are_the_closed_form(self) -> None:
+        # Half of the images 0.9 sure of one class, half of the other: log 2 less the entropy of (0.9, 0.1).
+        p = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64).repeat(5, 1)
+        expected = math.exp(math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+        got = inception_score(p, num_splits=1, generator=seeded())
+        assert got.mean == pytest.approx(expected, rel=1e-12)
+
+    def test_parts_do_not_follow_the_order_of_the_images(self) -> None:
+        # Sorted by class, parts in order would each hold one class and score 1.
+        certain = torch.eye(4).repeat_interleave(250, dim=0)
+        got = inception_score(certain, num_splits=4, generator=seeded())
+        assert got.mean > 3.9
+
+    def test_what_is_no_probability_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="rows that sum to 1"):
+            inception_score(torch.ones(3, 2), num_splits=1, generator=seeded())
+        with pytest.raises(ValueError, match="rows that sum to 1"):
+            inception_score(torch.full((3, 2), math.nan), num_splits=1, generator=seeded())
+        with pytest.raises(ValueError, match=r"num_splits in \[1, N\], got \(3, 2\) and 4"):
+            inception_score(torch.full((3, 2), 0.5), num_splits=4, generator=seeded())
+
+
+class TestAgreementWithTorchmetrics:
+    """On 2,000 random images and 2,000 real ones: emoji, the last of them mirrored emoji."""
+
+    @staticmethod
+    def images() -> tuple[Tensor, Tensor]:
+        emoji = Emoji()
+        real = torch.stack([emoji.load(i, seeded())["image"] for i in range(len(emoji))])
+        real = torch.cat([real, real[: 2000 - len(real)].flip(3)])
+        noise = torch.randint(0, 256, (2000, 32, 32, 3), generator=seeded(), dtype=torch.uint8)
+        return noise, ((real + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+    class Features(torch.nn.Module):
+        """Averages over cells of the image, of the form that torchmetrics wants."""
+
+        num_features = 192
+
+        def forward(self, images: Tensor) -> Tensor:
+            return Pixels(pool=8)(images.to(torch.uint8).permute(0, 2, 3, 1)).double()
+
+    def test_fid_and_kid(self) -> None:
+        fid_module = pytest.importorskip("torchmetrics.image.fid")
+        kid_module = pytest.importorskip("torchmetrics.image.kid")
+        noise, real = self.images()
+        fid = fid_module.FrechetInceptionDistance(feature=self.Features()).set_dtype(torch.float64)
+        kid = kid_module.KernelInceptionDistance(feature=self.Features(), subsets=1, subset_size=2000)
+        for metric in (fid, kid):
+            metric.update(real.permute(0, 3, 1, 2), real=True)
+            metric.update(noise.permute(0, 3, 1, 2), real=False)
+        ours, theirs = Pixels(pool=8)(noise), Pixels(pool=8)(real)
+        first, second = statistics(ours), statistics(theirs)
+        distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+        assert distance == pytest.approx(float(fid.compute()), rel=1e-4)
+        kernel = kernel_distance(ours, theirs, num_subsets=1, subset_size=2000, generator=seeded())
+        assert kernel.mean == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+
+    def test_inception_score(self) -> None:
+        module = pytest.importorskip("torchmetrics.image.inception")
+        noise, _ = self.images()
+
+        class Logits(torch.nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                return images.double().mean(dim=(2, 3)) / 8
+
+        theirs = module.InceptionScore(feature=Logits(), splits=1)
+        theirs.update(noise.permute(0, 3, 1, 2))
+        probabilities = Logits()(noise.permute(0, 3, 1, 2)).softmax(dim=1)
+        ours = inception_score(probabilities, num_splits=1, generator=seeded())
+        # float64 on both sides.
+        assert ours.mean == pytest.approx(float(theirs.compute()[0]), rel=1e-6)
 
 
 class TestStatistics:

@@ -1,10 +1,11 @@
 import errno
 import os
 import resource
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from speedit_plugins.evaluation.npz import read_npz, write_npz
+from speedit_plugins.evaluation.npz import (
+    npz_batches,
+    npz_keys,
+    npz_shape,
+    read_npz,
+    read_statistics,
+    write_npz,
+)
 
 
 def noise(count: int, shape: tuple[int, ...] = (4, 5, 3), seed: int = 0) -> NDArray[np.uint8]:
@@ -193,3 +201,68 @@ def test_damage_is_one_kind_of_error(tmp_path: Path) -> None:
         archive.writestr("arr_0", b"no array")
     with pytest.raises(ValueError, match="no ADM-format npz: arr_0 in it is no array"):
         read_npz(path)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 50])
+def test_batches_are_the_images_in_order(tmp_path: Path, save: Any, batch_size: int) -> None:
+    images = noise(7)
+    save(tmp_path / "x.npz", images, np.arange(7))
+    batches = list(npz_batches(tmp_path / "x.npz", batch_size))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+    assert npz_shape(tmp_path / "x.npz") == (7, 4, 5, 3)
+    assert npz_keys(tmp_path / "x.npz") == ["arr_0", "arr_1"]
+
+
+def test_a_large_file_is_read_piece_by_piece(tmp_path: Path) -> None:
+    write_npz(tmp_path / "x.npz", (noise(64, (64, 64, 3), seed) for seed in range(8)), num_images=512)
+    tracemalloc.start()
+    try:
+        sizes = [batch.nbytes for batch in npz_batches(tmp_path / "x.npz", 16)]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A batch twice, as bytes and as an array, and the one before it; the file has 32 batches.
+    assert most < 5 * max(sizes)
+
+
+def test_batches_of_what_is_no_adm_file_say_why(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, images=noise(2))
+    with pytest.raises(
+        ValueError, match=r"x.npz is no ADM-format npz: no arr_0 in it, only \['images.npy'\]"
+    ):
+        list(npz_batches(path, 2))
+    np.savez(path, noise(2) / 255.0)
+    with pytest.raises(ValueError, match=r"arr_0 must be uint8 .*got float64 \(2, 4, 5, 3\) in C's"):
+        npz_shape(path)
+    np.savez(path, np.asfortranarray(noise(2)))
+    with pytest.raises(ValueError, match=r"in C's order, not empty; got uint8 \(2, 4, 5, 3\) in Fortran's"):
+        npz_shape(path)
+    np.savez(path, np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match=r"got object"):
+        npz_shape(path)
+    write_npz(path, noise(8))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-30], whole[:200] + b"\x00\x01\x02" + whole[203:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x.npz is no ADM-format npz"):
+            list(npz_batches(path, 2))
+    with pytest.raises(FileNotFoundError, match="absent"):
+        npz_shape(tmp_path / "absent.npz")
+
+
+def test_statistics_of_a_reference_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    mean, covariance = np.arange(3.0, dtype=np.float32), np.eye(3) * 2.0
+    np.savez(path, mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance)
+    got = read_statistics(path)
+    assert [value.dtype for value in got] == [torch.float64] * 2
+    assert got[0].tolist() == [0.0, 1.0, 2.0]
+    assert torch.equal(got[1], 2 * torch.eye(3).double())
+    with pytest.raises(ValueError, match=r"mu_s and sigma_s in .*x.npz must be \(D,\) and \(D, D\)"):
+        read_statistics(path, spatial=True)
+    np.savez(path, noise(2))
+    with pytest.raises(ValueError, match="x.npz is no ADM-format npz: .*mu"):
+        read_statistics(path)

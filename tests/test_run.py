@@ -105,10 +105,18 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
     assert speedit("test", trained) == 0
-    result = json.loads((trained / "test.json").read_text())
-    assert result["frechet_distance[digit_classifier]"] > 0
-    assert (result["num_samples"], result["num_reference"], result["feature_dim"]) == (30, 1797, 32)
-    assert "few samples for 32 dimensions" in capfd.readouterr().out
+    figures = json.loads((trained / "test.json").read_text())["figures"]
+    names = ("fid", "kid", "precision", "recall", "density", "coverage")
+    assert list(figures) == [f"{name}[digit_classifier]" for name in names]
+    for figure in figures.values():
+        assert (figure["features"], figure["num_samples"], figure["num_reference"]) == (
+            "digit_classifier",
+            30,
+            1797,
+        )
+    assert figures["fid[digit_classifier]"]["value"] > 0
+    out = capfd.readouterr().out
+    assert "(features digit_classifier; 30 samples, 1797 reference; few for 32 dimensions" in out
 
 
 def test_the_distance_of_a_set_to_itself_is_zero(trained: Path, tmp_path: Path) -> None:
@@ -116,9 +124,11 @@ def test_the_distance_of_a_set_to_itself_is_zero(trained: Path, tmp_path: Path) 
     write_npz(tmp_path / "same.npz", images)
     same = str(tmp_path / "same.npz")
     assert speedit("test", tmp_path, reference=same, samples=same, features="{type: pixels@8}") == 0
-    result = json.loads((tmp_path / "test.json").read_text())
+    figures = json.loads((tmp_path / "test.json").read_text())["figures"]
     # Rounding of an eigendecomposition in float64 of 64 dimensions.
-    assert abs(result["frechet_distance[pixels@8]"]) < 1e-6
+    assert abs(figures["fid[pixels@8]"]["value"]) < 1e-6
+    for name in ("precision", "recall", "coverage"):
+        assert figures[f"{name}[pixels@8]"]["value"] == 1.0
 
 
 def test_an_official_checkpoint_and_a_safetensors_file_can_be_sampled(trained: Path, tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
-from speedit_plugins.engine.agreement import check_phase
-from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.agreement import check_phase, check_same_run
+from speedit_plugins.engine.config import load_config, to_yaml
 from speedit_plugins.engine.schema import (
     ConfigError,
     DiffusionConfig,
@@ -152,3 +153,29 @@ def test_schema_functions_on_small_cases() -> None:
     assert describe_type(str | None) == "str or null"
     assert key_paths(SamplerConfig)["eta"] is float
     check_phase(build_section(ExperimentConfig, MINIMAL), "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encoder.channels=1", r"encoder was .*'channels': 3.*, got .*'channels': 1"),
+        ("text_encoder.max_length=12", r"text_encoder was .*'max_length': 16.*, got .*'max_length': 12"),
+        ("diffusion.shift=3", r"diffusion\.shift was 1\.0, got 3\.0"),
+        ("diffusion.policy=speed", r"diffusion\.policy was \{'type': 'speedit'\}, got \{'type': 'speed'\}"),
+        ("optimizer.lr=1e-3", None),
+        ("caption_dropout_prob=0.2", None),
+    ],
+)
+def test_a_run_goes_on_with_the_process_and_the_encoders_it_began_with(
+    override: str, message: str | None
+) -> None:
+    saved, config = (
+        yaml.safe_load(to_yaml(load_config("configs/text_to_image/emoji.yaml", "train", overrides)))
+        for overrides in ([], [override])
+    )
+    check_same_run(saved, saved)
+    if message is None:
+        check_same_run(saved, config)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_same_run(saved, config)

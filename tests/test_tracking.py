@@ -13,6 +13,7 @@ from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.diffusion.process import LossTerms
 from speedit_plugins.engine.pictures import save_loss_curve
+from speedit_plugins.engine.timestep_profile import NUM_RANGES
 from speedit_plugins.engine.tracking import (
     NUM_BINS,
     LossWindow,
@@ -61,6 +62,23 @@ def test_means_and_bins_are_those_of_the_samples_and_a_summary_starts_anew() -> 
     nothing = seen.summary()
     assert nothing["mse_per_bin"] == [None] * NUM_BINS
     assert all(math.isnan(nothing[key]) for key in ("loss", "mse", "vb", "uniform_mse"))
+
+
+def test_the_loss_of_a_range_of_timesteps_has_its_mean_and_standard_deviation() -> None:
+    policy = build_policy("uniform", NoiseSchedule.linear(100))
+    seen = window(policy, 4)
+    # Ranges of five timesteps: three samples in the first, in two batches, and one in the last.
+    for index, loss in (([0, 4], [1.0, 2.0]), ([2, 99], [6.0, 7.0])):
+        place, terms = torch.tensor(index), torch.tensor(loss)
+        draw = TimestepDraw(place, place / 100, torch.ones(2))
+        seen.add(draw, LossTerms(loss=terms, mse=0 * terms, vb=0 * terms))
+    row = seen.summary()
+    assert row["loss_per_timestep"] == [3.0, *[None] * (NUM_RANGES - 2), 7.0]
+    # Deviations of 1, 2 and 6 from their mean 3: 4, 1 and 9.
+    spread = row["loss_std_per_timestep"]
+    assert spread[0] == pytest.approx(math.sqrt(14 / 3))
+    assert spread[1:] == [*[None] * (NUM_RANGES - 2), 0.0]
+    assert seen.summary()["loss_per_timestep"] == [None] * NUM_RANGES
 
 
 def test_ranks_that_add_up_their_sums_once_see_the_means_of_all_samples() -> None:

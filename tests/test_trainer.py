@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import small_config, small_trainer
 from torch import nn
 from torch.testing import assert_close
@@ -193,6 +195,36 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) 
         small_trainer(tmp_path, model__hidden_size=64).restore(path)
     with pytest.raises(CheckpointError, match=r"policy was \{'type': 'speedit'\}, got \{'type': 'speed'\}"):
         small_trainer(tmp_path, diffusion__policy="{type: speed}").restore(path)
+
+
+def test_a_checkpoint_from_before_a_key_existed_has_its_default(tmp_path: Path) -> None:
+    path = small_trainer(tmp_path).save()
+    plain = yaml.safe_load((path / "config.yaml").read_text())
+    for key in (
+        "base_density",
+        "logit_mean",
+        "logit_std",
+        "shift",
+        "rescale_learned_sigmas",
+        "prediction_type",
+    ):
+        del plain["diffusion"][key]
+    del plain["text_encoder"], plain["inpainting"]
+    (path / "config.yaml").write_text(json.dumps(plain))
+    small_trainer(tmp_path).restore(path)
+    with pytest.raises(
+        CheckpointError, match=r"another run: diffusion\.rescale_learned_sigmas was False, got True"
+    ):
+        small_trainer(tmp_path, diffusion__rescale_learned_sigmas=True).restore(path)
+
+
+def test_a_run_goes_on_with_the_holes_it_began_with(tmp_path: Path) -> None:
+    path = small_trainer(tmp_path, inpainting="RandomMasks").save()
+    with pytest.raises(
+        CheckpointError,
+        match=r"inpainting was \{'type': 'RandomMasks'\}, got \{'type': 'RandomMasks', 'num_strokes': 2\}",
+    ):
+        small_trainer(tmp_path, inpainting="{type: RandomMasks, num_strokes: 2}").restore(path)
 
 
 def test_the_saved_config_is_the_resolved_one(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ import argparse
 import ast
 import json
 import math
-import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.core.schedule import PREDICTION_TYPES
+from speedit_plugins.data.files import write_whole
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -29,6 +29,9 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "rectified_flow": NoiseSchedule.rectified_flow,
 }
+# Label of the y-axis -> name of a line -> its value at each timestep.
+Panels = Mapping[str, Mapping[str, Sequence[float | None]]]
+
 AREAS = ("acceleration", "deceleration", "convergence")
 AREA_COLORS = ("#e8eef7", "#f7f7f7", "#fbeee3")
 # Okabe and Ito's palette: told apart with any kind of colour vision.
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plot(args.plot, args.schedule, schedule, report)
             print(f"figure: {args.plot}")
         if args.json is not None:
-            _write_whole(args.json, json.dumps(report))
+            write_json(args.json, report)
             print(f"tables: {args.json}")
     except ValueError as error:
         print(f"inspect_policy: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -120,7 +123,26 @@ def summary(name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]
 
 
 def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> None:
-    """Writes the figure: density, weight and importance against the timestep, the areas shaded.
+    """Writes the figure: density, weight and importance against the timestep; see `save_figure`."""
+    T = schedule.num_timesteps
+    rows = (
+        ("density", T, "density\n(uniform = 1)"),
+        ("weight", 1, "weight"),
+        ("importance", T, "density × weight\n(normalised, uniform = 1)"),
+    )
+    panels = {
+        label: {policy: [scale * value for value in row[table]] for policy, row in report.items()}
+        for table, scale, label in rows
+    }
+    title = f"Timestep policies on the {name.replace('_', ' ')} schedule, T = {T}"
+    save_figure(path, title, schedule, panels)
+
+
+def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels) -> None:
+    """Writes panels one above the other against the timestep, the schedule's areas shaded.
+
+    Args:
+        panels: by the label of their y-axis lines by name, each a value per timestep, None for a gap.
 
     Raises:
         ValueError: the file cannot be written, or its name ends in a format that matplotlib does not write.
@@ -130,22 +152,16 @@ def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    T = schedule.num_timesteps
-    rows = (
-        ("density", T, "density\n(uniform = 1)"),
-        ("weight", 1, "weight"),
-        ("importance", T, "density × weight\n(normalised, uniform = 1)"),
-    )
-    figure, axes = plt.subplots(3, 1, figsize=(9, 8.5), sharex=True, layout="constrained")
-    for axis, (table, scale, label) in zip(axes, rows, strict=True):
-        for i, (policy, row) in enumerate(report.items()):
-            values = [scale * value for value in row[table]]
-            axis.plot(values, color=LINE_COLORS[i % len(LINE_COLORS)], **_line_style(i), label=policy)
+    T, height = schedule.num_timesteps, 1 + 2.5 * len(panels)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, height), sharex=True, layout="constrained")
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for i, (line, values) in enumerate(lines.items()):
+            drawn = [math.nan if value is None else value for value in values]
+            axis.plot(drawn, color=LINE_COLORS[i % len(LINE_COLORS)], **_line_style(i), label=line)
         _dress(axis, schedule, label)
     _name_areas(axes[0], schedule)
     axes[-1].set_xlabel("timestep index t  (0 is clean, T is noise)")
     axes[-1].set_xlim(0, T)
-    title = f"Timestep policies on the {name.replace('_', ' ')} schedule, T = {T}"
     figure.suptitle(title, fontsize=14, fontweight="bold")
     handles, labels = axes[0].get_legend_handles_labels()
     columns = len(labels) if len(labels) <= 4 else min(4, math.ceil(len(labels) / 2))
@@ -156,6 +172,18 @@ def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
     finally:
         plt.close(figure)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes all of it, or leaves what stood there.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    try:
+        write_whole(path, (json.dumps(content) + "\n").encode())
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -279,17 +307,6 @@ def _name_areas(axis: Any, schedule: NoiseSchedule) -> None:
         axis.text(
             place, 1.01, area, transform=axis.get_xaxis_transform(), ha=align, va="bottom", color="#444444"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes all of the text or leaves the path as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

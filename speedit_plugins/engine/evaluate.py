@@ -1,84 +1,250 @@
-"""The phase test: a distance between samples and reference, in a named feature space.
+"""The phase test: figures that compare samples with a reference, each with its features and numbers.
 
-Dims: N images, C channels, H x W pixels.
+Dims: N images or videos, F frames, H x W pixels, C channels, D features.
 """
 
+import inspect
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from speedit_plugins.data.latents import LatentCache
-from speedit_plugins.engine import build, pictures, results
-from speedit_plugins.engine.schema import ExperimentConfig
-from speedit_plugins.engine.tracking import say
-from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
-from speedit_plugins.evaluation.npz import read_npz
-from speedit_plugins.registry import FEATURES
+from speedit_plugins.data.loader import LABEL_STREAM, stream_seed
+from speedit_plugins.engine import build, results
+from speedit_plugins.engine.figures import (
+    CLIP_SCORE,
+    METRIC_OF,
+    METRICS,
+    Figure,
+    Sides,
+    label_of,
+    line_of,
+)
+from speedit_plugins.engine.sample_sets import SampleSet, dataset_set, open_set, read_captions
+from speedit_plugins.engine.schema import EvaluationConfig, ExperimentConfig
+from speedit_plugins.engine.tracking import progress, say
+from speedit_plugins.evaluation.collected import (
+    Collected,
+    Gaussian,
+    collect,
+    load_collected,
+    save_collected,
+)
+from speedit_plugins.evaluation.features import FeatureExtractor
+from speedit_plugins.evaluation.networks import FrameFeatures, Inception
+from speedit_plugins.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.models.text import Clip
+from speedit_plugins.registry import FEATURES, check, nearest
 from speedit_plugins.registry import build as build_registered
-
-# A covariance of 4096 features takes 128 MiB in float64; usual feature spaces have at most 2048.
-MAX_FEATURES = 4096
 
 
 def test(config: ExperimentConfig) -> int:
-    """Fréchet distance of sampled images to a reference npz, or else to the dataset; writes test.json."""
+    """Writes test.json with the figures of `evaluation.metrics`, and says them.
+
+    The samples are an npz or a folder; the reference is one, or else the dataset of the experiment.
+
+    Raises:
+        ValueError: sets, features and metrics that do not fit each other, or an option without effect.
+    """
+    _check_options(config.evaluation)
     folder = Path(config.experiment_dir)
-    samples_path = Path(config.samples) if config.samples else _newest_npz(folder / results.INFERENCE)
-    samples = torch.from_numpy(read_npz(samples_path))
-    reference, labels, source = _reference_images(config)
-    extractor = build_registered(FEATURES, config.features, images=reference, labels=labels)
-    if extractor.dim > MAX_FEATURES:
-        raise ValueError(
-            f"features {extractor.name!r} have {extractor.dim} dimensions, wanted at most {MAX_FEATURES}:"
-            f" their covariance would take {8 * extractor.dim**2 / 2**30:.0f} GiB; pixels@8 has few"
-        )
-    ours, theirs = feature_statistics(samples, extractor), feature_statistics(reference, extractor)
-    distance = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
-    result = {
-        f"frechet_distance[{extractor.name}]": distance,
-        "feature_dim": extractor.dim,
-        "num_samples": len(samples),
-        "num_reference": len(reference),
-        "samples": str(samples_path),
-        "reference": source,
-    }
+    samples = open_set(config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)))
+    metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
+    # Before the others, which take longer: captions may be missing.
+    clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
+    figures, source = _compared(config, samples, metrics) if metrics else ([], None)
+    figures += clip_scores
     results.save_config(config, "test")
-    (folder / results.TEST).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    say(f"Fréchet distance [{extractor.name}, {extractor.dim}-d]: {distance:.4f}")
-    say(f"  samples      {len(samples)} of {samples_path}")
-    say(f"  reference    {len(reference)} of {source}")
-    # The bias of the distance falls with the number of samples per dimension; ten is a usual least.
-    if len(samples) < 10 * extractor.dim:
-        say(f"  few samples for {extractor.dim} dimensions: the distance is biased upwards")
+    _write(folder / results.TEST, figures, samples=samples.source, reference=source)
+    for figure in figures:
+        say(line_of(figure))
+    say(f"  samples      {samples.source}")
+    if source is not None:
+        say(f"  reference    {source}")
     say(f"  result       {folder / results.TEST}")
     return 0
 
 
-def _reference_images(config: ExperimentConfig) -> tuple[Tensor, Tensor | None, str]:
-    """uint8 images (N, H, W, C), labels (N,) where known, and what to call them."""
-    if config.reference is not None:
-        return torch.from_numpy(read_npz(config.reference)), None, config.reference
-    dataset = build.build_dataset(config, augmented=False)
-    if isinstance(dataset, LatentCache) or getattr(dataset, "buckets", None) is not None:
+def _compared(
+    config: ExperimentConfig, samples: SampleSet, metrics: list[str]
+) -> tuple[list[Figure], str | None]:
+    """Figures on features, and what the reference is."""
+    options = config.evaluation
+    stated = _stated_statistics(config)
+    wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
+    missing = wanted - stated.keys()
+    reference = _reference(config, samples) if missing or _trains_on_reference(config) else None
+    extractor = _extractor(config, reference, is_video=samples.is_video)
+    if options.reference_statistics is not None and not missing:
+        raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
+    kinds = {METRICS[name].kind for name in metrics}
+    # On two samples, so that features which cannot tell what a metric needs are refused before the work.
+    few = next(samples.batches(2))
+    collect([few], extractor, num_samples=len(few), kinds=kinds)
+    theirs = Collected()
+    if missing:
+        assert reference is not None
+        theirs = _collected_reference(options, reference, extractor, missing)
+    theirs = replace(theirs, **cast(Any, {kind: stated[kind] for kind in wanted & stated.keys()}))
+    ours = _collected("samples", samples, extractor, options, kinds)
+    sides = Sides(ours, theirs, options, stream_seed(config.seed, LABEL_STREAM))
+    figures = []
+    for name in metrics:
+        metric = METRICS[name]
+        is_counted = metric.has_reference and metric.kind not in stated and reference is not None
+        numbers = (len(samples), len(cast(SampleSet, reference)) if is_counted else None)
+        for label, value, details in metric.measure(sides):
+            called = label_of(label, extractor)
+            figures.append(Figure(called, value, extractor.name, *numbers, metric.has_reference, details))
+    if reference is not None:
+        return figures, reference.source
+    return figures, config.reference if stated else None
+
+
+def _check_options(options: EvaluationConfig) -> None:
+    """Metrics that are known, and no option for a metric that is not asked for."""
+    known = (*METRICS, CLIP_SCORE)
+    for name in options.metrics:
+        if name not in known:
+            close = nearest(name, known)
+            raise ValueError(
+                f"unknown metric {name!r} in evaluation.metrics{close}; known: {', '.join(known)}"
+            )
+    if not options.metrics or len(set(options.metrics)) < len(options.metrics):
+        raise ValueError(f"evaluation.metrics needs each metric once, at least one, got {options.metrics}")
+    if CLIP_SCORE in options.metrics and options.clip is None:
+        raise ValueError("clip_score needs evaluation.clip, a folder or hub name of a CLIPModel; got null")
+    defaults = EvaluationConfig()
+    for key, metric in METRIC_OF.items():
+        if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
+            raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")
+
+
+def _newest(folder: Path, of_videos: bool) -> Path:
+    """What inference wrote last: an npz of images, a folder of videos."""
+    places = [path for path in folder.glob("*") if path.is_dir()] if of_videos else list(folder.glob("*.npz"))
+    if not places:
+        what = "videos" if of_videos else "npz"
+        raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
+    return max(places, key=lambda path: path.stat().st_mtime)
+
+
+def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
+    reference = dataset_set(config) if config.reference is None else open_set(config.reference)
+    if reference.is_video != samples.is_video:
         raise ValueError(
-            "test compares images of one size, got a LatentCache or buckets; wanted reference: NPZ, or the"
-            " image dataset without buckets"
+            f"test compares images with images and videos with videos, got {samples.source} and"
+            f" {reference.source}"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    images, labels = [], []
-    # One image at a time: as uint8 a quarter of its float form stays.
-    for index in range(len(dataset)):
-        item = dataset.load(index, generator)
-        images.append(torch.from_numpy(pictures.to_uint8(item["image"][None])))
-        labels.append(item["label"])
-    known = torch.tensor(labels) if config.num_classes else None
-    return torch.cat(images), known, f"dataset {config.data.dataset['type']}"
+    return reference
 
 
-def _newest_npz(folder: Path) -> Path:
-    found = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(f"no npz in {folder}: run the phase inference first, or give samples")
-    return found[-1]
+def _stated_statistics(config: ExperimentConfig) -> dict[str, Gaussian]:
+    """Statistics that an npz of the reference brings, as ADM's do: of Inception, and of no other features."""
+    path = config.reference
+    if path is None or Path(path).is_dir() or config.features["type"] != Inception.name:
+        return {}
+    keys = npz_keys(path)
+    found = {}
+    for kind, key in (("gaussian", "mu"), ("spatial", "mu_s")):
+        if key in keys:
+            # Of more images than the file holds, and it does not say of how many.
+            found[kind] = Gaussian(*read_statistics(path, spatial=kind == "spatial"), None)
+    return found
+
+
+def _trains_on_reference(config: ExperimentConfig) -> bool:
+    """Whether the features are built from the images of the reference."""
+    check(FEATURES, config.features, images=None, labels=None, device=None)
+    builder = FEATURES.module_dict[str(config.features["type"])]
+    return "images" in inspect.signature(builder).parameters
+
+
+def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_video: bool) -> FeatureExtractor:
+    """What `features` names, on the run's device; on frames where videos are compared by an image network."""
+    given: dict[str, Any] = {"device": build.build_device(config)}
+    if _trains_on_reference(config):
+        assert reference is not None
+        given |= {
+            "images": torch.cat(list(reference.batches(config.evaluation.batch_size))),
+            "labels": reference.labels(),
+        }
+    extractor: FeatureExtractor = build_registered(FEATURES, config.features, **given)
+    takes_videos = getattr(extractor, "takes_videos", False)
+    if takes_videos and not is_video:
+        raise ValueError(f"features {extractor.name} need videos, got images")
+    if is_video and not takes_videos:
+        return FrameFeatures(extractor)
+    return extractor
+
+
+def _collected_reference(
+    options: EvaluationConfig, reference: SampleSet, extractor: FeatureExtractor, kinds: set[str]
+) -> Collected:
+    """Of the reference, out of the file of `reference_statistics` where it is there, else written into it."""
+    if options.reference_statistics is None:
+        return _collected("reference", reference, extractor, options, kinds)
+    path = Path(options.reference_statistics)
+    identity = {
+        "features": str(getattr(extractor, "identity", extractor.name)),
+        "fingerprint": reference.fingerprint(),
+    }
+    if path.exists():
+        return load_collected(path, kinds=kinds, **identity)
+    collected = _collected("reference", reference, extractor, options, kinds)
+    save_collected(path, collected, **identity)
+    return collected
+
+
+def _collected(
+    name: str, images: SampleSet, extractor: FeatureExtractor, options: EvaluationConfig, kinds: set[str]
+) -> Collected:
+    """`collect` under a progress bar."""
+
+    def shown() -> Iterator[Tensor]:
+        for batch in images.batches(options.batch_size):
+            yield batch
+            bar.update(len(batch))
+
+    with progress(name, total=len(images), unit="video" if images.is_video else "image") as bar:
+        return collect(shown(), extractor, num_samples=len(images), kinds=kinds)
+
+
+def _clip_score(config: ExperimentConfig, samples: SampleSet) -> Figure:
+    """100 max(cosine, 0) of a sample and its caption, averaged; of a video, averaged over its frames.
+
+    Source: Hessel et al. 2021, arXiv:2104.08718, with the scale of 100 that is reported; Wu et al. 2021,
+    arXiv:2104.14806 (frames).
+    """
+    options = config.evaluation
+    assert options.clip is not None
+    captions = read_captions(samples)
+    device = build.build_device(config)
+    clip = Clip(options.clip, device=device, allow_download=config.allow_download)
+    total, done = 0.0, 0
+    for batch in samples.batches(options.batch_size):
+        texts = captions[done : done + len(batch)]
+        frames = batch.unbind(1) if samples.is_video else (batch,)
+        scores = torch.stack([clip.similarity(images, texts).clamp(min=0.0) for images in frames])
+        total += float(scores.mean(dim=0).double().sum())
+        done += len(batch)
+    return Figure(f"{CLIP_SCORE}[{clip.name}]", 100.0 * total / len(samples), clip.name, len(samples))
+
+
+def _write(path: Path, figures: list[Figure], *, samples: str, reference: str | None) -> None:
+    rows = {
+        figure.name: {
+            "value": figure.value,
+            "features": figure.features,
+            "num_samples": figure.num_samples,
+            "num_reference": figure.num_reference,
+            **figure.details,
+        }
+        for figure in figures
+    }
+    content = {"figures": rows, "samples": samples, "reference": reference}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

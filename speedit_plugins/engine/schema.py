@@ -141,6 +141,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What test measures, and the numbers in its metrics."""
+
+    metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
+    batch_size: int = _limited(16, at_least=1)
+    reference_statistics: str | None = None
+    kid_subsets: int = _limited(100, at_least=1)
+    kid_subset_size: int = _limited(1000, at_least=2)
+    score_splits: int = _limited(10, at_least=1)
+    precision_neighbors: int = _limited(3, at_least=1)
+    density_neighbors: int = _limited(5, at_least=1)
+    clip: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One experiment in one phase, checked. Built by `engine.config.load_config`."""
 
@@ -178,6 +193,7 @@ class ExperimentConfig:
     max_skipped_steps: int = _limited(10, at_least=1)
     log_every: int = _limited(100, at_least=1)
     sample_every: int = _limited(0, at_least=0)
+    profile_every: int = _limited(0, at_least=0)
     enable_tensorboard_log: bool = True
     enable_wandb_log: bool = False
     wandb_project: str = "speedit"
@@ -198,6 +214,7 @@ class ExperimentConfig:
     reference: str | None = None
     samples: str | None = None
     features: Component = field(default_factory=lambda: {"type": "pixels"})
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
@@ -221,17 +238,22 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
 
 def settled(config: ExperimentConfig) -> ExperimentConfig:
     """The config with the process's own choice in place of each None that stands for it."""
-    old, is_flow = config.diffusion, config.diffusion.is_flow
-    diffusion = dataclasses.replace(
-        old,
-        prediction_type=old.prediction_type or ("flow" if is_flow else "epsilon"),
-        learn_sigma=not is_flow if old.learn_sigma is None else old.learn_sigma,
-        noise_schedule=old.noise_schedule or (None if is_flow else "linear"),
-    )
+    diffusion = settled_process(config.diffusion)
     sampler = dataclasses.replace(
-        config.sampler, type=config.sampler.type or ("euler" if is_flow else "ddpm")
+        config.sampler, type=config.sampler.type or ("euler" if diffusion.is_flow else "ddpm")
     )
     return dataclasses.replace(config, diffusion=diffusion, sampler=sampler)
+
+
+def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:
+    """`settled`, of the section alone."""
+    is_flow, learn_sigma = diffusion.is_flow, diffusion.learn_sigma
+    return dataclasses.replace(
+        diffusion,
+        prediction_type=diffusion.prediction_type or ("flow" if is_flow else "epsilon"),
+        learn_sigma=not is_flow if learn_sigma is None else learn_sigma,
+        noise_schedule=diffusion.noise_schedule or (None if is_flow else "linear"),
+    )
 
 
 def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.diffusion.process import LossTerms
 from speedit_plugins.engine.boards import Board
+from speedit_plugins.engine.timestep_profile import NUM_RANGES, range_of
 
+# Of mse_per_bin; divides the number of ranges.
 NUM_BINS = 10
 METRICS = "metrics.jsonl"
 
@@ -61,9 +63,9 @@ class LossWindow:
         self._policy = policy
         self._batch_size = batch_size
         # In one tensor, so that ranks add it up in one call.
-        self._sums = torch.zeros(4 + 2 * NUM_BINS, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4 + 4 * NUM_RANGES, dtype=torch.float64, device=device)
         self._totals = self._sums[:4]  # loss, mse, vb, corrected mse
-        self._bins = self._sums[4:].view(2, NUM_BINS)  # mse, count
+        self._ranges = self._sums[4:].view(4, NUM_RANGES)  # count, mse, loss, squared loss
         self._density: Tensor | None = None
         self._table = torch.empty(0)
 
@@ -72,25 +74,34 @@ class LossWindow:
         loss, mse, vb = (term.detach().double() for term in (terms.loss, terms.mse, terms.vb))
         corrected = mse * self._correction(mse.device)[draw.index]
         self._totals += torch.stack([loss.sum(), mse.sum(), vb.sum(), corrected.sum()])
-        bins = draw.index * NUM_BINS // self._policy.schedule.num_timesteps
-        self._bins.index_add_(1, bins, torch.stack([mse, torch.ones_like(mse)]))
+        ranges = range_of(draw.index, self._policy.schedule.num_timesteps)
+        self._ranges.index_add_(1, ranges, torch.stack([torch.ones_like(mse), mse, loss, loss**2]))
 
     def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
-        """Means per sample since the last call: loss, mse, vb, uniform_mse, mse_per_bin.
+        """Means per sample since the last call: loss, mse, vb, uniform_mse, and lists by timestep.
 
-        NaN, and None in mse_per_bin, where no sample was drawn.
+        mse_per_bin has `NUM_BINS` means; loss_per_timestep and loss_std_per_timestep have mean and standard
+        deviation of the loss in `NUM_RANGES` ranges. NaN, and None in the lists, where no sample was drawn.
 
         Args:
             reduce: replaces a tensor by its sum over the ranks, each of which calls this; None is one rank.
         """
         if reduce is not None:
             reduce(self._sums)
-        totals, (sums, counts) = self._totals.tolist(), self._bins.tolist()
+        sums = self._sums.clone().cpu()
         self._sums.zero_()
-        num_samples = sum(counts)
-        means = [total / num_samples if num_samples else math.nan for total in totals]
-        per_bin = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-        return {**dict(zip(("loss", "mse", "vb", "uniform_mse"), means, strict=True)), "mse_per_bin": per_bin}
+        counts, mse, loss, squares = sums[4:].view(4, NUM_RANGES)
+        means = (sums[:4] / counts.sum()).tolist()  # 0 / 0 is NaN
+        mean = loss / counts
+        # Rounding may leave a variance of 0 below it.
+        deviation = (squares / counts - mean**2).clamp(min=0).sqrt()
+        pooled = mse.view(NUM_BINS, -1).sum(1) / counts.view(NUM_BINS, -1).sum(1)
+        return {
+            **dict(zip(("loss", "mse", "vb", "uniform_mse"), means, strict=True)),
+            "mse_per_bin": _known(pooled),
+            "loss_per_timestep": _known(mean),
+            "loss_std_per_timestep": _known(deviation),
+        }
 
     def _correction(self, device: torch.device) -> Tensor:
         # An adaptive policy replaces its density when it changes; the object tells whether it did.
@@ -199,6 +210,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _known(values: Tensor) -> list[float | None]:
+    """The values, with None for NaN: the mean of nothing."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
 
 
 def _replace_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from speedit_plugins.engine import build, checkpoint, pictures, results
 from speedit_plugins.engine.boards import check_boards, open_boards
 from speedit_plugins.engine.booster import build_engine
 from speedit_plugins.engine.conditions import build_captions, grid_conditions
+from speedit_plugins.engine.environment import save_environment
 from speedit_plugins.engine.generate import SampleGenerator, draw_grid
 from speedit_plugins.engine.inputs import BatchEncoder, Encoder
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.runtime import Runtime, launch
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.throughput import mfu_of
+from speedit_plugins.engine.timestep_profile import build_profiler
 from speedit_plugins.engine.tracking import SilentTracker, Tracker, read_metrics, say
 from speedit_plugins.engine.trainer import Trainer, TrainingParts
 from speedit_plugins.models.pretrained import load_weights, read_checkpoint
+from speedit_plugins.models.text import CaptionSource
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
 
@@ -54,6 +57,7 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     started = trainer.step
     if runtime.is_main:
         results.save_config(config, "train")
+        save_environment(folder, runtime)
         _introduce(trainer, resumed)
     if started < config.max_training_steps:
         with _tracker(config, trainer) as tracker:
@@ -91,7 +95,7 @@ def build_trainer(
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     if weights is not None:
-        _load_pretrained(model, weights, runtime)
+        _load_pretrained(model, weights, captions, runtime)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
@@ -117,7 +121,12 @@ def build_trainer(
         caption_dropout_prob=config.caption_dropout_prob,
         masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
     )
-    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu)
+    profiler = None
+    if config.profile_every and runtime.is_main:
+        profiler = build_profiler(
+            model, process, policy, inputs, dataset, config, world_size=runtime.world_size
+        )
+    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
     if not config.sample_every:
         return Trainer(parts, config)
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
@@ -174,12 +183,18 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
         )
 
 
-def _load_pretrained(model: torch.nn.Module, path: str, runtime: Runtime) -> None:
+def _load_pretrained(
+    model: torch.nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime
+) -> None:
     source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # Another set of classes is the usual reason to fine-tune: label embeddings may differ.
+    # Another set of classes is the usual reason to fine-tune: label embeddings may differ. The empty caption
+    # is that of the run's own text encoder.
     named = (*model.state_dict(), *read_checkpoint(source))
-    excused = ("y_embedder.",) if any(name.startswith("y_embedder.") for name in named) else ()
+    prefixes = ("y_embedder.", "null_tokens", "null_mask")
+    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
     report = load_weights(model, source, allow_mismatch=excused)
+    if captions is not None:
+        cast(Any, model).set_null_text(captions.encode([""]))
     if runtime.is_main:
         fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
         say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")

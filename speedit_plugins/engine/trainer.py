@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from torch import Tensor
 
 from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
@@ -22,6 +23,7 @@ from speedit_plugins.data.loader import (
 )
 from speedit_plugins.diffusion.process import LossTerms
 from speedit_plugins.engine import checkpoint, masters
+from speedit_plugins.engine.agreement import check_same_run
 from speedit_plugins.engine.build import Process
 from speedit_plugins.engine.config import to_yaml
 from speedit_plugins.engine.ema import Ema
@@ -32,6 +34,7 @@ from speedit_plugins.engine.results import CHECKPOINTS
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig, OptimizerConfig
 from speedit_plugins.engine.step_clock import StepClock
+from speedit_plugins.engine.timestep_profile import TimestepProfiler
 from speedit_plugins.engine.tracking import LossWindow, Tracker, peak_memory_bytes, say
 from speedit_plugins.models.interface import input_shape
 
@@ -42,7 +45,8 @@ DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 class TrainingParts:
     """What a trainer is made of; all of it on the runtime's device.
 
-    `mfu` turns samples per second into model FLOPs utilisation, None where the device's peak is unknown.
+    `mfu` turns samples per second into model FLOPs utilisation, None where the device's peak is unknown;
+    `profiler` is what `profile_every` needs on rank 0.
     """
 
     engine: Engine
@@ -52,6 +56,7 @@ class TrainingParts:
     loader: ResumableLoader
     runtime: Runtime
     mfu: Callable[[float], float] | None = None
+    profiler: TimestepProfiler | None = None
 
 
 class Trainer:
@@ -67,7 +72,7 @@ class Trainer:
         draw_grid: on rank 0 called with the averaged weights and the step every `sample_every` steps.
 
     Raises:
-        ValueError: `sample_every` without `draw_grid`.
+        ValueError: `sample_every` without `draw_grid`, `profile_every` without a profiler.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class Trainer:
     ) -> None:
         if config.sample_every and draw_grid is None:
             raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
+        if config.profile_every and parts.runtime.is_main and parts.profiler is None:
+            raise ValueError(f"profile_every: {config.profile_every} needs a profiler, got None")
         self.engine, self.inputs, self.runtime = parts.engine, parts.inputs, parts.runtime
         self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
         self.config, self.device = config, parts.runtime.device
@@ -92,7 +99,7 @@ class Trainer:
         self._num_tokens = 0
         self._saved_step = -1
         self._last_saved: Path | None = None
-        self._draw_grid, self._mfu = draw_grid, parts.mfu
+        self._draw_grid, self._mfu, self.profiler = draw_grid, parts.mfu, parts.profiler
         rows = config.data.batch_size // self.runtime.world_size
         self._generators = [torch.Generator(self.device) for _ in range(rows)]
         self._timestep_generator = torch.Generator(self.device)
@@ -178,6 +185,10 @@ class Trainer:
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
         return terms
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained parameter on rank 0, empty elsewhere; collective."""
+        return masters.gather(self._slices, self._shapes, self.runtime)
+
     def averaged_weights(self) -> dict[str, Tensor]:
         """The EMA of every trained parameter on rank 0, empty elsewhere; collective."""
         return masters.gather(self.ema.slices, self._shapes, self.runtime)
@@ -194,8 +205,7 @@ class Trainer:
             raise ValueError(
                 f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
             )
-        weights = masters.gather(self._slices, self._shapes, self.runtime)
-        averages = self.averaged_weights()
+        weights, averages = self.weights(), self.averaged_weights()
         untrained = self.engine.untrained()
         contents = checkpoint.Contents(
             model={**untrained, **weights},
@@ -204,7 +214,6 @@ class Trainer:
             state={
                 "step": self.step,
                 "num_skipped": self.num_skipped,
-                "diffusion": asdict(self.config.diffusion),
                 "ema_updates": self.ema.num_updates,
                 "loader": self.loader.state_dict(),
                 "policy": self.policy.state_dict(),
@@ -227,12 +236,13 @@ class Trainer:
         """Continues from the checkpoint folder `path`, bit for bit on as many ranks as wrote it.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of another model, policy or dataset.
+            CheckpointError: it is missing, damaged, or of another model, policy, encoder or dataset.
         """
         saved = checkpoint.load(path)
         state = saved.state
         try:
-            _check_same_run(state, diffusion=asdict(self.config.diffusion))
+            # Both as they are saved: redacted, lists for tuples.
+            check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
             _check_shapes(saved.model, self.model.state_dict())
             self.engine.load_weights(saved.model)
             self.ema.load(saved.ema, state["ema_updates"])
@@ -306,7 +316,18 @@ class Trainer:
             row["cut_captions"] = self.inputs.num_cut_captions
         if self._mfu is not None:
             row["mfu"] = self._mfu(pace["samples_per_second"])
+        # The first line from a multiple of profile_every on.
+        every = self.config.profile_every
+        if every and self.step % every < self.config.log_every:
+            row |= self._profile()
         tracker.log(self.step, row)
+
+    def _profile(self) -> dict[str, Any]:
+        weights = self.weights()
+        if self.profiler is None:
+            return {}
+        profile = asdict(self.profiler.measure(weights, self.engine.untrained()))
+        return {f"profile_{name}": values for name, values in profile.items()}
 
     def _draw(self, draw_grid: DrawGrid) -> None:
         averages = self.averaged_weights()
@@ -331,12 +352,6 @@ def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
         return options.lr
     done = min(1.0, (step - options.warmup_steps) / (num_steps - options.warmup_steps))
     return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _check_same_run(state: Mapping[str, Any], *, diffusion: Mapping[str, Any]) -> None:
-    for key, value in diffusion.items():
-        if state["diffusion"].get(key) != value:
-            raise ValueError(f"diffusion.{key} was {state['diffusion'].get(key)!r}, got {value!r}")
 
 
 def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

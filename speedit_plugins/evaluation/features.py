@@ -1,12 +1,14 @@
 """Feature spaces in which sets of images are compared.
 
-An entry of FEATURES is built with its own options and, where it has parameters of these names, the reference
-set: `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None. What comes back has `name` and `dim` and
-maps uint8 images (B, H, W, C) to float features (B, dim); any extractor of this form plugs in.
+An entry of FEATURES is built with its own options and, where it has parameters of these names, the whole
+reference set, `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None, and the `device` to run on. What
+comes back has a `name` and maps uint8 images (B, H, W, C) to float features (B, D); any extractor of this
+form plugs in. One that also has `read` gives what the sFID and the Inception Score need.
 
-Dims: N reference images, B images, H x W pixels, C channels, D features.
+Dims: N reference images, B images, H x W pixels, C channels, D features, S spatial features, K classes.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,41 +22,82 @@ class FeatureExtractor(Protocol):
     """Images in, features out; a distance is reported together with `name`."""
 
     name: str
-    dim: int
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What a network says of images: features (B, D), a map's values (B, S), class probabilities (B, K)."""
+
+    features: Tensor
+    spatial: Tensor | None = None
+    probabilities: Tensor | None = None
+
+
+def read(
+    extractor: FeatureExtractor, images: Tensor, *, spatial: bool = False, probabilities: bool = False
+) -> Readings:
+    """Features of images, with spatial features and class probabilities where they are asked for.
+
+    Raises:
+        ValueError: the extractor has none.
+    """
+    if not spatial and not probabilities:
+        return Readings(extractor(images))
+    reader = getattr(extractor, "read", None)
+    found = (
+        Readings(extractor(images))
+        if reader is None
+        else reader(images, spatial=spatial, probabilities=probabilities)
+    )
+    if spatial and found.spatial is None:
+        raise ValueError(
+            f"sfid needs features with a spatial map, got {extractor.name}; wanted efficientnet-lite0 or"
+            " inception"
+        )
+    if probabilities and found.probabilities is None:
+        raise ValueError(
+            f"inception_score needs features with classes, got {extractor.name}; wanted digit_classifier,"
+            " efficientnet-lite0 or inception"
+        )
+    return found
 
 
 class Pixels:
     """Pixel values in [0, 1], averaged over a grid of pool x pool cells or as they are.
 
+    The shape of the first images is the only one accepted.
+
     Args:
-        images: reference set; its image shape is the only one accepted.
         pool: cells a side, in [1, min(H, W)]; None keeps every pixel.
     """
 
-    def __init__(self, images: Tensor, *, pool: int | None = None) -> None:
-        self.shape = _image_shape(images)
-        height, width, channels = self.shape
-        if pool is not None and not 1 <= pool <= min(height, width):
-            raise ValueError(
-                f"pixels needs pool in [1, {min(height, width)}] for {height} x {width}, got {pool}"
-            )
+    def __init__(self, *, pool: int | None = None) -> None:
+        if pool is not None and pool < 1:
+            raise ValueError(f"pixels needs pool >= 1, got {pool}")
+        self.shape: tuple[int, int, int] | None = None
         self.pool = pool
         self.name = "pixels" if pool is None else f"pixels@{pool}"
-        self.dim = channels * (height * width if pool is None else pool * pool)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float32 (B, D) in [0, 1]."""
+        if self.shape is None:
+            self.shape = _image_shape(images)
+        height, width, _ = self.shape
+        if self.pool is not None and self.pool > min(height, width):
+            raise ValueError(
+                f"pixels needs pool in [1, {min(height, width)}] for {height} x {width}, got {self.pool}"
+            )
         values = _unit_range(images, self.shape)  # (B, C, H, W)
         if self.pool is not None:
             values = functional.adaptive_avg_pool2d(values, self.pool)
         return values.flatten(start_dim=1)  # (B, D)
 
 
-def pixels_at_8(images: Tensor) -> Pixels:
+def pixels_at_8() -> Pixels:
     """`Pixels` on a grid of 8 x 8 cells: few enough features for small sample sets."""
-    return Pixels(images, pool=8)
+    return Pixels(pool=8)
 
 
 class DigitClassifier:
@@ -78,6 +121,8 @@ class DigitClassifier:
 
     def __init__(self, images: Tensor, labels: Tensor | None, *, seed: int = 0, epochs: int = 15) -> None:
         self.shape = _image_shape(images)
+        # What decides the features, beside the reference set.
+        self.identity = f"{self.name} seed={seed} epochs={epochs}"
         if labels is None:
             raise ValueError("digit_classifier needs the labels of its reference images, got None")
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
@@ -104,15 +149,20 @@ class DigitClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float32 (B, 32)."""
+        return self.read(images).features
+
+    def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = True) -> Readings:
+        """Features (B, 32) and probabilities (B, K); it has no spatial map."""
         with torch.no_grad():
             features: Tensor = self._network.features(self._prepare(images))
-        return features
+            logits: Tensor = self._network.head(features)
+        return Readings(features, probabilities=logits.softmax(dim=1))
 
     def classify(self, images: Tensor) -> Tensor:
         """The likeliest class of each image, int64 (B,)."""
-        with torch.no_grad():
-            logits: Tensor = self._network(self._prepare(images))
-        return logits.argmax(dim=1)
+        probabilities = self.read(images).probabilities
+        assert probabilities is not None
+        return probabilities.argmax(dim=1)
 
     def _prepare(self, images: Tensor) -> Tensor:
         values = _unit_range(images, self.shape).cpu()
@@ -184,9 +234,7 @@ def _image_shape(images: Tensor) -> tuple[int, int, int]:
 def _unit_range(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Float32 (B, C, H, W) in [0, 1] of uint8 images (B, H, W, C) of the given shape."""
     if _image_shape(images) != shape:
-        raise ValueError(
-            f"features need images of shape {shape} like the reference, got {tuple(images.shape[1:])}"
-        )
+        raise ValueError(f"features need images of one shape, {shape}, got {tuple(images.shape[1:])}")
     return images.permute(0, 3, 1, 2).float() / 255.0
 
 

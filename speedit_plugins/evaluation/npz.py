@@ -1,9 +1,12 @@
 """Sample sets in the ADM format: an `.npz` whose `arr_0` is uint8 (N, H, W, C), as its evaluation reads it.
 
-Dims: N images, B of them in a chunk, H x W pixels, C channels.
+Its reference files also have the statistics of more images than they hold: `mu`, `sigma`, `mu_s`, `sigma_s`.
+
+Dims: N images, B of them in a chunk, H x W pixels, C channels, D features.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import zipfile
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -47,7 +51,7 @@ def write_npz(
     if num_images < 1:
         raise ValueError(f"write_npz needs at least one image, got {num_images}")
     with (
-        _replacing(Path(path)) as file,
+        replacing(Path(path)) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         # zipfile does not know the size in advance, and 50,000 images of 256 x 256 are 9.8 GB.
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
@@ -62,7 +66,7 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         ValueError: the file is damaged, has no `arr_0`, or one of another dtype or shape, or of objects.
         OSError: there is no such file, or it cannot be read.
     """
-    try:
+    with _reading(path):
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a bare .npy array")
@@ -72,9 +76,91 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
             images = archive["arr_0"]
         if not isinstance(images, np.ndarray):
             raise ValueError("arr_0 in it is no array")
+    return _checked(images, what=f"arr_0 in {os.fspath(path)}")
+
+
+def npz_keys(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays in the file, none of which is read.
+
+    Raises:
+        ValueError: the file is damaged or no npz.
+        OSError: there is no such file, or it cannot be read.
+    """
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def npz_shape(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """(N, H, W, C) of an ADM-format file, from its header.
+
+    Raises:
+        ValueError, OSError: as `read_npz`.
+    """
+    with _reading(path), _opened_images(path) as (_, shape):
+        return shape
+
+
+def npz_batches(path: str | os.PathLike[str], batch_size: int) -> Iterator[NDArray[np.uint8]]:
+    """The images of an ADM-format file in order, at most `batch_size` (B, H, W, C) held at a time.
+
+    Raises:
+        ValueError, OSError: as `read_npz`; of a damaged file perhaps after the first batches.
+    """
+    with _reading(path), _opened_images(path) as (member, shape):
+        for start in range(0, shape[0], batch_size):
+            part = (min(batch_size, shape[0] - start), *shape[1:])
+            content = member.read(math.prod(part))
+            if len(content) < math.prod(part):
+                raise EOFError(f"arr_0 in it ends before image {start + part[0]} of {shape[0]}")
+            # A copy, since what is read from a file cannot be written to, which torch warns of.
+            yield np.frombuffer(content, dtype=np.uint8).reshape(part).copy()
+
+
+def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D), float64, that a reference file has of its features, or spatial ones.
+
+    Raises:
+        ValueError: it has none, or they are no mean and covariance.
+        OSError: there is no such file, or it cannot be read.
+    """
+    names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    with _reading(path), np.load(path, allow_pickle=False) as archive:
+        mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in names)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{' and '.join(names)} in {os.fspath(path)} must be (D,) and (D, D), got"
+            f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
+        )
+    return mean, covariance
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Damage met inside is a ValueError that names the file."""
+    try:
+        yield
     except READ_ERRORS as error:
         raise ValueError(f"{os.fspath(path)} is no ADM-format npz: {error}") from error
-    return _checked(images, what=f"arr_0 in {os.fspath(path)}")
+
+
+@contextlib.contextmanager
+def _opened_images(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """`arr_0` of the file, open where its pixels begin, and its shape (N, H, W, C)."""
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"no arr_0 in it, only {sorted(archive.namelist())}")
+        with archive.open("arr_0.npy") as member:
+            version = np.lib.format.read_magic(member)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            header = header or np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = header(member)
+            if dtype != np.uint8 or len(shape) != 4 or 0 in shape or is_fortran:
+                order = "Fortran's" if is_fortran else "C's"
+                raise ValueError(
+                    f"arr_0 must be uint8 (N, H, W, C) in C's order, not empty; got {dtype} {shape} in"
+                    f" {order}"
+                )
+            yield member, shape
 
 
 def _write_array(member: IO[bytes], chunks: Iterable[Images], num_images: int) -> None:
@@ -108,7 +194,7 @@ def _checked(images: NDArray[np.uint8], *, what: str) -> NDArray[np.uint8]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block ends well, and vanishes when it does not."""
     # In the same folder, since a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path, *, prefer: str = "ema") -> dict[str, Tenso
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or no safetensors file: {_first_line(error)}") from error
+            raise ValueError(f"'{path}' is damaged or no safetensors file: {first_line(error)}") from error
     content = _unpickle(path)
     if isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in WEIGHT_SETS):
         if not isinstance(content.get(prefer), Mapping):
@@ -115,6 +115,18 @@ def read_checkpoint(path: str | Path, *, prefer: str = "ema") -> dict[str, Tenso
     return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
+def first_line(error: Exception) -> str:
+    """Of the error's message; its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def loading_advice(allow_download: bool) -> str:
+    """What to try where a library found no saved model."""
+    if allow_download:
+        return "check the name and the network"
+    return "give the folder of a saved one, or set allow_download: true to fetch a hub name"
+
+
 def _unpickle(path: Path) -> Any:
     """What `torch.save` wrote, restricted to tensors, plain values, Namespace and OmegaConf containers."""
     try:
@@ -128,9 +140,9 @@ def _unpickle(path: Path) -> Any:
                 f"'{path}' is refused: it asks for {name[1]}, which is neither a tensor nor a plain setting; "
                 "a file that needs it could run any code"
             ) from error
-        raise ValueError(f"'{path}' is refused or damaged: {_first_line(error)}") from error
+        raise ValueError(f"'{path}' is refused or damaged: {first_line(error)}") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged or no file of torch.save: {_first_line(error)}") from error
+        raise ValueError(f"'{path}' is damaged or no file of torch.save: {first_line(error)}") from error
 
 
 def _settings_classes() -> list[Any]:
@@ -166,10 +178,6 @@ def _check_prefixes(
             )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
 
@@ -203,14 +211,9 @@ class Autoencoder(nn.Module):
                 low_cpu_mem_usage=False,
             )
         except (OSError, ValueError) as error:
-            advice = (
-                "check the name and the network"
-                if allow_download
-                else "give the folder of a saved one, or set allow_download: true to fetch a hub name"
-            )
             raise ValueError(
                 f"no AutoencoderKL in safetensors form found at '{path}' on this machine"
-                f"{' or the hub' if allow_download else ''}; {advice}"
+                f"{' or the hub' if allow_download else ''}; {loading_advice(allow_download)}"
             ) from error
         self.model = model.requires_grad_(False).eval()
         self.channels, self.image_channels = int(model.config.latent_channels), int(model.config.in_channels)

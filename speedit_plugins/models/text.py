@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from speedit_plugins.models.pretrained import first_line
 from speedit_plugins.registry import TEXT_ENCODERS
 
 # Encoders that transformers' AutoModel would load together with a decoder or an image tower.
@@ -92,7 +94,7 @@ class TextEncoder(nn.Module):
                 else "give the folder of a saved one, or set allow_download: true to fetch a hub name"
             )
             raise ValueError(
-                f"no text encoder with a tokenizer found at '{path}': {_first_line(error)}; {advice}"
+                f"no text encoder with a tokenizer found at '{path}': {first_line(error)}; {advice}"
             ) from error
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
@@ -183,6 +185,69 @@ class CaptionTable:
         return {name: features[rows] for name, features in self._features.items()}
 
 
+class Clip:
+    """A CLIP of transformers that says how well images fit captions; `name` is the last part of its path.
+
+    Source: Radford et al. 2021, arXiv:2103.00020.
+
+    Args:
+        path: folder of a saved CLIPModel in safetensors form with its tokenizer, or a hub name.
+        device: where it runs.
+        allow_download: let a hub name be fetched; otherwise only what is on this machine is read.
+
+    Raises:
+        ValueError: no such model on this machine.
+    """
+
+    # Of the pixels that it was trained on, per colour in [0, 1].
+    MEAN = (0.48145466, 0.4578275, 0.40821073)
+    STD = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, path: str, *, device: torch.device, allow_download: bool = False) -> None:
+        import transformers
+
+        options: dict[str, Any] = {"local_files_only": not allow_download}
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            with _without_progress_bar(transformers.utils.logging):
+                model = transformers.CLIPModel.from_pretrained(path, use_safetensors=True, **options)
+        except (OSError, ValueError) as error:
+            wanted = "a CLIPModel with its tokenizer, in a folder or, with allow_download: true, on the hub"
+            raise ValueError(f"no CLIP found at '{path}': {first_line(error)}; wanted {wanted}") from error
+        self.name = Path(path).name
+        self._device, self._model = device, model.requires_grad_(False).eval().to(device)
+        self._side = int(model.config.vision_config.image_size)
+        self._length = int(model.config.text_config.max_position_embeddings)
+
+    @torch.no_grad()
+    def similarity(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines (B,) in [-1, 1] between the embeddings of images and of their captions.
+
+        Args:
+            images: uint8 (B, H, W, C), C 1 or 3, square or cropped to its middle.
+            captions: B of them; what is longer than the model reads is cut.
+        """
+        tokens = self.tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        ).to(self._device)
+        embedded = self._model(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            pixel_values=self._pixels(images.to(self._device)),
+        )
+        return functional.cosine_similarity(embedded.image_embeds, embedded.text_embeds).float().cpu()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        levels = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).float() / 255.0
+        side = min(levels.shape[2:])
+        top, left = ((length - side) // 2 for length in levels.shape[2:])
+        levels = levels[:, :, top : top + side, left : left + side]
+        size = (self._side, self._side)
+        levels = functional.interpolate(levels, size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        mean, std = (levels.new_tensor(values)[:, None, None] for values in (self.MEAN, self.STD))
+        return (levels - mean) / std
+
+
 def dropped(
     features: Mapping[str, Tensor], null: Mapping[str, Tensor], is_dropped: Tensor
 ) -> dict[str, Tensor]:
@@ -221,10 +286,6 @@ def _without_progress_bar(logging: Any) -> Iterator[None]:
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 TEXT_ENCODERS.register_module(name="TextEncoder", module=TextEncoder)

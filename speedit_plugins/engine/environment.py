@@ -1,0 +1,42 @@
+"""What a run was trained with: versions, system and devices, as a file in its folder."""
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from speedit_plugins.engine.runtime import Runtime
+from speedit_plugins.version import __version__
+
+ENVIRONMENT = "environment.json"
+# What changes numbers or speed.
+_PACKAGES = ("torch", "numpy", "diffusers", "transformers", "colossalai", "peft", "xformers")
+
+
+def save_environment(folder: Path, runtime: Runtime) -> None:
+    """Writes `folder/environment.json`: text by name. No host or user name stands in it."""
+    device = runtime.device
+    is_cuda = device.type == "cuda"
+    found = {
+        "speedit-plugins": __version__,
+        "python": platform.python_version(),
+        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{os.cpu_count()} CPU cores",
+        "processes": str(runtime.world_size),
+        "threads": str(torch.get_num_threads()),
+    }
+    if is_cuda:
+        found["CUDA"] = str(torch.version.cuda)
+    path = folder / ENVIRONMENT
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

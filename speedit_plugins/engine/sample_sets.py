@@ -1,0 +1,210 @@
+"""What test compares: images or videos of an npz, a folder or a dataset, read batch by batch.
+
+Dims: N images or videos, B of them in a batch, F frames (absent for images), H x W pixels, C channels.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speedit_plugins.data.clips import STILL_SUFFIXES
+from speedit_plugins.data.files import sha256_of
+from speedit_plugins.data.folders import Walk
+from speedit_plugins.data.images import read_rgb
+from speedit_plugins.data.latents import LatentCache
+from speedit_plugins.data.loader import DATA_STREAM, stream_seed
+from speedit_plugins.engine import build, pictures
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.evaluation.npz import npz_batches, npz_shape
+
+# Items spread over a set that stand for it: reading all of them costs as much as their features.
+FINGERPRINT_ITEMS = 256
+
+
+class SampleSet(Protocol):
+    """N images or videos; `source` says what they are, `captions_file` where their captions may be."""
+
+    source: str
+    is_video: bool
+    captions_file: Path | None
+
+    def __len__(self) -> int: ...
+    def batches(self, batch_size: int) -> Iterator[Tensor]: ...
+    def labels(self) -> Tensor | None: ...
+    def fingerprint(self) -> str: ...
+
+
+class NpzSet:
+    """The images of a file in the ADM format."""
+
+    is_video = False
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.source = path, str(path)
+        self._shape = npz_shape(path)
+        # Inference writes them beside its images.
+        self.captions_file: Path | None = path.with_suffix("") / "captions.jsonl"
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """uint8 (B, H, W, C), in the file's order."""
+        yield from map(torch.from_numpy, npz_batches(self.path, batch_size))
+
+    def labels(self) -> None:
+        """None: the format has no labels that could be relied on."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file in hexadecimal."""
+        return sha256_of(self.path)
+
+
+class ItemSet:
+    """Images or videos that are read one by one.
+
+    Args:
+        source: what they are, to a person.
+        num_items: N.
+        read: the item of an index, uint8 ([F,] H, W, C); all of one shape.
+        read_label: the label of an index; None where there are none.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        num_items: int,
+        read: Callable[[int], Tensor],
+        *,
+        is_video: bool,
+        read_label: Callable[[int], int] | None = None,
+        captions_file: Path | None = None,
+    ) -> None:
+        self.source, self.is_video, self.captions_file = source, is_video, captions_file
+        self._num_items, self._read, self._read_label = num_items, read, read_label
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """uint8 (B, [F,] H, W, C), in order.
+
+        Raises:
+            ValueError: items of different shapes.
+        """
+        first: torch.Size | None = None
+        for start in range(0, len(self), batch_size):
+            items = [self._read(i) for i in range(start, min(start + batch_size, len(self)))]
+            first = first or items[0].shape
+            for i, item in enumerate(items, start):
+                if item.shape != first:
+                    raise ValueError(
+                        f"test compares sets of one shape, got {tuple(item.shape)} after {tuple(first)} at"
+                        f" item {i} of {self.source}; a dataset crops to image_size"
+                    )
+            yield torch.stack(items)
+
+    def labels(self) -> Tensor | None:
+        """int64 (N,); None where there are none."""
+        if self._read_label is None:
+            return None
+        return torch.tensor([self._read_label(i) for i in range(len(self))])
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of N and of 256 items or fewer that are spread over the set."""
+        digest = hashlib.sha256(f"{len(self)}".encode())
+        step = max(1, len(self) // FINGERPRINT_ITEMS)
+        for i in range(0, len(self), step):
+            item = self._read(i)
+            digest.update(f"\n{tuple(item.shape)}\n".encode())
+            digest.update(item.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_set(path: str | Path) -> NpzSet | ItemSet:
+    """The images of an npz, or the images or videos of a folder at any depth, by path.
+
+    Raises:
+        ValueError: neither is there, or a folder without either, or with both.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return NpzSet(path)
+    # MP4 is what inference writes; read lazily, since only videos need PyAV.
+    from speedit_plugins.data.videos import SUFFIXES, read_frames, read_header
+
+    walk = Walk(path.resolve(), follow_links=False, suffixes=(*STILL_SUFFIXES, *SUFFIXES))
+    files = [Path(file) for file in walk.files(str(walk.root))]
+    are_videos = {file.suffix.lower() in SUFFIXES for file in files}
+    if len(are_videos) != 1:
+        got = "both" if files else "neither"
+        raise ValueError(f"test needs a folder of images or one of videos, got {path} with {got}")
+
+    def read(index: int) -> Tensor:
+        if not is_video:
+            return torch.from_numpy(np.array(read_rgb(files[index])))
+        num_frames = read_header(files[index]).num_frames
+        frames = read_frames(files[index], range(num_frames), num_frames=num_frames)
+        return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+
+    is_video = are_videos.pop()
+    captions_file = path / "captions.jsonl"
+    return ItemSet(str(path), len(files), read, is_video=is_video, captions_file=captions_file)
+
+
+def dataset_set(config: ExperimentConfig) -> ItemSet:
+    """The dataset of the experiment without random flips; what else a sample draws, its index decides.
+
+    Raises:
+        ValueError: cached latents, or samples of several sizes.
+    """
+    dataset = build.build_dataset(config, augmented=False)
+    if isinstance(dataset, LatentCache) or getattr(dataset, "buckets", None) is not None:
+        raise ValueError(
+            "test compares images of one size, got a LatentCache or buckets; wanted reference: an npz or a"
+            " folder, or the dataset without buckets"
+        )
+    key = "video" if config.num_frames else "image"
+
+    def load(index: int) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 0, index))
+        return dict(dataset.load(index, generator))
+
+    def read(index: int) -> Tensor:
+        value = load(index)[key]
+        assert isinstance(value, Tensor)
+        return torch.from_numpy(pictures.to_uint8(value[None])[0])
+
+    def read_label(index: int) -> int:
+        value = load(index)["label"]
+        assert isinstance(value, int)
+        return value
+
+    return ItemSet(
+        f"dataset {config.data.dataset['type']}",
+        len(dataset),
+        read,
+        is_video=bool(config.num_frames),
+        read_label=read_label if config.num_classes else None,
+    )
+
+
+def read_captions(samples: SampleSet) -> list[str]:
+    """A caption of each sample, as inference wrote them beside the samples.
+
+    Raises:
+        ValueError: there are none, or not one a sample.
+    """
+    path = samples.captions_file
+    if path is None or not path.is_file():
+        raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
+    captions = [str(json.loads(line)["caption"]) for line in path.read_text(encoding="utf-8").splitlines()]
+    if len(captions) != len(samples):
+        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(captions)} in {path}")
+    return captions

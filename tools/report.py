@@ -1,0 +1,385 @@
+"""A run in one HTML file: curves, samples over time, policy, config, environment.
+
+    python tools/report.py outputs/digits/speedit
+    python tools/report.py RUN_DIR --out FILE
+
+The file holds everything it shows: it needs no network and no JavaScript. It is made from what the run has
+left in its experiment_dir; what is not there is said to be missing. A run that goes on can be looked at too.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import report_page as html
+import torch
+from inspect_policy import areas, describe
+from report_plots import Line, Point, Span, heat_map, line_chart, staircase
+from safetensors import safe_open
+from timestep_profile import PROFILE
+
+from speedit_plugins import NoiseSchedule, TimestepPolicy
+from speedit_plugins.data.files import write_whole
+from speedit_plugins.engine import build, checkpoint, results
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.environment import ENVIRONMENT
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.timestep_profile import timestep_ranges
+from speedit_plugins.engine.tracking import METRICS, read_metrics
+
+CONFIG = "config_train.yaml"
+MAX_GRIDS = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an experiment_dir holds; each part is read when it is asked for."""
+
+    folder: Path
+    config: ExperimentConfig
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        return checkpoint.newest(self.folder / results.CHECKPOINTS)
+
+    @cached_property
+    def policy(self) -> TimestepPolicy:
+        """The policy, where it learns as the newest checkpoint has it."""
+        process = build.build_process(self.config, respaced=True)
+        policy = build.build_timestep_policy(self.config, process)
+        if policy.state_dict()["density"] and self.checkpoint is not None:
+            state = torch.load(self.checkpoint / checkpoint.STATE, map_location="cpu", weights_only=True)
+            policy.load_state_dict(state["policy"])
+        return policy
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """What the phase test measured, by name; empty where it was not run."""
+        found = self.json(results.TEST)
+        return found["figures"] if found is not None and "figures" in found else {}
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Contents of a JSON file of the run; None without it."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def series(self, key: str) -> list[Point]:
+        """(step, value) of each logged line that has the key."""
+        return [(row["step"], row[key]) for row in self.rows if key in row]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    arguments = _parser().parse_args(argv)
+    path = arguments.out or arguments.run / "report.html"
+    try:
+        text = report(open_run(arguments.run))
+        write_whole(path, text.encode())
+    except (ValueError, OSError) as error:
+        print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{path}  ({len(text) / 2**20:.1f} MB)")
+    return 0
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ValueError: no training wrote there, or its files cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run: wanted the experiment_dir of a training, which holds {CONFIG}")
+    return Run(folder, load_config(path, "train"), read_metrics(folder))
+
+
+def report(run: Run) -> str:
+    """The HTML document."""
+    step = f"step {run.rows[-1]['step']:,}" if run.rows else "nothing logged yet"
+    title = run.config.experiment_name or run.folder.resolve().name
+    sections = {
+        "Summary": html.facts(summary(run)),
+        "Curves": curves(run),
+        "Loss and gradient by timestep": by_timestep(run),
+        "Samples over time": samples(run),
+        "Timestep policy": policy_plots(run),
+        "Evaluation": evaluation(run),
+        "Config": html.folded(CONFIG, (run.folder / CONFIG).read_text(encoding="utf-8")),
+        "Environment": environment(run),
+    }
+    return html.page(title, f"{run.config.model['type']}, policy {run.policy.name}, {step}", sections)
+
+
+def summary(run: Run) -> dict[str, str]:
+    """The run in a few lines; '-' for what it has not left."""
+    config, last = run.config, run.rows[-1] if run.rows else {}
+    skipped = f", {last['skipped_steps']} skipped" if last.get("skipped_steps") else ""
+    trained = _num_trained(run.checkpoint)
+    process = config.diffusion.type
+    process += f", {config.diffusion.noise_schedule}" if config.diffusion.noise_schedule else ""
+    pace = [value for key in ("steps_per_second", "samples_per_second") for value in [_median(run, key)]]
+    return {
+        "steps": f"{last.get('step', 0):,} of {config.max_training_steps:,}{skipped}",
+        "training time": _duration(_seconds(run)),
+        "speed": f"{_short(pace[0])} steps/s, {_short(pace[1])} samples/s (medians of the logged lines)",
+        "policy": str(run.policy),
+        "process": f"{process}, T = {run.policy.schedule.num_timesteps}, {config.diffusion.prediction_type}",
+        "model": f"{config.model['type']}, "
+        + (
+            "parameters unknown without a checkpoint"
+            if trained is None
+            else f"{trained:,} trained parameters"
+        ),
+        "data": f"{config.data.dataset['type']}, batches of {config.data.batch_size}",
+        "precision, plugin": f"{config.precision}, {config.plugin}",
+        "last loss": _short(last.get("loss")),
+        "last uniform mse": _short(last.get("uniform_mse")),
+        "peak memory": _gib(last.get("peak_memory_bytes")),
+        "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
+        **{
+            name: f"{_short(figure['value'])} ({figure['num_samples']:,} samples)"
+            for name, figure in run.figures.items()
+        },
+    }
+
+
+def curves(run: Run) -> str:
+    """Losses, gradient norm, learning rate and speed against the step."""
+    if not run.rows:
+        return html.paragraph(f"{METRICS} has no line yet.", is_quiet=True)
+    losses = {
+        "loss": "loss (weight × mse + vb)",
+        "mse": "mse at the drawn timesteps",
+        "uniform_mse": "mse, uniform timesteps",
+    }
+    lines = [Line(label, run.series(key)) for key, label in losses.items()]
+    charts = [
+        html.chart(
+            "Losses",
+            line_chart(lines, x_label="step", y_label="loss", is_log=True),
+            labels=list(losses.values()),
+        )
+    ]
+    for key, label, is_log in (
+        ("grad_norm", "gradient norm", True),
+        ("lr", "learning rate", False),
+        ("steps_per_second", "steps per second", False),
+    ):
+        drawn = line_chart([Line(label, run.series(key))], x_label="step", y_label=label, is_log=is_log)
+        charts.append(html.chart(label.capitalize(), drawn))
+    return html.group("charts", charts)
+
+
+def by_timestep(run: Run) -> str:
+    """Heat maps over the training, the spread at its last line, and the measured profile of a checkpoint."""
+    schedule = run.policy.schedule
+    charts = [
+        _heat_map(run, "loss_per_timestep", "Loss at the drawn timesteps"),
+        _last_losses(run, schedule),
+        _heat_map(run, "profile_grad_norm", "Gradient norm, same samples at every timestep"),
+        _heat_map(run, "profile_mse", "Unweighted mse, same samples at every timestep"),
+    ]
+    notes = [
+        html.paragraph(
+            "0 is clean, T is noise. Heat maps show means over twenty equal ranges of the timesteps;"
+            " shaded are the areas of the schedule, as below.",
+            is_quiet=True,
+        )
+    ]
+    if not run.series("loss_per_timestep"):
+        notes.append(html.paragraph("This run logged no loss per timestep.", is_quiet=True))
+    if not run.series("profile_grad_norm"):
+        notes.append(
+            html.paragraph(
+                "The gradient norm per timestep was not logged: profile_every is 0, or was not reached.",
+                is_quiet=True,
+            )
+        )
+    profile = run.json(PROFILE)
+    if profile is None:
+        notes.append(html.paragraph(f"No {PROFILE}: tools/timestep_profile.py writes it.", is_quiet=True))
+    else:
+        where = f"{profile['weights']} weights, step {profile['step']:,}"
+        for key, label in (("loss", "loss"), ("mse", "unweighted mse"), ("grad_norm", "gradient norm")):
+            line = Line(label, staircase(profile["ranges"], profile[key]))
+            drawn = line_chart([line], x_label="timestep", y_label=label, spans=_spans(schedule))
+            charts.append(html.chart(f"{label.capitalize()}, measured: {where}", drawn))
+    return "".join(notes) + html.group("charts", [chart for chart in charts if chart])
+
+
+def samples(run: Run) -> str:
+    """The grids drawn in training, evenly chosen where there are many, and the final ones."""
+    grids = sorted((run.folder / results.GRIDS).glob("step_*.png"))
+    count = min(MAX_GRIDS, len(grids))
+    chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
+    shown = [html.picture(f"step {int(path.stem.removeprefix('step_')):,}", path) for path in chosen]
+    notes = []
+    if not grids:
+        notes.append("No grids were drawn in training: sample_every is 0, or was not reached.")
+    elif count < len(grids):
+        notes.append(f"{count} of {len(grids)} grids, evenly chosen.")
+    final = run.folder / results.SAMPLES
+    if final.is_file():
+        shown.append(html.picture(f"{final.name}, drawn by the phase sample", final))
+    else:
+        notes.append(f"No {final.name}: the phase sample was not run.")
+    return "".join(html.paragraph(note, is_quiet=True) for note in notes) + html.group("samples", shown)
+
+
+def policy_plots(run: Run) -> str:
+    """Density, weight and importance over the timesteps, and the shares of the schedule's areas."""
+    policy, schedule = run.policy, run.policy.schedule
+    tables = describe(schedule, {policy.name: policy})[policy.name]
+    T = schedule.num_timesteps
+    charts = []
+    for key, scale, title in (
+        ("density", T, "Density (uniform = 1)"),
+        ("weight", 1, "Weight"),
+        ("importance", T, "Importance: density × weight (uniform = 1)"),
+    ):
+        line = Line(policy.name, [(index, scale * value) for index, value in enumerate(tables[key])])
+        drawn = line_chart([line], x_label="timestep", y_label=key, spans=_spans(schedule), x_range=(0, T))
+        charts.append(html.chart(title, drawn))
+    rows = [
+        (
+            area,
+            f"{share['range'][0]} .. {share['range'][1] - 1}"
+            if share["range"][0] < share["range"][1]
+            else "empty",
+            f"{100 * share['draws']:.1f} %",
+            f"{100 * share['importance']:.1f} %",
+        )
+        for area, share in tables["areas"].items()
+    ]
+    charts.append(html.table(("area of the schedule", "timesteps", "draws", "importance"), rows))
+    return html.paragraph(str(policy)) + html.group("charts", charts)
+
+
+def evaluation(run: Run) -> str:
+    """The figures of the phase test, each with its features and numbers."""
+    found = run.json(results.TEST)
+    if found is None:
+        return html.paragraph(f"No {results.TEST}: the phase test was not run.", is_quiet=True)
+    if not run.figures:
+        return html.paragraph(
+            f"{results.TEST} is of an older version: run the phase test again.", is_quiet=True
+        )
+    rows = [
+        (
+            name,
+            _short(figure["value"]),
+            str(figure["features"]),
+            f"{figure['num_samples']:,}",
+            "-" if figure["num_reference"] is None else f"{figure['num_reference']:,}",
+        )
+        for name, figure in run.figures.items()
+    ]
+    sources = {key: str(found[key]) for key in ("samples", "reference") if found[key] is not None}
+    return html.table(("figure", "value", "features", "samples", "reference"), rows) + html.facts(sources)
+
+
+def environment(run: Run) -> str:
+    """What the newest start of the training found around it."""
+    found = run.json(ENVIRONMENT)
+    if found is None:
+        return html.paragraph(f"No {ENVIRONMENT}: the run was started by an older version.", is_quiet=True)
+    return html.facts({name: str(value) for name, value in found.items()})
+
+
+def _heat_map(run: Run, key: str, title: str) -> str:
+    points = run.series(key)
+    if not points:
+        return ""
+    steps, columns = zip(*points, strict=True)
+    drawn = heat_map(
+        steps,
+        columns,
+        y_range=(0, run.policy.schedule.num_timesteps),
+        x_label="step",
+        y_label="timestep",
+        value_label=title,
+    )
+    return html.chart(title, drawn)
+
+
+def _last_losses(run: Run, schedule: NoiseSchedule) -> str:
+    """Mean and spread over the samples of the last logged line."""
+    means, deviations = run.series("loss_per_timestep"), run.series("loss_std_per_timestep")
+    if not means or not deviations:
+        return ""
+    (step, mean), (_, deviation) = means[-1], deviations[-1]
+    ranges = timestep_ranges(schedule.num_timesteps)
+    upper = [None if m is None else m + d for m, d in zip(mean, deviation, strict=True)]
+    lower = [None if m is None else max(0.0, m - d) for m, d in zip(mean, deviation, strict=True)]
+    stairs = [staircase(ranges, values) for values in (mean, lower, upper)]
+    band = [
+        None if low is None else (low, high) for (_, low), (_, high) in zip(stairs[1], stairs[2], strict=True)
+    ]
+    line = Line("loss", stairs[0], band)
+    drawn = line_chart([line], x_label="timestep", y_label="loss", spans=_spans(schedule))
+    return html.chart(f"Loss up to step {step:,}: mean ± standard deviation of a sample", drawn)
+
+
+def _spans(schedule: NoiseSchedule) -> list[Span]:
+    return [Span(name, first, end) for name, (first, end) in areas(schedule).items()]
+
+
+def _num_trained(path: Path | None) -> int | None:
+    """Trained parameters, counted in the optimizer's first moments; None without a checkpoint of them."""
+    total = 0
+    for part in [] if path is None else path.glob("optimizer_*.safetensors"):
+        with safe_open(part, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith("exp_avg/")]  # noqa: SIM118 - no mapping
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return total or None
+
+
+def _seconds(run: Run) -> float | None:
+    """Wall time of the logged steps; None where no line says it."""
+    steps = [0, *(row["step"] for row in run.rows)]
+    pairs = [(row, row["step"] - before) for row, before in zip(run.rows, steps, strict=False)]
+    timed = [row["seconds_per_step"] * count for row, count in pairs if row.get("seconds_per_step")]
+    return sum(timed) if timed else None
+
+
+def _median(run: Run, key: str) -> float | None:
+    values = [value for _, value in run.series(key) if value is not None]
+    return statistics.median(values) if values else None
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the experiment_dir of a training")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

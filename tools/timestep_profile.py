@@ -1,0 +1,131 @@
+"""Loss and gradient norm of a trained model per range of timesteps.
+
+    python tools/timestep_profile.py outputs/digits/speedit --weights ema
+    python tools/timestep_profile.py RUN_DIR --checkpoint RUN_DIR/checkpoints/step_0000400 data.batch_size=256
+
+One batch of training data, with the same noise, is taken to timesteps of each of twenty equal ranges. The
+loss is the training's, weighted by the run's policy; the mse is unweighted; the gradient norm is that of the
+batch's mean loss. Writes timestep_profile.json and .png into RUN_DIR.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from inspect_policy import save_figure, write_json
+
+from speedit_plugins.engine import checkpoint
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.results import CHECKPOINTS
+from speedit_plugins.engine.timestep_profile import timestep_ranges
+from speedit_plugins.engine.train import build_trainer
+
+PROFILE = "timestep_profile.json"
+# A run of several processes is measured in one, without what it needs beside its weights.
+_ALONE = ("plugin=ddp", "profile_every=1", "sample_every=0", "compile=false")
+_PANELS = {
+    "loss": "loss\n(weight × mse + vb)",
+    "mse": "mse\n(unweighted)",
+    "grad_norm": "gradient norm\nof the loss",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        report = measure(
+            arguments.run,
+            weights=arguments.weights,
+            source=arguments.checkpoint,
+            overrides=arguments.overrides,
+        )
+    except (ValueError, OSError) as error:
+        print(f"timestep_profile: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(_table(report))
+    for path in (arguments.run / PROFILE, (arguments.run / PROFILE).with_suffix(".png")):
+        print(f"  {path}")
+    return 0
+
+
+def measure(
+    run: Path, *, weights: str = "model", source: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measures a run's checkpoint and writes the tables and the figure into its folder.
+
+    Args:
+        run: the folder of a training.
+        weights: "model", or "ema" for their average.
+        source: a checkpoint's folder; None is the newest whole one of the run.
+        overrides: `key=value`, over the run's own config.
+
+    Returns:
+        What is written: step, weights, policy, num_samples, ranges as [first, end) indices, and per range
+        loss, mse and grad_norm.
+
+    Raises:
+        ValueError: the folder holds no training or no checkpoint, or the config does not fit it.
+    """
+    path = run / "config_train.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no training: there is no {path.name}")
+    config = load_config(path, "train", [*overrides, *_ALONE])
+    found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
+    if found is None:
+        raise ValueError(f"{run} holds no checkpoint yet")
+    trainer = build_trainer(config)
+    trainer.restore(found)
+    assert trainer.profiler is not None
+    chosen = trainer.averaged_weights() if weights == "ema" else trainer.weights()
+    profile = trainer.profiler.measure(chosen, trainer.engine.untrained())
+    schedule = trainer.process.schedule
+    ranges = timestep_ranges(schedule.num_timesteps)
+    report = {
+        "step": trainer.step,
+        "weights": weights,
+        "policy": trainer.policy.name,
+        "num_samples": config.data.batch_size,
+        "ranges": ranges,
+        **asdict(profile),
+    }
+    write_json(run / PROFILE, report)
+    line = f"{weights} weights at step {trainer.step}, {config.data.batch_size} samples"
+    panels = {
+        label: {line: [value for value, span in zip(report[key], ranges, strict=True) for _ in range(*span)]}
+        for key, label in _PANELS.items()
+    }
+    title = f"{config.experiment_name or run.name}: what the timesteps teach, policy {trainer.policy.name}"
+    save_figure((run / PROFILE).with_suffix(".png"), title, schedule, panels)
+    return report
+
+
+def _table(report: dict[str, Any]) -> str:
+    head = f"{report['weights']} weights at step {report['step']}, {report['num_samples']} samples"
+    lines = [head, f"{'timesteps':>12}  {'loss':>10}  {'mse':>10}  {'grad norm':>10}"]
+    rows = zip(report["ranges"], report["loss"], report["mse"], report["grad_norm"], strict=True)
+    for (first, end), loss, *others in rows:
+        if loss is not None:
+            values = "".join(f"  {value:>10.4g}" for value in (loss, *others))
+            lines.append(f"{first:>6} ..{end - 1:>4}{values}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="timestep_profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the experiment_dir of a training")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for speedit")
+    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="default: %(default)s")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="default: the newest of the run")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
