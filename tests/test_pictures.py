@@ -54,6 +54,20 @@ def test_titles_stand_above_their_columns(tmp_path: Path) -> None:
     assert np.count_nonzero(np.diff(rows_with_ink.astype(int)) == 1) > 1
 
 
+def test_a_title_keeps_to_its_own_column(tmp_path: Path) -> None:
+    save_grid(
+        torch.zeros(2, 1, 16, 16),
+        tmp_path / "narrow.png",
+        columns=2,
+        titles=["a handwritten 0 moving left", ""],
+    )
+    picture = np.asarray(Image.open(tmp_path / "narrow.png"))
+    # Cells of 64 pixels with lines of 2 between them; the band ends where the grid's grey begins.
+    band = picture[: picture.shape[0] - (64 + 4)]
+    assert (band[:, :66] < 255).any()
+    assert (band[:, 66:] == 255).all()
+
+
 def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) -> None:
     # Video v is grey level 40 v at rest, but for its last frame, which is white.
     videos = torch.zeros(2, 1, 4, 64, 64)

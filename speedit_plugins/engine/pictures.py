@@ -89,7 +89,7 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
         return grid
     width, size = grid.shape[1] // columns, 10
     font = ImageFont.load_default(size)
-    lines = ["\n".join(textwrap.wrap(title, max(4, 2 * width // size))) for title in titles]
+    lines = [_wrapped(title, width - 4, font) for title in titles]
     height = (size + 4) * max(text.count("\n") + 1 for text in lines) + 6
     band = Image.new("RGB", (grid.shape[1], height), "white")
     pen = ImageDraw.Draw(band)
@@ -97,6 +97,16 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
         pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
     whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
     return np.ascontiguousarray(whole)
+
+
+def _wrapped(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The title in as few lines as fit into this width in pixels; at least 4 letters stand in one."""
+    lines = [title]
+    for letters in range(len(title), 3, -1):
+        if all(font.getlength(line) <= width for line in lines):
+            break
+        lines = textwrap.wrap(title, letters)
+    return "\n".join(lines)
 
 
 def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
