@@ -55,7 +55,8 @@ def manifolds(
     """
     _check(samples, reference, precision_neighbors, density_neighbors)
     # Distances are the same from anywhere, and rounded least from the middle.
-    centre = reference.mean(dim=0, dtype=torch.float64)
+    # In chunks: in float64 the whole is twice as large again.
+    centre = sum(part.double().sum(dim=0) for part in reference.split(chunk)) / len(reference)
     (own,) = neighbor_distances(samples, [precision_neighbors], centre=centre, chunk=chunk)
     theirs, denser = neighbor_distances(
         reference, [precision_neighbors, density_neighbors], centre=centre, chunk=chunk
@@ -139,8 +140,8 @@ def _check(samples: Tensor, reference: Tensor, precision_neighbors: int, density
         raise ValueError(
             f"the features must be (M, D) and (N, D), got {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
-    for features in (samples, reference):
-        if not torch.isfinite(features).all():
+    for part in (*samples.split(CHUNK), *reference.split(CHUNK)):
+        if not torch.isfinite(part).all():
             raise ValueError("features must be finite, got NaN or infinity")
     least = min(len(samples), len(reference))
     for name, k, limit in (
