@@ -25,19 +25,10 @@ from paired_run import BASELINE, Protocol, run
 from policy_pace import paces
 from stacked_training import Member, Shape
 
+from speedit_plugins.registry import POLICIES as REGISTERED
+
 POLICIES = ("speedit", "speedit_reference", "speed", "speed_reference", "p2", "min_snr")
-ALL_POLICIES = (
-    "speedit",
-    "speedit_reference",
-    "speed",
-    "speed_reference",
-    "open_sora_speed",
-    "p2",
-    "min_snr",
-    "logit_normal",
-    "clts",
-    "loss_second_moment",
-)
+ALL_POLICIES = tuple(name for name in REGISTERED.module_dict if name != BASELINE)
 SEEDS = tuple(range(5))
 ALL_SEEDS = tuple(range(11))
 

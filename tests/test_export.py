@@ -78,41 +78,36 @@ def dit_options(folder: Path) -> list[str]:
 DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
 
 
-def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+def drawn_by_dit_pipeline(folder: Path) -> Any:
+    """An image of class 2 in grey levels, float (H, W, C)."""
     from diffusers import DiTPipeline
 
-    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path))
-    said = exported(DIT, arguments, tmp_path / "out")
-    assert "DiTPipeline" in said
-    assert f"fitted to num_inference_steps={STEPS}." in said
-    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
-    found = pipeline(
+    found = DiTPipeline.from_pretrained(folder)(
         class_labels=[2],
         guidance_scale=2.0,
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(SEED),
         output_type="np",
     ).images[0]
-    assert agree((found * 255).round(), drawn(DIT, arguments))
+    return (found * 255).round()
+
+
+def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path))
+    said = exported(DIT, arguments, tmp_path / "out")
+    assert "DiTPipeline" in said
+    assert f"fitted to num_inference_steps={STEPS}." in said
+    assert agree(drawn_by_dit_pipeline(tmp_path / "out"), drawn(DIT, arguments))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "timestep policy `{'type': 'speedit'}`" in card
     assert f"manual_seed({SEED})" in card
 
 
 def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path) -> None:
-    from diffusers import DiTPipeline
-
     options = [*dit_options(tmp_path), "diffusion.diffusion_steps=100"]
     arguments = trained(tmp_path / "run", DIT, *options)
     exported(DIT, arguments, tmp_path / "out")
-    found = DiTPipeline.from_pretrained(tmp_path / "out")(
-        class_labels=[2],
-        guidance_scale=2.0,
-        num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="np",
-    ).images[0]
-    assert agree((found * 255).round(), drawn(DIT, arguments))
+    assert agree(drawn_by_dit_pipeline(tmp_path / "out"), drawn(DIT, arguments))
 
 
 def test_merged_adapters_leave_the_prediction_as_it_is() -> None:

@@ -194,7 +194,7 @@ def test_an_error_is_one_line_and_exit_status_two(
     assert message in error
 
 
-def test_a_failed_write_leaves_the_old_file(
+def test_a_failed_write_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
@@ -208,3 +208,4 @@ def test_a_failed_write_leaves_the_old_file(
     assert run("--policy", "uniform", "--json", str(out)) == 2
     assert f"cannot write {out}: No space left on device" in capsys.readouterr().err
     assert out.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

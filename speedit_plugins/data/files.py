@@ -32,9 +32,17 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames: what stood there before stays until the new file is on disk."""
+    """Writes beside the target and renames: what stood there before stays until the new file is on disk.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside the target.
+    """
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(content)
-    flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        flush(partial)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from speedit_plugins.data.files import write_whole
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.version import __version__
 
@@ -31,8 +32,7 @@ def save_environment(folder: Path, runtime: Runtime) -> None:
     }
     if is_cuda:
         found["CUDA"] = str(torch.version.cuda)
-    path = folder / ENVIRONMENT
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / ENVIRONMENT, f"{json.dumps(found, indent=2)}\n".encode())
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from speedit_plugins.data.files import write_whole
 from speedit_plugins.data.loader import LABEL_STREAM, stream_seed
 from speedit_plugins.engine import build, results
 from speedit_plugins.engine.figures import (
@@ -247,4 +248,4 @@ def _write(path: Path, figures: list[Figure], *, samples: str, reference: str | 
         for figure in figures
     }
     content = {"figures": rows, "samples": samples, "reference": reference}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())

@@ -1,7 +1,8 @@
 """The folder of an experiment: what lies where.
 
 `experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (of
-videos also samples.mp4 and samples.gif), inference/, test.json, and the config of each phase that ran.
+videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, and the config of each
+phase that ran; of the tools timestep_profile.json, timestep_profile.png and report.html.
 """
 
 from pathlib import Path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from speedit_plugins.models.pretrained import first_line
+from speedit_plugins.models.pretrained import first_line, loading_advice
 from speedit_plugins.registry import TEXT_ENCODERS
 
 # Encoders that transformers' AutoModel would load together with a decoder or an image tower.
@@ -88,13 +88,9 @@ class TextEncoder(nn.Module):
                     path, subfolder=subfolder, use_safetensors=True, dtype=getattr(torch, dtype), **options
                 )
         except (OSError, ValueError) as error:
-            advice = (
-                "check the name and the network"
-                if allow_download
-                else "give the folder of a saved one, or set allow_download: true to fetch a hub name"
-            )
             raise ValueError(
-                f"no text encoder with a tokenizer found at '{path}': {first_line(error)}; {advice}"
+                f"no text encoder with a tokenizer found at '{path}': {first_line(error)};"
+                f" {loading_advice(allow_download)}"
             ) from error
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
