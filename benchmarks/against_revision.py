@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from spread import Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/image/digits/speedit.yaml"
@@ -56,11 +56,11 @@ def main() -> None:
             worker.stdin.close()  # type: ignore[union-attr]  # opened as a pipe
             worker.wait()
     ratios = [now / before for now, before in zip(seconds["now"], seconds["before"], strict=True)]
-    low, middle, high = torch.quantile(torch.tensor(ratios), torch.tensor([0.25, 0.5, 0.75])).tolist()
+    ratio = Spread.of(ratios)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        f"seconds per step: now {medians['now']:.4f}, before {medians['before']:.4f}; ratio {middle:.4f}"
-        f" (quartiles {low:.4f}, {high:.4f}), below 1: now is faster"
+        f"seconds per step: now {medians['now']:.4f}, before {medians['before']:.4f};"
+        f" ratio {ratio.median:.4f} (quartiles {ratio.low:.4f}, {ratio.high:.4f}), below 1: now is faster"
     )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"seconds": seconds, "ratios": ratios}, indent=1) + "\n")

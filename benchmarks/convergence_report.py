@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from policy_pace import Pace
 from stacked_training import Member
 
 from speedit_plugins.core.policy import TimestepPolicy
+from speedit_plugins.engine.environment import versions
 
 Document = dict[str, Any]
 _PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
@@ -32,7 +32,7 @@ def document(results: Results, paces: Mapping[str, Pace], *, command: str, date:
         "date": date,
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "protocol": asdict(protocol),
         "num_parameters": results.num_parameters,
         "seconds": results.seconds,

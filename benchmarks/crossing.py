@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from spread import quantiles
 
 AT_MOST, EXACT, AT_LEAST = "<=", "", ">="
 MIXED = "~"
@@ -91,7 +92,7 @@ def null_band(
     ratios = null_ratios(steps, baselines, horizon)
     if not ratios:
         return None
-    ends = _quantiles([ratio.value for ratio in ratios], (0.05, 0.95))
+    ends = quantiles([ratio.value for ratio in ratios], (0.05, 0.95))
     # Bounds of one kind are the extreme values: past 5 % of them the quantile is one.
     low, high = (
         Reading(end, bound if sum(r.bound == bound for r in ratios) > 0.05 * len(ratios) else EXACT)
@@ -116,13 +117,8 @@ def summary(readings: Sequence[Reading], *, num_resamples: int = 10_000, seed: i
     values = torch.tensor([reading.value for reading in readings], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(len(values), (num_resamples, len(values)), generator=generator)
-    low, high = _quantiles(values[picked].mean(dim=1).tolist(), (0.025, 0.975))
+    low, high = quantiles(values[picked].mean(dim=1).tolist(), (0.025, 0.975))
     bounds = {reading.bound for reading in readings} - {EXACT}
     bound = EXACT if not bounds else MIXED if len(bounds) > 1 else bounds.pop()
     median = float(values.quantile(0.5))
     return Summary(float(values.mean()), low, high, median, bound, len(values))
-
-
-def _quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:
-    ordered = torch.tensor(values, dtype=torch.float64)
-    return torch.quantile(ordered, torch.tensor(shares, dtype=torch.float64)).tolist()

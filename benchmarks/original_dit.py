@@ -1,16 +1,22 @@
-"""Loads the model file of a facebookresearch/DiT checkout without timm.
+"""Imports modules of a host's checkout without timm, and without what else their packages would import.
 
 timm's three layers are written here anew, with its parameter names and its order of operations: a convolution
 for the patches, fused scaled-dot-product attention, and dropout layers at probability 0.
 """
 
-import importlib.util
+import __future__
+
+import ast
+import importlib
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,20 +32,68 @@ def load_original(hosts: Path) -> ModuleType:
     source = hosts / CHECKOUT / "models.py"
     if not source.is_file():
         raise ValueError(f"no checkout of facebookresearch/DiT: {source} is not a file")
+    with importable(source.parent):
+        return importlib.import_module("models")
+
+
+@contextmanager
+def importable(checkout: Path, *, bare: Sequence[str] = ()) -> Iterator[None]:
+    """Within the block, modules come from the checkout first; after it they are out of `sys.modules` again.
+
+    Args:
+        checkout: hosts give their modules the same few names: one checkout at a time.
+        bare: packages, dotted, whose `__init__` is not run: their modules can be imported one by one.
+    """
+    names = {path.stem for path in checkout.iterdir()} | {"timm"}
+    others = _taken_out(names)
+    sys.modules.update(_stand_ins())
+    for name in bare:
+        package = ModuleType(name)
+        package.__path__ = [str(checkout.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    sys.path.insert(0, str(checkout))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(checkout))
+        _taken_out(names)
+        sys.modules.update(others)
+
+
+def script_function(script: Path, name: str) -> Callable[..., Any]:
+    """A function of a script that cannot be imported here, compiled from the file by itself.
+
+    It sees torch, its `inf`, and OrderedDict.
+
+    Raises:
+        ValueError: the script has no such function at its top.
+    """
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    found: list[ast.stmt] = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    if not found:
+        raise ValueError(f"{script} needs a function {name}, got none")
+    scope: dict[str, Any] = {"torch": torch, "inf": torch.inf, "OrderedDict": OrderedDict}
+    # Its annotations may name what is not here.
+    flags = __future__.annotations.compiler_flag
+    exec(compile(ast.Module(found, []), str(script), "exec", flags=flags), scope)
+    function: Callable[..., Any] = scope[name]
+    return function
+
+
+def _taken_out(names: set[str]) -> dict[str, ModuleType]:
+    """Removes the modules of these top names from `sys.modules`; what was removed."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+
+def _stand_ins() -> dict[str, ModuleType]:
     layers = ModuleType("timm.models.vision_transformer")
     vars(layers).update(PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
-    packages = {
-        "timm": ModuleType("timm"),
-        "timm.models": ModuleType("timm.models"),
-        "timm.models.vision_transformer": layers,
-    }
-    spec = importlib.util.spec_from_file_location("original_dit_models", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, packages):
-        spec.loader.exec_module(module)
-    return module
+    inits = ModuleType("timm.models.layers")
+    vars(inits).update(trunc_normal_=nn.init.trunc_normal_)
+    modules = (ModuleType("timm"), ModuleType("timm.models"), layers, inits)
+    return {module.__name__: module for module in modules}
 
 
 class PatchEmbed(nn.Module):

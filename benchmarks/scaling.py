@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from spread import Spread
 from torch import Tensor
 
 from speedit_plugins.engine.config import load_config
@@ -113,18 +114,19 @@ def _report(
     for name in trainers:
         # Both sides train 2 x batch samples in that time.
         ratios = [lone / shared for lone, shared in zip(seconds[LONE], seconds[name], strict=True)]
-        low, middle, high = _quartiles(ratios)
+        efficiency = Spread.of(ratios)
         rows[name] = {
             "seconds": statistics.median(seconds[name]),
-            "efficiency": middle,
-            "quartiles": (low, high),
+            "efficiency": efficiency.median,
+            "quartiles": (efficiency.low, efficiency.high),
             "efficiency_of_medians": statistics.median(seconds[LONE]) / statistics.median(seconds[name]),
             "optimizer_bytes": memory[name],
         }
         held = " and ".join(f"{size / 2**20:.1f}" for size in memory[name])
         print(
-            f"{name:<12} {rows[name]['seconds']:.3f} s  efficiency {middle:.4f}"
-            f" (quartiles {low:.4f}, {high:.4f}; of the medians {rows[name]['efficiency_of_medians']:.4f})"
+            f"{name:<12} {rows[name]['seconds']:.3f} s  efficiency {efficiency.median:.4f}"
+            f" (quartiles {efficiency.low:.4f}, {efficiency.high:.4f};"
+            f" of the medians {rows[name]['efficiency_of_medians']:.4f})"
             f"  optimizer {held} MiB"
         )
     if arguments.json is not None:
@@ -134,12 +136,6 @@ def _report(
 def _optimizer_bytes(trainer: Trainer) -> int:
     states = trainer.engine.optimizer.state.values()
     return sum(value.nbytes for state in states for value in state.values() if value.ndim)
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.float64), points).tolist()
-    return low, middle, high
 
 
 def _arguments() -> argparse.Namespace:

@@ -93,8 +93,10 @@ def main() -> None:
     if arguments.json is not None:
         record = {"options": options, "kills": [asdict(kill) for kill in kills], "differences": differences}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if differences or any(kill.is_wrong for kill in kills):
+        print(f"both runs are kept in {folder}")
+        sys.exit(1)
     shutil.rmtree(folder)
-    sys.exit(1 if differences or any(kill.is_wrong for kill in kills) else 0)
 
 
 def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> list[Kill]:

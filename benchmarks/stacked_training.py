@@ -22,6 +22,7 @@ from speedit_plugins.diffusion.flow import RectifiedFlow
 from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
 from speedit_plugins.models.dit import DiT
 from speedit_plugins.registry import PROCESSES, build, build_policy
+from speedit_plugins.spectrum import DataSpectrum
 
 Process = GaussianProcess | RectifiedFlow
 
@@ -29,6 +30,8 @@ Process = GaussianProcess | RectifiedFlow
 _WEIGHTS, _BATCHES, _TIMESTEPS = range(3)
 _EMA_DECAY = 0.99
 _LOSS_DECAY = 0.95
+# Samples of the data, spread over it, that a policy is centred by; up to twice as many.
+_MEASURED = 1000
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ class StackedTraining:
             raise ValueError(f"a stack needs one lr and prediction_type, got {sorted(kinds)}")
         self.members, self.data, self.shape = members, data, shape
         self.process = build_process(schedule, members[0].prediction_type)
-        self.policies = [build_member_policy(member, self.process) for member in members]
+        self.policies = [build_member_policy(member, self.process, data) for member in members]
         self.model = stacked([first_model(data, shape, member.seed) for member in members])
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -217,11 +220,15 @@ def running_mean(last: Tensor | None, loss: Tensor) -> Tensor:
     return current if last is None else _LOSS_DECAY * last + (1 - _LOSS_DECAY) * current
 
 
-def build_member_policy(member: Member, process: Process) -> TimestepPolicy:
+def build_member_policy(member: Member, process: Process, data: ImageSet) -> TimestepPolicy:
     """The policy that the member trains with, its own object; a ValueError for one of another schedule."""
     if isinstance(member.policy, TimestepPolicy):
         if not torch.equal(member.policy.schedule.snr, process.schedule.snr):
             given, wanted = member.policy.schedule, process.schedule
             raise ValueError(f"policy {member.name!r} needs the schedule {wanted} of the run, got {given}")
         return copy.deepcopy(member.policy)
-    return build_policy(member.policy, process.schedule, member.prediction_type)
+
+    def spectrum() -> DataSpectrum:
+        return DataSpectrum.of(data.images[:: max(1, len(data.images) // _MEASURED)])
+
+    return build_policy(member.policy, process.schedule, member.prediction_type, data_spectrum=spectrum)

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from original_dit import CHECKOUT, load_original
+from spread import Spread
 from torch import Tensor, nn
 
 from speedit_plugins import NoiseSchedule, with_policy
@@ -58,25 +59,6 @@ class Options:
     batch: int
     edge: int
     checkout: Path | None = None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Lower quartile, median and upper quartile."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value, interpolated between them."""
-        ordered = torch.tensor(values, dtype=torch.float64)
-        return cls(*torch.quantile(ordered, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist())
-
-    def times(self, factor: float) -> "Spread":
-        """In another unit."""
-        return Spread(factor * self.low, factor * self.median, factor * self.high)
 
 
 @dataclass(frozen=True)

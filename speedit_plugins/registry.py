@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from mmengine.registry import Registry
 from torch import Tensor
 
-from speedit_plugins import recipes
+from speedit_plugins import recipes, spectrum
 from speedit_plugins.core import densities, draws, weightings
 from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.core.schedule import NoiseSchedule
@@ -68,7 +68,11 @@ _PART_KEYS = ("density", "weighting", "draw", "scope")
 
 
 def build_policy(
-    config: str | Config, schedule: NoiseSchedule, prediction_type: str = "epsilon"
+    config: str | Config,
+    schedule: NoiseSchedule,
+    prediction_type: str = "epsilon",
+    *,
+    data_spectrum: Callable[[], spectrum.DataSpectrum] | None = None,
 ) -> TimestepPolicy:
     """The timestep policy of a config, for this schedule.
 
@@ -80,6 +84,7 @@ def build_policy(
             noise-predicting model. Min-SNR always converts.
         schedule: what the host or process trains on.
         prediction_type: what the model predicts: epsilon, x0, v or flow.
+        data_spectrum: called where a density is centred by the data and the config does not say where.
 
     Raises:
         ValueError: an unknown name or parameter (the known ones and the nearest are listed), or a bad value.
@@ -108,7 +113,7 @@ def build_policy(
         )
     return TimestepPolicy(
         schedule,
-        build(DENSITIES, parts["density"], schedule=schedule),
+        build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
         _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
         draw=build(DRAWS, parts.get("draw", "iid"), schedule=schedule),
         name=name,
@@ -192,7 +197,7 @@ def check_type(what: str, value: Any, annotation: Any) -> None:
     if not set(kinds) <= {bool, int, float, str, type(None)}:
         return
     # bool is an int to Python: k=true is a mistake all the same.
-    fits = (int, float) if float in kinds else kinds
+    fits = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, fits) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{what} needs {wanted}, got {value!r}")
@@ -250,6 +255,7 @@ _register(
         "thinned": densities.thinned,
         "asymmetric": densities.asymmetric,
         "logit_normal": densities.logit_normal,
+        "log_snr_normal": spectrum.log_snr_normal,
         "clts": densities.Curriculum,
         "loss_second_moment": densities.LossSecondMoment,
     },
@@ -274,6 +280,8 @@ _register(
         "speed": recipes.speed,
         "speed_reference": recipes.speed_reference,
         "open_sora_speed": recipes.open_sora_speed,
+        "spectral": recipes.spectral,
+        "spectral_fast": recipes.spectral_fast,
         "p2": recipes.p2,
         "min_snr": recipes.min_snr,
         "logit_normal": recipes.logit_normal,

@@ -35,13 +35,14 @@ TRAIN_PATH = (
 )
 
 # Which parts of the package a part may import, beside itself. A part is a folder or a module at the top.
-_METHOD = {"core", "registry"}
+_METHOD = {"core", "registry", "spectrum"}
 _SIBLINGS = {"diffusion", "models", "data", "evaluation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "core": set(),
     "recipes": {"core"},
-    "registry": {"core", "recipes"},
+    "spectrum": {"core"},
+    "registry": {"core", "recipes", "spectrum"},
     **{sibling: _METHOD for sibling in _SIBLINGS},
     "hosts": _METHOD,
     "engine": _METHOD | _SIBLINGS | {"version"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.spectrum import DataSpectrum
 
 POLICY_NAMES = (
     "uniform",
@@ -20,6 +21,8 @@ POLICY_NAMES = (
     "speed",
     "speed_reference",
     "open_sora_speed",
+    "spectral",
+    "spectral_fast",
     "p2",
     "min_snr",
     "logit_normal",
@@ -57,10 +60,14 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
 def build(
     config: str | dict[str, Any], schedule: NoiseSchedule, prediction_type: str = "epsilon"
 ) -> TimestepPolicy:
-    """`build_policy` without its warning that there is nothing to thin."""
+    """`build_policy` for data of variance 1, without its warning that there is nothing to thin."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="thinned draws every timestep equally often")
-        return build_policy(config, schedule, prediction_type)
+        return build_policy(config, schedule, prediction_type, data_spectrum=unit_variance)
+
+
+def unit_variance() -> DataSpectrum:
+    return DataSpectrum(torch.ones(1, device="cpu"))
 
 
 def every_policy(schedule: NoiseSchedule) -> Iterator[TimestepPolicy]:
@@ -117,6 +124,12 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
         "speedit_reference": {"threshold": st.floats(0.01, 2.0)},
         "speed": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
         "speed_reference": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
+        "spectral": {"mean": st.floats(-2.0, 2.0), "std": st.floats(0.5, 3.0)},
+        "spectral_fast": {
+            "mean": st.floats(-2.0, 2.0),
+            "shift": st.floats(-1.0, 1.0),
+            "std": st.floats(0.5, 3.0),
+        },
         "p2": {"gamma": st.floats(0.0, 2.0), "k": positive},
         "min_snr": {"gamma": positive},
         "logit_normal": {"mean": st.floats(-2.0, 2.0), "std": st.floats(0.2, 3.0)},

@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path, *, words: tuple[str, ...] = WORDS) -> None:
 
 
 def save_text_encoder(folder: Path, kind: str) -> None:
-    """An encoder of transformers of kind "t5", "clip" or "bert", `TEXT_WIDTH` wide."""
+    """An encoder of transformers of kind "t5", "clip", "bert" or "whole clip", `TEXT_WIDTH` wide."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -34,6 +34,15 @@ def save_text_encoder(folder: Path, kind: str) -> None:
         ),
         "clip": lambda: t.CLIPTextModel(
             t.CLIPTextConfig(**size, hidden_size=TEXT_WIDTH, eos_token_id=1, pad_token_id=0)
+        ),
+        # With its image tower, as the hub has it.
+        "whole clip": lambda: t.CLIPModel(
+            t.CLIPConfig(
+                text_config={**size, "hidden_size": TEXT_WIDTH, "eos_token_id": 1, "pad_token_id": 0},
+                vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+                | {"num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+                projection_dim=4,
+            )
         ),
         "bert": lambda: t.BertModel(t.BertConfig(**size, hidden_size=TEXT_WIDTH)),
     }

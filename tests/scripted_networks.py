@@ -12,10 +12,10 @@ CLASSES = 5
 class Mixed(nn.Module):
     """Has a first convolution, as each of Inception's mixed layers, and something beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(6, 8, 1)
-        self.tower = nn.Conv2d(6, FEATURES - 8, 1)
+        self.tower = nn.Conv2d(6, num_features - 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.conv(x), self.tower(x)], dim=1)
@@ -24,14 +24,16 @@ class Mixed(nn.Module):
 class InceptionStandin(nn.Module):
     """uint8 images (B, 3, H, W) to features or probabilities; resizes as TensorFlow 1 did."""
 
-    def __init__(self, mixed_name: str = "mixed_6", scale: float = 128.0) -> None:
+    def __init__(
+        self, mixed_name: str = "mixed_6", scale: float = 128.0, num_features: int = FEATURES
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.layers = nn.Sequential()
         self.layers.add_module("conv", nn.Conv2d(3, 6, 11, stride=18))  # 17 x 17 of 299
-        self.layers.add_module(mixed_name, Mixed())
+        self.layers.add_module(mixed_name, Mixed(num_features))
         self.layers.add_module("pool2", nn.AdaptiveAvgPool2d(1))
-        self.output = nn.Linear(FEATURES, CLASSES)
+        self.output = nn.Linear(num_features, CLASSES)
 
     def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
         # Pixel i of the result is at i H / 299 of the image: between its two neighbours there, rows first.
@@ -74,8 +76,8 @@ def save_script(module: nn.Module, path: Path) -> str:
     return str(path)
 
 
-def save_inception(path: Path, mixed_name: str = "mixed_6") -> str:
+def save_inception(path: Path, mixed_name: str = "mixed_6", num_features: int = FEATURES) -> str:
     """A file of `InceptionStandin` with fixed weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return save_script(InceptionStandin(mixed_name), path)
+        return save_script(InceptionStandin(mixed_name, num_features=num_features), path)

@@ -98,7 +98,7 @@ def test_clips_of_another_length_are_refused() -> None:
         call(small_latte(), condition(2), frames=2)
 
 
-# Parameters of the released models; Latte's include its positions of time.
+# Parameters of the released models.
 @pytest.mark.parametrize(
     ("name", "width", "length", "size", "millions"),
     [("PixArt", 4096, 120, 32, 610.9), ("UNet", 768, 77, 64, 859.5)],
@@ -130,10 +130,28 @@ def test_a_video_model_of_other_frames_is_refused(tmp_path: Path) -> None:
         build(MODELS, {**options, "num_frames": 4}, text_width=TEXT_WIDTH, text_length=8)
 
 
+def test_a_pixart_that_reads_the_images_size_is_refused(tmp_path: Path) -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    folder = save_pipeline(tmp_path, "PixArt")
+    saved = PixArtTransformer2DModel.from_pretrained(folder / "transformer")
+    # As PixArt-XL-2-1024-MS is saved: what it reads follows from its size.
+    large = PixArtTransformer2DModel.from_config(
+        {**saved.config, "sample_size": 128, "use_additional_conditions": None}
+    )
+    large.save_pretrained(folder / "transformer")
+    options = {"type": "PixArt", "path": str(folder), "input_size": 128}
+    with pytest.raises(
+        ValueError, match="reads the image's size.*wanted one with use_additional_conditions f"
+    ):
+        build(MODELS, options, text_width=TEXT_WIDTH, text_length=8)
+
+
 def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     options = {"type": "PixArt", "path": str(save_pipeline(tmp_path, "PixArt")), "input_size": 4}
     with pytest.raises(
-        ValueError, match=re.escape("gives 8 channels, wanted 4: in_channels 4 with learn_sigma false")
+        ValueError,
+        match=re.escape("gives 8 channels, wanted 4: 4 of the latents (encoder), learn_sigma false"),
     ):
         build(MODELS, {**options, "learn_sigma": False}, text_width=TEXT_WIDTH, text_length=8)
 
@@ -146,6 +164,8 @@ def test_lora_trains_adapters_alone_and_starts_as_the_model() -> None:
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora" in name for name in trained)
+    with pytest.raises(ValueError, match="lora_rank >= 0, got -1"):
+        small_unet(lora_rank=-1)
 
 
 def test_an_inpainting_model_starts_as_the_saved_one(tmp_path: Path) -> None:

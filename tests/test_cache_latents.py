@@ -21,6 +21,7 @@ from speedit_plugins.engine.build import build_dataset, build_text_encoder
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.models.pretrained import Autoencoder
+from speedit_plugins.models.text import TextEncoder
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "cache_latents.py"
@@ -339,3 +340,31 @@ def test_of_several_captions_the_cache_gives_the_one_that_the_dataset_draws(
         seen.update(one["caption"])
     # In four epochs more than one of an image is drawn.
     assert len(seen) > NUM_IMAGES
+
+
+def test_last_bits_of_the_empty_captions_features_make_no_other_cache(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (32, 32), (20, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "c.csv").write_text("path,text\na.png,a red thing\n")
+    dataset = f"{{type: ImageCaptions, captions_file: {tmp_path / 'c.csv'}}}"
+    command = ["-c", "configs/text_to_image/emoji.yaml", "--out", str(tmp_path / "cache")]
+    command.append(f"data.dataset={dataset}")
+    assert tool.main(command) == 0
+    before, encode = files(tmp_path / "cache"), TextEncoder.encode
+
+    def scaled(factor: float) -> None:
+        def encode_scaled(self: TextEncoder, captions: list[str]) -> dict[str, torch.Tensor]:
+            features = encode(self, captions)
+            return {**features, "tokens": factor * features["tokens"]}
+
+        monkeypatch.setattr(TextEncoder, "encode", encode_scaled)
+
+    scaled(1 + 1e-5)
+    assert tool.main(command) == 0
+    assert files(tmp_path / "cache") == before
+    # Another encoder's are another cache's, as before.
+    scaled(-1.0)
+    assert tool.main(command) == 2
+    assert "made from something else: null_text_sha256 was" in capsys.readouterr().err
+    assert files(tmp_path / "cache") == before

@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_the_target_and_no_leftover(
 
     monkeypatch.setattr(tool, "save_file", full)
     assert tool.main([str(source), str(target), "--force"]) == 2
-    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert capsys.readouterr().err == "convert_checkpoint: error: No space left on device\n"
     assert target.read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path)) == ["w.pt", "w.safetensors"]
 
@@ -155,6 +155,6 @@ def test_impossible_conversions_are_one_line_on_stderr(
     assert tool.main([str(tmp_path / source), str(tmp_path / target), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("error: ")
+    assert error.startswith("convert_checkpoint: error: ")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before

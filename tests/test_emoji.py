@@ -155,12 +155,45 @@ class TestTool:
         assert captions == ["grinning face", "red heart"]
         assert images[:, 5, 5].tolist() == [[255, 255, 0], [255, 0, 0]]
 
-    def test_another_package_is_refused(self, tmp_path: Path) -> None:
+    def test_another_package_is_one_line_on_stderr(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         other = tmp_path / "other.tgz"
         other.write_bytes(b"other")
-        arguments = ["--pictures", str(other), "--names", str(other), "--output", str(tmp_path / "x.npz")]
-        with pytest.raises(ValueError, match="other.tgz needs the SHA-256 f64a"):
-            build_emoji.main(arguments)
+        for pictures, message in (
+            (other, "other.tgz needs the SHA-256 f64a"),
+            (tmp_path / "absent", "absent"),
+        ):
+            output = str(tmp_path / "x.npz")
+            arguments = ["--pictures", str(pictures), "--names", str(other), "--output", output]
+            assert build_emoji.main(arguments) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("build_emoji: error: ")
+            assert message in error
+            assert error.count("\n") == 1
+
+    def test_the_file_is_whole_or_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package, output = tmp_path / "package.tgz", tmp_path / "x.npz"
+        with tarfile.open(package, "w:gz") as archive:
+            _add(archive, "package/en/compact.json", b"[]")
+        monkeypatch.setattr(build_emoji, "check_package", lambda path, sha256: None)
+        images = np.zeros((1, 32, 32, 3), np.uint8)
+        monkeypatch.setattr(build_emoji, "read_pictures", lambda package, names: (images, ["a heart"]))
+        assert build_emoji.build(package, package, output) == 1
+        with np.load(output) as found:
+            assert np.array_equal(found["images"], images)
+            assert found["captions"].tolist() == ["a heart"]
+
+        def interrupted(file: io.BufferedWriter, **arrays: Any) -> None:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+        whole = output.read_bytes()
+        monkeypatch.setattr(np, "savez_compressed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_emoji.build(package, package, output)
+        assert output.read_bytes() == whole
+        assert {path.name for path in tmp_path.iterdir()} == {"package.tgz", "x.npz"}
 
 
 def _png(color: str) -> bytes:

@@ -1,46 +1,21 @@
 """The phase test on files: which figures it gives, from what, and what it refuses."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from runs import arguments
-from saved_models import save_tokenizer
-from scripted_networks import FEATURES, I3dStandin, save_inception, save_script
+from comparisons import VIDEOS, compare, noise, refusal, write_pngs
+from scripted_networks import FEATURES, I3dStandin, InceptionStandin, save_inception, save_script
 
-from speedit_plugins.cli import main
 from speedit_plugins.data.videos import write_mp4
+from speedit_plugins.engine import evaluate
 from speedit_plugins.engine.pictures import save_png
 from speedit_plugins.evaluation.features import Pixels
 from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
-from speedit_plugins.evaluation.networks import FrameFeatures, Inception
+from speedit_plugins.evaluation.networks import Inception
 from speedit_plugins.evaluation.npz import write_npz
-
-DIGITS = "configs/image/digits/speedit.yaml"
-VIDEOS = "configs/text_to_video/moving_digits.yaml"
-
-
-def noise(count: int, *shape: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def compare(folder: Path, *, config: str = DIGITS, **changes: Any) -> dict[str, Any]:
-    """The content of test.json."""
-    own = {"experiment_dir": folder, **changes}
-    given = [f"{key.replace('__', '.')}={value}" for key, value in own.items()]
-    assert main(["-c", config, "-p", "test", *given]) == 0
-    content: dict[str, Any] = json.loads((folder / "test.json").read_text())
-    return content
-
-
-def refusal(folder: Path, capfd: pytest.CaptureFixture[str], **changes: Any) -> str:
-    """What the program says when it refuses."""
-    assert main(["-c", DIGITS, "-p", "test", *arguments(folder, **changes)]) == 2
-    return capfd.readouterr().err
 
 
 @pytest.fixture
@@ -49,13 +24,6 @@ def sets(tmp_path: Path) -> dict[str, str]:
     write_npz(tmp_path / "samples.npz", noise(40, 8, 8, 3))
     write_npz(tmp_path / "reference.npz", noise(60, 8, 8, 3, seed=1))
     return {"samples": str(tmp_path / "samples.npz"), "reference": str(tmp_path / "reference.npz")}
-
-
-def write_pngs(folder: Path, images: NDArray[np.uint8]) -> str:
-    folder.mkdir()
-    for i, image in enumerate(images):
-        save_png(image, folder / f"{i:03d}.png")
-    return str(folder)
 
 
 class TestImages:
@@ -109,6 +77,12 @@ class TestImages:
         assert (figure["num_samples"], figure["num_reference"], figure["num_splits"]) == (20, None, 2)
         assert 1.0 <= figure["value"] <= 5.0
         assert content["reference"] is None
+        # Where the features are learned from a reference, no figure compares with it.
+        digits = write_pngs(tmp_path / "b", noise(20, 8, 8, 1))
+        options = {"evaluation__metrics": "[inception_score]", "evaluation__score_splits": 2}
+        content = compare(tmp_path, samples=digits, **options)
+        assert list(content["figures"]) == ["inception_score[digit_classifier]"]
+        assert content["reference"] is None
 
 
 class TestInceptionNames:
@@ -156,6 +130,39 @@ class TestInceptionNames:
         figures = compare(tmp_path, features="pixels@8", **files)["figures"]
         assert figures["fid[pixels@8]"]["num_reference"] == 60
         assert len(theirs.mean) == FEATURES
+
+    def test_the_sfid_fits_statistics_in_tensorflows_layout(self, tmp_path: Path) -> None:
+        # Of 600 features the map has two channels of 17 x 17 cells, so that their order can be told.
+        path = save_inception(tmp_path / "x.pt", num_features=600)
+        torch.manual_seed(0)
+        network = InceptionStandin(num_features=600).eval()
+        sides = noise(40, 8, 8, 3), noise(60, 8, 8, 3, seed=1)
+        gaussians = []
+        for images in sides:
+            x = network.between(network.between(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 2), 3)
+            with torch.no_grad():
+                kept = network.layers.mixed_6.conv(network.layers.conv((x - 128) / 128))
+            # As ADM's evaluator: channels last, `spatial[..., :C].reshape(N, -1)`.
+            values = np.moveaxis(kept.double().numpy(), 1, -1)[..., :2].reshape(len(images), -1)
+            gaussians.append((values.mean(axis=0), np.cov(values, rowvar=False)))
+        write_npz(tmp_path / "samples.npz", sides[0])
+        np.savez(tmp_path / "ref.npz", mu_s=gaussians[1][0], sigma_s=gaussians[1][1])
+        options = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "ref.npz"}
+        options |= {"features": f"{{type: inception, path: {path}}}", "evaluation__metrics": "[sfid]"}
+        figure = compare(tmp_path, **options)["figures"]["sfid"]
+        expected = frechet_distance(*(torch.from_numpy(part) for pair in gaussians for part in pair))
+        # Places in the image to float32.
+        assert figure["value"] == pytest.approx(expected, rel=1e-3)
+        assert (figure["feature_dim"], figure["num_reference"]) == (578, None)
+
+    def test_statistics_of_another_length_are_refused_before_the_work(
+        self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        np.savez(tmp_path / "ref.npz", mu=np.zeros(7), sigma=np.eye(7))
+        features = f"{{type: inception, path: {save_inception(tmp_path / 'x.pt')}}}"
+        changes = {**sets, "reference": tmp_path / "ref.npz", "evaluation__metrics": "[fid]"}
+        said = refusal(tmp_path, capfd, features=features, **changes)
+        assert f"statistics in the reference are of 7 features, those of inception are {FEATURES}" in said
 
 
 class TestReferenceStatistics:
@@ -228,6 +235,8 @@ class TestVideos:
         inference = tmp_path / "inference"
         inference.mkdir()
         self.write(inference / "step_1", 0)
+        # What an interrupted inference leaves is newer, and not judged.
+        self.write(inference / "step_2.tmp", 1)
         content = compare(
             tmp_path,
             config=VIDEOS,
@@ -265,67 +274,6 @@ class TestVideos:
         assert "features i3d need videos, got images" in refusal(tmp_path, capfd, features=features, **sets)
 
 
-class TestClipScore:
-    def save_clip(self, folder: Path) -> str:
-        import transformers as t
-
-        torch.manual_seed(0)
-        size = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
-        model = t.CLIPModel(
-            t.CLIPConfig(
-                text_config={**size, "vocab_size": 16, "eos_token_id": 1, "max_position_embeddings": 12},
-                vision_config={**size, "image_size": 32, "patch_size": 16},
-                projection_dim=8,
-            )
-        )
-        model.save_pretrained(folder)
-        save_tokenizer(folder)
-        return str(folder)
-
-    def test_it_is_the_mean_cosine_of_samples_and_their_captions(self, tmp_path: Path) -> None:
-        import transformers as t
-
-        clip = self.save_clip(tmp_path / "clip-tiny")
-        images, captions = noise(5, 32, 32, 3), ["a red apple", "green", "3 left", "a heart", "7 moving left"]
-        samples = write_pngs(tmp_path / "a", images)
-        lines = [json.dumps({"file": f"{i:06d}", "caption": text}) for i, text in enumerate(captions)]
-        (tmp_path / "a" / "captions.jsonl").write_text("\n".join(lines) + "\n")
-        content = compare(
-            tmp_path,
-            samples=samples,
-            evaluation__metrics="[clip_score]",
-            evaluation__clip=clip,
-            evaluation__batch_size=2,
-        )
-        figure = content["figures"]["clip_score[clip-tiny]"]
-        assert (figure["num_samples"], figure["num_reference"]) == (5, None)
-        model = t.CLIPModel.from_pretrained(clip)
-        tokenizer = t.AutoTokenizer.from_pretrained(clip)
-        # Images of the model's own size: what is left of its preprocessing is the normalisation.
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-        cosines = []
-        for image, caption in zip(images, captions, strict=True):
-            pixels = ((torch.from_numpy(image) / 255 - mean) / std).permute(2, 0, 1)[None]
-            with torch.no_grad():
-                found = model(**tokenizer([caption], return_tensors="pt"), pixel_values=pixels)
-            cosines.append(float(torch.cosine_similarity(found.image_embeds, found.text_embeds)))
-        # Padding beside longer captions, and float32.
-        assert figure["value"] == pytest.approx(100 * np.mean(np.maximum(cosines, 0)), abs=1e-3)
-
-    def test_what_it_needs_is_said(
-        self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
-    ) -> None:
-        needs = {"samples": sets["samples"], "evaluation__metrics": "[clip_score]"}
-        assert "clip_score needs evaluation.clip" in refusal(tmp_path, capfd, **needs)
-        clip = self.save_clip(tmp_path / "clip-tiny")
-        assert "clip_score needs the captions of" in refusal(tmp_path, capfd, evaluation__clip=clip, **needs)
-        folder = tmp_path / "samples"
-        folder.mkdir()
-        (folder / "captions.jsonl").write_text('{"file": "000000", "caption": "a heart"}\n')
-        assert "needs 40 captions, got 1 in" in refusal(tmp_path, capfd, evaluation__clip=clip, **needs)
-
-
 class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -344,7 +292,27 @@ class TestRefusals:
                 {"evaluation__metrics": "[sfid]", "features": "pixels"},
                 "sfid needs features with a spatial map",
             ),
-            ({"evaluation__density_neighbors": 60}, "density_neighbors needs to be in [1, 60)"),
+            (
+                {"evaluation__density_neighbors": 60},
+                "evaluation.density_neighbors needs to be at most 59 for 40 samples and a reference of 60",
+            ),
+            ({"evaluation__precision_neighbors": 40}, "precision_neighbors needs to be at most 39"),
+            (
+                {"evaluation__metrics": "[kid, inception_score]", "evaluation__score_splits": 41},
+                "score_splits needs to be at most 40",
+            ),
+            (
+                {"evaluation__metrics": "[inception_score]", "evaluation__score_splits": 4},
+                "reference has no effect on inception_score; wanted null",
+            ),
+            (
+                {"evaluation__metrics": "[clip_score]", "evaluation__clip": "absent"},
+                "reference has no effect on clip_score alone; wanted null",
+            ),
+            (
+                {"evaluation__reference_statistics": "absent/reference.safetensors"},
+                "reference_statistics needs a file in a folder that is there, got absent/reference",
+            ),
             ({"features": "{type: inception}"}, "needs path"),
         ],
     )
@@ -355,7 +323,10 @@ class TestRefusals:
         capfd: pytest.CaptureFixture[str],
         changes: dict[str, Any],
         message: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        # Before the work: only the two samples on which features are tried out are read.
+        monkeypatch.setattr(evaluate, "_collected", None)
         said = refusal(tmp_path, capfd, **{"features": "pixels@8", **sets, **changes})
         assert message in said
         assert not (tmp_path / "test.json").exists()
@@ -363,25 +334,22 @@ class TestRefusals:
     def test_folders_that_are_no_set(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         empty = tmp_path / "empty"
         empty.mkdir()
-        assert "a folder of images or one of videos, got" in refusal(tmp_path, capfd, samples=empty)
+        assert "samples needs a folder of images or one of videos, got" in refusal(
+            tmp_path, capfd, samples=empty
+        )
         write_pngs(tmp_path / "a", noise(3, 8, 8, 3))
         save_png(noise(1, 8, 9, 3)[0], tmp_path / "a" / "999.png")
         sets = tmp_path / "a"
-        said = refusal(tmp_path, capfd, samples=sets, reference=sets, features="pixels@8")
+        options = {"features": "pixels@8", "evaluation__metrics": "[fid]"}
+        said = refusal(tmp_path, capfd, samples=sets, reference=sets, **options)
         assert "sets of one shape, got (8, 9, 3) after (8, 8, 3) at item 3" in said
         assert "no npz in" in refusal(tmp_path / "nowhere", capfd)
 
-
-def test_videos_read_back_are_those_of_the_extractor(tmp_path: Path) -> None:
-    """A grey ramp survives H.264 up to a few levels, so that the figures are of the videos in the files."""
-    ramp = torch.arange(0, 256, 16).to(torch.uint8)
-    video = ramp.expand(16, 16)[None, :, :, None].expand(4, 16, 16, 3)
-    folder = tmp_path / "a"
-    folder.mkdir()
-    write_mp4(folder / "0.mp4", video.contiguous(), fps=8)
-    from speedit_plugins.engine.sample_sets import open_set
-
-    (batch,) = open_set(folder).batches(4)
-    assert batch.shape == (1, 4, 16, 16, 3)
-    extractor = FrameFeatures(Pixels(pool=4))
-    assert float((extractor(batch) - extractor(video[None])).abs().max()) < 4 / 255
+    def test_one_image_is_no_set(
+        self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        write_npz(tmp_path / "one.npz", noise(1, 8, 8, 3))
+        changes = {**sets, "features": "pixels@8", "evaluation__metrics": "[kid]"}
+        for side in ("samples", "reference"):
+            said = refusal(tmp_path, capfd, **{**changes, side: tmp_path / "one.npz"})
+            assert "kid needs two images or more of a set, got one" in said

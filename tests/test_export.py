@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from saved_models import save_pipeline
+from saved_models import save_pipeline, save_text_encoder
 from torch.testing import assert_close
 
 from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
@@ -18,21 +18,26 @@ from speedit_plugins.engine.generate import load_generator
 from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.models.backbones import unet
 from speedit_plugins.models.exported import export_model
+from speedit_plugins.models.latte import Latte
 
 EXPORT = runpy.run_path("tools/export.py")
 STEPS = 10
 SEED = stream_seed(0, IMAGE_STREAM, 0)
 
 
-def trained(folder: Path, config: str, *options: str) -> list[str]:
-    """A checkpoint of a random model that has not one zero layer; the arguments that name it."""
+def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> list[str]:
+    """A checkpoint of a random model that has not one zero layer; the arguments that name it.
+
+    Args:
+        spread: of what is added to each of its weights.
+    """
     arguments = [f"experiment_dir={folder}", *options]
     trainer = build_trainer(load_config(config, "train", arguments))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     weights = dict(trainer.model.state_dict())
     contents = checkpoint.Contents(model=weights, ema=weights, state={}, config="")
     checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
@@ -70,12 +75,18 @@ def dit_options(folder: Path) -> list[str]:
         "data.batch_size=2",
         "data.num_workers=0",
         "guidance_scale=2.0",
+        "sampler.guidance_channels=null",
+        "precision=fp32",
         "sample_classes=[2]",
         "max_training_steps=1",
     ]
 
 
+# Enough for the class and the guidance to show in 8 bits.
+DIT_SPREAD = 0.2
 DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
+PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/latte_16x256.yaml"
+DIGITS = "configs/image/digits/speedit.yaml"
 
 
 def drawn_by_dit_pipeline(folder: Path) -> Any:
@@ -93,19 +104,27 @@ def drawn_by_dit_pipeline(folder: Path) -> Any:
 
 
 def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
-    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path))
+    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path), spread=DIT_SPREAD)
     said = exported(DIT, arguments, tmp_path / "out")
     assert "DiTPipeline" in said
     assert f"fitted to num_inference_steps={STEPS}." in said
-    assert agree(drawn_by_dit_pipeline(tmp_path / "out"), drawn(DIT, arguments))
+    found = drawn_by_dit_pipeline(tmp_path / "out")
+    assert agree(found, drawn(DIT, arguments))
+    # What the images would be blind to, they would not prove.
+    for change in ("guidance_scale=1.0", "sampler.guidance_channels=3", "sample_classes=[5]"):
+        assert not agree(found, drawn(DIT, [*arguments, change])), change
     card = (tmp_path / "out" / "README.md").read_text()
     assert "timestep policy `{'type': 'speedit'}`" in card
-    assert f"manual_seed({SEED})" in card
+    assert f'torch.Generator("cpu").manual_seed({SEED})' in card
+    assert f"num_inference_steps={STEPS} and guidance_scale=2\n" in card
+    assert (
+        "sampler.type=ddim_leading sampler.eta=0 sampler.guidance_channels=null precision=fp32 device" in card
+    )
 
 
 def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path) -> None:
     options = [*dit_options(tmp_path), "diffusion.diffusion_steps=100"]
-    arguments = trained(tmp_path / "run", DIT, *options)
+    arguments = trained(tmp_path / "run", DIT, *options, spread=DIT_SPREAD)
     exported(DIT, arguments, tmp_path / "out")
     assert agree(drawn_by_dit_pipeline(tmp_path / "out"), drawn(DIT, arguments))
 
@@ -142,7 +161,7 @@ def test_stable_diffusion_is_exported_where_padding_was_read_in_training(tmp_pat
     message = "reads padding like words, got a model trained with text_encoder.attend_padding false"
     with pytest.raises(ValueError, match=message):
         exported(SD15, arguments, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
@@ -166,21 +185,25 @@ def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "changes"),
+    ("kind", "text", "changes"),
     [
-        ("PixArt", "configs/text_to_image/pixart_256.yaml", ()),
-        ("UNet", SD15, ()),
+        ("PixArt", "t5", ()),
+        # The pipeline was written for T5, and takes what transformers has.
+        ("PixArt", "bert", ()),
+        ("UNet", "clip", ()),
         # Merged adapters are in the pipeline's own weights.
-        ("UNet", SD15, ("model.lora_rank=2",)),
+        ("UNet", "clip", ("model.lora_rank=2",)),
     ],
-    ids=["PixArt", "UNet", "adapters"],
+    ids=["PixArt", "PixArt with BERT", "UNet", "adapters"],
 )
 def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
-    tmp_path: Path, kind: str, config: str, changes: tuple[str, ...]
+    tmp_path: Path, kind: str, text: str, changes: tuple[str, ...]
 ) -> None:
     import diffusers
 
+    config = PIXART if kind == "PixArt" else SD15
     options = [*text_options(tmp_path, kind), "guidance_scale=2.0", *changes]
+    save_text_encoder(tmp_path / "parts" / "text_encoder", text)
     arguments = trained(tmp_path / "run", config, *options)
     exported(config, arguments, tmp_path / "out")
     name = {"PixArt": "PixArtAlphaPipeline", "UNet": "StableDiffusionPipeline"}[kind]
@@ -205,11 +228,13 @@ def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
 def test_a_text_to_video_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     from diffusers import LattePipeline
 
-    config = "configs/text_to_video/latte_16x256.yaml"
     # Guided, diffusers' pipeline would read padding behind the empty caption, which training does not.
     options = [*text_options(tmp_path, "LatteT2V", frames=3), "num_frames=3", "guidance_scale=1.0"]
-    arguments = trained(tmp_path / "run", config, *options)
-    exported(config, arguments, tmp_path / "out")
+    arguments = trained(tmp_path / "run", LATTE, *options)
+    assert "Guided videos differ: " in exported(LATTE, [*arguments, "guidance_scale=4.0"], tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Guided videos differ: LattePipeline reads the padding" in card
+    assert f"num_inference_steps={STEPS} and guidance_scale=1\n" in card
     pipeline = LattePipeline.from_pretrained(tmp_path / "out")
     found = pipeline(
         "a red heart",
@@ -222,27 +247,99 @@ def test_a_text_to_video_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -
         output_type="pt",
         clean_caption=False,
     ).frames[0]
-    assert agree((found.permute(0, 2, 3, 1).numpy() * 255).round(), drawn(config, arguments))
+    assert agree((found.permute(0, 2, 3, 1).numpy() * 255).round(), drawn(LATTE, arguments))
 
 
 def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -> None:
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
-    config = "configs/image/digits/speedit.yaml"
-    arguments = trained(tmp_path / "run", config, "data.num_workers=0")
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
     with pytest.raises(ValueError, match="a pipeline decodes latents, got a model of pixels"):
-        exported(config, arguments, tmp_path / "out")
+        exported(DIGITS, arguments, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    exported(config, arguments, tmp_path / "out", model_only=True)
+    exported(DIGITS, arguments, tmp_path / "out", model_only=True)
     net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     assert net.config.sample_size == 8
     assert DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.clip_sample
     with pytest.raises(ValueError, match="--out needs a folder that does not exist"):
-        exported(config, arguments, tmp_path / "out", model_only=True)
+        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+
+
+@torch.no_grad()
+def test_clamped_steps_of_the_scheduler_are_the_samplers_as_the_card_says(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    arguments = [*trained(tmp_path / "run", DIGITS, "data.num_workers=0"), "guidance_scale=1"]
+    said = exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    assert "scheduler.step(..., use_clipped_model_output=True)" in said
+    assert "use_clipped_model_output=True" in (tmp_path / "out" / "README.md").read_text()
+    sampler = ["sampler.type=ddim_leading", f"sampler.num_steps={STEPS}", "sampler.clip_sample=true"]
+    generator, _, _ = load_generator(load_config(DIGITS, "sample", [*arguments, *sampler]))
+    expected = generator.draw(torch.tensor([3]), 1)
+    net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    deviations = {}
+    for is_clipped in (True, False):
+        x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(SEED))
+        for step in scheduler.timesteps:
+            prediction = net(x, timestep=step.unsqueeze(0), class_labels=torch.tensor([3])).sample[:, :1]
+            x = scheduler.step(prediction, step, x, use_clipped_model_output=is_clipped).prev_sample
+        deviations[is_clipped] = float((x - expected).abs().max())
+    # Float32 rounding of ten steps, and of the fitted timestep layer.
+    assert deviations[True] < 1e-4
+    assert deviations[False] > 0.05
+
+
+def test_a_unet_alone_has_the_schedule_of_its_pipeline(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    arguments = trained(tmp_path / "run", SD15, *text_options(tmp_path, "UNet"))
+    exported(SD15, arguments, tmp_path / "out", model_only=True)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.timesteps.tolist() == [1 + 100 * step for step in reversed(range(STEPS))]
+
+
+def test_variance_channels_are_refused_where_the_pipeline_takes_none(tmp_path: Path) -> None:
+    size = "input_size: 4, text_width: 16, text_length: 8, block_out_channels: [32, 32], layers_per_block: 1"
+    learned = (f"model={{type: UNet, path: null, {size}}}", "diffusion.learn_sigma=true")
+    arguments = trained(tmp_path / "run", SD15, *text_options(tmp_path, "UNet"), *learned)
+    message = (
+        "StableDiffusionPipeline takes no variance channels, got .*learn_sigma true; wanted false, or --mo"
+    )
+    with pytest.raises(ValueError, match=message):
+        exported(SD15, arguments, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    exported(SD15, arguments, tmp_path / "out", model_only=True)
+
+
+def test_clamped_sampling_has_no_pipeline(tmp_path: Path) -> None:
+    arguments = [*trained(tmp_path / "run", DIT, *dit_options(tmp_path)), "sampler.clip_sample=true"]
+    with pytest.raises(
+        ValueError, match="a pipeline with sampler.clip_sample clamps x_0 and leaves the noise"
+    ):
+        exported(DIT, arguments, tmp_path / "out")
+
+
+@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(*_: object) -> str:
+        raise failure
+
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
+    monkeypatch.setitem(EXPORT["export"].__globals__, "_card", fail)
+    with pytest.raises(type(failure)):
+        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
-    config = "configs/image/digits/speedit.yaml"
-    arguments = trained(tmp_path / "run", config, "data.num_workers=0")
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
     with pytest.raises(ValueError, match="no pipeline of these models samples a RectifiedFlow"):
-        exported(config, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
+        exported(DIGITS, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
+    latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    with pytest.raises(ValueError, match="no pipeline of diffusers is for Latte as it is"):
+        export_model(latte, num_steps=STEPS, num_timesteps=1000)

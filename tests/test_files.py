@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from speedit_plugins.data.files import flush, sha256_of
+from speedit_plugins.data.files import flush, replacing, sha256_of, write_whole
 
 
 def test_the_hash_is_that_of_the_standards_example(tmp_path: Path) -> None:
@@ -23,3 +23,25 @@ def test_files_and_folders_are_flushed_and_missing_ones_named(tmp_path: Path) ->
     flush(tmp_path)
     with pytest.raises(OSError, match="absent"):
         flush(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_is_replaced_whole_or_stays_whatever_ends_its_writing(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "file"
+    write_whole(target, b"first")
+    with replacing(target) as partial:
+        partial.write_bytes(b"second")
+        assert target.read_bytes() == b"first"
+    assert target.read_bytes() == b"second"
+
+    def ended() -> None:
+        with replacing(target) as partial:
+            partial.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        ended()
+    assert target.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [target]

@@ -109,12 +109,15 @@ def test_cached_features_and_latents_give_what_the_encoders_give() -> None:
 
 
 def test_videos_are_encoded_frame_by_frame() -> None:
-    videos = torch.rand(2, 1, 3, 4, 4)
-    latents = encode_video(Halving(), videos)
+    videos, drawn = torch.rand(2, 1, 3, 4, 4), generators(2)
+    latents = encode_video(Halving(), videos, generators(2))
+    decoded = decode_video(Halving(), latents)
     assert latents.shape == (2, 1, 3, 2, 2)
+    assert decoded.shape == videos.shape
     for frame in range(3):
-        assert_close(latents[:, :, frame], Halving().encode(videos[:, :, frame]), rtol=0, atol=0)
-    assert decode_video(Halving(), latents).shape == videos.shape
+        one = latents[:, :, frame]
+        assert_close(one, Halving().encode(videos[:, :, frame], drawn), rtol=0, atol=0)
+        assert_close(decoded[:, :, frame], Halving().decode(one), rtol=0, atol=0)
 
 
 def test_frames_of_a_video_draw_one_after_the_other_from_its_generator() -> None:
@@ -186,9 +189,10 @@ def test_an_inpainting_model_sees_the_mask_and_what_lies_around_the_hole() -> No
 def test_a_mask_is_brought_to_the_latents_size() -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:, :] = 1
-    extra = masked_latents(Halving(), torch.ones(1, 1, 4, 4), mask)
+    extra = masked_latents(Halving(), torch.ones(1, 1, 4, 4), mask, generators(1))
     assert extra[0, 0].tolist() == [[0, 0], [1, 1]]
-    assert extra[0, 1].tolist() == [[1, 1], [0, 0]]
+    drawn = torch.randn(2, 2, generator=generators(1)[0])
+    assert_close(extra[0, 1], torch.tensor([[1.0, 1.0], [0.0, 0.0]]) + drawn, rtol=0, atol=0)
 
 
 def test_extra_channels_stand_beside_any_condition() -> None:

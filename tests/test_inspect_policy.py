@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from policy_cases import POLICY_NAMES
+from policy_cases import POLICY_NAMES, build
 
 from speedit_plugins import NoiseSchedule, build_policy
 
@@ -66,7 +66,7 @@ def test_tables_are_those_of_the_policies(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     schedule = NoiseSchedule.cosine(50)
     for name in POLICY_NAMES:
-        policy, row = build_policy(name, schedule), report[name]
+        policy, row = build(name, schedule), report[name]
         assert row["density"] == policy.density.tolist()
         assert row["weight"] == policy.weight.tolist()
         assert sum(row["importance"]) == pytest.approx(1.0)

@@ -225,11 +225,6 @@ def test_a_sampled_posterior_is_the_encoding_bit_for_bit(autoencoder: Autoencode
     mean, std = autoencoder.posterior(images)
     latents = autoencoder.encode(images, [generator(i) for i in range(3)])
     assert torch.equal(sample_latents(mean, std, [generator(i) for i in range(3)]), latents)
-    assert torch.equal(sample_latents(mean, std, generator(7)), autoencoder.encode(images, generator(7)))
-    torch.manual_seed(5)
-    latents = autoencoder.encode(images)
-    torch.manual_seed(5)
-    assert torch.equal(sample_latents(mean, std, None), latents)
 
 
 def test_the_posterior_is_that_of_the_model_scaled_and_shifted(autoencoder: Autoencoder) -> None:

@@ -30,16 +30,23 @@ def test_a_box_is_a_rectangle_of_the_share_asked_for(seed: int) -> None:
     assert 5 <= columns <= 10
 
 
+def fits(centres: torch.Tensor, radius: int, hole: torch.Tensor, *, margin: int = 0) -> bool:
+    """Whether a disc (what of it is in the picture) around one of the centres lies in the hole."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in hole.shape), indexing="ij")
+    return any(
+        bool(hole[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2].all())
+        for row, column in (centres.nonzero() + margin).tolist()
+    )
+
+
 def test_strokes_are_as_wide_as_the_brush() -> None:
     masks = RandomMasks(box_prob=0.0, num_strokes=1, brush_share=(0.2, 0.2))
     for seed in range(20):
         hole = masks.draw(64, 64, generator(seed)).bool()
-        # A segment with round ends of radius 6.4: no disc of radius 8 fits inside.
-        rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-        inner = hole[8:-8, 8:-8].nonzero() + 8
-        for row, column in inner[::37].tolist():
-            disc = (rows - row) ** 2 + (columns - column) ** 2 <= 8**2
-            assert not hole[disc].all()
+        # A segment with round ends of radius 6.4: no disc of radius 8 fits inside, one of 5 does: a pixel's
+        # centre lies at most sqrt(1/2) from the segment, and 5 + sqrt(1/2) < 6.4.
+        assert not fits(hole[8:-8, 8:-8], 8, hole, margin=8)
+        assert fits(hole, 5, hole)
 
 
 def test_a_mask_is_a_function_of_the_generator() -> None:
@@ -53,8 +60,10 @@ def test_a_mask_is_a_function_of_the_generator() -> None:
     ("options", "message"),
     [
         ({"box_prob": 2.0}, "needs box_prob in .0, 1., got 2.0"),
-        ({"box_share": (0.5, 0.25)}, "needs 0 < low <= high <= 1 as box_share, got 0.5, 0.25"),
-        ({"brush_share": (0.0, 0.25)}, "needs 0 < low <= high <= 1 as brush_share"),
+        ({"box_share": (0.5, 0.25)}, "needs box_share = .*0 < low <= high <= 1, got .0.5, 0.25"),
+        ({"brush_share": (0.0, 0.25)}, "needs brush_share = .*0 < low <= high <= 1, got .0.0, 0.25"),
+        ({"box_share": [0.5]}, "needs box_share = .low, high. with .*, got .0.5."),
+        ({"brush_share": 0.1}, "needs brush_share = .low, high. with .*, got 0.1"),
         ({"num_strokes": 0}, "needs num_strokes >= 1, got 0"),
     ],
 )

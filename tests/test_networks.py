@@ -51,7 +51,7 @@ class TestEfficientNetLite0:
         assert_close(found.probabilities, classes, rtol=1e-3, atol=1e-5)
         # Of 8 x 8 cells the first 20 channels have the width of the pooled features.
         assert kept[0].shape == (3, 112, 8, 8)
-        assert_close(found.spatial, kept[0][:, :20].flatten(1), rtol=1e-3, atol=1e-3)
+        assert_close(found.spatial, kept[0][:, :20].movedim(1, -1).flatten(1), rtol=1e-3, atol=1e-3)
 
     def test_it_sees_a_temple_and_a_flower(self, lite: EfficientNetLite0) -> None:
         # ImageNet's classes of the two photos that scikit-learn has: 442 bell cote and 698 palace; 985 daisy.
@@ -121,9 +121,9 @@ class TestInception:
 
     def test_the_identity_is_the_files(self, tmp_path: Path) -> None:
         path = save_inception(tmp_path / "x.pt")
-        assert Inception(path=path).identity == (
-            f"inception {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
-        )
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        # The order in which a map's values stand is a part of it, else statistics in another one would pass.
+        assert Inception(path=path).identity == f"inception {sha256} map=hwc"
 
     def test_a_file_without_the_map_says_what_sfid_needs(self, tmp_path: Path) -> None:
         extractor = Inception(path=save_inception(tmp_path / "x.pt", mixed_name="other"))
@@ -181,8 +181,10 @@ class TestVideos:
 
 
 def test_first_channels_fill_the_width() -> None:
-    # The sFID's own numbers: 2,048 features, 17 x 17 cells, hence 7 channels and 2,023 values.
+    # The sFID's own numbers: 2,048 features, 17 x 17 cells, hence 7 channels and 2,023 values. ADM's
+    # evaluator has them in TensorFlow's layout, channels last, as `spatial[..., :7]` flattened.
     feature_map = torch.arange(2 * 9 * 17 * 17).float().reshape(2, 9, 17, 17)
     found = first_channels(feature_map, 2048)
     assert found.shape == (2, 2023)
-    assert torch.equal(found[1], feature_map[1, :7].flatten())
+    last = feature_map.permute(0, 2, 3, 1).contiguous()
+    assert torch.equal(found, last[..., :7].reshape(2, -1))

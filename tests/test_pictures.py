@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from speedit_plugins.data.videos import VideoHeader, read_frames, read_header
 from speedit_plugins.engine.pictures import save, save_grid, save_loss_curve, save_png, save_videos, to_uint8
 
 
@@ -69,7 +70,7 @@ def test_a_title_keeps_to_its_own_column(tmp_path: Path) -> None:
 
 
 def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) -> None:
-    # Video v is grey level 40 v at rest, but for its last frame, which is white.
+    # Video v is grey level 128 + 40 v at rest, but for its last frame, which is white.
     videos = torch.zeros(2, 1, 4, 64, 64)
     videos[1] = 40 / 127.5
     videos[:, :, 3] = 1.0
@@ -82,10 +83,26 @@ def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) ->
         # The first three frames are equal, and shown as one.
         gif.seek(gif.n_frames - 1)
         assert (np.asarray(gif.convert("L"))[2:66, 2:66] == 255).all()
-    assert (tmp_path / "v.mp4").stat().st_size > 0
+    frames = read_frames(tmp_path / "v.mp4", range(4), num_frames=4)
+    assert read_header(tmp_path / "v.mp4").num_frames == 4
+    for f, frame in enumerate(frames):
+        # The middles of the two videos' cells, which compression keeps up to 2 levels.
+        middles = np.asarray(frame.convert("L")).astype(int)[34, [34, 100]]
+        assert np.abs(middles - ([255, 255] if f == 3 else [128, 168])).max() <= 2
+
+
+def test_rows_of_videos_have_their_titles_on_the_left(tmp_path: Path) -> None:
+    videos = torch.zeros(3, 1, 2, 32, 32)
+    save_videos(videos, tmp_path / "v.png", columns=2, titles=["first", ""], frames_per_second=5)
+    still = np.asarray(Image.open(tmp_path / "v.png"))
+    assert still.shape == (3 * 66 + 2, 128 + 2 * 66 + 2, 3)
+    has_ink = [bool((still[top : top + 60, :128] < 255).any()) for top in (2, 68, 134)]
+    assert has_ink == [True, False, True]
+    assert (still[2:66, 130:194] == 128).all()
 
 
 def test_a_sample_is_a_png_or_an_mp4(tmp_path: Path) -> None:
     save(np.zeros((4, 4, 3), np.uint8), tmp_path / "a", frames_per_second=8)
     save(np.zeros((3, 4, 4, 3), np.uint8), tmp_path / "b", frames_per_second=8)
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.mp4"}
+    assert read_header(tmp_path / "b.mp4") == VideoHeader(num_frames=3, height=4, width=4)

@@ -292,7 +292,7 @@ def test_one_timestep_is_a_schedule_too() -> None:
             assert build_policy(name, schedule).draw(3).index.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", [n for n in POLICY_NAMES if n.startswith(("speed", "open_sora"))])
+@pytest.mark.parametrize("name", [n for n in POLICY_NAMES if n.startswith(("spe", "open_sora"))])
 def test_one_timestep_has_no_slope(name: str) -> None:
     with pytest.raises(ValueError, match="needs T >= 2, got T = 1"):
         build(name, NoiseSchedule.from_alphas_cumprod([0.5]))

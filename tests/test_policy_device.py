@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy_cases import every_policy, teach
+from policy_cases import build, every_policy, teach
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +84,7 @@ def test_a_state_loaded_onto_a_device_still_learns() -> None:
 
 @pytest.mark.parametrize("name", sorted(POLICIES.module_dict))
 def test_tables_are_built_on_the_cpu_whatever_the_default_device_is(name: str) -> None:
-    expected = build_policy(name, NoiseSchedule.linear(1000))
+    expected = build(name, NoiseSchedule.linear(1000))
     with torch.device("meta"):
         for schedule in (
             NoiseSchedule.scaled_linear(),
@@ -92,6 +92,6 @@ def test_tables_are_built_on_the_cpu_whatever_the_default_device_is(name: str) -
             NoiseSchedule.rectified_flow(),
         ):
             assert not schedule.alpha.is_meta
-        policy = build_policy(name, NoiseSchedule.linear(1000))
+        policy = build(name, NoiseSchedule.linear(1000))
         assert torch.equal(policy.density, expected.density)
         assert torch.equal(policy.weight, expected.weight)

@@ -33,9 +33,9 @@ def test_the_named_policies() -> None:
 def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
     recipe = POLICIES.module_dict[name]
     composed = recipe(LINEAR) if name == "speed_reference" else recipe()
-    by_name = build_policy(name, LINEAR)
+    by_name = build_quietly(name, LINEAR)
     for config in ({"type": name}, ConfigDict(type=name), composed):
-        policy = build_policy(config, LINEAR)
+        policy = build_quietly(config, LINEAR)
         assert torch.equal(policy.density, by_name.density)
         assert torch.equal(policy.weight, by_name.weight)
         assert policy.scope == by_name.scope
@@ -47,10 +47,10 @@ def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
 @pytest.mark.parametrize("draw", sorted(DRAWS.module_dict))
 def test_any_density_weighting_and_draw_compose(density: str, weighting: str, draw: str) -> None:
     parts = {"density": {"type": density}, "weighting": {"type": weighting}, "draw": {"type": draw}}
-    policy = build_policy(parts, LINEAR)
+    policy = build_quietly(parts, LINEAR)
     assert policy.name == "custom"
     assert float(policy.density.sum()) == pytest.approx(1.0)
-    plain = build_policy({**parts, "draw": "iid"}, LINEAR)
+    plain = build_quietly({**parts, "draw": "iid"}, LINEAR)
     assert torch.equal(policy.density_for(1), plain.density)
 
 
@@ -183,7 +183,7 @@ def test_a_missing_parameter_is_named() -> None:
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_prediction_type_is_checked_for_every_policy(name: str) -> None:
     with pytest.raises(ValueError, match="prediction_type needs one of epsilon, x0, v, flow, got 'noise'"):
-        build_policy(name, LINEAR, "noise")
+        build_quietly(name, LINEAR, "noise")
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)

@@ -99,9 +99,10 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert speedit("inference", trained, num_samples=30, per_proc_batch_size=20) == 0
-    images = read_npz(trained / "inference" / "step_0000020_n30_cfg1_seed0.npz")
+    folder = trained / "inference" / "step_0000020_ddpm4_n30_cfg1_seed0"
+    images = read_npz(folder.with_suffix(".npz"))
     assert images.shape == (30, 8, 8, 1)
-    files = sorted((trained / "inference" / "step_0000020_n30_cfg1_seed0").iterdir())
+    files = sorted(folder.iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
     assert speedit("test", trained) == 0

@@ -1,5 +1,6 @@
 """Types, ranges and the keys that a phase needs."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: wanted float < 1, got 1.0"),
         ("sample_classes=3", "sample_classes: wanted list of int, got 3"),
         ("sample_classes=[a]", "sample_classes[0]: wanted int, got 'a'"),
+        ("diffusion.diffusion_steps=1", "diffusion.diffusion_steps: wanted int >= 2, got 1"),
         ("resume=false", "resume: wanted str, got False"),
         ("allow_tf32=1", "allow_tf32: wanted bool, got 1"),
         ("precision=fp8", "precision: wanted one of fp32, bf16, fp16, got 'fp8'"),
@@ -179,3 +181,17 @@ def test_a_run_goes_on_with_the_process_and_the_encoders_it_began_with(
     else:
         with pytest.raises(ValueError, match=message):
             check_same_run(saved, config)
+
+
+def test_every_path_may_begin_with_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    keys = ("experiment_dir", "reference", "samples", "evaluation.reference_statistics", "evaluation.clip")
+    config = load_config(minimal, "test", [f"{key}=~/{key}" for key in keys])
+    for key in keys:
+        assert attrgetter(key)(config) == f"/somewhere/{key}"
+    keys = ("resume", "pretrained", "ckpt_path")
+    config = load_config(minimal, "train", [f"{key}=~/{key}" for key in keys])
+    for key in keys:
+        assert attrgetter(key)(config) == f"/somewhere/{key}"
+    # A name of the hub is no path of the user's.
+    assert load_config(minimal, "test", ["evaluation.clip=openai/clip"]).evaluation.clip == "openai/clip"

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from speedit_plugins.models.text import CaptionTable, TextEncoder, dropped
 from speedit_plugins.registry import TEXT_ENCODERS, build
 
-KINDS = ("t5", "clip", "bert")
+KINDS = ("t5", "clip", "whole clip", "bert")
 
 
 def saved(folder: Path, kind: str) -> Path:
@@ -51,6 +51,16 @@ def test_padding_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
     assert features["mask"].all()
 
 
+def test_a_whole_clip_gives_its_text_tower(tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    path = saved(tmp_path, "whole clip")
+    ids = torch.tensor([[3, 4, 6, 1]])  # a red heart </s>
+    expected = CLIPModel.from_pretrained(path).text_model(input_ids=ids).last_hidden_state
+    found = TextEncoder(str(path), max_length=4).encode(["a red heart"])["tokens"]
+    assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_long_captions_are_cut_counted_and_warned_of_once(encoder: TextEncoder) -> None:
     encoder.num_cut = 0
     with pytest.warns(UserWarning, match=r"a caption of 8 tokens is cut to max_length 6: 'a a a a a a a'"):
@@ -90,9 +100,10 @@ def test_what_is_wrong_with_an_encoder_is_said(tmp_path: Path) -> None:
         ValueError, match=r"no text encoder with a tokenizer found at '.*absent': .*give the folder"
     ):
         TextEncoder(str(tmp_path / "absent"))
-    path = str(saved(tmp_path, "clip"))
-    with pytest.raises(ValueError, match=re.escape("needs max_length <= 77, got 100")):
-        TextEncoder(path, max_length=100)
+    for kind in ("clip", "whole clip"):
+        path = str(saved(tmp_path / kind, kind))
+        with pytest.raises(ValueError, match=re.escape("needs max_length <= 77, got 100")):
+            TextEncoder(path, max_length=100)
     with pytest.raises(ValueError, match="needs max_length >= 2, got 1"):
         TextEncoder(path, max_length=1)
     with pytest.raises(ValueError, match="needs dtype float32, bfloat16 or float16, got 'int8'"):

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from saved_models import save_pipeline
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
+from speedit_plugins.data.videos import VideoHeader, read_header
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.train import build_trainer
 
@@ -56,21 +58,36 @@ def test_a_text_to_image_run_trains_samples_and_infers(tmp_path: Path) -> None:
 
 def test_a_text_to_video_run_trains_samples_and_infers(tmp_path: Path) -> None:
     assert run("train", MOVING, tmp_path, *NARROW, "sample_every=2", "sampler.num_steps=2") == 0
-    assert (tmp_path / "grids" / "step_0000002.gif").stat().st_size > 0
+    with Image.open(tmp_path / "grids" / "step_0000002.gif") as gif:
+        assert gif.n_frames == 4
     assert run("sample", MOVING, tmp_path, *NARROW) == 0
     assert {path.suffix for path in tmp_path.glob("samples.*")} == {".png", ".mp4", ".gif"}
+    grid = read_header(tmp_path / "samples.mp4")
+    with Image.open(tmp_path / "samples.gif") as gif:
+        assert (grid.num_frames, gif.size) == (4, (grid.width, grid.height))
     assert run("inference", MOVING, tmp_path, *NARROW, "num_samples=3", "per_proc_batch_size=2") == 0
     (folder,) = (tmp_path / "inference").iterdir()
-    assert len(list(folder.glob("*.mp4"))) == 3
+    headers = [read_header(path) for path in folder.glob("*.mp4")]
+    assert headers == [VideoHeader(num_frames=4, height=16, width=16)] * 3
+
+
+def settled(folder: Path, phase: str) -> tuple[str, str, str]:
+    """The process, what it predicts and the sampler, of a phase that ran."""
+    content = yaml.safe_load((folder / f"config_{phase}.yaml").read_text())
+    diffusion, sampler = content["diffusion"], content["sampler"]
+    return diffusion["type"], diffusion["prediction_type"], sampler["type"]
 
 
 @pytest.mark.parametrize(
     ("config", "options"), [(EMOJI, NARROW), (MOVING, NARROW), (DIGITS, ("model.depth=1",))]
 )
 def test_one_key_makes_any_run_a_flow(tmp_path: Path, config: str, options: tuple[str, ...]) -> None:
-    flow = "diffusion.type=RectifiedFlow"
-    assert run("train", config, tmp_path, *options, flow) == 0
-    assert run("sample", config, tmp_path, *options, flow) == 0
+    gaussian = load_config(config, "sample", [*options, "diffusion.type=SpeeDiffusion"])
+    process, sampler = gaussian.diffusion, gaussian.sampler
+    assert (process.type, process.prediction_type, sampler.type) == ("SpeeDiffusion", "epsilon", "ddpm")
+    for phase in ("train", "sample"):
+        assert run(phase, config, tmp_path, *options, "diffusion.type=RectifiedFlow") == 0
+        assert settled(tmp_path, phase) == ("RectifiedFlow", "flow", "euler")
 
 
 def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +153,11 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
         ),
         (EMOJI, ("diffusion.type=RectifiedFlow", "diffusion.learn_sigma=true"), "wanted learn_sigma null"),
         (DIGITS, ("diffusion.prediction_type=flow",), "flow is what diffusion.type RectifiedFlow predicts"),
-        (DIGITS, ("sample_every=1", "sampler.type=euler"), "sampler.type: wanted ddpm, ddim or dpm_solver"),
+        (
+            DIGITS,
+            ("sample_every=1", "sampler.type=euler"),
+            "sampler.type: wanted one of ddpm, ddim, ddim_leading, ddim_leading_1, dpm_solver with",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(

@@ -193,3 +193,6 @@ def test_the_tool_says_what_is_missing_in_one_line(
     error = capsys.readouterr().err
     assert f"{tmp_path} holds no checkpoint yet" in error
     assert error.count("\n") == 1
+    for override, own in (("compile=true", "compile=false"), ("sample_every=5", "sample_every=0")):
+        assert tool.main([str(tmp_path), override]) == 2
+        assert f"has no effect: a profile is taken with {own}" in capsys.readouterr().err

@@ -216,7 +216,7 @@ class TestUnusableVideos:
         listed = table(tmp_path, rows)
         message = (
             r"2 of 4 videos cannot be used: .*videos\.csv, line 3: .*gone\.mp4: no such file, wanted a video;"
-            r" .*line 4: .*a\.mp4 has 6 frames, wanted 7 or more \(3 frames at an interval of 3\)"
+            r" .*line 4: .*a\.mp4 is stated to have 6 frames, wanted 7 or more \(3 frames at an interval of 3\)"
         )
         with pytest.raises(ValueError, match=message):
             VideoTable(listed, image_size=8, num_frames=3, frame_interval=3)
@@ -321,8 +321,10 @@ class TestTable:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "needs the column 'path', got \\[\\]"),
-            ("path,num_frames\na.mp4,3\n", "needs the column 'text', got \\['path', 'num_frames'\\]"),
+            ("", ", line 1: wanted one column 'path', got nothing"),
+            ("path,num_frames\na.mp4,3\n", "line 1: wanted one column 'text', got path, num_frames"),
+            ("path,text,text\na.mp4,x,y\n", "wanted one column 'text', got path, text, text"),
+            ("path,text,fps,fps\na.mp4,x,8,9\n", "wanted one column 'fps', got path, text, fps, fps"),
             ("path,text\n", "has no rows, wanted one per video"),
             ("path,text\n\n\n", "has no rows"),
             (
@@ -333,21 +335,25 @@ class TestTable:
                 "path,text,num_frames\na,x,3.5\n",
                 "line 2, column num_frames: got '3.5', wanted a whole number",
             ),
+            (
+                "path,text,num_frames\na,x,1e30\n",
+                "line 2, column num_frames: got '1e30', wanted a whole number > 0, at most 2147483647",
+            ),
             ("path,text,height\na,x,-1\n", "line 2, column height: got '-1', wanted a whole number > 0"),
             ("path,text,fps\na,x,inf\n", "line 2, column fps: got 'inf', wanted a number > 0"),
             ("path,text\na,\n", "line 2, column text: got nothing, wanted a text"),
             ("path,text\n ,x\n", "line 2, column path: got nothing, wanted a path"),
-            ("path,text\na,x,y\n", "line 2: got another number of values than columns, 2"),
-            ("path,text\na\n", "line 2: got another number of values than columns, 2"),
-            ('path,text\na,"x\n', "no CSV: unexpected end of data"),
+            ("path,text\na,x,y\n", "line 2: wanted 2 fields, got 3; a text with commas needs quotes"),
+            ("path,text\na\n", "line 2: wanted 2 fields, got 1"),
+            ('path,text\na,"x\n', "line 2: wanted CSV: unexpected end of data"),
         ],
     )
     def test_a_wrong_table_says_where(self, tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(ValueError, match=rf"videos\.csv.*{message}"):
             VideoTable(table(tmp_path, text), image_size=8, num_frames=2)
 
-    def test_white_space_around_values_is_no_part_of_them(self, tmp_path: Path) -> None:
-        text = 'path,text,label\n a.mp4 ," one, first ", run\nb.mp4,two,run \n'
+    def test_white_space_around_names_and_values_is_no_part_of_them(self, tmp_path: Path) -> None:
+        text = ' path,text , label\n a.mp4 ," one, first ", run\nb.mp4,two,run \n'
         rows = read_rows(table(tmp_path, text), ("path", "text", "label"))
         found = [[row[name] for name in ("path", "text", "label")] for row in rows]
         assert found == [["a.mp4", "one, first", "run"], ["b.mp4", "two", "run"]]
@@ -357,7 +363,7 @@ class TestTable:
             with pytest.raises(ValueError, match=f"needs a CSV file, got {path}, which is none"):
                 VideoTable(path, image_size=8, num_frames=2)
         (tmp_path / "latin.csv").write_bytes("path,text\na,ü\n".encode("latin-1"))
-        with pytest.raises(ValueError, match=r"latin\.csv is not in UTF-8"):
+        with pytest.raises(ValueError, match=r"latin\.csv needs to be UTF-8"):
             VideoTable(tmp_path / "latin.csv", image_size=8, num_frames=2)
 
     @settings(max_examples=100, deadline=None)

@@ -13,6 +13,7 @@ Dims: N emoji.
 import argparse
 import io
 import json
+import sys
 import tarfile
 import unicodedata
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from speedit_plugins.data.files import sha256_of
+from speedit_plugins.data.files import replacing, sha256_of
 
 # Of the packages, as the registry gives them out: another one would change the dataset unseen.
 PICTURES_SHA256 = "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
@@ -34,8 +35,8 @@ VARIATION_SELECTOR = "-FE0F"
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the file of a command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,14 +44,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", type=Path, required=True, help="emojibase-data-16.0.3.tgz")
     parser.add_argument("--output", type=Path, required=True, help="the .npz file")
     args = parser.parse_args(argv)
-    check_package(args.pictures, PICTURES_SHA256)
-    check_package(args.names, NAMES_SHA256)
-    with tarfile.open(args.names) as package:
-        names = read_names(package)
-    with tarfile.open(args.pictures) as package:
-        images, captions = read_pictures(package, names)
-    np.savez_compressed(args.output, images=images, captions=np.array(captions))
-    print(f"{args.output}: {len(captions)} emoji, {args.output.stat().st_size} bytes")
+    try:
+        num_emoji = build(args.pictures, args.names, args.output)
+    except (ValueError, OSError) as error:
+        print(f"build_emoji: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {num_emoji} emoji, {args.output.stat().st_size} bytes")
+    return 0
+
+
+def build(pictures: Path, names: Path, output: Path) -> int:
+    """Writes the file, whole or not at all; N.
+
+    Raises:
+        ValueError: one of the packages is another file.
+        OSError: one cannot be read, or the file not written.
+    """
+    check_package(pictures, PICTURES_SHA256)
+    check_package(names, NAMES_SHA256)
+    with tarfile.open(names) as package:
+        caption_of_key = read_names(package)
+    with tarfile.open(pictures) as package:
+        images, captions = read_pictures(package, caption_of_key)
+    # A file, since a path without .npz at its end would get one.
+    with replacing(output) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, images=images, captions=np.array(captions))
+    return len(captions)
 
 
 def check_package(path: Path, sha256: str) -> None:
@@ -120,4 +139,4 @@ def _read(package: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

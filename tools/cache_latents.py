@@ -123,7 +123,7 @@ def cache(
     }
     max_captions = getattr(dataset, "max_captions", 1)
     if captions is not None:
-        null_text = null_text_file(captions.encode([""]))
+        null_text = null_text_file(folder, captions.encode([""]))
         made_from["null_text_sha256"] = hashlib.sha256(null_text).hexdigest()
         if max_captions > 1:
             made_from["max_captions"] = max_captions

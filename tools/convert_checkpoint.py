@@ -9,16 +9,15 @@ A .pt may be a bare state dict or a training checkpoint of facebookresearch/DiT 
 """
 
 import argparse
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speedit_plugins.data.files import replacing
 from speedit_plugins.models.pretrained import WEIGHT_SETS, read_checkpoint
 
 PICKLED = (".pt", ".pth")
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             force=arguments.force,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"convert_checkpoint: error: {error}", file=sys.stderr)
         return 2
     count = sum(tensor.numel() for tensor in weights.values())
     size = arguments.target.stat().st_size / 2**20
@@ -77,29 +76,13 @@ def convert(
     if target.suffix in SAFE:
         # Tied tensors share memory, which the format refuses: each is written by itself.
         flat = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-        _write(target, lambda path: save_file(flat, path))
+        with replacing(target) as partial:
+            save_file(flat, partial)
     else:
         content: Mapping[str, object] = weights if wrap is None else {wrap: weights}
-        _write(target, lambda path: torch.save(content, path))
+        with replacing(target) as partial:
+            torch.save(content, partial)
     return weights
-
-
-def _write(target: Path, save: Callable[[Path], None]) -> None:
-    """Calls `save` on a temporary file beside the target, then renames it: a failure changes nothing."""
-    number, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(number)
-    temporary = Path(name)
-    try:
-        save(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a checkpoint follows the user's umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:

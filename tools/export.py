@@ -5,9 +5,9 @@
 
 A DiT of classes becomes a DiTPipeline, PixArt a PixArtAlphaPipeline, LatteT2V a LattePipeline, UNet a
 StableDiffusionPipeline, each with a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ...: the sampler
-`ddim_leading`, of Stable Diffusion `ddim_leading_1`, draws the same images from the same noise. A pipeline
-needs latents: of a model that is trained on pixels only the model and the scheduler can be written, with
---model-only.
+`ddim_leading`, of Stable Diffusion `ddim_leading_1`, draws the same images from the same noise, where the
+model card notes no difference. A pipeline needs latents: of a model that is trained on pixels only the model
+and the scheduler can be written, with --model-only.
 
 Weights are the averaged ones, as safetensors, of the newest checkpoint in experiment_dir or of ckpt_path. The
 model card README.md has the config, the data and the last metrics.
@@ -17,15 +17,30 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.engine.config import load_config, to_yaml
-from speedit_plugins.engine.generate import load_generator
+from speedit_plugins.engine.generate import SampleGenerator, load_generator
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import read_metrics
-from speedit_plugins.models.exported import Exported, export_model, save_pipeline, save_scheduler
+from speedit_plugins.models.exported import (
+    Exported,
+    Pipeline,
+    check_pipeline,
+    export_model,
+    save_pipeline,
+    save_scheduler,
+)
+from speedit_plugins.models.pretrained import Autoencoder
 from speedit_plugins.models.text import TextEncoder
+
+CLIPPED_NOTE = (
+    "Sampling clamps x_0 (sampler.clip_sample): its steps are those of scheduler.step(...,"
+    " use_clipped_model_output=True)."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +61,8 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     """Writes the folder, whole or not at all; what it holds, in a few lines.
 
     Raises:
-        ValueError: the folder exists; a model that no pipeline is for; a pipeline of a model without latents.
+        ValueError: the folder exists; a model that no pipeline is for, or whose pipeline would draw something
+            else; a pipeline of a model without latents.
     """
     if folder.exists():
         raise ValueError(f"--out needs a folder that does not exist, got {folder}")
@@ -57,9 +73,37 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
         num_steps=config.sampler.num_steps,
         num_timesteps=config.diffusion.diffusion_steps,
     )
+    if config.sampler.clip_sample:
+        exported = replace(exported, notes=(*exported.notes, CLIPPED_NOTE))
+    text = captions if isinstance(captions, TextEncoder) else None
+    if not model_only:
+        check_pipeline(exported, generator.encoder, text)
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        _write(partial, config, exported, generator, text, model_only=model_only)
+        usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
+        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    pipeline = exported.pipeline
+    what = f"{pipeline.subfolder} and scheduler" if model_only else pipeline.name
+    lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
+    return "\n".join(lines)
+
+
+def _write(
+    folder: Path,
+    config: ExperimentConfig,
+    exported: Exported,
+    generator: SampleGenerator,
+    text: TextEncoder | None,
+    *,
+    model_only: bool,
+) -> None:
+    folder.mkdir(parents=True)
     options = {
         "num_timesteps": config.diffusion.diffusion_steps,
         "noise_schedule": config.diffusion.noise_schedule,
@@ -67,16 +111,10 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
         "clip_sample": config.sampler.clip_sample,
     }
     if model_only:
-        exported.net.save_pretrained(partial / exported.subfolder)
-        save_scheduler(partial / "scheduler", **options)
+        exported.net.save_pretrained(folder / exported.pipeline.subfolder)
+        save_scheduler(folder / "scheduler", steps_offset=exported.pipeline.steps_offset, **options)
     else:
-        text = captions if isinstance(captions, TextEncoder) else None
-        save_pipeline(partial, exported, generator.encoder, text, **options)
-    (partial / "README.md").write_text(_card(config, exported, source, model_only), encoding="utf-8")
-    partial.rename(folder)
-    what = f"{exported.subfolder} and scheduler" if model_only else exported.pipeline
-    lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
-    return "\n".join(lines)
+        save_pipeline(folder, exported, cast(Autoencoder, generator.encoder), text, **options)
 
 
 def _check(config: ExperimentConfig, model_only: bool) -> None:
@@ -91,16 +129,19 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
             "a pipeline decodes latents, got a model of pixels (encoder: Pixels); --model-only writes the"
             " model and the scheduler"
         )
+    if config.sampler.clip_sample and not model_only:
+        raise ValueError(
+            "a pipeline with sampler.clip_sample clamps x_0 and leaves the noise as predicted, which sampling"
+            " does not; wanted false, or --model-only"
+        )
 
 
-def _card(config: ExperimentConfig, exported: Exported, source: Path, model_only: bool) -> str:
+def _card(config: ExperimentConfig, exported: Exported, source: Path, usage: str) -> str:
     rows = read_metrics(Path(config.experiment_dir))
     last = {k: v for k, v in (rows[-1] if rows else {}).items() if isinstance(v, int | float)}
     metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items()) or "| none | |"
-    tags = "\n".join(
-        f"- {tag}" for tag in ("diffusers", "speedit", config.diffusion.policy.get("type", "custom"))
-    )
-    usage = "" if model_only else _usage(config, exported)
+    named = ("diffusers", "speedit_plugins", config.diffusion.policy.get("type", "custom"))
+    tags = "\n".join(f"- {tag}" for tag in named)
     notes = "".join(f"\n{note}\n" for note in exported.notes)
     return f"""---
 library_name: diffusers
@@ -128,16 +169,22 @@ The weights are the exponential moving average of `{source.name}`.
 """
 
 
-def _usage(config: ExperimentConfig, exported: Exported) -> str:
+def _usage(config: ExperimentConfig, pipeline: Pipeline, device: str) -> str:
     seed = stream_seed(config.seed, IMAGE_STREAM, 0)
+    scale = 1.0 if pipeline.guided_note else config.guidance_scale
+    changes = (
+        f"guidance_scale={scale:g} sampler.type={pipeline.sampler} sampler.eta=0"
+        f" sampler.guidance_channels=null precision=fp32 device={device}"
+    )
     return f"""
 ```python
 import torch
-from diffusers import {exported.pipeline}
+from diffusers import {pipeline.name}
 
-pipeline = {exported.pipeline}.from_pretrained(FOLDER)
-# With this seed it draws what `speedit -p sample sampler.type={exported.sampler}` draws.
-generator = torch.Generator().manual_seed({seed})
+pipeline = {pipeline.name}.from_pretrained(FOLDER).to("{device}")
+# With this generator, num_inference_steps={config.sampler.num_steps} and guidance_scale={scale:g}
+# it draws what `speedit -p sample {changes}` draws.
+generator = torch.Generator("{device}").manual_seed({seed})
 ```
 """
 

@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.core.schedule import PREDICTION_TYPES
 from speedit_plugins.data.files import write_whole
+from speedit_plugins.spectrum import DataSpectrum
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -223,7 +225,19 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
         for name in names:
             configs[name][key] = value
     prediction_type = args.prediction_type or default
-    return schedule, {name: build_policy(c, schedule, prediction_type) for name, c in configs.items()}
+    policies = {
+        name: build_policy(c, schedule, prediction_type, data_spectrum=_unit_variance)
+        for name, c in configs.items()
+    }
+    return schedule, policies
+
+
+def _unit_variance() -> DataSpectrum:
+    warnings.warn(
+        "a policy that the data centre is shown for data of variance 1; mean sets its centre",
+        stacklevel=2,
+    )
+    return DataSpectrum(torch.ones(1))
 
 
 def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, Any]:

@@ -25,7 +25,7 @@ from speedit_plugins.engine.train import build_trainer
 
 PROFILE = "timestep_profile.json"
 # A run of several processes is measured in one, without what it needs beside its weights.
-_ALONE = ("plugin=ddp", "profile_every=1", "sample_every=0", "compile=false")
+_ALONE = {"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"}
 _PANELS = {
     "loss": "loss\n(weight × mse + vb)",
     "mse": "mse\n(unweighted)",
@@ -68,12 +68,16 @@ def measure(
         loss, mse and grad_norm.
 
     Raises:
-        ValueError: the folder holds no training or no checkpoint, or the config does not fit it.
+        ValueError: the folder holds no training or no checkpoint, the config does not fit it, or an override
+            of what this sets.
     """
+    for key in (argument.partition("=")[0] for argument in overrides):
+        if key in _ALONE:
+            raise ValueError(f"{key} has no effect: a profile is taken with {key}={_ALONE[key]}")
     path = run / "config_train.yaml"
     if not path.is_file():
         raise ValueError(f"{run} holds no training: there is no {path.name}")
-    config = load_config(path, "train", [*overrides, *_ALONE])
+    config = load_config(path, "train", [*overrides, *map("=".join, _ALONE.items())])
     found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
     if found is None:
         raise ValueError(f"{run} holds no checkpoint yet")

@@ -3,7 +3,6 @@
 Dims: H x W pixels after the crop, N images.
 """
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from speedit_plugins.data.buckets import checked_sides
 from speedit_plugins.data.images import ON_CORRUPT, ImageFolder
 from speedit_plugins.data.strings import Strings
+from speedit_plugins.data.tables import read_table
 from speedit_plugins.registry import DATASETS
 
 # Names of the same thing in the field's files of JSON lines; a row has one of each.
@@ -83,7 +83,7 @@ class ImageCaptions(ImageFolder):
         self.on_corrupt = on_corrupt
         rows = list(read_captions(file))
         self._texts = _Texts(row.texts for row in rows)
-        self._paths = np.array(_existing(rows, file, self.root))
+        self._paths = Strings(_existing(rows, file, self.root))
         # No classes: the label that ImageFolder gives to a sample is here the number of the row it is of.
         self.classes, self.num_classes = (), 0
         self.labels = torch.arange(len(rows))
@@ -156,26 +156,8 @@ def _checked(row: Row, file: Path) -> Row:
 
 
 def _read_csv(file: Path) -> Iterator[Row]:
-    # utf-8-sig: spreadsheets write a mark before the first column's name.
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            for name in ("path", "text"):
-                if header.count(name) != 1:
-                    got = ", ".join(header) or "nothing"
-                    raise ValueError(f"{file}, line 1: wanted one column {name!r}, got {got}")
-            path, text = header.index("path"), header.index("text")
-            for fields in reader:
-                if not fields:
-                    continue
-                where = f"line {reader.line_num}"
-                if len(fields) != len(header):
-                    hint = "; a text with commas needs quotes" if len(fields) > len(header) else ""
-                    raise ValueError(f"{file}, {where}: wanted {len(header)} fields, got {len(fields)}{hint}")
-                yield Row(where, fields[path], (fields[text],))
-        except csv.Error as error:
-            raise ValueError(f"{file}, line {reader.line_num}: wanted CSV: {error}") from error
+    for line, values in read_table(file, ("path", "text")):
+        yield Row(f"line {line}", values["path"], (values["text"],))
 
 
 def _read_json_lines(file: Path) -> Iterator[Row]:
@@ -243,8 +225,8 @@ def _one_of(keys: Sequence[str], content: Any, file: Path, where: str) -> str:
     return value
 
 
-def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[bytes]:
-    """The images' paths, in the file system's encoding.
+def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[str]:
+    """The images' paths.
 
     Raises:
         ValueError: some are not there; the first few are named.
@@ -257,7 +239,7 @@ def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[bytes]:
         raise ValueError(
             f"{file}: {len(missing)} of {len(rows)} images are not there: {', '.join(named)}{rest}"
         )
-    return [os.fsencode(path) for path in paths]
+    return [os.fspath(path) for path in paths]
 
 
 class _Texts:

@@ -130,8 +130,7 @@ class Clips:
         lengths, ratios, faults = _measured(entries, with_sizes=cut.buckets is not None)
         chosen = _nearest_fitting(lengths, ratios, cut)
         for index in np.flatnonzero(chosen < 0).tolist():
-            fault = f"{entries[index].path} has {lengths[index]} frames, wanted {_wish(cut)}"
-            faults.setdefault(index, fault)
+            faults.setdefault(index, _too_short(entries[index], int(lengths[index]), cut))
         self._report(faults)
         # 0 of what no sample can be cut from, however often it is tried.
         self._lengths = torch.from_numpy(np.where(chosen < 0, 0, lengths))
@@ -268,10 +267,12 @@ def _measure(entry: Entry, *, with_size: bool) -> tuple[int, float]:
     return num_frames, size[0] / size[1] if size else 1.0
 
 
-def _wish(cut: Cut) -> str:
-    """What the shortest shape asks of a video's length."""
+def _too_short(entry: Entry, length: int, cut: Cut) -> str:
+    """What the shortest shape asks of a video that is shorter."""
     span, frames = min(zip(cut.spans, (frames for frames, _, _ in cut.shapes), strict=True))
-    return f"{span} or more ({frames} frames at an interval of {cut.frame_interval})"
+    says = "has" if entry.num_frames is None else "is stated to have"
+    interval = f"{frames} frames at an interval of {cut.frame_interval}"
+    return f"{entry.path} {says} {length} frames, wanted {span} or more ({interval})"
 
 
 def _nearest_fitting(lengths: np.ndarray, ratios: np.ndarray, cut: Cut) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Files that must be right on the disk: their hash, and their way to it."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -32,17 +34,33 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside the target and renames: what stood there before stays until the new file is on disk.
+    """A file of this content, written as in `replacing`.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside the target.
+        OSError: it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside the target, for a file that takes its place when the block ends well.
+
+    What stood there before stays until the new file is on disk; whatever ends the block otherwise, nothing is
+    left beside the target.
+
+    Raises:
+        OSError: it cannot be written.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
-        partial.write_bytes(content)
+        # Here, since the libraries that write files name a missing folder in errors of their own.
+        partial.touch()
+        yield partial
         flush(partial)
         partial.replace(path)
-    except OSError:
+    finally:
+        # Already renamed after success.
         partial.unlink(missing_ok=True)
-        raise
     flush(path.parent)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from speedit_plugins.data.buckets import checked_sides, nearest_buckets
 from speedit_plugins.data.folders import Walk
+from speedit_plugins.data.strings import Strings
 from speedit_plugins.registry import DATASETS
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -99,8 +100,7 @@ class ImageFolder:
         walk = Walk(self.root.resolve(), follow_links=follow_links, suffixes=SUFFIXES)
         self.classes, paths, labels = _with_classes(walk) if class_cond else _without_classes(walk)
         self.num_classes = len(self.classes)
-        # An array, not a list: counting references to a million strings makes every forked worker copy them.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = Strings(paths)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
         self.buckets = None if buckets is None else self._nearest_buckets()
@@ -117,7 +117,7 @@ class ImageFolder:
 
     def path(self, index: int) -> Path:
         """The file behind `index`."""
-        return Path(os.fsdecode(self._paths[index]))
+        return Path(self._paths[index])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (3, H, W) in [-1, 1] and "label" int.

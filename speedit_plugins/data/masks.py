@@ -4,6 +4,7 @@ Dims: H x W pixels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,9 +37,11 @@ class RandomMasks:
     ) -> None:
         if not 0 <= box_prob <= 1:
             raise ValueError(f"RandomMasks needs box_prob in [0, 1], got {box_prob}")
-        for name, (low, high) in (("box_share", box_share), ("brush_share", brush_share)):
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"RandomMasks needs 0 < low <= high <= 1 as {name}, got {low}, {high}")
+        for name, share in (("box_share", box_share), ("brush_share", brush_share)):
+            if not isinstance(share, Sequence) or len(share) != 2 or not 0 < share[0] <= share[1] <= 1:
+                raise ValueError(
+                    f"RandomMasks needs {name} = (low, high) with 0 < low <= high <= 1, got {share!r}"
+                )
         if num_strokes < 1:
             raise ValueError(f"RandomMasks needs num_strokes >= 1, got {num_strokes}")
         self.box_prob, self.num_strokes = box_prob, num_strokes
@@ -68,6 +71,7 @@ class RandomMasks:
 
     def _strokes(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
         low, high = self.brush_share
+        # At least more than sqrt(1/2), the farthest that a point lies from the nearest pixel: never empty.
         radius = max(0.75, min(height, width) * (low + (high - low) * chances[1]) / 2)
         count = 1 + math.floor(chances[2] * self.num_strokes)
         points = torch.tensor(chances[5 : 5 + 2 * (count + 1)], device=device).view(count + 1, 2)

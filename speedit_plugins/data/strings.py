@@ -14,6 +14,9 @@ class Strings:
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
     def __getitem__(self, index: int) -> str:
         content = self._bytes[self._ends[index] : self._ends[index + 1]].tobytes()
         return content.decode("utf-8", "surrogateescape")

@@ -3,7 +3,6 @@
 Dims: C = 3 colours, F frames, H x W pixels after the crop, N rows.
 """
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,12 @@ import torch
 
 from speedit_plugins.data.clips import Clips, Cut, Entry
 from speedit_plugins.data.strings import Strings
+from speedit_plugins.data.tables import read_table
 from speedit_plugins.registry import DATASETS
 
-SIZES = ("num_frames", "height", "width")
+NUMBERS = ("num_frames", "height", "width", "fps")
+# What is larger is a slip, and may be more than an int64 holds.
+MOST = 2**31 - 1
 
 
 class VideoTable(Clips):
@@ -101,36 +103,22 @@ class VideoTable(Clips):
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a table: `line`, the wanted columns as text, and `SIZES` as ints or None.
-
-    White space at the ends of a value is no part of it.
+    """The rows of a table: `line`, the wanted columns as text, and `NUMBERS` as such or None.
 
     Args:
-        path: a CSV file.
+        path: a CSV file, as `read_table` reads it.
         columns: those that the table must have, with a value in each row.
 
     Raises:
         ValueError: no such file, a missing column, an empty or unusable value, no rows; names file, line
             and column.
     """
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            found = reader.fieldnames or ()
-            if missing := [name for name in columns if name not in found]:
-                raise ValueError(f"the table {path} needs the column {missing[0]!r}, got {list(found)}")
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{place}: got another number of values than columns, {len(found)}")
-                rows.append({"line": reader.line_num, **_parsed(row, columns, place)})
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"a table of videos needs a CSV file, got {path}, which is none") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the table {path} is not in UTF-8: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: no CSV: {error}") from error
+    if not path.is_file():
+        raise ValueError(f"a table of videos needs a CSV file, got {path}, which is none")
+    rows = [
+        {"line": line, **_parsed(values, columns, f"{path}, line {line}")}
+        for line, values in read_table(path, columns, optional=NUMBERS)
+    ]
     if not rows:
         raise ValueError(f"the table {path} has no rows, wanted one per video")
     return rows
@@ -139,27 +127,27 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 def _parsed(row: Mapping[str, str], columns: Sequence[str], place: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in columns:
-        values[name] = row[name].strip()
+        values[name] = row[name]
         if not values[name]:
             raise ValueError(f"{place}, column {name}: got nothing, wanted a {name}")
     # A NUL ends a path to the system.
     if "\0" in values["path"]:
         raise ValueError(f"{place}, column path: got {values['path']!r}, wanted a path")
-    for name in (*SIZES, "fps"):
+    for name in NUMBERS:
         # A column with gaps is written by pandas as 51.0 and nan.
-        text = row[name].strip() if name in row else ""
+        text = row.get(name, "")
         values[name] = None if text.lower() in ("", "nan") else _positive(text, name, place)
     return values
 
 
 def _positive(text: str, name: str, place: str) -> int | float:
-    """The number; of all columns but `fps` it is whole."""
-    wanted = "a number > 0" if name == "fps" else "a whole number > 0"
+    """The number; of all columns but `fps` it is whole and at most `MOST`."""
+    wanted = "a number > 0" if name == "fps" else f"a whole number > 0, at most {MOST}"
     try:
         number = float(text)
     except ValueError as error:
         raise ValueError(f"{place}, column {name}: got {text!r}, wanted {wanted}") from error
-    if not 0 < number < float("inf") or (name != "fps" and number != int(number)):
+    if not 0 < number < float("inf") or (name != "fps" and (number != int(number) or number > MOST)):
         raise ValueError(f"{place}, column {name}: got {text!r}, wanted {wanted}")
     return number if name == "fps" else int(number)
 

@@ -5,7 +5,7 @@ Standard library only, as `schema.py`: a contradiction fails before torch is imp
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.engine.schema import (
     FLOW,
@@ -14,9 +14,14 @@ from speedit_plugins.engine.schema import (
     ConfigError,
     DiffusionConfig,
     ExperimentConfig,
+    SamplerConfig,
     build_section,
     settled_process,
 )
+
+# Of the Literal or None that the schema has.
+_SAMPLERS: tuple[str, ...] = get_args(get_args(get_type_hints(SamplerConfig)["type"])[0])
+_FLOW_SAMPLERS = ("euler", "heun")
 
 
 def check_phase(config: ExperimentConfig, phase: str) -> None:
@@ -140,10 +145,10 @@ def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
 
 def _check_sampler(config: ExperimentConfig) -> None:
     sampler = config.sampler
-    if (sampler.type in ("euler", "heun")) != config.diffusion.is_flow:
-        kind = config.diffusion.type
-        wanted = "euler or heun" if config.diffusion.is_flow else "ddpm, ddim or dpm_solver"
-        raise ConfigError("sampler.type", f"wanted {wanted} with diffusion.type {kind}, got {sampler.type}")
+    fitting = [name for name in _SAMPLERS if (name in _FLOW_SAMPLERS) == config.diffusion.is_flow]
+    if sampler.type not in fitting:
+        wanted = f"one of {', '.join(fitting)} with diffusion.type {config.diffusion.type}"
+        raise ConfigError("sampler.type", f"wanted {wanted}, got {sampler.type}")
     if sampler.eta and not str(sampler.type).startswith("ddim"):
         raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
     # ddpm and ddim visit both ends of the chain; DPM-Solver takes the clean end as given.

@@ -3,6 +3,7 @@
 Dims: B batch.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from speedit_plugins.registry import (
     build,
     build_policy,
 )
+from speedit_plugins.spectrum import DataSpectrum
 
 Process = GaussianProcess | RectifiedFlow
 
@@ -49,9 +51,13 @@ def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
     return cast(Process, build(PROCESSES, options))
 
 
-def build_timestep_policy(config: ExperimentConfig, process: Process) -> TimestepPolicy:
-    """The policy of `diffusion.policy` on the process's schedule."""
-    return build_policy(config.diffusion.policy, process.schedule, process.prediction_type)
+def build_timestep_policy(
+    config: ExperimentConfig, process: Process, data_spectrum: Callable[[], DataSpectrum] | None = None
+) -> TimestepPolicy:
+    """The policy of `diffusion.policy` on the process's schedule; `data_spectrum` as in `build_policy`."""
+    return build_policy(
+        config.diffusion.policy, process.schedule, process.prediction_type, data_spectrum=data_spectrum
+    )
 
 
 def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:
@@ -98,7 +104,7 @@ def build_model(
     for key, size in facts.items():
         if config.model.get(key, size) != size:
             raise ValueError(
-                f"model.{key} needs {size}: image_size {config.image_size} through the encoders; got"
+                f"model.{key} needs {size}, as image_size {config.image_size} and the encoders have it; got"
                 f" {config.model[key]}"
             )
     given = {key: value for key, value in facts.items() if key not in config.model}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.engine import build
+from speedit_plugins.engine.centre import is_centred_by_data
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.models.interface import example_inputs
 from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MASKS, TEXT_ENCODERS, check
@@ -26,7 +27,10 @@ def describe(config: ExperimentConfig) -> str:
     # Weights, gradients, two AdamW moments and the EMA, 4 bytes each.
     state = 4 * (num_parameters + 4 * trained)
     activations = _gib(saved_bytes(model, config))
-    policy = build.build_timestep_policy(config, build.build_process(config, respaced=True))
+    if is_centred_by_data(config):
+        policy = f"{config.diffusion.policy}, centred by the data when training starts"
+    else:
+        policy = str(build.build_timestep_policy(config, build.build_process(config, respaced=True)))
     return "\n".join(
         [
             f"parameters         {num_parameters:,}",

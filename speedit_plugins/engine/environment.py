@@ -1,8 +1,10 @@
 """What a run was trained with: versions, system and devices, as a file in its folder."""
 
+import contextlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -13,8 +15,18 @@ from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.version import __version__
 
 ENVIRONMENT = "environment.json"
-# What changes numbers or speed.
-_PACKAGES = ("torch", "numpy", "diffusers", "transformers", "colossalai", "peft", "xformers")
+# What changes numbers or speed; av and pillow read the data.
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "colossalai",
+    "peft",
+    "xformers",
+    "av",
+    "pillow",
+)
 
 
 def save_environment(folder: Path, runtime: Runtime) -> None:
@@ -24,7 +36,7 @@ def save_environment(folder: Path, runtime: Runtime) -> None:
     found = {
         "speedit-plugins": __version__,
         "python": platform.python_version(),
-        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        **versions(_PACKAGES),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if is_cuda else f"{os.cpu_count()} CPU cores",
         "processes": str(runtime.world_size),
@@ -35,8 +47,10 @@ def save_environment(folder: Path, runtime: Runtime) -> None:
     write_whole(folder / ENVIRONMENT, f"{json.dumps(found, indent=2)}\n".encode())
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions by the packages' names; without those that are not installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

@@ -22,10 +22,18 @@ from speedit_plugins.engine.figures import (
     METRICS,
     Figure,
     Sides,
+    check_numbers,
     label_of,
     line_of,
 )
-from speedit_plugins.engine.sample_sets import SampleSet, dataset_set, open_set, read_captions
+from speedit_plugins.engine.sample_sets import (
+    UNFINISHED,
+    SampleSet,
+    alike,
+    dataset_set,
+    open_set,
+    read_captions,
+)
 from speedit_plugins.engine.schema import EvaluationConfig, ExperimentConfig
 from speedit_plugins.engine.tracking import progress, say
 from speedit_plugins.evaluation.collected import (
@@ -51,9 +59,12 @@ def test(config: ExperimentConfig) -> int:
     Raises:
         ValueError: sets, features and metrics that do not fit each other, or an option without effect.
     """
-    _check_options(config.evaluation)
+    _check_metrics(config.evaluation)
+    _check_options(config)
     folder = Path(config.experiment_dir)
-    samples = open_set(config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)))
+    samples = open_set(
+        config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
+    )
     metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
     # Before the others, which take longer: captions may be missing.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
@@ -78,14 +89,18 @@ def _compared(
     stated = _stated_statistics(config)
     wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
     missing = wanted - stated.keys()
-    reference = _reference(config, samples) if missing or _trains_on_reference(config) else None
-    extractor = _extractor(config, reference, is_video=samples.is_video)
+    reference = None
+    if missing or _trains_on_reference(config):
+        samples, reference = alike(samples, _reference(config, samples))
+    elif not wanted and config.reference is not None:
+        raise ValueError(f"reference has no effect on {', '.join(metrics)}; wanted null")
+    num_reference = None if reference is None else len(reference)
+    check_numbers(metrics, options, num_samples=len(samples), num_reference=num_reference)
     if options.reference_statistics is not None and not missing:
         raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
+    extractor = _extractor(config, reference, is_video=samples.is_video)
     kinds = {METRICS[name].kind for name in metrics}
-    # On two samples, so that features which cannot tell what a metric needs are refused before the work.
-    few = next(samples.batches(2))
-    collect([few], extractor, num_samples=len(few), kinds=kinds)
+    _try_out(samples, extractor, kinds, stated)
     theirs = Collected()
     if missing:
         assert reference is not None
@@ -97,17 +112,32 @@ def _compared(
     for name in metrics:
         metric = METRICS[name]
         is_counted = metric.has_reference and metric.kind not in stated and reference is not None
-        numbers = (len(samples), len(cast(SampleSet, reference)) if is_counted else None)
+        numbers = (len(samples), num_reference if is_counted else None)
         for label, value, details in metric.measure(sides):
             called = label_of(label, extractor)
             figures.append(Figure(called, value, extractor.name, *numbers, metric.has_reference, details))
-    if reference is not None:
-        return figures, reference.source
-    return figures, config.reference if stated else None
+    if not wanted:
+        return figures, None
+    return figures, config.reference if reference is None else reference.source
 
 
-def _check_options(options: EvaluationConfig) -> None:
-    """Metrics that are known, and no option for a metric that is not asked for."""
+def _try_out(
+    samples: SampleSet, extractor: FeatureExtractor, kinds: set[str], stated: dict[str, Gaussian]
+) -> None:
+    """Refuses features on two samples, before the work, that cannot tell what a metric needs."""
+    few = next(samples.batches(2))
+    found = collect([few], extractor, num_samples=len(few), kinds=kinds)
+    for kind in kinds & stated.keys():
+        ours, theirs = len(getattr(found, kind).mean), len(stated[kind].mean)
+        if ours != theirs:
+            raise ValueError(
+                f"the statistics in the reference are of {theirs} features, those of {extractor.name} are"
+                f" {ours}"
+            )
+
+
+def _check_metrics(options: EvaluationConfig) -> None:
+    """Metrics that are known, each once."""
     known = (*METRICS, CLIP_SCORE)
     for name in options.metrics:
         if name not in known:
@@ -119,15 +149,29 @@ def _check_options(options: EvaluationConfig) -> None:
         raise ValueError(f"evaluation.metrics needs each metric once, at least one, got {options.metrics}")
     if CLIP_SCORE in options.metrics and options.clip is None:
         raise ValueError("clip_score needs evaluation.clip, a folder or hub name of a CLIPModel; got null")
-    defaults = EvaluationConfig()
+
+
+def _check_options(config: ExperimentConfig) -> None:
+    """No option for a metric that is not asked for, and a place for what is to be written."""
+    options, defaults = config.evaluation, EvaluationConfig()
     for key, metric in METRIC_OF.items():
         if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
             raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")
+    statistics = options.reference_statistics
+    if options.metrics == [CLIP_SCORE]:
+        for key, value in (("reference", config.reference), ("evaluation.reference_statistics", statistics)):
+            if value is not None:
+                raise ValueError(f"{key} has no effect on {CLIP_SCORE} alone; wanted null")
+    if statistics is not None and not Path(statistics).parent.is_dir():
+        raise ValueError(
+            f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"
+        )
 
 
 def _newest(folder: Path, of_videos: bool) -> Path:
     """What inference wrote last: an npz of images, a folder of videos."""
-    places = [path for path in folder.glob("*") if path.is_dir()] if of_videos else list(folder.glob("*.npz"))
+    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED]
+    places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
     if not places:
         what = "videos" if of_videos else "npz"
         raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
@@ -135,7 +179,9 @@ def _newest(folder: Path, of_videos: bool) -> Path:
 
 
 def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
-    reference = dataset_set(config) if config.reference is None else open_set(config.reference)
+    reference = (
+        dataset_set(config) if config.reference is None else open_set(config.reference, key="reference")
+    )
     if reference.is_video != samples.is_video:
         raise ValueError(
             f"test compares images with images and videos with videos, got {samples.source} and"
@@ -147,7 +193,7 @@ def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
 def _stated_statistics(config: ExperimentConfig) -> dict[str, Gaussian]:
     """Statistics that an npz of the reference brings, as ADM's do: of Inception, and of no other features."""
     path = config.reference
-    if path is None or Path(path).is_dir() or config.features["type"] != Inception.name:
+    if path is None or not Path(path).is_file() or config.features["type"] != Inception.name:
         return {}
     keys = npz_keys(path)
     found = {}

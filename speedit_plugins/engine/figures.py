@@ -3,7 +3,7 @@
 Dims: D features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -121,6 +121,36 @@ METRIC_OF = {
 }
 
 
+def check_numbers(
+    metrics: Collection[str], options: EvaluationConfig, *, num_samples: int, num_reference: int | None
+) -> None:
+    """Returns where sets of these sizes have enough images for the metrics, before any is read.
+
+    Args:
+        num_reference: None where no image of the reference is read.
+
+    Raises:
+        ValueError: a set or an option that is too small or too large for the other.
+    """
+    least, beside = num_samples, f"{num_samples} samples"
+    if num_reference is not None:
+        least, beside = min(least, num_reference), f"{beside} and a reference of {num_reference}"
+    needs_two = [name for name in metrics if METRICS[name].has_reference]
+    if needs_two and least < 2:
+        raise ValueError(f"{needs_two[0]} needs two images or more of a set, got one")
+    limits = [("score_splits", "inception_score", num_samples)]
+    if num_reference is not None:
+        limits += [
+            ("precision_neighbors", "prdc", least - 1),
+            ("density_neighbors", "prdc", num_reference - 1),
+        ]
+    for key, metric, most in limits:
+        if metric in metrics and getattr(options, key) > most:
+            raise ValueError(
+                f"evaluation.{key} needs to be at most {most} for {beside}, got {getattr(options, key)}"
+            )
+
+
 def label_of(metric: str, extractor: FeatureExtractor) -> str:
     """Plain where the network is the one that the name stands for, else with the features: fid[pixels@8]."""
     if isinstance(extractor, Inception):
@@ -140,5 +170,6 @@ def line_of(figure: Figure) -> str:
         )
     # The bias of a Fréchet distance falls with the number of samples per dimension; ten is a usual least.
     dim = figure.details.get("feature_dim", 0)
-    few = f"; few for {dim} dimensions: biased upwards" if figure.num_samples < 10 * dim else ""
+    least = min(figure.num_samples, figure.num_reference or figure.num_samples)
+    few = f"; few for {dim} dimensions: biased upwards" if least < 10 * dim else ""
     return f"{figure.name}: {figure.value:.4f}{spread}  (features {figure.features}; {numbers}{few})"

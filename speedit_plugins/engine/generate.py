@@ -3,7 +3,9 @@
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +18,16 @@ from speedit_plugins.data.files import write_whole
 from speedit_plugins.data.loader import IMAGE_STREAM, LABEL_STREAM, stream_seed
 from speedit_plugins.diffusion import sampling
 from speedit_plugins.engine import build, checkpoint, pictures, results
-from speedit_plugins.engine.conditions import Conditions, all_conditions, grid_conditions, null_condition
+from speedit_plugins.engine.conditions import (
+    Conditions,
+    all_conditions,
+    grid_conditions,
+    null_condition,
+    prompts,
+)
 from speedit_plugins.engine.inputs import Encoder, decode_video
 from speedit_plugins.engine.replica import AUTOCAST
+from speedit_plugins.engine.sample_sets import CAPTIONS, UNFINISHED
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import progress, say
 from speedit_plugins.evaluation.npz import write_npz
@@ -38,7 +47,9 @@ def sample(config: ExperimentConfig) -> int:
 
         num_samples = draw_fills(generator, conditions, path)
     else:
-        with progress("sampling", total=config.sampler.num_steps) as bar:
+        num_samples = config.samples_per_class * max(1, len(conditions.names))
+        num_batches = -(-num_samples // config.per_proc_batch_size)
+        with progress("sampling", total=num_batches * config.sampler.num_steps) as bar:
             num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
     results.save_config(config, "sample")
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
@@ -49,27 +60,52 @@ def sample(config: ExperimentConfig) -> int:
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` images of random classes or the prompts in turn: PNG files and one ADM-format npz.
 
-    Videos become MP4 files. Prompts are written beside them, as captions.jsonl.
+    Videos become MP4 files. Prompts are written beside them, as captions.jsonl. The folder has its name when
+    it is whole.
+
+    Raises:
+        ValueError: an earlier inference has written under the same name.
     """
-    generator, captions, source = load_generator(config)
-    weights = source.name if source.is_dir() else source.stem
-    name = f"{weights}_n{config.num_samples}_cfg{config.guidance_scale:g}_seed{config.seed}"
-    folder = Path(config.experiment_dir) / results.INFERENCE / name
-    folder.mkdir(parents=True, exist_ok=True)
-    npz = folder.with_name(f"{name}.npz")
+    source = find_weights(config)
+    folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
+    partial, npz = (folder.with_name(f"{folder.name}{suffix}") for suffix in (UNFINISHED, ".npz"))
+    for path in (folder, npz):
+        if path.exists():
+            raise ValueError(f"inference would write over {path}; move or delete it")
+    generator, captions, _ = load_generator(config)
     conditions = all_conditions(config, captions)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
     with progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar:
         if config.num_frames:
-            for _ in _written(generator, conditions, folder, bar):
+            for _ in _written(generator, conditions, partial, bar):
                 pass
         else:
-            write_npz(npz, _written(generator, conditions, folder, bar), num_images=config.num_samples)
+            write_npz(npz, _written(generator, conditions, partial, bar), num_images=config.num_samples)
+    partial.rename(folder)
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
     say(f"  {generator.what:<12} {folder}/")
     if not config.num_frames:
         say(f"  npz          {npz}")
     return 0
+
+
+def _name(config: ExperimentConfig, source: Path) -> str:
+    """What decides the samples, as far as a name has room."""
+    # A checkpoint's folder stands for its average.
+    parts = [source.name if source.is_dir() else source.stem]
+    if source.name == checkpoint.EMA:
+        parts = [source.absolute().parent.name]
+    elif source.name == checkpoint.MODEL:
+        parts = [source.absolute().parent.name, source.stem]
+    sampler = config.sampler
+    parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
+    parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}", f"seed{config.seed}"]
+    if config.text_encoder is not None:
+        parts.append(f"prompts{hashlib.sha256(json.dumps(prompts(config)).encode()).hexdigest()[:8]}")
+    return "_".join(parts)
 
 
 class SampleGenerator:
@@ -144,6 +180,25 @@ class SampleGenerator:
         finally:
             self.model.train(is_training)
 
+    def draw_batches(
+        self,
+        condition_of: Callable[[Tensor], Condition],
+        rows: Tensor,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        callback: Callable[[int, Tensor], object] | None = None,
+    ) -> Iterator[Tensor]:
+        """Samples of the conditions at rows (N,), `per_proc_batch_size` (B, C, [F,] H, W) at a time.
+
+        Args:
+            condition_of: the conditions at some of the rows, on the device.
+            weights, callback: see `draw`; steps are counted in each batch.
+        """
+        start = 0
+        for some in rows.split(self.config.per_proc_batch_size):
+            yield self.draw(condition_of(some), len(some), weights=weights, stream=start, callback=callback)
+            start += len(some)
+
     def _model_with(self, weights: Mapping[str, Tensor] | None) -> sampling.Model:
         own = dict(weights or {})
         is_half = self.config.precision != "fp32"
@@ -174,9 +229,10 @@ def draw_grid(
     columns = len(conditions.names) or min(8, config.samples_per_class)
     num_samples = config.samples_per_class * (len(conditions.names) or 1)
     rows = torch.arange(num_samples) % columns
-    samples = generator.draw(
-        conditions.of(rows, generator.device), num_samples, weights=weights, callback=callback
+    batches = generator.draw_batches(
+        lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback
     )
+    samples = torch.cat([batch.cpu() for batch in batches])
     path.parent.mkdir(parents=True, exist_ok=True)
     # A class is its column; a prompt has to be read.
     titles = conditions.names if conditions.captions is not None else ()
@@ -193,30 +249,44 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     """Chunks of uint8 samples (B, [F,] H, W, C), each written to `folder` before it is given on."""
     config = generator.config
     chooser = torch.Generator().manual_seed(stream_seed(config.seed, LABEL_STREAM))
-    names: list[str] = []
-    for start in range(0, config.num_samples, config.per_proc_batch_size):
-        count = min(config.per_proc_batch_size, config.num_samples - start)
-        rows = torch.arange(start, start + count) % max(1, len(conditions.names))
-        if conditions.labels is not None:
-            rows = torch.randint(len(conditions.names), (count,), generator=chooser)
-        samples = pictures.to_uint8(
-            generator.draw(conditions.of(rows, generator.device), count, stream=start)
-        )
-        for i, item in enumerate(samples, start=start):
+    rows = torch.arange(config.num_samples) % max(1, len(conditions.names))
+    if conditions.labels is not None:
+        rows = torch.randint(len(conditions.names), (config.num_samples,), generator=chooser)
+    done = 0
+    for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
+        samples = pictures.to_uint8(batch)
+        for i, item in enumerate(samples, start=done):
             pictures.save(item, folder / f"{i:06d}", frames_per_second=config.frames_per_second)
-        if conditions.captions is not None:
-            names += [conditions.names[row] for row in rows.tolist()]
-        bar.update(count)
+        done += len(samples)
+        bar.update(len(samples))
         yield samples
-    if names:
-        lines = "".join(
-            json.dumps({"file": f"{i:06d}", "caption": name}) + "\n" for i, name in enumerate(names)
-        )
-        write_whole(folder / "captions.jsonl", lines.encode())
+    if conditions.captions is not None:
+        suffix = ".mp4" if config.num_frames else ".png"
+        captions = (conditions.names[row] for row in rows.tolist())
+        lines = [
+            json.dumps({"file_name": f"{i:06d}{suffix}", "caption": text}) for i, text in enumerate(captions)
+        ]
+        write_whole(folder / CAPTIONS, "".join(f"{line}\n" for line in lines).encode())
 
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
     """The generator with averaged weights, the text encoder, and where the weights come from."""
+    source = find_weights(config)
+    device = build.build_device(config)
+    encoder = build.build_encoder(config, device)
+    captions = build.build_text_encoder(config, device)
+    model = build.build_model(config, encoder, captions).to(device)
+    load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
+    process = build.build_process(config, respaced=False)
+    return SampleGenerator(model, process, encoder, config), captions, source
+
+
+def find_weights(config: ExperimentConfig) -> Path:
+    """`ckpt_path`, or the newest whole checkpoint's folder, which holds averaged weights.
+
+    Raises:
+        ValueError: there is none.
+    """
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
     found = checkpoint.newest_first(checkpoints)
     named = config.ckpt_path
@@ -227,10 +297,4 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
         raise ValueError(
             f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
         )
-    device = build.build_device(config)
-    encoder = build.build_encoder(config, device)
-    captions = build.build_text_encoder(config, device)
-    model = build.build_model(config, encoder, captions).to(device)
-    load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
-    process = build.build_process(config, respaced=False)
-    return SampleGenerator(model, process, encoder, config), captions, source
+    return source

@@ -17,6 +17,7 @@ from speedit_plugins.engine.conditions import Conditions
 from speedit_plugins.engine.generate import SampleGenerator
 from speedit_plugins.engine.inputs import masked_latents, with_extra
 from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.models.interface import Condition
 
 
 def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -> int:
@@ -35,12 +36,16 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     num_rows, num_fills = max(1, len(conditions.names)), config.samples_per_class
     rows = torch.arange(num_rows).repeat_interleave(num_fills)
     images = image.expand(len(rows), -1, -1, -1)
-    seed = stream_seed(config.seed, IMAGE_STREAM, 1)
+    # Batches of fills take the streams below it.
+    seed = stream_seed(config.seed, IMAGE_STREAM, len(rows))
     rest = masked_latents(
         generator.encoder, image, mask, [torch.Generator(generator.device).manual_seed(seed)]
     )
-    extra = rest.expand(len(rows), -1, -1, -1)
-    drawn = generator.draw(with_extra(conditions.of(rows, generator.device), extra), len(rows))
+
+    def condition_of(some: Tensor) -> Condition:
+        return with_extra(conditions.of(some, generator.device), rest.expand(len(some), -1, -1, -1))
+
+    drawn = torch.cat(list(generator.draw_batches(condition_of, rows)))
     fills = torch.where(mask > 0, drawn, images)  # (B, C, H, W)
     given = image * (1 - mask)
     cells = torch.cat(

@@ -29,9 +29,7 @@ class Encoder(Protocol):
     image_channels: int
     downsample: int
 
-    def encode(
-        self, images: Tensor, generators: list[torch.Generator] | torch.Generator | None = None
-    ) -> Tensor: ...
+    def encode(self, images: Tensor, generators: list[torch.Generator]) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
@@ -148,9 +146,7 @@ class BatchEncoder:
         return dropped(features, self._null_text, torch.cat(coins).to(self.device) < self._dropout)
 
 
-def masked_latents(
-    encoder: Encoder, images: Tensor, mask: Tensor, generators: Generators | None = None
-) -> Tensor:
+def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: Generators) -> Tensor:
     """What an inpainting model sees beside x: the mask and the latents of the rest, (B, 1 + C, h, w).
 
     Source: the order and meaning of Stable Diffusion's inpainting model.
@@ -158,9 +154,10 @@ def masked_latents(
     Args:
         images: (B, channels, H, W) in [-1, 1].
         mask: (B, 1, H, W), 1 in the hole, which becomes 0, mid-grey.
+        generators: one per image.
     """
     with torch.no_grad():
-        rest = encoder.encode(images * (1 - mask), None if generators is None else list(generators))
+        rest = encoder.encode(images * (1 - mask), list(generators))
     return torch.cat([functional.interpolate(mask, rest.shape[2:], mode="nearest"), rest], dim=1)
 
 
@@ -171,14 +168,17 @@ def with_extra(condition: Condition, extra: Tensor) -> Condition:
     return {**(condition or {}), "extra": extra}
 
 
-def encode_video(encoder: Encoder, videos: Tensor, generators: Generators | None = None) -> Tensor:
-    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), `FRAMES_AT_ONCE`."""
+def encode_video(encoder: Encoder, videos: Tensor, generators: Generators) -> Tensor:
+    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), `FRAMES_AT_ONCE`.
+
+    Args:
+        generators: one per video; its frames draw one after the other.
+    """
     B, _, F, _, _ = videos.shape
     frames = videos.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
-    # The same generator F times: its frames draw one after the other.
-    each = None if generators is None else [generator for generator in generators for _ in range(F)]
+    each = [generator for generator in generators for _ in range(F)]
     parts = [slice(first, first + FRAMES_AT_ONCE) for first in range(0, B * F, FRAMES_AT_ONCE)]
-    latents = [encoder.encode(frames[part], None if each is None else each[part]) for part in parts]
+    latents = [encoder.encode(frames[part], each[part]) for part in parts]
     return torch.cat(latents).unflatten(0, (B, F)).transpose(1, 2)
 
 

@@ -54,7 +54,7 @@ def save_videos(
 ) -> None:
     """Videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
 
-    The PNG has a row per video, up to eight frames of it from left to right.
+    The PNG has a row per video, up to eight frames of it from left to right, its title on the left.
     """
     from speedit_plugins.data.videos import write_gif, write_mp4
 
@@ -66,7 +66,13 @@ def save_videos(
     write_gif(path.with_suffix(".gif"), torch.from_numpy(moving), fps=frames_per_second)
     shown = np.linspace(0, frames.shape[1] - 1, min(8, frames.shape[1])).round().astype(int)
     still = frames[:, shown].reshape(-1, *frames.shape[2:])
-    save_png(_grid(still, len(shown)), path)
+    grid = _grid(still, len(shown))
+    if titles:
+        of_rows = [titles[number % columns] for number in range(len(frames))]
+        grid = np.concatenate(
+            [_row_titles(grid.shape[0], of_rows), np.broadcast_to(grid, (*grid.shape[:2], 3))], axis=1
+        )
+    save_png(grid, path)
 
 
 def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:
@@ -97,6 +103,18 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
         pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
     whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
     return np.ascontiguousarray(whole)
+
+
+def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """A white column (height, W, 3) with a title for each of as many equal rows."""
+    size, width = 10, 2 * _MIN_CELL
+    font = ImageFont.load_default(size)
+    column = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(column)
+    for row, title in enumerate(titles):
+        text = _wrapped(title, width - 6, font)
+        pen.multiline_text((3, row * height // len(titles) + 4), text, fill="black", font=font, spacing=2)
+    return np.asarray(column)
 
 
 def _wrapped(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -130,7 +148,7 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     curves = {
         "uniform_mse": "mse, corrected to uniform timesteps (compares policies)",
         "mse": "mse at the drawn timesteps",
-        "loss": "training loss (weight * mse + vb)",
+        "loss": "training loss (weighted)",
     }
     for key, label in curves.items():
         points = [(row["step"], row[key]) for row in rows if key in row]

@@ -3,16 +3,19 @@
 Dims: N images or videos, B of them in a batch, F frames (absent for images), H x W pixels, C channels.
 """
 
+import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from speedit_plugins.data import captions
 from speedit_plugins.data.clips import STILL_SUFFIXES
 from speedit_plugins.data.files import sha256_of
 from speedit_plugins.data.folders import Walk
@@ -25,15 +28,23 @@ from speedit_plugins.evaluation.npz import npz_batches, npz_shape
 
 # Items spread over a set that stand for it: reading all of them costs as much as their features.
 FINGERPRINT_ITEMS = 256
+# What inference writes: captions beside the samples, and how a folder is called that it has not finished.
+CAPTIONS, UNFINISHED = "captions.jsonl", ".tmp"
 
 
 class SampleSet(Protocol):
-    """N images or videos; `source` says what they are, `captions_file` where their captions may be."""
+    """N images or videos; `source` says what they are, `captions_file` where their captions may be.
+
+    `num_channels` is C, or None of files, which can be read in colour or, by `in_grey`, in shades of grey.
+    """
 
     source: str
     is_video: bool
     captions_file: Path | None
 
+    @property
+    def num_channels(self) -> int | None: ...
+    def in_grey(self) -> "SampleSet": ...
     def __len__(self) -> int: ...
     def batches(self, batch_size: int) -> Iterator[Tensor]: ...
     def labels(self) -> Tensor | None: ...
@@ -49,10 +60,19 @@ class NpzSet:
         self.path, self.source = path, str(path)
         self._shape = npz_shape(path)
         # Inference writes them beside its images.
-        self.captions_file: Path | None = path.with_suffix("") / "captions.jsonl"
+        self.captions_file: Path | None = path.with_suffix("") / CAPTIONS
 
     def __len__(self) -> int:
         return self._shape[0]
+
+    @property
+    def num_channels(self) -> int:
+        """C of its shape."""
+        return self._shape[3]
+
+    def in_grey(self) -> "NpzSet":
+        """Itself: its channels are what they are."""
+        return self
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """uint8 (B, H, W, C), in the file's order."""
@@ -73,6 +93,7 @@ class ItemSet:
         source: what they are, to a person.
         num_items: N.
         read: the item of an index, uint8 ([F,] H, W, C); all of one shape.
+        read_grey: the same with one channel; None where the items have the channels that they have.
         read_label: the label of an index; None where there are none.
     """
 
@@ -83,14 +104,27 @@ class ItemSet:
         read: Callable[[int], Tensor],
         *,
         is_video: bool,
+        read_grey: Callable[[int], Tensor] | None = None,
         read_label: Callable[[int], int] | None = None,
         captions_file: Path | None = None,
     ) -> None:
         self.source, self.is_video, self.captions_file = source, is_video, captions_file
         self._num_items, self._read, self._read_label = num_items, read, read_label
+        self._read_grey = read_grey
 
     def __len__(self) -> int:
         return self._num_items
+
+    @property
+    def num_channels(self) -> int | None:
+        """C of the first item; None where they can be read in grey too."""
+        return self._read(0).shape[-1] if self._read_grey is None else None
+
+    def in_grey(self) -> "ItemSet":
+        """The same items with one channel, where they can be read so, else itself."""
+        grey = copy.copy(self)
+        grey._read = self._read_grey or self._read
+        return grey
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """uint8 (B, [F,] H, W, C), in order.
@@ -119,7 +153,7 @@ class ItemSet:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of N and of 256 items or fewer that are spread over the set."""
         digest = hashlib.sha256(f"{len(self)}".encode())
-        step = max(1, len(self) // FINGERPRINT_ITEMS)
+        step = -(-len(self) // FINGERPRINT_ITEMS)
         for i in range(0, len(self), step):
             item = self._read(i)
             digest.update(f"\n{tuple(item.shape)}\n".encode())
@@ -127,13 +161,18 @@ class ItemSet:
         return digest.hexdigest()
 
 
-def open_set(path: str | Path) -> NpzSet | ItemSet:
-    """The images of an npz, or the images or videos of a folder at any depth, by path.
+def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
+    """The images of an npz, or the images or videos of a folder at any depth, by path; in colour.
+
+    Args:
+        key: of the config, for messages.
 
     Raises:
         ValueError: neither is there, or a folder without either, or with both.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{key} needs an npz or a folder, got {path}, which is not there")
     if not path.is_dir():
         return NpzSet(path)
     # MP4 is what inference writes; read lazily, since only videos need PyAV.
@@ -144,18 +183,36 @@ def open_set(path: str | Path) -> NpzSet | ItemSet:
     are_videos = {file.suffix.lower() in SUFFIXES for file in files}
     if len(are_videos) != 1:
         got = "both" if files else "neither"
-        raise ValueError(f"test needs a folder of images or one of videos, got {path} with {got}")
+        raise ValueError(f"{key} needs a folder of images or one of videos, got {path} with {got}")
 
-    def read(index: int) -> Tensor:
+    def opened(index: int) -> list[Image.Image]:
         if not is_video:
-            return torch.from_numpy(np.array(read_rgb(files[index])))
+            return [read_rgb(files[index])]
         num_frames = read_header(files[index]).num_frames
-        frames = read_frames(files[index], range(num_frames), num_frames=num_frames)
-        return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
+        return read_frames(files[index], range(num_frames), num_frames=num_frames)
+
+    def read(index: int, mode: str = "RGB") -> Tensor:
+        frames = [
+            np.array(frame.convert(mode)).reshape(frame.height, frame.width, -1) for frame in opened(index)
+        ]
+        return torch.from_numpy(np.stack(frames) if is_video else frames[0])
 
     is_video = are_videos.pop()
-    captions_file = path / "captions.jsonl"
-    return ItemSet(str(path), len(files), read, is_video=is_video, captions_file=captions_file)
+    return ItemSet(
+        str(path),
+        len(files),
+        read,
+        is_video=is_video,
+        read_grey=partial(read, mode="L"),
+        captions_file=path / CAPTIONS,
+    )
+
+
+def alike(samples: SampleSet, reference: SampleSet) -> tuple[SampleSet, SampleSet]:
+    """Both, files in the shades of grey of the other side where that has no colours."""
+    if 1 in (samples.num_channels, reference.num_channels):
+        return samples.in_grey(), reference.in_grey()
+    return samples, reference
 
 
 def dataset_set(config: ExperimentConfig) -> ItemSet:
@@ -196,15 +253,16 @@ def dataset_set(config: ExperimentConfig) -> ItemSet:
 
 
 def read_captions(samples: SampleSet) -> list[str]:
-    """A caption of each sample, as inference wrote them beside the samples.
+    """A caption of each sample, in the order of the samples, as inference wrote them beside these.
 
     Raises:
-        ValueError: there are none, or not one a sample.
+        ValueError: there are none, not one a sample, or a line is none; names it.
+        OSError: the system fails to read the file.
     """
     path = samples.captions_file
     if path is None or not path.is_file():
         raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
-    captions = [str(json.loads(line)["caption"]) for line in path.read_text(encoding="utf-8").splitlines()]
-    if len(captions) != len(samples):
-        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(captions)} in {path}")
-    return captions
+    found = [row.texts[0] for row in captions.read_captions(path)]
+    if len(found) != len(samples):
+        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(found)} in {path}")
+    return found

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -35,6 +36,18 @@ GAUSSIAN_KEYS = (
     "timestep_respacing",
     "sigma_small",
     "rescale_learned_sigmas",
+)
+# Keys of the top that hold a path; of a component its builder expands them.
+PATHS = (
+    "experiment_dir",
+    "resume",
+    "pretrained",
+    "ckpt_path",
+    "prompts_file",
+    "inpaint_image",
+    "inpaint_mask",
+    "reference",
+    "samples",
 )
 # A policy has a `type`, or these parts.
 POLICY_PARTS = frozenset({"density", "weighting", "draw", "scope"})
@@ -71,7 +84,7 @@ class DiffusionConfig:
 
     type: str = "SpeeDiffusion"
     policy: Component = field(default_factory=lambda: {"type": "speedit"})
-    diffusion_steps: int = _limited(1000, at_least=1)
+    diffusion_steps: int = _limited(1000, at_least=2)
     prediction_type: Literal["epsilon", "x0", "v", "flow"] | None = None
     learn_sigma: bool | None = None
     noise_schedule: str | None = None
@@ -237,12 +250,21 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
 
 
 def settled(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the process's own choice in place of each None that stands for it."""
+    """The config with the process's own choice for each None that stands for it, and ~ as the home folder."""
     diffusion = settled_process(config.diffusion)
     sampler = dataclasses.replace(
         config.sampler, type=config.sampler.type or ("euler" if diffusion.is_flow else "ddpm")
     )
-    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler)
+    statistics, clip = config.evaluation.reference_statistics, config.evaluation.clip
+    evaluation = dataclasses.replace(
+        config.evaluation, reference_statistics=_expanded(statistics), clip=_expanded(clip)
+    )
+    paths: dict[str, Any] = {key: _expanded(getattr(config, key)) for key in PATHS}
+    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler, evaluation=evaluation, **paths)
+
+
+def _expanded(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)
 
 
 def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:

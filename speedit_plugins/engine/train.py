@@ -14,6 +14,7 @@ from speedit_plugins.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.engine import build, checkpoint, pictures, results
 from speedit_plugins.engine.boards import check_boards, open_boards
 from speedit_plugins.engine.booster import build_engine
+from speedit_plugins.engine.centre import centred
 from speedit_plugins.engine.conditions import build_captions, grid_conditions
 from speedit_plugins.engine.environment import save_environment
 from speedit_plugins.engine.generate import SampleGenerator, draw_grid
@@ -51,6 +52,7 @@ def train(config: ExperimentConfig) -> int:
 def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> None:
     folder = Path(config.experiment_dir)
     resumed = checkpoint_to_resume(config, runtime)
+    config = centred(config, runtime)
     trainer = build_trainer(config, runtime, weights=None if resumed else config.pretrained)
     if resumed is not None:
         trainer.restore(resumed)

@@ -31,6 +31,8 @@ _FOLDED = (
     ("_depthwise_conv", "_bn1"),
     ("_project_conv", "_bn2"),
 )
+# The order of a map's values, in what decides the features: statistics of another order are no match.
+MAP_ORDER = "map=hwc"
 INCEPTION_SIDE = 299
 I3D_SIDE = 224
 
@@ -54,6 +56,7 @@ class EfficientNetLite0:
         if resize is not None and resize < LITE_LEAST_SIDE:
             raise ValueError(f"efficientnet-lite0 needs resize >= {LITE_LEAST_SIDE}, got {resize}")
         self.name = "efficientnet-lite0" if resize is None else f"efficientnet-lite0@{resize}"
+        self.identity = f"{self.name} {MAP_ORDER}"
         self._resize, self._device = resize, device
         self._network = _efficientnet_lite0().to(device, memory_format=torch.channels_last)
 
@@ -116,7 +119,7 @@ class Inception:
     def __init__(self, *, path: str, device: torch.device = CPU) -> None:
         self._script = _Script(path, device)
         self._device, self._is_tried = device, False
-        self.identity = f"{self.name} {self._script.sha256}"
+        self.identity = f"{self.name} {self._script.sha256} {MAP_ORDER}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float32 (B, D)."""
@@ -220,11 +223,14 @@ class FrameFeatures:
 def first_channels(feature_map: Tensor, width: int) -> Tensor:
     """So many first channels of a map (B, c, h, w), each whole, that they have about `width` values: (B, S).
 
+    Row by row, cell by cell, the channels of a cell together: TensorFlow's order, in which ADM's `mu_s` and
+    `sigma_s` stand.
+
     Source: sFID, Nash et al. 2021, arXiv:2103.03841: the first 7 channels of 17 x 17 cells beside 2,048
     features.
     """
     channels = max(1, width // feature_map[0, 0].numel())
-    return feature_map[:, :channels].flatten(start_dim=1).float()
+    return feature_map[:, :channels].permute(0, 2, 3, 1).flatten(start_dim=1).float()
 
 
 class _Script:
@@ -232,13 +238,14 @@ class _Script:
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.path = path
-        if not Path(path).is_file():
+        file = Path(path).expanduser()
+        if not file.is_file():
             raise ValueError(f"path needs a TorchScript file, got '{path}', which is none")
         try:
-            self.module: Any = torch.jit.load(path, map_location=device).eval()
+            self.module: Any = torch.jit.load(file, map_location=device).eval()
         except RuntimeError as error:
             raise ValueError(f"'{path}' is no TorchScript file: {_reason(error)}") from error
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def __call__(self, x: Tensor, **options: bool) -> Tensor:
         try:

@@ -27,6 +27,10 @@ _LATTE: dict[str, Any] = {
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
 }
+_READS_SIZE = (
+    "reads the image's size, which training does not give; wanted one with use_additional_conditions false,"
+    " unlike PixArt's of 1024 x 1024"
+)
 
 
 class TextConditioned(nn.Module):
@@ -70,8 +74,8 @@ class TextConditioned(nn.Module):
         wanted = in_channels * (2 if learn_sigma else 1)
         if self.out_channels != wanted:
             raise ValueError(
-                f"the model gives {self.out_channels} channels, wanted {wanted}: in_channels"
-                f" {in_channels} with learn_sigma {str(learn_sigma).lower()}"
+                f"the model gives {self.out_channels} channels, wanted {wanted}: {in_channels} of the latents"
+                f" (encoder), learn_sigma {str(learn_sigma).lower()}"
             )
         self.register_buffer("null_tokens", torch.zeros(1, text_length, text_width))
         self.register_buffer("null_mask", torch.zeros(1, text_length, dtype=torch.bool))
@@ -187,7 +191,7 @@ def pixart(  # noqa: PLR0913 - flat, as the configs name them
         gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ValueError: no such model, or one that does not fit the encoder or learn_sigma.
+        ValueError: no such model, one that reads the image's size or does not fit encoder or learn_sigma.
     """
     from diffusers import PixArtTransformer2DModel as Net
 
@@ -206,6 +210,8 @@ def pixart(  # noqa: PLR0913 - flat, as the configs name them
         )
     else:
         net = _pretrained(Net, path, subfolder, allow_download=allow_download, caption_channels=text_width)
+        if net.use_additional_conditions:
+            raise ValueError(f"the model at '{path}' {_READS_SIZE}")
     _checkpointed(net, gradient_checkpointing)
     return _PixArt(
         net,
@@ -320,14 +326,8 @@ def latte_t2v(  # noqa: PLR0913 - flat, as the configs name them
             **_LATTE,
         )
     else:
-        net = _pretrained(
-            Net,
-            path,
-            subfolder,
-            allow_download=allow_download,
-            caption_channels=text_width,
-            video_length=num_frames,
-        )
+        wanted = {"caption_channels": text_width, "video_length": num_frames}
+        net = _pretrained(Net, path, subfolder, allow_download=allow_download, **wanted)
     _checkpointed(net, gradient_checkpointing)
     return _Latte(
         net,
@@ -383,6 +383,8 @@ def _widen_input(net: Any, extra_channels: int) -> None:
 def _add_lora(net: Any, rank: int, targets: Sequence[str]) -> None:
     from peft import LoraConfig
 
+    if rank < 0:
+        raise ValueError(f"UNet needs lora_rank >= 0, got {rank}")
     net.requires_grad_(False)
     net.add_adapter(
         LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))

@@ -3,7 +3,8 @@
 Dims: `D` width, `N` sampling steps, `K` classes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,6 @@ from speedit_plugins.models.text import TextEncoder
 
 # What DiTPipeline takes for "no class", whatever the model was trained on.
 PIPELINE_CLASSES = 1000
-_PIPELINES = {
-    "PixArtTransformer2DModel": ("PixArtAlphaPipeline", "transformer"),
-    "LatteTransformer3DModel": ("LattePipeline", "transformer"),
-    "UNet2DConditionModel": ("StableDiffusionPipeline", "unet"),
-}
 _SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -31,17 +27,59 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-@dataclass(frozen=True, eq=False)
-class Exported:
-    """A network of diffusers, the pipeline it belongs to, its folder in that, and what a user should know.
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A pipeline of diffusers, by the name of its class, and how it samples.
 
-    `sampler` is the one of this project that visits the pipeline's timesteps.
+    Args:
+        subfolder: of the network in the pipeline's folder.
+        steps_offset: what it adds to the timesteps 0, T // N, 2 (T // N), ...; 0 or 1.
+        drops_variance: of a network with variance channels it takes the others; False takes none with such.
+        reads_padding: like words.
+        guided_note: why its guided samples differ from the trainer's; "" where they do not.
+        parts: what its constructor wants beside models, tokenizer and scheduler.
     """
 
+    name: str
+    subfolder: str = "transformer"
+    steps_offset: int = 0
+    drops_variance: bool = True
+    reads_padding: bool = False
+    guided_note: str = ""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampler(self) -> str:
+        """The trainer's sampler that visits the pipeline's timesteps."""
+        return "ddim_leading_1" if self.steps_offset else "ddim_leading"
+
+
+_DIT = Pipeline(name="DiTPipeline")
+# By the class of the network.
+_PIPELINES = {
+    "PixArtTransformer2DModel": Pipeline(name="PixArtAlphaPipeline"),
+    "LatteTransformer3DModel": Pipeline(
+        name="LattePipeline",
+        guided_note="Guided videos differ: LattePipeline reads the padding behind the empty caption.",
+    ),
+    "UNet2DConditionModel": Pipeline(
+        name="StableDiffusionPipeline",
+        subfolder="unet",
+        # The pipeline insists on it.
+        steps_offset=1,
+        drops_variance=False,
+        reads_padding=True,
+        parts={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A network of diffusers, the pipeline it belongs to, and what a user should know."""
+
     net: Any
-    pipeline: str
-    subfolder: str
-    sampler: str = "ddim_leading"
+    pipeline: Pipeline
     notes: tuple[str, ...] = ()
 
 
@@ -56,13 +94,13 @@ def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exp
         ValueError: a model that no pipeline of diffusers is for.
     """
     if isinstance(model, TextConditioned):
-        pipeline, subfolder = _PIPELINES[type(model.net).__name__]
-        net = cast(Any, model.net)
+        pipeline, net = _PIPELINES[type(model.net).__name__], cast(Any, model.net)
         if any("lora_" in name for name, _ in net.named_parameters()):
             net.fuse_lora()
             net.unload_lora()
-        return Exported(net, pipeline, subfolder, "ddim_leading_1" if subfolder == "unet" else "ddim_leading")
-    if isinstance(model, DiT) and model.num_classes and model.null_label is not None:
+        return Exported(net, pipeline, (pipeline.guided_note,) if pipeline.guided_note else ())
+    # A Latte of classes is a DiT too, and no pipeline is for it.
+    if type(model) is DiT and model.num_classes and model.null_label is not None:
         return dit_of(model, num_steps=num_steps, num_timesteps=num_timesteps)
     raise ValueError(
         f"no pipeline of diffusers is for {type(model).__name__} as it is; wanted a DiT with classes and"
@@ -101,7 +139,7 @@ def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
     net.load_state_dict({**net.state_dict(), **weights})
     note = f"The timestep layer is fitted to num_inference_steps={num_steps}"
     note += "." if deviation < 1e-5 else f", to within {deviation:.2g} of features in [-1, 1]: images differ."
-    return Exported(net, "DiTPipeline", "transformer", notes=(note,))
+    return Exported(net, _DIT, (note,))
 
 
 def save_scheduler(
@@ -116,6 +154,8 @@ def save_scheduler(
     """Writes the DDIM scheduler whose steps are those of the sampler `ddim_leading`, and returns it.
 
     Args:
+        clip_sample: clamp the predicted x_0. The sampler's steps are then those of
+            `step(..., use_clipped_model_output=True)`: without it the noise stays as it was predicted.
         steps_offset: 1 is `ddim_leading_1`.
     """
     from diffusers import DDIMScheduler
@@ -138,44 +178,55 @@ def save_scheduler(
     return scheduler
 
 
+def check_pipeline(exported: Exported, encoder: Any, text: TextEncoder | None) -> None:
+    """Raises where the pipeline would draw something else than the model, or nothing.
+
+    Raises:
+        ValueError: an autoencoder with a shift, which these pipelines do not apply; variance channels, or a
+            text encoder without `attend_padding`, where the pipeline takes neither.
+    """
+    assert isinstance(encoder, Autoencoder)
+    pipeline = exported.pipeline
+    if encoder.shift_factor:
+        raise ValueError(
+            f"{pipeline.name} applies no shift_factor, got an autoencoder with {encoder.shift_factor}"
+        )
+    if not pipeline.drops_variance and exported.net.config.out_channels != encoder.channels:
+        raise ValueError(
+            f"{pipeline.name} takes no variance channels, got a model trained with diffusion.learn_sigma"
+            " true; wanted false, or --model-only"
+        )
+    if pipeline.reads_padding and text is not None and not text.attend_padding:
+        raise ValueError(
+            f"{pipeline.name} reads padding like words, got a model trained with"
+            " text_encoder.attend_padding false; wanted true"
+        )
+
+
 def save_pipeline(
-    folder: Path, exported: Exported, encoder: Any, text: TextEncoder | None, **scheduler: Any
+    folder: Path, exported: Exported, encoder: Autoencoder, text: TextEncoder | None, **scheduler: Any
 ) -> None:
     """Writes the pipeline's folder: network, autoencoder, scheduler, and text encoder with tokenizer.
 
     The tokenizer's `model_max_length`, to which StableDiffusionPipeline pads, becomes the text encoder's.
 
-    Raises:
-        ValueError: an autoencoder with a shift, which these pipelines do not apply; a text encoder of another
-            kind than the pipeline's; Stable Diffusion's without `attend_padding`.
+    Args:
+        exported: `check_pipeline` has nothing against it.
+        scheduler: see `save_scheduler`.
     """
     import diffusers
 
-    assert isinstance(encoder, Autoencoder)
-    if encoder.shift_factor:
-        raise ValueError(
-            f"{exported.pipeline} applies no shift_factor, got an autoencoder with {encoder.shift_factor}"
-        )
-    is_sd = exported.pipeline == "StableDiffusionPipeline"
-    if is_sd and text is not None and not text.attend_padding:
-        raise ValueError(
-            "StableDiffusionPipeline reads padding like words, got a model trained with"
-            " text_encoder.attend_padding false; wanted true"
-        )
+    pipeline = exported.pipeline
     parts: dict[str, Any] = {
-        exported.subfolder: exported.net,
+        pipeline.subfolder: exported.net,
         "vae": encoder.model,
-        # Stable Diffusion's pipeline insists on an offset of 1.
-        "scheduler": save_scheduler(
-            folder / "scheduler", steps_offset=int(exported.sampler.endswith("_1")), **scheduler
-        ),
+        "scheduler": save_scheduler(folder / "scheduler", steps_offset=pipeline.steps_offset, **scheduler),
+        **pipeline.parts,
     }
     if text is not None:
         text.tokenizer.model_max_length = text.max_length
         parts |= {"text_encoder": text.model, "tokenizer": text.tokenizer}
-    if is_sd:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    getattr(diffusers, exported.pipeline)(**parts).save_pretrained(folder, safe_serialization=True)
+    getattr(diffusers, pipeline.name)(**parts).save_pretrained(folder, safe_serialization=True)
 
 
 def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[str, Tensor], float]:

@@ -92,11 +92,12 @@ class TextEncoder(nn.Module):
                 f"no text encoder with a tokenizer found at '{path}': {first_line(error)};"
                 f" {loading_advice(allow_download)}"
             ) from error
-        longest = getattr(config, "max_position_embeddings", None)
+        # The tower's own: a whole CLIP's has a part for each of its two.
+        longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
             raise ValueError(f"the text encoder at '{path}' needs max_length <= {longest}, got {max_length}")
         self.model = model.requires_grad_(False).eval()
-        self.width = int(config.hidden_size)
+        self.width = int(model.config.hidden_size)
         self.max_length, self.attend_padding, self.num_cut = max_length, attend_padding, 0
 
     def train(self, mode: bool = True) -> "TextEncoder":

@@ -1,0 +1,128 @@
+"""How few model calls give samples as good as those of the SpeeD reference's 250 ancestral steps, on digits.
+
+One small DiT is trained; then both sides sample it from the same noise: the reference by its own
+`p_sample_loop` on its schedule of 250 steps, ours with each sampler at falling numbers of calls.
+
+Dims: N samples.
+"""
+
+import importlib
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from host_training import SPEED, SPEED_PACKAGES
+from image_sets import ImageSet, load_image_set, spread_labels
+from original_dit import importable
+from sample_quality import Sampler
+from stacked_training import Member, Shape, StackedTraining, build_model
+from torch import Tensor, nn
+
+from speedit_plugins.data.loader import stream_seed
+from speedit_plugins.diffusion.sampling import sample
+from speedit_plugins.engine.pictures import to_uint8
+from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
+from speedit_plugins.registry import FEATURES, build
+
+REFERENCE_CALLS = 250
+# Of each sampler one call of the model per step.
+CALLS: Mapping[str, tuple[int, ...]] = {
+    "ancestral": (250, 100, 50, 25),
+    "ddim": (100, 50, 25, 15, 10, 8, 6, 5, 4),
+    "dpm": (100, 50, 25, 15, 10, 8, 6, 5, 4),
+}
+Draw = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Squared Fréchet distance to the data by number of calls: one value for each noise."""
+
+    reference: tuple[float, ...]
+    ours: Mapping[str, Mapping[int, tuple[float, ...]]]
+
+    @property
+    def level(self) -> float:
+        """What counts as equal to the reference: its mean and one standard deviation between noises."""
+        return statistics.mean(self.reference) + statistics.stdev(self.reference)
+
+    def fewest(self, kind: str) -> int | None:
+        """Fewest calls of a sampler whose mean distance is at the level or below; None of no number tried."""
+        tried = self.ours[kind].items()
+        return min((calls for calls, values in tried if statistics.mean(values) <= self.level), default=None)
+
+
+def measure(hosts: Path, *, num_steps: int, num_samples: int, num_noises: int) -> Distances:
+    """Trains for `num_steps`, then samples N images from each of at least two noises in every way."""
+    data = load_image_set("digits", 8)
+    stack = StackedTraining([Member("speedit")], data, "linear", Shape())
+    while stack.step < num_steps:
+        stack.train_step()
+    model = build_model(data, stack.shape).eval()
+    model.load_state_dict({**model.state_dict(), **stack.averaged_weights(0)})
+    assert data.labels is not None
+    labels = spread_labels(data.labels, num_samples)
+    distance = _distance_to(data)
+    noises = [
+        torch.randn(
+            num_samples, *data.images.shape[1:], generator=torch.Generator().manual_seed(stream_seed(number))
+        )
+        for number in range(num_noises)
+    ]
+
+    def ours(sampler: Sampler) -> Draw:
+        def draw(noise: Tensor) -> Tensor:
+            return sample(
+                model,
+                stack.process,
+                noise,
+                condition=labels,
+                sampler=sampler.kind,
+                num_steps=sampler.num_steps,
+                clip_sample=sampler.is_clamped,
+            )
+
+        return draw
+
+    def scored(draw: Draw) -> tuple[float, ...]:
+        torch.manual_seed(0)
+        return tuple(distance(draw(noise)) for noise in noises)
+
+    return Distances(
+        scored(_reference(hosts / SPEED, model, labels)),
+        {
+            kind: {calls: scored(ours(Sampler.named(f"{kind}-{calls}"))) for calls in tried}
+            for kind, tried in CALLS.items()
+        },
+    )
+
+
+def _reference(checkout: Path, model: nn.Module, labels: Tensor) -> Draw:
+    with importable(checkout, bare=SPEED_PACKAGES):
+        kind = importlib.import_module("speed.diffusion.iddpm").IDDPM
+        diffusion: Any = kind(timestep_respacing=str(REFERENCE_CALLS), learn_sigma=False)
+
+    def draw(noise: Tensor) -> Tensor:
+        return diffusion.p_sample_loop(
+            model, noise.shape, noise, clip_denoised=True, model_kwargs={"condition": labels}, device="cpu"
+        )
+
+    return draw
+
+
+def _distance_to(data: ImageSet) -> Callable[[Tensor], float]:
+    """Of samples to the data, in the features of a classifier trained on the data."""
+    images = torch.from_numpy(to_uint8(data.images))
+    extractor = build(
+        FEATURES, "digit_classifier", images=images, labels=data.labels, device=torch.device("cpu")
+    )
+    real = feature_statistics(images, extractor)
+
+    def distance(samples: Tensor) -> float:
+        found = feature_statistics(torch.from_numpy(to_uint8(samples)), extractor)
+        return frechet_distance(found.mean, found.covariance, real.mean, real.covariance)
+
+    return distance

@@ -1,0 +1,257 @@
+"""Speed against peers, one run: training steps, the draw of timesteps, sampling, cached latents.
+
+steps     whole training steps of ours and of facebookresearch/DiT, fast-DiT and the SpeeD reference at three
+          image shapes, and of Latte at a small one of its own, in turn, with the time split
+draw      a batch's timesteps and weights, against the samplers of SpeeD and guided-diffusion
+sampling  model calls for the distance of the SpeeD reference's 250 ancestral steps, on digits
+latents   a batch from the latent cache, against decoding and encoding its images
+
+Ratios are the peer's seconds over ours within a round: above 1, ours is faster. DIR holds checkouts named
+owner+name; a peer without one is named and left out.
+
+    python benchmarks/throughput.py --hosts DIR [--rounds 5] [--threads 2] [--clock wall]
+        [--only steps draw sampling latents] [--json OUT]
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import draw_cost
+import latent_reading
+import sampling_calls
+import torch
+from host_training import GUIDED, IMAGE_HOSTS, SPEED, VIDEO_HOSTS
+from sampling_calls import Distances
+from training_steps import OURS, Case, Comparison, compare
+from wrapper_overhead import Spread
+
+# Processor time is not stretched by other programs, but counts threads that wait: for one thread.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+# Each with the least ratio to every peer that it is meant to have.
+IMAGE_CASES = ((Case("DiT-S/2", 8, 32), 1.0), (Case("DiT-B/4", 8, 32), 1.0), (Case("DiT-S/8", 32, 32), 1.1))
+# A video model has no image's shape: 8 frames of 64 tokens.
+VIDEO_CASE = Case("Latte-S/2", 2, 16, num_frames=8)
+BATCH_SIZES = (8, 32)
+# The share of a step that its draw may take.
+DRAW_LIMIT = 0.01
+
+
+@dataclass(frozen=True)
+class Options:
+    """The folder of the checkouts; rounds >= 1 of each timing that is long; the clock of the steps."""
+
+    hosts: Path
+    rounds: int
+    clock: str
+    repetitions: int = 1000
+    training_steps: int = 1600
+    num_samples: int = 500
+    num_noises: int = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured: a text to read, and plain values for JSON."""
+
+    text: str
+    values: Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints each part when it is done and, where asked, writes all values as JSON."""
+    arguments = _arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    options = Options(arguments.hosts, arguments.rounds, arguments.clock)
+    machine = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
+        f"{arguments.threads} threads, {arguments.clock} time of steps, {arguments.rounds} rounds"
+    )
+    print(machine)
+    for name, checkout in _missing(arguments.hosts).items():
+        print(f"left out: {name}, no checkout {checkout} in {arguments.hosts}")
+    values: dict[str, Any] = {"machine": machine}
+    for name in PARTS:
+        if name in arguments.only:
+            part = PARTS[name](options, values)
+            values[name] = part.values
+            print(f"\n{part.text}", flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
+    """The three image shapes and the video shape, each with the hosts that are there."""
+    texts, values = [], {}
+    for case, floor in (*IMAGE_CASES, (VIDEO_CASE, None)):
+        known = VIDEO_HOSTS if case.num_frames else IMAGE_HOSTS
+        hosts = [host for host in known if host.is_in(options.hosts)]
+        if hosts:
+            found = compare(case, hosts, options.hosts, options.rounds, clock=CLOCKS[options.clock])
+            texts.append(steps_table(found, floor))
+            values[case.model] = steps_values(found)
+    return Part("\n\n".join(texts), values)
+
+
+def steps_table(found: Comparison, floor: float | None) -> str:
+    """A row per side: seconds, samples per second, ratio and its quartiles, split in milliseconds."""
+    phases = list(found.sides[OURS].split())
+    lines = [
+        f"{found.case}",
+        "",
+        f"| | step | samples/s | ratio | quartiles | {' | '.join(phases)} |",
+        "|---" * (5 + len(phases)) + "|",
+    ]
+    for name, steps in found.sides.items():
+        seconds, ratio = Spread.of(steps.seconds).median, found.ratio(name)
+        split = " | ".join(f"{1000 * value:.2f}" for value in steps.split().values())
+        lines.append(
+            f"| {name} | {seconds:.3f} s | {found.case.batch / seconds:.2f} | {ratio.median:.3f} "
+            f"| {ratio.low:.3f}, {ratio.high:.3f} | {split} |"
+        )
+    if floor is not None:
+        least = min((found.ratio(name).median, name) for name in found.sides if name != OURS)
+        verdict = "held" if least[0] >= floor else "missed"
+        lines += ["", f"Floor {floor:.1f}: {verdict}, {least[0]:.3f} against {least[1]}."]
+    return "\n".join([*lines, "The split is in milliseconds."])
+
+
+def steps_values(found: Comparison) -> dict[str, Any]:
+    """Seconds of all rounds, medians of the split, and ratios, by side."""
+    return {
+        "case": asdict(found.case),
+        "sides": {
+            name: {"seconds": steps.seconds, "split": steps.split(), "ratio": asdict(found.ratio(name))}
+            for name, steps in found.sides.items()
+        },
+    }
+
+
+def measure_draw(options: Options, done: Mapping[str, Any]) -> Part:
+    """Each sampler's draw, and the share of our draw in our steps where these were measured before."""
+    found = draw_cost.measure(options.hosts, BATCH_SIZES, options.repetitions)
+    text, shares = draw_table(found), draw_shares(done.get("steps", {}))
+    if shares:
+        worst = max(shares.values())
+        listed = ", ".join(f"{name} {100 * share:.3f} %" for name, share in shares.items())
+        verdict = "held" if worst <= DRAW_LIMIT else "missed"
+        text += f"\n\nShare of our step: {listed}. Limit {100 * DRAW_LIMIT:g} %: {verdict}."
+    draws = {
+        str(batch): {name: asdict(spread) for name, spread in row.items()} for batch, row in found.items()
+    }
+    return Part(text, {"seconds": draws, "shares": shares})
+
+
+def draw_table(found: Mapping[int, Mapping[str, Spread]]) -> str:
+    """A row per sampler, microseconds per batch size, with the ratio to our `speed`."""
+    heads = [f"batch {batch} | ratio to ours: speed" for batch in found]
+    lines = [f"| sampler | {' | '.join(heads)} |", "|---" * (1 + 2 * len(found)) + "|"]
+    for name in next(iter(found.values())):
+        cells = [
+            f"{1e6 * row[name].median:.0f} us | {row[name].median / row['ours: speed'].median:.2f}"
+            for row in found.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_shares(steps: Mapping[str, Any]) -> dict[str, float]:
+    """Median draw over median step of ours, by model; the draw as it is within the step."""
+    sides = {name: values["sides"][OURS] for name, values in steps.items()}
+    return {name: side["split"]["draw"] / Spread.of(side["seconds"]).median for name, side in sides.items()}
+
+
+def measure_sampling(options: Options, done: Mapping[str, Any]) -> Part:
+    """Needs the SpeeD reference, whose sampler is what ours are compared with."""
+    if not (options.hosts / SPEED).is_dir():
+        return Part(f"sampling: left out, no checkout {SPEED}", {})
+    found = sampling_calls.measure(
+        options.hosts,
+        num_steps=options.training_steps,
+        num_samples=options.num_samples,
+        num_noises=options.num_noises,
+    )
+    fewest = {kind: found.fewest(kind) for kind in found.ours}
+    return Part(sampling_table(found), {**asdict(found), "level": found.level, "fewest": fewest})
+
+
+def sampling_table(found: Distances) -> str:
+    """Distances by sampler and calls, and the fewest calls at the reference's level."""
+    lines = ["| sampler | calls | distance | standard deviation |", "|---|---|---|---|"]
+    rows = [("SpeeD reference, ancestral", sampling_calls.REFERENCE_CALLS, found.reference)]
+    for kind, tried in found.ours.items():
+        rows += [(f"ours: {kind}", calls, values) for calls, values in tried.items()]
+    for name, calls, values in rows:
+        lines.append(f"| {name} | {calls} | {statistics.mean(values):.2f} | {statistics.stdev(values):.2f} |")
+    lines.append("")
+    for kind in found.ours:
+        fewest = found.fewest(kind)
+        times = "" if fewest is None else f"{sampling_calls.REFERENCE_CALLS / fewest:.1f} times fewer"
+        told = "no number tried" if fewest is None else f"{fewest} calls, {times}"
+        lines.append(f"{kind}: at the reference's level, {found.level:.2f}, with {told}.")
+    return "\n".join(lines)
+
+
+def measure_latents(options: Options, done: Mapping[str, Any]) -> Part:
+    """Batches of 8 images of 64 pixels."""
+    found = latent_reading.measure(image_size=64, batch=8, rounds=options.rounds)
+    images, cache = Spread.of(found.timings.host), Spread.of(found.timings.ours)
+    # Of the timings' two sides the cache is ours; their own ratio is its inverse.
+    ratio = Spread.of([a / b for a, b in zip(found.timings.host, found.timings.ours, strict=True)])
+    text = (
+        f"A batch of {found.batch} images of {found.image_size} pixels: decoded and encoded "
+        f"{images.median:.3f} s, from the latent cache {1000 * cache.median:.2f} ms, "
+        f"ratio {ratio.median:.0f} ({ratio.low:.0f}, {ratio.high:.0f})."
+    )
+    return Part(text, {**asdict(found), "ratio": asdict(ratio)})
+
+
+PARTS: dict[str, Callable[[Options, Mapping[str, Any]], Part]] = {
+    "steps": measure_steps,
+    "draw": measure_draw,
+    "sampling": measure_sampling,
+    "latents": measure_latents,
+}
+
+
+def _missing(hosts: Path) -> dict[str, str]:
+    """Checkouts that the folder has not, by the peer's name."""
+    peers = {host.name: host.checkout for host in (*IMAGE_HOSTS, *VIDEO_HOSTS)}
+    peers["guided-diffusion"] = GUIDED
+    return {name: checkout for name, checkout in peers.items() if not (hosts / checkout).is_dir()}
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", type=Path, required=True, help="folder of checkouts named owner+name")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="of steps; cpu: one thread")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--json", type=Path, help="also write all values here")
+    arguments = parser.parse_args(argv)
+    # Said before the minutes of measuring, not after.
+    if arguments.rounds < 1 or arguments.threads < 1:
+        parser.error(
+            f"wanted rounds and threads >= 1, got --rounds {arguments.rounds} --threads {arguments.threads}"
+        )
+    if arguments.clock == "cpu" and arguments.threads > 1:
+        parser.error(f"--clock cpu counts waiting threads: wanted --threads 1, got {arguments.threads}")
+    if not arguments.hosts.is_dir():
+        parser.error(f"--hosts needs an existing folder, got {arguments.hosts}")
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        parser.error(f"--json needs an existing folder, got {arguments.json.parent}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Timesteps drawn by log-SNR, about the point where the data's structure comes out of the noise.
+
+The best linear denoiser of Gaussian data, the Wiener filter, sees every principal component by itself: at a
+signal-to-noise ratio SNR it leaves s / (1 + SNR s) of a component's variance s unexplained. Where half of the
+data's variance is explained, most of what a sample looks like is decided.
+
+Dims: N samples, d values of a sample, K = min(N, d) eigenvalues, T timesteps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.core.densities import Density
+from speedit_plugins.core.schedule import NoiseSchedule
+
+# log-SNRs between which a data set's middle is looked for: variances from e^-40 to e^40.
+_WIDEST = 40.0
+
+
+@dataclass(frozen=True, eq=False)
+class DataSpectrum:
+    """Variances along the principal components of a data set.
+
+    Args:
+        variances: >= 0, not all 0, shape (K,); kept as float64 on the CPU.
+
+    Raises:
+        ValueError: variances that are negative, not finite or all 0.
+    """
+
+    variances: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variances", self.variances.detach().to("cpu", torch.float64))
+        total = self.variances.sum()
+        if not (torch.isfinite(total) and total > 0 and (self.variances >= 0).all()):
+            raise ValueError(f"a spectrum needs finite variances >= 0 with a positive sum, got sum {total:g}")
+
+    @classmethod
+    def of(cls, samples: Tensor) -> "DataSpectrum":
+        """The spectrum of samples (N, ...), N >= 2, as the model sees them: latents, or pixels in [-1, 1].
+
+        Some hundred samples do: fewer than d of them lack the smallest variances, which add least.
+
+        Raises:
+            ValueError: fewer than two samples, samples that are all the same, or values that are not finite.
+        """
+        if len(samples) < 2:
+            raise ValueError(f"a spectrum needs at least two samples, got shape {tuple(samples.shape)}")
+        rows = samples.detach().flatten(1).cpu().double()
+        rows = rows - rows.mean(dim=0)
+        # Of the two Gram matrices, which share their eigenvalues above 0, the smaller.
+        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+        if not torch.isfinite(gram).all():
+            raise ValueError("a spectrum needs finite samples, got inf or NaN")
+        return cls(torch.linalg.eigvalsh(gram).clamp(min=0) / (len(rows) - 1))
+
+    def explained(self, log_snr: float) -> float:
+        """Share of the variance that the best linear denoiser explains, in [0, 1], rising with log-SNR."""
+        signal = math.exp(log_snr) * self.variances
+        return float((self.variances * signal / (1 + signal)).sum() / self.variances.sum())
+
+    def log_snr_at(self, share: float = 0.5) -> float:
+        """The log-SNR in [-40, 40] at which `explained` is `share`, in (0, 1)."""
+        if not 0 < share < 1:
+            raise ValueError(f"a share of the variance needs to lie in (0, 1), got {share}")
+        low, high = -_WIDEST, _WIDEST
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.explained(middle) < share else (low, middle)
+        return (low + high) / 2
+
+
+def log_snr_normal(
+    schedule: NoiseSchedule,
+    data_spectrum: Callable[[], DataSpectrum] | None = None,
+    *,
+    mean: float | None = None,
+    shift: float = 0.0,
+    std: float = 1.3,
+) -> Density:
+    """log-SNR ~ N(mean + shift, std), cut at the schedule's ends: its mass between the middles to neighbours.
+
+    Args:
+        data_spectrum: gives the spectrum of the data where `mean` is not given.
+        mean: centre in log-SNR, finite; lower is noisier. None is `DataSpectrum.log_snr_at()` of the data.
+        shift: added to the centre; above 0 is cleaner.
+        std: of log-SNR, > 0.
+
+    Raises:
+        ValueError: a parameter out of range, no mean and no spectrum, T < 2, or no timestep with any mass.
+    """
+    if mean is None:
+        if data_spectrum is None:
+            raise ValueError(
+                "log_snr_normal needs mean, the log-SNR at which half of your data's variance is explained:"
+                " DataSpectrum.of(latents).log_snr_at() of speedit_plugins.spectrum; got none"
+            )
+        mean = data_spectrum().log_snr_at()
+    centre = mean + shift
+    if not (math.isfinite(centre) and 0 < std < math.inf):
+        raise ValueError(
+            f"log_snr_normal needs a finite mean and shift, and std > 0, got {mean}, {shift} and {std}"
+        )
+    if schedule.num_timesteps < 2:
+        raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
+    log_snr = schedule.log_snr
+    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,), falling
+    return Density(-torch.special.ndtr((edges - centre) / std).diff())

@@ -1,0 +1,57 @@
+"""The centre of a policy that follows the data: measured once, before training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from speedit_plugins.data.digits import Digits
+from speedit_plugins.engine.centre import centred, is_centred_by_data
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.describe import describe
+from speedit_plugins.engine.runtime import Runtime
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.train import train
+from speedit_plugins.spectrum import DataSpectrum
+
+LONE = Runtime(device=torch.device("cpu"))
+
+
+def digits(*options: str) -> ExperimentConfig:
+    return load_config("configs/image/digits/base.yaml", "train", ["model.depth=1", *options])
+
+
+def test_the_centre_is_that_of_the_data() -> None:
+    config = centred(digits("diffusion.policy=spectral"), LONE)
+    whole = DataSpectrum.of(Digits(image_size=config.image_size).images).log_snr_at()
+    # Of 1,797 digits 1,024 are measured, in the trainer's train split.
+    assert config.diffusion.policy["mean"] == pytest.approx(whole, abs=0.1)
+    assert not is_centred_by_data(config)
+
+
+def test_a_density_of_its_own_is_centred_too() -> None:
+    parts = ["diffusion.policy.density=log_snr_normal", "diffusion.policy.weighting=constant"]
+    policy = centred(digits(*parts), LONE).diffusion.policy
+    named = centred(digits("diffusion.policy=spectral_fast"), LONE).diffusion.policy
+    assert policy["density"] == {"type": "log_snr_normal", "mean": named["mean"]}
+
+
+@pytest.mark.parametrize("policy", ["speedit", "uniform"])
+def test_other_policies_measure_nothing(policy: str) -> None:
+    config = digits(f"diffusion.policy={policy}")
+    assert centred(config, LONE) is config
+
+
+def test_a_given_centre_is_kept() -> None:
+    config = digits("diffusion.policy=spectral", "diffusion.policy.mean=-1.5")
+    assert centred(config, LONE) is config
+
+
+def test_training_writes_the_centre_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["max_training_steps=1", f"experiment_dir={tmp_path}", "optimizer.warmup_steps=0"]
+    config = digits("diffusion.policy=spectral", *options)
+    assert "centred by the data when training starts" in describe(config)
+    train(config)
+    assert "the policy is centred at log-SNR " in capsys.readouterr().out
+    written = load_config(str(tmp_path / "config_train.yaml"), "train", [])
+    assert written.diffusion.policy == centred(config, LONE).diffusion.policy

@@ -1,0 +1,113 @@
+"""The spectrum of data, and draws of log-SNR about its middle."""
+
+import math
+
+import pytest
+import torch
+from policy_cases import unit_variance
+from scipy.stats import norm
+
+from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins.data.digits import Digits
+from speedit_plugins.spectrum import DataSpectrum, log_snr_normal
+
+LINEAR = NoiseSchedule.linear()
+
+
+def some_images(num_samples: int) -> torch.Tensor:
+    images = Digits(image_size=8).images
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:num_samples]]
+
+
+@pytest.mark.parametrize("variance", [1.0, 0.25, 9.0])
+def test_half_of_one_component_is_explained_where_noise_has_its_variance(variance: float) -> None:
+    spectrum = DataSpectrum(torch.tensor([variance]))
+    assert spectrum.log_snr_at() == pytest.approx(-math.log(variance), abs=1e-8)
+    assert spectrum.explained(-math.log(variance)) == pytest.approx(0.5)
+
+
+def test_explained_is_the_wiener_filters_share() -> None:
+    variances = torch.tensor([4.0, 1.0, 0.1], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * variances.sqrt()
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    snr = 0.7
+    noisy = math.sqrt(snr) * x + noise
+    left = x - noisy * (math.sqrt(snr) * variances / (1 + snr * variances))
+    share = 1 - float((left**2).sum() / (x**2).sum())
+    # The standard error of each of the two sums is below 0.3 % of it.
+    assert DataSpectrum(variances).explained(math.log(snr)) == pytest.approx(share, abs=0.01)
+
+
+def test_both_gram_matrices_give_the_components() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tall = torch.randn(40, 3, 2, generator=generator)
+    wide = torch.randn(5, 3, 2, generator=generator)
+    for x in (tall, wide):
+        expected = torch.linalg.svdvals((x.flatten(1) - x.flatten(1).mean(0)).double()) ** 2 / (len(x) - 1)
+        found = DataSpectrum.of(x).variances.sort(descending=True).values
+        torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
+
+
+def test_scaled_data_move_the_middle_by_the_log_of_their_power() -> None:
+    images = some_images(300)
+    middle = DataSpectrum.of(images).log_snr_at()
+    assert DataSpectrum.of(3 * images).log_snr_at() == pytest.approx(middle - 2 * math.log(3), abs=1e-6)
+    # Each pixel four times: the same components, with four times the variance.
+    enlarged = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert DataSpectrum.of(enlarged).log_snr_at() == pytest.approx(middle - math.log(4), abs=1e-6)
+
+
+def test_some_hundred_samples_find_the_middle() -> None:
+    whole = DataSpectrum.of(Digits(image_size=8).images).log_snr_at()
+    assert DataSpectrum.of(some_images(200)).log_snr_at() == pytest.approx(whole, abs=0.2)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(), NoiseSchedule.rectified_flow()])
+def test_log_snr_is_normal_on_every_schedule(schedule: NoiseSchedule) -> None:
+    density = log_snr_normal(schedule, mean=0.3, shift=0.2, std=0.8)
+    for edge in (-1.0, 0.5, 1.5):
+        below = float(density.table[schedule.log_snr < edge].sum())
+        # Up to half the mass of the timestep at the edge, which is at most 1 %.
+        assert below == pytest.approx(norm.cdf(edge, 0.5, 0.8), abs=0.01)
+
+
+def test_a_zero_terminal_end_has_no_mass() -> None:
+    schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0])
+    table = log_snr_normal(schedule, mean=0.0).table
+    assert float(table[-1]) == 0.0
+    assert (table[:-1] > 0).all()
+
+
+def test_p2_weights_have_mean_one_half_about_equal_signal_and_noise() -> None:
+    # 1 / (1 + SNR) is odd about 1/2 in log-SNR, and so are draws about 0.
+    assert build_policy({"type": "spectral", "mean": 0.0}, LINEAR).mean_weight == pytest.approx(0.5, abs=1e-4)
+
+
+def test_data_are_asked_only_where_the_centre_is_not_given() -> None:
+    measured = build_policy("spectral", LINEAR, data_spectrum=unit_variance)
+    given = build_policy({"type": "spectral", "mean": 0.0}, LINEAR, data_spectrum=None)
+    torch.testing.assert_close(measured.density, given.density, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="log_snr_normal needs mean, .* DataSpectrum.of"):
+        build_policy("spectral_fast", LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(1, 4), r"at least two samples, got shape \(1, 4\)"),
+        (torch.ones(3, 4), "positive sum, got sum 0"),
+        (torch.tensor([[0.0], [math.nan]]), "finite samples, got inf or NaN"),
+    ],
+)
+def test_samples_without_a_spectrum_are_refused(samples: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataSpectrum.of(samples)
+
+
+def test_shares_and_parameters_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(0, 1\), got 1"):
+        unit_variance().log_snr_at(1.0)
+    for options in ({"std": 0.0}, {"mean": math.inf}, {"shift": math.nan}):
+        with pytest.raises(ValueError, match="finite mean and shift, and std > 0"):
+            log_snr_normal(LINEAR, **{"mean": 0.0, **options})
