@@ -159,10 +159,12 @@ class GaussianProcess:
     def _variational_bound(self, mean: Tensor, variance: Tensor, noised: Noised) -> Tensor:
         truth = self.posterior(noised.x_0, noised.x_t, noised.index)
         model = self._step(mean, variance, noised.x_t, noised.index)
-        # The last step of the chain has no posterior to match: it is scored on the data themselves.
+        nats = gaussian_kl(truth, model)
+        # The last step of the chain has no posterior to match: it is scored on the data themselves. A device
+        # would have to be waited for to learn whether it was drawn.
         last_step = (noised.index == 0).reshape(-1, *[1] * (mean.ndim - 1))
-        likelihood = discretized_log_likelihood(noised.x_0, model)
-        nats = torch.where(last_step, -likelihood, gaussian_kl(truth, model))
+        if last_step.device.type != "cpu" or last_step.any():
+            nats = torch.where(last_step, -discretized_log_likelihood(noised.x_0, model), nats)
         scale = self.schedule.num_timesteps / 1000 if self.rescale_learned_sigmas else 1.0
         return _flat_mean(nats) * (scale / math.log(2.0))  # (B,)
 

@@ -3,7 +3,6 @@
 Dims: B batch.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,6 @@ from speedit_plugins.registry import (
     build,
     build_policy,
 )
-from speedit_plugins.spectrum import DataSpectrum
 
 Process = GaussianProcess | RectifiedFlow
 
@@ -51,13 +49,9 @@ def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
     return cast(Process, build(PROCESSES, options))
 
 
-def build_timestep_policy(
-    config: ExperimentConfig, process: Process, data_spectrum: Callable[[], DataSpectrum] | None = None
-) -> TimestepPolicy:
-    """The policy of `diffusion.policy` on the process's schedule; `data_spectrum` as in `build_policy`."""
-    return build_policy(
-        config.diffusion.policy, process.schedule, process.prediction_type, data_spectrum=data_spectrum
-    )
+def build_timestep_policy(config: ExperimentConfig, process: Process) -> TimestepPolicy:
+    """The policy of `diffusion.policy` on the process's schedule."""
+    return build_policy(config.diffusion.policy, process.schedule, process.prediction_type)
 
 
 def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:

@@ -12,6 +12,7 @@ from speedit_plugins.engine.inputs import BatchEncoder
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.tracking import say
+from speedit_plugins.registry import build_policy
 from speedit_plugins.spectrum import DataSpectrum
 
 NUM_SAMPLES = 1024
@@ -27,7 +28,9 @@ def is_centred_by_data(config: ExperimentConfig) -> bool:
         asked.append(True)
         return DataSpectrum(torch.ones(1))
 
-    build.build_timestep_policy(config, build.build_process(config, respaced=True), unknown)
+    process = build.build_process(config, respaced=True)
+    policy, prediction_type = config.diffusion.policy, process.prediction_type
+    build_policy(policy, process.schedule, prediction_type, data_spectrum=unknown)
     return bool(asked)
 
 
