@@ -51,7 +51,7 @@ def test_a_text_to_image_run_trains_samples_and_infers(tmp_path: Path) -> None:
     (folder,) = (path for path in (tmp_path / "inference").iterdir() if path.is_dir())
     captions = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert [row["caption"] for row in captions] == ["red heart", "green apple", "red heart"]
-    assert sorted(path.name for path in folder.glob("*.png")) == [f"{row['file']}.png" for row in captions]
+    assert sorted(path.name for path in folder.glob("*.png")) == [row["file_name"] for row in captions]
     with np.load(folder.with_suffix(".npz")) as npz:
         assert npz["arr_0"].shape == (3, 32, 32, 3)
 

@@ -57,7 +57,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         # Here, since the libraries that write files name a missing folder in errors of their own.
         partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        # Some of them make it private; it follows the user's umask as any new file does.
+        partial.chmod(mode)
         flush(partial)
         partial.replace(path)
     finally:

@@ -161,10 +161,8 @@ def find_config(path: str | Path) -> Path:
     known = sorted({file.relative_to(root).as_posix() for root in roots for file in root.rglob("*.yaml")})
     close = difflib.get_close_matches(str(path).removeprefix(f"{CONFIG_FOLDER}/"), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    listed = f"; known: {', '.join(known)}" if known else "; no ./configs folder, none packaged"
-    # A path into a folder that is there was not meant as the name of a packaged config.
-    meant = "" if name.parent != Path() and name.parent.is_dir() else listed
-    raise ValueError(f"config {str(path)!r} {kind}{hint}{meant}")
+    listed = f"known: {', '.join(known)}" if known else "no ./configs folder, none packaged"
+    raise ValueError(f"config {str(path)!r} {kind}{hint}; {listed}")
 
 
 def _config_roots() -> list[Path]:
