@@ -76,6 +76,9 @@ def open_sora_speed() -> Recipe:
 def spectral(*, mean: float | None = None, std: float = 1.3) -> Recipe:
     """log-SNR drawn about where half of the data's variance is explained, P2 weights. Source: docs/method.md.
 
+    For samplers that clamp x_0 and for models of v; a model of epsilon that samples without a clamp may fall
+    behind uniform draws.
+
     Args:
         mean: log-SNR of that point; None is measured where the data are at hand, as the trainer does.
         std: of log-SNR, > 0.
@@ -89,8 +92,8 @@ def spectral(*, mean: float | None = None, std: float = 1.3) -> Recipe:
 def spectral_fast(*, mean: float | None = None, shift: float = 0.7, std: float = 0.6) -> Recipe:
     """A narrow `spectral` on its cleaner side. Source: docs/method.md.
 
-    Only for samplers that clamp x_0: a model that predicts noise learns nothing of the noisiest timesteps,
-    and samples without the clamp are useless.
+    For samplers that clamp x_0, models of v, and schedules that stop short of pure noise: a model of epsilon
+    learns nothing of the noisiest timesteps, and sampling through them without a clamp is useless.
 
     Args:
         mean: as for `spectral`.
