@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from host_training import GUIDED, SPEED, guided_draws, speed_draw
+from peer_training import GUIDED, SPEED, guided_draws, speed_draw
 from wrapper_overhead import Spread
 
 from speedit_plugins import NoiseSchedule

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_training import SPEED, SPEED_PACKAGES
 from image_sets import ImageSet, load_image_set, spread_labels
 from original_dit import importable
+from peer_training import SPEED, SPEED_PACKAGES
 from sample_quality import Sampler
 from stacked_training import Member, Shape, StackedTraining, build_model
 from torch import Tensor, nn

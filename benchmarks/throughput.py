@@ -28,7 +28,7 @@ import draw_cost
 import latent_reading
 import sampling_calls
 import torch
-from host_training import GUIDED, IMAGE_HOSTS, SPEED, VIDEO_HOSTS
+from peer_training import GUIDED, IMAGE_HOSTS, SPEED, VIDEO_HOSTS
 from sampling_calls import Distances
 from training_steps import OURS, Case, Comparison, compare
 from wrapper_overhead import Spread

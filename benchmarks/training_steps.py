@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_training import Host, HostParts
+from peer_training import Host, HostParts
 from torch import Tensor, nn
 from wrapper_overhead import Spread
 

@@ -30,7 +30,7 @@ def hosts() -> Path:
 
 
 def host_of(load: Load, name: str, hosts: Path) -> Any:
-    module = load("host_training")
+    module = load("peer_training")
     host = next(each for each in (*module.IMAGE_HOSTS, *module.VIDEO_HOSTS) if each.name == name)
     if not host.is_in(hosts):
         pytest.skip(f"no checkout {host.checkout}")
@@ -212,7 +212,7 @@ class TestHosts:
         assert list(found.sides) == ["ours", "Latte"]
 
     def test_the_learning_sampler_is_warm_and_of_equal_losses_uniform(self, load: Load, hosts: Path) -> None:
-        module = load("host_training")
+        module = load("peer_training")
         if not (hosts / module.GUIDED).is_dir():
             pytest.skip(f"no checkout {module.GUIDED}")
         draw = module.guided_draws(hosts / module.GUIDED)["loss-second-moment"]
@@ -222,7 +222,7 @@ class TestHosts:
         assert_close(weight, torch.ones(16), atol=1e-6, rtol=0)
 
     def test_the_references_weights_lie_in_its_range(self, load: Load, hosts: Path) -> None:
-        module = load("host_training")
+        module = load("peer_training")
         if not (hosts / module.SPEED).is_dir():
             pytest.skip(f"no checkout {module.SPEED}")
         index, weight = module.speed_draw(hosts / module.SPEED)(64)
