@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from peer_training import GUIDED, SPEED, guided_draws, speed_draw
-from wrapper_overhead import Spread
+from spread import Spread
 
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.registry import build_policy

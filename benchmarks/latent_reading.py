@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from wrapper_overhead import Timings, interleaved
 
 from speedit_plugins.engine.config import load_config
@@ -45,15 +46,19 @@ def measure(*, image_size: int, batch: int, rounds: int, channels: Sequence[int]
         )
         cached = [f"data.dataset.root={folder / 'latents'}", "data.dataset.type=LatentCache"]
         sides = [_batches(config), _batches(load_config(path, "train", cached))]
-        return Reading(image_size, batch, interleaved(*sides, rounds))
+        timings = interleaved(*sides, rounds)
+        images, latents = (side().cpu() for side in sides)
+        # Of the same batch, up to float16, in which the cache keeps means and standard deviations.
+        torch.testing.assert_close(latents, images, atol=2e-3 * float(images.abs().max()), rtol=0)
+        return Reading(image_size, batch, timings)
 
 
-def _batches(config: ExperimentConfig) -> Callable[[], None]:
-    """What the trainer does for a batch up to the noised latents' inputs."""
+def _batches(config: ExperimentConfig) -> Callable[[], Tensor]:
+    """What the trainer does for a batch of latents (B, C, h, w)."""
     trainer = build_trainer(config)
 
-    def step() -> None:
-        trainer.inputs.encode(next(trainer.loader), trainer._generators)
+    def step() -> Tensor:
+        return trainer.inputs.encode(next(trainer.loader), trainer._generators).latents
 
     return step
 
@@ -82,7 +87,7 @@ def _experiment(folder: Path, *, image_size: int, batch: int, channels: Sequence
         "model": {"type": "DiT-S/2"},
         "encoder": {"type": "AutoencoderKL", "path": str(folder / "autoencoder")},
         "data": {
-            "dataset": {"type": "ImageFolder", "root": str(folder / "images")},
+            "dataset": {"type": "ImageFolder", "root": str(folder / "images"), "random_flip": False},
             "batch_size": batch,
         },
         "max_training_steps": 1,

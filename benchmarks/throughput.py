@@ -10,7 +10,7 @@ Ratios are the peer's seconds over ours within a round: above 1, ours is faster.
 owner+name; a peer without one is named and left out.
 
     python benchmarks/throughput.py --hosts DIR [--rounds 5] [--threads 2] [--clock wall]
-        [--only steps draw sampling latents] [--json OUT]
+        [--compile] [--only steps draw sampling latents] [--json OUT]
 """
 
 import argparse
@@ -30,8 +30,8 @@ import sampling_calls
 import torch
 from peer_training import GUIDED, IMAGE_HOSTS, SPEED, VIDEO_HOSTS
 from sampling_calls import Distances
+from spread import Spread
 from training_steps import OURS, Case, Comparison, compare
-from wrapper_overhead import Spread
 
 # Processor time is not stretched by other programs, but counts threads that wait: for one thread.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -46,11 +46,15 @@ DRAW_LIMIT = 0.01
 
 @dataclass(frozen=True)
 class Options:
-    """The folder of the checkouts; rounds >= 1 of each timing that is long; the clock of the steps."""
+    """The folder of the checkouts; rounds >= 1 of each timing that is long; the clock of the steps.
+
+    With `is_compiled` our model has `compile: true`; peers never compile theirs.
+    """
 
     hosts: Path
     rounds: int
     clock: str
+    is_compiled: bool = False
     repetitions: int = 1000
     training_steps: int = 1600
     num_samples: int = 500
@@ -69,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints each part when it is done and, where asked, writes all values as JSON."""
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
-    options = Options(arguments.hosts, arguments.rounds, arguments.clock)
+    options = Options(arguments.hosts, arguments.rounds, arguments.clock, is_compiled=arguments.compile)
     machine = (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
         f"{arguments.threads} threads, {arguments.clock} time of steps, {arguments.rounds} rounds"
+        f"{', our model compiled' if arguments.compile else ''}"
     )
     print(machine)
     for name, checkout in _missing(arguments.hosts).items():
@@ -94,10 +99,13 @@ def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
         known = VIDEO_HOSTS if case.num_frames else IMAGE_HOSTS
         hosts = [host for host in known if host.is_in(options.hosts)]
         if hosts:
-            found = compare(case, hosts, options.hosts, options.rounds, clock=CLOCKS[options.clock])
+            clock = CLOCKS[options.clock]
+            found = compare(
+                case, hosts, options.hosts, options.rounds, clock=clock, is_compiled=options.is_compiled
+            )
             texts.append(steps_table(found, floor))
             values[case.model] = steps_values(found)
-    return Part("\n\n".join(texts), values)
+    return Part("\n\n".join(texts) or "steps: left out, no checkout", values)
 
 
 def steps_table(found: Comparison, floor: float | None) -> str:
@@ -120,7 +128,7 @@ def steps_table(found: Comparison, floor: float | None) -> str:
         least = min((found.ratio(name).median, name) for name in found.sides if name != OURS)
         verdict = "held" if least[0] >= floor else "missed"
         lines += ["", f"Floor {floor:.1f}: {verdict}, {least[0]:.3f} against {least[1]}."]
-    return "\n".join([*lines, "The split is in milliseconds."])
+    return "\n".join([*lines, "", "The split is in milliseconds."])
 
 
 def steps_values(found: Comparison) -> dict[str, Any]:
@@ -193,8 +201,9 @@ def sampling_table(found: Distances) -> str:
     lines.append("")
     for kind in found.ours:
         fewest = found.fewest(kind)
-        times = "" if fewest is None else f"{sampling_calls.REFERENCE_CALLS / fewest:.1f} times fewer"
-        told = "no number tried" if fewest is None else f"{fewest} calls, {times}"
+        told = "no number tried"
+        if fewest is not None:
+            told = f"{fewest} calls, {sampling_calls.REFERENCE_CALLS / fewest:.1f} times fewer"
         lines.append(f"{kind}: at the reference's level, {found.level:.2f}, with {told}.")
     return "\n".join(lines)
 
@@ -236,6 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="of steps; cpu: one thread")
+    parser.add_argument("--compile", action="store_true", help="of steps: our model with `compile: true`")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
     parser.add_argument("--json", type=Path, help="also write all values here")
     arguments = parser.parse_args(argv)
@@ -246,6 +256,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.clock == "cpu" and arguments.threads > 1:
         parser.error(f"--clock cpu counts waiting threads: wanted --threads 1, got {arguments.threads}")
+    if arguments.compile and "steps" not in arguments.only:
+        parser.error(f"--compile is of steps, got --only {' '.join(arguments.only)}")
     if not arguments.hosts.is_dir():
         parser.error(f"--hosts needs an existing folder, got {arguments.hosts}")
     if arguments.json is not None and not arguments.json.parent.is_dir():

@@ -2,6 +2,7 @@
 
 Ours is `Trainer.optimizer_step`: loader, draw, noise, forward, loss, backward, gradient norm, AdamW, EMA, the
 window of losses. A host's is the loop of its training script around its own model, diffusion object and EMA.
+All share a process, and with it what our trainer asks of the C allocator (`engine/heap.py`).
 
 Dims: B samples, C channels, F frames (absent for images), h, w cells of a latent.
 """
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 from peer_training import Host, HostParts
+from spread import Spread
 from torch import Tensor, nn
-from wrapper_overhead import Spread
 
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.train import build_trainer
@@ -79,7 +80,13 @@ class Comparison:
 
 
 def compare(
-    case: Case, hosts: Sequence[Host], folder: Path, rounds: int, *, clock: Clock = time.perf_counter
+    case: Case,
+    hosts: Sequence[Host],
+    folder: Path,
+    rounds: int,
+    *,
+    clock: Clock = time.perf_counter,
+    is_compiled: bool = False,
 ) -> Comparison:
     """Times each side once per round, in alternating order, after a round that is not counted.
 
@@ -87,11 +94,15 @@ def compare(
         hosts: whose checkouts lie in `folder`.
         rounds: >= 1.
         clock: seconds.
+        is_compiled: our model, in the round that is not counted.
     """
     torch.manual_seed(0)
     x = torch.randn(case.batch, CHANNELS, *[case.num_frames] * bool(case.num_frames), case.edge, case.edge)
     y = None if case.num_frames else torch.randint(0, NUM_CLASSES, (case.batch,))
     ours = OurStep(case, x, y, clock)
+    if is_compiled:
+        # As the trainer does with `compile: true`; the names of the weights stay.
+        ours.trainer.model.compile()
     steps: dict[str, Callable[[], tuple[float, Split]]] = {OURS: ours}
     for host in hosts:
         parts = host.build(folder / host.checkout, case.model, _model_options(case))

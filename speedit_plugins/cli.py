@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,6 +17,8 @@ from speedit_plugins.engine.schema import PHASES, ExperimentConfig
 PACKAGE_FOLDER = Path(__file__).parent
 USER_ERROR = 2
 PEER_LOST = 3
+# torchrun names the earliest failure, in whole seconds: who lost a peer reports after the peer's own end.
+LAUNCHER_SECONDS = 2.0
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # How gloo, NCCL and the store say that a collective failed: mostly since another process is gone or silent.
@@ -48,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("speedit: interrupted; nothing was started\n")
         return INTERRUPTED
     except Exception as error:
-        _tell_launcher(error)
         if _is_lost_peer(error):
             lost = "lost another process, which says why if it failed"
             sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
+            sys.stderr.flush()
+            time.sleep(LAUNCHER_SECONDS)
+            _tell_launcher(error)
             return PEER_LOST
+        _tell_launcher(error)
         if not _is_user_error(error):
             raise
         sys.stderr.write(f"speedit: {_rank()}error: {_one_line(error)}\n")

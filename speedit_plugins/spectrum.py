@@ -51,8 +51,8 @@ class DataSpectrum:
         """
         if len(samples) < 2:
             raise ValueError(f"a spectrum needs at least two samples, got shape {tuple(samples.shape)}")
-        rows = samples.detach().flatten(1).cpu().double()
-        rows = rows - rows.mean(dim=0)
+        rows = samples.detach().flatten(1).to("cpu", torch.float64, copy=True)
+        rows -= rows.mean(dim=0)
         # Of the two Gram matrices, which share their eigenvalues above 0, the smaller.
         gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
         if not torch.isfinite(gram).all():

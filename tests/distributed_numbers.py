@@ -1,6 +1,7 @@
 """What two ranks compute, checked by distributed_checks.py: against one process, and after a resume."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from distributed_runs import (
     weights,
     without_key_bias,
 )
+from runs import small_config
 from torch.testing import assert_close
 
 from speedit_plugins.engine import checkpoint
+from speedit_plugins.engine.centre import centred
 from speedit_plugins.engine.interrupt import StopRequest
 from speedit_plugins.engine.replica import Replica
 from speedit_plugins.engine.runtime import Runtime
@@ -52,6 +55,13 @@ def check_accumulation_and_recomputation_on_two_ranks_equal_one_batch(runtime: R
             assert_close(
                 found, expected, rtol=0, atol=1e-6, msg=lambda text, plugin=plugin: f"{plugin}: {text}"
             )
+
+
+def check_the_datas_centre_is_that_of_one_process(runtime: Runtime, folder: Path) -> None:
+    config = small_config(folder, diffusion__policy="spectral", data__batch_size=32)
+    # A rank reads half of a batch at a time: in the end the same samples.
+    expected = centred(replace(config, data=replace(config.data, batch_size=16)), Runtime())
+    assert centred(config, runtime).diffusion.policy == expected.diffusion.policy
 
 
 def check_workers_change_nothing(runtime: Runtime, folder: Path) -> None:

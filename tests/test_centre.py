@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from speedit_plugins.data.digits import Digits
+from speedit_plugins.engine import centre
 from speedit_plugins.engine.centre import centred, is_centred_by_data
+from speedit_plugins.engine.checkpoint import CheckpointError
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.describe import describe
 from speedit_plugins.engine.runtime import Runtime
@@ -45,6 +48,46 @@ def test_other_policies_measure_nothing(policy: str) -> None:
 def test_a_given_centre_is_kept() -> None:
     config = digits("diffusion.policy=spectral", "diffusion.policy.mean=-1.5")
     assert centred(config, LONE) is config
+
+
+def test_of_several_shapes_the_commonest_is_measured(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(48):
+        # A third is wide, black and white; the rest is tall and hardly varies.
+        is_wide, shade = number % 3 == 0, int(torch.randint(256, (), generator=generator))
+        size, grey = ((16, 8), 255 * (shade // 128)) if is_wide else ((8, 16), 120 + shade // 16)
+        Image.new("RGB", size, (grey,) * 3).save(tmp_path / f"{number:02d}.png")
+    folder = "type: ImageFolder, class_cond: false, buckets: [[16, 8], [8, 16]]"
+
+    def mean(root: Path) -> float:
+        data = [f"data.dataset={{{folder}, root: {root}}}", "data.batch_size=4", "data.num_workers=0"]
+        shape = [
+            "encoder={type: Pixels, channels: 3}",
+            "num_classes=0",
+            "image_size=16",
+            "model.in_channels=3",
+        ]
+        config = digits("diffusion.policy=spectral", "image_size=16", *shape, *data)
+        return float(centred(config, LONE).diffusion.policy["mean"])
+
+    both = mean(tmp_path)
+    for number in range(0, 48, 3):
+        (tmp_path / f"{number:02d}.png").unlink()
+    assert both == pytest.approx(mean(tmp_path), abs=0.5)
+
+
+def test_a_resumed_run_keeps_its_centre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [f"experiment_dir={tmp_path}", "optimizer.warmup_steps=0", "data.batch_size=8"]
+    policy = "diffusion.policy=spectral"
+    train(digits(policy, "max_training_steps=1", *options))
+    path = tmp_path / "config_train.yaml"
+    measured = load_config(path, "train").diffusion.policy["mean"]
+    monkeypatch.setattr(centre, "_measured", lambda config, runtime: 9.0)
+    train(digits(policy, "max_training_steps=2", *options))
+    assert load_config(path, "train").diffusion.policy["mean"] == measured
+    # Of another policy there is none.
+    with pytest.raises(CheckpointError, match=r"diffusion.policy was .*'spectral'.*got .*'uniform'"):
+        train(digits("diffusion.policy=uniform", *options, "max_training_steps=3"))
 
 
 def test_training_writes_the_centre_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,29 @@ def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
 
 
 @pytest.mark.parametrize(
+    ("error", "code", "order"),
+    [
+        (RuntimeError("gloo: Connection closed by peer"), 3, ["wait", "tell"]),
+        (FileNotFoundError("no such image"), 2, ["tell"]),
+    ],
+)
+def test_who_lost_a_peer_tells_the_launcher_after_the_peer(
+    stub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, order: list[str]
+) -> None:
+    def fail(config: ExperimentConfig) -> int:
+        raise error
+
+    stub("train", train=fail)
+    done: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("speedit_plugins.cli.time.sleep", lambda seconds: done.append("wait"))
+    monkeypatch.setattr("speedit_plugins.cli._tell_launcher", lambda error: done.append("tell"))
+    assert main(["-c", DIGITS, "-p", "train"]) == code
+    assert done == order
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: -c/--config, -p/--phase; see speedit --help"),

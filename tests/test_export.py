@@ -17,6 +17,7 @@ from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.generate import load_generator
 from speedit_plugins.engine.train import build_trainer
 from speedit_plugins.models.backbones import unet
+from speedit_plugins.models.dit import DiT
 from speedit_plugins.models.exported import export_model
 from speedit_plugins.models.latte import Latte
 
@@ -340,6 +341,9 @@ def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
     arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
     with pytest.raises(ValueError, match="no pipeline of these models samples a RectifiedFlow"):
         exported(DIGITS, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
+    wide = DiT(8, 2, hidden_size=16, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=10)
+    with pytest.raises(ValueError, match=r"DiTPipeline needs model.mlp_ratio 4, got 2"):
+        export_model(wide, num_steps=STEPS, num_timesteps=1000)
     latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
     with pytest.raises(ValueError, match="no pipeline of diffusers is for Latte as it is"):
         export_model(latte, num_steps=STEPS, num_timesteps=1000)

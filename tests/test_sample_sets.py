@@ -66,6 +66,13 @@ class TestCaptions:
         dataset = ImageCaptions(file, image_size=8)
         assert dataset.load(1, torch.Generator())["caption"] == "7 moving left"
 
+    def test_another_order_than_that_of_the_samples_is_refused(self, tmp_path: Path) -> None:
+        folder = Path(write_pngs(tmp_path / "a", noise(2, 8, 8, 3)))
+        lines = [json.dumps({"file_name": f"{i:03d}.png", "caption": f"the {i}"}) for i in (1, 0)]
+        (folder / "captions.jsonl").write_text("\n".join(lines))
+        with pytest.raises(ValueError, match="order of file names, got 000.png behind 001.png at line 2"):
+            read_captions(open_set(folder, key="samples"))
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OPTIONS = {"input_size": 8, "num_classes": 1000}
 Load = Callable[[str], ModuleType]
 
 
@@ -195,13 +196,25 @@ class TestParts:
         assert list(json.loads(out.read_text())["draw"]["seconds"]) == ["2"]
 
 
+def assert_same_predictions(steps: ModuleType, parts: Any, case: Any) -> None:
+    """With our weights a host's model predicts as ours does: their steps cost the same work."""
+    x, y, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 700])
+    ours = steps.OurStep(case, x, y, iter(range(10_000)).__next__).trainer.model.eval()
+    parts.model.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        # float32, twelve blocks of weights of a standard deviation of 0.02.
+        assert_close(parts.model.eval()(x, t, y), ours(x, t, y), atol=1e-4, rtol=0)
+
+
 @pytest.mark.hosts
 class TestHosts:
     @pytest.mark.parametrize("name", ["facebookresearch/DiT", "fast-DiT", "SpeeD reference"])
     def test_an_image_host_trains_from_our_weights(self, load: Load, hosts: Path, name: str) -> None:
         steps = load("training_steps")
         host = host_of(load, name, hosts)
-        found = steps.compare(steps.Case("DiT-S/8", 2, 8), [host], hosts, 1)
+        case = steps.Case("DiT-S/8", 2, 8)
+        assert_same_predictions(steps, host.build(hosts / host.checkout, case.model, OPTIONS), case)
+        found = steps.compare(case, [host], hosts, 1)
         assert list(found.sides) == ["ours", name]
         assert min(min(side.seconds) for side in found.sides.values()) > 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 def read_table(
     file: Path, columns: Sequence[str], *, optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """The line of each row in the file, and its values by column; blank lines are no rows.
+    """The last line of each row in the file, and its values by column; blank lines are no rows.
 
     White space at the ends of names and values is no part of them.
 
@@ -19,7 +19,7 @@ def read_table(
 
     Raises:
         ValueError: no UTF-8 or no CSV, one of these columns missing or there twice, a row with more or fewer
-            values than columns; names the file and the line.
+            values than columns; names the file and, but for UTF-8, the line.
         OSError: the system fails to read the file.
     """
     try:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from speedit_plugins.engine.heap import keep_freed_pages
 from speedit_plugins.engine.masters import STEP, Master, load_optimizer
 from speedit_plugins.engine.replica import (
     GROWTH_INTERVAL_STEPS,
@@ -37,6 +38,8 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
     Raises:
         ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks.
     """
+    if runtime.device.type == "cpu":
+        keep_freed_pages()
     if config.plugin == "ddp" and runtime.world_size == 1:
         return Replica(model, config, runtime)
     if importlib.util.find_spec("colossalai") is None:

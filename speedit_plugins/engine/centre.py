@@ -1,13 +1,16 @@
 """The centre of a policy that follows the data: measured before training, then part of the config."""
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from speedit_plugins.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
-from speedit_plugins.engine import build
+from speedit_plugins.engine import build, checkpoint
+from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.inputs import BatchEncoder
 from speedit_plugins.engine.runtime import Runtime
 from speedit_plugins.engine.schema import ExperimentConfig
@@ -16,7 +19,7 @@ from speedit_plugins.registry import build_policy
 from speedit_plugins.spectrum import DataSpectrum
 
 NUM_SAMPLES = 1024
-# Of the samples that are measured: 512 MiB in float64.
+# About as many are held as float32 and, of one shape, twice as float64: 1.25 GiB.
 _MAX_VALUES = 2**26
 
 
@@ -34,40 +37,65 @@ def is_centred_by_data(config: ExperimentConfig) -> bool:
     return bool(asked)
 
 
-def centred(config: ExperimentConfig, runtime: Runtime) -> ExperimentConfig:
+def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = None) -> ExperimentConfig:
     """The config with the centre of its policy, which is measured where it is needed and missing. Collective.
 
-    Rank 0 measures for all, on up to `NUM_SAMPLES` samples of the first epoch.
+    Rank 0 measures for all, on up to `NUM_SAMPLES` samples of the first epoch; of several shapes, on the one
+    that most of them have.
+
+    Args:
+        resumed: checkpoint that training goes on from, whose centre is kept.
     """
     if not is_centred_by_data(config):
         return config
-    measured = _measured(config, runtime.device) if runtime.is_main else None
-    mean = runtime.gather_objects(measured)[0]
+    policy = config.diffusion.policy
+    mean = None
     if runtime.is_main:
+        mean = None if resumed is None else _kept(resumed)
+        if mean is None:
+            mean = _measured(config, runtime)
         say(f"the policy is centred at log-SNR {mean:.2f}, where half of the data's variance is explained")
-    policy: dict[str, Any] = dict(config.diffusion.policy)
-    if "density" in policy:
-        density = policy["density"]
-        policy["density"] = {**({"type": density} if isinstance(density, str) else density), "mean": mean}
-    else:
-        policy["mean"] = mean
-    return dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, policy=policy))
+    mean = runtime.gather_objects(mean)[0]
+    diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
+    return dataclasses.replace(config, diffusion=diffusion)
 
 
-def _measured(config: ExperimentConfig, device: torch.device) -> float:
-    inputs = BatchEncoder(build.build_encoder(config, device), device, is_labelled=False)
-    loader = ResumableLoader(build.build_dataset(config), batch_size=config.data.batch_size, seed=config.seed)
-    rows: list[Tensor] = []
-    while sum(map(len, rows)) < NUM_SAMPLES and loader.epoch == 0:
-        position = len(rows)
-        batch = next(loader)
-        seeds = [
-            stream_seed(config.seed, NOISE_STREAM, position, place) for place in range(config.data.batch_size)
-        ]
-        latents = inputs.encode(batch, [torch.Generator(device).manual_seed(seed) for seed in seeds]).latents
-        # Buckets have other shapes, and with them other components: the first shape speaks for all.
-        if not rows or latents[0].numel() == rows[0].shape[1]:
-            rows.append(latents.flatten(1).cpu())
-        if (len(rows) + 1) * rows[0].numel() > _MAX_VALUES:
-            break
-    return DataSpectrum.of(torch.cat(rows)).log_snr_at()
+def _with_mean(policy: Mapping[str, Any], mean: float) -> dict[str, Any]:
+    if "density" not in policy:
+        return {**policy, "mean": mean}
+    density = policy["density"]
+    parts = {"type": density} if isinstance(density, str) else density
+    return {**policy, "density": {**parts, "mean": mean}}
+
+
+def _kept(resumed: Path) -> float | None:
+    """The centre in a checkpoint's config; None where its policy has none, and is thus another."""
+    saved = load_config(resumed / checkpoint.CONFIG, "train").diffusion.policy
+    parts = saved.get("density", saved)
+    return parts.get("mean") if isinstance(parts, Mapping) else None
+
+
+def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
+    inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
+    # As many at once as a rank encodes in training.
+    batch_size = config.data.batch_size // runtime.world_size
+    loader = ResumableLoader(
+        build.build_dataset(config),
+        batch_size=batch_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+    )
+    # Buckets have other shapes, and with them other components.
+    rows: dict[torch.Size, list[Tensor]] = {}
+    num_samples, num_values = 0, 0
+    while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
+        seeds = [stream_seed(config.seed, NOISE_STREAM, num_samples + place) for place in range(batch_size)]
+        generators = [torch.Generator(runtime.device).manual_seed(seed) for seed in seeds]
+        latents = inputs.encode(next(loader), generators).latents.cpu()
+        rows.setdefault(latents.shape[1:], []).append(latents)
+        num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
+    loader.close()
+    # The shape with the most samples speaks for all.
+    most = max(rows, key=lambda shape: (len(rows[shape]), shape))
+    return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()

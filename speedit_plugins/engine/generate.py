@@ -47,7 +47,7 @@ def sample(config: ExperimentConfig) -> int:
 
         num_samples = draw_fills(generator, conditions, path)
     else:
-        num_samples = config.samples_per_class * max(1, len(conditions.names))
+        num_samples = _grid_size(config, conditions)
         num_batches = -(-num_samples // config.per_proc_batch_size)
         with progress("sampling", total=num_batches * config.sampler.num_steps) as bar:
             num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
@@ -68,7 +68,8 @@ def inference(config: ExperimentConfig) -> int:
     """
     source = find_weights(config)
     folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
-    partial, npz = (folder.with_name(f"{folder.name}{suffix}") for suffix in (UNFINISHED, ".npz"))
+    suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}")
+    partial, npz, partial_npz = (folder.with_name(f"{folder.name}{suffix}") for suffix in suffixes)
     for path in (folder, npz):
         if path.exists():
             raise ValueError(f"inference would write over {path}; move or delete it")
@@ -82,8 +83,11 @@ def inference(config: ExperimentConfig) -> int:
             for _ in _written(generator, conditions, partial, bar):
                 pass
         else:
-            write_npz(npz, _written(generator, conditions, partial, bar), num_images=config.num_samples)
+            written = _written(generator, conditions, partial, bar)
+            write_npz(partial_npz, written, num_images=config.num_samples)
     partial.rename(folder)
+    if not config.num_frames:
+        partial_npz.rename(npz)
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
     say(f"  {generator.what:<12} {folder}/")
@@ -210,6 +214,11 @@ class SampleGenerator:
         return model
 
 
+def _grid_size(config: ExperimentConfig, conditions: Conditions) -> int:
+    """Samples of a grid, of which a model without conditions has one row."""
+    return config.samples_per_class * max(1, len(conditions.names))
+
+
 def draw_grid(
     generator: SampleGenerator,
     conditions: Conditions,
@@ -227,7 +236,7 @@ def draw_grid(
     """
     config = generator.config
     columns = len(conditions.names) or min(8, config.samples_per_class)
-    num_samples = config.samples_per_class * (len(conditions.names) or 1)
+    num_samples = _grid_size(config, conditions)
     rows = torch.arange(num_samples) % columns
     batches = generator.draw_batches(
         lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback

@@ -7,6 +7,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -123,7 +124,7 @@ class ItemSet:
     def in_grey(self) -> "ItemSet":
         """The same items with one channel, where they can be read so, else itself."""
         grey = copy.copy(self)
-        grey._read = self._read_grey or self._read
+        grey._read, grey._read_grey = self._read_grey or self._read, None
         return grey
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
@@ -256,13 +257,17 @@ def read_captions(samples: SampleSet) -> list[str]:
     """A caption of each sample, in the order of the samples, as inference wrote them beside these.
 
     Raises:
-        ValueError: there are none, not one a sample, or a line is none; names it.
+        ValueError: there are none, not one a sample, a line is none, or they have another order; names it.
         OSError: the system fails to read the file.
     """
     path = samples.captions_file
     if path is None or not path.is_file():
         raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
-    found = [row.texts[0] for row in captions.read_captions(path)]
-    if len(found) != len(samples):
-        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(found)} in {path}")
-    return found
+    rows = list(captions.read_captions(path))
+    if len(rows) != len(samples):
+        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(rows)} in {path}")
+    for before, after in pairwise(rows):
+        if before.path >= after.path:
+            got = f"{after.path} behind {before.path} at {after.where}"
+            raise ValueError(f"clip_score needs the captions of {path} in the order of file names, got {got}")
+    return [row.texts[0] for row in rows]

@@ -52,7 +52,7 @@ def train(config: ExperimentConfig) -> int:
 def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> None:
     folder = Path(config.experiment_dir)
     resumed = checkpoint_to_resume(config, runtime)
-    config = centred(config, runtime)
+    config = centred(config, runtime, resumed)
     trainer = build_trainer(config, runtime, weights=None if resumed else config.pretrained)
     if resumed is not None:
         trainer.restore(resumed)

@@ -123,6 +123,9 @@ def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
     block = cast(Any, model.blocks[0])
     num_heads = block.attn.num_heads
     width = model.pos_embed.shape[2]
+    if block.mlp.fc1.out_features != 4 * width:
+        ratio = block.mlp.fc1.out_features / width
+        raise ValueError(f"DiTPipeline needs model.mlp_ratio 4, got {ratio:g}")
     net = DiTTransformer2DModel(
         num_attention_heads=num_heads,
         attention_head_dim=width // num_heads,
@@ -231,7 +234,7 @@ def save_pipeline(
 
 def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[str, Tensor], float]:
     """The state dict by diffusers' names, and the largest deviation of the fitted timestep features."""
-    own = {name: value.float() for name, value in model.state_dict().items()}
+    own = {name: value.float().cpu() for name, value in model.state_dict().items()}
     fit, deviation = _timestep_fit(num_steps, num_timesteps)
     labels = torch.zeros(PIPELINE_CLASSES + 1, model.pos_embed.shape[2])
     table = own["y_embedder.embedding_table.weight"]
