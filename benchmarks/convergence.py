@@ -35,7 +35,14 @@ ALL_SEEDS = tuple(range(11))
 
 def main() -> None:
     """Prints a line per evaluation of a stack, then the table of each sampler."""
-    arguments = _arguments()
+    arguments, parser = _arguments()
+    try:
+        _compare(arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
     protocol, members = _protocol(arguments), _members(arguments)
     results = run(members, protocol, say=lambda text: print(text, flush=True))
     one_each = [member for member in members if member.seed == members[0].seed]
@@ -105,7 +112,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
     )
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,11 +142,13 @@ def _arguments() -> argparse.Namespace:
     add("--workers", type=int, default=0, help="stacks that train at a time; default: torch's threads")
     add("--out", type=Path, default=Path("outputs/convergence"), help="folder of what is written")
     arguments = parser.parse_args()
+    if len(set(arguments.seeds or ())) < len(arguments.seeds or ()):
+        parser.error(f"--seeds needs each once, got {' '.join(map(str, arguments.seeds))}")
     if arguments.full and (arguments.policies or arguments.seeds):
         parser.error("--full sets policies and seeds: it takes no --policies and no --seeds")
     arguments.policies = arguments.policies or (ALL_POLICIES if arguments.full else POLICIES)
     arguments.seeds = arguments.seeds or (ALL_SEEDS if arguments.full else SEEDS)
-    return arguments
+    return arguments, parser
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from crossing import Reading
+from crossing import REVERSED, Reading
 from paired_run import BASELINE, Results
 from policy_pace import Pace
 from stacked_training import Member
@@ -56,26 +56,37 @@ def table(found: Document, sampler: str) -> str:
         f"Speed-up at {horizon} steps, {sampler}; by chance alone {chance}"
         f" ({found['baseline']} seeds against each other).",
         "",
+        f"    {found['command']}",
+        "",
         "| policy | speed-up | 95 % interval | median | per seed | distance | steps/s | seconds | draw |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    baseline = found["by_sampler"][sampler]["speed_ups"][found["baseline"]][str(horizon)]
     base_pace = found["paces"][found["baseline"]]["steps_per_second"]
     for name, horizons in found["by_sampler"][sampler]["speed_ups"].items():
         at = horizons[str(horizon)]
         pace = found["paces"][name]
         seconds = horizon / at["mean"] / pace["steps_per_second"]
+        mark = at["bound"]
+        # Of one seed there is nothing to resample.
+        interval = f"{mark}{at['low']:.2f}, {mark}{at['high']:.2f}" if at["num_seeds"] > 1 else "-"
         seeds = " ".join(_shown(reading) for reading in at["seeds"].values())
         lines.append(
-            f"| {name} | {at['bound']}{at['mean']:.2f} | {at['low']:.2f}, {at['high']:.2f}"
-            f" | {at['median']:.2f} | {seeds} | {_mean_distance(found, name, sampler):.2f}"
-            f" | {pace['steps_per_second']:.1f} | {seconds:.1f} | {pace['policy_microseconds']:.0f} us |"
+            f"| {name} | {mark}{at['mean']:.2f} | {interval} | {mark}{at['median']:.2f} | {seeds}"
+            f" | {_mean_distance(found, name, sampler):.2f} | {pace['steps_per_second']:.1f}"
+            f" | {REVERSED[mark]}{seconds:.1f} | {pace['policy_microseconds']:.0f} us |"
         )
     lines += [
         "",
         f"seconds: of a lone training on one thread to the distance that {found['baseline']} has at {horizon}"
         f" steps, itself after {horizon / base_pace:.1f}; draw: with weights and learning, of a step.",
-        "<= and >= mark a bound: not reached in the run, or before its first evaluation.",
+        "<= and >= mark a bound, not reached in the run, or before its first evaluation; ~ a mean of both.",
     ]
+    if any(reading["value"] > 1 for reading in baseline["seeds"].values()):
+        lines.append(
+            f"The curve of {found['baseline']} was as far as at {horizon} steps before: it does not fall yet,"
+            " and this horizon says nothing."
+        )
     return "\n".join(lines)
 
 

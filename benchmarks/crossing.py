@@ -13,6 +13,8 @@ from spread import quantiles
 
 AT_MOST, EXACT, AT_LEAST = "<=", "", ">="
 MIXED = "~"
+# Of one over a value with that bound.
+REVERSED = {AT_MOST: AT_LEAST, AT_LEAST: AT_MOST, EXACT: EXACT, MIXED: MIXED}
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ def speed_up(
     if horizon not in steps:
         raise ValueError(f"horizon needs one of the evaluated steps {list(steps)}, got {horizon}")
     reached = first_crossing(steps, distances, baseline[list(steps).index(horizon)])
-    reversed_bound = {AT_MOST: AT_LEAST, AT_LEAST: AT_MOST, EXACT: EXACT}[reached.bound]
-    return Reading(horizon / reached.value, reversed_bound)
+    return Reading(horizon / reached.value, REVERSED[reached.bound])
 
 
 def null_ratios(steps: Sequence[int], baselines: Sequence[Sequence[float]], horizon: int) -> list[Reading]:

@@ -174,6 +174,8 @@ def _train(
     evaluations: Sequence[int],
     say: Callable[[str], object],
 ) -> list[Curve]:
+    order = " ".join(f"{member.name}:{member.seed}" for member in stack.members)
+    say(f"distances of {order}, under {next(iter(quality.samplers))}")
     distances: list[dict[str, list[float]]] = [{name: [] for name in quality.samplers} for _ in stack.members]
     for step in evaluations:
         while stack.step < step:
@@ -196,6 +198,11 @@ def _check(members: Sequence[Member], protocol: Protocol) -> None:
     if len(set(seen)) < len(seen):
         twice = next(pair for pair in seen if seen.count(pair) > 1)
         raise ValueError(f"each member needs a name and seed of its own, got {twice} twice: give a label")
+    if rates := [member.lr for member in members if not member.lr > 0]:
+        raise ValueError(f"lr needs to be > 0, got {rates[0]}")
+    if protocol.num_samples < 2 or protocol.workers < 0:
+        got = f"{protocol.num_samples} and {protocol.workers}"
+        raise ValueError(f"num_samples needs to be >= 2 and workers >= 0, got {got}")
     steps = protocol.evaluations
     if list(steps) != sorted(set(steps)) or steps[0] < 1 or protocol.horizon not in steps:
         raise ValueError(

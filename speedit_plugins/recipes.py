@@ -1,6 +1,7 @@
 """The named policies: each is a density, a weighting and a draw, written as the config that composes them.
 
-`build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` draw and weigh alike.
+`build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` draw and weigh alike. What a
+recipe says of `stratified` holds unless the config says otherwise.
 """
 
 from typing import Any
@@ -73,37 +74,33 @@ def open_sora_speed() -> Recipe:
     }
 
 
-def spectral(*, mean: float | None = None, std: float = 1.3) -> Recipe:
-    """log-SNR drawn about where half of the data's variance is explained, P2 weights. Source: docs/method.md.
+def spectral(
+    *, mean: float | None = None, shift: float = -0.2, std: float = 1.2, clean_share: float = 0.2
+) -> Recipe:
+    """log-SNR drawn about where half of the data's variance is explained. Source: docs/method.md.
 
     For samplers that clamp x_0 and for models of v; a model of epsilon that samples without a clamp may fall
     behind uniform draws.
 
     Args:
         mean: log-SNR of that point; None is measured where the data are at hand, as the trainer does.
+        shift: from `mean` to the centre of the draws.
         std: of log-SNR, > 0.
+        clean_share: of the draws, spread evenly over the timesteps cleaner than that centre; in [0, 1).
     """
-    return {
-        "density": {"type": "log_snr_normal", "mean": mean, "std": std},
-        "weighting": {"type": "p2"},
-    }
+    normal = {"type": "log_snr_normal", "mean": mean, "shift": shift, "std": std, "clean_share": clean_share}
+    return {"density": normal, "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0}, "stratified": True}
 
 
-def spectral_fast(*, mean: float | None = None, shift: float = 0.7, std: float = 0.6) -> Recipe:
-    """A narrow `spectral` on its cleaner side. Source: docs/method.md.
+def spectral_fast(
+    *, mean: float | None = None, shift: float = 0.4, std: float = 0.7, clean_share: float = 0.2
+) -> Recipe:
+    """A narrow `spectral` on its cleaner side, with the same arguments. Source: docs/method.md.
 
     For samplers that clamp x_0, models of v, and schedules that stop short of pure noise: a model of epsilon
     learns nothing of the noisiest timesteps, and sampling through them without a clamp is useless.
-
-    Args:
-        mean: as for `spectral`.
-        shift: from `mean` to the centre of the draws.
-        std: of log-SNR, > 0.
     """
-    return {
-        "density": {"type": "log_snr_normal", "mean": mean, "shift": shift, "std": std},
-        "weighting": {"type": "p2", "gamma": 0.5},
-    }
+    return spectral(mean=mean, shift=shift, std=std, clean_share=clean_share)
 
 
 def p2(*, gamma: float = 1.0, k: float = 1.0) -> Recipe:

@@ -98,12 +98,14 @@ def build_policy(
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
     options: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
     common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
-    for key in ("stratified", "normalize"):
-        check_type(f"policy {key}", common.get(key, False), bool)
     name = options.get("type", "custom")
     parts: dict[str, Any] = (
         build(POLICIES, options, schedule=schedule, also=_COMMON_KEYS) if "type" in options else options
     )
+    # A recipe's own, unless the config says otherwise.
+    common = {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
+    for key in ("stratified", "normalize"):
+        check_type(f"policy {key}", common.get(key, False), bool)
     unknown = [key for key in parts if key not in _PART_KEYS]
     if unknown or "density" not in parts or "weighting" not in parts:
         known = [*_PART_KEYS, *_COMMON_KEYS]

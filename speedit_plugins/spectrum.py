@@ -81,18 +81,23 @@ def log_snr_normal(
     *,
     mean: float | None = None,
     shift: float = 0.0,
-    std: float = 1.3,
+    std: float = 1.2,
+    clean_share: float = 0.0,
 ) -> Density:
     """log-SNR ~ N(mean + shift, std), cut at the schedule's ends: its mass between the middles to neighbours.
+
+    A share of the draws is spread evenly over the timesteps that are cleaner than mean + shift instead.
 
     Args:
         data_spectrum: gives the spectrum of the data where `mean` is not given.
         mean: centre in log-SNR, finite; lower is noisier. None is `DataSpectrum.log_snr_at()` of the data.
         shift: added to the centre; above 0 is cleaner.
         std: of log-SNR, > 0.
+        clean_share: in [0, 1).
 
     Raises:
-        ValueError: a parameter out of range, no mean and no spectrum, T < 2, or no timestep with any mass.
+        ValueError: a parameter out of range, no mean and no spectrum, T < 2, no timestep with any mass, or
+            none that is cleaner for a clean share.
     """
     if mean is None:
         if data_spectrum is None:
@@ -106,8 +111,22 @@ def log_snr_normal(
         raise ValueError(
             f"log_snr_normal needs a finite mean and shift, and std > 0, got {mean}, {shift} and {std}"
         )
+    if not 0 <= clean_share < 1:
+        raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     if schedule.num_timesteps < 2:
         raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
     log_snr = schedule.log_snr
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,), falling
-    return Density(-torch.special.ndtr((edges - centre) / std).diff())
+    z = (edges - centre) / std
+    # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
+    tail = torch.special.erfc(z.abs() / math.sqrt(2)) / 2  # (T + 1,)
+    below, above = torch.where(z < 0, tail, 1 - tail), torch.where(z > 0, tail, 1 - tail)
+    normal = Density(torch.where(z[1:] > 0, above.diff(), -below.diff()))
+    if not clean_share:
+        return normal
+    cleaner = (log_snr > centre).double()
+    if not cleaner.any():
+        raise ValueError(
+            f"log_snr_normal needs timesteps cleaner than log-SNR {centre:.2f} for clean_share, got none"
+        )
+    return Density((1 - clean_share) * normal.table + clean_share * cleaner / cleaner.sum())

@@ -188,7 +188,8 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
         itself = found["by_sampler"][sampler]["speed_ups"]["uniform"]["4"]
         assert itself["mean"] >= 1
         lines = report.table(found, sampler).splitlines()
-        assert [line.split(" | ")[0] for line in lines[4:6]] == ["| uniform", "| p2"]
+        assert lines[2] == "    python here"
+        assert [line.split(" | ")[0] for line in lines[6:8]] == ["| uniform", "| p2"]
     written = load("convergence_plots").draw(found, tmp_path)
     assert len(written) == 2 * len(samplers)
     assert all(Image.open(path).size == (960, 600) for path in written)
@@ -203,7 +204,53 @@ def test_a_distance_of_samples_that_are_not_finite_is_null(load: Load) -> None:
     found = report.document(results, paces, command="python here", date="2026-01-01")
     assert found["members"][0]["distances"]["ddim-2"] == [None, 3.0]
     json.dumps(found, allow_nan=False)
-    assert "| inf |" in report.table(found, "ddim-2")
+    shown = report.table(found, "ddim-2")
+    # Of one seed no interval; its last distance is below the first, and so at 2 of 2 steps all is well.
+    assert "| uniform | >=1.00 | - | >=1.00 |" in shown
+    assert "| inf |" in shown
+
+
+def test_a_baseline_that_does_not_fall_yet_and_bounds_are_marked(load: Load) -> None:
+    run, report, Member = load("paired_run"), load("convergence_report"), load("stacked_training").Member
+    # At its first evaluation each seed is nearer to the data than at the horizon, and so are the others.
+    curves = [
+        run.Curve(Member(policy, seed), {"ddim-2": (2.0 + seed, 3.0 + seed)})
+        for policy in ("uniform", "speed")
+        for seed in (0, 1)
+    ]
+    results = run.Results(short(load), tuple(curves), 1, 1.0)
+    paces = {name: load("policy_pace").Pace(100.0, 30.0) for name in ("uniform", "speed")}
+    shown = report.table(report.document(results, paces, command="here", date="2026-01-01"), "ddim-2")
+    # 4 steps over at most 2, at 100 a second.
+    assert "| speed | >=2.00 | >=2.00, >=2.00 | >=2.00 | >=2.00 >=2.00 | 3.50 | 100.0 | <=0.0 |" in shown
+    assert "The curve of uniform was as far as at 4 steps before" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "speedd"], "unknown policy 'speedd'; did you mean 'speed'?"),
+        (["--lr", "-1"], "lr needs to be > 0, got -1.0"),
+        (["--num-samples", "1"], "num_samples needs to be >= 2"),
+        (["--workers", "-1"], "workers >= 0, got 500 and -1"),
+        (["--seeds", "0", "0"], "--seeds needs each once, got 0 0"),
+        (["--data", "absent"], "data needs 'digits', a file or a folder, got 'absent'"),
+        (["--schedule", "rectified_flow", "--prediction", "v"], "flow belongs to schedule rectified_flow"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    module = load("convergence")
+    monkeypatch.setattr("sys.argv", ["convergence.py", *options])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

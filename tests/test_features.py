@@ -139,7 +139,7 @@ class TestDigitClassifier:
 
     def test_wrong_references_say_what_is_wanted(self) -> None:
         images, labels = noise(20, 8, 8, 1), torch.arange(20) % 2
-        with pytest.raises(ValueError, match="needs the labels of its reference images, got None"):
+        with pytest.raises(ValueError, match="learns from labels, and its reference has none"):
             DigitClassifier(images, None)
         with pytest.raises(ValueError, match=r"labels int64 \(20,\), got torch.int64 \(19,\)"):
             DigitClassifier(images, labels[1:])

@@ -137,6 +137,17 @@ def test_settings_reach_all_policies_or_one(tmp_path: Path) -> None:
     assert report["speed_reference"]["boundary_index"] == 500
 
 
+def test_a_policy_by_its_parts_has_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    policy = "{density: logit_normal, weighting: {type: p2, k: 3}}"
+    assert run("--policy", policy, "--json", str(out)) == 0
+    parts = {"density": "logit_normal", "weighting": {"type": "p2", "k": 3}}
+    expected = build_policy(parts, NoiseSchedule.linear()).weight.tolist()
+    assert json.loads(out.read_text())["logit_normal x p2"]["weight"] == expected
+    assert run("--policy", "{density: [") == 2
+    assert "--policy needs a name or a mapping in YAML" in capsys.readouterr().err
+
+
 def test_prediction_type_follows_the_schedule_or_the_option(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ["--policy", "min_snr", "--json", str(out)]

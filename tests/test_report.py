@@ -191,7 +191,7 @@ def test_the_file_may_lie_elsewhere(
     assert report.main([str(trained), "--out", str(tmp_path / "new.html")]) == 0
     assert str(tmp_path / "new.html") in capsys.readouterr().out
     assert report.main([str(trained), "--out", str(tmp_path / "none" / "new.html")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert "--out needs a file in a folder that exists" in capsys.readouterr().err
 
 
 def picture_of(html: str) -> Image.Image:

@@ -72,6 +72,15 @@ def test_log_snr_is_normal_on_every_schedule(schedule: NoiseSchedule) -> None:
         assert below == pytest.approx(norm.cdf(edge, 0.5, 0.8), abs=0.01)
 
 
+def test_both_tails_keep_their_mass() -> None:
+    table = log_snr_normal(LINEAR, mean=0.0, std=1.0).table
+    edges = (LINEAR.log_snr[1:] + LINEAR.log_snr[:-1]) / 2
+    assert float(table[1]) == pytest.approx(norm.sf(float(edges[1])) - norm.sf(float(edges[0])), rel=1e-6)
+    assert float(table[-2]) == pytest.approx(
+        norm.cdf(float(edges[-2])) - norm.cdf(float(edges[-1])), rel=1e-6
+    )
+
+
 def test_a_zero_terminal_end_has_no_mass() -> None:
     schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0])
     table = log_snr_normal(schedule, mean=0.0).table
@@ -79,9 +88,27 @@ def test_a_zero_terminal_end_has_no_mass() -> None:
     assert (table[:-1] > 0).all()
 
 
-def test_p2_weights_have_mean_one_half_about_equal_signal_and_noise() -> None:
-    # 1 / (1 + SNR) is odd about 1/2 in log-SNR, and so are draws about 0.
-    assert build_policy({"type": "spectral", "mean": 0.0}, LINEAR).mean_weight == pytest.approx(0.5, abs=1e-4)
+def test_the_clean_share_lies_evenly_on_what_is_cleaner_than_the_centre() -> None:
+    plain, mixed = (
+        log_snr_normal(LINEAR, mean=0.3, std=0.7, clean_share=share).table for share in (0.0, 0.2)
+    )
+    cleaner = LINEAR.log_snr > 0.3
+    rest = mixed - 0.8 * plain
+    torch.testing.assert_close(rest[cleaner], torch.full_like(rest[cleaner], 0.2 / int(cleaner.sum())))
+    torch.testing.assert_close(rest[~cleaner], torch.zeros_like(rest[~cleaner]), atol=1e-12, rtol=0)
+
+
+def test_a_clean_share_without_cleaner_timesteps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"timesteps cleaner than log-SNR 30.00 for clean_share, got none"):
+        log_snr_normal(LINEAR, mean=30.0, std=20.0, clean_share=0.1)
+    with pytest.raises(ValueError, match=r"clean_share in \[0, 1\), got 1.0"):
+        log_snr_normal(LINEAR, mean=0.0, clean_share=1.0)
+
+
+def test_the_spectral_policies_are_stratified_unless_told_otherwise() -> None:
+    policy = {"type": "spectral", "mean": 0.0}
+    assert build_policy(policy, LINEAR).stratified
+    assert not build_policy({**policy, "stratified": False}, LINEAR).stratified
 
 
 def test_data_are_asked_only_where_the_centre_is_not_given() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
@@ -193,9 +194,12 @@ class _OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
+_POLICY_HELP = "registered names, or mappings such as '{density: logit_normal, weighting: p2}'"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="inspect_policy", description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--policy", nargs="+", required=True, metavar="NAME", help="registered policy names")
+    parser.add_argument("--policy", nargs="+", required=True, metavar="NAME", help=_POLICY_HELP)
     parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="linear")
     parser.add_argument("--timesteps", type=int, default=1000, metavar="T")
     parser.add_argument(
@@ -219,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepPolicy]]:
     schedule = SCHEDULES[args.schedule](args.timesteps)
     default = "flow" if args.schedule == "rectified_flow" else "epsilon"
-    configs: dict[str, dict[str, Any]] = {name: {"type": name} for name in args.policy}
+    configs = dict(_named(text) for text in args.policy)
     for setting in args.set:
         names, key, value = _parse_setting(setting, list(configs))
         for name in names:
@@ -232,9 +236,22 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
     return schedule, policies
 
 
+def _named(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and config of a policy: a registered name, or a mapping in YAML, which its type or parts name."""
+    if not text.lstrip().startswith("{"):
+        return text, {"type": text}
+    try:
+        config = dict(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--policy needs a name or a mapping in YAML, got {text!r}: {error}") from error
+    parts = [config[key] for key in ("type", "density", "weighting") if key in config]
+    names = [str(part.get("type")) if isinstance(part, dict) else str(part) for part in parts]
+    return " x ".join(names), config
+
+
 def _unit_variance() -> DataSpectrum:
     warnings.warn(
-        "a policy that the data centre is shown for data of variance 1; mean sets its centre",
+        "a policy without mean, which the data would set, is shown as for data of variance 1",
         stacklevel=2,
     )
     return DataSpectrum(torch.ones(1))

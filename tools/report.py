@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.out or arguments.run / "report.html"
     try:
         text = report(open_run(arguments.run))
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"--out needs a file in a folder that exists, got {path}")
         write_whole(path, text.encode())
     except (ValueError, OSError) as error:
         print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)

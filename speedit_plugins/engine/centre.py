@@ -54,7 +54,9 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
         mean = None if resumed is None else _kept(resumed)
         if mean is None:
             mean = _measured(config, runtime)
-        say(f"the policy is centred at log-SNR {mean:.2f}, where half of the data's variance is explained")
+        # Without a minus before a zero.
+        told = round(mean, 2) + 0.0
+        say(f"the policy is centred at log-SNR {told:.2f}, where half of the data's variance is explained")
     mean = runtime.gather_objects(mean)[0]
     diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
     return dataclasses.replace(config, diffusion=diffusion)

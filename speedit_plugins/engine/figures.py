@@ -82,7 +82,9 @@ def _kid(sides: Sides) -> _Measured:
     # Of whole sets every subset is the same.
     number = 1 if size == len(ours) == len(theirs) else sides.options.kid_subsets
     found = kernel_distance(ours, theirs, num_subsets=number, subset_size=size, generator=sides.generator)
-    yield "kid", found.mean, {"std": found.std, "num_subsets": number, "subset_size": size}
+    # One subset has no deviation.
+    spread = {"std": found.std} if number > 1 else {}
+    yield "kid", found.mean, {**spread, "num_subsets": number, "subset_size": size}
 
 
 def _prdc(sides: Sides) -> _Measured:

@@ -124,7 +124,10 @@ class DigitClassifier:
         # What decides the features, beside the reference set.
         self.identity = f"{self.name} seed={seed} epochs={epochs}"
         if labels is None:
-            raise ValueError("digit_classifier needs the labels of its reference images, got None")
+            raise ValueError(
+                "digit_classifier learns from labels, and its reference has none: wanted the dataset's own"
+                " images (reference: null), or other features"
+            )
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(
                 f"digit_classifier needs labels int64 ({len(images)},), "
