@@ -144,6 +144,8 @@ def test_a_policy_by_its_parts_has_their_names(tmp_path: Path, capsys: pytest.Ca
     parts = {"density": "logit_normal", "weighting": {"type": "p2", "k": 3}}
     expected = build_policy(parts, NoiseSchedule.linear()).weight.tolist()
     assert json.loads(out.read_text())["logit_normal x p2"]["weight"] == expected
+    assert run("--policy", policy, policy.replace("3", "4")) == 2
+    assert "got two policies 'logit_normal x p2'" in capsys.readouterr().err
     assert run("--policy", "{density: [") == 2
     assert "--policy needs a name or a mapping in YAML" in capsys.readouterr().err
 

@@ -88,6 +88,12 @@ def test_a_zero_terminal_end_has_no_mass() -> None:
     assert (table[:-1] > 0).all()
 
 
+def test_p2_weights_have_mean_one_half_about_equal_signal_and_noise() -> None:
+    # 1 / (1 + SNR) is odd about 1/2 in log-SNR, and so are draws about 0.
+    parts = {"density": {"type": "log_snr_normal", "mean": 0.0, "std": 1.3}, "weighting": "p2"}
+    assert build_policy(parts, LINEAR).mean_weight == pytest.approx(0.5, abs=1e-4)
+
+
 def test_the_clean_share_lies_evenly_on_what_is_cleaner_than_the_centre() -> None:
     plain, mixed = (
         log_snr_normal(LINEAR, mean=0.3, std=0.7, clean_share=share).table for share in (0.0, 0.2)

@@ -223,7 +223,10 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepPolicy]]:
     schedule = SCHEDULES[args.schedule](args.timesteps)
     default = "flow" if args.schedule == "rectified_flow" else "epsilon"
-    configs = dict(_named(text) for text in args.policy)
+    configs: dict[str, dict[str, Any]] = {}
+    for name, config in map(_named, args.policy):
+        if configs.setdefault(name, config) != config:
+            raise ValueError(f"--policy needs unlike names, got two policies {name!r}: inspect one at a time")
     for setting in args.set:
         names, key, value = _parse_setting(setting, list(configs))
         for name in names:
