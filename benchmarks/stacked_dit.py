@@ -61,8 +61,13 @@ class StackedPatches(nn.Module):
         self.proj.bias = _stack([embedder.proj.bias for embedder in embedders])  # (M, O)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = F.unfold(x, self.edge, stride=self.edge).transpose(1, 2)  # (M B, N, C P P)
-        return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)
+        rows, channels, height, width = x.shape
+        sides = height // self.edge, self.edge, width // self.edge, self.edge
+        # Not F.unfold, which takes a kernel per row on a CUDA device.
+        patches = (
+            x.view(rows, channels, *sides).permute(0, 2, 4, 1, 3, 5).reshape(rows, sides[0] * sides[2], -1)
+        )
+        return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)  # of (M B, N, C P P)
 
 
 class StackedEmbedding(nn.Module):

@@ -82,9 +82,12 @@ def log_snr_normal(
     mean: float | None = None,
     shift: float = 0.0,
     std: float = 1.2,
+    clean_std: float | None = None,
     clean_share: float = 0.0,
 ) -> Density:
     """log-SNR ~ N(mean + shift, std), cut at the schedule's ends: its mass between the middles to neighbours.
+
+    With `clean_std` a split normal law, which falls off faster or slower on its cleaner side.
 
     A share of the draws is spread evenly over the timesteps that are cleaner than mean + shift instead.
 
@@ -93,6 +96,7 @@ def log_snr_normal(
         mean: centre in log-SNR, finite; lower is noisier. None is `DataSpectrum.log_snr_at()` of the data.
         shift: added to the centre; above 0 is cleaner.
         std: of log-SNR, > 0.
+        clean_std: instead of `std` on the side cleaner than the centre, > 0; None is `std`.
         clean_share: in [0, 1).
 
     Raises:
@@ -107,21 +111,18 @@ def log_snr_normal(
             )
         mean = data_spectrum().log_snr_at()
     centre = mean + shift
-    if not (math.isfinite(centre) and 0 < std < math.inf):
+    clean_std = std if clean_std is None else clean_std
+    if not (math.isfinite(centre) and 0 < std < math.inf and 0 < clean_std < math.inf):
         raise ValueError(
-            f"log_snr_normal needs a finite mean and shift, and std > 0, got {mean}, {shift} and {std}"
+            "log_snr_normal needs a finite mean and shift, and std and clean_std > 0,"
+            f" got {mean}, {shift}, {std} and {clean_std}"
         )
     if not 0 <= clean_share < 1:
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     if schedule.num_timesteps < 2:
         raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
     log_snr = schedule.log_snr
-    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,), falling
-    z = (edges - centre) / std
-    # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
-    tail = torch.special.erfc(z.abs() / math.sqrt(2)) / 2  # (T + 1,)
-    below, above = torch.where(z < 0, tail, 1 - tail), torch.where(z > 0, tail, 1 - tail)
-    normal = Density(torch.where(z[1:] > 0, above.diff(), -below.diff()))
+    normal = _split_normal(log_snr, centre, std, clean_std)
     if not clean_share:
         return normal
     cleaner = (log_snr > centre).double()
@@ -130,3 +131,14 @@ def log_snr_normal(
             f"log_snr_normal needs timesteps cleaner than log-SNR {centre:.2f} for clean_share, got none"
         )
     return Density((1 - clean_share) * normal.table + clean_share * cleaner / cleaner.sum())
+
+
+def _split_normal(log_snr: Tensor, centre: float, std: float, clean_std: float) -> Density:
+    """The mass of each of log_snr (T,), falling, between the middles to its neighbours."""
+    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,)
+    width = torch.where(edges < centre, std, clean_std)
+    z = (edges - centre) / width
+    # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
+    tail = torch.special.erfc(z.abs() / math.sqrt(2)) * width / (std + clean_std)  # (T + 1,)
+    below, above = torch.where(z < 0, tail, 1 - tail), torch.where(z > 0, tail, 1 - tail)
+    return Density(torch.where(z[1:] > 0, above.diff(), -below.diff()))

@@ -15,11 +15,17 @@ settings.register_profile("speedit", derandomize=True, deadline=None)
 settings.load_profile("speedit")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") != "gpu":
+        # Before anything asks for a device: `device: auto` is the CPU, in the processes that tests start too.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("hosts") and not os.environ.get("SPEEDIT_HOSTS"):
         pytest.skip("needs host checkouts: set SPEEDIT_HOSTS to their folder")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and -m gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,6 @@ def test_draw_needs_no_values_on_the_host() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_draw_on_cuda_does_not_synchronise() -> None:
     for policy in every_policy(LINEAR):
         policy.draw(8, device="cuda")
@@ -70,7 +69,6 @@ def test_draw_on_cuda_does_not_synchronise() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_state_loaded_onto_a_device_still_learns() -> None:
     policy = build_policy("loss_second_moment", NoiseSchedule.cosine(5))
     teach(policy, torch.arange(1.0, 6.0))

@@ -94,6 +94,20 @@ def test_p2_weights_have_mean_one_half_about_equal_signal_and_noise() -> None:
     assert build_policy(parts, LINEAR).mean_weight == pytest.approx(0.5, abs=1e-4)
 
 
+def test_a_width_of_the_clean_side_splits_the_normal_law() -> None:
+    table = log_snr_normal(LINEAR, mean=0.3, std=2.0, clean_std=0.5).table
+    noisier, cleaner = LINEAR.log_snr < 0.3, LINEAR.log_snr > 0.3
+    # Each side's mass is as its width, but for what the schedule's ends cut off the noisy one.
+    assert float(table[noisier].sum() / table[cleaner].sum()) == pytest.approx(4, rel=0.02)
+    # Across the mode the law is continuous per unit of log-SNR; in the tails each side is a normal one.
+    per_unit = table / -torch.gradient(LINEAR.log_snr)[0]
+    at = {value: float(per_unit[(LINEAR.log_snr - value).abs().argmin()]) for value in (-3.7, 0.3, 1.3)}
+    assert at[-3.7] / at[0.3] == pytest.approx(math.exp(-2), rel=0.05)
+    assert at[1.3] / at[0.3] == pytest.approx(math.exp(-2), rel=0.05)
+    same = log_snr_normal(LINEAR, mean=0.3, std=0.7, clean_std=0.7).table
+    torch.testing.assert_close(same, log_snr_normal(LINEAR, mean=0.3, std=0.7).table, atol=0, rtol=0)
+
+
 def test_the_clean_share_lies_evenly_on_what_is_cleaner_than_the_centre() -> None:
     plain, mixed = (
         log_snr_normal(LINEAR, mean=0.3, std=0.7, clean_share=share).table for share in (0.0, 0.2)
@@ -141,6 +155,6 @@ def test_samples_without_a_spectrum_are_refused(samples: torch.Tensor, message: 
 def test_shares_and_parameters_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(0, 1\), got 1"):
         unit_variance().log_snr_at(1.0)
-    for options in ({"std": 0.0}, {"mean": math.inf}, {"shift": math.nan}):
-        with pytest.raises(ValueError, match="finite mean and shift, and std > 0"):
+    for options in ({"std": 0.0}, {"clean_std": 0.0}, {"mean": math.inf}, {"shift": math.nan}):
+        with pytest.raises(ValueError, match="finite mean and shift, and std and clean_std > 0, got"):
             log_snr_normal(LINEAR, **{"mean": 0.0, **options})

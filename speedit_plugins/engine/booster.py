@@ -290,6 +290,7 @@ class GeminiEngine(ZeroEngine):
         )
         self._booster = Booster(plugin=plugin)
         self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
+        self.model.register_forward_hook(plain_output)
         self._guard_masters()
         self._divide_by_the_scale_of_the_step(self._sharded.mix_precision_mixin)
 
@@ -309,6 +310,14 @@ class GeminiEngine(ZeroEngine):
 
     def _scaler(self) -> Any:
         return getattr(self._sharded.mix_precision_mixin, "grad_scaler", None)
+
+
+def plain_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A forward hook: the output as torch's own tensor.
+
+    Gemini's weights, and all that is computed from them, are ColoTensors, whose `a += b` adds to a copy of a.
+    """
+    return output.as_subclass(Tensor)
 
 
 def _is_vector(item: Any) -> bool:

