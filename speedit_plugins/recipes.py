@@ -75,32 +75,47 @@ def open_sora_speed() -> Recipe:
 
 
 def spectral(
-    *, mean: float | None = None, shift: float = -0.2, std: float = 1.2, clean_share: float = 0.2
+    *,
+    mean: float | None = None,
+    shift: float = 0.6,
+    std: float = 2.2,
+    clean_std: float | None = 1.1,
+    clean_share: float = 0.15,
 ) -> Recipe:
     """log-SNR drawn about where half of the data's variance is explained. Source: docs/method.md.
 
-    For samplers that clamp x_0 and for models of v; a model of epsilon that samples without a clamp may fall
-    behind uniform draws.
-
     Args:
         mean: log-SNR of that point; None is measured where the data are at hand, as the trainer does.
-        shift: from `mean` to the centre of the draws.
-        std: of log-SNR, > 0.
-        clean_share: of the draws, spread evenly over the timesteps cleaner than that centre; in [0, 1).
+        shift: from `mean` to the centre of the draws; above 0 is cleaner.
+        std: of log-SNR on the side noisier than the centre, > 0.
+        clean_std: of the cleaner side, > 0; None is `std`.
+        clean_share: of the draws, spread evenly over the timesteps cleaner than the centre; in [0, 1).
     """
-    normal = {"type": "log_snr_normal", "mean": mean, "shift": shift, "std": std, "clean_share": clean_share}
+    normal = {
+        "type": "log_snr_normal",
+        "mean": mean,
+        "shift": shift,
+        "std": std,
+        "clean_std": clean_std,
+        "clean_share": clean_share,
+    }
     return {"density": normal, "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0}, "stratified": True}
 
 
 def spectral_fast(
-    *, mean: float | None = None, shift: float = 0.4, std: float = 0.7, clean_share: float = 0.2
+    *,
+    mean: float | None = None,
+    shift: float = 0.4,
+    std: float = 0.7,
+    clean_std: float | None = None,
+    clean_share: float = 0.2,
 ) -> Recipe:
-    """A narrow `spectral` on its cleaner side, with the same arguments. Source: docs/method.md.
+    """A narrow `spectral`, with the same arguments. Source: docs/method.md.
 
     For samplers that clamp x_0, models of v, and schedules that stop short of pure noise: a model of epsilon
     learns nothing of the noisiest timesteps, and sampling through them without a clamp is useless.
     """
-    return spectral(mean=mean, shift=shift, std=std, clean_share=clean_share)
+    return spectral(mean=mean, shift=shift, std=std, clean_std=clean_std, clean_share=clean_share)
 
 
 def p2(*, gamma: float = 1.0, k: float = 1.0) -> Recipe:

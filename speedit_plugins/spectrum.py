@@ -136,7 +136,7 @@ def log_snr_normal(
 def _split_normal(log_snr: Tensor, centre: float, std: float, clean_std: float) -> Density:
     """The mass of each of log_snr (T,), falling, between the middles to its neighbours."""
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,)
-    width = torch.where(edges < centre, std, clean_std)
+    width = torch.full_like(edges, clean_std).masked_fill(edges < centre, std)
     z = (edges - centre) / width
     # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
     tail = torch.special.erfc(z.abs() / math.sqrt(2)) * width / (std + clean_std)  # (T + 1,)
