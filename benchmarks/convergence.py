@@ -27,7 +27,7 @@ from stacked_training import Member, Shape
 
 from speedit_plugins.registry import POLICIES as REGISTERED
 
-POLICIES = ("speedit", "speedit_reference", "speed", "speed_reference", "p2", "min_snr")
+POLICIES = ("speedit", "speedit_reference", "speed", "spectral", "p2", "min_snr")
 ALL_POLICIES = tuple(name for name in REGISTERED.module_dict if name != BASELINE)
 SEEDS = tuple(range(5))
 ALL_SEEDS = tuple(range(11))

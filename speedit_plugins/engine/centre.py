@@ -51,7 +51,8 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
     policy = config.diffusion.policy
     mean = None
     if runtime.is_main:
-        mean = None if resumed is None else _kept(resumed)
+        if resumed is not None:
+            mean = _kept(resumed)
         if mean is None:
             mean = _measured(config, runtime)
         # Without a minus before a zero.
