@@ -119,7 +119,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add = parser.add_argument
     add("--policies", nargs="+", help=f"beside {BASELINE}; default: {' '.join(POLICIES)}")
     add("--seeds", nargs="+", type=int, help="default: 0 to 4")
-    add("--full", action="store_true", help="every published policy, seeds 0 to 10")
+    add("--full", action="store_true", help="every registered policy, seeds 0 to 10")
     add("--horizon", type=int, default=Protocol.horizon, help="step of the distance that is to be reached")
     add("--steps", nargs="+", type=int, default=[], help="evaluations; default: 8 up to 1.25 of the horizon")
     add("--samplers", nargs="+", help="ddim-25, ancestral-100, dpm-10; of a flow euler-25, heun-13")

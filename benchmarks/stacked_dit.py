@@ -63,11 +63,10 @@ class StackedPatches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, channels, height, width = x.shape
         sides = height // self.edge, self.edge, width // self.edge, self.edge
-        # Not F.unfold, which takes a kernel per row on a CUDA device.
-        patches = (
-            x.view(rows, channels, *sides).permute(0, 2, 4, 1, 3, 5).reshape(rows, sides[0] * sides[2], -1)
-        )
-        return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)  # of (M B, N, C P P)
+        # By hand as in the DiT; F.unfold launches a kernel per row on a CUDA device.
+        x = x.reshape(rows, channels, *sides).permute(0, 2, 4, 1, 3, 5)
+        patches = x.reshape(rows, -1, channels * self.edge**2)  # (M B, N, C P P)
+        return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)  # (M B, N, O)
 
 
 class StackedEmbedding(nn.Module):

@@ -88,7 +88,7 @@ def spectral(
         mean: log-SNR of that point; None is measured where the data are at hand, as the trainer does.
         shift: from `mean` to the centre of the draws; above 0 is cleaner.
         std: of log-SNR on the side noisier than the centre, > 0.
-        clean_std: of the cleaner side, > 0; None is `std`.
+        clean_std: of the cleaner side, > 0, whatever `std` is; None is `std`.
         clean_share: of the draws, spread evenly over the timesteps cleaner than the centre; in [0, 1).
     """
     normal = {

@@ -85,18 +85,17 @@ def log_snr_normal(
     clean_std: float | None = None,
     clean_share: float = 0.0,
 ) -> Density:
-    """log-SNR ~ N(mean + shift, std), cut at the schedule's ends: its mass between the middles to neighbours.
+    """log-SNR by a split normal law, cut at the schedule's ends: its mass between the middles to neighbours.
 
-    With `clean_std` a split normal law, which falls off faster or slower on its cleaner side.
-
-    A share of the draws is spread evenly over the timesteps that are cleaner than mean + shift instead.
+    Its mode is mean + shift; the sides' masses are as their widths. A share of the draws is spread evenly
+    over the timesteps that are cleaner than the mode instead.
 
     Args:
         data_spectrum: gives the spectrum of the data where `mean` is not given.
         mean: centre in log-SNR, finite; lower is noisier. None is `DataSpectrum.log_snr_at()` of the data.
         shift: added to the centre; above 0 is cleaner.
-        std: of log-SNR, > 0.
-        clean_std: instead of `std` on the side cleaner than the centre, > 0; None is `std`.
+        std: of log-SNR on the side noisier than the mode, > 0.
+        clean_std: of log-SNR on its cleaner side, > 0; None is `std`, a normal law.
         clean_share: in [0, 1).
 
     Raises:
@@ -111,8 +110,8 @@ def log_snr_normal(
             )
         mean = data_spectrum().log_snr_at()
     centre = mean + shift
-    clean_std = std if clean_std is None else clean_std
-    if not (math.isfinite(centre) and 0 < std < math.inf and 0 < clean_std < math.inf):
+    cleaner_std = std if clean_std is None else clean_std
+    if not (math.isfinite(centre) and 0 < std < math.inf and 0 < cleaner_std < math.inf):
         raise ValueError(
             "log_snr_normal needs a finite mean and shift, and std and clean_std > 0,"
             f" got {mean}, {shift}, {std} and {clean_std}"
@@ -122,7 +121,7 @@ def log_snr_normal(
     if schedule.num_timesteps < 2:
         raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
     log_snr = schedule.log_snr
-    normal = _split_normal(log_snr, centre, std, clean_std)
+    normal = _split_normal(log_snr, centre, std, cleaner_std)
     if not clean_share:
         return normal
     cleaner = (log_snr > centre).double()
@@ -133,12 +132,12 @@ def log_snr_normal(
     return Density((1 - clean_share) * normal.table + clean_share * cleaner / cleaner.sum())
 
 
-def _split_normal(log_snr: Tensor, centre: float, std: float, clean_std: float) -> Density:
-    """The mass of each of log_snr (T,), falling, between the middles to its neighbours."""
+def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: float) -> Density:
+    """Mass of each of log_snr (T,), falling, under the law, between the middles to its neighbours."""
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,)
-    width = torch.full_like(edges, clean_std).masked_fill(edges < centre, std)
-    z = (edges - centre) / width
+    widths = torch.full_like(edges, clean_std).masked_fill(edges < mode, noisy_std)
+    z = (edges - mode) / widths
     # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
-    tail = torch.special.erfc(z.abs() / math.sqrt(2)) * width / (std + clean_std)  # (T + 1,)
-    below, above = torch.where(z < 0, tail, 1 - tail), torch.where(z > 0, tail, 1 - tail)
-    return Density(torch.where(z[1:] > 0, above.diff(), -below.diff()))
+    tail = torch.special.erfc(z.abs() / math.sqrt(2)) * widths / (noisy_std + clean_std)  # (T + 1,)
+    below = torch.where(z < 0, tail, 1 - tail)
+    return Density(torch.where(z[1:] > 0, tail.diff(), -below.diff()))

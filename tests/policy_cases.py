@@ -124,15 +124,17 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
         "speedit_reference": {"threshold": st.floats(0.01, 2.0)},
         "speed": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
         "speed_reference": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
-        # Centres that every schedule here has a cleaner timestep for.
         "spectral": {
-            "mean": st.floats(-2.0, -1.0),
+            "mean": st.floats(-2.0, 2.0),
+            # Some schedules here have no timestep that is cleaner.
+            "clean_share": st.just(0.0),
             "std": st.floats(0.5, 3.0),
             "clean_std": st.none() | st.floats(0.5, 3.0),
         },
         "spectral_fast": {
             "mean": st.floats(-2.0, -1.5),
             "shift": st.floats(-1.0, 1.0),
+            "clean_share": st.floats(0.0, 0.9),
             "std": st.floats(0.5, 3.0),
         },
         "p2": {"gamma": st.floats(0.0, 2.0), "k": positive},

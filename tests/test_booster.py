@@ -7,7 +7,7 @@ import torch
 from runs import small_config
 from torch import nn
 
-from speedit_plugins.engine.booster import build_engine, plain_output
+from speedit_plugins.engine.booster import as_plain_tensor, build_engine
 from speedit_plugins.engine.replica import Replica
 from speedit_plugins.engine.runtime import Runtime
 
@@ -41,13 +41,16 @@ def test_what_gemini_returns_is_a_plain_tensor_with_its_gradient() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).as_subclass(ColoTensor)
 
-    model = Gemini(3, 1, bias=False)
-    assert type(model(torch.ones(1, 3))) is ColoTensor
-    model.register_forward_hook(plain_output)
-    output, total = model(torch.ones(1, 3)), torch.zeros(2)
-    total[:1] += output.detach().sum()
+    model, lost = Gemini(3, 1, bias=False), torch.zeros(2)
+    view = lost[:1]
+    view += model(torch.ones(1, 3)).detach().sum()
+    assert lost.tolist() == [0, 0]
+    model.register_forward_hook(as_plain_tensor)
+    output, sums = model(torch.ones(1, 3)), torch.zeros(2)
+    total = sums[:1]
+    total += output.detach().sum()
     assert type(output) is torch.Tensor
-    assert total.tolist() == [output.item(), 0]
+    assert sums.tolist() == [output.item(), 0]
     output.sum().backward()
     assert model.weight.grad.tolist() == [[1, 1, 1]]
 

@@ -290,7 +290,7 @@ class GeminiEngine(ZeroEngine):
         )
         self._booster = Booster(plugin=plugin)
         self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
-        self.model.register_forward_hook(plain_output)
+        self.model.register_forward_hook(as_plain_tensor)
         self._guard_masters()
         self._divide_by_the_scale_of_the_step(self._sharded.mix_precision_mixin)
 
@@ -312,7 +312,7 @@ class GeminiEngine(ZeroEngine):
         return getattr(self._sharded.mix_precision_mixin, "grad_scaler", None)
 
 
-def plain_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook: the output as torch's own tensor.
 
     Gemini's weights, and all that is computed from them, are ColoTensors, whose `a += b` adds to a copy of a.

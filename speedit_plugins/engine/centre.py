@@ -23,18 +23,23 @@ NUM_SAMPLES = 1024
 _MAX_VALUES = 2**26
 
 
+class _UnknownCentreError(Exception):
+    """The policy asked for the spectrum of the data."""
+
+
 def is_centred_by_data(config: ExperimentConfig) -> bool:
     """Whether the policy needs a centre that the config does not say."""
-    asked = []
 
     def unknown() -> DataSpectrum:
-        asked.append(True)
-        return DataSpectrum(torch.ones(1))
+        raise _UnknownCentreError
 
     process = build.build_process(config, respaced=True)
     policy, prediction_type = config.diffusion.policy, process.prediction_type
-    build_policy(policy, process.schedule, prediction_type, data_spectrum=unknown)
-    return bool(asked)
+    try:
+        build_policy(policy, process.schedule, prediction_type, data_spectrum=unknown)
+    except _UnknownCentreError:
+        return True
+    return False
 
 
 def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = None) -> ExperimentConfig:
