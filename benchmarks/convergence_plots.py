@@ -43,7 +43,7 @@ def _figure(found: dict[str, Any], sampler: str, plot: Any, path: Path) -> None:
     # Imported on use: matplotlib is an extra.
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     names = list(found["by_sampler"][sampler]["speed_ups"])
     colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors
     styles = {
@@ -56,7 +56,8 @@ def _figure(found: dict[str, Any], sampler: str, plot: Any, path: Path) -> None:
     axes.set_xticks(ticks, [str(step) for step in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    # Beside the axes: on a small plot any corner has curves.
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
