@@ -4,7 +4,11 @@ The best linear denoiser of Gaussian data, the Wiener filter, sees every princip
 signal-to-noise ratio SNR it leaves s / (1 + SNR s) of a component's variance s unexplained. Where half of the
 data's variance is explained, most of what a sample looks like is decided.
 
-Dims: N samples, d values of a sample, K = min(N, d) eigenvalues, T timesteps.
+N samples of d values show a steeper spectrum than the data's, by far where N is not above d: what a filter of
+ridge r explains of them is what one of another ridge explains of the data. Source: Silverstein 1995, J.
+Multivariate Analysis 55, the deterministic equivalent of the sample covariance.
+
+Dims: N samples, d values of a sample, K variances, T timesteps.
 """
 
 import math
@@ -27,12 +31,15 @@ class DataSpectrum:
 
     Args:
         variances: >= 0, not all 0, shape (K,); kept as float64 on the CPU.
+        is_sampled: they are those of K + 1 samples about their mean, with zeros if K > d; the data's own
+            otherwise.
 
     Raises:
         ValueError: variances that are negative, not finite or all 0.
     """
 
     variances: Tensor
+    is_sampled: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variances", self.variances.detach().to("cpu", torch.float64))
@@ -44,7 +51,7 @@ class DataSpectrum:
     def of(cls, samples: Tensor) -> "DataSpectrum":
         """The spectrum of samples (N, ...), N >= 2, as the model sees them: latents, or pixels in [-1, 1].
 
-        Some hundred samples do: fewer than d of them lack the smallest variances, which add least.
+        Some hundred samples do, also of many thousand values.
 
         Raises:
             ValueError: fewer than two samples, samples that are all the same, or values that are not finite.
@@ -57,18 +64,47 @@ class DataSpectrum:
         gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
         if not torch.isfinite(gram).all():
             raise ValueError("a spectrum needs finite samples, got inf or NaN")
-        return cls(torch.linalg.eigvalsh(gram).clamp(min=0) / (len(rows) - 1))
+        num_variances = len(rows) - 1
+        # The mean has taken one component, whose 0 is the smallest.
+        found = torch.linalg.eigvalsh(gram).clamp(min=0)[-num_variances:] / num_variances
+        return cls(torch.cat([found.new_zeros(num_variances - len(found)), found]), is_sampled=True)
 
     def explained(self, log_snr: float) -> float:
-        """Share of the variance that the best linear denoiser explains, in [0, 1], rising with log-SNR."""
-        signal = math.exp(log_snr) * self.variances
-        return float((self.variances * signal / (1 + signal)).sum() / self.variances.sum())
+        """Share of the variance that the best linear denoiser explains, in [0, 1], rising with log-SNR.
+
+        Of fewer samples than values it is too low where log-SNR is well above their middle.
+        """
+        noise = math.exp(-log_snr)
+        weight = 1 / (self.variances + (self._ridge(noise) if self.is_sampled else noise))
+        if self.is_sampled:
+            return 1 - float((self.variances * weight).sum() / weight.sum() / self.variances.mean())
+        return float((self.variances**2 * weight).sum() / self.variances.sum())
+
+    def _ridge(self, noise: float) -> float:
+        """The ridge r that does to the samples what noise of this variance does to the data.
+
+        noise is the harmonic mean of variances + r: r is below it, and below 0 where samples are few.
+        """
+        low, high = -float(self.variances.min()), noise
+        while low < (middle := (low + high) / 2) < high:
+            is_below = 1 / float((1 / (self.variances + middle)).mean()) < noise
+            low, high = (middle, high) if is_below else (low, middle)
+        return high
 
     def log_snr_at(self, share: float = 0.5) -> float:
-        """The log-SNR in [-40, 40] at which `explained` is `share`, in (0, 1)."""
+        """The log-SNR in [-40, 40] at which `explained` is `share`, in (0, 1).
+
+        Raises:
+            ValueError: another share, or too few samples to tell.
+        """
         if not 0 < share < 1:
             raise ValueError(f"a share of the variance needs to lie in (0, 1), got {share}")
         low, high = -_WIDEST, _WIDEST
+        if self.explained(high) < share:
+            raise ValueError(
+                f"{len(self.variances) + 1} samples are too few to tell where {share:.0%} of the data's"
+                " variance is explained: each is unlike all others; wanted more of them"
+            )
         while high - low > 1e-9:
             middle = (low + high) / 2
             low, high = (middle, high) if self.explained(middle) < share else (low, middle)
@@ -140,4 +176,10 @@ def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: flo
     # Each tail from its own end, as differences of values near 1 would be 0; torch's ndtr is 0 from -8.3 on.
     tail = torch.special.erfc(z.abs() / math.sqrt(2)) * widths / (noisy_std + clean_std)  # (T + 1,)
     below = torch.where(z < 0, tail, 1 - tail)
-    return Density(torch.where(z[1:] > 0, tail.diff(), -below.diff()))
+    mass = torch.where(z[1:] > 0, tail.diff(), -below.diff())
+    if not mass.any():
+        raise ValueError(
+            f"log_snr_normal has no mass on the schedule, whose log-SNR goes from {log_snr[-1]:.2f} to"
+            f" {log_snr[0]:.2f}: its mean + shift is {mode:.2f}"
+        )
+    return Density(mass)

@@ -56,13 +56,13 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
     policy = config.diffusion.policy
     mean = None
     if runtime.is_main:
+        source = "as in the checkpoint"
         if resumed is not None:
             mean = _kept(resumed)
         if mean is None:
-            mean = _measured(config, runtime)
+            mean, source = _measured(config, runtime), "where half of the data's variance is explained"
         # Without a minus before a zero.
-        told = round(mean, 2) + 0.0
-        say(f"the policy is centred at log-SNR {told:.2f}, where half of the data's variance is explained")
+        say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
     mean = runtime.gather_objects(mean)[0]
     diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
     return dataclasses.replace(config, diffusion=diffusion)
