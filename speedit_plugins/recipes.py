@@ -1,7 +1,7 @@
 """The named policies: each is a density, a weighting and a draw, written as the config that composes them.
 
 `build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` draw and weigh alike. What a
-recipe says of `stratified` holds unless the config says otherwise.
+recipe says of `stratified` and `normalize` holds unless the config says otherwise.
 """
 
 from typing import Any
@@ -99,7 +99,13 @@ def spectral(
         "clean_std": clean_std,
         "clean_share": clean_share,
     }
-    return {"density": normal, "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0}, "stratified": True}
+    return {
+        "density": normal,
+        "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0},
+        "stratified": True,
+        # These weights are 0.2 on average: a learned variance's bound, which has none, would count five times.
+        "normalize": True,
+    }
 
 
 def spectral_fast(

@@ -149,10 +149,17 @@ def test_a_clean_share_without_cleaner_timesteps_is_refused() -> None:
         log_snr_normal(LINEAR, mean=0.0, clean_share=1.0)
 
 
-def test_the_spectral_policies_are_stratified_unless_told_otherwise() -> None:
-    policy = {"type": "spectral", "mean": 0.0}
-    assert build_policy(policy, LINEAR).stratified
-    assert not build_policy({**policy, "stratified": False}, LINEAR).stratified
+@pytest.mark.parametrize("name", ["spectral", "spectral_fast"])
+def test_the_spectral_policies_are_stratified_and_normalised_unless_told_otherwise(name: str) -> None:
+    policy = {"type": name, "mean": 0.0}
+    usual, other = (
+        build_policy({**policy, **options}, LINEAR)
+        for options in ({}, {"stratified": False, "normalize": False})
+    )
+    assert usual.stratified
+    assert usual.mean_weight == pytest.approx(1)
+    assert not other.stratified
+    assert 0.1 < other.mean_weight < 0.3
 
 
 def test_data_are_asked_only_where_the_centre_is_not_given() -> None:
