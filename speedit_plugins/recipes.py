@@ -103,7 +103,7 @@ def spectral(
         "density": normal,
         "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0},
         "stratified": True,
-        # These weights are 0.2 on average: a learned variance's bound, which has none, would count five times.
+        # The weights are 0.2 on average: a learned variance's bound, which has none, would count for five.
         "normalize": True,
     }
 
