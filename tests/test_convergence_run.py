@@ -192,7 +192,7 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
         assert [line.split(" | ")[0] for line in lines[6:8]] == ["| uniform", "| p2"]
     written = load("convergence_plots").draw(found, tmp_path)
     assert len(written) == 2 * len(samplers)
-    assert all(Image.open(path).size == (960, 600) for path in written)
+    assert all(Image.open(path).size == (1080, 600) for path in written)
 
 
 def test_a_distance_of_samples_that_are_not_finite_is_null(load: Load) -> None:
