@@ -48,13 +48,13 @@ DRAW_LIMIT = 0.01
 class Options:
     """The folder of the checkouts; rounds >= 1 of each timing that is long; the clock of the steps.
 
-    With `is_compiled` our model has `compile: true`; peers never compile theirs.
+    With `with_compiled` our trainer takes part a second time, with `compile: true`; peers never compile.
     """
 
     hosts: Path
     rounds: int
     clock: str
-    is_compiled: bool = False
+    with_compiled: bool = False
     repetitions: int = 1000
     training_steps: int = 1600
     num_samples: int = 500
@@ -73,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints each part when it is done and, where asked, writes all values as JSON."""
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
-    options = Options(arguments.hosts, arguments.rounds, arguments.clock, is_compiled=arguments.compile)
+    options = Options(arguments.hosts, arguments.rounds, arguments.clock, with_compiled=arguments.compile)
     machine = (
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
         f"{arguments.threads} threads, {arguments.clock} time of steps, {arguments.rounds} rounds"
-        f"{', our model compiled' if arguments.compile else ''}"
     )
     print(machine)
     for name, checkout in _missing(arguments.hosts).items():
@@ -101,7 +100,7 @@ def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
         if hosts:
             clock = CLOCKS[options.clock]
             found = compare(
-                case, hosts, options.hosts, options.rounds, clock=clock, is_compiled=options.is_compiled
+                case, hosts, options.hosts, options.rounds, clock=clock, with_compiled=options.with_compiled
             )
             texts.append(steps_table(found, floor))
             values[case.model] = steps_values(found)
@@ -109,26 +108,25 @@ def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
 
 
 def steps_table(found: Comparison, floor: float | None) -> str:
-    """A row per side: seconds, samples per second, ratio and its quartiles, split in milliseconds."""
-    phases = list(found.sides[OURS].split())
-    lines = [
-        f"{found.case}",
-        "",
-        f"| | step | samples/s | ratio | quartiles | {' | '.join(phases)} |",
-        "|---" * (5 + len(phases)) + "|",
-    ]
+    """A row per side: seconds, samples per second, ratios and their quartiles, split in milliseconds."""
+    heads = ["", "step", "samples/s", *(f"over {name}" for name in found.ours), *found.sides[OURS].split()]
+    lines = [f"{found.case}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, steps in found.sides.items():
-        seconds, ratio = Spread.of(steps.seconds).median, found.ratio(name)
-        split = " | ".join(f"{1000 * value:.2f}" for value in steps.split().values())
-        lines.append(
-            f"| {name} | {seconds:.3f} s | {found.case.batch / seconds:.2f} | {ratio.median:.3f} "
-            f"| {ratio.low:.3f}, {ratio.high:.3f} | {split} |"
-        )
-    if floor is not None:
-        least = min((found.ratio(name).median, name) for name in found.sides if name != OURS)
-        verdict = "held" if least[0] >= floor else "missed"
-        lines += ["", f"Floor {floor:.1f}: {verdict}, {least[0]:.3f} against {least[1]}."]
-    return "\n".join([*lines, "", "The split is in milliseconds."])
+        seconds = Spread.of(steps.seconds).median
+        ratios = [found.ratio(name, over) for over in found.ours]
+        cells = [
+            name,
+            f"{seconds:.3f} s",
+            f"{found.case.batch / seconds:.2f}",
+            *(f"{ratio.median:.3f} ({ratio.low:.3f}, {ratio.high:.3f})" for ratio in ratios),
+            *(f"{1000 * value:.2f}" for value in steps.split().values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name in found.ours if floor is not None else ():
+        least, peer = found.least_ratio(name)
+        verdict = "held" if least >= floor else "missed"
+        lines += ["", f"Floor {floor:.1f}: {verdict} by {name}, {least:.3f} against {peer}."]
+    return "\n".join([*lines, "", "Ratios are medians, quartiles behind; the split is in milliseconds."])
 
 
 def steps_values(found: Comparison) -> dict[str, Any]:
@@ -136,7 +134,11 @@ def steps_values(found: Comparison) -> dict[str, Any]:
     return {
         "case": asdict(found.case),
         "sides": {
-            name: {"seconds": steps.seconds, "split": steps.split(), "ratio": asdict(found.ratio(name))}
+            name: {
+                "seconds": steps.seconds,
+                "split": steps.split(),
+                "ratios": {over: asdict(found.ratio(name, over)) for over in found.ours},
+            }
             for name, steps in found.sides.items()
         },
     }
@@ -245,7 +247,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="of steps; cpu: one thread")
-    parser.add_argument("--compile", action="store_true", help="of steps: our model with `compile: true`")
+    parser.add_argument("--compile", action="store_true", help="of steps: ours also with `compile: true`")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
     parser.add_argument("--json", type=Path, help="also write all values here")
     arguments = parser.parse_args(argv)

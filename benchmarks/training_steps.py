@@ -28,6 +28,7 @@ from speedit_plugins.engine.trainer import Trainer
 from speedit_plugins.registry import DATASETS, ENCODERS
 
 OURS = "ours"
+COMPILED = "ours, compiled"
 CHANNELS = 4
 NUM_CLASSES = 1000
 PHASES = ("draw", "forward", "backward", "optimizer", "ema")
@@ -73,10 +74,19 @@ class Comparison:
     case: Case
     sides: Mapping[str, Steps]
 
-    def ratio(self, name: str) -> Spread:
-        """A side's seconds over ours within each round: above 1, ours is faster."""
-        pairs = zip(self.sides[name].seconds, self.sides[OURS].seconds, strict=True)
+    @property
+    def ours(self) -> list[str]:
+        """The sides that are our trainer."""
+        return [name for name in (OURS, COMPILED) if name in self.sides]
+
+    def ratio(self, name: str, over: str = OURS) -> Spread:
+        """A side's seconds over those of ours within each round: above 1, ours is faster."""
+        pairs = zip(self.sides[name].seconds, self.sides[over].seconds, strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
+
+    def least_ratio(self, over: str) -> tuple[float, str]:
+        """The median ratio of the peer that comes closest to a side of ours, and its name."""
+        return min((self.ratio(name, over).median, name) for name in self.sides if name not in self.ours)
 
 
 def compare(
@@ -86,7 +96,7 @@ def compare(
     rounds: int,
     *,
     clock: Clock = time.perf_counter,
-    is_compiled: bool = False,
+    with_compiled: bool = False,
 ) -> Comparison:
     """Times each side once per round, in alternating order, after a round that is not counted.
 
@@ -94,16 +104,15 @@ def compare(
         hosts: whose checkouts lie in `folder`.
         rounds: >= 1.
         clock: seconds.
-        is_compiled: our model, in the round that is not counted.
+        with_compiled: our trainer a second time, with `compile: true`; it compiles in the first round.
     """
     torch.manual_seed(0)
     x = torch.randn(case.batch, CHANNELS, *[case.num_frames] * bool(case.num_frames), case.edge, case.edge)
     y = None if case.num_frames else torch.randint(0, NUM_CLASSES, (case.batch,))
     ours = OurStep(case, x, y, clock)
-    if is_compiled:
-        # As the trainer does with `compile: true`; the names of the weights stay.
-        ours.trainer.model.compile()
     steps: dict[str, Callable[[], tuple[float, Split]]] = {OURS: ours}
+    if with_compiled:
+        steps[COMPILED] = OurStep(case, x, y, clock, is_compiled=True)
     for host in hosts:
         parts = host.build(folder / host.checkout, case.model, _model_options(case))
         parts.model.load_state_dict(ours.trainer.model.state_dict())
@@ -144,8 +153,10 @@ class Stopwatch:
 class OurStep:
     """One step of our trainer: its seconds, and its phases'; loading and encoding are rest."""
 
-    def __init__(self, case: Case, x: Tensor, y: Tensor | None, clock: Clock) -> None:
-        self.trainer = latent_trainer(case, x, y)
+    def __init__(
+        self, case: Case, x: Tensor, y: Tensor | None, clock: Clock, *, is_compiled: bool = False
+    ) -> None:
+        self.trainer = latent_trainer(case, x, y, is_compiled=is_compiled)
         self.trainer.engine.model.train()
         self._clock, self._watch = clock, Stopwatch(clock)
         self.trainer.clock = self._watch  # type: ignore[assignment]  # of the same phases, by any clock
@@ -195,7 +206,7 @@ class HostStep:
         return self._clock() - start, watch.take()
 
 
-def latent_trainer(case: Case, x: Tensor, y: Tensor | None) -> Trainer:
+def latent_trainer(case: Case, x: Tensor, y: Tensor | None, *, is_compiled: bool = False) -> Trainer:
     """Our trainer of the case's model on one batch of latents in memory, every parameter drawn at random."""
     content = {
         "experiment_dir": "unwritten",
@@ -209,6 +220,7 @@ def latent_trainer(case: Case, x: Tensor, y: Tensor | None) -> Trainer:
         "max_training_steps": 1_000_000,
         "sample_every": 0,
         "device": "cpu",
+        "compile": is_compiled,
     }
     OneBatch.x, OneBatch.y = x, y
     with tempfile.TemporaryDirectory() as folder:

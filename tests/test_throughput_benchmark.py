@@ -111,10 +111,20 @@ class TestArithmetic:
 
     def test_the_table_says_whether_the_floor_holds(self, load: Load, found: Any) -> None:
         bench = load("throughput")
-        assert "Floor 1.1: held, 2.000 against host." in bench.steps_table(found, 1.1)
-        assert "Floor 2.5: missed, 2.000 against host." in bench.steps_table(found, 2.5)
+        assert "Floor 1.1: held by ours, 2.000 against host." in bench.steps_table(found, 1.1)
+        assert "Floor 2.5: missed by ours, 2.000 against host." in bench.steps_table(found, 2.5)
         # 4 samples in 2 s.
-        assert "| ours | 2.000 s | 2.00 | 1.000 |" in bench.steps_table(found, None)
+        assert "| ours | 2.000 s | 2.00 | 1.000 (1.000, 1.000) |" in bench.steps_table(found, None)
+
+    def test_compiled_is_a_side_of_ours_not_a_peer(self, load: Load, found: Any) -> None:
+        steps = load("training_steps")
+        twice_as_fast = steps.Steps((1.0, 1.0), found.sides["ours"].phases)
+        both = steps.Comparison(found.case, {**found.sides, steps.COMPILED: twice_as_fast})
+        text = load("throughput").steps_table(both, 3.0)
+        assert "Floor 3.0: missed by ours, 2.000 against host." in text
+        # 3 / 1 and 5 / 1.
+        assert "Floor 3.0: held by ours, compiled, 4.000 against host." in text
+        assert "| host | 4.000 s | 1.00 | 2.000 (1.750, 2.250) | 4.000 (3.500, 4.500) |" in text
 
     def test_the_draws_share_is_of_our_step(self, load: Load, found: Any) -> None:
         bench = load("throughput")
@@ -152,6 +162,17 @@ class TestParts:
         # A clock that moves by 1 at each look: a phase lasts 1, the step at least all of them.
         assert split == dict.fromkeys(steps.PHASES, 1)
         assert seconds > len(steps.PHASES)
+
+    def test_a_compiled_side_has_the_weights_of_the_other(self, load: Load) -> None:
+        steps = load("training_steps")
+        x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+        case = steps.Case("DiT-S/8", 2, 8)
+        plain, compiled = (steps.latent_trainer(case, x, y, is_compiled=each).model for each in (False, True))
+        # What `Module.compile` leaves behind; nothing is compiled before the first call.
+        assert plain._compiled_call_impl is None
+        assert compiled._compiled_call_impl is not None
+        weights = compiled.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
 
     def test_our_draws_are_there_without_any_checkout(self, load: Load, tmp_path: Path) -> None:
         draw_cost = load("draw_cost")
