@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedit_plugins.models.dit import DiT, PatchEmbedder
+from speedit_plugins.models.dit import DiT, PatchEmbedder, patches_of
 
 
 def stacked(models: Sequence[DiT]) -> DiT:
@@ -61,11 +61,7 @@ class StackedPatches(nn.Module):
         self.proj.bias = _stack([embedder.proj.bias for embedder in embedders])  # (M, O)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, channels, height, width = x.shape
-        sides = height // self.edge, self.edge, width // self.edge, self.edge
-        # By hand as in the DiT; F.unfold launches a kernel per row on a CUDA device.
-        x = x.reshape(rows, channels, *sides).permute(0, 2, 4, 1, 3, 5)
-        patches = x.reshape(rows, -1, channels * self.edge**2)  # (M B, N, C P P)
+        patches = patches_of(x, self.edge)  # (M B, N, C P P)
         return _linear(patches, self.proj.weight.flatten(2), self.proj.bias)  # (M B, N, O)
 
 

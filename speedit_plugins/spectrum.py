@@ -54,10 +54,17 @@ class DataSpectrum:
         Some hundred samples do, also of many thousand values.
 
         Raises:
-            ValueError: fewer than two samples, samples that are all the same, or values that are not finite.
+            ValueError: fewer than two samples, samples that are all the same, values that are not finite, or
+                integers, which no model sees.
         """
-        if len(samples) < 2:
-            raise ValueError(f"a spectrum needs at least two samples, got shape {tuple(samples.shape)}")
+        if samples.ndim < 2 or len(samples) < 2:
+            raise ValueError(
+                f"a spectrum needs at least two samples (N, ...), got shape {tuple(samples.shape)}"
+            )
+        if not samples.is_floating_point():
+            raise ValueError(
+                f"a spectrum needs samples as the model sees them, of floating point, got {samples.dtype}"
+            )
         rows = samples.detach().flatten(1).to("cpu", torch.float64, copy=True)
         rows -= rows.mean(dim=0)
         # Of the two Gram matrices, which share their eigenvalues above 0, the smaller.
@@ -138,16 +145,9 @@ def log_snr_normal(
         ValueError: a parameter out of range, no mean and no spectrum, T < 2, no timestep with any mass, or
             none that is cleaner for a clean share.
     """
-    if mean is None:
-        if data_spectrum is None:
-            raise ValueError(
-                "log_snr_normal needs mean, the log-SNR at which half of your data's variance is explained:"
-                " DataSpectrum.of(latents).log_snr_at() of speedit_plugins.spectrum; got none"
-            )
-        mean = data_spectrum().log_snr_at()
-    centre = mean + shift
     cleaner_std = std if clean_std is None else clean_std
-    if not (math.isfinite(centre) and 0 < std < math.inf and 0 < cleaner_std < math.inf):
+    is_finite = math.isfinite(shift + (0.0 if mean is None else mean))
+    if not (is_finite and 0 < std < math.inf and 0 < cleaner_std < math.inf):
         raise ValueError(
             "log_snr_normal needs a finite mean and shift, and std and clean_std > 0,"
             f" got {mean}, {shift}, {std} and {clean_std}"
@@ -156,6 +156,15 @@ def log_snr_normal(
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     if schedule.num_timesteps < 2:
         raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
+    # Last, as the data may take a while to be read.
+    if mean is None:
+        if data_spectrum is None:
+            raise ValueError(
+                "log_snr_normal needs mean, the log-SNR at which half of your data's variance is explained:"
+                " DataSpectrum.of(latents).log_snr_at() of speedit_plugins.spectrum; got none"
+            )
+        mean = data_spectrum().log_snr_at()
+    centre = mean + shift
     log_snr = schedule.log_snr
     normal = _split_normal(log_snr, centre, std, cleaner_std)
     if not clean_share:

@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +25,7 @@ report: ModuleType = importlib.import_module("report")
 page: ModuleType = importlib.import_module("report_page")
 plots: ModuleType = importlib.import_module("report_plots")
 
+FIGURE = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
 VOID = {"meta", "img", "path", "rect", "circle", "image"}
 
 
@@ -121,8 +123,7 @@ def test_the_parameters_are_those_that_training_announced(
 
 
 def test_what_later_phases_leave_is_shown(trained: Path) -> None:
-    figure = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
-    content = {"figures": {"fid[digit_classifier]": figure}, "samples": "drawn.npz", "reference": None}
+    content = {"figures": {"fid[digit_classifier]": FIGURE}, "samples": "drawn.npz", "reference": None}
     (trained / "test.json").write_text(json.dumps(content))
     values = [0.5 + number for number in range(20)]
     ranges = [[50 * number, 50 * number + 50] for number in range(20)]
@@ -143,6 +144,23 @@ def test_what_later_phases_leave_is_shown(trained: Path) -> None:
     assert "fid[digit_classifier]12.35digit_classifier300-" in text
     assert "drawn.npz" in text
     assert "Gradient norm, measured: ema weights, step 20" in text
+
+
+def test_what_is_older_than_the_newest_checkpoint_says_so(trained: Path) -> None:
+    image, figures = trained / "samples.png", trained / "test.json"
+    Image.new("L", (4, 4)).save(image)
+    figures.write_text(json.dumps({"figures": {"fid": FIGURE}, "samples": "drawn.npz", "reference": None}))
+    note = ", older than the checkpoint step_0000020"
+    try:
+        assert note not in written(trained).text
+        for path in (image, figures):
+            os.utime(path, (0, 0))
+        text = written(trained).text
+    finally:
+        image.unlink()
+        figures.unlink()
+    assert f"samples.png, drawn by the phase sample{note}" in text
+    assert f"test.json{note}" in text
 
 
 def test_a_run_without_a_logged_line_or_grid_is_reported(tmp_path: Path) -> None:

@@ -173,7 +173,9 @@ def test_data_are_asked_only_where_the_centre_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (torch.zeros(1, 4), r"at least two samples, got shape \(1, 4\)"),
+        (torch.zeros(1, 4), r"at least two samples \(N, ...\), got shape \(1, 4\)"),
+        (torch.zeros(9), r"at least two samples \(N, ...\), got shape \(9,\)"),
+        (torch.zeros(9, 4, dtype=torch.uint8), "of floating point, got torch.uint8"),
         (torch.ones(3, 4), "positive sum, got sum 0"),
         (torch.tensor([[0.0], [math.nan]]), "finite samples, got inf or NaN"),
     ],
@@ -189,5 +191,8 @@ def test_shares_and_parameters_out_of_range_are_refused() -> None:
     for options in ({"std": 0.0}, {"clean_std": 0.0}, {"mean": math.inf}, {"shift": math.nan}):
         with pytest.raises(ValueError, match="finite mean and shift, and std and clean_std > 0, got"):
             log_snr_normal(LINEAR, **{"mean": 0.0, **options})
+    # Before the data are read.
+    with pytest.raises(ValueError, match="std and clean_std > 0, got None, 0.0, 1.2 and -1.0"):
+        log_snr_normal(LINEAR, lambda: pytest.fail("the data were asked"), clean_std=-1.0)
     with pytest.raises(ValueError, match=r"no mass on the schedule, .* from -10.12 to 9.21: .* is -99.00"):
         log_snr_normal(LINEAR, mean=-100.0, shift=1.0)

@@ -224,9 +224,11 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
     schedule = SCHEDULES[args.schedule](args.timesteps)
     default = "flow" if args.schedule == "rectified_flow" else "epsilon"
     configs: dict[str, dict[str, Any]] = {}
-    for name, config in map(_named, args.policy):
+    for text in args.policy:
+        name, config = _named(text)
         if configs.setdefault(name, config) != config:
-            raise ValueError(f"--policy needs unlike names, got two policies {name!r}: inspect one at a time")
+            # Of another policy of that name; the text as it was typed tells them apart.
+            configs[text] = config
     for setting in args.set:
         names, key, value = _parse_setting(setting, list(configs))
         for name in names:

@@ -66,6 +66,13 @@ class Run:
         found = self.json(results.TEST)
         return found["figures"] if found is not None and "figures" in found else {}
 
+    def age(self, name: str) -> str:
+        """Of a file that a later phase wrote: that training has gone on since, '' where it has not."""
+        newest, path = self.checkpoint, self.folder / name
+        if newest is None or newest.stat().st_mtime <= path.stat().st_mtime:
+            return ""
+        return f", older than the checkpoint {newest.name}"
+
     def json(self, name: str) -> dict[str, Any] | None:
         """Contents of a JSON file of the run; None without it."""
         path = self.folder / name
@@ -81,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     path = arguments.out or arguments.run / "report.html"
     try:
-        text = report(open_run(arguments.run))
+        run = open_run(arguments.run)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"--out needs a file in a folder that exists, got {path}")
+        text = report(run)
         write_whole(path, text.encode())
     except (ValueError, OSError) as error:
         print(f"report: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -231,7 +239,8 @@ def samples(run: Run) -> str:
         notes.append(f"{count} of {len(grids)} grids, evenly chosen.")
     final = run.folder / results.SAMPLES
     if final.is_file():
-        shown.append(html.picture(f"{final.name}, drawn by the phase sample", final))
+        caption = f"{final.name}, drawn by the phase sample{run.age(results.SAMPLES)}"
+        shown.append(html.picture(caption, final))
     else:
         notes.append(f"No {final.name}: the phase sample was not run.")
     return "".join(html.paragraph(note, is_quiet=True) for note in notes) + html.group("samples", shown)
@@ -286,7 +295,10 @@ def evaluation(run: Run) -> str:
         for name, figure in run.figures.items()
     ]
     sources = {key: str(found[key]) for key in ("samples", "reference") if found[key] is not None}
-    return html.table(("figure", "value", "features", "samples", "reference"), rows) + html.facts(sources)
+    table = html.table(("figure", "value", "features", "samples", "reference"), rows)
+    return (
+        html.paragraph(f"{results.TEST}{run.age(results.TEST)}", is_quiet=True) + table + html.facts(sources)
+    )
 
 
 def environment(run: Run) -> str:

@@ -301,13 +301,19 @@ class PatchEmbedder(nn.Module):
         nn.init.zeros_(cast(Tensor, self.proj.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Unfolding by hand gives contiguous tokens; the convolution's come channel first, and every later
-        # elementwise operation of the residual stream would inherit those strides.
-        edge = self.proj.kernel_size[0]
-        batch, channels, height, width = x.shape
-        x = x.reshape(batch, channels, height // edge, edge, width // edge, edge).permute(0, 2, 4, 1, 3, 5)
-        patches = x.reshape(batch, -1, channels * edge * edge)  # (B, N, C P P)
+        patches = patches_of(x, self.proj.kernel_size[0])  # (B, N, C P P)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+def patches_of(x: Tensor, edge: int) -> Tensor:
+    """Values of each patch, (B, C, H, W) -> (B, N, C P P), contiguous, for edges that are multiples of P.
+
+    A convolution's tokens come channel first, and every later elementwise operation of the residual stream
+    would inherit those strides; `F.unfold` launches a kernel per row on a CUDA device.
+    """
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // edge, edge, width // edge, edge).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, -1, channels * edge * edge)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
