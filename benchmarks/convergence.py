@@ -65,11 +65,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _members(arguments: argparse.Namespace) -> list[Member]:
     return [
         Member(
-            _policy(name, arguments.horizon),
+            _policy(name, arguments),
             seed,
             lr=arguments.lr,
             prediction_type=_prediction(arguments),
-            normalise_loss=arguments.normalise_loss,
             label=name,
         )
         for name in dict.fromkeys((BASELINE, *arguments.policies))
@@ -77,10 +76,10 @@ def _members(arguments: argparse.Namespace) -> list[Member]:
     ]
 
 
-def _policy(name: str, horizon: int) -> dict[str, Any]:
+def _policy(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     # The 50,000 steps of its default are an eighth of the 400,000 that DiT-XL/2 is compared at; so is this.
-    options = {"curriculum_steps": max(1, horizon // 8)} if name == "clts" else {}
-    return {"type": name, **options}
+    options = {"curriculum_steps": max(1, arguments.horizon // 8)} if name == "clts" else {}
+    return {"type": name, **options, **({"normalize": "loss"} if arguments.normalise_loss else {})}
 
 
 def _prediction(arguments: argparse.Namespace) -> str:

@@ -116,7 +116,6 @@ def _described(member: Member) -> Document:
         "seed": member.seed,
         "lr": member.lr,
         "prediction_type": member.prediction_type,
-        "normalise_loss": member.normalise_loss,
     }
 
 

@@ -86,7 +86,7 @@ def null_ratios(steps: Sequence[int], baselines: Sequence[Sequence[float]], hori
 def null_band(
     steps: Sequence[int], baselines: Sequence[Sequence[float]], horizon: int
 ) -> tuple[Reading, Reading] | None:
-    """The 5 % and 95 % quantiles of `null_ratios`, bounds where more than 5 % of these are.
+    """The 5 % and 95 % quantiles of `null_ratios`, bounds where they are taken from bounds.
 
     None of one seed, which has no other.
     """
@@ -94,9 +94,10 @@ def null_band(
     if not ratios:
         return None
     ends = quantiles([ratio.value for ratio in ratios], (0.05, 0.95))
-    # Bounds of one kind are the extreme values: past 5 % of them the quantile is one.
+    # Bounds of one kind are the extreme values; the quantile lies between this one, from 0, and the next.
+    place = math.floor(0.05 * (len(ratios) - 1))
     low, high = (
-        Reading(end, bound if sum(r.bound == bound for r in ratios) > 0.05 * len(ratios) else EXACT)
+        Reading(end, bound if sum(r.bound == bound for r in ratios) > place else EXACT)
         for end, bound in zip(ends, (AT_MOST, AT_LEAST), strict=True)
     )
     return low, high

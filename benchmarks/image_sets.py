@@ -4,6 +4,7 @@ Dims: N images, C channels, H x W pixels.
 """
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def load_image_set(data: str, image_size: int) -> ImageSet:
         image_size: pixels are averaged down to it; only digits are also enlarged.
 
     Raises:
-        ValueError: no such data, or images that are smaller or not square.
+        ValueError: no such data, a damaged file, images that are smaller or not square, or other than a label
+            >= 0 for each.
     """
     if data == "digits":
         digits = Digits(image_size=image_size)
@@ -49,6 +51,10 @@ def load_image_set(data: str, image_size: int) -> ImageSet:
     images, labels = _read_idx(path) if path.name.endswith("-images-idx3-ubyte.gz") else _read_npz(path)
     if images.shape[1] != images.shape[2] or images.shape[1] < image_size:
         raise ValueError(f"{path} has images {images.shape[1:3]}, wanted squares of at least {image_size}")
+    if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
+        raise ValueError(
+            f"{path} needs a label >= 0 for each of {len(images)} images, got {tuple(labels.shape)}"
+        )
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (N, C, H, W) in 0..255
     scaled = F.interpolate(values, size=(image_size, image_size), mode="area") / 127.5 - 1
     return ImageSet(scaled, labels, 0 if labels is None else int(labels.max()) + 1)
@@ -78,12 +84,18 @@ def _read_npz(path: Path) -> tuple[np.ndarray, Tensor | None]:
 
 
 def _read_idx(path: Path) -> tuple[np.ndarray, Tensor]:
-    """uint8 images (N, H, W, 1) and labels (N,): a header of big-endian int32, then bytes."""
-    images, labels = (
-        np.frombuffer(gzip.decompress(file.read_bytes()), dtype=np.uint8)
-        for file in (path, path.with_name(path.name.replace("-images-idx3-", "-labels-idx1-")))
-    )
-    shape = images[4:16].view(">i4")
-    if tuple(images[:4]) != (0, 0, 8, 3) or tuple(labels[:4]) != (0, 0, 8, 1):
-        raise ValueError(f"{path} or its labels are no IDX file of bytes")
-    return images[16:].reshape(*shape, 1).copy(), torch.from_numpy(labels[8:].astype(np.int64))
+    """uint8 images (N, H, W, 1) and labels (N,)."""
+    labels = _idx_values(path.with_name(path.name.replace("-images-idx3-", "-labels-idx1-")), 1)
+    return _idx_values(path, 3)[..., None], torch.from_numpy(labels.astype(np.int64))
+
+
+def _idx_values(path: Path, num_dims: int) -> np.ndarray:
+    """uint8 values of a compressed IDX file: its kind, `num_dims` sizes as big-endian int32, then bytes."""
+    try:
+        content = np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8)
+        first = 4 + 4 * num_dims
+        if tuple(content[:4]) != (0, 0, 8, num_dims):
+            raise ValueError(f"it begins with {content[:4].tolist()}, wanted [0, 0, 8, {num_dims}]")
+        return content[first:].reshape(*content[4:first].view(">i4")).copy()
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no IDX file of bytes: {error}") from error

@@ -198,8 +198,10 @@ def _check(members: Sequence[Member], protocol: Protocol) -> None:
     if len(set(seen)) < len(seen):
         twice = next(pair for pair in seen if seen.count(pair) > 1)
         raise ValueError(f"each member needs a name and seed of its own, got {twice} twice: give a label")
-    if rates := [member.lr for member in members if not member.lr > 0]:
-        raise ValueError(f"lr needs to be > 0, got {rates[0]}")
+    if rates := [member.lr for member in members if not 0 < member.lr < math.inf]:
+        raise ValueError(f"lr needs to be > 0 and finite, got {rates[0]}")
+    if seeds := [member.seed for member in members if member.seed < 0]:
+        raise ValueError(f"seed needs to be >= 0, got {seeds[0]}")
     if protocol.num_samples < 2 or protocol.workers < 0:
         got = f"{protocol.num_samples} and {protocol.workers}"
         raise ValueError(f"num_samples needs to be >= 2 and workers >= 0, got {got}")

@@ -29,7 +29,6 @@ Process = GaussianProcess | RectifiedFlow
 # Names of the streams of a seed; sampling has another.
 _WEIGHTS, _BATCHES, _TIMESTEPS = range(3)
 _EMA_DECAY = 0.99
-_LOSS_DECAY = 0.95
 # Samples of the data, spread over it, that a policy is centred by; up to twice as many.
 _MEASURED = 1000
 
@@ -43,7 +42,6 @@ class Member:
         seed: of initialisation, data order, noise and samples, >= 0.
         lr: learning rate of AdamW.
         prediction_type: epsilon, x0 or v; flow on a rectified flow.
-        normalise_loss: divide the weighted loss by its running mean (decay 0.95) over the steps so far.
         label: row of the table; '' makes one of the policy's name and what is unlike the defaults.
     """
 
@@ -51,7 +49,6 @@ class Member:
     seed: int = 0
     lr: float = 3e-3
     prediction_type: str = "epsilon"
-    normalise_loss: bool = False
     label: str = ""
 
     @property
@@ -65,7 +62,7 @@ class Member:
             policy = self.policy if isinstance(self.policy, str) else str(self.policy.get("type", "custom"))
         prediction = "" if self.prediction_type in ("epsilon", "flow") else f" {self.prediction_type}"
         rate = "" if self.lr == 3e-3 else f" lr {self.lr:g}"
-        return policy + prediction + rate + (" + loss norm" if self.normalise_loss else "")
+        return policy + prediction + rate
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,6 @@ class StackedTraining:
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=members[0].lr, weight_decay=0, fused=True
         )
-        self._is_normalised = torch.tensor([member.normalise_loss for member in members])
-        self._running_loss: Tensor | None = None
 
     def train_step(self) -> Tensor:
         """One step of every member; the mean weighted loss of each, (M,)."""
@@ -159,8 +154,7 @@ class StackedTraining:
         noised = self.process.corrupt(x_0, draw, noise=noise)
         terms = self.process.loss(self.model(noised.x_t, noised.timestep, labels), noised, draw)
         loss = terms.loss.view(len(self.members), -1).mean(dim=1)  # (M,)
-        self._running_loss = running_mean(self._running_loss, loss)
-        (loss / torch.where(self._is_normalised, self._running_loss, 1.0)).sum().backward()
+        loss.sum().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._average()
@@ -212,12 +206,6 @@ def draw_batch(data: ImageSet, batch_size: int, *, seed: int, step: int) -> tupl
 def timestep_generator(seed: int, step: int) -> torch.Generator:
     """What the policy of every member of the seed draws from in this step."""
     return torch.Generator().manual_seed(stream_seed(seed, _TIMESTEPS, step))
-
-
-def running_mean(last: Tensor | None, loss: Tensor) -> Tensor:
-    """The running mean of losses (M,), decay 0.95, without gradient; the first loss itself at first."""
-    current = loss.detach()
-    return current if last is None else _LOSS_DECAY * last + (1 - _LOSS_DECAY) * current
 
 
 def build_member_policy(member: Member, process: Process, data: ImageSet) -> TimestepPolicy:

@@ -16,6 +16,7 @@ from speedit_plugins import recipes, spectrum
 from speedit_plugins.core import densities, draws, weightings
 from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.loss_normalized import LossNormalizedPolicy
 
 DENSITIES = Registry("density", scope="speedit_plugins")
 WEIGHTINGS = Registry("weighting", scope="speedit_plugins")
@@ -79,9 +80,9 @@ def build_policy(
     Args:
         config: a registered name; `dict(type=name, ...)` with its parameters; or the parts
             `dict(density=..., weighting=..., draw=..., scope=...)`, each a name or dict(type=...). All three
-            take `stratified`, `normalize` (see `TimestepPolicy`) and `equivalent_to`: "host" (the default)
-            multiplies the host's own loss, "epsilon" converts the weights so that the objective is that of a
-            noise-predicting model. Min-SNR always converts.
+            take `stratified`, `normalize` (see `TimestepPolicy`; "loss" makes a `LossNormalizedPolicy`) and
+            `equivalent_to`: "host" (the default) multiplies the host's own loss, "epsilon" converts the
+            weights so that the objective is that of a noise-predicting model. Min-SNR always converts.
         schedule: what the host or process trains on.
         prediction_type: what the model predicts: epsilon, x0, v or flow.
         data_spectrum: called where a density is centred by the data and the config does not say where.
@@ -96,7 +97,7 @@ def build_policy(
         )
     if not isinstance(config, str | Mapping):
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
-    options: dict[str, Any] = {"type": config} if isinstance(config, str) else dict(config)
+    options = _options(config)
     common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
     name = options.get("type", "custom")
     parts: dict[str, Any] = (
@@ -104,8 +105,12 @@ def build_policy(
     )
     # A recipe's own, unless the config says otherwise.
     common = {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
-    for key in ("stratified", "normalize"):
-        check_type(f"policy {key}", common.get(key, False), bool)
+    check_type("policy stratified", common.get("stratified", False), bool)
+    kind: type[TimestepPolicy] = TimestepPolicy
+    if common.get("normalize") == "loss":
+        kind, common["normalize"] = LossNormalizedPolicy, True
+    elif not isinstance(common.get("normalize", False), bool):
+        raise ValueError(f"policy normalize needs true, false or 'loss', got {common['normalize']!r}")
     unknown = [key for key in parts if key not in _PART_KEYS]
     if unknown or "density" not in parts or "weighting" not in parts:
         known = [*_PART_KEYS, *_COMMON_KEYS]
@@ -113,7 +118,7 @@ def build_policy(
             f"a policy needs type=NAME, or density=... and weighting=...; got keys {sorted(parts)}"
             f"{nearest(unknown[0], known) if unknown else ''}; known: type, {', '.join(known)}"
         )
-    return TimestepPolicy(
+    return kind(
         schedule,
         build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
         _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
@@ -173,7 +178,7 @@ def _found(registry: Registry, config: str | Config) -> tuple[Callable[..., Any]
     """What a config's `type` names, that name, and the config's other keys."""
     if not isinstance(config, str | Mapping):
         raise ValueError(f"a {registry.name} config needs a name or a mapping with type, got {config!r}")
-    options = {"type": config} if isinstance(config, str) else dict(config)
+    options = _options(config)
     if "type" not in options:
         raise ValueError(
             f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(registry)}"
@@ -185,6 +190,15 @@ def _found(registry: Registry, config: str | Config) -> tuple[Callable[..., Any]
         close = nearest(name, registry.module_dict)
         raise ValueError(f"unknown {registry.name} {name!r}{close}; {_known(registry)}")
     return builder, name, options
+
+
+def _options(config: str | Config) -> dict[str, Any]:
+    """The keys of a config, of a name `type` alone."""
+    if isinstance(config, str):
+        return {"type": config}
+    if wrong := next((key for key in config if not isinstance(key, str)), None):
+        raise ValueError(f"the keys of a config need to be names, got {wrong!r} in {dict(config)}")
+    return dict(config)
 
 
 def check_type(what: str, value: Any, annotation: Any) -> None:
@@ -237,8 +251,8 @@ class _Weighting:
         return weight
 
 
-def _name_of(config: Any) -> Any:
-    return config.get("type") if isinstance(config, Mapping) else config
+def _name_of(config: Any) -> str:
+    return str(config.get("type") if isinstance(config, Mapping) else config)
 
 
 def _known(registry: Registry) -> str:

@@ -79,6 +79,7 @@ class DataSpectrum:
     def explained(self, log_snr: float) -> float:
         """Share of the variance that the best linear denoiser explains, in [0, 1], rising with log-SNR.
 
+        log_snr lies in [-40, 40].
         Of fewer samples than values it is too low where log-SNR is well above their middle.
         """
         noise = math.exp(-log_snr)
@@ -102,15 +103,20 @@ class DataSpectrum:
         """The log-SNR in [-40, 40] at which `explained` is `share`, in (0, 1).
 
         Raises:
-            ValueError: another share, or too few samples to tell.
+            ValueError: another share, too few samples to tell, or values so large or small that it is outside.
         """
         if not 0 < share < 1:
             raise ValueError(f"a share of the variance needs to lie in (0, 1), got {share}")
         low, high = -_WIDEST, _WIDEST
-        if self.explained(high) < share:
+        if self.is_sampled and self.explained(high) < share:
             raise ValueError(
                 f"{len(self.variances) + 1} samples are too few to tell where {share:.0%} of the data's"
                 " variance is explained: each is unlike all others; wanted more of them"
+            )
+        if not self.explained(low) < share <= self.explained(high):
+            raise ValueError(
+                f"{share:.0%} of the data's variance is explained at no log-SNR in [{low:g}, {high:g}]:"
+                f" wanted samples as the model sees them, got variances that sum to {self.variances.sum():g}"
             )
         while high - low > 1e-9:
             middle = (low + high) / 2

@@ -218,15 +218,6 @@ def test_members_of_a_seed_are_paired(load: Callable[[str], ModuleType]) -> None
     assert not torch.equal(uniform.index, other.index)
 
 
-def test_a_normalised_loss_is_one_while_it_stays_the_same(load: Callable[[str], ModuleType]) -> None:
-    running_mean = load("stacked_training").running_mean
-    loss = torch.tensor([0.5, 3.0], requires_grad=True)
-    first = running_mean(None, loss)
-    assert_close(loss / first, torch.ones(2))
-    assert not first.requires_grad
-    assert_close(running_mean(first, 2 * loss), 1.05 * first)
-
-
 def test_members_with_unlike_rates_are_no_stack(load: Callable[[str], ModuleType]) -> None:
     training = load("stacked_training")
     members = [training.Member("uniform"), training.Member("uniform", lr=1e-3)]

@@ -74,9 +74,21 @@ def test_images_that_cannot_be_had_are_named(load: Load, tmp_path: Path) -> None
     path = write_idx(tmp_path, np.zeros((3, 8, 8)), np.zeros(3))
     with pytest.raises(ValueError, match=r"has images \(8, 8\), wanted squares of at least 16"):
         load_image_set(str(path), 16)
-    path.write_bytes(gzip.compress(bytes(100)))
-    with pytest.raises(ValueError, match="or its labels are no IDX file of bytes"):
-        load_image_set(str(path), 8)
+    content = path.read_bytes()
+    for damaged, message in (
+        (gzip.compress(bytes(100)), r"it begins with \[0, 0, 0, 0\], wanted \[0, 0, 8, 3\]"),
+        (gzip.compress(gzip.decompress(content)[:-1]), "cannot reshape array of size 191 into shape"),
+        (content[:-9], "ended before"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=f"few-images-idx3-ubyte.gz is no IDX file of bytes: .*{message}"
+        ):
+            load_image_set(str(path), 8)
+    for labels in (np.zeros(4), np.full(3, -1)):
+        np.savez(tmp_path / "set.npz", np.zeros((3, 8, 8, 1), np.uint8), labels)
+        with pytest.raises(ValueError, match=r"set.npz needs a label >= 0 for each of 3 images, got \("):
+            load_image_set(str(tmp_path / "set.npz"), 8)
 
 
 def test_sampled_labels_have_the_proportions_of_the_data(load: Load) -> None:
@@ -230,7 +242,9 @@ def test_a_baseline_that_does_not_fall_yet_and_bounds_are_marked(load: Load) -> 
     ("options", "message"),
     [
         (["--policies", "speedd"], "unknown policy 'speedd'; did you mean 'speed'?"),
-        (["--lr", "-1"], "lr needs to be > 0, got -1.0"),
+        (["--lr", "-1"], "lr needs to be > 0 and finite, got -1.0"),
+        (["--lr", "inf"], "lr needs to be > 0 and finite, got inf"),
+        (["--seeds", "-1"], "seed needs to be >= 0, got -1"),
         (["--num-samples", "1"], "num_samples needs to be >= 2"),
         (["--workers", "-1"], "workers >= 0, got 500 and -1"),
         (["--seeds", "0", "0"], "--seeds needs each once, got 0 0"),

@@ -29,6 +29,8 @@ def faults(*, is_kept: bool) -> int:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
     }
+    # A setting of something else leaves the thresholds free.
+    environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=2"
     done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
     return int(done.stdout)
 
@@ -42,8 +44,15 @@ def test_a_block_that_comes_back_costs_no_page_faults() -> None:
     assert 20 * faults(is_kept=True) < faults(is_kept=False)
 
 
-def test_thresholds_of_the_environment_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2:glibc.malloc.mmap_threshold=131072"),
+    ],
+)
+def test_thresholds_of_the_environment_stand(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
     assert not keep_freed_pages()
 
 

@@ -173,6 +173,8 @@ class TestKernelDistance:
                 kernel_distance(x, y, num_subsets=number, subset_size=size, generator=seeded())
         with pytest.raises(ValueError, match=r"must both be \(N, D\), got \(5, 2\) and \(4, 1\)"):
             kernel_distance(x, y[:, :1], num_subsets=1, subset_size=2, generator=seeded())
+        with pytest.raises(ValueError, match="features must be finite, got NaN or infinity in reference"):
+            kernel_distance(x, y / 0, num_subsets=1, subset_size=2, generator=seeded())
 
 
 class TestInceptionScore:
@@ -199,10 +201,9 @@ class TestInceptionScore:
         assert got.mean > 3.9
 
     def test_what_is_no_probability_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="rows that sum to 1"):
-            inception_score(torch.ones(3, 2), num_splits=1, generator=seeded())
-        with pytest.raises(ValueError, match="rows that sum to 1"):
-            inception_score(torch.full((3, 2), math.nan), num_splits=1, generator=seeded())
+        for rows in (torch.ones(3, 2), torch.full((3, 2), math.nan), torch.tensor([[1.5, -0.5]])):
+            with pytest.raises(ValueError, match="rows of values >= 0 that sum to 1"):
+                inception_score(rows, num_splits=1, generator=seeded())
         with pytest.raises(ValueError, match=r"num_splits in \[1, N\], got \(3, 2\) and 4"):
             inception_score(torch.full((3, 2), 0.5), num_splits=4, generator=seeded())
 

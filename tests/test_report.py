@@ -243,6 +243,18 @@ def test_points_lie_where_the_axes_say() -> None:
     assert f'y="{middle + 4:.1f}">10</text>' in svg
 
 
+def test_what_is_not_finite_is_a_gap() -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, -math.inf, 4.0, 5.0]
+    given = plots.Line("line", list(enumerate(values)))
+    wanted = plots.Line("line", [(x, y if math.isfinite(y) else None) for x, y in enumerate(values)])
+    for is_log in (False, True):
+        drawn = [
+            plots.line_chart([line], x_label="x", y_label="y", is_log=is_log) for line in (given, wanted)
+        ]
+        assert drawn[0] == drawn[1]
+        assert (drawn[0].count('class="line c0"'), drawn[0].count('class="dot c0"')) == (2, 1)
+
+
 def test_a_chart_without_a_value_to_show_is_empty() -> None:
     empty = plots.Line("line", [(0.0, None), (1.0, None)])
     below = plots.Line("line", [(0.0, -1.0), (1.0, 0.0)])

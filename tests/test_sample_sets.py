@@ -66,12 +66,26 @@ class TestCaptions:
         dataset = ImageCaptions(file, image_size=8)
         assert dataset.load(1, torch.Generator())["caption"] == "7 moving left"
 
-    def test_another_order_than_that_of_the_samples_is_refused(self, tmp_path: Path) -> None:
+    def test_a_caption_belongs_to_the_file_that_it_names(self, tmp_path: Path) -> None:
         folder = Path(write_pngs(tmp_path / "a", noise(2, 8, 8, 3)))
-        lines = [json.dumps({"file_name": f"{i:03d}.png", "caption": f"the {i}"}) for i in (1, 0)]
+        # Files of a folder come before those of the folders in it: 000.png, 001.png, 000/000.png.
+        write_pngs(folder / "000", noise(1, 8, 8, 3))
+        names = ("./001.png", "000/000.png", "000.png")
+        lines = [json.dumps({"file_name": name, "caption": f"of {name}"}) for name in names]
         (folder / "captions.jsonl").write_text("\n".join(lines))
-        with pytest.raises(ValueError, match="order of file names, got 000.png behind 001.png at line 2"):
+        found = read_captions(open_set(folder, key="samples"))
+        assert found == ["of 000.png", "of ./001.png", "of 000/000.png"]
+        (folder / "captions.jsonl").write_text("\n".join(lines).replace("/000.png", "/002.png"))
+        with pytest.raises(ValueError, match=r"a caption of each sample, got none of 000/000.png in .*jsonl"):
             read_captions(open_set(folder, key="samples"))
+
+    def test_another_order_than_that_of_an_npz_is_refused(self, tmp_path: Path) -> None:
+        write_npz(tmp_path / "a.npz", noise(2, 8, 8, 3))
+        lines = [json.dumps({"file_name": f"{i:03d}.png", "caption": f"the {i}"}) for i in (1, 0)]
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "captions.jsonl").write_text("\n".join(lines))
+        with pytest.raises(ValueError, match="order of file names, got 000.png behind 001.png at line 2"):
+            read_captions(open_set(tmp_path / "a.npz", key="samples"))
 
     @pytest.mark.parametrize(
         ("line", "message"),

@@ -185,6 +185,13 @@ def test_samples_without_a_spectrum_are_refused(samples: torch.Tensor, message: 
         DataSpectrum.of(samples)
 
 
+@pytest.mark.parametrize("variance", [1e20, 1e-20])
+def test_a_middle_out_of_reach_is_refused(variance: float) -> None:
+    # At log-SNR -ln(variance) = -46 and 46.
+    with pytest.raises(ValueError, match=r"at no log-SNR in \[-40, 40\].* got variances that sum to 1e"):
+        DataSpectrum(torch.tensor([variance])).log_snr_at()
+
+
 def test_shares_and_parameters_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(0, 1\), got 1"):
         unit_variance().log_snr_at(1.0)

@@ -34,17 +34,23 @@ def test_the_flops_are_three_times_those_of_the_paper(name: str, gflops: float) 
     assert counted == pytest.approx(3 * 2 * gflops * 1e9, rel=0.01)
 
 
-def test_a_linear_layer_makes_six_flops_per_weight() -> None:
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 5, bias=False)
-
-        def forward(self, x: torch.Tensor, timestep: torch.Tensor, label: None) -> torch.Tensor:
-            assert label is None
-            return self.layer(x)
-
-    assert training_flops(Linear(), (torch.empty(1, 8, device="meta"), None, None)) == 6 * 8 * 5
+# Two in the forward pass, two by the weight where it is trained, two by the input where that needs them:
+# the second layer's, for the first layer's weight.
+@pytest.mark.parametrize(
+    ("first", "second", "flops"),
+    [
+        (True, True, 4 * 8 * 5 + 6 * 5 * 3),
+        (False, True, 2 * 8 * 5 + 4 * 5 * 3),
+        (True, False, 4 * 8 * 5 + 4 * 5 * 3),
+    ],
+)
+def test_a_product_is_counted_for_each_factor_that_training_asks_for(
+    first: bool, second: bool, flops: int
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 5, bias=False), nn.Linear(5, 3, bias=False))
+    model[0].requires_grad_(first)
+    model[1].requires_grad_(second)
+    assert training_flops(model, (torch.empty(1, 8, device="meta"),)) == flops
 
 
 def test_checkpointing_dropout_and_the_attention_kernel_change_no_count(

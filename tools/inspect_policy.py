@@ -184,7 +184,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ValueError: the file cannot be written.
     """
     try:
-        write_whole(path, (json.dumps(content) + "\n").encode())
+        write_whole(path, (json.dumps(content, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
@@ -272,7 +272,7 @@ def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, A
         raise ValueError(f"--set {setting!r} needs one of the inspected policies: {', '.join(policies)}")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     return [policy] if dot else policies, key, value
 

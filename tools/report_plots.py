@@ -29,7 +29,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Line:
-    """Points of rising x; None as y is a gap. `band` has a lower and an upper y per point, shaded."""
+    """Points of rising x; None as y is a gap, and so is what is not finite.
+
+    `band` has a lower and an upper y per point, shaded.
+    """
 
     label: str
     points: Sequence[Point]
@@ -87,8 +90,7 @@ def line_chart(
         spans: areas behind the lines.
         x_range: of the x-axis; None is that of the points.
     """
-    shown = [_thinned(line) for line in lines]
-    shown = [_positive(line) for line in shown] if is_log else shown
+    shown = [_thinned(_with_gaps(line, is_log=is_log)) for line in lines]
     values = [y for line in shown for _, y in line.points if y is not None]
     values += [y for line in shown for pair in line.band if pair is not None for y in pair]
     if not values:
@@ -235,9 +237,11 @@ def _thinned(line: Line) -> Line:
     return Line(line.label, points)
 
 
-def _positive(line: Line) -> Line:
-    points = [(x, y if y is not None and y > 0 else None) for x, y in line.points]
-    return Line(line.label, points)
+def _with_gaps(line: Line, *, is_log: bool) -> Line:
+    """The line with None for every y that has no place on the axis."""
+    least = 0.0 if is_log else -math.inf
+    points = [(x, y if y is not None and least < y < math.inf else None) for x, y in line.points]
+    return Line(line.label, points, line.band)
 
 
 def _widened(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:

@@ -9,6 +9,7 @@ batch's mean loss. Writes timestep_profile.json and .png into RUN_DIR.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -65,7 +66,7 @@ def measure(
 
     Returns:
         What is written: step, weights, policy, num_samples, ranges as [first, end) indices, and per range
-        loss, mse and grad_norm.
+        loss, mse and grad_norm, None where the range is empty or the value not finite.
 
     Raises:
         ValueError: the folder holds no training or no checkpoint, the config does not fit it, or an override
@@ -94,7 +95,11 @@ def measure(
         "policy": trainer.policy.name,
         "num_samples": config.data.batch_size,
         "ranges": ranges,
-        **asdict(profile),
+        # JSON has no NaN and no infinity.
+        **{
+            key: [value if value is not None and math.isfinite(value) else None for value in values]
+            for key, values in asdict(profile).items()
+        },
     }
     write_json(run / PROFILE, report)
     line = f"{weights} weights at step {trainer.step}, {config.data.batch_size} samples"
@@ -111,10 +116,10 @@ def _table(report: dict[str, Any]) -> str:
     head = f"{report['weights']} weights at step {report['step']}, {report['num_samples']} samples"
     lines = [head, f"{'timesteps':>12}  {'loss':>10}  {'mse':>10}  {'grad norm':>10}"]
     rows = zip(report["ranges"], report["loss"], report["mse"], report["grad_norm"], strict=True)
-    for (first, end), loss, *others in rows:
-        if loss is not None:
-            values = "".join(f"  {value:>10.4g}" for value in (loss, *others))
-            lines.append(f"{first:>6} ..{end - 1:>4}{values}")
+    for (first, end), *values in rows:
+        if first < end:
+            shown = ("not finite" if value is None else f"{value:.4g}" for value in values)
+            lines.append(f"{first:>6} ..{end - 1:>4}" + "".join(f"  {text:>10}" for text in shown))
     return "\n".join(lines)
 
 

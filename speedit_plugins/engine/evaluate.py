@@ -162,7 +162,7 @@ def _check_options(config: ExperimentConfig) -> None:
         for key, value in (("reference", config.reference), ("evaluation.reference_statistics", statistics)):
             if value is not None:
                 raise ValueError(f"{key} has no effect on {CLIP_SCORE} alone; wanted null")
-    if statistics is not None and not Path(statistics).parent.is_dir():
+    if statistics is not None and (Path(statistics).is_dir() or not Path(statistics).parent.is_dir()):
         raise ValueError(
             f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"
         )

@@ -7,7 +7,7 @@ import sys
 # Parameters of glibc's mallopt, from its malloc.h, and the variables that set them for a process.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-_TUNABLES = "GLIBC_TUNABLES"
+_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_threshold")
 _NEVER = -1
 # Bytes from which a block is the kernel's own mapping; glibc before 2.35 takes no more than 32 MiB.
 _LARGEST = (2**30, 2**25)
@@ -22,9 +22,8 @@ def keep_freed_pages() -> bool:
     Returns:
         Whether it does: False beside another C library, and where the environment sets these thresholds.
     """
-    is_set = any(name in os.environ for name in _VARIABLES) or "glibc.malloc." in os.environ.get(
-        _TUNABLES, ""
-    )
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = any(name in os.environ for name in _VARIABLES) or any(name in tunables for name in _TUNABLES)
     if sys.platform != "linux" or is_set:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

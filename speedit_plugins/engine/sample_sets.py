@@ -5,7 +5,8 @@ Dims: N images or videos, B of them in a batch, F frames (absent for images), H 
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,12 +37,14 @@ CAPTIONS, UNFINISHED = "captions.jsonl", ".tmp"
 class SampleSet(Protocol):
     """N images or videos; `source` says what they are, `captions_file` where their captions may be.
 
+    `names` are the paths below the folder that they lie in, in the order of the samples; None of no folder.
     `num_channels` is C, or None of files, which can be read in colour or, by `in_grey`, in shades of grey.
     """
 
     source: str
     is_video: bool
     captions_file: Path | None
+    names: Sequence[str] | None
 
     @property
     def num_channels(self) -> int | None: ...
@@ -56,6 +59,7 @@ class NpzSet:
     """The images of a file in the ADM format."""
 
     is_video = False
+    names: Sequence[str] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.source = path, str(path)
@@ -96,6 +100,7 @@ class ItemSet:
         read: the item of an index, uint8 ([F,] H, W, C); all of one shape.
         read_grey: the same with one channel; None where the items have the channels that they have.
         read_label: the label of an index; None where there are none.
+        names: see `SampleSet`.
     """
 
     def __init__(
@@ -108,8 +113,10 @@ class ItemSet:
         read_grey: Callable[[int], Tensor] | None = None,
         read_label: Callable[[int], int] | None = None,
         captions_file: Path | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        self.source, self.is_video, self.captions_file = source, is_video, captions_file
+        self.source, self.is_video = source, is_video
+        self.captions_file, self.names = captions_file, names
         self._num_items, self._read, self._read_label = num_items, read, read_label
         self._read_grey = read_grey
 
@@ -206,6 +213,7 @@ def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
         is_video=is_video,
         read_grey=partial(read, mode="L"),
         captions_file=path / CAPTIONS,
+        names=[file.relative_to(walk.root).as_posix() for file in files],
     )
 
 
@@ -256,8 +264,10 @@ def dataset_set(config: ExperimentConfig) -> ItemSet:
 def read_captions(samples: SampleSet) -> list[str]:
     """A caption of each sample, in the order of the samples, as inference wrote them beside these.
 
+    Those of a folder are told by the paths of its files; those of an npz, which has none, by their order.
+
     Raises:
-        ValueError: there are none, not one a sample, a line is none, or they have another order; names it.
+        ValueError: there are none, not one a sample, a line is none, or those of an npz have another order.
         OSError: the system fails to read the file.
     """
     path = samples.captions_file
@@ -266,6 +276,11 @@ def read_captions(samples: SampleSet) -> list[str]:
     rows = list(captions.read_captions(path))
     if len(rows) != len(samples):
         raise ValueError(f"clip_score needs {len(samples)} captions, got {len(rows)} in {path}")
+    if samples.names is not None:
+        texts = {posixpath.normpath(row.path): row.texts[0] for row in rows}
+        if missing := next((name for name in samples.names if name not in texts), None):
+            raise ValueError(f"clip_score needs a caption of each sample, got none of {missing} in {path}")
+        return [texts[name] for name in samples.names]
     for before, after in pairwise(rows):
         if before.path >= after.path:
             got = f"{after.path} behind {before.path} at {after.where}"

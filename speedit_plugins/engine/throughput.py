@@ -87,9 +87,10 @@ def mfu(samples_per_second: float, *, flops_per_sample: float, peak: float, num_
 def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
     """FLOPs of one sample's forward and backward pass, a multiply-add counted as two.
 
-    Matrix products and convolutions alone: three times those of the forward pass, since each is
-    differentiated by both its factors. A block that gradient checkpointing computes again is not counted
-    again: MFU compares with what the model needs, not with what the device is made to do.
+    Matrix products and convolutions alone. Where all weights are trained they are about three times those of
+    the forward pass, since each is differentiated by both its factors; nothing is differentiated by a weight
+    that is not trained, or by an input in front of all that are. A block that gradient checkpointing computes
+    again is not counted again: MFU is of what the model needs, not of what the device is made to do.
 
     Args:
         model: called as `model(*inputs)`; neither computed with nor changed.
@@ -101,9 +102,9 @@ def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
             # The counter knows torch's own kernel; every kernel computes the same.
             module.kernel = sdpa
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        twin(*inputs)
-    return 3 * counter.get_total_flops()
+    with counter:
+        twin(*inputs).sum().backward()
+    return counter.get_total_flops()
 
 
 def peak_flops(device_name: str, precision: str, *, allow_tf32: bool) -> float | None:
@@ -128,7 +129,9 @@ def peak_flops(device_name: str, precision: str, *, allow_tf32: bool) -> float |
 def _without_storage(model: nn.Module) -> nn.Module:
     """A copy with the shapes of every parameter and buffer, and no memory for any."""
     tensors: dict[int, object] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        id(parameter): nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
         for parameter in model.parameters()
     }
     tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}

@@ -8,6 +8,7 @@ form plugs in. One that also has `read` gives what the sFID and the Inception Sc
 Dims: N reference images, B images, H x W pixels, C channels, D features, S spatial features, K classes.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,8 +122,6 @@ class DigitClassifier:
 
     def __init__(self, images: Tensor, labels: Tensor | None, *, seed: int = 0, epochs: int = 15) -> None:
         self.shape = _image_shape(images)
-        # What decides the features, beside the reference set.
-        self.identity = f"{self.name} seed={seed} epochs={epochs}"
         if labels is None:
             raise ValueError(
                 "digit_classifier learns from labels, and its reference has none: wanted the dataset's own"
@@ -148,22 +147,27 @@ class DigitClassifier:
             self._network = _Network(self.shape[2], self.dim, int(labels.max()) + 1, generator)
             values, targets = self._prepare(images), labels.cpu().clone()
             _train(self._network, values[trained_on], targets[trained_on], epochs, generator)
+        # They decide the features; on another machine, or with other threads, training rounds otherwise.
+        digest = hashlib.sha256()
+        for parameter in self._network.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        self.identity = f"{self.name} {digest.hexdigest()}"
         self.accuracy = float((self.classify(images[held_out]) == targets[held_out]).double().mean())
 
     def __call__(self, images: Tensor) -> Tensor:
         """Float32 (B, 32)."""
         return self.read(images).features
 
-    def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = True) -> Readings:
-        """Features (B, 32) and probabilities (B, K); it has no spatial map."""
-        with torch.no_grad():
-            features: Tensor = self._network.features(self._prepare(images))
-            logits: Tensor = self._network.head(features)
-        return Readings(features, probabilities=logits.softmax(dim=1))
+    @torch.no_grad()
+    def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = False) -> Readings:
+        """Features (B, 32) and, where asked for, probabilities (B, K); it has no spatial map."""
+        features: Tensor = self._network.features(self._prepare(images))
+        classes = self._network.head(features).softmax(dim=1) if probabilities else None
+        return Readings(features, probabilities=classes)
 
     def classify(self, images: Tensor) -> Tensor:
         """The likeliest class of each image, int64 (B,)."""
-        probabilities = self.read(images).probabilities
+        probabilities = self.read(images, probabilities=True).probabilities
         assert probabilities is not None
         return probabilities.argmax(dim=1)
 

@@ -80,7 +80,7 @@ def kernel_distance(  # noqa: PLR0913 - flat, as the keys of a config are
         chunk: rows of a kernel matrix held at once; it changes rounding alone.
 
     Raises:
-        ValueError: another shape, or a number out of range.
+        ValueError: another shape, features that are not finite, or a number out of range.
     """
     _check_pair(samples, reference)
     most = min(len(samples), len(reference))
@@ -123,8 +123,8 @@ def inception_score(probabilities: Tensor, *, num_splits: int, generator: torch.
             f" {tuple(probabilities.shape)} and {num_splits}"
         )
     # 1e-3: what rows of a thousand classes in half precision may miss by.
-    if not (probabilities.sum(dim=1) - 1.0).abs().max() <= 1e-3:
-        raise ValueError("inception_score needs rows that sum to 1")
+    if not ((probabilities.sum(dim=1) - 1.0).abs().max() <= 1e-3 and (probabilities >= 0).all()):
+        raise ValueError("inception_score needs rows of values >= 0 that sum to 1")
     order = torch.randperm(len(probabilities), generator=generator)
     parts = []
     for rows in order.tensor_split(num_splits):
@@ -212,6 +212,9 @@ def _check_pair(samples: Tensor, reference: Tensor) -> None:
         raise ValueError(
             f"the features must both be (N, D), got {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
+    for name, features in (("samples", samples), ("reference", reference)):
+        if not features.isfinite().all():
+            raise ValueError(f"the features must be finite, got NaN or infinity in {name}")
 
 
 # In chunks of row numbers, since a subset may be all there is, and twice that does not fit.

@@ -143,17 +143,21 @@ class Inception:
             )
         x = (_as_tensorflow(images, INCEPTION_SIDE) - 128.0) / 128.0
         found = torch.empty(0)
-        for name, layer in layers.items():
-            if name == "mixed_6":
-                found = first_channels(layer.conv(x), features.shape[1])
-                if self._is_tried:
-                    return found
-            x = layer(x)
-        # What a file does around its layers is its own: the features tell whether this is the same.
-        if not torch.allclose(x.reshape(features.shape), features, rtol=1e-2, atol=1e-2):
+        try:
+            for name, layer in layers.items():
+                if name == "mixed_6":
+                    found = first_channels(layer.conv(x), features.shape[1])
+                    if self._is_tried:
+                        return found
+                x = layer(x)
+            # What a file does around its layers is its own: the features tell whether this is the same.
+            reason = _unlike(x, features)
+        except RuntimeError as error:
+            reason = _reason(error)
+        if reason:
             raise ValueError(
                 f"sfid needs a file whose layers, one after the other, give its features; those of"
-                f" {self._script.path} do not; wanted StyleGAN's inception-2015-12-05.pt"
+                f" {self._script.path} do not: {reason}; wanted StyleGAN's inception-2015-12-05.pt"
             )
         self._is_tried = True
         return found
@@ -249,15 +253,24 @@ class _Script:
 
     def __call__(self, x: Tensor, **options: bool) -> Tensor:
         try:
-            found: Tensor = self.module(x, **options)
+            found: Any = self.module(x, **options)
         except RuntimeError as error:
             call = ", ".join(f"{name}={value}" for name, value in options.items())
             raise ValueError(
                 f"'{self.path}' cannot be called with {x.dtype} {tuple(x.shape)} and {call}: {_reason(error)}"
             ) from error
-        if found.ndim != 2 or len(found) != len(x):
-            raise ValueError(f"'{self.path}' gave {tuple(found.shape)} for {len(x)} inputs, wanted (B, D)")
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"'{self.path}' gave {got} for {len(x)} inputs, wanted (B, D)")
         return found
+
+
+def _unlike(found: Tensor, features: Tensor) -> str:
+    """How what the layers gave differs from the features (B, D); '' where it does not."""
+    if found.numel() != features.numel():
+        return f"{tuple(found.shape)} for {tuple(features.shape)}"
+    is_close = torch.allclose(found.reshape(features.shape), features, rtol=1e-2, atol=1e-2)
+    return "" if is_close else "other values"
 
 
 def _reason(error: Exception) -> str:

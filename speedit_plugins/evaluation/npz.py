@@ -67,10 +67,7 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         OSError: there is no such file, or it cannot be read.
     """
     with _reading(path):
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a bare .npy array")
-        with archive:
+        with _loaded(path) as archive:
             if "arr_0" not in archive.files:
                 raise ValueError(f"no arr_0 in it, only {sorted(archive.files)}")
             images = archive["arr_0"]
@@ -124,7 +121,7 @@ def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> t
         OSError: there is no such file, or it cannot be read.
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
-    with _reading(path), np.load(path, allow_pickle=False) as archive:
+    with _reading(path), _loaded(path) as archive:
         mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in names)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
@@ -132,6 +129,13 @@ def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> t
             f" {tuple(mean.shape)} and {tuple(covariance.shape)}"
         )
     return mean, covariance
+
+
+def _loaded(path: str | os.PathLike[str]) -> np.lib.npyio.NpzFile:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("a bare .npy array")
+    return archive
 
 
 @contextlib.contextmanager
