@@ -103,7 +103,7 @@ class DataSpectrum:
         """The log-SNR in [-40, 40] at which `explained` is `share`, in (0, 1).
 
         Raises:
-            ValueError: another share, too few samples to tell, or values so large or small that it is outside.
+            ValueError: another share, too few samples to tell, or a log-SNR beyond these.
         """
         if not 0 < share < 1:
             raise ValueError(f"a share of the variance needs to lie in (0, 1), got {share}")
