@@ -23,7 +23,7 @@ from convergence_report import document, table
 from image_sets import load_image_set
 from paired_run import BASELINE, Protocol, run
 from policy_pace import paces
-from stacked_training import Member, Shape
+from stacked_training import SETTINGS, Member, Shape
 
 from speedit_plugins.registry import POLICIES as REGISTERED
 
@@ -68,7 +68,7 @@ def _members(arguments: argparse.Namespace) -> list[Member]:
             _policy(name, arguments),
             seed,
             lr=arguments.lr,
-            prediction_type=_prediction(arguments),
+            prediction_type=arguments.prediction or SETTINGS[arguments.schedule].prediction_type,
             label=name,
         )
         for name in dict.fromkeys((BASELINE, *arguments.policies))
@@ -82,13 +82,8 @@ def _policy(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"type": name, **options, **({"normalize": "loss"} if arguments.normalise_loss else {})}
 
 
-def _prediction(arguments: argparse.Namespace) -> str:
-    default = "flow" if arguments.schedule == "rectified_flow" else "epsilon"
-    return arguments.prediction or default
-
-
 def _protocol(arguments: argparse.Namespace) -> Protocol:
-    samplers = arguments.samplers or ["euler-25" if arguments.schedule == "rectified_flow" else "ddim-25"]
+    samplers = arguments.samplers or [SETTINGS[arguments.schedule].sampler]
     if arguments.no_clamp:
         samplers = [name if name.endswith("-unclamped") else f"{name}-unclamped" for name in samplers]
     return Protocol(
@@ -129,7 +124,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--data", default=Protocol.data, help="digits, an .npz, *-images-idx3-ubyte.gz, or a folder of images"
     )
     add("--image-size", type=int, default=Protocol.image_size, help="pixels, scaled down to")
-    add("--schedule", default=Protocol.schedule, help="linear, scaled_linear, cosine or rectified_flow")
+    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS))
     add("--prediction", help="epsilon, x0 or v; default: epsilon, flow on a rectified flow")
     add("--lr", type=float, default=Member.lr, help="of AdamW")
     add("--normalise-loss", action="store_true", help="losses over their running means, of all policies")

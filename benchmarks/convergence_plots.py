@@ -32,20 +32,30 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     written = []
     for number, sampler in enumerate(found["by_sampler"]):
         suffix = f"-{sampler}" if number else ""
-        for stem, plot in (("distance", _distances), ("speed_up", _speed_ups)):
+        for stem, figure in figures(found, sampler).items():
             path = folder / f"{stem}{suffix}.png"
-            _figure(found, sampler, plot, path)
+            figure.savefig(path, dpi=120)
             written.append(path)
     return written
 
 
-def _figure(found: dict[str, Any], sampler: str, plot: Any, path: Path) -> None:
-    # Imported on use: matplotlib is an extra.
-    from matplotlib import pyplot as plt
+def figures(found: dict[str, Any], sampler: str) -> dict[str, Any]:
+    """The figures "distance" and "speed_up" of a sampler, matplotlib's, each with one pair of axes."""
+    return {
+        "distance": _figure(found, sampler, _distances),
+        "speed_up": _figure(found, sampler, _speed_ups),
+    }
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+
+def _figure(found: dict[str, Any], sampler: str, plot: Any) -> Any:
+    # Imported on use: matplotlib is an extra.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     names = list(found["by_sampler"][sampler]["speed_ups"])
-    colours = plt.get_cmap("tab20" if len(names) > 10 else "tab10").colors
+    colours = colormaps["tab20" if len(names) > 10 else "tab10"].colors
     styles = {
         name: {"color": colours[i % len(colours)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
         for i, name in enumerate(names)
@@ -58,8 +68,7 @@ def _figure(found: dict[str, Any], sampler: str, plot: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     # Beside the axes: on a small plot any corner has curves.
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def _distances(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ def paces(
     *,
     rounds: int = 9,
     steps: int = 6,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Pace]:
     """Pace by name, of one member each.
 
@@ -36,6 +37,7 @@ def paces(
         members: one of each name.
         rounds: timings of each member; one more before them is not counted.
         steps: training steps of a timing; the policy's part is timed 20 times as often.
+        clock: seconds.
     """
     trainings = {member.name: StackedTraining([member], data, schedule, shape) for member in members}
     for training in trainings.values():
@@ -48,8 +50,8 @@ def paces(
             # In alternating order, so that a slow moment of the machine meets all.
             for name in sorted(trainings, reverse=number % 2 == 1):
                 training = trainings[name]
-                whole = _seconds(training.train_step, steps)
-                part = _seconds(_follower(training), 20 * steps)
+                whole = _seconds(training.train_step, steps, clock)
+                part = _seconds(_follower(training), 20 * steps, clock)
                 if number > 0:
                     seconds[name].append((whole, part))
     finally:
@@ -85,8 +87,8 @@ def _follower(training: StackedTraining) -> Callable[[], object]:
     return follow
 
 
-def _seconds(call: Callable[[], object], times: int) -> float:
-    start = time.perf_counter()
+def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(times):
         call()
-    return (time.perf_counter() - start) / times
+    return (clock() - start) / times

@@ -56,10 +56,12 @@ class SampleQuality:
         num_samples: N of each comparison.
     """
 
-    def __init__(self, data: ImageSet, *, features: str, samplers: tuple[str, ...], num_samples: int) -> None:
+    def __init__(
+        self, data: ImageSet, *, features: str, num_samples: int, samplers: tuple[str, ...] = ()
+    ) -> None:
         self.samplers = {name: Sampler.named(name) for name in samplers}
         self._noise_shape = (num_samples, *data.images.shape[1:])
-        self._labels = None if data.labels is None else spread_labels(data.labels, num_samples)
+        self.labels = None if data.labels is None else spread_labels(data.labels, num_samples)
         real = torch.from_numpy(to_uint8(data.images))
         self._extractor = build(
             FEATURES, features, images=real, labels=data.labels, device=torch.device("cpu")
@@ -67,7 +69,7 @@ class SampleQuality:
         self._real = feature_statistics(real, self._extractor)
 
     def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, float]]:
-        """Squared Fréchet distance of each member under each sampler; infinite where samples are not finite.
+        """The distance of each member's samples under each sampler.
 
         Noise is that of the member's seed: the same for all members of it.
         """
@@ -76,26 +78,30 @@ class SampleQuality:
         for number, member in enumerate(stack.members):
             model.load_state_dict({**positions, **stack.averaged_weights(number)})
             yield {
-                name: self._distance(model, stack.process, member.seed, sampler)
+                name: self.distance(self.draw(model, stack.process, member.seed, sampler))
                 for name, sampler in self.samplers.items()
             }
 
-    def _distance(self, model: DiT, process: Process, seed: int, sampler: Sampler) -> float:
-        samples = self.draw(model, process, seed, sampler)
+    def distance(self, samples: Tensor) -> float:
+        """Squared Fréchet distance of samples (N, C, H, W) to the data; infinite where one is not finite."""
         if not samples.isfinite().all():
             return math.inf
         ours = feature_statistics(torch.from_numpy(to_uint8(samples)), self._extractor)
         return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)
 
+    def noise(self, seed: int) -> tuple[Tensor, torch.Generator]:
+        """What samples of the seed begin with, (N, C, H, W), and what their later noise is drawn from."""
+        generator = torch.Generator().manual_seed(stream_seed(seed, _SAMPLES))
+        return torch.randn(self._noise_shape, generator=generator), generator
+
     def draw(self, model: DiT, process: Process, seed: int, sampler: Sampler) -> Tensor:
         """Samples (N, C, H, W)."""
-        generator = torch.Generator().manual_seed(stream_seed(seed, _SAMPLES))
-        noise = torch.randn(self._noise_shape, generator=generator)
+        noise, generator = self.noise(seed)
         return sample(
             model.eval(),
             process,
             noise,
-            condition=self._labels,
+            condition=self.labels,
             sampler=sampler.kind,
             num_steps=sampler.num_steps,
             clip_sample=sampler.is_clamped,

@@ -14,18 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from image_sets import ImageSet, load_image_set, spread_labels
+from image_sets import load_image_set
 from original_dit import importable
 from peer_training import SPEED, SPEED_PACKAGES
-from sample_quality import Sampler
+from sample_quality import SampleQuality, Sampler
 from stacked_training import Member, Shape, StackedTraining, build_model
 from torch import Tensor, nn
-
-from speedit_plugins.data.loader import stream_seed
-from speedit_plugins.diffusion.sampling import sample
-from speedit_plugins.engine.pictures import to_uint8
-from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
-from speedit_plugins.registry import FEATURES, build
 
 REFERENCE_CALLS = 250
 # Of each sampler one call of the model per step.
@@ -34,7 +28,8 @@ CALLS: Mapping[str, tuple[int, ...]] = {
     "ddim": (100, 50, 25, 15, 10, 8, 6, 5, 4),
     "dpm": (100, 50, 25, 15, 10, 8, 6, 5, 4),
 }
-Draw = Callable[[Tensor], Tensor]
+# Seed to samples (N, C, H, W).
+Draw = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,66 +58,36 @@ def measure(hosts: Path, *, num_steps: int, num_samples: int, num_noises: int) -
         stack.train_step()
     model = build_model(data, stack.shape).eval()
     model.load_state_dict({**model.state_dict(), **stack.averaged_weights(0)})
-    assert data.labels is not None
-    labels = spread_labels(data.labels, num_samples)
-    distance = _distance_to(data)
-    noises = [
-        torch.randn(
-            num_samples, *data.images.shape[1:], generator=torch.Generator().manual_seed(stream_seed(number))
-        )
-        for number in range(num_noises)
-    ]
+    quality = SampleQuality(data, features="digit_classifier", num_samples=num_samples)
 
-    def ours(sampler: Sampler) -> Draw:
-        def draw(noise: Tensor) -> Tensor:
-            return sample(
-                model,
-                stack.process,
-                noise,
-                condition=labels,
-                sampler=sampler.kind,
-                num_steps=sampler.num_steps,
-                clip_sample=sampler.is_clamped,
-            )
-
-        return draw
+    def ours(name: str) -> Draw:
+        return lambda seed: quality.draw(model, stack.process, seed, Sampler.named(name))
 
     def scored(draw: Draw) -> tuple[float, ...]:
-        torch.manual_seed(0)
-        return tuple(distance(draw(noise)) for noise in noises)
+        return tuple(quality.distance(draw(seed)) for seed in range(num_noises))
 
     return Distances(
-        scored(_reference(hosts / SPEED, model, labels)),
-        {
-            kind: {calls: scored(ours(Sampler.named(f"{kind}-{calls}"))) for calls in tried}
-            for kind, tried in CALLS.items()
-        },
+        scored(_reference(hosts / SPEED, model, quality)),
+        {kind: {calls: scored(ours(f"{kind}-{calls}")) for calls in tried} for kind, tried in CALLS.items()},
     )
 
 
-def _reference(checkout: Path, model: nn.Module, labels: Tensor) -> Draw:
+def _reference(checkout: Path, model: nn.Module, quality: SampleQuality) -> Draw:
     with importable(checkout, bare=SPEED_PACKAGES):
         kind = importlib.import_module("speed.diffusion.iddpm").IDDPM
         diffusion: Any = kind(timestep_respacing=str(REFERENCE_CALLS), learn_sigma=False)
 
-    def draw(noise: Tensor) -> Tensor:
+    def draw(seed: int) -> Tensor:
+        noise, _ = quality.noise(seed)
+        # Its own later noise comes from the global generator.
+        torch.manual_seed(seed)
         return diffusion.p_sample_loop(
-            model, noise.shape, noise, clip_denoised=True, model_kwargs={"condition": labels}, device="cpu"
+            model,
+            noise.shape,
+            noise,
+            clip_denoised=True,
+            model_kwargs={"condition": quality.labels},
+            device="cpu",
         )
 
     return draw
-
-
-def _distance_to(data: ImageSet) -> Callable[[Tensor], float]:
-    """Of samples to the data, in the features of a classifier trained on the data."""
-    images = torch.from_numpy(to_uint8(data.images))
-    extractor = build(
-        FEATURES, "digit_classifier", images=images, labels=data.labels, device=torch.device("cpu")
-    )
-    real = feature_statistics(images, extractor)
-
-    def distance(samples: Tensor) -> float:
-        found = feature_statistics(torch.from_numpy(to_uint8(samples)), extractor)
-        return frechet_distance(found.mean, found.covariance, real.mean, real.covariance)
-
-    return distance

@@ -76,18 +76,35 @@ class Shape:
     batch_size: int = 32
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What goes with a schedule unless something else is asked for."""
+
+    prediction_type: str = "epsilon"
+    sampler: str = "ddim-25"
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "linear": Setting(),
+    "scaled_linear": Setting(),
+    "cosine": Setting(),
+    "rectified_flow": Setting("flow", "euler-25"),
+}
+
+
 def build_process(schedule: str, prediction_type: str) -> Process:
     """The process of a member, T = 1000, without learned variance.
 
     Args:
-        schedule: linear, scaled_linear, cosine or rectified_flow.
+        schedule: of `SETTINGS`.
         prediction_type: of the model; flow on a rectified flow, and nowhere else.
     """
-    if (schedule == "rectified_flow") != (prediction_type == "flow"):
+    is_flow = SETTINGS[schedule].prediction_type == "flow"
+    if is_flow != (prediction_type == "flow"):
         raise ValueError(
             f"prediction_type flow belongs to schedule rectified_flow, got {prediction_type} on {schedule}"
         )
-    if schedule == "rectified_flow":
+    if is_flow:
         return build(PROCESSES, "RectifiedFlow")
     options = {"noise_schedule": schedule, "prediction_type": prediction_type, "learn_sigma": False}
     return build(PROCESSES, {"type": "SpeeDiffusion", **options})

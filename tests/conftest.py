@@ -1,9 +1,12 @@
 """What every test may rely on: fixed seeds, no network, and reasons for what is left out."""
 
+import importlib
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +29,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs host checkouts: set SPEEDIT_HOSTS to their folder")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and -m gpu")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)

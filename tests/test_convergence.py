@@ -1,9 +1,7 @@
 """The convergence benchmark: reading curves, and stacked training against lone training."""
 
-import importlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +12,7 @@ from torch.testing import assert_close
 from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.registry import build_policy
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS = [100, 200, 400, 800, 1600]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 def power_law(pace: float = 1.0) -> list[float]:

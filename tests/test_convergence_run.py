@@ -1,7 +1,6 @@
 """The convergence benchmark from its data to its tables and plots, and the numbers that it is to show."""
 
 import gzip
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -18,14 +17,7 @@ from torch.testing import assert_close
 from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.registry import build_policy
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray) -> Path:
@@ -202,9 +194,31 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
         lines = report.table(found, sampler).splitlines()
         assert lines[2] == "    python here"
         assert [line.split(" | ")[0] for line in lines[6:8]] == ["| uniform", "| p2"]
-    written = load("convergence_plots").draw(found, tmp_path)
+    plots = load("convergence_plots")
+    written = plots.draw(found, tmp_path)
     assert len(written) == 2 * len(samplers)
     assert all(Image.open(path).size == (1080, 600) for path in written)
+    for sampler in samplers:
+        (axes,) = plots.figures(found, sampler)["distance"].axes
+        for policy, line in zip(("uniform", "p2"), axes.lines, strict=True):
+            curves = np.array(list(results.distances(policy, sampler).values()))
+            assert line.get_label() == policy
+            assert line.get_xdata().tolist() == [2, 4]
+            assert line.get_ydata() == pytest.approx(np.exp(np.log(curves).mean(axis=0)))
+        (axes,) = plots.figures(found, sampler)["speed_up"].axes
+        drawn = {line.get_label(): line for line in axes.lines}
+        means = [results.summary("p2", horizon=step, sampler=sampler).mean for step in (2, 4)]
+        assert drawn["p2"].get_ydata() == pytest.approx(means)
+        assert "uniform" not in drawn
+
+
+def test_a_pace_is_the_clocks(load: Load) -> None:
+    Member, shape = load("stacked_training").Member, short(load).shape
+    digits = load("image_sets").load_image_set("digits", 8)
+    # A clock that moves by 1 at each look: 4 steps take 1, and so do 80 draws.
+    ticking = iter(range(10_000)).__next__
+    paces = load("policy_pace").paces([Member("speed")], digits, "linear", shape, steps=4, clock=ticking)
+    assert paces == {"speed": load("policy_pace").Pace(4.0, pytest.approx(1e6 / 80))}
 
 
 def test_a_distance_of_samples_that_are_not_finite_is_null(load: Load) -> None:

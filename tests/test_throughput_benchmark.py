@@ -14,15 +14,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OPTIONS = {"input_size": 8, "num_classes": 1000}
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 @pytest.fixture
