@@ -21,7 +21,7 @@ from typing import Any
 from convergence_plots import draw
 from convergence_report import document, table
 from image_sets import load_image_set
-from paired_run import BASELINE, Protocol, run
+from paired_run import BASELINE, Protocol, Results, run
 from policy_pace import paces
 from stacked_training import SETTINGS, Member, Shape
 
@@ -44,6 +44,11 @@ def main() -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     protocol, members = _protocol(arguments), _members(arguments)
+    try:
+        # Before the minutes of training, not after.
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out needs a folder, got {arguments.out}: {error.strerror}") from error
     results = run(members, protocol, say=lambda text: print(text, flush=True))
     one_each = [member for member in members if member.seed == members[0].seed]
     data = load_image_set(protocol.data, protocol.image_size)
@@ -53,9 +58,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         command=shlex.join(["python", *sys.argv]),
         date=datetime.date.today().isoformat(),
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tables = "\n\n".join(table(found, sampler) for sampler in protocol.samplers)
+    if arguments.normalise_loss:
+        tables += f"\n\n{_over_normalised(results)}"
     (arguments.out / "table.md").write_text(tables + "\n", encoding="utf-8")
     print(f"\n{tables}\n\n{results.seconds:.0f} s; results.json and table.md lie in {arguments.out}")
     for path in draw(found, arguments.out):
@@ -65,21 +71,42 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _members(arguments: argparse.Namespace) -> list[Member]:
     return [
         Member(
-            _policy(name, arguments),
+            policy,
             seed,
             lr=arguments.lr,
             prediction_type=arguments.prediction or SETTINGS[arguments.schedule].prediction_type,
             label=name,
         )
-        for name in dict.fromkeys((BASELINE, *arguments.policies))
+        for name, policy in _policies(arguments).items()
         for seed in arguments.seeds
     ]
 
 
-def _policy(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    # The 50,000 steps of its default are an eighth of the 400,000 that DiT-XL/2 is compared at; so is this.
-    options = {"curriculum_steps": max(1, arguments.horizon // 8)} if name == "clts" else {}
-    return {"type": name, **options, **({"normalize": "loss"} if arguments.normalise_loss else {})}
+def _policies(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Row of the table -> policy: each one and, where asked for, the same with its losses normalised."""
+    plain: dict[str, dict[str, Any]] = {}
+    for name in (BASELINE, *arguments.policies):
+        # The default's 50,000 steps are an eighth of the 400,000 that DiT-XL/2 is compared at; so is this.
+        options = {"curriculum_steps": max(1, arguments.horizon // 8)} if name == "clts" else {}
+        plain[name] = {"type": name, **options}
+    if not arguments.normalise_loss:
+        return plain
+    return plain | {_normalised(name): {**policy, "normalize": "loss"} for name, policy in plain.items()}
+
+
+def _normalised(name: str) -> str:
+    return f"{name} / loss"
+
+
+def _over_normalised(results: Results) -> str:
+    """What is left of the normalised rows' speed-ups over the baseline normalised alike."""
+    baseline = _normalised(BASELINE)
+    lines = [f"Over {baseline!r} in place of {BASELINE!r}:"]
+    for name in results.names():
+        if name.endswith(_normalised("")) and name != baseline:
+            found = results.summary(name, baseline=baseline)
+            lines.append(f"  {name}: {found.bound}{found.mean:.2f} ({found.low:.2f}, {found.high:.2f})")
+    return "\n".join(lines)
 
 
 def _protocol(arguments: argparse.Namespace) -> Protocol:
@@ -127,7 +154,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--schedule", default=Protocol.schedule, choices=list(SETTINGS))
     add("--prediction", help="epsilon, x0 or v; default: epsilon, flow on a rectified flow")
     add("--lr", type=float, default=Member.lr, help="of AdamW")
-    add("--normalise-loss", action="store_true", help="losses over their running means, of all policies")
+    add("--normalise-loss", action="store_true", help="each policy a second time, with normalize=loss")
     add("--width", type=int, default=Shape.width)
     add("--depth", type=int, default=Shape.depth)
     add("--heads", type=int, default=Shape.num_heads)

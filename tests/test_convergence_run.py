@@ -281,6 +281,45 @@ def test_a_wrong_option_is_one_line(
     assert message in capsys.readouterr().err
 
 
+TINY = (
+    "--horizon 4 --steps 2 4 --num-samples 40 --samplers ddim-2 --width 8 --depth 1 --heads 2 --batch-size 4"
+)
+
+
+def test_normalised_losses_stand_beside_those_of_uniform(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = f"--policies speed --seeds 0 1 {TINY} --normalise-loss --out {tmp_path / 'out'}"
+    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
+    load("convergence").main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    policies = {member["name"]: member["policy"] for member in found["members"]}
+    assert policies == {
+        "uniform": {"type": "uniform"},
+        "speed": {"type": "speed"},
+        "uniform / loss": {"type": "uniform", "normalize": "loss"},
+        "speed / loss": {"type": "speed", "normalize": "loss"},
+    }
+    distances = {(member["name"], member["seed"]): member["distances"] for member in found["members"]}
+    # The first step is scaled by no loss yet, and AdamW is blind to one factor: the second is told apart.
+    assert distances["uniform", 0] != distances["uniform / loss", 0]
+    shown = (tmp_path / "out" / "table.md").read_text()
+    assert "Over 'uniform / loss' in place of 'uniform':\n  speed / loss: " in shown
+    assert shown in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["convergence.py", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        load("convergence").main()
+    printed = capsys.readouterr()
+    assert f"--out needs a folder, got {tmp_path / 'file'}: File exists" in printed.err
+    assert "distances of" not in printed.out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_speedit_and_speed_train_faster_than_uniform(load: Load) -> None:
