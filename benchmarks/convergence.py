@@ -133,16 +133,18 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
     )
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The module's text as it stands, and each option's default."""
+
+
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     add = parser.add_argument
-    add("--policies", nargs="+", help=f"beside {BASELINE}; default: {' '.join(POLICIES)}")
-    add("--seeds", nargs="+", type=int, help="default: 0 to 4")
+    add("--policies", nargs="+", help=f"beside {BASELINE}; if not given: {' '.join(POLICIES)}")
+    add("--seeds", nargs="+", type=int, help="if not given: 0 to 4")
     add("--full", action="store_true", help="every registered policy, seeds 0 to 10")
     add("--horizon", type=int, default=Protocol.horizon, help="step of the distance that is to be reached")
-    add("--steps", nargs="+", type=int, default=[], help="evaluations; default: 8 up to 1.25 of the horizon")
+    add("--steps", nargs="+", type=int, default=(), help="evaluations; (): 8 up to 1.25 of the horizon")
     add("--samplers", nargs="+", help="ddim-25, ancestral-100, dpm-10; of a flow euler-25, heun-13")
     add("--no-clamp", action="store_true", help="the samplers do not clamp x_0")
     add("--num-samples", type=int, default=Protocol.num_samples, help="of each evaluation")
@@ -151,16 +153,16 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--data", default=Protocol.data, help="digits, an .npz, *-images-idx3-ubyte.gz, or a folder of images"
     )
     add("--image-size", type=int, default=Protocol.image_size, help="pixels, scaled down to")
-    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS))
-    add("--prediction", help="epsilon, x0 or v; default: epsilon, flow on a rectified flow")
+    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS), help="of the noise")
+    add("--prediction", help="epsilon, x0 or v; if not given: epsilon, flow on a rectified flow")
     add("--lr", type=float, default=Member.lr, help="of AdamW")
     add("--normalise-loss", action="store_true", help="each policy a second time, with normalize=loss")
-    add("--width", type=int, default=Shape.width)
-    add("--depth", type=int, default=Shape.depth)
-    add("--heads", type=int, default=Shape.num_heads)
-    add("--patch", type=int, default=Shape.patch_size)
-    add("--batch-size", type=int, default=Shape.batch_size)
-    add("--workers", type=int, default=0, help="stacks that train at a time; default: torch's threads")
+    add("--width", type=int, default=Shape.width, help="of the model")
+    add("--depth", type=int, default=Shape.depth, help="blocks of the model")
+    add("--heads", type=int, default=Shape.num_heads, help="of each attention")
+    add("--patch", type=int, default=Shape.patch_size, help="pixels")
+    add("--batch-size", type=int, default=Shape.batch_size, help="images of a step")
+    add("--workers", type=int, default=0, help="stacks that train at a time; 0: as many as torch has threads")
     add("--out", type=Path, default=Path("outputs/convergence"), help="folder of what is written")
     arguments = parser.parse_args()
     if len(set(arguments.seeds or ())) < len(arguments.seeds or ()):

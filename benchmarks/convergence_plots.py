@@ -40,11 +40,14 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def figures(found: dict[str, Any], sampler: str) -> dict[str, Any]:
-    """The figures "distance" and "speed_up" of a sampler, matplotlib's, each with one pair of axes."""
-    return {
-        "distance": _figure(found, sampler, _distances),
-        "speed_up": _figure(found, sampler, _speed_ups),
-    }
+    """The figures "distance" and "speed_up" of a sampler, matplotlib's, each with one pair of axes.
+
+    Of the baseline alone there is no speed-up.
+    """
+    plots = {"distance": _distances}
+    if len(found["by_sampler"][sampler]["speed_ups"]) > 1:
+        plots["speed_up"] = _speed_ups
+    return {stem: _figure(found, sampler, plot) for stem, plot in plots.items()}
 
 
 def _figure(found: dict[str, Any], sampler: str, plot: Any) -> Any:
@@ -85,7 +88,8 @@ def _distances(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str,
     _log_ticks(axes, [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)])
     axes.set_xlabel("training step")
     axes.set_ylabel(f"Fréchet distance [{found['protocol']['features']}], {sampler}")
-    axes.set_title(f"{_setting(found)}\ngeometric mean of the seeds, shaded from the least to the greatest")
+    shaded = "shaded" if len(styles) <= 4 else f"that of {found['baseline']} shaded"
+    axes.set_title(f"{_setting(found)}\ngeometric mean of the seeds, {shaded} from the least to the greatest")
 
 
 def _speed_ups(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str, Any]) -> None:
@@ -121,7 +125,9 @@ def _speed_ups(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str,
     _log_ticks(axes, (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8, 10, 14, 20))
     axes.set_xlabel(f"horizon: step of {found['baseline']} whose distance is to be reached")
     axes.set_ylabel(f"speed-up, {sampler}")
-    axes.set_title(f"{_setting(found)}\nmean over seeds with its 95 % interval")
+    axes.set_title(
+        f"{_setting(found)}\nmean over seeds with its 95 % interval; ↑ at least, ↓ at most, ↕ either"
+    )
 
 
 def _mark_bound(axes: Any, step: int, value: float, bound: str, colour: Any) -> None:
@@ -142,7 +148,8 @@ def _setting(found: dict[str, Any]) -> str:
     protocol = found["protocol"]
     seeds = len({member["seed"] for member in found["members"]})
     name = Path(protocol["data"]).name.split(".")[0]
-    return f"{name} {protocol['image_size']}x{protocol['image_size']}, {protocol['schedule']}, {seeds} seeds"
+    seeds_of = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{name} {protocol['image_size']}x{protocol['image_size']}, {protocol['schedule']}, {seeds_of}"
 
 
 if __name__ == "__main__":

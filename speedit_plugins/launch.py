@@ -340,9 +340,12 @@ def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def _value(text: str) -> bool | int | float | str:
+def _value(text: str) -> bool | int | float | str | None:
+    """As YAML has it; a number also in Python's form, such as 1e-3."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if text.lower() == "null":
+        return None
     for number in (int, float):
         try:
             return number(text)

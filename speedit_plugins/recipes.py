@@ -124,6 +124,23 @@ def spectral_fast(
     return spectral(mean=mean, shift=shift, std=std, clean_std=clean_std, clean_share=clean_share)
 
 
+def spectral_flow(
+    *,
+    mean: float | None = None,
+    shift: float = 0.6,
+    std: float = 1.6,
+    clean_std: float | None = 2.2,
+    clean_share: float = 0.15,
+) -> Recipe:
+    """`spectral` for rectified flows, with the same arguments and weights of 1. Source: docs/method.md.
+
+    The weights of `spectral` take from a flow the clean end that it ends at; its model needs no long noisy
+    side, since x_0 is read from it without dividing by what is left of the signal.
+    """
+    recipe = spectral(mean=mean, shift=shift, std=std, clean_std=clean_std, clean_share=clean_share)
+    return {**recipe, "weighting": {"type": "constant"}}
+
+
 def p2(*, gamma: float = 1.0, k: float = 1.0) -> Recipe:
     """Uniform draws, P2 weights. Source: Choi et al. 2022, arXiv:2204.00227."""
     return {"density": {"type": "uniform"}, "weighting": {"type": "p2", "gamma": gamma, "k": k}}

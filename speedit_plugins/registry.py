@@ -97,6 +97,8 @@ def build_policy(
         )
     if not isinstance(config, str | Mapping):
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
+    if not (data_spectrum is None or callable(data_spectrum)):
+        raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
     options = _options(config)
     common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
     name = options.get("type", "custom")
@@ -106,11 +108,7 @@ def build_policy(
     # A recipe's own, unless the config says otherwise.
     common = {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
     check_type("policy stratified", common.get("stratified", False), bool)
-    kind: type[TimestepPolicy] = TimestepPolicy
-    if common.get("normalize") == "loss":
-        kind, common["normalize"] = LossNormalizedPolicy, True
-    elif not isinstance(common.get("normalize", False), bool):
-        raise ValueError(f"policy normalize needs true, false or 'loss', got {common['normalize']!r}")
+    kind, common["normalize"] = _normalized(common.get("normalize", False))
     unknown = [key for key in parts if key not in _PART_KEYS]
     if unknown or "density" not in parts or "weighting" not in parts:
         known = [*_PART_KEYS, *_COMMON_KEYS]
@@ -127,6 +125,15 @@ def build_policy(
         scope=parts.get("scope", "mse"),
         **common,
     )
+
+
+def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
+    """The class that a config's `normalize` asks for, and whether its weights are divided by their mean."""
+    if value == "loss":
+        return LossNormalizedPolicy, True
+    if not isinstance(value, bool):
+        raise ValueError(f"policy normalize needs true, false or 'loss', got {value!r}")
+    return TimestepPolicy, value
 
 
 def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> Any:
@@ -298,6 +305,7 @@ _register(
         "open_sora_speed": recipes.open_sora_speed,
         "spectral": recipes.spectral,
         "spectral_fast": recipes.spectral_fast,
+        "spectral_flow": recipes.spectral_flow,
         "p2": recipes.p2,
         "min_snr": recipes.min_snr,
         "logit_normal": recipes.logit_normal,

@@ -12,6 +12,7 @@ Dims: N samples, d values of a sample, K variances, T timesteps.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ from speedit_plugins.core.schedule import NoiseSchedule
 
 # log-SNRs between which a data set's middle is looked for: variances from e^-40 to e^40.
 _WIDEST = 40.0
+# Where the smallest of the sampled variances makes more than this share of what decides, it is chance: of
+# 4,096 values with variances that fall as i^0 to i^-1, the middle is off by 0.2 and more from a half on, by
+# 0.06 or less below a quarter.
+_LARGEST_SHARE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +56,15 @@ class DataSpectrum:
     def of(cls, samples: Tensor) -> "DataSpectrum":
         """The spectrum of samples (N, ...), N >= 2, as the model sees them: latents, or pixels in [-1, 1].
 
-        Some hundred samples do, also of many thousand values.
+        Some hundred samples do, also of many thousand values, where few components have most of the variance,
+        as of images; of white noise a quarter as many as values. `log_snr_at` says where they are too few.
 
         Raises:
-            ValueError: fewer than two samples, samples that are all the same, values that are not finite, or
-                integers, which no model sees.
+            ValueError: fewer than two samples, samples that are all the same, values that are not finite,
+                integers, which no model sees, or no tensor.
         """
+        if not isinstance(samples, Tensor):
+            raise ValueError(f"a spectrum needs a tensor (N, ...), got {type(samples).__name__}")
         if samples.ndim < 2 or len(samples) < 2:
             raise ValueError(
                 f"a spectrum needs at least two samples (N, ...), got shape {tuple(samples.shape)}"
@@ -71,6 +79,8 @@ class DataSpectrum:
         gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
         if not torch.isfinite(gram).all():
             raise ValueError("a spectrum needs finite samples, got inf or NaN")
+        if not gram.any():
+            raise ValueError(f"a spectrum needs samples that differ, got {len(rows)} alike")
         num_variances = len(rows) - 1
         # The mean has taken one component, whose 0 is the smallest.
         found = torch.linalg.eigvalsh(gram).clamp(min=0)[-num_variances:] / num_variances
@@ -108,12 +118,8 @@ class DataSpectrum:
         if not 0 < share < 1:
             raise ValueError(f"a share of the variance needs to lie in (0, 1), got {share}")
         low, high = -_WIDEST, _WIDEST
-        if self.is_sampled and self.explained(high) < share:
-            raise ValueError(
-                f"{len(self.variances) + 1} samples are too few to tell where {share:.0%} of the data's"
-                " variance is explained: each is unlike all others; wanted more of them"
-            )
-        if not self.explained(low) < share <= self.explained(high):
+        is_within = math.exp(-high) < self.variances.max() < math.exp(-low)
+        if not is_within or (not self.is_sampled and not self.explained(low) < share <= self.explained(high)):
             raise ValueError(
                 f"{share:.0%} of the data's variance is explained at no log-SNR in [{low:g}, {high:g}]:"
                 f" wanted samples as the model sees them, got variances that sum to {self.variances.sum():g}"
@@ -121,7 +127,17 @@ class DataSpectrum:
         while high - low > 1e-9:
             middle = (low + high) / 2
             low, high = (middle, high) if self.explained(middle) < share else (low, middle)
+        if self.is_sampled and self._largest_share(middle) > _LARGEST_SHARE:
+            raise ValueError(
+                f"{len(self.variances) + 1} samples are too few to tell where {share:.0%} of the data's"
+                " variance is explained: each is unlike all others; wanted more of them"
+            )
         return (low + high) / 2
+
+    def _largest_share(self, log_snr: float) -> float:
+        """Of what the correction for the number of samples sums up, what a single variance makes."""
+        weight = 1 / (self.variances + self._ridge(math.exp(-log_snr)))
+        return float(weight.max() / weight.sum())
 
 
 def log_snr_normal(
@@ -196,5 +212,11 @@ def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: flo
         raise ValueError(
             f"log_snr_normal has no mass on the schedule, whose log-SNR goes from {log_snr[-1]:.2f} to"
             f" {log_snr[0]:.2f}: its mean + shift is {mode:.2f}"
+        )
+    if not float(log_snr[-1]) < mode < float(log_snr[0]):
+        warnings.warn(
+            f"log_snr_normal is centred at log-SNR {mode:.2f}, beyond the schedule, which goes from"
+            f" {log_snr[0]:.2f} to {log_snr[-1]:.2f}: is its mean of samples as the model sees them?",
+            stacklevel=3,
         )
     return Density(mass)

@@ -147,20 +147,34 @@ def test_what_later_phases_leave_is_shown(trained: Path) -> None:
 
 
 def test_what_is_older_than_the_newest_checkpoint_says_so(trained: Path) -> None:
-    image, figures = trained / "samples.png", trained / "test.json"
+    image, drawn, figures = (trained / name for name in ("samples.png", "drawn.npz", "test.json"))
     Image.new("L", (4, 4)).save(image)
-    figures.write_text(json.dumps({"figures": {"fid": FIGURE}, "samples": "drawn.npz", "reference": None}))
+    drawn.write_text("")
+    figures.write_text(json.dumps({"figures": {"fid": FIGURE}, "samples": str(drawn), "reference": None}))
     note = ", older than the checkpoint step_0000020"
     try:
         assert note not in written(trained).text
-        for path in (image, figures):
+        # The figures' own file may be new: test takes the samples that there are.
+        for path in (image, drawn):
             os.utime(path, (0, 0))
         text = written(trained).text
     finally:
-        image.unlink()
-        figures.unlink()
+        for path in (image, drawn, figures):
+            path.unlink()
     assert f"samples.png, drawn by the phase sample{note}" in text
-    assert f"test.json{note}" in text
+    assert f"(300 samples{note})" in text
+    assert f"drawn.npz{note}" in text
+
+
+def test_a_damaged_file_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = trained / "test.json"
+    try:
+        for content, message in (("{", "Expecting property name"), ("[1]", "wanted an object, got list")):
+            figures.write_text(content)
+            assert report.main([str(trained)]) == 2
+            assert f"report: error: {figures} is damaged: {message}" in capsys.readouterr().err
+    finally:
+        figures.unlink()
 
 
 def test_a_run_without_a_logged_line_or_grid_is_reported(tmp_path: Path) -> None:
@@ -292,6 +306,17 @@ def test_a_band_ends_at_a_gap() -> None:
     assert svg.count('class="band c0"') == svg.count('class="line c0"') == 2
 
 
+def test_columns_of_a_heat_map_reach_from_the_step_before_to_their_own() -> None:
+    steps = [50.0, 100.0, 150.0, 160.0]
+    (row,) = plots._by_step(steps, [[step] for step in steps])
+    # A stretch is one step: the last column has ten of them.
+    expected = [50.0] * 50 + [100.0] * 50 + [150.0] * 50 + [160.0] * 10
+    assert row.tolist() == expected
+    # Two steps in a stretch: their mean.
+    (row,) = plots._by_step(range(1, 321), [[step] for step in range(1, 321)])
+    assert row.tolist() == [2 * number + 1.5 for number in range(160)]
+
+
 def test_a_heat_map_has_a_column_per_step_its_first_row_at_the_bottom() -> None:
     svg = plots.heat_map(
         [10.0, 20.0],
@@ -303,7 +328,11 @@ def test_a_heat_map_has_a_column_per_step_its_first_row_at_the_bottom() -> None:
     )
     first = re.findall(r'href="data:image/png;base64,([^"]+)"', svg)[0]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))))
-    assert pixels.shape == (2, 2, 4)
+    assert pixels.shape == (2, plots.NUM_COLUMNS, 4)
+    middle = plots.NUM_COLUMNS // 2
+    assert (pixels[:, :middle] == pixels[:, :1]).all()
+    assert (pixels[:, middle:] == pixels[:, -1:]).all()
+    pixels = pixels[:, [0, -1]]
     # The least value has the darkest colour, the largest the lightest, and 10, half way between the
     # logarithms of 1 and 100, the middle one.
     assert tuple(pixels[1, 0, :3]) == plots.COLORS[0]

@@ -7,7 +7,6 @@ Dims: T timesteps.
 """
 
 import argparse
-import ast
 import json
 import math
 import sys
@@ -167,7 +166,11 @@ def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels)
     axes[-1].set_xlim(0, T)
     figure.suptitle(title, fontsize=14, fontweight="bold")
     handles, labels = axes[0].get_legend_handles_labels()
+    # About a hundred letters of this size are as wide as the figure, the keys of four columns among them.
+    labels = [textwrap.fill(label, 88) for label in labels]
+    longest = max(len(line) for label in labels for line in label.splitlines())
     columns = len(labels) if len(labels) <= 4 else min(4, math.ceil(len(labels) / 2))
+    columns = max(1, min(columns, 100 // (longest + 6)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     try:
         figure.savefig(path, dpi=150)
@@ -271,9 +274,9 @@ def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, A
     if dot and policy not in policies:
         raise ValueError(f"--set {setting!r} needs one of the inspected policies: {', '.join(policies)}")
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        value = text
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set needs a value in YAML, got {setting!r}: {error}") from error
     return [policy] if dot else policies, key, value
 
 

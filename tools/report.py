@@ -8,79 +8,27 @@ left in its experiment_dir; what is not there is said to be missing. A run that 
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import report_page as html
-import torch
 from inspect_policy import areas, describe
-from report_plots import Line, Point, Span, heat_map, line_chart, staircase
+from report_plots import Line, Span, heat_map, line_chart, staircase
+from report_run import CONFIG, Run, open_run
 from safetensors import safe_open
 from timestep_profile import PROFILE
 
-from speedit_plugins import NoiseSchedule, TimestepPolicy
+from speedit_plugins import NoiseSchedule
 from speedit_plugins.data.files import write_whole
-from speedit_plugins.engine import build, checkpoint, results
-from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine import results
 from speedit_plugins.engine.environment import ENVIRONMENT
-from speedit_plugins.engine.schema import ExperimentConfig
 from speedit_plugins.engine.timestep_profile import timestep_ranges
-from speedit_plugins.engine.tracking import METRICS, read_metrics
+from speedit_plugins.engine.tracking import METRICS
 
-CONFIG = "config_train.yaml"
 MAX_GRIDS = 12
-
-
-@dataclass(frozen=True)
-class Run:
-    """What an experiment_dir holds; each part is read when it is asked for."""
-
-    folder: Path
-    config: ExperimentConfig
-    rows: list[dict[str, Any]]
-
-    @cached_property
-    def checkpoint(self) -> Path | None:
-        return checkpoint.newest(self.folder / results.CHECKPOINTS)
-
-    @cached_property
-    def policy(self) -> TimestepPolicy:
-        """The policy, where it learns as the newest checkpoint has it."""
-        process = build.build_process(self.config, respaced=True)
-        policy = build.build_timestep_policy(self.config, process)
-        if policy.state_dict()["density"] and self.checkpoint is not None:
-            state = torch.load(self.checkpoint / checkpoint.STATE, map_location="cpu", weights_only=True)
-            policy.load_state_dict(state["policy"])
-        return policy
-
-    @cached_property
-    def figures(self) -> dict[str, dict[str, Any]]:
-        """What the phase test measured, by name; empty where it was not run."""
-        found = self.json(results.TEST)
-        return found["figures"] if found is not None and "figures" in found else {}
-
-    def age(self, name: str) -> str:
-        """Of a file that a later phase wrote: that training has gone on since, '' where it has not."""
-        newest, path = self.checkpoint, self.folder / name
-        if newest is None or newest.stat().st_mtime <= path.stat().st_mtime:
-            return ""
-        return f", older than the checkpoint {newest.name}"
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """Contents of a JSON file of the run; None without it."""
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def series(self, key: str) -> list[Point]:
-        """(step, value) of each logged line that has the key."""
-        return [(row["step"], row[key]) for row in self.rows if key in row]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,18 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{path}  ({len(text) / 2**20:.1f} MB)")
     return 0
-
-
-def open_run(folder: Path) -> Run:
-    """The run in a folder.
-
-    Raises:
-        ValueError: no training wrote there, or its files cannot be read.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is no run: wanted the experiment_dir of a training, which holds {CONFIG}")
-    return Run(folder, load_config(path, "train"), read_metrics(folder))
 
 
 def report(run: Run) -> str:
@@ -156,7 +92,7 @@ def summary(run: Run) -> dict[str, str]:
         "peak memory": _gib(last.get("peak_memory_bytes")),
         "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
         **{
-            name: f"{_short(figure['value'])} ({figure['num_samples']:,} samples)"
+            name: f"{_short(figure['value'])} ({figure['num_samples']:,} samples{run.figures_age})"
             for name, figure in run.figures.items()
         },
     }
@@ -239,7 +175,7 @@ def samples(run: Run) -> str:
         notes.append(f"{count} of {len(grids)} grids, evenly chosen.")
     final = run.folder / results.SAMPLES
     if final.is_file():
-        caption = f"{final.name}, drawn by the phase sample{run.age(results.SAMPLES)}"
+        caption = f"{final.name}, drawn by the phase sample{run.age(final)}"
         shown.append(html.picture(caption, final))
     else:
         notes.append(f"No {final.name}: the phase sample was not run.")
@@ -295,10 +231,8 @@ def evaluation(run: Run) -> str:
         for name, figure in run.figures.items()
     ]
     sources = {key: str(found[key]) for key in ("samples", "reference") if found[key] is not None}
-    table = html.table(("figure", "value", "features", "samples", "reference"), rows)
-    return (
-        html.paragraph(f"{results.TEST}{run.age(results.TEST)}", is_quiet=True) + table + html.facts(sources)
-    )
+    sources["samples"] += run.figures_age
+    return html.table(("figure", "value", "features", "samples", "reference"), rows) + html.facts(sources)
 
 
 def environment(run: Run) -> str:

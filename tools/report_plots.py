@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 560, 290
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 22, 44
 # More than a line has pixels; a table over the usual T = 1000 is shown as it is.
 MAX_POINTS = 1000
-MAX_COLUMNS = 160
+NUM_COLUMNS = 160
 # Five anchors of viridis, which rises evenly in lightness. Source: van der Walt and Smith 2015, CC0.
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
@@ -271,13 +271,15 @@ def _number(value: float) -> str:
 
 
 def _by_step(steps: Sequence[float], columns: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    """Means (rows, columns) over equal stretches of steps from 0 to the last; NaN where nothing is known."""
-    count = min(MAX_COLUMNS, len(steps))
+    """Means (rows, NUM_COLUMNS) over equal stretches from 0 to the last step; NaN where nothing is known."""
     values = np.array([[v or math.nan for v in column] for column in columns], dtype=np.float64)
-    place = np.ceil(np.asarray(steps) * count / steps[-1]).astype(int).clip(1) - 1
-    table = np.full((values.shape[1], count), math.nan)
-    for number in range(count):
-        group = values[place == number]
+    ends = np.arange(NUM_COLUMNS + 1) * steps[-1] / NUM_COLUMNS
+    table = np.full((values.shape[1], NUM_COLUMNS), math.nan)
+    # A column of values reaches from the step before to its own: of those that overlap a stretch ...
+    firsts = np.searchsorted(steps, ends[:-1], side="right")  # ... the first ends behind its beginning,
+    lasts = np.searchsorted(steps, ends[1:], side="left")  # and the last not before its end.
+    for number, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        group = values[first : last + 1]
         known = np.isfinite(group)
         sums = np.where(known, group, 0).sum(0)
         table[:, number] = np.divide(sums, known.sum(0), out=table[:, number], where=known.any(0))

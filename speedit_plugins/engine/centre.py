@@ -106,4 +106,9 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
     loader.close()
     # The shape with the most samples speaks for all.
     most = max(rows, key=lambda shape: (len(rows[shape]), shape))
-    return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
+    try:
+        return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
+    except ValueError as error:
+        raise ValueError(
+            f"the policy's mean cannot be measured: {error}; or give the policy a mean"
+        ) from error

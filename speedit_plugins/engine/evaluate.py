@@ -258,7 +258,10 @@ def _collected(
             bar.update(len(batch))
 
     with progress(name, total=len(images), unit="video" if images.is_video else "image") as bar:
-        return collect(shown(), extractor, num_samples=len(images), kinds=kinds)
+        try:
+            return collect(shown(), extractor, num_samples=len(images), kinds=kinds)
+        except ValueError as error:
+            raise ValueError(f"{name}, {images.source}: {error}") from error
 
 
 def _clip_score(config: ExperimentConfig, samples: SampleSet) -> Figure:

@@ -146,7 +146,7 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     curves = {
-        "uniform_mse": "mse, corrected to uniform timesteps (compares policies)",
+        "uniform_mse": "mse, corrected to uniform timesteps",
         "mse": "mse at the drawn timesteps",
         "loss": "training loss (weighted)",
     }

@@ -1,0 +1,93 @@
+"""What a training has left in its experiment_dir, for the report."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from report_plots import Point
+
+from speedit_plugins import TimestepPolicy
+from speedit_plugins.engine import build, checkpoint, results
+from speedit_plugins.engine.config import load_config
+from speedit_plugins.engine.schema import ExperimentConfig
+from speedit_plugins.engine.tracking import read_metrics
+
+CONFIG = "config_train.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an experiment_dir holds; each part is read when it is asked for."""
+
+    folder: Path
+    config: ExperimentConfig
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        return checkpoint.newest(self.folder / results.CHECKPOINTS)
+
+    @cached_property
+    def policy(self) -> TimestepPolicy:
+        """The policy, where it learns as the newest checkpoint has it."""
+        process = build.build_process(self.config, respaced=True)
+        policy = build.build_timestep_policy(self.config, process)
+        if policy.state_dict()["density"] and self.checkpoint is not None:
+            state = torch.load(self.checkpoint / checkpoint.STATE, map_location="cpu", weights_only=True)
+            policy.load_state_dict(state["policy"])
+        return policy
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """What the phase test measured, by name; empty where it was not run."""
+        found = self.json(results.TEST)
+        return found["figures"] if found is not None and "figures" in found else {}
+
+    def age(self, path: Path) -> str:
+        """Of what a later phase drew: that training has gone on since; '' where it has not, or may not."""
+        newest = self.checkpoint
+        if newest is None or not path.exists() or newest.stat().st_mtime <= path.stat().st_mtime:
+            return ""
+        return f", older than the checkpoint {newest.name}"
+
+    @property
+    def figures_age(self) -> str:
+        """The `age` of the samples that the phase test compared."""
+        found = self.json(results.TEST)
+        return "" if found is None or "samples" not in found else self.age(Path(found["samples"]))
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Contents of a JSON file of the run; None without it.
+
+        Raises:
+            ValueError: it is none of this program.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged: wanted an object, got {type(found).__name__}")
+        return found
+
+    def series(self, key: str) -> list[Point]:
+        """(step, value) of each logged line that has the key."""
+        return [(row["step"], row[key]) for row in self.rows if key in row]
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ValueError: no training wrote there, or its files cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run: wanted the experiment_dir of a training, which holds {CONFIG}")
+    return Run(folder, load_config(path, "train"), read_metrics(folder))
