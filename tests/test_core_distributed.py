@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.testing import assert_close
 
-from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.core.distributed import gather_rows
 
 T = 6
@@ -22,14 +22,19 @@ CALLS = [
 ]
 
 
+def new_policy() -> TimestepPolicy:
+    config = {"type": "loss_second_moment", "history": 2, "normalize": "loss"}
+    return build_policy(config, NoiseSchedule.cosine(T))
+
+
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    policy = build_policy({"type": "loss_second_moment", "history": 2}, NoiseSchedule.cosine(T))
-    gathered = []
+    policy, gathered = new_policy(), []
     for call in CALLS:
         gathered.append(gather_rows(call[rank]))
         policy.update(call[rank][:, 0].long(), call[rank][:, 1])
-    torch.save({"gathered": gathered, "density": policy.density}, f"{folder}/{rank}.pt")
+    tables = {"density": policy.density, "weight": policy.weight}
+    torch.save({"gathered": gathered, **tables}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -38,7 +43,7 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     results: list[dict[str, Tensor]] = [
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     ]
-    policy = build_policy({"type": "loss_second_moment", "history": 2}, NoiseSchedule.cosine(T))
+    policy = new_policy()
     for number, call in enumerate(CALLS):
         in_rank_order = torch.cat(call)
         policy.update(in_rank_order[:, 0].long(), in_rank_order[:, 1])
@@ -46,8 +51,11 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
             assert_close(result["gathered"][number], in_rank_order, atol=0, rtol=0)
     for result in results:
         assert torch.equal(result["density"], policy.density)
+        assert torch.equal(result["weight"], policy.weight)
     # Two losses for each of the six timesteps: the warm-up is over, so the agreement is about learning.
     assert float(policy.density.max() - policy.density.min()) > 0.1
+    # Losses about 4, which the weights have the inverse of.
+    assert policy.mean_weight < 0.5
 
 
 def test_one_process_gathers_its_own_rows() -> None:
