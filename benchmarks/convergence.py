@@ -59,9 +59,10 @@ def _compare(arguments: argparse.Namespace) -> None:
         date=datetime.date.today().isoformat(),
     )
     (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    tables = "\n\n".join(table(found, sampler) for sampler in protocol.samplers)
+    parts = [table(found, sampler) for sampler in protocol.samplers]
     if arguments.normalise_loss:
-        tables += f"\n\n{_over_normalised(results)}"
+        parts += [_over_normalised(results, sampler) for sampler in protocol.samplers]
+    tables = "\n\n".join(parts)
     (arguments.out / "table.md").write_text(tables + "\n", encoding="utf-8")
     print(f"\n{tables}\n\n{results.seconds:.0f} s; results.json and table.md lie in {arguments.out}")
     for path in draw(found, arguments.out):
@@ -98,13 +99,13 @@ def _normalised(name: str) -> str:
     return f"{name} / loss"
 
 
-def _over_normalised(results: Results) -> str:
+def _over_normalised(results: Results, sampler: str) -> str:
     """What is left of the normalised rows' speed-ups over the baseline normalised alike."""
     baseline = _normalised(BASELINE)
-    lines = [f"Over {baseline!r} in place of {BASELINE!r}:"]
+    lines = [f"Over {baseline!r} in place of {BASELINE!r}, {sampler}:"]
     for name in results.names():
         if name.endswith(_normalised("")) and name != baseline:
-            found = results.summary(name, baseline=baseline)
+            found = results.summary(name, baseline=baseline, sampler=sampler)
             lines.append(f"  {name}: {found.bound}{found.mean:.2f} ({found.low:.2f}, {found.high:.2f})")
     return "\n".join(lines)
 

@@ -52,9 +52,8 @@ def load_image_set(data: str, image_size: int) -> ImageSet:
     if images.shape[1] != images.shape[2] or images.shape[1] < image_size:
         raise ValueError(f"{path} has images {images.shape[1:3]}, wanted squares of at least {image_size}")
     if labels is not None and (labels.shape != (len(images),) or labels.min() < 0):
-        raise ValueError(
-            f"{path} needs a label >= 0 for each of {len(images)} images, got {tuple(labels.shape)}"
-        )
+        got = f"{tuple(labels.shape)}, the least {labels.min()}"
+        raise ValueError(f"{path} needs a label >= 0 for each of {len(images)} images, got {got}")
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float()  # (N, C, H, W) in 0..255
     scaled = F.interpolate(values, size=(image_size, image_size), mode="area") / 127.5 - 1
     return ImageSet(scaled, labels, 0 if labels is None else int(labels.max()) + 1)

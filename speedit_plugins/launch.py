@@ -341,7 +341,7 @@ def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> bool | int | float | str | None:
-    """As YAML has it; a number also in Python's form, such as 1e-3."""
+    """true, false, null and numbers, such as 1e-3, of these texts; every other text as it is."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "null":

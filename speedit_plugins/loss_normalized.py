@@ -11,11 +11,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.core.densities import AdaptiveDensity, Density
-from speedit_plugins.core.distributed import gather_rows
+from speedit_plugins.core.distributed import gather_losses
 from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.core.schedule import NoiseSchedule
 
@@ -23,7 +22,8 @@ from speedit_plugins.core.schedule import NoiseSchedule
 class LossNormalizedPolicy(TimestepPolicy):
     """A policy whose weights are divided by the running mean of weight * loss, over the ranks.
 
-    Until the first `update` they are those of the tables. Losses that are not finite, or all 0, are not seen.
+    The loss is what `update` is told. Until the first one the weights are those of the tables. Losses that
+    are not finite, or all 0, are not seen.
 
     Args:
         schedule: as of every policy, like `density`, `weighting` and the options.
@@ -49,10 +49,8 @@ class LossNormalizedPolicy(TimestepPolicy):
         super().__init__(schedule, density, weighting, **options)
 
     def update(self, index: Tensor, loss: Tensor) -> None:
-        """Learns from the unweighted losses (B,) at their indices (B,); one host sync a call."""
-        # float32 holds every index below 2^24, and exists on every device.
-        rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu().double()
-        rows = rows[rows.isfinite().all(dim=1)]
+        """Learns from the unweighted losses (B,) of a step at their indices (B,); a host sync."""
+        rows = gather_losses(index, loss).double()
         mean = float((self._relative[rows[:, 0].long()] * rows[:, 1]).mean())
         # NaN of no rows.
         if mean > 0:
@@ -72,8 +70,6 @@ class LossNormalizedPolicy(TimestepPolicy):
             ValueError: the state belongs to another policy or T, or to one without `normalize="loss"`.
         """
         super().load_state_dict(state)
-        if "mean_loss" not in state:
-            raise ValueError(f"policy state needs a mean_loss for normalize='loss', got {sorted(state)}")
         self._mean_loss = state["mean_loss"]
         self._scale()
 
@@ -83,10 +79,9 @@ class LossNormalizedPolicy(TimestepPolicy):
         self._scale()
 
     def _scale(self) -> None:
-        if self._mean_loss is not None:
-            self.weight = self._relative / self._mean_loss
-            weight = self.weight.float()
-            self._tables = {
-                device: dataclasses.replace(tables, weight=weight.to(device))
-                for device, tables in self._tables.items()
-            }
+        self.weight = self._relative / (self._mean_loss or 1.0)
+        weight = self.weight.float()
+        self._tables = {
+            device: dataclasses.replace(tables, weight=weight.to(device))
+            for device, tables in self._tables.items()
+        }

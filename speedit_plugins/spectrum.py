@@ -124,13 +124,14 @@ class DataSpectrum:
                 f"{share:.0%} of the data's variance is explained at no log-SNR in [{low:g}, {high:g}]:"
                 f" wanted samples as the model sees them, got variances that sum to {self.variances.sum():g}"
             )
+        is_reached = self.explained(high) >= share
         while high - low > 1e-9:
             middle = (low + high) / 2
             low, high = (middle, high) if self.explained(middle) < share else (low, middle)
-        if self.is_sampled and self._largest_share(middle) > _LARGEST_SHARE:
+        if self.is_sampled and not (is_reached and self._largest_share(middle) <= _LARGEST_SHARE):
             raise ValueError(
                 f"{len(self.variances) + 1} samples are too few to tell where {share:.0%} of the data's"
-                " variance is explained: each is unlike all others; wanted more of them"
+                " variance is explained; wanted more of them"
             )
         return (low + high) / 2
 

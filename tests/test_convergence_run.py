@@ -77,9 +77,9 @@ def test_images_that_cannot_be_had_are_named(load: Load, tmp_path: Path) -> None
             ValueError, match=f"few-images-idx3-ubyte.gz is no IDX file of bytes: .*{message}"
         ):
             load_image_set(str(path), 8)
-    for labels in (np.zeros(4), np.full(3, -1)):
+    for labels, got in ((np.zeros(4), r"\(4,\), the least 0"), (np.full(3, -1), r"\(3,\), the least -1")):
         np.savez(tmp_path / "set.npz", np.zeros((3, 8, 8, 1), np.uint8), labels)
-        with pytest.raises(ValueError, match=r"set.npz needs a label >= 0 for each of 3 images, got \("):
+        with pytest.raises(ValueError, match=f"set.npz needs a label >= 0 for each of 3 images, got {got}"):
             load_image_set(str(tmp_path / "set.npz"), 8)
 
 
@@ -304,7 +304,7 @@ def test_normalised_losses_stand_beside_those_of_uniform(
     # The first step is scaled by no loss yet, and AdamW is blind to one factor: the second is told apart.
     assert distances["uniform", 0] != distances["uniform / loss", 0]
     shown = (tmp_path / "out" / "table.md").read_text()
-    assert "Over 'uniform / loss' in place of 'uniform':\n  speed / loss: " in shown
+    assert "Over 'uniform / loss' in place of 'uniform', ddim-2:\n  speed / loss: " in shown
     assert shown in capsys.readouterr().out
 
 

@@ -382,7 +382,7 @@ def test_all_zero_losses_leave_a_uniform_density() -> None:
         (lambda: LossSecondMoment(LINEAR, uniform_floor=0.0), r"uniform_floor in \(0, 1\]"),
         (
             lambda: LossSecondMoment(LINEAR).update(torch.tensor([1, 2]), torch.tensor([1.0])),
-            "index and loss of one shape",
+            "update needs index and loss",
         ),
         (lambda: Density(float64(0.0, 0.0)), "positive sum, got sum 0"),
         (lambda: Density(float64(2.0, -1.0)), "finite values >= 0"),

@@ -78,9 +78,22 @@ def test_a_restored_policy_goes_on_as_the_saved_one(tmp_path: Path) -> None:
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(fresh.weight, policy.weight)
     assert torch.equal(taught(fresh, 0.5).weight, taught(policy, 0.5).weight)
-    plain = {key: value for key, value in policy.state_dict().items() if key != "mean_loss"}
-    with pytest.raises(ValueError, match="needs a mean_loss for normalize='loss', got .*'name'"):
-        fresh.load_state_dict(plain)
+    # Also back to the start.
+    fresh.load_state_dict(build_policy(CONFIG, SCHEDULE).state_dict())
+    assert torch.equal(fresh.weight, build_policy(CONFIG, SCHEDULE).weight)
+
+
+def test_a_state_belongs_to_one_normalize() -> None:
+    normalised, plain = (build_policy({**CONFIG, "normalize": kind}, SCHEDULE) for kind in ("loss", True))
+    with pytest.raises(ValueError, match=r"'density', 'mean_loss'\], got .*'density'\]$"):
+        normalised.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"'density'\], got .*'density', 'mean_loss'\]$"):
+        plain.load_state_dict(normalised.state_dict())
+
+
+def test_a_loss_of_the_whole_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"update needs index and loss \(B,\), got \(3,\) and \(\)"):
+        build_policy(CONFIG, SCHEDULE).update(torch.arange(3), torch.tensor(1.0))
 
 
 def test_a_copy_learns_by_itself() -> None:

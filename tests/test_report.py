@@ -267,6 +267,10 @@ def test_what_is_not_finite_is_a_gap() -> None:
         ]
         assert drawn[0] == drawn[1]
         assert (drawn[0].count('class="line c0"'), drawn[0].count('class="dot c0"')) == (2, 1)
+    points, band = [(0, 1.0), (1, 2.0), (2, 3.0)], [(0.5, 1.5), (0.0, math.nan), (2.0, 4.0)]
+    svg = plots.line_chart([plots.Line("line", points, band)], x_label="x", y_label="y", is_log=True)
+    assert "nan" not in svg
+    assert svg.count('class="band c0"') == 2
 
 
 def test_a_chart_without_a_value_to_show_is_empty() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from host_checks.script import SCHEDULERS, SCRIPT, step_of
 from torch.nn import functional
+from torch.testing import assert_close
 
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -133,6 +134,15 @@ class TestLoss:
         assert torch.allclose(torch.stack(halves), weight.view(2, 2).mean(1))
         with pytest.raises(ValueError, match=r"2 rows, and 4 timesteps were drawn: .* part=\(0, 2\)"):
             own.mse_loss(ones, 0 * ones)
+
+    def test_parts_of_a_batch_are_weighted_alike_by_weights_that_follow_the_loss(self) -> None:
+        own, scheduler = seam({"type": "uniform", "normalize": "loss"}), diffusers.DDPMScheduler()
+        own.timesteps(scheduler, 4)
+        halves = [own.mse_loss(torch.full((2, 3), 0.2), torch.zeros(2, 3), part=(n, 2)) for n in (0, 1)]
+        # 0.2 squared, with the weight of 1 that stood at the draw; then its inverse.
+        assert_close(torch.stack(halves), torch.full((2,), 0.04))
+        own.timesteps(scheduler, 4)
+        assert_close(own.mse_loss(torch.full((4, 3), 0.2), torch.zeros(4, 3)), torch.tensor(1.0))
 
     def test_pairs_for_a_split_batch_are_refused(self) -> None:
         own = seam("speedit_reference")

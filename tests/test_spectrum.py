@@ -93,6 +93,11 @@ def test_samples_too_few_to_tell_are_refused(num_samples: int) -> None:
         DataSpectrum.of(samples).log_snr_at()
 
 
+def test_samples_that_are_all_equally_unlike_tell_nothing() -> None:
+    with pytest.raises(ValueError, match="10 samples are too few to tell"):
+        DataSpectrum.of(torch.eye(10, 1024)).log_snr_at()
+
+
 def test_a_centre_beyond_the_schedule_is_warned_of() -> None:
     # Its log-SNR goes from 9.21 to -10.12.
     with pytest.warns(UserWarning, match=r"centred at log-SNR -12.00, beyond .* from 9.21 to -10.12"):

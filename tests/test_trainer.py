@@ -39,6 +39,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         "scaler": trainer.engine.scaler_state(),
         "loader": trainer.loader.state_dict(),
         "policy": trainer.policy.state_dict()["density"],
+        "weight": trainer.policy.weight,
         "next_batch": next(trainer.loader),
         "step": trainer.step,
     }
@@ -53,6 +54,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         {"diffusion__policy": "{type: clts, curriculum_steps: 15}"},
         {"diffusion__policy": "{type: loss_second_moment, history: 1}", "diffusion__diffusion_steps": 25},
         {"data__num_workers": 2, "diffusion__policy": "{type: speed, stratified: true}"},
+        {"diffusion__policy": "{type: speed, normalize: loss}"},
     ],
     ids=[
         "speedit",
@@ -61,6 +63,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         "curriculum",
         "learning",
         "workers-stratified",
+        "normalised-loss",
     ],
 )
 def test_twenty_steps_equal_ten_and_a_resumed_ten_bit_for_bit(
@@ -122,8 +125,10 @@ def test_the_optimizer_steps_at_that_rate(tmp_path: Path) -> None:
     assert_close(rates, [0.001, 0.002, 0.003, 0.004, 0.004])
 
 
-def test_accumulated_batches_equal_one_batch_of_all(tmp_path: Path) -> None:
-    options = {"model__class_dropout_prob": 0.0, "optimizer__lr": 1e-3}
+@pytest.mark.parametrize("normalize", ["false", "loss"])
+def test_accumulated_batches_equal_one_batch_of_all(tmp_path: Path, normalize: str) -> None:
+    policy = {"diffusion__policy": f"{{type: speedit, normalize: {normalize}}}"}
+    options = {"model__class_dropout_prob": 0.0, "optimizer__lr": 1e-3, **policy}
     one = small_trainer(tmp_path, data__batch_size=32, **options)
     two = small_trainer(tmp_path, data__batch_size=16, optimizer__grad_accumulation=2, **options)
     for trainer in (one, two):

@@ -7,6 +7,7 @@ Dims: T timesteps.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.core.schedule import PREDICTION_TYPES
 from speedit_plugins.data.files import write_whole
+from speedit_plugins.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.spectrum import DataSpectrum
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary(args.schedule, schedule, report))
         for line in dict.fromkeys(str(note.message) for note in notes):
             print(_wrap(f"Note: {line}."))
-        for name in (name for name, policy in policies.items() if policy.state_dict()["density"]):
+        for name in (name for name, policy in policies.items() if _follows_training(policy)):
             print(_wrap(f"Note: {name} follows the training and is shown as it starts."))
         if args.plot is not None:
             plot(args.plot, args.schedule, schedule, report)
@@ -277,7 +279,14 @@ def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, A
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--set needs a value in YAML, got {setting!r}: {error}") from error
+    # To YAML 1e-3 is a text.
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
     return [policy] if dot else policies, key, value
+
+
+def _follows_training(policy: TimestepPolicy) -> bool:
+    return bool(policy.state_dict()["density"]) or isinstance(policy, LossNormalizedPolicy)
 
 
 def _describe_one(schedule: NoiseSchedule, policy: TimestepPolicy) -> dict[str, Any]:

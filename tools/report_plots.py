@@ -241,7 +241,10 @@ def _with_gaps(line: Line, *, is_log: bool) -> Line:
     """The line with None for every y that has no place on the axis."""
     least = 0.0 if is_log else -math.inf
     points = [(x, y if y is not None and least < y < math.inf else None) for x, y in line.points]
-    return Line(line.label, points, line.band)
+    band = [
+        pair if pair is not None and all(least < y < math.inf for y in pair) else None for pair in line.band
+    ]
+    return Line(line.label, points, band)
 
 
 def _widened(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:

@@ -32,10 +32,10 @@ class Run:
 
     @cached_property
     def policy(self) -> TimestepPolicy:
-        """The policy, where it learns as the newest checkpoint has it."""
+        """The policy as the newest checkpoint has it."""
         process = build.build_process(self.config, respaced=True)
         policy = build.build_timestep_policy(self.config, process)
-        if policy.state_dict()["density"] and self.checkpoint is not None:
+        if self.checkpoint is not None:
             state = torch.load(self.checkpoint / checkpoint.STATE, map_location="cpu", weights_only=True)
             policy.load_state_dict(state["policy"])
         return policy
@@ -57,7 +57,8 @@ class Run:
     def figures_age(self) -> str:
         """The `age` of the samples that the phase test compared."""
         found = self.json(results.TEST)
-        return "" if found is None or "samples" not in found else self.age(Path(found["samples"]))
+        samples = None if found is None else found.get("samples")
+        return "" if samples is None else self.age(Path(samples))
 
     def json(self, name: str) -> dict[str, Any] | None:
         """Contents of a JSON file of the run; None without it.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.distributed import gather_rows
+from speedit_plugins.core.distributed import gather_losses
 from speedit_plugins.core.schedule import CONVERGENCE_SNR, NoiseSchedule
 
 
@@ -236,16 +236,9 @@ class LossSecondMoment(AdaptiveDensity):
 
     def update(self, index: Tensor, loss: Tensor) -> bool:
         """Adds the losses (B,) of all ranks at their indices (B,); one host sync a call."""
-        if index.shape != loss.shape or index.ndim != 1:
-            raise ValueError(
-                f"update needs index and loss of one shape (B,), got {index.shape} and {loss.shape}"
-            )
-        # float32 holds every index below 2^24, and exists on every device.
-        rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu()
         # A non-finite loss would sit in the history and turn the whole density into NaN.
-        for t, value in rows[rows.isfinite().all(dim=1)].tolist():
-            slot = self._counts[int(t)] % self._losses.shape[1]
-            self._losses[int(t), slot] = value
+        for t, value in gather_losses(index, loss).tolist():
+            self._losses[int(t), self._counts[int(t)] % self._losses.shape[1]] = value
             self._counts[int(t)] += 1
         return bool((self._counts >= self._losses.shape[1]).all())
 

@@ -156,13 +156,13 @@ class TimestepPolicy:
         """Restores `state_dict`.
 
         Raises:
-            ValueError: the state belongs to another policy or T.
+            ValueError: the state belongs to another policy or T, or to one of another `normalize`.
         """
-        expected = (self.name, self.schedule.num_timesteps)
-        if (state["name"], state["num_timesteps"]) != expected:
+        own = self.state_dict()
+        if state.keys() != own.keys() or any(state[key] != own[key] for key in ("name", "num_timesteps")):
             raise ValueError(
-                f"policy state needs policy {expected[0]!r} with T = {expected[1]},"
-                f" got {state['name']!r} with T = {state['num_timesteps']}"
+                f"policy state needs policy {own['name']!r} with T = {own['num_timesteps']},"
+                f" got {state['name']!r} with T = {state['num_timesteps']}; keys {[*own]}, got {[*state]}"
             )
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])

@@ -71,7 +71,8 @@ def test(config: ExperimentConfig) -> int:
     figures, source = _compared(config, samples, metrics) if metrics else ([], None)
     figures += clip_scores
     results.save_config(config, "test")
-    _write(folder / results.TEST, figures, samples=samples.source, reference=source)
+    # From anywhere to be found again.
+    _write(folder / results.TEST, figures, samples=str(Path(samples.source).absolute()), reference=source)
     for figure in figures:
         say(line_of(figure))
     say(f"  samples      {samples.source}")

@@ -286,8 +286,8 @@ class Trainer:
         for draw, terms in seen:
             # Scored by the law it was drawn from, before the policy learns from it.
             self.window.add(draw, terms)
-        for draw, terms in seen:
-            self.policy.update(draw.index, (terms.mse + terms.vb).detach())
+        index = torch.cat([draw.index for draw, _ in seen])
+        self.policy.update(index, torch.cat([(terms.mse + terms.vb).detach() for _, terms in seen]))
 
     def _count_skipped(self, culprit: str) -> None:
         self.num_skipped += 1

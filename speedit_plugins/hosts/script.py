@@ -59,6 +59,7 @@ class ScriptPolicy:
         self._scheduler: Any = None
         self._built: tuple[TimestepPolicy, str] | None = None
         self._index: Tensor | None = None
+        self._drawn: tuple[TimestepPolicy | None, Tensor] = None, torch.empty(0)
         self._weight = TableOnDevices()
         self.num_draws = 0
 
@@ -101,6 +102,7 @@ class ScriptPolicy:
         self.policy.advance(self.num_draws)
         self.num_draws += 1
         self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
+        self._drawn = self.policy, self.policy.weight
         if self.num_draws == 1:
             _watch_once(noise_scheduler, self._index)
         return self._index
@@ -132,14 +134,16 @@ class ScriptPolicy:
         if self._on_use is not None:
             self._on_use(policy)
             self._on_use = None
-        table = policy.weight
+        if self._drawn[0] is not policy:
+            self._drawn = policy, policy.weight
+        # That of the draw, for every part of the batch: an update may have changed the policy's since.
+        table = self._drawn[1]
         error = functional.mse_loss(prediction, target, reduction="none")
         per_sample = error.flatten(1).mean(1)
         policy.update(index, per_sample.detach())
         if is_constant(table) and float(table[0]) == 1:
             # The host's own reduction, so that its loss comes out to the bit.
             return error if reduction == "none" else functional.mse_loss(prediction, target)
-        # The table from before the update: the losses were drawn by it.
         weight = self._weight.at(table, index)
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
