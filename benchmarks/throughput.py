@@ -87,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             part = PARTS[name](options, values)
             values[name] = part.values
             print(f"\n{part.text}", flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            if arguments.json is not None:
+                # What is measured stays, whatever comes of the parts behind it.
+                arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:

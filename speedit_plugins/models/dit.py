@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from speedit_plugins.models.attention import AttentionKernel, SelfAttention, attention_kernel
 from speedit_plugins.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.models.interface import Condition, split_extra
+from speedit_plugins.models.linear import Linear
 from speedit_plugins.models.positions import sincos_positions
 from speedit_plugins.registry import MODELS
 
@@ -247,7 +248,7 @@ class Block(nn.Module):
         self.attn = attention(hidden_size, num_heads, kernel=kernel)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Perceptron(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # six of (B, 1, D)
@@ -265,8 +266,8 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
@@ -278,8 +279,8 @@ class Perceptron(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
+        self.fc1 = Linear(hidden_size, inner_size)
+        self.fc2 = Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
