@@ -73,6 +73,13 @@ def test_small_products_other_types_and_autocast_are_torchs(monkeypatch: pytest.
         assert layer(x).dtype == torch.bfloat16
     assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
     assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (3, 4)
+
+    class Fetched(nn.Parameter):
+        pass
+
+    other = Linear(8, 4)
+    other.weight, other.bias = Fetched(layer.weight.detach()), layer.bias
+    assert torch.equal(other(x), expected)
     monkeypatch.setattr(linear, "_LEAST_WORK", 3 * 8 * 4 + 1)
     assert torch.equal(layer(x), expected)
 

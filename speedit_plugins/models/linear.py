@@ -64,7 +64,10 @@ def prefers_onednn() -> bool:
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether there is enough work, of a kind that it can do."""
     return (
-        math.prod(x.shape) * len(weight) >= _LEAST_WORK
+        # Other classes see to their own operations: ColossalAI's parameters are fetched by torch's layer.
+        type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and math.prod(x.shape) * len(weight) >= _LEAST_WORK
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
