@@ -203,8 +203,8 @@ def _options(config: str | Config) -> dict[str, Any]:
     """The keys of a config, of a name `type` alone."""
     if isinstance(config, str):
         return {"type": config}
-    if wrong := next((key for key in config if not isinstance(key, str)), None):
-        raise ValueError(f"the keys of a config need to be names, got {wrong!r} in {dict(config)}")
+    if wrong := [key for key in config if not isinstance(key, str)]:
+        raise ValueError(f"the keys of a config need to be names, got {wrong[0]!r} in {dict(config)}")
     return dict(config)
 
 

@@ -230,8 +230,9 @@ def evaluation(run: Run) -> str:
         )
         for name, figure in run.figures.items()
     ]
-    sources = {key: str(found[key]) for key in ("samples", "reference") if found[key] is not None}
-    sources["samples"] += run.figures_age
+    sources = {"samples": f"{found['samples']}{run.figures_age}"}
+    if found["reference"] is not None:
+        sources["reference"] = str(found["reference"])
     return html.table(("figure", "value", "features", "samples", "reference"), rows) + html.facts(sources)
 
 

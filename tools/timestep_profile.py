@@ -9,7 +9,6 @@ batch's mean loss. Writes timestep_profile.json and .png into RUN_DIR.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from speedit_plugins.engine import checkpoint
 from speedit_plugins.engine.config import load_config
 from speedit_plugins.engine.results import CHECKPOINTS
 from speedit_plugins.engine.timestep_profile import timestep_ranges
+from speedit_plugins.engine.tracking import plain
 from speedit_plugins.engine.train import build_trainer
 
 PROFILE = "timestep_profile.json"
@@ -95,11 +95,7 @@ def measure(
         "policy": trainer.policy.name,
         "num_samples": config.data.batch_size,
         "ranges": ranges,
-        # JSON has no NaN and no infinity.
-        **{
-            key: [value if value is not None and math.isfinite(value) else None for value in values]
-            for key, values in asdict(profile).items()
-        },
+        **plain(asdict(profile)),
     }
     write_json(run / PROFILE, report)
     line = f"{weights} weights at step {trainer.step}, {config.data.batch_size} samples"

@@ -145,14 +145,14 @@ class Tracker:
             step: training steps done.
             row: `loss` and whatever else; values may be lists of numbers, or dicts of values.
         """
-        plain = _plain(row)
+        values = plain(row)
         try:
-            self._lines.write(_line({"step": step, **plain}))
+            self._lines.write(_line({"step": step, **values}))
         except OSError as error:
             # The system's message for a full disk names no file.
             raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
         self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        scalars = _scalars(plain)
+        scalars = _scalars(values)
         for board in self._boards:
             board.add(step, scalars)
 
@@ -219,20 +219,20 @@ def _known(values: Tensor) -> list[float | None]:
 
 def _replace_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text("".join(_line(_plain(row)) for row in rows))
+    partial.write_text("".join(_line(plain(row)) for row in rows))
     os.replace(partial, path)
 
 
-def _line(plain: Mapping[str, Any]) -> str:
-    return json.dumps(plain, allow_nan=False) + "\n"
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A copy with None in place of every number that JSON has not: NaN and the infinities."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -147,7 +147,7 @@ class DigitClassifier:
             self._network = _Network(self.shape[2], self.dim, int(labels.max()) + 1, generator)
             values, targets = self._prepare(images), labels.cpu().clone()
             _train(self._network, values[trained_on], targets[trained_on], epochs, generator)
-        # They decide the features; on another machine, or with other threads, training rounds otherwise.
+        # The weights are the features; on another machine, or with other threads, training rounds otherwise.
         digest = hashlib.sha256()
         for parameter in self._network.parameters():
             digest.update(parameter.detach().numpy().tobytes())

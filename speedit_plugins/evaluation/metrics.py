@@ -82,7 +82,7 @@ def kernel_distance(  # noqa: PLR0913 - flat, as the keys of a config are
     Raises:
         ValueError: another shape, features that are not finite, or a number out of range.
     """
-    _check_pair(samples, reference)
+    check_pair(samples, reference)
     most = min(len(samples), len(reference))
     if num_subsets < 1 or not 2 <= subset_size <= most:
         raise ValueError(
@@ -207,13 +207,15 @@ def feature_statistics(
     return statistics
 
 
-def _check_pair(samples: Tensor, reference: Tensor) -> None:
+def check_pair(samples: Tensor, reference: Tensor) -> None:
+    """Raises ValueError unless both are finite features (N, D), each with its own N."""
     if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
         raise ValueError(
             f"the features must both be (N, D), got {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
     for name, features in (("samples", samples), ("reference", reference)):
-        if not features.isfinite().all():
+        # In chunks, as all features of 50,000 images are not held a second time.
+        if not all(part.isfinite().all() for part in features.split(CHUNK)):
             raise ValueError(f"the features must be finite, got NaN or infinity in {name}")
 
 

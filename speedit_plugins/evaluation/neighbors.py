@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 2048
+from speedit_plugins.evaluation.metrics import CHUNK, check_pair
+
 # Of the squared norms: what a squared distance of equal features may miss zero by, in float64, and more.
 ROUNDING = 1e-12
 
@@ -53,7 +54,8 @@ def manifolds(
     Raises:
         ValueError: another shape, features that are not finite, or a number out of range.
     """
-    _check(samples, reference, precision_neighbors, density_neighbors)
+    check_pair(samples, reference)
+    _check_neighbors(samples, reference, precision_neighbors, density_neighbors)
     # Distances are the same from anywhere, and rounded least from the middle.
     # In chunks: in float64 the whole is twice as large again.
     centre = sum(part.double().sum(dim=0) for part in reference.split(chunk)) / len(reference)
@@ -135,14 +137,9 @@ def _share(chosen: Tensor) -> float:
     return float(chosen.double().mean())
 
 
-def _check(samples: Tensor, reference: Tensor, precision_neighbors: int, density_neighbors: int) -> None:
-    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
-        raise ValueError(
-            f"the features must be (M, D) and (N, D), got {tuple(samples.shape)} and {tuple(reference.shape)}"
-        )
-    for part in (*samples.split(CHUNK), *reference.split(CHUNK)):
-        if not torch.isfinite(part).all():
-            raise ValueError("features must be finite, got NaN or infinity")
+def _check_neighbors(
+    samples: Tensor, reference: Tensor, precision_neighbors: int, density_neighbors: int
+) -> None:
     least = min(len(samples), len(reference))
     for name, k, limit in (
         ("precision_neighbors", precision_neighbors, least),

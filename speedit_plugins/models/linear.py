@@ -26,6 +26,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
+        # Asked here, since torch.compile would read the machine's files into each graph.
         self.prefers_onednn = prefers_onednn()
 
     def forward(self, input: Tensor) -> Tensor:
