@@ -17,8 +17,8 @@ from paired_run import BASELINE, Results
 from policy_pace import Pace
 from stacked_training import Member
 
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.engine.environment import versions
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.trainer.logging.environment import versions
 
 Document = dict[str, Any]
 _PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")

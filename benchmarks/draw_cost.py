@@ -13,7 +13,7 @@ from peer_training import GUIDED, SPEED, guided_draws, speed_draw
 from spread import Spread
 
 from speedit_plugins import NoiseSchedule
-from speedit_plugins.registry import build_policy
+from speedit_plugins.policies.build import build_policy
 
 # Those that the hosts' samplers answer to, and the package's own default.
 POLICIES = ("uniform", "speed", "speedit", "loss_second_moment")

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speedit_plugins.data.moving_digits import MovingDigits, direction_of, still_digits
-from speedit_plugins.engine import build
-from speedit_plugins.engine.conditions import Conditions, build_captions
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.generate import SampleGenerator
-from speedit_plugins.engine.pictures import to_uint8
-from speedit_plugins.engine.train import build_trainer
-from speedit_plugins.evaluation.features import DigitClassifier
+from speedit_plugins.trainer import build
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.data.videos.moving_digits import MovingDigits, direction_of, still_digits
+from speedit_plugins.trainer.evaluation.features import DigitClassifier
+from speedit_plugins.trainer.logging.images import to_uint8
+from speedit_plugins.trainer.sampling.conditions import Conditions, build_captions
+from speedit_plugins.trainer.sampling.generator import SampleGenerator
+from speedit_plugins.trainer.training.train import build_trainer
 
 CONFIG = "configs/text_to_video/moving_digits.yaml"
 BATCH_SIZE = 80

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speedit_plugins.data.digits import Digits
-from speedit_plugins.data.images import ImageFolder
-from speedit_plugins.evaluation.npz import npz_keys, read_npz
+from speedit_plugins.trainer.data.images.digits import Digits
+from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.evaluation.npz import npz_keys, read_npz
 
 
 @dataclass(frozen=True, eq=False)

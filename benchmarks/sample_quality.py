@@ -13,12 +13,12 @@ from image_sets import ImageSet, spread_labels
 from stacked_training import Process, StackedTraining, build_model
 from torch import Tensor
 
-from speedit_plugins.data.loader import stream_seed
-from speedit_plugins.diffusion.sampling import sample
-from speedit_plugins.engine.pictures import to_uint8
-from speedit_plugins.evaluation.metrics import feature_statistics, frechet_distance
-from speedit_plugins.models.dit import DiT
 from speedit_plugins.registry import FEATURES, build
+from speedit_plugins.trainer.data.loader import stream_seed
+from speedit_plugins.trainer.diffusion.sampling import sample
+from speedit_plugins.trainer.evaluation.distances import feature_statistics, frechet_distance
+from speedit_plugins.trainer.logging.images import to_uint8
+from speedit_plugins.trainer.models.dit import DiT
 
 _SAMPLES = 3
 # What `sample` calls them.

@@ -21,11 +21,11 @@ import torch
 from spread import Spread
 from torch import Tensor
 
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.runtime import Runtime, launch
-from speedit_plugins.engine.train import build_trainer
-from speedit_plugins.engine.trainer import Trainer
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.trainer import Trainer
 
 LONE = "independent"
 

@@ -28,8 +28,8 @@ from typing import Any
 import psutil
 import torch
 
-from speedit_plugins.engine import checkpoint
-from speedit_plugins.engine.tracking import read_metrics
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.logging.tracking import read_metrics
 
 CONFIG = "configs/image/digits/speedit.yaml"
 # Steps of some 30 ms, a checkpoint about every second.

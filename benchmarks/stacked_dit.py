@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedit_plugins.models.dit import DiT, PatchEmbedder, patches_of
+from speedit_plugins.trainer.models.dit import DiT, PatchEmbedder, patches_of
 
 
 def stacked(models: Sequence[DiT]) -> DiT:

@@ -16,13 +16,14 @@ from image_sets import ImageSet
 from stacked_dit import member_weights, stacked
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.data.loader import stream_seed
-from speedit_plugins.diffusion.flow import RectifiedFlow
-from speedit_plugins.diffusion.process import GaussianProcess, LossTerms
-from speedit_plugins.models.dit import DiT
-from speedit_plugins.registry import PROCESSES, build, build_policy
-from speedit_plugins.spectrum import DataSpectrum
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.registry import PROCESSES, build
+from speedit_plugins.trainer.data.loader import stream_seed
+from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
+from speedit_plugins.trainer.diffusion.process import GaussianProcess, LossTerms
+from speedit_plugins.trainer.models.dit import DiT
 
 Process = GaussianProcess | RectifiedFlow
 

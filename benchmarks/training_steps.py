@@ -22,10 +22,10 @@ from peer_training import Host, HostParts
 from spread import Spread
 from torch import Tensor, nn
 
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.train import build_trainer
-from speedit_plugins.engine.trainer import Trainer
 from speedit_plugins.registry import DATASETS, ENCODERS
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.trainer import Trainer
 
 OURS = "ours"
 COMPILED = "ours, compiled"

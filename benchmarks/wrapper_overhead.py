@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from speedit_plugins import NoiseSchedule, with_policy
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.models import dit  # noqa: F401 - registers the models
 from speedit_plugins.registry import MODELS, build
+from speedit_plugins.trainer.models import dit  # noqa: F401 - registers the models
 
 MODEL = "DiT-S/8"
 CHANNELS = 4

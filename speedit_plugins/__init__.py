@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from speedit_plugins.version import __version__
 
 if TYPE_CHECKING:
-    from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-    from speedit_plugins.core.schedule import NoiseSchedule
     from speedit_plugins.hosts.entry import with_policy, without_policy
-    from speedit_plugins.registry import build_policy
+    from speedit_plugins.policies.build import build_policy
+    from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+    from speedit_plugins.policies.schedule import NoiseSchedule
 
 __all__ = [
     "NoiseSchedule",
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "NoiseSchedule": "speedit_plugins.core.schedule",
-    "TimestepDraw": "speedit_plugins.core.policy",
-    "TimestepPolicy": "speedit_plugins.core.policy",
-    "build_policy": "speedit_plugins.registry",
+    "NoiseSchedule": "speedit_plugins.policies.schedule",
+    "TimestepDraw": "speedit_plugins.policies.policy",
+    "TimestepPolicy": "speedit_plugins.policies.policy",
+    "build_policy": "speedit_plugins.policies.build",
     "with_policy": "speedit_plugins.hosts.entry",
     "without_policy": "speedit_plugins.hosts.entry",
 }

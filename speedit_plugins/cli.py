@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from speedit_plugins.engine.schema import PHASES, ExperimentConfig
+from speedit_plugins.trainer.config.schema import PHASES, ExperimentConfig
 
 PACKAGE_FOLDER = Path(__file__).parent
 USER_ERROR = 2
@@ -24,8 +24,13 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 # How gloo, NCCL and the store say that a collective failed: mostly since another process is gone or silent.
 _LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
 
-# Each phase is the function of its name in a module of the engine.
-_MODULE_OF = {"train": "train", "inference": "generate", "sample": "generate", "test": "evaluate"}
+# Each phase is the function of its name in one of these modules.
+_HOMES = {
+    "train": "speedit_plugins.trainer.training.train",
+    "sample": "speedit_plugins.trainer.sampling.grids",
+    "inference": "speedit_plugins.trainer.sampling.inference",
+    "test": "speedit_plugins.trainer.sampling.evaluate",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_intermixed_args(argv)
         # OmegaConf comes with the trainer extra: without it, the message is one line.
-        config = import_module("speedit_plugins.engine.config").load_config(
+        config = import_module("speedit_plugins.trainer.config.loading").load_config(
             arguments.config, arguments.phase, arguments.overrides, allow_python=arguments.allow_python_config
         )
         return _describe(config) if arguments.dry_run else _run(arguments.phase, config)
@@ -69,15 +74,15 @@ def _run(phase: str, config: ExperimentConfig) -> int:
     if _is_launched() and phase != "train":
         raise ValueError(f"{phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     # Imports torch: only once the config is known to be right.
-    runner = import_module(f"speedit_plugins.engine.{_MODULE_OF[phase]}")
+    runner = import_module(_HOMES[phase])
     return int(getattr(runner, phase)(config))
 
 
 def _describe(config: ExperimentConfig) -> int:
     # Flushed first, so that the config is on the screen while torch loads.
-    sys.stdout.write(import_module("speedit_plugins.engine.config").to_yaml(config))
+    sys.stdout.write(import_module("speedit_plugins.trainer.config.loading").to_yaml(config))
     sys.stdout.flush()
-    description = import_module("speedit_plugins.engine.describe").describe(config)
+    description = import_module("speedit_plugins.trainer.training.dry_run").describe(config)
     sys.stdout.write(f"\n{description}\n")
     return 0
 

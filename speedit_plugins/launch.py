@@ -26,8 +26,6 @@ from typing import Any, NoReturn, cast
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.core.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.hosts import diffusion_object, flow_object
 from speedit_plugins.hosts.attachment import Attachment, attach, is_attached
 from speedit_plugins.hosts.entry import no_seam
@@ -44,7 +42,10 @@ from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, Sites, edited
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.registry import Config
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"

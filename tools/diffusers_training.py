@@ -25,7 +25,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from host_checks.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
+
+# The contract is part of the test suite.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
 from host_training import fit, tenths
 from torch import Tensor, nn
 

@@ -21,12 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from speedit_plugins.data.loader import IMAGE_STREAM, stream_seed
-from speedit_plugins.engine.config import load_config, to_yaml
-from speedit_plugins.engine.generate import SampleGenerator, load_generator
-from speedit_plugins.engine.schema import ExperimentConfig
-from speedit_plugins.engine.tracking import read_metrics
-from speedit_plugins.models.exported import (
+from speedit_plugins.trainer.config.loading import load_config, to_yaml
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.models.exported import (
     Exported,
     Pipeline,
     check_pipeline,
@@ -34,8 +33,9 @@ from speedit_plugins.models.exported import (
     save_pipeline,
     save_scheduler,
 )
-from speedit_plugins.models.pretrained import Autoencoder
-from speedit_plugins.models.text import TextEncoder
+from speedit_plugins.trainer.models.pretrained import Autoencoder
+from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 
 CLIPPED_NOTE = (
     "Sampling clamps x_0 (sampler.clip_sample): its steps are those of scheduler.step(...,"

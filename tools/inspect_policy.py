@@ -22,10 +22,10 @@ import yaml
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.core.schedule import PREDICTION_TYPES
-from speedit_plugins.data.files import write_whole
-from speedit_plugins.loss_normalized import LossNormalizedPolicy
-from speedit_plugins.spectrum import DataSpectrum
+from speedit_plugins.files import write_whole
+from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
+from speedit_plugins.policies.schedule import PREDICTION_TYPES
+from speedit_plugins.policies.spectrum import DataSpectrum
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,

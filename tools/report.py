@@ -22,11 +22,11 @@ from safetensors import safe_open
 from timestep_profile import PROFILE
 
 from speedit_plugins import NoiseSchedule
-from speedit_plugins.data.files import write_whole
-from speedit_plugins.engine import results
-from speedit_plugins.engine.environment import ENVIRONMENT
-from speedit_plugins.engine.timestep_profile import timestep_ranges
-from speedit_plugins.engine.tracking import METRICS
+from speedit_plugins.files import write_whole
+from speedit_plugins.trainer import results
+from speedit_plugins.trainer.logging.environment import ENVIRONMENT
+from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
+from speedit_plugins.trainer.results import METRICS
 
 MAX_GRIDS = 12
 

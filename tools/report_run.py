@@ -10,10 +10,10 @@ import torch
 from report_plots import Point
 
 from speedit_plugins import TimestepPolicy
-from speedit_plugins.engine import build, checkpoint, results
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.schema import ExperimentConfig
-from speedit_plugins.engine.tracking import read_metrics
+from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.logging.tracking import read_metrics
 
 CONFIG = "config_train.yaml"
 

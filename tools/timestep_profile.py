@@ -17,12 +17,12 @@ from typing import Any
 
 from inspect_policy import save_figure, write_json
 
-from speedit_plugins.engine import checkpoint
-from speedit_plugins.engine.config import load_config
-from speedit_plugins.engine.results import CHECKPOINTS
-from speedit_plugins.engine.timestep_profile import timestep_ranges
-from speedit_plugins.engine.tracking import plain
-from speedit_plugins.engine.train import build_trainer
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
+from speedit_plugins.trainer.logging.tracking import plain
+from speedit_plugins.trainer.results import CHECKPOINTS
+from speedit_plugins.trainer.training.train import build_trainer
 
 PROFILE = "timestep_profile.json"
 # A run of several processes is measured in one, without what it needs beside its weights.

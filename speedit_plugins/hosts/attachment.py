@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 # From a host's class, the methods that take the place of its own. A function of a module, so that an attached
 # object can be pickled by its name.

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.hosts.attachment import (
     Attachment,
     attach,
@@ -22,7 +21,9 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.registry import Config
 
 METHODS = ("training_losses", "training_losses_diffusers", "p_losses")
 TIMESTEP_NAMES = ("t", "timestep")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.hosts import diffusion_object, flow_object, imagen
 from speedit_plugins.hosts.attachment import refuse_attached, without_policy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
 
 __all__ = ["with_policy", "without_policy"]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.core.schedule import CONVERGENCE_SNR
 from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, is_constant
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
 # Nothing is refused this often by a law that can be drawn from: at one in a hundred, the odds are e^-100.
 MAX_PASSES = 10_000

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.hosts.attachment import (
     attach,
     attachment_of,
@@ -26,7 +24,10 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.registry import Config
 
 # What a transport's model predicts, by the host's name for it and for its path. The score times sigma is
 # minus the noise, and the host's loss scales it so; the velocity on a cosine path is v times a constant.

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.hosts.attachment import (
     Attachment,
     attach,
@@ -25,7 +23,10 @@ from speedit_plugins.hosts.attachment import (
     scaled,
 )
 from speedit_plugins.hosts.schedules import binned
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.registry import Config
 
 
 def fits(host: Any) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.hosts.attachment import Attachment, scaled
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
-from speedit_plugins.registry import Config, build_policy, nearest
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.registry import Config, nearest
 
 _HOST = "ldm.models.diffusion.ddpm"
 # Of the checkpoint: the policy's state and the number of training calls.

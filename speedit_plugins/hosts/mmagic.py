@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepPolicy
 from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.schedules import schedule_of
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.registry import Config
 
 _NEEDS = (
     "speedit_plugins.hosts.mmagic needs mmagic 1.x (mmagic.registry.DIFFUSION_SCHEDULERS and, in"

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.registry import Config
 
 try:
     schedulers: Any = import_module("opensora.schedulers")

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.schedule import CONVERGENCE_SNR
 from speedit_plugins.hosts.flow import FlowThinning
 from speedit_plugins.hosts.flow_object import model_arguments_of, rectified_flow_draw
+from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
 RFLOW: Any = import_module("opensora.schedulers").RFLOW
 

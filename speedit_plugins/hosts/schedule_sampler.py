@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, attach, is_constant, refuse_attached
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
 
 

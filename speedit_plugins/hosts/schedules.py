@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.core.schedule import NoiseSchedule
+from speedit_plugins.policies.schedule import NoiseSchedule
 
 # The hosts' names, in lower case, for what their models predict.
 _PREDICTION_TYPES = {

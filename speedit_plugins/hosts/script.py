@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from speedit_plugins.core.policy import TimestepPolicy
-from speedit_plugins.core.schedule import NoiseSchedule
 from speedit_plugins.hosts.attachment import (
     TableOnDevices,
     draws_pairs,
@@ -26,7 +24,10 @@ from speedit_plugins.hosts.attachment import (
     scaled,
 )
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
-from speedit_plugins.registry import Config, build_policy
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.registry import Config
 
 
 class ScriptPolicy:

@@ -1,0 +1,144 @@
+"""From a checked config to objects, through the registries.
+
+Dims: B batch.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, PROCESSES, TEXT_ENCODERS, build
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import SampleSource
+from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
+from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.inputs import Encoder
+from speedit_plugins.trainer.models.text import CaptionSource
+
+Process = GaussianProcess | RectifiedFlow
+
+
+def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
+    """The diffusion process; a sampler wants it without the respacing that training may have."""
+    options = config.diffusion.process_config()
+    if not respaced and not config.diffusion.is_flow:
+        options["timestep_respacing"] = ""
+    return cast(Process, build(PROCESSES, options))
+
+
+def build_timestep_policy(config: ExperimentConfig, process: Process) -> TimestepPolicy:
+    """The policy of `diffusion.policy` on the process's schedule."""
+    return build_policy(config.diffusion.policy, process.schedule, process.prediction_type)
+
+
+def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:
+    """The encoder with its weights, on the device."""
+    return cast(Encoder, build(ENCODERS, config.encoder, allow_download=config.allow_download).to(device))
+
+
+def build_text_encoder(config: ExperimentConfig, device: torch.device) -> CaptionSource | None:
+    """The text encoder with its weights, on the device; None where the config has none."""
+    if config.text_encoder is None:
+        return None
+    encoder = build(TEXT_ENCODERS, config.text_encoder, allow_download=config.allow_download)
+    return cast(CaptionSource, encoder.to(device))
+
+
+def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> SampleSource:
+    """The dataset; a conditional model needs one with classes it knows.
+
+    Args:
+        augmented: False leaves out random flips: the data as they are.
+
+    Raises:
+        ValueError: the dataset's classes do not fit num_classes.
+    """
+    section, given = dataset_options(config, augmented=augmented)
+    dataset = build(DATASETS, section, **given)
+    if config.num_classes and not 0 < dataset.num_classes <= config.num_classes:
+        raise ValueError(
+            f"the dataset has {dataset.num_classes} classes, got num_classes: {config.num_classes};"
+            f" wanted {f'at least {dataset.num_classes}' if dataset.num_classes else 'data with classes'}"
+        )
+    return cast(SampleSource, dataset)
+
+
+def build_model(
+    config: ExperimentConfig, encoder: Encoder | None = None, text: CaptionSource | None = None
+) -> nn.Module:
+    """The model, freshly initialised; with encoders its sizes are checked against what they give.
+
+    Raises:
+        ValueError: the model's sizes are not known without an encoder, or do not fit it.
+    """
+    facts = _facts(config, encoder, text)
+    for key, size in facts.items():
+        if config.model.get(key, size) != size:
+            raise ValueError(
+                f"model.{key} needs {size}, as image_size {config.image_size} and the encoders have it; got"
+                f" {config.model[key]}"
+            )
+    given = {key: value for key, value in facts.items() if key not in config.model}
+    model = cast(nn.Module, build(MODELS, config.model, **given))
+    _check_conditions(model, config)
+    if text is not None:
+        cast(Any, model).set_null_text(text.encode([""]))
+    return model
+
+
+def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSource | None) -> dict[str, Any]:
+    """What the experiment says of a model, by the names that models give their arguments."""
+    facts: dict[str, Any] = {
+        "num_classes": config.num_classes,
+        "learn_sigma": config.diffusion.learn_sigma,
+        "allow_download": config.allow_download,
+    }
+    if encoder is None and config.encoder["type"] == "Pixels":
+        encoder = build_encoder(config, torch.device("cpu"))
+    if encoder is not None:
+        facts |= {"input_size": config.image_size // encoder.downsample, "in_channels": encoder.channels}
+        if config.inpainting is not None:
+            facts["extra_channels"] = 1 + encoder.channels
+    elif config.inpainting is not None and "in_channels" in config.model:
+        facts["extra_channels"] = 1 + config.model["in_channels"]
+    if text is not None:
+        facts |= {"text_width": text.width, "text_length": text.max_length}
+    if config.num_frames:
+        facts["num_frames"] = config.num_frames
+    return facts
+
+
+def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
+    """Each key that says what the model is conditioned on must reach it."""
+    name = config.model["type"]
+    if config.num_classes and not model.num_classes:
+        raise ValueError(f"num_classes: {config.num_classes} has no effect on the model {name}; wanted 0")
+    if (config.text_encoder is not None) != hasattr(model, "text_width"):
+        wanted = "null" if config.text_encoder is not None else "one, such as MiniLM"
+        raise ValueError(f"text_encoder does not fit the model {name}: wanted {wanted}")
+    if (config.inpainting is not None) != bool(getattr(model, "extra_channels", 0)):
+        raise ValueError(
+            f"inpainting does not fit the model {name} and its extra_channels; wanted both or none"
+        )
+    if config.num_frames != (getattr(model, "num_frames", None) or 0):
+        frames = getattr(model, "num_frames", None) or 0
+        raise ValueError(f"num_frames: {config.num_frames} does not fit the model {name}, which has {frames}")
+
+
+def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dataset's section, and what the experiment says of it where the section does not."""
+    section = dict(config.data.dataset)
+    facts: dict[str, Any] = {
+        "class_cond": config.num_classes > 0,
+        "text": config.text_encoder is not None,
+        "image_size": config.image_size,
+    }
+    if config.num_frames:
+        facts["num_frames"] = config.num_frames
+    if not augmented:
+        section.pop("random_flip", None)
+        facts["random_flip"] = False
+    return section, {key: value for key, value in facts.items() if key not in section}

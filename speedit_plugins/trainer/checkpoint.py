@@ -1,0 +1,326 @@
+"""Checkpoints: folders that exist whole or not at all, written and read by all ranks together.
+
+`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
+optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
+config.yaml, and manifest.json with size and SHA-256 of each of them.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speedit_plugins.files import flush, sha256_of
+from speedit_plugins.trainer.parallel.master_weights import Slice
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.terminal import say
+
+MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{7,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message names it and the last good one."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds; all but `moments` counts on rank 0 alone.
+
+    Args:
+        model: state dict of the model.
+        ema: the same with averaged weights.
+        state: plain values and tensors, at any depth.
+        config: the run's config as YAML text.
+        moments: this rank's slices of the optimizer's state; read back whole, as 1-D tensors.
+    """
+
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    config: str
+    moments: Mapping[str, Slice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as read; `moments` are whole flat tensors, each read when it is asked for."""
+
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    config: str
+    moments: "Moments"
+
+
+def save(
+    folder: Path,
+    step: int,
+    contents: Contents,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    runtime: Runtime | None = None,
+) -> Path:
+    """Writes `folder/step_<step>`; afterwards removes older checkpoints. Collective.
+
+    Args:
+        keep_last: how many of the newest stay, >= 1.
+        keep_every: checkpoints of its multiples stay too; 0: of none.
+        runtime: None is a lone process.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: on all ranks where one cannot write (disk full, folder not writable); earlier
+            checkpoints are as before.
+    """
+    runtime = runtime or Runtime()
+    target = folder / f"step_{step:07d}"
+    partial = target.with_suffix(".tmp")
+    try:
+        if runtime.is_main:
+            _together(runtime, target, lambda: _fresh(partial))
+            written = _together(runtime, target, lambda: _write_whole(partial, contents, runtime))
+        else:
+            _together(runtime, target, lambda: None)
+            written = _together(runtime, target, lambda: _write_moments(partial, contents, runtime))
+        files = {name: facts for part in written for name, facts in part.items()}
+        publish = _publisher(partial, target, {"step": step, "files": files}) if runtime.is_main else None
+        _together(runtime, target, publish or (lambda: None))
+    except BaseException:
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if runtime.is_main:
+        try:
+            _remove_old(target, keep_last, keep_every)
+        except OSError as error:
+            say(f"older checkpoints beside {target} cannot be removed: {error}")
+    return target
+
+
+def load(path: Path) -> Saved:
+    """Reads the checkpoint folder `path`, which `damage` has found whole.
+
+    Raises:
+        CheckpointError: no such folder, a file is missing or cannot be read.
+    """
+    missing = [name for name in (MODEL, EMA, STATE, CONFIG, MANIFEST) if not (path / name).is_file()]
+    if missing:
+        what = f"lacks {', '.join(missing)}" if path.is_dir() else "is not a folder"
+        raise CheckpointError(f"no checkpoint to read: {path} {what}")
+    try:
+        return Saved(
+            model=load_file(path / MODEL),
+            ema=load_file(path / EMA),
+            state=torch.load(path / STATE, map_location="cpu", weights_only=True),
+            config=(path / CONFIG).read_text(encoding="utf-8"),
+            moments=Moments(path),
+        )
+    # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint, by size and hash; None if nothing is. Collective.
+
+    The ranks share the reading.
+
+    Args:
+        only: the one file to look at; None is all of them.
+    """
+    runtime = runtime or Runtime()
+    found = [report for report in runtime.gather_objects(_own_damage(path, runtime, only)) if report]
+    return found[0] if found else None
+
+
+def newest_whole(
+    found: Sequence[Path], runtime: Runtime | None = None, *, only: str | None = None
+) -> Path | None:
+    """The first of the folders `newest_first` gave that is not damaged, None of none. Collective.
+
+    Damaged ones are said to be passed over; `only` as in `damage`.
+
+    Raises:
+        CheckpointError: all of them are damaged.
+    """
+    runtime = runtime or Runtime()
+    for path in found:
+        reason = damage(path, runtime, only=only)
+        if reason is None:
+            return path
+        if runtime.is_main:
+            say(f"checkpoint {path} is damaged: {reason}; looking for an earlier one")
+    if found:
+        raise CheckpointError(f"every checkpoint of the run is damaged, the newest is {found[0]}")
+    return None
+
+
+class Moments(Mapping[str, Tensor]):
+    """Whole optimizer tensors by name, put together from the files of all ranks that saved.
+
+    Read one at a time: the moments of a large model do not fit beside it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [
+            safe_open(path, framework="pt") for path in sorted(folder.glob("optimizer_*.safetensors"))
+        ]
+        self._places: dict[str, list[tuple[int, int]]] = {}
+        for number, file in enumerate(self._files):
+            starts = json.loads(file.metadata()["starts"])
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                self._places.setdefault(name, []).append((number, starts[name]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        # A scalar was written by every rank, at 0.
+        parts = {start: self._files[number].get_tensor(name) for number, start in self._places[name]}
+        return torch.cat([parts[start] for start in sorted(parts)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in `folder`; None where there is none."""
+    found = newest_first(folder)
+    return found[0] if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the highest step first."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"a checkpoint folder is named step_<number>, got {path}")
+    return int(match[1])
+
+
+def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list[Any]:
+    """What `action` returned on each rank; one that failed fails all of them."""
+    result, failure = None, None
+    try:
+        result = action()
+    # Whatever it is: the other ranks wait to be told.
+    except Exception as error:
+        failure = error
+    said = runtime.gather_objects((result, None if failure is None else str(failure)))
+    for rank, (_, message) in enumerate(said):
+        if message is not None:
+            earlier = [p for p in newest_first(target.parent) if step_of(p) < step_of(target)]
+            kept = f"the last checkpoint is {earlier[0]}" if earlier else "there is no earlier checkpoint"
+            where = f" on rank {rank}" if runtime.world_size > 1 else ""
+            raise CheckpointError(f"cannot write checkpoint {target}{where}: {message}; {kept}") from failure
+    return [result for result, _ in said]
+
+
+def _fresh(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
+    """Rank 0's files: those that exist once, and its own moments."""
+    for name, weights in ((MODEL, contents.model), (EMA, contents.ema)):
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
+    torch.save(dict(contents.state), partial / STATE)
+    (partial / CONFIG).write_text(contents.config, encoding="utf-8")
+    once = {name: _finished(partial / name) for name in (MODEL, EMA, STATE, CONFIG)}
+    return {**once, **_write_moments(partial, contents, runtime)}
+
+
+def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
+    path = partial / f"optimizer_{runtime.rank:05d}_of_{runtime.world_size:05d}.safetensors"
+    starts = {name: part.start for name, part in contents.moments.items()}
+    tensors = {name: part.values.cpu().contiguous() for name, part in contents.moments.items()}
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    return {path.name: _finished(path)}
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """Flushes a file to the disk; its size in bytes and hash, for the manifest."""
+    flush(path)
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Callable[[], None]:
+    """The last act of a save: from here on the checkpoint exists."""
+
+    def publish() -> None:
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        flush(partial / MANIFEST)
+        flush(partial)
+        replaced = _set_aside(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(target)
+            raise
+        flush(target.parent)
+
+    return publish
+
+
+def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
+    """What is wrong with this rank's part of the files."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        names = sorted(files) if only is None else [only]
+        for name in names[runtime.rank :: runtime.world_size]:
+            facts = files[name]
+            size = (path / name).stat().st_size
+            if size != facts["size"]:
+                return f"{name} has {size} bytes, wanted {facts['size']}"
+            if sha256_of(path / name) != facts["sha256"]:
+                return f"{name} does not have the hash of the manifest"
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is not readable: {type(error).__name__}: {error}"
+    return None
+
+
+def _remove_old(target: Path, keep_last: int, keep_every: int) -> None:
+    folder = target.parent
+    for later in (path for path in newest_first(folder) if step_of(path) > step_of(target)):
+        # A run only comes to lie behind a checkpoint that was damaged and passed over.
+        later.rename(later.with_suffix(".damaged"))
+    for old in newest_first(folder)[keep_last:]:
+        if not keep_every or step_of(old) % keep_every:
+            _set_aside(old)
+    # Also what an interrupted save or removal of an earlier process left behind.
+    for leftover in (*folder.glob("step_*.old"), *folder.glob("step_*.tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Renames a folder to be removed: a removal cut short must not leave what looks like a checkpoint."""
+    if not path.exists():
+        return None
+    aside = path.with_suffix(".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)

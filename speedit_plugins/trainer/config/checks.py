@@ -1,0 +1,178 @@
+"""What the keys of an experiment must say together, in each phase, and in a run that goes on.
+
+Standard library only, as `schema.py`: a contradiction fails before torch is imported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, get_args, get_type_hints
+
+from speedit_plugins.trainer.config.schema import (
+    FLOW,
+    FLOW_KEYS,
+    GAUSSIAN_KEYS,
+    ConfigError,
+    DiffusionConfig,
+    ExperimentConfig,
+    SamplerConfig,
+    build_section,
+    settled_process,
+)
+
+# Of the Literal or None that the schema has.
+_SAMPLERS: tuple[str, ...] = get_args(get_args(get_type_hints(SamplerConfig)["type"])[0])
+_FLOW_SAMPLERS = ("euler", "heun")
+
+
+def check_phase(config: ExperimentConfig, phase: str) -> None:
+    """What the keys must say together in this phase.
+
+    Raises:
+        ConfigError: a key that the phase needs is missing, two keys contradict, an option has no effect.
+    """
+    _check_agreement(config)
+    _check_process(config.diffusion)
+    _check_text(config)
+    _check_inpainting(config, phase)
+    if phase == "train":
+        _check_training(config)
+    if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
+        _check_sampler(config)
+        _check_classes(config)
+        if phase != "inference" and config.num_classes and not config.sample_classes:
+            raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
+        if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
+            raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+    if phase == "test" and config.ckpt_path is not None:
+        raise ConfigError(
+            "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
+        )
+    if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
+        raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """What gives a checkpoint's weights their meaning is as it was: the process, the encoders, the holes.
+
+    Args:
+        saved: plain config of the checkpoint; a key that was not known when it was written is at its default.
+        config: that of the run which goes on from it.
+
+    Raises:
+        ValueError: a key says something else; the message has both.
+    """
+    was, now = _meaning(saved), _meaning(config)
+    for key, value in was.items():
+        if now[key] != value:
+            raise ValueError(f"{key} was {value!r}, got {now[key]!r}")
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
+    given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given}
+
+
+def _check_training(config: ExperimentConfig) -> None:
+    """Keys of the training loop."""
+    if config.max_training_steps < 1:
+        raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
+    if config.data.prefetch_factor is not None and config.data.num_workers == 0:
+        raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
+    options = config.optimizer
+    if options.min_lr and options.schedule == "constant":
+        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
+    if options.min_lr > options.lr:
+        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
+    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
+        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
+        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
+
+
+def _check_agreement(config: ExperimentConfig) -> None:
+    """Keys that components repeat from the top must say the same."""
+    pairs = (
+        ("model.num_classes", config.model, config.num_classes),
+        ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
+        ("data.dataset.image_size", config.data.dataset, config.image_size),
+        ("data.dataset.num_frames", config.data.dataset, config.num_frames),
+    )
+    for key, section, wanted in pairs:
+        name = key.rpartition(".")[2]
+        if name in section and section[name] != wanted:
+            top = "diffusion.learn_sigma" if name == "learn_sigma" else name
+            raise ConfigError(key, f"wanted the value of {top}, {wanted!r}, got {section[name]!r}")
+
+
+def _check_process(diffusion: DiffusionConfig) -> None:
+    """Keys of one kind of process have no effect on the other."""
+    if diffusion.is_flow:
+        if diffusion.learn_sigma or diffusion.prediction_type != "flow":
+            raise ConfigError("diffusion.type", f"{FLOW} wanted learn_sigma null and prediction_type null")
+        foreign = [key for key in GAUSSIAN_KEYS if key != "prediction_type" and getattr(diffusion, key)]
+    else:
+        if diffusion.prediction_type == "flow":
+            raise ConfigError("diffusion.prediction_type", f"flow is what diffusion.type {FLOW} predicts")
+        defaults = {entry.name: entry.default for entry in fields(DiffusionConfig)}
+        foreign = [key for key in FLOW_KEYS if getattr(diffusion, key) != defaults[key]]
+    if foreign:
+        raise ConfigError(f"diffusion.{foreign[0]}", f"has no effect with diffusion.type {diffusion.type}")
+
+
+def _check_text(config: ExperimentConfig) -> None:
+    if config.text_encoder is None:
+        for key in ("sample_prompts", "prompts_file"):
+            if getattr(config, key):
+                raise ConfigError(key, "has no effect without text_encoder; wanted none")
+    elif config.num_classes:
+        raise ConfigError("text_encoder", f"wanted num_classes 0 beside it, got {config.num_classes}")
+    elif config.sample_prompts and config.prompts_file is not None:
+        raise ConfigError("prompts_file", "wanted null beside sample_prompts: one of the two has no effect")
+
+
+def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
+    is_filling = phase == "sample" and config.inpainting is not None
+    for key in ("inpaint_image", "inpaint_mask"):
+        if is_filling and getattr(config, key) is None:
+            raise ConfigError(key, "wanted a path: a model trained with inpainting fills a hole in an image")
+        if not is_filling and getattr(config, key) is not None:
+            raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
+    if config.inpainting is not None and phase == "inference":
+        raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
+    if config.inpainting is not None and phase == "train" and config.sample_every:
+        raise ConfigError("sample_every", "has no image to fill with inpainting; wanted 0")
+
+
+def _check_sampler(config: ExperimentConfig) -> None:
+    sampler = config.sampler
+    fitting = [name for name in _SAMPLERS if (name in _FLOW_SAMPLERS) == config.diffusion.is_flow]
+    if sampler.type not in fitting:
+        wanted = f"one of {', '.join(fitting)} with diffusion.type {config.diffusion.type}"
+        raise ConfigError("sampler.type", f"wanted {wanted}, got {sampler.type}")
+    if sampler.eta and not str(sampler.type).startswith("ddim"):
+        raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
+    # ddpm and ddim visit both ends of the chain; DPM-Solver takes the clean end as given.
+    steps = config.diffusion.diffusion_steps
+    if sampler.type == "heun" and sampler.num_steps < 2:
+        raise ConfigError("sampler.num_steps", f"heun wanted int >= 2, got {sampler.num_steps}")
+    limits = {"dpm_solver": (1, steps - 1), "ddim_leading": (1, steps), "ddim_leading_1": (1, steps - 1)}
+    least, most = limits.get(str(sampler.type), (2, steps))
+    if not config.diffusion.is_flow and not least <= sampler.num_steps <= most:
+        limit = f"{sampler.type} wanted int in [{least}, {most}] of diffusion.diffusion_steps = {steps}"
+        raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
+    if sampler.guidance_channels is not None and config.guidance_scale == 1:
+        raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
+
+
+def _check_classes(config: ExperimentConfig) -> None:
+    if config.num_classes == 0 and config.text_encoder is None and config.guidance_scale != 1:
+        scale = config.guidance_scale
+        raise ConfigError(
+            "guidance_scale", f"needs classes, but num_classes is 0, or text; wanted 1, got {scale}"
+        )
+    if config.text_encoder is not None and config.guidance_scale != 1 and not config.caption_dropout_prob:
+        raise ConfigError("guidance_scale", "needs caption_dropout_prob > 0 in training, got 0; wanted 1")
+    for label in config.sample_classes:
+        if not 0 <= label < config.num_classes:
+            known = f"in [0, {config.num_classes})" if config.num_classes else "an empty list without classes"
+            raise ConfigError("sample_classes", f"wanted {known}, got {label}")

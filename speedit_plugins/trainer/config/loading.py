@@ -1,0 +1,350 @@
+"""From files and `key=value` arguments to one checked `ExperimentConfig`, before torch is imported.
+
+Layers, later over earlier: base.yaml of the root folder and of each folder down to the file, the file, their
+sections of the phase, the command line. `docs/configs.md` has the rules and every key.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from speedit_plugins.trainer.config.checks import check_phase
+from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
+from speedit_plugins.trainer.config.schema import (
+    COMPONENTS,
+    PHASES,
+    POLICY_PARTS,
+    ConfigError,
+    ExperimentConfig,
+    build_section,
+    check_keys,
+    join,
+    settled,
+)
+
+__all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
+
+CONFIG_FOLDER = "configs"
+SUFFIXES = (".yaml", ".yml", ".py")
+REDACTED = "<redacted>"
+
+# What outlives a change of a section's `type`: facts about the data, and the policy and its number of steps.
+_KEPT_ON_TYPE_CHANGE = {
+    "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
+    "diffusion": ("policy", "diffusion_steps"),
+}
+# Not every `..._key` or `..._token`: `image_key` and `pad_token` are ordinary arguments.
+_SECRET_KEY = re.compile(
+    r"(^|_)((api|access|private|secret)_?key|(api|access|auth|hf|hub|bearer)_?token|secret|password|passwd"
+    r"|credentials?)$|^token$",
+    re.IGNORECASE,
+)
+# Hugging Face, OpenAI, GitHub, AWS; Weights & Biases (40 hexadecimal digits, but not in a path: a hub's cache
+# has folders of such names); user:password@host.
+_SECRET_VALUE = re.compile(
+    r"\b(hf_|sk-|gh[pousr]_|AKIA)[A-Za-z0-9_-]{16,}|(?<![\w/\\])[0-9a-fA-F]{40}(?![\w/\\])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+_PUBLIC_HASH_KEYS = ("revision", "commit", "sha1")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Keys from one place; `source` names it in messages."""
+
+    source: str
+    content: dict[str, Any]
+
+
+def load_config(
+    path: str | Path, phase: str, overrides: Sequence[str] = (), *, allow_python: bool = False
+) -> ExperimentConfig:
+    """The checked config of an experiment in one phase. Each translated reference key is logged once.
+
+    Args:
+        path: a file; see `find_config` for where it is looked up.
+        phase: one of train, inference, sample, test; its section overrides the top level.
+        overrides: `key=value`, `a.b=value`; values are YAML.
+        allow_python: read an mmengine `.py` config, which executes it.
+
+    Raises:
+        ValueError: no such file, unreadable YAML, an unknown key, a wrong type or value, a secret; the
+            message names the key, what was got, what is wanted, and where the value stands.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase needs one of {', '.join(PHASES)}, got {phase!r}")
+    files = [_read(file, allow_python) for file in _chain(find_config(path))]
+    raw = [*files, _Layer("command line", _dotlist(overrides))]
+    for layer in raw:
+        _refuse_secrets(layer)
+        _check_other_phases(layer, phase)
+    reference = ReferenceKeys(phase)
+    merged: dict[str, Any] = {}
+    layers: list[_Layer] = []
+    for layer in _in_order(raw, phase):
+        layers.append(_translated(layer, reference))
+        merged = merge(merged, layers[-1].content)
+    try:
+        resolved = reference.finish(_resolve(merged))
+        config = settled(build_section(ExperimentConfig, resolved))
+        check_phase(config, phase)
+    except ConfigError as error:
+        raise ConfigError(error.path, _located(error, layers)) from None
+    for note in reference.notes:
+        _log.warning("reference key: %s", note)
+    return config
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The config as YAML that `load_config` reads again; secret-looking values are redacted."""
+    plain = dataclasses.asdict(config)
+    return str(OmegaConf.to_yaml(OmegaConf.create(redact(plain))))
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A copy with every secret-looking text replaced: by its key (`..._token`) or by its form."""
+    if isinstance(value, Mapping):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, key) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    looks_secret = _SECRET_VALUE.search(value) and key not in _PUBLIC_HASH_KEYS
+    return REDACTED if looks_secret or _SECRET_KEY.search(key) else value
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """`upper` over `lower`: sections key by key, lists and scalars whole; both stay as they are.
+
+    A section that states another `type` than the one below it replaces that section, so that no parameter of
+    the old type reaches the new one; of `model` input_size, in_channels, num_classes and learn_sigma stay,
+    of `diffusion` the policy and diffusion_steps.
+    """
+    result = dict(lower)
+    for key, value in upper.items():
+        here, old = join(path, key), result.get(key)
+        if isinstance(value, Mapping):
+            kept = old if isinstance(old, Mapping) else {}
+            if _changes_type(kept, value, here):
+                kept = {name: kept[name] for name in _KEPT_ON_TYPE_CHANGE.get(here, ()) if name in kept}
+            result[key] = merge(kept, value, here)
+        else:
+            result[key] = value
+    return result
+
+
+def find_config(path: str | Path) -> Path:
+    """The config file: the path itself, else below ./configs, else in the configs packaged with the wheel.
+
+    Raises:
+        ValueError: none is there (the existing ones are listed), a folder, or no .yaml, .yml or .py.
+    """
+    name = Path(path).expanduser()
+    roots = _config_roots()
+    for candidate in (name, *(root / name for root in roots)):
+        if candidate.is_file():
+            if candidate.suffix not in SUFFIXES:
+                raise ValueError(f"config needs a name in {', '.join(SUFFIXES)}, got {candidate}")
+            return candidate.absolute()
+    kind = "is a folder, wanted a file" if name.is_dir() else "does not exist"
+    known = sorted({file.relative_to(root).as_posix() for root in roots for file in root.rglob("*.yaml")})
+    close = difflib.get_close_matches(str(path).removeprefix(f"{CONFIG_FOLDER}/"), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    listed = f"known: {', '.join(known)}" if known else "no ./configs folder, none packaged"
+    raise ValueError(f"config {str(path)!r} {kind}{hint}; {listed}")
+
+
+def _config_roots() -> list[Path]:
+    try:
+        packaged = importlib.util.find_spec(f"speedit_plugins.{CONFIG_FOLDER}")
+    except ModuleNotFoundError:
+        packaged = None
+    folders = packaged.submodule_search_locations if packaged else None
+    return [root for root in (Path(CONFIG_FOLDER), *map(Path, folders or ())) if root.is_dir()]
+
+
+def _chain(file: Path) -> list[Path]:
+    """The files to merge, root first; a .py config brings its own `_base_` and stands alone."""
+    if file.suffix == ".py":
+        return [file]
+    bases = [folder / "base.yaml" for folder in _folders(file)]
+    return [*(base for base in bases if base.is_file() and base != file), file]
+
+
+def _folders(file: Path) -> list[Path]:
+    """From the root down to the file's folder.
+
+    The root is the nearest folder above the file that is named `configs` and has a base.yaml; folders without
+    one in between are passed over. Outside such a tree it is the last folder going up that has a base.yaml,
+    without a gap, so that a stray base.yaml far above is not read.
+    """
+    above = list(file.parents)
+    for depth, folder in enumerate(above):
+        if folder.name == CONFIG_FOLDER and (folder / "base.yaml").is_file():
+            return above[depth::-1]
+    without_gap = [depth for depth, folder in enumerate(above) if not (folder / "base.yaml").is_file()]
+    return above[: without_gap[0]][::-1] if without_gap else above[::-1]
+
+
+def _read(file: Path, allow_python: bool) -> _Layer:
+    if file.suffix == ".py":
+        return _Layer(str(file), _read_python(file, allow_python))
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except YAMLError as error:
+        # Only the position: the text around it may hold a key.
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"{file}: not valid YAML{line}: {getattr(error, 'problem', '') or 'unreadable'}"
+        ) from None
+    except (OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: wanted keys at the top level, got a {type(content).__name__}")
+    return _Layer(str(file), cast(dict[str, Any], content))
+
+
+def _read_python(file: Path, allow_python: bool) -> dict[str, Any]:
+    if not allow_python:
+        raise ValueError(
+            f"{file}: a Python config executes its code; wanted --allow-python-config to read it"
+        )
+    # Imports torch, so only for these files.
+    from mmengine.config import Config
+
+    loaded = Config.fromfile(str(file), use_environment_variables=False)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(loaded.to_dict())))
+
+
+def _dotlist(overrides: Iterable[str]) -> dict[str, Any]:
+    """`a.b=value` arguments as nested keys; in a list of arguments the later wins."""
+    merged: dict[str, Any] = {}
+    for argument in overrides:
+        key, equals, _ = argument.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ValueError(f"argument wanted key=value, got {redact(argument)!r}")
+        try:
+            content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        except (YAMLError, OmegaConfBaseException):
+            raise ValueError(f"{key}: the value on the command line is not valid YAML; quote it") from None
+        # Each argument becomes a section by itself: `policy=speed policy.k=4` sets k of speed.
+        merged = merge(merged, _with_sections(cast(dict[str, Any], content)))
+    return merged
+
+
+def _in_order(raw: Sequence[_Layer], phase: str) -> list[_Layer]:
+    """Top levels of the files, then their phase sections, then the command line with its own last."""
+    tops = [_Layer(layer.source, _without_phases(layer.content)) for layer in raw]
+    sections = [_Layer(f"{layer.source}, section {phase}", _phase(layer, phase)) for layer in raw]
+    return [*tops[:-1], *sections[:-1], tops[-1], sections[-1]]
+
+
+def _without_phases(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in PHASES}
+
+
+def _phase(layer: _Layer, phase: str) -> dict[str, Any]:
+    section = layer.content.get(phase)
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(phase, f"wanted a section with keys, got {redact(section)!r} (in {layer.source})")
+    return section or {}
+
+
+def _check_other_phases(layer: _Layer, phase: str) -> None:
+    """Typing errors in the sections that this phase does not use are found too."""
+    for other in PHASES:
+        if other == phase or other not in layer.content:
+            continue
+        if layer.source == "command line":
+            raise ConfigError(other, f"has no effect in phase {phase}; wanted the key without {other!r}")
+        _translated(_Layer(f"{layer.source}, section {other}", _phase(layer, other)), ReferenceKeys(other))
+
+
+def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
+    """The layer in this project's keys, all known, each component a section with a `type`."""
+    try:
+        content = reference.translate(layer.content)
+        check_keys(ExperimentConfig, content)
+    except ConfigError as error:
+        raise ConfigError(error.path, f"{_message(error)} (in {layer.source})") from None
+    return _Layer(layer.source, _with_sections(content))
+
+
+def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` itself, where a component given by a bare name is a section with that `type` now."""
+    for path in COMPONENTS:
+        *parents, name = path.split(".")
+        section: Any = content
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(name), str):
+            section[name] = {"type": section[name]}
+    return content
+
+
+def _changes_type(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> bool:
+    if path == "diffusion.policy" and ("type" in old) != ("type" in new):
+        named, composed = (old, new) if "type" in old else (new, old)
+        return "type" in named and not POLICY_PARTS.isdisjoint(composed)
+    return "type" in old and "type" in new and old["type"] != new["type"]
+
+
+def _resolve(merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Interpolations replaced by their values.
+
+    Raises:
+        ConfigError: an interpolation without a target, a value left at `???`.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(dict(merged)), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error.full_key or "config"), _first_line(error)) from None
+    return cast(dict[str, Any], plain)
+
+
+def _refuse_secrets(layer: _Layer) -> None:
+    for path in _paths(layer.content):
+        if path.rpartition(".")[2] == "wandb_api_key":
+            reason = (
+                "a key does not belong into a config; delete it, and set WANDB_API_KEY in the environment"
+            )
+            raise ConfigError(path, f"{reason} (in {layer.source})")
+
+
+def _paths(section: Any, path: str = "") -> Iterable[str]:
+    if isinstance(section, Mapping):
+        for key, value in section.items():
+            yield join(path, str(key))
+            yield from _paths(value, join(path, str(key)))
+    elif isinstance(section, list):
+        for item in section:
+            yield from _paths(item, path)
+
+
+def _located(error: ConfigError, layers: Sequence[_Layer]) -> str:
+    """The message with the last layer that states the key, or the layers read where none does."""
+    name = error.path.partition("[")[0]
+    stating = [layer.source for layer in layers if name in set(_paths(layer.content))]
+    read = ", ".join(dict.fromkeys(layer.source for layer in layers if layer.content))
+    message = _SECRET_VALUE.sub(REDACTED, _message(error))
+    return f"{message} ({f'in {stating[-1]}' if stating else f'read: {read}'})"
+
+
+def _message(error: ConfigError) -> str:
+    return str(error).removeprefix(f"{error.path}: ")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

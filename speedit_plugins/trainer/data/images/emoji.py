@@ -1,0 +1,79 @@
+"""The embedded captioned images: emoji with their names, which need no download.
+
+Dims: N images, H x W pixels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from speedit_plugins.registry import DATASETS
+
+# Made by tools/build_emoji.py; its sources stand beside it in EMOJI_ATTRIBUTION.md.
+SOURCE = Path(__file__).parents[1] / "assets" / "emoji_32.npz"
+SOURCE_SIZE = 32
+IMAGE_SIZES = (16, 32)
+# One in ten emoji is of the test split, from all over the source's order, which goes by subject.
+TEST_EVERY = 10
+SPLITS = ("all", "train", "test")
+
+
+class Emoji:
+    """1,911 emoji of 32 x 32 pixels over white, RGB, each with its name in plain lower-case words.
+
+    Source: Twemoji's pictures with Unicode's names, such as "grinning face" and "flag: france"; in the order
+    of Unicode, and without variants of skin tone.
+
+    Args:
+        image_size: 32, or 16 by averages of two by two pixels.
+        random_flip: mirror left to right with probability 1/2; names that tell left from right then lie.
+        split: "all", "test" for every tenth image, "train" for the rest.
+    """
+
+    channels = 3
+    num_classes = 0
+
+    def __init__(
+        self, *, image_size: int = SOURCE_SIZE, random_flip: bool = False, split: str = "all"
+    ) -> None:
+        if image_size not in IMAGE_SIZES:
+            raise ValueError(f"Emoji needs image_size in {IMAGE_SIZES}, got {image_size}")
+        if split not in SPLITS:
+            raise ValueError(f"Emoji needs split in {SPLITS}, got {split!r}")
+        self.image_size = image_size
+        self.random_flip = random_flip
+        pixels, names = _read_emoji()  # (N, 3, 32, 32), N names
+        is_test = torch.arange(len(names)) % TEST_EVERY == TEST_EVERY - 1
+        part = {"all": torch.ones_like(is_test), "train": ~is_test, "test": is_test}[split]
+        self.captions = [name for name, is_in in zip(names, part.tolist(), strict=True) if is_in]
+        self._pixels = pixels[part]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """One sample: "image" float32 (3, H, W) in [-1, 1] and "caption" str.
+
+        `generator` decides the flip.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"Emoji has {len(self)} images, got index {index}")
+        image = self._pixels[index].float() / 127.5 - 1.0
+        image = functional.avg_pool2d(image, SOURCE_SIZE // self.image_size)  # (3, H, W)
+        if self.random_flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        return {"image": image, "caption": self.captions[index]}
+
+
+def _read_emoji() -> tuple[Tensor, list[str]]:
+    """Pixels uint8 (N, 3, 32, 32) and N names."""
+    with np.load(SOURCE, allow_pickle=False) as arrays:
+        pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
+        return pixels, arrays["captions"].tolist()
+
+
+DATASETS.register_module(name="Emoji", module=Emoji)

@@ -1,0 +1,178 @@
+"""Captioned videos that need no download: real handwritten digits that move over a dark ground.
+
+Dims: N videos, F frames, H x W pixels, S the side of a digit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.images.digits import Digits
+
+IMAGE_SIZES = (16, 32, 64)
+SPLITS = ("all", "train", "test")
+DIRECTIONS = ("left", "right", "up", "down")
+# Of a digit that `still_digits` gives: that of the source.
+STILL_SIZE = 8
+DARK = -1.0
+
+
+class MovingDigits:
+    """1,797 handwritten digits, each of which crosses the frame in a straight line: grey videos.
+
+    A digit takes half of the frame's side. In `num_frames` frames it goes from one border to the opposite
+    one, at positions rounded to whole pixels. The digits are those of `Digits`, in the source's order, which
+    goes by writers; its last fifth is the test split.
+
+    Args:
+        image_size: 16, where the digits have their own 8 x 8 pixels; 32 or 64 with digits enlarged.
+        num_frames: frames of a video, >= 2.
+        text: samples have a caption.
+        class_cond: samples have the digit as their label.
+        split: "all", "train" or "test".
+    """
+
+    channels = 1
+    captions = tuple(f"a handwritten {digit} moving {way}" for digit in range(10) for way in DIRECTIONS)
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 16,
+        num_frames: int = 8,
+        text: bool = True,
+        class_cond: bool = False,
+        split: str = "all",
+    ) -> None:
+        if image_size not in IMAGE_SIZES:
+            raise ValueError(f"MovingDigits needs image_size in {IMAGE_SIZES}, got {image_size}")
+        if num_frames < 2:
+            raise ValueError(f"MovingDigits needs num_frames >= 2, got {num_frames}")
+        if split not in SPLITS:
+            raise ValueError(f"MovingDigits needs split in {SPLITS}, got {split!r}")
+        self.image_size = image_size
+        self.num_frames = num_frames
+        self.text = text
+        self.class_cond = class_cond
+        self.num_classes = 10 if class_cond else 0
+        digits = Digits(image_size=image_size // 2)
+        num_train = len(digits) - len(digits) // 5
+        part = {"all": slice(None), "train": slice(num_train), "test": slice(num_train, None)}[split]
+        self.digits, self.labels = digits.images[part], digits.labels[part]  # (N, 1, S, S), (N,)
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """One sample: "video" float32 (1, F, H, W) in [-1, 1], "caption", "label" int in [0, 10).
+
+        `generator` decides the direction, then the position across it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"MovingDigits has {len(self)} videos, got index {index}")
+        side = self.image_size // 2
+        direction = DIRECTIONS[int(torch.randint(len(DIRECTIONS), (), generator=generator))]
+        across = int(torch.randint(side + 1, (), generator=generator))
+        video = torch.full((1, self.num_frames, self.image_size, self.image_size), DARK)
+        for frame in range(self.num_frames):
+            top, left = self._position(frame, direction, across)
+            video[:, frame, top : top + side, left : left + side] = self.digits[index]
+        digit = int(self.labels[index])
+        sample: dict[str, Any] = {"video": video}
+        if self.text:
+            sample["caption"] = f"a handwritten {digit} moving {direction}"
+        if self.class_cond:
+            sample["label"] = digit
+        return sample
+
+    def _position(self, frame: int, direction: str, across: int) -> tuple[int, int]:
+        """Top and left of the digit in a frame, in pixels."""
+        steps = self.num_frames - 1
+        if direction in ("left", "up"):
+            frame = steps - frame
+        # frame * way / steps, rounded without floats.
+        along = (frame * (self.image_size // 2) * 2 + steps) // (2 * steps)
+        return (across, along) if direction in ("left", "right") else (along, across)
+
+
+def direction_of(video: Tensor) -> list[str]:
+    """Where the bright part of each video goes, of DIRECTIONS: the greater component of its mean velocity.
+
+    Without any movement the answer means nothing.
+
+    Args:
+        video: (N, 1, F, H, W) in [-1, 1].
+    """
+    centres = _centres(video)
+    time = torch.arange(centres.shape[1], dtype=torch.float64, device=video.device)
+    # The least-squares slope of the position over time, but for its positive denominator.
+    down, right = torch.einsum("f,nfd->nd", time - time.mean(), centres).unbind(1)
+    numbers = torch.stack([-right, right, -down, down], dim=1).argmax(dim=1)
+    return [DIRECTIONS[number] for number in numbers.tolist()]
+
+
+def still_digits(video: Tensor) -> Tensor:
+    """The digit of each video at rest in [-1, 1], (N, 1, 8, 8): cut out of every frame, the cuts averaged.
+
+    A cut takes the place of half the frame's side that holds the most brightness; of equal ones, which a
+    digit with blank rows or columns has, the one in whose middle the centre of brightness lies. So a digit
+    loses nothing, but may come back shifted over its blank lines. Frames over 16 x 16 are box-averaged after
+    the cut.
+
+    Args:
+        video: (N, 1, F, H, W) in [-1, 1], of the sizes of MovingDigits.
+
+    Raises:
+        ValueError: another size.
+    """
+    centres = _centres(video)  # (N, F, 2)
+    size, side = video.shape[-1], video.shape[-1] // 2
+    if size not in IMAGE_SIZES or video.shape[-2] != size:
+        raise ValueError(
+            f"still_digits needs square frames with a side in {IMAGE_SIZES}, got {tuple(video.shape)}"
+        )
+    # A dark border: at the frame's own, too, a cut may reach over a digit's blank lines.
+    border = side // 2
+    padded = functional.pad(video[:, 0], (border,) * 4, value=DARK)  # (N, F, P, P)
+    # In float64 sums of the source's grey levels are exact, so that equal places are so in every frame.
+    light = (padded.double() + 1.0) / 2.0
+    held = functional.avg_pool2d(light, (side, 1), stride=1, divisor_override=1)
+    held = functional.avg_pool2d(held, (1, side), stride=1, divisor_override=1)  # (N, F, K, K)
+    num_places = held.shape[-1]
+    middles = torch.arange(num_places, device=video.device) - border + (side - 1) / 2
+    off_row, off_column = (centres.unsqueeze(-1) - middles).square().unbind(2)  # (N, F, K) each
+    # Far below one grey level, 1 / 16: it decides between equal places alone.
+    held = held - 1e-3 * (STILL_SIZE / side) ** 2 * (off_row.unsqueeze(-1) + off_column.unsqueeze(-2))
+    best = held.flatten(2).argmax(dim=2)[:, :, None, None]  # (N, F, 1, 1)
+    within = torch.arange(side, device=video.device)
+    number = torch.arange(len(video), device=video.device)[:, None, None, None]
+    frame = torch.arange(video.shape[2], device=video.device)[:, None, None]
+    cuts = padded[number, frame, best // num_places + within[:, None], best % num_places + within]
+    still = cuts.mean(dim=1, keepdim=True)  # (N, 1, S, S)
+    return functional.avg_pool2d(still, side // STILL_SIZE)  # (N, 1, 8, 8)
+
+
+def _centres(video: Tensor) -> Tensor:
+    """The centre of brightness of each frame as row and column, in pixels, float64 (N, F, 2).
+
+    What is darker than mid-grey has no weight, so that a ground that is not quite dark does not pull the
+    centre to the middle of the frame; that is also the centre of a frame without anything brighter.
+    """
+    if video.dim() != 5 or video.shape[1] != 1 or video.shape[2] < 2:
+        raise ValueError(
+            f"wanted grey videos (N, 1, F, H, W) of two frames or more, got {tuple(video.shape)}"
+        )
+    bright = video[:, 0].double().clamp(min=0.0)  # (N, F, H, W)
+    # Evenly grey where all is dark: no division by zero.
+    bright = bright + (bright.sum(dim=(2, 3), keepdim=True) == 0)
+    total = bright.sum(dim=(2, 3))
+    axes = [torch.arange(length, dtype=torch.float64, device=video.device) for length in video.shape[3:]]
+    row = torch.einsum("nfhw,h->nf", bright, axes[0]) / total
+    column = torch.einsum("nfhw,w->nf", bright, axes[1]) / total
+    return torch.stack([row, column], dim=-1)
+
+
+DATASETS.register_module(name="MovingDigits", module=MovingDigits)

@@ -1,0 +1,374 @@
+"""From noise to data, through diffusers' schedulers.
+
+A sampler runs on a chain of its own: the schedule at the visited timesteps only, as rows 0 to N - 1. Each
+scheduler then steps from one row to the next, and no arithmetic on timesteps can miss a node: on the linspace
+999 ... 0, DDIMScheduler by itself subtracts the truncated stride 1000 // N and lands between two nodes.
+
+The model's prediction becomes x_0 here, for all samplers alike, and the schedulers get it as "sample": that
+makes one place for clamping (DDIMScheduler keeps the unclamped noise beside a clamped x_0, DPM-Solver has no
+clamp) and leaves no channel count to guess (DPM-Solver cuts learned-variance outputs at three channels).
+
+A rectified flow has samplers of its own: they step through the t of an even grid under the process's shift,
+from t = 1 to t = 0, and get the velocity, after a clamp the one that leads to the clamped x_0.
+
+Dims: B batch, C channels, N steps; "..." is (H, W) for images or (F, H, W) for videos.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.registry import nearest
+from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow, shifted
+from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.respacing import space_timesteps
+
+# What a model is told beside x and the timestep: labels (B,), or named tensors (B, ...).
+Model = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@torch.no_grad()
+def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a default
+    model: Model,
+    process: GaussianProcess | RectifiedFlow,
+    noise: Tensor,
+    *,
+    condition: Condition = None,
+    null_condition: Condition = None,
+    sampler: str = "ddpm",
+    num_steps: int = 250,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip_sample: bool = False,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    callback: Callable[[int, Tensor], object] | None = None,
+) -> Tensor:
+    """Denoises to data: x_0 of shape (B, C, ...), float32 or wider, without gradients.
+
+    Args:
+        model: model(x (B, C, ...), timestep (B,), condition) -> prediction as the process asks for it; the
+            timestep is int64, of a rectified flow 1000 t in float32.
+        process: what the model was trained on, its schedule not respaced.
+        noise: standard normal, shape (B, C, ...).
+        condition: (B, ...), or named tensors (B, ...), given to the model as it is.
+        null_condition: of the same names and shapes; read where `guidance_scale` is not 1.
+        sampler: ddpm (ancestral; variance as the process has it), ddim, ddim_leading (the same on the
+            timesteps 0, T // N, 2 (T // N), ... that diffusers' pipelines visit), ddim_leading_1 (1 more than
+            these, as Stable Diffusion's), or dpm_solver (DPM-Solver++ 2M); of a rectified flow euler, or heun
+            (second order).
+        num_steps: N, the calls of the model, but 2 N - 1 of heun, whose last step is Euler's; ddpm and ddim
+            visit T - 1, 0 and N - 2 between.
+        guidance_scale: s >= 0 in null + s (condition - null), on the mean channels; 1 is no guidance. The
+            variance channels are those of `condition`. Source: Ho & Salimans 2022, arXiv:2207.12598.
+        guidance_channels: guide the first few mean channels alone; 3 is what DiT's released samples use.
+        clip_sample: clamp x_0 to [-1, 1] at every call.
+        eta: noise of ddim, 0 (none) to 1 (as ancestral). Source: Song et al. 2021, arXiv:2010.02502, eq. 16.
+        generator: source of the noise added on the way; of noise's device, or of the CPU.
+        callback: told the number of steps done, 1 to N, and x (B, C, ...) after each.
+
+    Raises:
+        ValueError: an unknown sampler, one of the other kind of process, a value out of range, an option
+            without effect, or a process that cannot be sampled: respaced, not variance-preserving, or
+            epsilon at zero SNR.
+    """
+    _check_guidance(guidance_scale, guidance_channels, noise, condition, null_condition)
+    chain = _chain(process, sampler, num_steps, eta, generator)
+    guided = _Guided(model, condition, null_condition, guidance_scale, guidance_channels)
+    start = noise if noise.dtype == torch.float64 else noise.float()
+    for done, x in enumerate(chain.steps(guided, start, clip_sample=clip_sample), start=1):
+        if callback is not None:
+            callback(done, x)
+    return x
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """The model under classifier-free guidance: x and timestep -> prediction, in the dtype of x."""
+
+    model: Model
+    condition: Condition
+    null_condition: Condition
+    scale: float
+    channels: int | None
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
+        if self.scale == 1 or self.condition is None or self.null_condition is None:
+            return self.model(x, timestep, self.condition).to(x.dtype)
+        both = _one_after_the_other(self.condition, self.null_condition)  # (2B, ...)
+        prediction = self.model(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+        # Widened first: the scale multiplies the rounding of a half-precision difference.
+        given, null = prediction.to(x.dtype).chunk(2)
+        guided = null + self.scale * (given - null)
+        channels = x.shape[1] if self.channels is None else self.channels
+        return torch.cat([guided[:, :channels], given[:, channels:]], dim=1)
+
+
+def _one_after_the_other(first: Condition, second: Condition) -> Condition:
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        assert isinstance(first, Tensor)
+        assert isinstance(second, Tensor)
+        return torch.cat([first, second])
+    assert first is not None
+    assert second is not None
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def _chain(
+    process: GaussianProcess | RectifiedFlow,
+    sampler: str,
+    num_steps: int,
+    eta: float,
+    generator: torch.Generator | None,
+) -> "_GaussianChain | _FlowChain":
+    known = [*_GAUSSIAN_SAMPLERS, *_FLOW_SAMPLERS]
+    if sampler not in known:
+        raise ValueError(
+            f"unknown sampler {sampler!r}{nearest(sampler, known)}; known: {', '.join(sorted(known))}"
+        )
+    own = _FLOW_SAMPLERS if isinstance(process, RectifiedFlow) else _GAUSSIAN_SAMPLERS
+    if sampler not in own:
+        raise ValueError(f"a {type(process).__name__} needs sampler {' or '.join(own)}, got {sampler}")
+    if not sampler.startswith("ddim") and eta != 0:
+        raise ValueError(f"eta has no effect on {sampler}, only on ddim: needs 0, got {eta}")
+    if isinstance(process, RectifiedFlow):
+        return _FLOW_SAMPLERS[sampler](process, num_steps)
+    _check_process(process)
+    return _GAUSSIAN_SAMPLERS[sampler](process, num_steps, eta, generator)
+
+
+@dataclass(frozen=True, eq=False)
+class _GaussianChain:
+    """A diffusers scheduler on the visited timesteps alone, rows 0 (clean) to N - 1.
+
+    options are what its `step` takes beside the prediction, the row and x.
+    """
+
+    process: GaussianProcess
+    schedule: NoiseSchedule
+    scheduler: Any
+    options: dict[str, Any]
+    reads_variance: bool = False
+
+    def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+        """X (B, C, ...) after each of the N steps, data after the last."""
+        for row, timestep in reversed(list(enumerate(self.schedule.timesteps.tolist()))):
+            # The process is not respaced: the timestep that the model embeds is also the process' index.
+            index = torch.full(x.shape[:1], timestep, device=x.device)  # (B,)
+            mean, variance = self.process.split(guided(x, index), x)
+            x_0 = self.process.predicted_x_0(mean, x, index)
+            if clip_sample:
+                x_0 = x_0.clamp(-1, 1)
+            if variance is not None and self.reads_variance:
+                x_0 = torch.cat([x_0, variance], dim=1)  # (B, 2C, ...)
+            x = self.scheduler.step(x_0, row, x, return_dict=False, **self.options)[0]
+            yield x
+
+
+def _ddpm(
+    process: GaussianProcess, num_steps: int, eta: float, generator: torch.Generator | None
+) -> _GaussianChain:
+    fixed = "fixed_small" if process.sigma_small else "fixed_large"
+    variance_type = "learned_range" if process.learn_sigma else fixed
+    schedule = _end_to_end(process.schedule, num_steps)
+    scheduler = _scheduler(DDPMScheduler, schedule, variance_type=variance_type, clip_sample=False)
+    return _GaussianChain(
+        process, schedule, scheduler, {"generator": generator}, reads_variance=process.learn_sigma
+    )
+
+
+def _ddim(
+    process: GaussianProcess, num_steps: int, eta: float, generator: torch.Generator | None
+) -> _GaussianChain:
+    return _ddim_on(_end_to_end(process.schedule, num_steps), process, eta, generator)
+
+
+def _ddim_leading(
+    process: GaussianProcess,
+    num_steps: int,
+    eta: float,
+    generator: torch.Generator | None,
+    *,
+    offset: int = 0,
+) -> _GaussianChain:
+    T = process.schedule.num_timesteps
+    _check_num_steps(num_steps, 1, T - offset)
+    nodes = [offset + T // num_steps * node for node in range(num_steps)]
+    schedule = process.schedule.respaced(nodes)
+    return _ddim_on(schedule, process, eta, generator)
+
+
+def _ddim_on(
+    schedule: NoiseSchedule, process: GaussianProcess, eta: float, generator: torch.Generator | None
+) -> _GaussianChain:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"ddim needs eta in [0, 1], got {eta}")
+    # The chain ends on clean data, alpha-bar = 1, and not on the noise that timestep 0 still has.
+    scheduler = _scheduler(DDIMScheduler, schedule, clip_sample=False, set_alpha_to_one=True)
+    return _GaussianChain(process, schedule, scheduler, {"eta": eta, "generator": generator})
+
+
+def _dpm_solver(
+    process: GaussianProcess, num_steps: int, eta: float, generator: torch.Generator | None
+) -> _GaussianChain:
+    last = process.schedule.num_timesteps - 1
+    _check_num_steps(num_steps, 1, last)
+    # The solver goes from its last node straight to sigma = 0, which takes the place of timestep 0.
+    stride = last / num_steps
+    schedule = process.schedule.respaced([round(node * stride) for node in range(1, num_steps + 1)])
+    scheduler = _scheduler(
+        DPMSolverMultistepScheduler,
+        schedule,
+        # At zero SNR its sigma / alpha is infinite and the first step NaN; this floor is diffusers' own.
+        least_alphas_cumprod=2.0**-24,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
+    return _GaussianChain(process, schedule, scheduler, {})
+
+
+_GAUSSIAN_SAMPLERS: dict[
+    str, Callable[[GaussianProcess, int, float, torch.Generator | None], _GaussianChain]
+] = {
+    "ddpm": _ddpm,
+    "ddim": _ddim,
+    "ddim_leading": _ddim_leading,
+    "ddim_leading_1": partial(_ddim_leading, offset=1),
+    "dpm_solver": _dpm_solver,
+}
+
+
+def _end_to_end(schedule: NoiseSchedule, num_steps: int) -> NoiseSchedule:
+    _check_num_steps(num_steps, 2, schedule.num_timesteps)
+    # DiT's own respacing: 250 of 1000 are 0, 4, 8 ... 995, 999.
+    return schedule.respaced(space_timesteps(schedule.num_timesteps, [num_steps]))
+
+
+def _scheduler(
+    kind: Any, schedule: NoiseSchedule, *, least_alphas_cumprod: float = 0.0, **options: Any
+) -> Any:
+    cleaner = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:-1]])
+    scheduler = kind(
+        num_train_timesteps=schedule.num_timesteps,
+        trained_betas=(1 - schedule.alphas_cumprod / cleaner).tolist(),
+        prediction_type="sample",
+        # The one spacing that visits every row in all three schedulers.
+        timestep_spacing="trailing",
+        **options,
+    )
+    # diffusers multiplies 1 - beta up in float32, which leaves 1 - alpha-bar three digits at the clean end.
+    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=least_alphas_cumprod)
+    scheduler.set_timesteps(schedule.num_timesteps)
+    return scheduler
+
+
+@dataclass(frozen=True, eq=False)
+class _FlowChain:
+    """A diffusers flow scheduler, and the t in (0, 1] of each call of the model; is_step: it ends a step."""
+
+    process: RectifiedFlow
+    scheduler: Any
+    times: list[float]
+    is_step: list[bool]
+
+    def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+        """X (B, C, ...) after each of the N steps, data after the last."""
+        for time, is_step in zip(self.times, self.is_step, strict=True):
+            timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
+            velocity = self.process.velocity(guided(x, timestep), x)
+            if clip_sample:
+                velocity = (x - (x - time * velocity).clamp(-1, 1)) / time
+            x = self.scheduler.step(velocity, time, x, return_dict=False)[0]
+            if is_step:
+                yield x
+
+
+def _euler(process: RectifiedFlow, num_steps: int) -> _FlowChain:
+    nodes = _flow_nodes(process, num_steps, least=1)
+    scheduler = _flow_scheduler(FlowMatchEulerDiscreteScheduler, num_steps, nodes)
+    return _FlowChain(process, scheduler, nodes[:-1].tolist(), [True] * num_steps)
+
+
+def _heun(process: RectifiedFlow, num_steps: int) -> _FlowChain:
+    # A single step would be Euler's.
+    nodes = _flow_nodes(process, num_steps, least=2)
+    # Each node between the ends is called twice: to correct the step that arrives and to begin the next.
+    twice = torch.cat([nodes[:1], nodes[1:-1].repeat_interleave(2)])  # (2 N - 1,)
+    scheduler = _flow_scheduler(FlowMatchHeunDiscreteScheduler, num_steps, torch.cat([twice, nodes[-1:]]))
+    return _FlowChain(process, scheduler, twice.tolist(), [False, True] * (num_steps - 1) + [True])
+
+
+_FLOW_SAMPLERS: dict[str, Callable[[RectifiedFlow, int], _FlowChain]] = {"euler": _euler, "heun": _heun}
+
+
+def _flow_nodes(process: RectifiedFlow, num_steps: int, *, least: int) -> Tensor:
+    """N + 1 values of t from 1 to 0, float32 as the schedulers hold them."""
+    if num_steps < least:
+        raise ValueError(f"num_steps needs to be >= {least}, got {num_steps}")
+    even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
+    return shifted(even, process.shift).float()
+
+
+def _flow_scheduler(kind: Any, num_steps: int, sigmas: Tensor) -> Any:
+    scheduler = kind()
+    scheduler.set_timesteps(num_steps)
+    # By itself the grid of diffusers ends its even part at t = 0.001, and Heun's takes no other one. With a
+    # begin index it counts the calls, and looks no timestep up.
+    scheduler.sigmas = sigmas
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _check_process(process: GaussianProcess) -> None:
+    schedule = process.schedule
+    if schedule.num_timesteps != schedule.num_original:
+        raise ValueError(
+            f"sampling needs a process without respacing, got {schedule.num_timesteps} of "
+            f"{schedule.num_original} timesteps: build it with timestep_respacing='' and use num_steps"
+        )
+    # The schedulers know alpha-bar alone: alpha^2 + sigma^2 = 1 is built into them.
+    if not torch.allclose(schedule.alpha**2 + schedule.sigma**2, torch.ones_like(schedule.alpha)):
+        raise ValueError("sampling needs a variance-preserving schedule, got alpha^2 + sigma^2 other than 1")
+    if process.prediction_type == "epsilon" and schedule.alpha[-1] == 0:
+        raise ValueError("sampling epsilon needs SNR > 0, got 0 at the last timestep: predict v or x0")
+
+
+def _check_guidance(
+    scale: float, channels: int | None, noise: Tensor, condition: Condition, null: Condition
+) -> None:
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"guidance_scale needs a finite value >= 0, got {scale}")
+    if scale == 1 and channels is not None:
+        raise ValueError(f"guidance_channels has no effect at guidance_scale 1: needs None, got {channels}")
+    if channels is not None and not 1 <= channels <= noise.shape[1]:
+        raise ValueError(f"guidance_channels needs to be in [1, {noise.shape[1]}], got {channels}")
+    if scale != 1 and (condition is None or _shapes(condition) != _shapes(null)):
+        raise ValueError(
+            f"guidance_scale {scale} needs condition and null_condition of the same names and shapes, got"
+            f" {_shapes(condition)} and {_shapes(null)}"
+        )
+
+
+def _shapes(condition: Condition) -> Any:
+    if condition is None or isinstance(condition, Tensor):
+        return None if condition is None else tuple(condition.shape)
+    return {name: tuple(tensor.shape) for name, tensor in condition.items()}
+
+
+def _check_num_steps(num_steps: int, least: int, most: int) -> None:
+    if not least <= num_steps <= most:
+        raise ValueError(f"num_steps needs to be in [{least}, {most}], got {num_steps}")

@@ -1,0 +1,162 @@
+"""Pictures of a run: sample grids, videos, and the loss curve.
+
+Dims: B samples, C channels, F frames, H x W pixels.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+# Cells smaller than this are enlarged by a whole factor, smoothly: blocks hide an 8 x 8 digit from the eye.
+_MIN_CELL = 64
+
+
+def to_uint8(samples: Tensor) -> npt.NDArray[np.uint8]:
+    """Samples (B, C, [F,] H, W) in [-1, 1], clamped, as uint8 (B, [F,] H, W, C)."""
+    scaled = ((samples.float() + 1) * 127.5).round().clamp(0, 255)
+    return np.asarray(scaled.to("cpu", torch.uint8).movedim(1, -1).numpy())
+
+
+def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float) -> None:
+    """An image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3."""
+    if sample.ndim == 3:
+        save_png(sample, stem.with_suffix(".png"))
+        return
+    # Only runs with videos need its package.
+    from speedit_plugins.trainer.data.videos.files import write_mp4
+
+    write_mp4(stem.with_suffix(".mp4"), torch.from_numpy(sample), fps=frames_per_second)
+
+
+def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
+    """One uint8 image (H, W, C), C 1 or 3, as PNG."""
+    _pillow(image).save(path)
+
+
+def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
+    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, a line between cells, small ones enlarged.
+
+    Args:
+        titles: written above the columns, wrapped.
+    """
+    save_png(_titled(_grid(to_uint8(images), columns), columns, titles), path)
+
+
+def save_videos(
+    videos: Tensor, path: Path, *, columns: int, titles: Sequence[str] = (), frames_per_second: float
+) -> None:
+    """Videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
+
+    The PNG has a row per video, up to eight frames of it from left to right, its title on the left.
+    """
+    from speedit_plugins.trainer.data.videos.files import write_gif, write_mp4
+
+    frames = to_uint8(videos)  # (B, F, H, W, C)
+    moving = np.stack(
+        [_titled(_grid(frames[:, f], columns), columns, titles) for f in range(frames.shape[1])]
+    )
+    write_mp4(path.with_suffix(".mp4"), torch.from_numpy(moving), fps=frames_per_second)
+    write_gif(path.with_suffix(".gif"), torch.from_numpy(moving), fps=frames_per_second)
+    shown = np.linspace(0, frames.shape[1] - 1, min(8, frames.shape[1])).round().astype(int)
+    still = frames[:, shown].reshape(-1, *frames.shape[2:])
+    grid = _grid(still, len(shown))
+    if titles:
+        of_rows = [titles[number % columns] for number in range(len(frames))]
+        grid = np.concatenate(
+            [_row_titles(grid.shape[0], of_rows), np.broadcast_to(grid, (*grid.shape[:2], 3))], axis=1
+        )
+    save_png(grid, path)
+
+
+def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:
+    """Cells (B, H, W, C), row by row, as one image (H', W', C)."""
+    scale = max(1, _MIN_CELL // cells.shape[1])
+    height, width, channels = scale * cells.shape[1], scale * cells.shape[2], cells.shape[3]
+    rows = -(-len(cells) // columns)
+    gap = 2
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 96, dtype=np.uint8)
+    for i, cell in enumerate(cells):
+        top, left = (gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap))
+        enlarged = _pillow(cell).resize((width, height), Image.Resampling.BICUBIC)
+        grid[top : top + height, left : left + width] = np.asarray(enlarged).reshape(height, width, channels)
+    return grid
+
+
+def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """The grid (H, W, C) under a band with a title for each of its columns; as it is without titles."""
+    if not titles:
+        return grid
+    width, size = grid.shape[1] // columns, 10
+    font = ImageFont.load_default(size)
+    lines = [_wrapped(title, width - 4, font) for title in titles]
+    height = (size + 4) * max(text.count("\n") + 1 for text in lines) + 6
+    band = Image.new("RGB", (grid.shape[1], height), "white")
+    pen = ImageDraw.Draw(band)
+    for column, text in enumerate(lines):
+        pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
+    whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
+    return np.ascontiguousarray(whole)
+
+
+def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """A white column (height, W, 3) with a title for each of as many equal rows."""
+    size, width = 10, 2 * _MIN_CELL
+    font = ImageFont.load_default(size)
+    column = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(column)
+    for row, title in enumerate(titles):
+        text = _wrapped(title, width - 6, font)
+        pen.multiline_text((3, row * height // len(titles) + 4), text, fill="black", font=font, spacing=2)
+    return np.asarray(column)
+
+
+def _wrapped(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The title in as few lines as fit into this width in pixels; at least 4 letters stand in one."""
+    lines = [title]
+    for letters in range(len(title), 3, -1):
+        if all(font.getlength(line) <= width for line in lines):
+            break
+        lines = textwrap.wrap(title, letters)
+    return "\n".join(lines)
+
+
+def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """The logged losses against the step as PNG: weighted loss, raw mse, and mse under uniform timesteps.
+
+    Args:
+        rows: lines of metrics.jsonl, each with `step` and the losses.
+        path: the PNG file.
+        title: above the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curves = {
+        "uniform_mse": "mse, corrected to uniform timesteps",
+        "mse": "mse at the drawn timesteps",
+        "loss": "training loss (weighted)",
+    }
+    for key, label in curves.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+    axes.set(xlabel="training step", ylabel="loss", title=title, yscale="log")
+    for axis_part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_part("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

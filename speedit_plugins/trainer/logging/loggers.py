@@ -1,0 +1,128 @@
+"""Where curves are looked at: TensorBoard and Weights & Biases behind one interface."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from speedit_plugins.trainer.config.loading import redact
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+
+RUN_ID = "wandb_run_id"
+_WITHOUT_KEY = ("offline", "disabled")
+
+
+class Board(Protocol):
+    """Takes the finite scalars of a logged step, named as paths: "train/loss"."""
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def close(self, *, is_failed: bool) -> None: ...
+
+
+def check_boards(config: ExperimentConfig) -> None:
+    """Raises before anything slow what `open_boards` would.
+
+    Raises:
+        ValueError: Weights & Biases is asked for without its package, or without a key where it needs one.
+    """
+    if not config.enable_wandb_log:
+        return
+    _import_wandb()
+    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in _WITHOUT_KEY:
+        raise ValueError(
+            "enable_wandb_log needs a key, got no WANDB_API_KEY in the environment; wanted it, or WANDB_MODE"
+            f" one of {', '.join(_WITHOUT_KEY)}"
+        )
+
+
+def open_boards(config: ExperimentConfig, *, start_step: int) -> list[Board]:
+    """The boards that a config asks for, in `experiment_dir`; on rank 0 alone.
+
+    Args:
+        start_step: where this run starts; what TensorBoard holds past it is no longer shown.
+
+    Raises:
+        ValueError: as `check_boards`, or Weights & Biases refuses the run.
+    """
+    check_boards(config)
+    folder = Path(config.experiment_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    boards: list[Board] = []
+    if config.enable_tensorboard_log:
+        boards.append(TensorBoard(folder, start_step=start_step))
+    if config.enable_wandb_log:
+        boards.append(WandbBoard(folder, config))
+    return boards
+
+
+class TensorBoard:
+    """Event files in `folder/tensorboard`."""
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, is_failed: bool) -> None:
+        self._writer.close()
+
+
+class WandbBoard:
+    """A run of Weights & Biases, one for an experiment's folder: a resumed training goes on in it.
+
+    Raises:
+        ValueError: Weights & Biases refuses the run, or cannot be reached.
+    """
+
+    def __init__(self, folder: Path, config: ExperimentConfig) -> None:
+        wandb = _import_wandb()
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=config.experiment_name or None,
+                id=_run_id(folder),
+                resume="allow",
+                dir=folder,
+                config=redact(asdict(config)),
+                # The command line, terminal and repository may hold what the redacted config does not.
+                settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"enable_wandb_log: Weights & Biases refused the run: {error};"
+                " WANDB_MODE=offline works without it"
+            ) from error
+        # A resumed run logs steps again that a crash cut off; W&B's own step only rises and would drop them.
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self, *, is_failed: bool) -> None:
+        self._run.finish(exit_code=int(is_failed))
+
+
+def _import_wandb() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"enable_wandb_log needs the package wandb, which cannot be imported ({error}); wanted"
+            " pip install 'speedit-plugins[wandb]', or enable_wandb_log: false"
+        ) from error
+    return wandb
+
+
+def _run_id(folder: Path) -> str:
+    """The id in the folder's file, which the first call writes."""
+    path = folder / RUN_ID
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

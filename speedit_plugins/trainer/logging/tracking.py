@@ -1,0 +1,226 @@
+"""What a run says: progress bar, metrics.jsonl, boards, and lines on the terminal.
+
+Dims: T timesteps, B batch.
+"""
+
+import json
+import math
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.files import write_whole
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.trainer.diffusion.process import LossTerms
+from speedit_plugins.trainer.logging.loggers import Board
+from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES, range_of
+from speedit_plugins.trainer.results import METRICS
+from speedit_plugins.trainer.terminal import progress
+
+# Of mse_per_bin; divides the number of ranges.
+NUM_BINS = 10
+
+
+class LossWindow:
+    """Means since the last summary, accumulated on the device: reading them is the only synchronisation.
+
+    `uniform_mse` is the mse importance-corrected to uniformly drawn timesteps, E[mse / (T p)]: the figure
+    whose curves compare between policies.
+
+    Args:
+        policy: whose draws are scored.
+        batch_size: samples of a step's draw, those of all ranks; the marginal law of a paired draw depends
+            on it.
+    """
+
+    def __init__(self, policy: TimestepPolicy, *, batch_size: int, device: torch.device) -> None:
+        self._policy = policy
+        self._batch_size = batch_size
+        # In one tensor, so that ranks add it up in one call.
+        self._sums = torch.zeros(4 + 4 * NUM_RANGES, dtype=torch.float64, device=device)
+        self._totals = self._sums[:4]  # loss, mse, vb, corrected mse
+        self._ranges = self._sums[4:].view(4, NUM_RANGES)  # count, mse, loss, squared loss
+        self._density: Tensor | None = None
+        self._table = torch.empty(0)
+
+    def add(self, draw: TimestepDraw, terms: LossTerms) -> None:
+        """Adds the losses (B,) of one batch of this rank."""
+        loss, mse, vb = (term.detach().double() for term in (terms.loss, terms.mse, terms.vb))
+        corrected = mse * self._correction(mse.device)[draw.index]
+        self._totals += torch.stack([loss.sum(), mse.sum(), vb.sum(), corrected.sum()])
+        ranges = range_of(draw.index, self._policy.schedule.num_timesteps)
+        self._ranges.index_add_(1, ranges, torch.stack([torch.ones_like(mse), mse, loss, loss**2]))
+
+    def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
+        """Means per sample since the last call: loss, mse, vb, uniform_mse, and lists by timestep.
+
+        mse_per_bin has `NUM_BINS` means; loss_per_timestep and loss_std_per_timestep have mean and standard
+        deviation of the loss in `NUM_RANGES` ranges. NaN, and None in the lists, where no sample was drawn.
+
+        Args:
+            reduce: replaces a tensor by its sum over the ranks, each of which calls this; None is one rank.
+        """
+        if reduce is not None:
+            reduce(self._sums)
+        sums = self._sums.clone().cpu()
+        self._sums.zero_()
+        counts, mse, loss, squares = sums[4:].view(4, NUM_RANGES)
+        means = (sums[:4] / counts.sum()).tolist()  # 0 / 0 is NaN
+        mean = loss / counts
+        # Rounding may leave a variance of 0 below it.
+        deviation = (squares / counts - mean**2).clamp(min=0).sqrt()
+        pooled = mse.view(NUM_BINS, -1).sum(1) / counts.view(NUM_BINS, -1).sum(1)
+        return {
+            **dict(zip(("loss", "mse", "vb", "uniform_mse"), means, strict=True)),
+            "mse_per_bin": _known(pooled),
+            "loss_per_timestep": _known(mean),
+            "loss_std_per_timestep": _known(deviation),
+        }
+
+    def _correction(self, device: torch.device) -> Tensor:
+        # An adaptive policy replaces its density when it changes; the object tells whether it did.
+        if self._density is not self._policy.density:
+            self._density = self._policy.density
+            law = self._policy.density_for(self._batch_size)
+            # Where the law is 0 nothing is drawn, and the entry is never read.
+            self._table = (1 / (len(law) * law.clamp(min=torch.finfo(law.dtype).tiny))).to(device)
+        return self._table
+
+
+class Tracker:
+    """Writes one run's metrics into its folder and shows its progress, on rank 0; a context manager.
+
+    Args:
+        folder: the experiment's folder; `metrics.jsonl` is written there.
+        total_steps: where the progress bar ends.
+        start_step: where this run starts; lines of metrics.jsonl past it come from a run that was cut off
+            after its last checkpoint, and are dropped.
+        boards: also take what is logged; closed here.
+    """
+
+    def __init__(
+        self, folder: Path, *, total_steps: int, start_step: int, boards: Sequence[Board] = ()
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_path = folder / METRICS
+        _replace_lines(self.metrics_path, [row for row in read_metrics(folder) if row["step"] <= start_step])
+        self._lines = self.metrics_path.open("a", buffering=1)
+        self._bar = progress("training", total=total_steps, initial=start_step)
+        self._boards = boards
+
+    def step_done(self) -> None:
+        """Moves the progress bar by one training step."""
+        self._bar.update()
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, its numbers to the boards, the loss to the progress bar.
+
+        Args:
+            step: training steps done.
+            row: `loss` and whatever else; values may be lists of numbers, or dicts of values.
+        """
+        values = plain(row)
+        try:
+            self._lines.write(_line({"step": step, **values}))
+        except OSError as error:
+            # The system's message for a full disk names no file.
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
+        self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        scalars = _scalars(values)
+        for board in self._boards:
+            board.add(step, scalars)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        try:
+            self._lines.close()
+        except OSError as closing:
+            # It flushes again what a failed write left, whose error is on its way.
+            if error is None:
+                raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
+        finally:
+            for board in self._boards:
+                board.close(is_failed=error is not None)
+
+
+class SilentTracker(Tracker):
+    """A tracker of the ranks that neither write nor show anything."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step_done(self) -> None:
+        pass
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `folder/metrics.jsonl`, none without the file; a last line cut by a crash is left out."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held at once: in tensors on a CUDA device, else resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _known(values: Tensor) -> list[float | None]:
+    """The values, with None for NaN: the mean of nothing."""
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _replace_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(_line(plain(row)) for row in rows).encode())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A copy with None in place of every number that JSON has not: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:
+    """The numbers of a row by path: train/loss, train/time_split/data; of a list, mse_per_bin/0 and on."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found |= _scalars(value, f"{prefix}/{name}")
+        elif isinstance(value, list):
+            found |= {f"{name}/{i}": item for i, item in enumerate(value) if item is not None}
+        elif isinstance(value, int | float):
+            found[f"{prefix}/{name}"] = value
+    return found

@@ -1,0 +1,138 @@
+"""The processes of a run: which one this is, and how they agree.
+
+Only torch.distributed: what ColossalAI adds stands in booster.py.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process among `world_size`; a lone one without a process group by default.
+
+    Every method but `close` is a collective: each rank calls it, in the same order. With one process they
+    return at once.
+
+    Args:
+        rank: this process, in [0, world_size).
+        device: where its model and batches live.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes, logs and draws for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.maximum([0.0])
+
+    def maximum(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the ranks."""
+        if self.world_size == 1:
+            return list(values)
+        # On the CPU, through gloo: nothing waits for the device.
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replaces `tensor` by its sum over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """The picklable `item` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, of one shape, on rank 0; an empty list elsewhere."""
+        if self.world_size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(tensor, parts)
+        return parts or []
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch(config: ExperimentConfig) -> Runtime:
+    """Joins the processes that torchrun or `colossalai run` started, or runs alone.
+
+    Raises:
+        ValueError: the environment of a launcher is incomplete, more processes than CUDA devices, or a batch
+            that the processes cannot share.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if config.data.batch_size % world_size:
+        raise ValueError(
+            f"data.batch_size counts the samples of all processes: wanted a multiple of {world_size}"
+            f" processes, got {config.data.batch_size}"
+        )
+    device = build_device(config)
+    if device.type == "cuda":
+        device = _own_cuda_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(f"WORLD_SIZE={world_size} needs {', '.join(missing)} too; torchrun sets them")
+        _join(device, config.distributed_timeout_seconds)
+    elif config.plugin != "ddp":
+        # The sharded optimizers want a group, also of one.
+        _join(device, config.distributed_timeout_seconds, is_alone=True)
+    return Runtime(rank=rank, world_size=world_size, device=device)
+
+
+def build_device(config: ExperimentConfig) -> torch.device:
+    """The device of the run; `auto` is CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA is asked for and absent.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda needs a CUDA device, got none; wanted auto or cpu on this machine")
+    is_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    return torch.device("cuda" if is_cuda else "cpu")
+
+
+def _own_cuda_device(local_rank: int) -> torch.device:
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} needs a CUDA device of its own, got {torch.cuda.device_count()} devices"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, timeout_seconds: float, *, is_alone: bool = False) -> None:
+    # What is agreed on lies on the CPU, also beside NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if is_alone:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # missing in the stubs only
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)

@@ -1,0 +1,302 @@
+"""The phase test: figures that compare samples with a reference, each with its features and numbers.
+
+Dims: N images or videos, F frames, H x W pixels, C channels, D features.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.files import write_whole
+from speedit_plugins.registry import FEATURES, check, nearest
+from speedit_plugins.registry import build as build_registered
+from speedit_plugins.trainer import results
+from speedit_plugins.trainer.config.schema import EvaluationConfig, ExperimentConfig
+from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
+from speedit_plugins.trainer.evaluation.collected import (
+    Collected,
+    FeatureMoments,
+    collect,
+    load_collected,
+    save_collected,
+)
+from speedit_plugins.trainer.evaluation.features import FeatureExtractor
+from speedit_plugins.trainer.evaluation.metrics import (
+    CLIP_SCORE,
+    METRIC_OF,
+    METRICS,
+    Figure,
+    Sides,
+    check_numbers,
+    label_of,
+    line_of,
+)
+from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
+from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.trainer.models.text import Clip
+from speedit_plugins.trainer.parallel.runtime import build_device
+from speedit_plugins.trainer.results import UNFINISHED
+from speedit_plugins.trainer.sampling.sample_sets import (
+    SampleSet,
+    alike,
+    dataset_set,
+    open_set,
+    read_captions,
+)
+from speedit_plugins.trainer.terminal import progress, say
+
+
+def test(config: ExperimentConfig) -> int:
+    """Writes test.json with the figures of `evaluation.metrics`, and says them.
+
+    The samples are an npz or a folder; the reference is one, or else the dataset of the experiment.
+
+    Raises:
+        ValueError: sets, features and metrics that do not fit each other, or an option without effect.
+    """
+    _check_metrics(config.evaluation)
+    _check_options(config)
+    folder = Path(config.experiment_dir)
+    samples = open_set(
+        config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
+    )
+    metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
+    # Before the others, which take longer: captions may be missing.
+    clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
+    figures, source = _compared(config, samples, metrics) if metrics else ([], None)
+    figures += clip_scores
+    results.save_config(config, "test")
+    # From anywhere to be found again.
+    _write(folder / results.TEST, figures, samples=str(Path(samples.source).absolute()), reference=source)
+    for figure in figures:
+        say(line_of(figure))
+    say(f"  samples      {samples.source}")
+    if source is not None:
+        say(f"  reference    {source}")
+    say(f"  result       {folder / results.TEST}")
+    return 0
+
+
+def _compared(
+    config: ExperimentConfig, samples: SampleSet, metrics: list[str]
+) -> tuple[list[Figure], str | None]:
+    """Figures on features, and what the reference is."""
+    options = config.evaluation
+    stated = _stated_statistics(config)
+    wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
+    missing = wanted - stated.keys()
+    reference = None
+    if missing or _trains_on_reference(config):
+        samples, reference = alike(samples, _reference(config, samples))
+    elif not wanted and config.reference is not None:
+        raise ValueError(f"reference has no effect on {', '.join(metrics)}; wanted null")
+    num_reference = None if reference is None else len(reference)
+    check_numbers(metrics, options, num_samples=len(samples), num_reference=num_reference)
+    if options.reference_statistics is not None and not missing:
+        raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
+    extractor = _extractor(config, reference, is_video=samples.is_video)
+    kinds = {METRICS[name].kind for name in metrics}
+    _try_out(samples, extractor, kinds, stated)
+    theirs = Collected()
+    if missing:
+        assert reference is not None
+        theirs = _collected_reference(options, reference, extractor, missing)
+    theirs = replace(theirs, **cast(Any, {kind: stated[kind] for kind in wanted & stated.keys()}))
+    ours = _collected("samples", samples, extractor, options, kinds)
+    sides = Sides(ours, theirs, options, stream_seed(config.seed, LABEL_STREAM))
+    figures = []
+    for name in metrics:
+        metric = METRICS[name]
+        is_counted = metric.has_reference and metric.kind not in stated and reference is not None
+        numbers = (len(samples), num_reference if is_counted else None)
+        for label, value, details in metric.measure(sides):
+            called = label_of(label, extractor)
+            figures.append(Figure(called, value, extractor.name, *numbers, metric.has_reference, details))
+    if not wanted:
+        return figures, None
+    return figures, config.reference if reference is None else reference.source
+
+
+def _try_out(
+    samples: SampleSet, extractor: FeatureExtractor, kinds: set[str], stated: dict[str, FeatureMoments]
+) -> None:
+    """Refuses features on two samples, before the work, that cannot tell what a metric needs."""
+    few = next(samples.batches(2))
+    found = collect([few], extractor, num_samples=len(few), kinds=kinds)
+    for kind in kinds & stated.keys():
+        ours, theirs = len(getattr(found, kind).mean), len(stated[kind].mean)
+        if ours != theirs:
+            raise ValueError(
+                f"the statistics in the reference are of {theirs} features, those of {extractor.name} are"
+                f" {ours}"
+            )
+
+
+def _check_metrics(options: EvaluationConfig) -> None:
+    """Metrics that are known, each once."""
+    known = (*METRICS, CLIP_SCORE)
+    for name in options.metrics:
+        if name not in known:
+            close = nearest(name, known)
+            raise ValueError(
+                f"unknown metric {name!r} in evaluation.metrics{close}; known: {', '.join(known)}"
+            )
+    if not options.metrics or len(set(options.metrics)) < len(options.metrics):
+        raise ValueError(f"evaluation.metrics needs each metric once, at least one, got {options.metrics}")
+    if CLIP_SCORE in options.metrics and options.clip is None:
+        raise ValueError("clip_score needs evaluation.clip, a folder or hub name of a CLIPModel; got null")
+
+
+def _check_options(config: ExperimentConfig) -> None:
+    """No option for a metric that is not asked for, and a place for what is to be written."""
+    options, defaults = config.evaluation, EvaluationConfig()
+    for key, metric in METRIC_OF.items():
+        if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
+            raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")
+    statistics = options.reference_statistics
+    if options.metrics == [CLIP_SCORE]:
+        for key, value in (("reference", config.reference), ("evaluation.reference_statistics", statistics)):
+            if value is not None:
+                raise ValueError(f"{key} has no effect on {CLIP_SCORE} alone; wanted null")
+    if statistics is not None and (Path(statistics).is_dir() or not Path(statistics).parent.is_dir()):
+        raise ValueError(
+            f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"
+        )
+
+
+def _newest(folder: Path, of_videos: bool) -> Path:
+    """What inference wrote last: an npz of images, a folder of videos."""
+    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED]
+    places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
+    if not places:
+        what = "videos" if of_videos else "npz"
+        raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
+    return max(places, key=lambda path: path.stat().st_mtime)
+
+
+def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
+    reference = (
+        dataset_set(config) if config.reference is None else open_set(config.reference, key="reference")
+    )
+    if reference.is_video != samples.is_video:
+        raise ValueError(
+            f"test compares images with images and videos with videos, got {samples.source} and"
+            f" {reference.source}"
+        )
+    return reference
+
+
+def _stated_statistics(config: ExperimentConfig) -> dict[str, FeatureMoments]:
+    """Statistics that an npz of the reference brings, as ADM's do: of Inception, and of no other features."""
+    path = config.reference
+    if path is None or not Path(path).is_file() or config.features["type"] != Inception.name:
+        return {}
+    keys = npz_keys(path)
+    found = {}
+    for kind, key in (("gaussian", "mu"), ("spatial", "mu_s")):
+        if key in keys:
+            # Of more images than the file holds, and it does not say of how many.
+            found[kind] = FeatureMoments(*read_statistics(path, spatial=kind == "spatial"), None)
+    return found
+
+
+def _trains_on_reference(config: ExperimentConfig) -> bool:
+    """Whether the features are built from the images of the reference."""
+    check(FEATURES, config.features, images=None, labels=None, device=None)
+    builder = FEATURES.module_dict[str(config.features["type"])]
+    return "images" in inspect.signature(builder).parameters
+
+
+def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_video: bool) -> FeatureExtractor:
+    """What `features` names, on the run's device; on frames where videos are compared by an image network."""
+    given: dict[str, Any] = {"device": build_device(config)}
+    if _trains_on_reference(config):
+        assert reference is not None
+        given |= {
+            "images": torch.cat(list(reference.batches(config.evaluation.batch_size))),
+            "labels": reference.labels(),
+        }
+    extractor: FeatureExtractor = build_registered(FEATURES, config.features, **given)
+    takes_videos = getattr(extractor, "takes_videos", False)
+    if takes_videos and not is_video:
+        raise ValueError(f"features {extractor.name} need videos, got images")
+    if is_video and not takes_videos:
+        return FrameFeatures(extractor)
+    return extractor
+
+
+def _collected_reference(
+    options: EvaluationConfig, reference: SampleSet, extractor: FeatureExtractor, kinds: set[str]
+) -> Collected:
+    """Of the reference, out of the file of `reference_statistics` where it is there, else written into it."""
+    if options.reference_statistics is None:
+        return _collected("reference", reference, extractor, options, kinds)
+    path = Path(options.reference_statistics)
+    identity = {
+        "features": str(getattr(extractor, "identity", extractor.name)),
+        "fingerprint": reference.fingerprint(),
+    }
+    if path.exists():
+        return load_collected(path, kinds=kinds, **identity)
+    collected = _collected("reference", reference, extractor, options, kinds)
+    save_collected(path, collected, **identity)
+    return collected
+
+
+def _collected(
+    name: str, images: SampleSet, extractor: FeatureExtractor, options: EvaluationConfig, kinds: set[str]
+) -> Collected:
+    """`collect` under a progress bar."""
+
+    def shown() -> Iterator[Tensor]:
+        for batch in images.batches(options.batch_size):
+            yield batch
+            bar.update(len(batch))
+
+    with progress(name, total=len(images), unit="video" if images.is_video else "image") as bar:
+        try:
+            return collect(shown(), extractor, num_samples=len(images), kinds=kinds)
+        except ValueError as error:
+            raise ValueError(f"{name}, {images.source}: {error}") from error
+
+
+def _clip_score(config: ExperimentConfig, samples: SampleSet) -> Figure:
+    """100 max(cosine, 0) of a sample and its caption, averaged; of a video, averaged over its frames.
+
+    Source: Hessel et al. 2021, arXiv:2104.08718, with the scale of 100 that is reported; Wu et al. 2021,
+    arXiv:2104.14806 (frames).
+    """
+    options = config.evaluation
+    assert options.clip is not None
+    captions = read_captions(samples)
+    device = build_device(config)
+    clip = Clip(options.clip, device=device, allow_download=config.allow_download)
+    total, done = 0.0, 0
+    for batch in samples.batches(options.batch_size):
+        texts = captions[done : done + len(batch)]
+        frames = batch.unbind(1) if samples.is_video else (batch,)
+        scores = torch.stack([clip.similarity(images, texts).clamp(min=0.0) for images in frames])
+        total += float(scores.mean(dim=0).double().sum())
+        done += len(batch)
+    return Figure(f"{CLIP_SCORE}[{clip.name}]", 100.0 * total / len(samples), clip.name, len(samples))
+
+
+def _write(path: Path, figures: list[Figure], *, samples: str, reference: str | None) -> None:
+    rows = {
+        figure.name: {
+            "value": figure.value,
+            "features": figure.features,
+            "num_samples": figure.num_samples,
+            "num_reference": figure.num_reference,
+            **figure.details,
+        }
+        for figure in figures
+    }
+    content = {"figures": rows, "samples": samples, "reference": reference}
+    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())

@@ -1,0 +1,158 @@
+"""Draws samples from a trained model, as the config's sampler, guidance and seed say.
+
+Dims: B samples, C channels, F frames (absent for images), H x W pixels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.diffusion import sampling
+from speedit_plugins.trainer.inputs import Encoder, decode_video
+from speedit_plugins.trainer.models.interface import input_shape
+from speedit_plugins.trainer.models.pretrained import load_weights
+from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.parallel.replica import AUTOCAST
+from speedit_plugins.trainer.parallel.runtime import build_device
+from speedit_plugins.trainer.sampling.conditions import null_condition
+
+
+class SampleGenerator:
+    """Draws images or videos as `sampler`, `guidance_scale` and `seed` of the config say.
+
+    Args:
+        model: on the device that samples are drawn on.
+        process: not respaced.
+        encoder: decodes what the model draws.
+
+    Raises:
+        ValueError: guidance that the model or the encoder's channels do not allow.
+    """
+
+    def __init__(
+        self, model: nn.Module, process: build.Process, encoder: Encoder, config: ExperimentConfig
+    ) -> None:
+        self.model, self.process, self.encoder, self.config = model, process, encoder, config
+        self.what = "videos" if config.num_frames else "images"
+        self.device = next(model.parameters()).device
+        if config.num_classes and config.guidance_scale != 1 and model.null_label is None:
+            raise ValueError(
+                f"guidance_scale {config.guidance_scale} needs a model with class_dropout_prob > 0;"
+                " this one has no null label"
+            )
+        channels = config.sampler.guidance_channels
+        if channels is not None and channels > encoder.channels:
+            raise ValueError(
+                f"sampler.guidance_channels needs <= {encoder.channels} channels, got {channels}"
+            )
+
+    def draw(
+        self,
+        condition: Condition,
+        num_samples: int,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        stream: int = 0,
+        callback: Callable[[int, Tensor], object] | None = None,
+    ) -> Tensor:
+        """`num_samples` samples (B, C, [F,] H, W), about [-1, 1], a function of the seed and `stream`.
+
+        Args:
+            condition: of B samples; None for an unconditional model.
+            weights: parameters by name in place of the model's own, such as an average of them.
+            stream: batches of one run draw from different streams, >= 0.
+            callback: told the number of sampling steps done, and x, after each.
+        """
+        seed = stream_seed(self.config.seed, IMAGE_STREAM, stream)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        options = self.config.sampler
+        is_guided = condition is not None and self.config.guidance_scale != 1
+        is_training = self.model.training
+        self.model.eval()
+        try:
+            latents = sampling.sample(
+                self._model_with(weights),
+                self.process,
+                torch.randn((num_samples, *input_shape(self.model)), generator=generator, device=self.device),
+                condition=condition,
+                null_condition=null_condition(self.model, condition) if is_guided else None,
+                sampler=cast(str, options.type),
+                num_steps=options.num_steps,
+                guidance_scale=self.config.guidance_scale,
+                guidance_channels=options.guidance_channels,
+                clip_sample=options.clip_sample,
+                eta=options.eta,
+                generator=generator,
+                callback=callback,
+            )
+            return decode_video(self.encoder, latents) if latents.ndim == 5 else self.encoder.decode(latents)
+        finally:
+            self.model.train(is_training)
+
+    def draw_batches(
+        self,
+        condition_of: Callable[[Tensor], Condition],
+        rows: Tensor,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        callback: Callable[[int, Tensor], object] | None = None,
+    ) -> Iterator[Tensor]:
+        """Samples of the conditions at rows (N,), `per_proc_batch_size` (B, C, [F,] H, W) at a time.
+
+        Args:
+            condition_of: the conditions at some of the rows, on the device.
+            weights, callback: see `draw`; steps are counted in each batch.
+        """
+        start = 0
+        for some in rows.split(self.config.per_proc_batch_size):
+            yield self.draw(condition_of(some), len(some), weights=weights, stream=start, callback=callback)
+            start += len(some)
+
+    def _model_with(self, weights: Mapping[str, Tensor] | None) -> sampling.Model:
+        own = dict(weights or {})
+        is_half = self.config.precision != "fp32"
+
+        def model(x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+            with torch.autocast(x.device.type, AUTOCAST[self.config.precision], enabled=is_half):
+                return cast(Tensor, functional_call(self.model, own, (x, timestep, condition)))
+
+        return model
+
+
+def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
+    """The generator with averaged weights, the text encoder, and where the weights come from."""
+    source = find_weights(config)
+    device = build_device(config)
+    encoder = build.build_encoder(config, device)
+    captions = build.build_text_encoder(config, device)
+    model = build.build_model(config, encoder, captions).to(device)
+    load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
+    process = build.build_process(config, respaced=False)
+    return SampleGenerator(model, process, encoder, config), captions, source
+
+
+def find_weights(config: ExperimentConfig) -> Path:
+    """`ckpt_path`, or the newest whole checkpoint's folder, which holds averaged weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
+    found = checkpoint.newest_first(checkpoints)
+    named = config.ckpt_path
+    source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
+    if source is None:
+        raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
+    if source.is_dir() and not (source / checkpoint.EMA).is_file():
+        raise ValueError(
+            f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
+        )
+    return source

@@ -1,0 +1,76 @@
+"""The phase sample: a grid of images or videos from a trained model.
+
+Dims: B samples, C channels, F frames (absent for images), H x W pixels.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.trainer import results
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
+from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
+from speedit_plugins.trainer.sampling.inpaint import draw_fills
+from speedit_plugins.trainer.terminal import progress, say
+
+
+def sample(config: ExperimentConfig) -> int:
+    """Draws the sample grid, a column per class or prompt, `samples_per_class` rows; videos move too."""
+    folder = Path(config.experiment_dir)
+    generator, captions, source = load_generator(config)
+    conditions, path = grid_conditions(config, captions), folder / results.SAMPLES
+    if config.inpainting is not None:
+        num_samples = draw_fills(generator, conditions, path)
+    else:
+        num_samples = _grid_size(config, conditions)
+        num_batches = -(-num_samples // config.per_proc_batch_size)
+        with progress("sampling", total=num_batches * config.sampler.num_steps) as bar:
+            num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
+    results.save_config(config, "sample")
+    say(f"sampled {num_samples} {generator.what} with the weights of {source}")
+    results.say_where(folder)
+    return 0
+
+
+def draw_grid(
+    generator: SampleGenerator,
+    conditions: Conditions,
+    path: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    callback: Callable[[int, Tensor], object] | None = None,
+) -> int:
+    """Writes the grid of `samples_per_class` samples of each condition as PNG; returns how many samples.
+
+    Of videos the PNG shows frames from left to right, and the grid also moves, as MP4 and GIF beside it.
+
+    Args:
+        weights: see `SampleGenerator.draw`, as for `callback`.
+    """
+    config = generator.config
+    columns = len(conditions.names) or min(8, config.samples_per_class)
+    num_samples = _grid_size(config, conditions)
+    rows = torch.arange(num_samples) % columns
+    batches = generator.draw_batches(
+        lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback
+    )
+    samples = torch.cat([batch.cpu() for batch in batches])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A class is its column; a prompt has to be read.
+    titles = conditions.names if conditions.captions is not None else ()
+    if samples.ndim == 5:
+        images.save_videos(
+            samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
+        )
+    else:
+        images.save_grid(samples, path, columns=columns, titles=titles)
+    return num_samples
+
+
+def _grid_size(config: ExperimentConfig, conditions: Conditions) -> int:
+    """Samples of a grid, of which a model without conditions has one row."""
+    return config.samples_per_class * max(1, len(conditions.names))

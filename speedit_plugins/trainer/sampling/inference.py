@@ -1,0 +1,103 @@
+"""The phase inference: many samples from a trained model, as files.
+
+Dims: B samples, C channels, F frames (absent for images), H x W pixels.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speedit_plugins.files import write_whole
+from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
+from speedit_plugins.trainer.evaluation.npz import write_npz
+from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.results import CAPTIONS, UNFINISHED
+from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts
+from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
+from speedit_plugins.trainer.terminal import progress, say
+
+
+def inference(config: ExperimentConfig) -> int:
+    """Draws `num_samples` images of random classes or the prompts in turn: PNG files and one ADM-format npz.
+
+    Videos become MP4 files. Prompts are written beside them, as captions.jsonl. The folder has its name when
+    it is whole.
+
+    Raises:
+        ValueError: an earlier inference has written under the same name.
+    """
+    source = find_weights(config)
+    folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
+    suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}")
+    partial, npz, partial_npz = (folder.with_name(f"{folder.name}{suffix}") for suffix in suffixes)
+    for path in (folder, npz):
+        if path.exists():
+            raise ValueError(f"inference would write over {path}; move or delete it")
+    generator, captions, _ = load_generator(config)
+    conditions = all_conditions(config, captions)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    with progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar:
+        if config.num_frames:
+            for _ in _written(generator, conditions, partial, bar):
+                pass
+        else:
+            written = _written(generator, conditions, partial, bar)
+            write_npz(partial_npz, written, num_images=config.num_samples)
+    partial.rename(folder)
+    if not config.num_frames:
+        partial_npz.rename(npz)
+    results.save_config(config, "inference")
+    say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
+    say(f"  {generator.what:<12} {folder}/")
+    if not config.num_frames:
+        say(f"  npz          {npz}")
+    return 0
+
+
+def _name(config: ExperimentConfig, source: Path) -> str:
+    """What decides the samples, as far as a name has room."""
+    # A checkpoint's folder stands for its average.
+    parts = [source.name if source.is_dir() else source.stem]
+    if source.name == checkpoint.EMA:
+        parts = [source.absolute().parent.name]
+    elif source.name == checkpoint.MODEL:
+        parts = [source.absolute().parent.name, source.stem]
+    sampler = config.sampler
+    parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
+    parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}", f"seed{config.seed}"]
+    if config.text_encoder is not None:
+        parts.append(f"prompts{hashlib.sha256(json.dumps(prompts(config)).encode()).hexdigest()[:8]}")
+    return "_".join(parts)
+
+
+def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, bar: Any) -> Iterator[Any]:
+    """Chunks of uint8 samples (B, [F,] H, W, C), each written to `folder` before it is given on."""
+    config = generator.config
+    chooser = torch.Generator().manual_seed(stream_seed(config.seed, LABEL_STREAM))
+    rows = torch.arange(config.num_samples) % max(1, len(conditions.names))
+    if conditions.labels is not None:
+        rows = torch.randint(len(conditions.names), (config.num_samples,), generator=chooser)
+    done = 0
+    for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
+        samples = images.to_uint8(batch)
+        for i, item in enumerate(samples, start=done):
+            images.save(item, folder / f"{i:06d}", frames_per_second=config.frames_per_second)
+        done += len(samples)
+        bar.update(len(samples))
+        yield samples
+    if conditions.captions is not None:
+        suffix = ".mp4" if config.num_frames else ".png"
+        captions = (conditions.names[row] for row in rows.tolist())
+        lines = [
+            json.dumps({"file_name": f"{i:06d}{suffix}", "caption": text}) for i, text in enumerate(captions)
+        ]
+        write_whole(folder / CAPTIONS, "".join(f"{line}\n" for line in lines).encode())

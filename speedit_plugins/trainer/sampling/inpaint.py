@@ -1,0 +1,83 @@
+"""The phase sample of a model trained with inpainting: fills the hole of a given image.
+
+Dims: B fills, C channels of the image, H x W pixels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.images.folder import center_crop, read_rgb
+from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.inputs import masked_latents, with_extra
+from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.generator import SampleGenerator
+
+
+def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -> int:
+    """Writes a grid as PNG: the image with its hole, then `samples_per_class` fills; a row per condition.
+
+    What lies outside the hole is the given image itself.
+
+    Returns:
+        How many fills were drawn.
+
+    Raises:
+        ValueError: the image or the mask cannot be read, their sizes differ, or the mask has no hole.
+    """
+    config = generator.config
+    image, mask = (part.to(generator.device) for part in _image_and_mask(config, generator))
+    num_rows, num_fills = max(1, len(conditions.names)), config.samples_per_class
+    rows = torch.arange(num_rows).repeat_interleave(num_fills)
+    originals = image.expand(len(rows), -1, -1, -1)
+    # Batches of fills take the streams below it.
+    seed = stream_seed(config.seed, IMAGE_STREAM, len(rows))
+    rest = masked_latents(
+        generator.encoder, image, mask, [torch.Generator(generator.device).manual_seed(seed)]
+    )
+
+    def condition_of(some: Tensor) -> Condition:
+        return with_extra(conditions.of(some, generator.device), rest.expand(len(some), -1, -1, -1))
+
+    drawn = torch.cat(list(generator.draw_batches(condition_of, rows)))
+    fills = torch.where(mask > 0, drawn, originals)  # (B, C, H, W)
+    given = image * (1 - mask)
+    cells = torch.cat(
+        [given.expand(num_rows, 1, -1, -1, -1), fills.unflatten(0, (num_rows, num_fills))], dim=1
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images.save_grid(cells.flatten(0, 1), path, columns=1 + num_fills)
+    return len(rows)
+
+
+def _image_and_mask(config: ExperimentConfig, generator: SampleGenerator) -> tuple[Tensor, Tensor]:
+    """The image (1, C, H, W) in [-1, 1] and its mask (1, 1, H, W), 1 in the hole, in the run's size."""
+    assert config.inpaint_image is not None
+    assert config.inpaint_mask is not None
+    image, mask = (_read(Path(path)) for path in (config.inpaint_image, config.inpaint_mask))
+    if image.size != mask.size:
+        raise ValueError(
+            f"inpaint_mask needs the size of the image, {image.size[0]} x {image.size[1]}, got"
+            f" {mask.size[0]} x {mask.size[1]}"
+        )
+    edge = config.image_size
+    if generator.encoder.image_channels == 1:
+        image = image.convert("L")
+    pixels = np.asarray(center_crop(image, edge, edge), dtype=np.float32).reshape(edge, edge, -1)
+    hole = np.asarray(center_crop(mask.convert("L"), edge, edge)) > 127
+    if not hole.any():
+        raise ValueError(f"inpaint_mask needs white pixels in the hole, got none in {config.inpaint_mask}")
+    scaled = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1)
+    return scaled.unsqueeze(0), torch.from_numpy(hole).float()[None, None]
+
+
+def _read(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"inpainting needs an image file, got {path}, which is none")
+    return read_rgb(path)

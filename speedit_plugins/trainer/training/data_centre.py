@@ -1,0 +1,114 @@
+"""The centre of a policy that follows the data: measured before training, then part of the config."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.trainer import build, checkpoint
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
+from speedit_plugins.trainer.inputs import BatchEncoder
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.terminal import say
+
+NUM_SAMPLES = 1024
+# About as many are held as float32 and, of one shape, twice as float64: 1.25 GiB.
+_MAX_VALUES = 2**26
+
+
+class _UnknownCentreError(Exception):
+    """The policy asked for the spectrum of the data."""
+
+
+def is_centred_by_data(config: ExperimentConfig) -> bool:
+    """Whether the policy needs a centre that the config does not say."""
+
+    def unknown() -> DataSpectrum:
+        raise _UnknownCentreError
+
+    process = build.build_process(config, respaced=True)
+    policy, prediction_type = config.diffusion.policy, process.prediction_type
+    try:
+        build_policy(policy, process.schedule, prediction_type, data_spectrum=unknown)
+    except _UnknownCentreError:
+        return True
+    return False
+
+
+def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = None) -> ExperimentConfig:
+    """The config with the centre of its policy, which is measured where it is needed and missing. Collective.
+
+    Rank 0 measures for all, on up to `NUM_SAMPLES` samples of the first epoch; of several shapes, on the one
+    that most of them have.
+
+    Args:
+        resumed: checkpoint that training goes on from, whose centre is kept.
+    """
+    if not is_centred_by_data(config):
+        return config
+    policy = config.diffusion.policy
+    mean = None
+    if runtime.is_main:
+        source = "as in the checkpoint"
+        if resumed is not None:
+            mean = _kept(resumed)
+        if mean is None:
+            mean, source = _measured(config, runtime), "where half of the data's variance is explained"
+        # Without a minus before a zero.
+        say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
+    mean = runtime.gather_objects(mean)[0]
+    diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
+    return dataclasses.replace(config, diffusion=diffusion)
+
+
+def _with_mean(policy: Mapping[str, Any], mean: float) -> dict[str, Any]:
+    if "density" not in policy:
+        return {**policy, "mean": mean}
+    density = policy["density"]
+    parts = {"type": density} if isinstance(density, str) else density
+    return {**policy, "density": {**parts, "mean": mean}}
+
+
+def _kept(resumed: Path) -> float | None:
+    """The centre in a checkpoint's config; None where its policy has none, and is thus another."""
+    saved = load_config(resumed / checkpoint.CONFIG, "train").diffusion.policy
+    parts = saved.get("density", saved)
+    return parts.get("mean") if isinstance(parts, Mapping) else None
+
+
+def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
+    inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
+    # As many at once as a rank encodes in training.
+    batch_size = config.data.batch_size // runtime.world_size
+    loader = ResumableLoader(
+        build.build_dataset(config),
+        batch_size=batch_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+    )
+    # Buckets have other shapes, and with them other components.
+    rows: dict[torch.Size, list[Tensor]] = {}
+    num_samples, num_values = 0, 0
+    while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
+        seeds = [stream_seed(config.seed, NOISE_STREAM, num_samples + place) for place in range(batch_size)]
+        generators = [torch.Generator(runtime.device).manual_seed(seed) for seed in seeds]
+        latents = inputs.encode(next(loader), generators).latents.cpu()
+        rows.setdefault(latents.shape[1:], []).append(latents)
+        num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
+    loader.close()
+    # The shape with the most samples speaks for all.
+    most = max(rows, key=lambda shape: (len(rows[shape]), shape))
+    try:
+        return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
+    except ValueError as error:
+        raise ValueError(
+            f"the policy's mean cannot be measured: {error}; or give the policy a mean"
+        ) from error

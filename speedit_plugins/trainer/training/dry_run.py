@@ -1,0 +1,68 @@
+"""What a config amounts to: parameters, tokens and memory, without allocating the model."""
+
+import torch
+from torch import Tensor, nn
+
+from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MASKS, TEXT_ENCODERS, check
+from speedit_plugins.trainer import build
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.models.interface import example_inputs
+from speedit_plugins.trainer.training.data_centre import is_centred_by_data
+
+
+def describe(config: ExperimentConfig) -> str:
+    """Parameters, tokens per sample and training memory of a config, without allocating the model."""
+    check(ENCODERS, config.encoder, allow_download=False)
+    check(FEATURES, config.features, images=None, labels=None)
+    for registry, section in ((TEXT_ENCODERS, config.text_encoder), (MASKS, config.inpainting)):
+        if section is not None:
+            check(registry, section, allow_download=False)
+    section, given = build.dataset_options(config, augmented=True)
+    check(DATASETS, section, **given)
+    with torch.device("meta"):
+        model = build.build_model(config)
+    batch_size = config.data.batch_size
+    num_parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Weights, gradients, two AdamW moments and the EMA, 4 bytes each.
+    state = 4 * (num_parameters + 4 * trained)
+    activations = _gib(saved_bytes(model, config))
+    if is_centred_by_data(config):
+        policy = f"{config.diffusion.policy}, centred by the data when training starts"
+    else:
+        policy = str(build.build_timestep_policy(config, build.build_process(config, respaced=True)))
+    return "\n".join(
+        [
+            f"parameters         {num_parameters:,}",
+            f"tokens per sample  {model.num_tokens:,}",
+            f"training state     {_gib(state)} (weights, gradients, AdamW, EMA in fp32)",
+            f"activations        about {activations} kept for backward, batch {batch_size} in one process",
+            f"policy             {policy}",
+        ]
+    )
+
+
+def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
+    """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device.
+
+    Under bf16 and fp16 the whole model counts in it, which autocast does for all but the norms.
+    """
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    model = model.to(dtype).train()
+    storages: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Views share a storage; holding the tensor keeps its address from being given out again.
+        storages[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    inputs = example_inputs(model, config.data.batch_size, dtype=dtype)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    kept = {key: tensor for key, tensor in storages.items() if key not in parameters}
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,47 @@
+"""Exponential moving average of the trained weights."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.trainer.parallel.master_weights import Slice
+
+
+class Ema:
+    """fp32 moving average of this rank's slice of every trained parameter.
+
+    Args:
+        slices: views of the float32 masters, by parameter name.
+        halflife_steps: updates after which a weight counts half; > 0. DiT's decay 0.9999 is 6931.
+        ramp: begin with the shorter memory (1 + n) / (10 + n) after n updates, so that early averages do not
+            hold the initialisation. Source: TensorFlow's ExponentialMovingAverage(num_updates).
+    """
+
+    def __init__(self, slices: Mapping[str, Slice], *, halflife_steps: float, ramp: bool = True) -> None:
+        if not halflife_steps > 0:
+            raise ValueError(f"ema needs halflife_steps > 0, got {halflife_steps}")
+        self._decay = 0.5 ** (1 / halflife_steps)
+        self._ramp = ramp
+        self._current = [part.values for part in slices.values()]
+        self.slices = {name: Slice(part.start, part.values.clone()) for name, part in slices.items()}
+        self._averages = [part.values for part in self.slices.values()]
+        self.num_updates = 0
+
+    @property
+    def decay(self) -> float:
+        """Share of the average that the next update keeps, in (0, 1)."""
+        n = self.num_updates
+        return min(self._decay, (1 + n) / (10 + n)) if self._ramp else self._decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the current parameters."""
+        torch._foreach_lerp_(self._averages, self._current, 1 - self.decay)
+        self.num_updates += 1
+
+    def load(self, weights: Mapping[str, Tensor], num_updates: int) -> None:
+        """Restores from whole averaged tensors (of other names ignored), and the number of updates."""
+        for name, part in self.slices.items():
+            part.values.copy_(weights[name].reshape(-1)[part.start : part.start + len(part.values)])
+        self.num_updates = num_updates

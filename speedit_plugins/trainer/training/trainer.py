@@ -1,0 +1,364 @@
+"""The training loop of one rank.
+
+Dims: B samples of this rank in a batch.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import Tensor
+
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.build import Process
+from speedit_plugins.trainer.config.checks import check_same_run
+from speedit_plugins.trainer.config.loading import to_yaml
+from speedit_plugins.trainer.config.schema import ExperimentConfig, OptimizerConfig
+from speedit_plugins.trainer.data.loader import (
+    MODEL_STREAM,
+    NOISE_STREAM,
+    TIMESTEP_STREAM,
+    ResumableLoader,
+    stream_seed,
+)
+from speedit_plugins.trainer.diffusion.process import LossTerms
+from speedit_plugins.trainer.inputs import BatchEncoder
+from speedit_plugins.trainer.logging.step_timer import StepClock
+from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
+from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
+from speedit_plugins.trainer.models.interface import input_shape
+from speedit_plugins.trainer.parallel import master_weights
+from speedit_plugins.trainer.parallel.replica import Engine, StepResult
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.results import CHECKPOINTS
+from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.ema import Ema
+from speedit_plugins.trainer.training.interrupt import StopRequest
+
+DrawGrid = Callable[[Mapping[str, Tensor], int], object]
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What a trainer is made of; all of it on the runtime's device.
+
+    `mfu` turns samples per second into model FLOPs utilisation, None where the device's peak is unknown;
+    `profiler` is what `profile_every` needs on rank 0.
+    """
+
+    engine: Engine
+    inputs: BatchEncoder
+    process: Process
+    policy: TimestepPolicy
+    loader: ResumableLoader
+    runtime: Runtime
+    mfu: Callable[[float], float] | None = None
+    profiler: TimestepProfiler | None = None
+
+
+class Trainer:
+    """Trains a model step by step; everything that decides the next step is in its checkpoint.
+
+    Data order, timesteps and noise are functions of the seed, the step and the sample's position in the
+    step's global batch: a resumed run goes on with those of an uninterrupted one, on any number of ranks.
+    Label dropout, which the model draws, is one of seed, step and rank.
+
+    Args:
+        parts: the objects that train.
+        config: the experiment, phase train.
+        draw_grid: on rank 0 called with the averaged weights and the step every `sample_every` steps.
+
+    Raises:
+        ValueError: `sample_every` without `draw_grid`, `profile_every` without a profiler.
+    """
+
+    def __init__(
+        self, parts: TrainingParts, config: ExperimentConfig, *, draw_grid: DrawGrid | None = None
+    ) -> None:
+        if config.sample_every and draw_grid is None:
+            raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
+        if config.profile_every and parts.runtime.is_main and parts.profiler is None:
+            raise ValueError(f"profile_every: {config.profile_every} needs a profiler, got None")
+        self.engine, self.inputs, self.runtime = parts.engine, parts.inputs, parts.runtime
+        self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
+        self.config, self.device = config, parts.runtime.device
+        self.model = self.engine.module
+        self.folder = Path(config.experiment_dir)
+        self.batch_size = config.data.batch_size * config.optimizer.grad_accumulation
+        self._slices = master_weights.owned(self.engine.masters, self.runtime)
+        self._shapes = {master.name: master.shape for master in self.engine.masters}
+        self.ema = Ema(self._slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
+        self.window = LossWindow(self.policy, batch_size=self.batch_size, device=self.device)
+        self.clock = StepClock(self.device)
+        self.step = 0
+        self.num_skipped = 0
+        self._num_skipped_in_a_row = 0
+        self._num_tokens = 0
+        self._saved_step = -1
+        self._last_saved: Path | None = None
+        self._draw_grid, self._mfu, self.profiler = draw_grid, parts.mfu, parts.profiler
+        rows = config.data.batch_size // self.runtime.world_size
+        self._generators = [torch.Generator(self.device) for _ in range(rows)]
+        self._timestep_generator = torch.Generator(self.device)
+
+    def fit(self, tracker: Tracker, stop: StopRequest) -> None:
+        """Trains to `max_training_steps`, or until a rank was asked to stop; saves either way, at one step.
+
+        Raises:
+            ValueError: too many steps in a row were skipped; nothing is saved then.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        self.engine.model.train()
+        last = self.config.max_training_steps
+        is_stopping = False
+        while self.step < last and not is_stopping:
+            result, is_stopping = self.optimizer_step(stop)
+            tracker.step_done()
+            if self.step % self.config.log_every == 0 or self.step == last:
+                self._log(tracker, result)
+            if self.step % self.config.ckpt_every == 0:
+                self.save()
+            # A grid takes many model calls: a pending stop does not wait for it.
+            if self._draw_grid is not None and not is_stopping and self.step % self.config.sample_every == 0:
+                self._draw(self._draw_grid)
+        if self.step != self._saved_step:
+            self.save()
+
+    def optimizer_step(self, stop: StopRequest | None = None) -> tuple[StepResult, bool]:
+        """One optimizer step over `grad_accumulation` batches.
+
+        A loss or gradient norm that is not finite, on any rank, skips it on all of them.
+
+        Returns:
+            The step's result, and whether any rank was asked to stop by then.
+
+        Raises:
+            ValueError: `max_skipped_steps` in a row were skipped.
+        """
+        self.policy.advance(self.step)
+        torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
+        timesteps = self._draw_timesteps()
+        self._num_tokens = 0
+        seen: list[tuple[TimestepDraw, LossTerms]] = []
+        num_batches = self.config.optimizer.grad_accumulation
+        for number in range(num_batches):
+            with self.clock.phase("data"):
+                batch = next(self.loader)
+            draw = self._rows(timesteps, number)
+            with self.engine.micro_batch(is_last=number + 1 == num_batches):
+                seen.append((draw, self.train_step(batch, draw)))
+        with self.clock.phase("optimizer"):
+            is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
+            is_asked = stop is not None and stop.signal_name is not None
+            bad_rank, is_any_asked = self.runtime.maximum(
+                [-1 if is_finite else self.runtime.rank, float(is_asked)]
+            )
+            lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
+            result = self.engine.step(lr, is_healthy=bad_rank < 0)
+        self.step += 1
+        if result.is_skipped:
+            self._count_skipped("the gradient norm" if bad_rank < 0 else f"a loss on rank {bad_rank:.0f}")
+        else:
+            self._learn(seen)
+        self.clock.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
+        return result, bool(is_any_asked)
+
+    def train_step(self, batch: Mapping[str, Tensor], draw: TimestepDraw) -> LossTerms:
+        """Forward and backward of one batch; the loss per sample.
+
+        Args:
+            batch: of the loader, see `BatchEncoder.encode`.
+            draw: its timesteps.
+        """
+        with self.clock.phase("encode"):
+            given = self.inputs.encode(batch, self._generators)
+            self._num_tokens += self._tokens_of(given.latents) * self.runtime.world_size
+        with self.clock.phase("forward"):
+            noised = self.process.corrupt(given.latents, draw, noise=given.noise)
+            with self.engine.autocast():
+                prediction = self.engine.model(noised.x_t, noised.timestep, given.condition)
+            terms = self.process.loss(prediction, noised, draw)
+        with self.clock.phase("backward"):
+            self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
+        return terms
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained parameter on rank 0, empty elsewhere; collective."""
+        return master_weights.gather(self._slices, self._shapes, self.runtime)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The EMA of every trained parameter on rank 0, empty elsewhere; collective."""
+        return master_weights.gather(self.ema.slices, self._shapes, self.runtime)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step, and returns its folder; collective.
+
+        Raises:
+            ValueError: a weight is not finite.
+            CheckpointError: it cannot be written; earlier ones are as before.
+        """
+        finite = torch.stack([part.values.isfinite().all() for part in self._slices.values()]).all()
+        if self.runtime.maximum([float(not finite)])[0]:
+            raise ValueError(
+                f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
+            )
+        weights, averages = self.weights(), self.averaged_weights()
+        untrained = self.engine.untrained()
+        contents = checkpoint.Contents(
+            model={**untrained, **weights},
+            ema={**untrained, **averages},
+            moments=master_weights.optimizer_slices(self.engine.optimizer, self.engine.masters, self.runtime),
+            state={
+                "step": self.step,
+                "num_skipped": self.num_skipped,
+                "ema_updates": self.ema.num_updates,
+                "loader": self.loader.state_dict(),
+                "policy": self.policy.state_dict(),
+                "scaler": self.engine.scaler_state(),
+            },
+            config=to_yaml(self.config),
+        )
+        path = checkpoint.save(
+            self.folder / CHECKPOINTS,
+            self.step,
+            contents,
+            keep_last=self.config.keep_last,
+            keep_every=self.config.keep_every,
+            runtime=self.runtime,
+        )
+        self._saved_step, self._last_saved = self.step, path
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Continues from the checkpoint folder `path`, bit for bit on as many ranks as wrote it.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another model, policy, encoder or dataset.
+        """
+        saved = checkpoint.load(path)
+        state = saved.state
+        try:
+            # Both as they are saved: redacted, lists for tuples.
+            check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
+            _check_shapes(saved.model, self.model.state_dict())
+            self.engine.load_weights(saved.model)
+            self.ema.load(saved.ema, state["ema_updates"])
+            self.engine.load_moments(saved.moments)
+            self.engine.load_scaler_state(state["scaler"])
+            self.loader.load_state_dict(state["loader"])
+            self.policy.load_state_dict(state["policy"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
+        self.step = self._saved_step = state["step"]
+        self._last_saved = path
+        self.num_skipped = state["num_skipped"]
+
+    def _draw_timesteps(self) -> TimestepDraw:
+        """Those of the whole step, the same on all ranks: a stratified draw spans the global batch."""
+        seed = stream_seed(self.config.seed, TIMESTEP_STREAM, self.step)
+        generator = self._timestep_generator.manual_seed(seed)
+        return self.policy.draw(self.batch_size, device=self.device, generator=generator)
+
+    def _rows(self, timesteps: TimestepDraw, number: int) -> TimestepDraw:
+        """This rank's part of batch `number` of the step; seeds its samples' generators."""
+        num_rows = len(self._generators)
+        first = number * self.config.data.batch_size + self.runtime.rank * num_rows
+        for position, generator in enumerate(self._generators, start=first):
+            generator.manual_seed(stream_seed(self.config.seed, NOISE_STREAM, self.step, position))
+        rows = slice(first, first + num_rows)
+        return replace(
+            timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
+        )
+
+    def _tokens_of(self, latents: Tensor) -> int:
+        """Tokens of a batch, whose sides may differ from those the model is built for."""
+        per_sample = cast(int, self.model.num_tokens) * latents[:, 0].numel()
+        return per_sample // math.prod(input_shape(self.model)[1:])
+
+    def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
+        """What follows from a step that moved the weights."""
+        self._num_skipped_in_a_row = 0
+        with self.clock.phase("ema"):
+            self.ema.update()
+        for draw, terms in seen:
+            # Scored by the law it was drawn from, before the policy learns from it.
+            self.window.add(draw, terms)
+        index = torch.cat([draw.index for draw, _ in seen])
+        self.policy.update(index, torch.cat([(terms.mse + terms.vb).detach() for _, terms in seen]))
+
+    def _count_skipped(self, culprit: str) -> None:
+        self.num_skipped += 1
+        self._num_skipped_in_a_row += 1
+        if self.runtime.is_main:
+            say(f"step {self.step} skipped: {culprit} is not finite ({self.num_skipped} skipped so far)")
+        if self._num_skipped_in_a_row >= self.config.max_skipped_steps:
+            raise ValueError(
+                f"training diverged: {self._num_skipped_in_a_row} steps in a row up to {self.step} were"
+                f" skipped, the last because {culprit} is not finite; {self._last_checkpoint()}"
+            )
+
+    def _log(self, tracker: Tracker, result: StepResult) -> None:
+        losses = self.window.summary(self.runtime.sum)
+        pace = self.clock.summary()
+        memory = self.runtime.maximum([float(peak_memory_bytes(self.device))])[0]
+        row: dict[str, Any] = {
+            **losses,
+            "grad_norm": result.grad_norm,
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.num_skipped,
+            **pace,
+            "peak_memory_bytes": int(memory),
+        }
+        if self.inputs.num_cut_captions is not None:
+            row["cut_captions"] = self.inputs.num_cut_captions
+        if self._mfu is not None:
+            row["mfu"] = self._mfu(pace["samples_per_second"])
+        # The first line from a multiple of profile_every on.
+        every = self.config.profile_every
+        if every and self.step % every < self.config.log_every:
+            row |= self._profile()
+        tracker.log(self.step, row)
+
+    def _profile(self) -> dict[str, Any]:
+        weights = self.weights()
+        if self.profiler is None:
+            return {}
+        profile = asdict(self.profiler.measure(weights, self.engine.untrained()))
+        return {f"profile_{name}": values for name, values in profile.items()}
+
+    def _draw(self, draw_grid: DrawGrid) -> None:
+        averages = self.averaged_weights()
+        if self.runtime.is_main:
+            # Frozen tensors too: a plugin may have cast the model's own.
+            weights = {**self.engine.untrained(), **averages}
+            draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
+
+    def _last_checkpoint(self) -> str:
+        last = self._last_saved
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"
+
+
+def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of the step after `step` done ones: linear warm-up, then constant or a cosine to min_lr.
+
+    Source of the cosine: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5 without restarts.
+    """
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    done = min(1.0, (step - options.warmup_steps) / (num_steps - options.warmup_steps))
+    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
+    for name in (*shapes[0], *shapes[1]):
+        got, needed = (table.get(name) for table in shapes)
+        if got != needed:
+            raise ValueError(f"{name} has shape {got}, wanted {needed}")

@@ -1,0 +1,53 @@
+"""What the soak benchmark leaves behind; its trainings are replaced."""
+
+import importlib
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    pytest.importorskip("psutil")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("soak")
+    monkeypatch.setattr("sys.argv", ["soak"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_launch", lambda folder, options: folder.mkdir())
+    monkeypatch.setattr(module, "_finish", lambda job: "")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("differences", "resumed_step", "is_kept"), [([], 5, False), (["model/x"], 5, True), ([], 4, True)]
+)
+def test_the_runs_are_kept_where_something_is_wrong(
+    soak: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    differences: list[str],
+    resumed_step: int,
+    is_kept: bool,
+) -> None:
+    def killed(folder: Path, options: list[str], **chances: Any) -> list[Any]:
+        folder.mkdir()
+        return [soak.Kill("step", 0, 5, resumed_step, False)]
+
+    monkeypatch.setattr(soak, "_killed", killed)
+    monkeypatch.setattr(soak, "_differences", lambda *folders: differences)
+    if is_kept:
+        with pytest.raises(SystemExit) as ended:
+            soak.main()
+        assert ended.value.code == 1
+        (folder,) = tmp_path.iterdir()
+        assert {path.name for path in folder.iterdir()} == {"whole", "killed"}
+        assert f"both runs are kept in {folder}" in capsys.readouterr().out
+    else:
+        soak.main()
+        assert list(tmp_path.iterdir()) == []

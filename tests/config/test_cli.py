@@ -1,0 +1,172 @@
+"""The command line: exit codes, messages, what is imported when."""
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer.config.loading import ExperimentConfig, load_config, to_yaml
+
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = str(REPOSITORY / "configs/image/digits/speedit.yaml")
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts functions in the place of an engine module, so that no torch is needed."""
+
+    def put(name: str, **functions: Callable[[ExperimentConfig], object]) -> None:
+        module = types.ModuleType(f"speedit_plugins.trainer.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+@pytest.mark.parametrize("phase", ["train", "inference", "sample", "test"])
+def test_each_phase_runs_with_its_config_and_exit_code(stub: Callable[..., None], phase: str) -> None:
+    seen = []
+
+    def run(config: ExperimentConfig) -> int:
+        seen.append(config)
+        return 3
+
+    homes = {"train": "training.train", "sample": "sampling.grids", "test": "sampling.evaluate"}
+    stub(homes.get(phase, "sampling.inference"), **{phase: run})
+    # Options may stand between and after the key=value arguments.
+    assert main(["seed=4", "-c", DIGITS, "reference=r.npz", "-p", phase, "log_every=7"]) == 3
+    assert seen == [load_config(DIGITS, phase, ["seed=4", "reference=r.npz", "log_every=7"])]
+
+
+def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub("training.dry_run", describe=lambda config: f"seed {config.seed} described")
+    assert main(["-c", DIGITS, "-p", "train", "seed=4", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    config = load_config(DIGITS, "train", ["seed=4"])
+    assert out == f"{to_yaml(config)}\nseed 4 described\n"
+    assert OmegaConf.create(out.split("\n\n")[0]).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "order"),
+    [
+        (RuntimeError("gloo: Connection closed by peer"), 3, ["wait", "tell"]),
+        (FileNotFoundError("no such image"), 2, ["tell"]),
+    ],
+)
+def test_who_lost_a_peer_tells_the_launcher_after_the_peer(
+    stub: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, order: list[str]
+) -> None:
+    def fail(config: ExperimentConfig) -> int:
+        raise error
+
+    stub("training.train", train=fail)
+    done: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("speedit_plugins.cli.time.sleep", lambda seconds: done.append("wait"))
+    monkeypatch.setattr("speedit_plugins.cli._tell_launcher", lambda error: done.append("tell"))
+    assert main(["-c", DIGITS, "-p", "train"]) == code
+    assert done == order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: -c/--config, -p/--phase; see speedit --help"),
+        (["-c", DIGITS, "-p", "tain"], "argument -p/--phase: invalid choice: 'tain'"),
+        (["-c", DIGITS, "-p", "train", "--dry"], "unrecognized arguments: --dry"),
+        (["-c", DIGITS, "-p", "train", "sed=3"], "sed: unknown key; did you mean 'seed'?"),
+        (["-c", "nowhere/x.yaml", "-p", "train"], "config 'nowhere/x.yaml' does not exist"),
+        (["-c", DIGITS, "-p", "sample", "sample_classes=[]"], "sample_classes: wanted at least one class"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"speedit: error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_file_errors_of_a_phase_are_one_line(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(config: ExperimentConfig) -> int:
+        raise OSError(28, "No space left on device", "outputs/x")
+
+    stub("train", train=full_disk)
+    assert main(["-c", DIGITS, "-p", "train"]) == 2
+    assert capsys.readouterr().err == "speedit: error: [Errno 28] No space left on device: 'outputs/x'\n"
+
+
+def test_value_errors_of_this_package_are_one_line(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub("train", train=lambda config: load_config(DIGITS, "no\nphase"))
+    assert main(["-c", DIGITS, "-p", "train"]) == 2
+    assert capsys.readouterr().err.startswith("speedit: error: phase needs one of")
+
+
+@pytest.mark.parametrize("fault", [ValueError("inside a library"), KeyError("x"), RuntimeError("x")])
+def test_faults_keep_their_traceback(stub: Callable[..., None], fault: Exception) -> None:
+    def train(config: ExperimentConfig) -> int:
+        raise fault  # this file stands outside the package, as a library does
+
+    stub("train", train=train)
+    with pytest.raises(type(fault)):
+        main(["-c", DIGITS, "-p", "train"])
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "speedit -c image/digits/speedit.yaml -p train" in capsys.readouterr().out
+
+
+REFERENCE_RUN = """
+import sys, types
+run = types.ModuleType("speedit_plugins.trainer.training.train")
+run.train = lambda config: 0
+sys.modules[run.__name__] = run
+from speedit_plugins.cli import main
+code = main(["-c", sys.argv[1], "-p", "train", "diffusion.faster=True"])
+sys.exit("torch was imported" if "torch" in sys.modules else code)
+"""
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_process_reports_translated_keys(rank: str, lines: int) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", REFERENCE_RUN, DIGITS],
+        cwd=REPOSITORY,
+        env={**os.environ, "RANK": rank},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    wanted = "reference key: diffusion.faster: True -> diffusion.policy: {'type': 'speedit'}\n"
+    assert ran.stderr == wanted * lines
+
+
+def test_a_bad_config_fails_before_torch_is_imported() -> None:
+    arguments = [sys.executable, "-X", "importtime", "tools/main.py", "-c", DIGITS, "-p", "train", "sed=1"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ran = subprocess.run(arguments, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines() if "import time:" in line}
+    assert "omegaconf" in imported
+    assert not {"torch", "mmengine", "numpy"} & imported
+    assert ran.stderr.splitlines()[-1].startswith("speedit: error: sed: unknown key")

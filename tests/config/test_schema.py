@@ -1,0 +1,197 @@
+"""Types, ranges and the keys that a phase needs."""
+
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from speedit_plugins.trainer.config.checks import check_phase, check_same_run
+from speedit_plugins.trainer.config.loading import load_config, to_yaml
+from speedit_plugins.trainer.config.schema import (
+    ConfigError,
+    DiffusionConfig,
+    EmaConfig,
+    ExperimentConfig,
+    SamplerConfig,
+    build_section,
+    check_keys,
+    describe_type,
+    join,
+    key_paths,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+MINIMAL: dict[str, Any] = {
+    "experiment_dir": "outputs/x",
+    "num_classes": 10,
+    "image_size": 8,
+    "model": {"type": "DiT", "input_size": 8, "num_classes": 10, "depth": 2},
+    "data": {"dataset": {"type": "Digits"}, "batch_size": 8},
+    "max_training_steps": 10,
+}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    file = tmp_path / "leaf.yaml"
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(MINIMAL)))
+    return file
+
+
+def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        load_config(path, phase, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("leerning_rate=1", "leerning_rate: unknown key; known here: experiment_dir,"),
+        ("num_clases=1", "num_clases: unknown key; did you mean 'num_classes'?"),
+        ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'optimizer.warmup_steps'?"),
+        ("data.batchsize=1", "data.batchsize: unknown key; did you mean 'data.batch_size'?"),
+        ("seed=x", "seed: wanted int, got 'x'"),
+        ("seed=1.5", "seed: wanted int, got 1.5"),
+        ("data.batch_size=true", "data.batch_size: wanted int, got True"),
+        ("data.batch_size=0", "data.batch_size: wanted int >= 1, got 0"),
+        ("optimizer.lr=.nan", "optimizer.lr: wanted float, got nan"),
+        ("optimizer.lr=0", "optimizer.lr: wanted float > 0, got 0.0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: wanted list of 2 float, got [0.9]"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: wanted float < 1, got 1.0"),
+        ("sample_classes=3", "sample_classes: wanted list of int, got 3"),
+        ("sample_classes=[a]", "sample_classes[0]: wanted int, got 'a'"),
+        ("diffusion.diffusion_steps=1", "diffusion.diffusion_steps: wanted int >= 2, got 1"),
+        ("resume=false", "resume: wanted str, got False"),
+        ("allow_tf32=1", "allow_tf32: wanted bool, got 1"),
+        ("precision=fp8", "precision: wanted one of fp32, bf16, fp16, got 'fp8'"),
+        ("optimizer=3", "optimizer: wanted a section with keys, got 3"),
+        ("model={depth: 3}", None),
+        ("model=3", "model: wanted a name or a section with `type`, got 3"),
+        ("encoder={type: null}", "encoder: wanted a `type`, got keys ['type']"),
+        ("seed", "argument wanted key=value, got 'seed'"),
+        ("=3", "argument wanted key=value, got '=3'"),
+        ("seed=[1", "seed: the value on the command line is not valid YAML; quote it"),
+    ],
+)
+def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: str | None) -> None:
+    if message is None:
+        assert load_config(minimal, "train", [override]).model["depth"] == 3
+        return
+    error = error_of(minimal, override)
+    assert error.startswith(message)
+    assert "command line" in error or "argument" in error
+
+
+@pytest.mark.parametrize(
+    ("phase", "overrides", "message"),
+    [
+        ("train", ["max_training_steps=0"], "max_training_steps: train wanted int >= 1, got 0"),
+        ("sample", [], "sample_classes: wanted at least one class for the grid, got none"),
+        ("sample", ["sample_classes=[0, 10]"], "sample_classes: wanted in [0, 10), got 10"),
+        ("train", ["sample_every=5"], "sample_classes: wanted at least one class for the grid, got none"),
+        ("inference", ["sampler.eta=0.5"], "sampler.eta: has no effect with ddpm; wanted 0, got 0.5"),
+        (
+            "inference",
+            ["sampler.num_steps=1001"],
+            "sampler.num_steps: ddpm wanted int in [2, 1000] of diffusion.diffusion_steps",
+        ),
+        ("inference", ["sampler.guidance_channels=3"], "sampler.guidance_channels: has no effect"),
+        (
+            "inference",
+            ["num_classes=0", "model.num_classes=0", "guidance_scale=2"],
+            "guidance_scale: needs classes, but num_classes is 0, or text; wanted 1, got 2.0",
+        ),
+        ("train", ["model.num_classes=7"], "model.num_classes: wanted the value of num_classes, 10, got 7"),
+        (
+            "train",
+            ["model.learn_sigma=false"],
+            "model.learn_sigma: wanted the value of diffusion.learn_sigma, True, got False",
+        ),
+        (
+            "train",
+            ["sample_every=5", "sample_classes=[1]", "diffusion.timestep_respacing=250"],
+            "sample_every: a respaced training process draws no grids; wanted 0",
+        ),
+        ("tain", [], "phase needs one of train, inference, sample, test, got 'tain'"),
+    ],
+)
+def test_what_a_phase_needs(minimal: Path, phase: str, overrides: list[str], message: str) -> None:
+    assert error_of(minimal, *overrides, phase=phase).startswith(message)
+
+
+def test_whole_floats_are_step_counts(minimal: Path) -> None:
+    steps = load_config(minimal, "train", ["max_training_steps=1e5"]).max_training_steps
+    assert steps == 100_000
+    assert isinstance(steps, int)
+
+
+def test_ema_default_is_the_decay_of_dit() -> None:
+    # 6931.1 steps halve at decay 0.9999; the default is that, rounded to a whole step.
+    assert 0.5 ** (1 / EmaConfig().halflife_steps) == pytest.approx(0.9999, abs=2e-9)
+
+
+def test_every_key_stands_in_the_documentation() -> None:
+    text = (REPOSITORY / "docs/configs.md").read_text()
+    missing = [path for path in key_paths() if f"`{path}`" not in text]
+    assert not missing
+
+
+def test_schema_functions_on_small_cases() -> None:
+    assert build_section(SamplerConfig, {"num_steps": 5}) == SamplerConfig(num_steps=5)
+    with pytest.raises(
+        ConfigError, match="^sampler.steps: unknown key; did you mean 'sampler.num_steps'"
+    ) as caught:
+        check_keys(ExperimentConfig, {"sampler": {"steps": 1}})
+    assert caught.value.path == "sampler.steps"
+    assert "policy" not in DiffusionConfig().process_config()
+    assert DiffusionConfig().process_config()["type"] == "SpeeDiffusion"
+    assert (join("", "a"), join("a", "b")) == ("a", "a.b")
+    assert describe_type(str | None) == "str or null"
+    assert key_paths(SamplerConfig)["eta"] is float
+    check_phase(build_section(ExperimentConfig, MINIMAL), "train")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("encoder.channels=1", r"encoder was .*'channels': 3.*, got .*'channels': 1"),
+        ("text_encoder.max_length=12", r"text_encoder was .*'max_length': 16.*, got .*'max_length': 12"),
+        ("diffusion.shift=3", r"diffusion\.shift was 1\.0, got 3\.0"),
+        ("diffusion.policy=speed", r"diffusion\.policy was \{'type': 'speedit'\}, got \{'type': 'speed'\}"),
+        ("optimizer.lr=1e-3", None),
+        ("caption_dropout_prob=0.2", None),
+    ],
+)
+def test_a_run_goes_on_with_the_process_and_the_encoders_it_began_with(
+    override: str, message: str | None
+) -> None:
+    saved, config = (
+        yaml.safe_load(to_yaml(load_config("configs/text_to_image/emoji.yaml", "train", overrides)))
+        for overrides in ([], [override])
+    )
+    check_same_run(saved, saved)
+    if message is None:
+        check_same_run(saved, config)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_same_run(saved, config)
+
+
+def test_every_path_may_begin_with_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    keys = ("experiment_dir", "reference", "samples", "evaluation.reference_statistics", "evaluation.clip")
+    config = load_config(minimal, "test", [f"{key}=~/{key}" for key in keys])
+    for key in keys:
+        assert attrgetter(key)(config) == f"/somewhere/{key}"
+    keys = ("resume", "pretrained", "ckpt_path")
+    config = load_config(minimal, "train", [f"{key}=~/{key}" for key in keys])
+    for key in keys:
+        assert attrgetter(key)(config) == f"/somewhere/{key}"
+    # A name of the hub is no path of the user's.
+    assert load_config(minimal, "test", ["evaluation.clip=openai/clip"]).evaluation.clip == "openai/clip"

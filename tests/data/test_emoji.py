@@ -1,0 +1,208 @@
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import build_emoji
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from speedit_plugins.registry import DATASETS, build
+from speedit_plugins.trainer.data.images.emoji import SOURCE, Emoji
+from speedit_plugins.trainer.data.loader import ResumableLoader
+
+LARGEST_FILE_BYTES = 2_200_000
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def image_of(caption: str, **options: Any) -> torch.Tensor:
+    emoji = Emoji(**options)
+    image: torch.Tensor = emoji.load(emoji.captions.index(caption), generator())["image"]
+    return image
+
+
+def test_names_fit_their_pictures() -> None:
+    emoji = Emoji()
+    assert (len(emoji), emoji.channels, emoji.num_classes, emoji.image_size) == (1911, 3, 0, 32)
+    sample = emoji.load(0, generator())
+    assert sample["caption"] == emoji.captions[0] == "grinning face"
+    assert sample["image"].dtype == torch.float32
+    # Red, green and blue in the middle of plain shapes.
+    for channel, caption in enumerate(["red heart", "green circle", "blue circle"]):
+        image = image_of(caption)
+        assert image.shape == (3, 32, 32)
+        assert int(image[:, 16, 16].argmax()) == channel
+    france = image_of("flag: france")
+    assert [int(france[:, 16, column].argmax()) for column in (4, 28)] == [2, 0]
+    assert float(france[:, 16, 16].min()) > 0.8  # white between
+
+
+def test_pixels_span_the_scale_and_lie_over_white() -> None:
+    emoji = Emoji()
+    images = torch.stack([emoji.load(index, generator())["image"] for index in range(len(emoji))])
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+    # A circle leaves the corners of its picture empty.
+    assert torch.equal(image_of("red circle")[:, ::31, ::31], torch.ones(3, 2, 2))
+
+
+def test_captions_are_different_and_plain() -> None:
+    captions = Emoji().captions
+    assert len(set(captions)) == len(captions)
+    assert all(c.isascii() and c == c.lower().strip() and c for c in captions)
+    assert {"flag: cote d'ivoire", "pinata", "nine o'clock"} <= set(captions)
+    assert not any("skin tone" in caption and ":" in caption for caption in captions)
+
+
+def test_the_smaller_size_is_the_mean_of_two_by_two_pixels() -> None:
+    large, small = image_of("red heart"), image_of("red heart", image_size=16)
+    mean = (large[:, ::2, ::2] + large[:, 1::2, ::2] + large[:, ::2, 1::2] + large[:, 1::2, 1::2]) / 4
+    # Another order of float32 additions of values up to 1.
+    assert_close(small, mean, atol=1e-6, rtol=0)
+
+
+def test_the_splits_are_every_tenth_image_and_the_rest() -> None:
+    whole, train, test = (Emoji(split=split) for split in ("all", "train", "test"))
+    assert test.captions == whole.captions[9::10]
+    assert sorted(train.captions + test.captions) == sorted(whole.captions)
+    sample, same = test.load(3, generator()), whole.load(39, generator())
+    assert sample["caption"] == same["caption"]
+    assert torch.equal(sample["image"], same["image"])
+
+
+def test_a_flip_is_drawn_where_it_is_asked_for() -> None:
+    drawn = generator()
+    plain = Emoji().load(5, drawn)["image"]
+    assert torch.equal(drawn.get_state(), generator().get_state())
+    emoji = Emoji(random_flip=True)
+    seen = [emoji.load(5, generator(seed))["image"] for seed in range(40)]
+    flipped = [torch.equal(image, plain.flip(-1)) for image in seen]
+    assert all(
+        is_flipped or torch.equal(image, plain) for image, is_flipped in zip(seen, flipped, strict=True)
+    )
+    # 4 sigma of a fair coin thrown 40 times: 4 sqrt(10) = 12.6.
+    assert 7 < sum(flipped) < 33
+
+
+def test_bad_options_say_what_is_wanted() -> None:
+    with pytest.raises(ValueError, match=r"image_size in \(16, 32\), got 64"):
+        build(DATASETS, {"type": "Emoji", "image_size": 64})
+    with pytest.raises(ValueError, match=r"split in \('all', 'train', 'test'\), got 'val'"):
+        Emoji(split="val")
+    with pytest.raises(IndexError, match="has 191 images, got index 191"):
+        Emoji(split="test").load(191, generator())
+
+
+def test_workers_and_a_pickled_copy_give_the_same_batches() -> None:
+    emoji = Emoji(random_flip=True)
+    alone = ResumableLoader(emoji, batch_size=8)
+    forked = ResumableLoader(pickle.loads(pickle.dumps(emoji)), batch_size=8, num_workers=2)  # noqa: S301 - written here
+    for _ in range(3):
+        mine, theirs = next(alone), next(forked)
+        assert mine["caption"] == theirs["caption"]
+        assert torch.equal(mine["image"], theirs["image"])
+    forked.close()
+
+
+def test_the_file_is_small_and_its_sources_are_named() -> None:
+    assert SOURCE.stat().st_size <= LARGEST_FILE_BYTES
+    attribution = (SOURCE.parent / "EMOJI_ATTRIBUTION.md").read_text()
+    assert "Twemoji" in attribution
+    assert "CC-BY 4.0" in attribution
+
+
+class TestTool:
+    def test_a_picture_is_laid_over_white_and_averaged(self) -> None:
+        picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        picture.putpixel((0, 0), (255, 0, 0, 255))
+        picture.putpixel((2, 0), (0, 0, 0, 51))
+        half = build_emoji.halved(picture)
+        assert (half.shape, half.dtype) == ((32, 32, 3), np.uint8)
+        # One red pixel of four: (0 + 3 * 255) / 4 = 191.25; one of a fifth black: (204 + 765) / 4 = 242.25.
+        assert half[0, :3].tolist() == [[255, 191, 191], [242] * 3, [255] * 3]
+        with pytest.raises(ValueError, match=r"64 x 64 pixels, got \(32, 32\)"):
+            build_emoji.halved(Image.new("RGBA", (32, 32)))
+
+    def test_names_become_plain(self) -> None:
+        assert build_emoji.caption_of("flag: Côte d’Ivoire") == "flag: cote d'ivoire"
+        assert build_emoji.caption_of("Japanese “here” button") == 'japanese "here" button'
+
+    def test_pictures_meet_their_names_in_the_order_of_unicode(self, tmp_path: Path) -> None:
+        names = [
+            {"hexcode": "2764", "label": "red heart"},
+            {"hexcode": "1F600", "label": "grinning face"},
+            {"hexcode": "1F1E6", "label": "regional indicator A"},
+        ]
+        emoji = [
+            {"unified": "2764-FE0F", "image": "2764-fe0f.png", "sort_order": 7},
+            {"unified": "1F600", "image": "1f600.png", "sort_order": 1},
+        ]
+        package = tmp_path / "package.tgz"
+        with tarfile.open(package, "w:gz") as archive:
+            _add(archive, "package/en/compact.json", json.dumps(names).encode())
+            _add(archive, "package/img/twitter/64/1f600.png", _png("yellow"))
+            _add(archive, "package/img/twitter/64/2764-fe0f.png", _png("red"))
+            _add(archive, "package/emoji.json", json.dumps(emoji).encode())
+        with tarfile.open(package) as archive:
+            images, captions = build_emoji.read_pictures(archive, build_emoji.read_names(archive))
+        assert captions == ["grinning face", "red heart"]
+        assert images[:, 5, 5].tolist() == [[255, 255, 0], [255, 0, 0]]
+
+    def test_another_package_is_one_line_on_stderr(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        other = tmp_path / "other.tgz"
+        other.write_bytes(b"other")
+        for pictures, message in (
+            (other, "other.tgz needs the SHA-256 f64a"),
+            (tmp_path / "absent", "absent"),
+        ):
+            output = str(tmp_path / "x.npz")
+            arguments = ["--pictures", str(pictures), "--names", str(other), "--output", output]
+            assert build_emoji.main(arguments) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("build_emoji: error: ")
+            assert message in error
+            assert error.count("\n") == 1
+
+    def test_the_file_is_whole_or_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        package, output = tmp_path / "package.tgz", tmp_path / "x.npz"
+        with tarfile.open(package, "w:gz") as archive:
+            _add(archive, "package/en/compact.json", b"[]")
+        monkeypatch.setattr(build_emoji, "check_package", lambda path, sha256: None)
+        images = np.zeros((1, 32, 32, 3), np.uint8)
+        monkeypatch.setattr(build_emoji, "read_pictures", lambda package, names: (images, ["a heart"]))
+        assert build_emoji.build(package, package, output) == 1
+        with np.load(output) as found:
+            assert np.array_equal(found["images"], images)
+            assert found["captions"].tolist() == ["a heart"]
+
+        def interrupted(file: io.BufferedWriter, **arrays: Any) -> None:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+        whole = output.read_bytes()
+        monkeypatch.setattr(np, "savez_compressed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_emoji.build(package, package, output)
+        assert output.read_bytes() == whole
+        assert {path.name for path in tmp_path.iterdir()} == {"package.tgz", "x.npz"}
+
+
+def _png(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 64), color).save(file, "png")
+    return file.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

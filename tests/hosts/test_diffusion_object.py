@@ -1,0 +1,256 @@
+"""Seam B beyond the contract of test_hosts_contract.py: options, wrapped models, errors."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from conformance.contract import SmallModel
+from host_standins import (
+    IMAGES,
+    LossType,
+    MaskedDiffusion,
+    PixArtDiffusion,
+    SpacedDiffusion,
+    create,
+    create_points,
+)
+from torch import Tensor
+
+import speedit_plugins
+from speedit_plugins import NoiseSchedule, build_policy, with_policy
+from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
+from speedit_plugins.hosts.diffusion_object import steered_methods
+
+ZEROS = torch.zeros(6, dtype=torch.long)
+
+
+def drawn(policy: str = "speedit", seed: int = 7) -> Any:
+    """The draw that an object makes first with a generator of this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return build_policy(policy, NoiseSchedule.from_alphas_cumprod(create().alphas_cumprod)).draw(
+        6, generator=generator
+    )
+
+
+def terms(diffusion: Any, model: Any, t: Tensor = ZEROS, **kwargs: Any) -> Any:
+    x, noise = torch.linspace(-1, 1, 384).view(IMAGES), torch.linspace(2, -2, 384).view(IMAGES)
+    return diffusion.training_losses(model, x, t, noise=noise, **kwargs)
+
+
+def test_it_is_exported() -> None:
+    assert speedit_plugins.with_policy is with_policy
+
+
+class TestDraws:
+    def test_the_same_object_comes_back(self) -> None:
+        diffusion = create()
+        assert with_policy(diffusion, "speed") is diffusion
+        assert type(diffusion).__name__ == "SpacedDiffusion"
+
+    def test_t_by_name_and_by_position(self) -> None:
+        model = SmallModel(1)
+        diffusion = with_policy(create(), generator=torch.Generator().manual_seed(7))
+        x = torch.zeros(IMAGES)
+        diffusion.training_losses(model, x_start=x, t=ZEROS)
+        assert torch.equal(model.seen[0], drawn().index)
+
+    def test_the_dtype_of_t_is_the_hosts(self) -> None:
+        class Reads(SpacedDiffusion):
+            def training_losses(self, model: Any, x: Any, t: Any, **kwargs: Any) -> Any:
+                self.dtype = t.dtype
+                return super().training_losses(model, x, t.long(), **kwargs)
+
+        diffusion = with_policy(create(Reads))
+        terms(diffusion, SmallModel(1), ZEROS.int())
+        assert diffusion.dtype is torch.int32
+
+    def test_an_evaluation_is_at_the_t_that_is_given(self) -> None:
+        model, diffusion = SmallModel(1), with_policy(create())
+        t = torch.full((6,), 900)
+        with torch.no_grad():
+            ours = terms(diffusion, model, t)
+        assert torch.equal(model.seen[0], t)
+        assert torch.equal(ours["loss"], terms(create(), model, t)["loss"])
+        assert attachment_of(diffusion).num_calls == 0
+
+    def test_by_default_the_global_generator_draws(self) -> None:
+        first, second = SmallModel(1), SmallModel(1)
+        for model in (first, second):
+            torch.manual_seed(11)
+            terms(with_policy(create()), model)
+        assert torch.equal(first.seen[0], second.seen[0])
+
+    def test_a_curriculum_advances_with_the_calls(self) -> None:
+        policy = dict(type="clts", curriculum_steps=2)
+        diffusion = with_policy(create(), policy)
+        density = attachment_of(diffusion).policy.density
+        for _ in range(3):
+            terms(diffusion, SmallModel(1))
+        moved = attachment_of(diffusion).policy.density
+        assert not torch.allclose(density, moved)
+
+    def test_a_learning_policy_is_told_the_unweighted_losses(self) -> None:
+        diffusion = with_policy(create(), "loss_second_moment")
+        told: list[tuple[Tensor, Tensor]] = []
+        attachment_of(diffusion).policy.update = lambda index, loss: told.append((index, loss))
+        model = SmallModel(1)
+        terms(diffusion, model)
+        (index, loss), plain = told[0], terms(create(), model, model.seen[0])
+        assert torch.equal(index, model.seen[0])
+        assert torch.equal(loss, plain["loss"])
+        assert not loss.requires_grad
+
+
+class TestLoss:
+    def test_terms_added_by_the_host_are_kept(self) -> None:
+        """A loss that is not mse + vb changes by what the weight changes of the mse."""
+
+        class Masked(PixArtDiffusion):
+            mae = 0.25
+
+        diffusion = with_policy(create(Masked), generator=torch.Generator().manual_seed(7))
+        ours = terms(diffusion, SmallModel(1))
+        weight = drawn().weight
+        direct = weight * ours["mse"] + ours["vb"] + 0.25
+        # One float32 rounding each of the host's sum and of ours.
+        assert torch.allclose(ours["loss"], direct, rtol=2e-7, atol=2e-7)
+
+    def test_scope_loss_weighs_all_of_it(self) -> None:
+        policy = dict(density="uniform", weighting="p2", scope="loss")
+        diffusion = with_policy(create(), policy)
+        model = SmallModel(1)
+        ours, plain = terms(diffusion, model), terms(create(), model, model.seen[0])
+        weight = attachment_of(diffusion).policy.weight.float()[model.seen[0]]
+        assert torch.equal(ours["loss"], weight * plain["loss"])
+        assert torch.equal(ours["vb"], plain["vb"])
+
+    def test_gradients_are_weighted(self) -> None:
+        ours, plain = SmallModel(1), SmallModel(1)
+        diffusion = with_policy(create(), generator=torch.Generator().manual_seed(7))
+        terms(diffusion, ours)["loss"].sum().backward()
+        weight = drawn().weight
+        host = terms(create(), plain, drawn().index)
+        (weight * host["mse"] + host["vb"]).sum().backward()
+        assert torch.equal(ours.scale.grad, plain.scale.grad)
+
+    def test_a_kl_loss_has_no_mse(self) -> None:
+        diffusion = with_policy(create(loss_type=LossType.KL))
+        with pytest.raises(ValueError, match=r"terms \['loss'\] have no mse to weight"):
+            terms(diffusion, SmallModel(1))
+
+    def test_a_method_that_returns_no_loss(self) -> None:
+        """PixArt's distillation asks the same method for predictions."""
+
+        class Predicts(SpacedDiffusion):
+            def terms(self, answer: Any, noise: Any, t: Any) -> Any:
+                return answer, noise
+
+        with pytest.raises(ValueError, match="returns tuple, wanted a loss .* or a dict"):
+            terms(with_policy(create(Predicts)), SmallModel(1))
+
+    def test_a_loss_without_terms(self) -> None:
+        diffusion = with_policy(create_points(), generator=torch.Generator().manual_seed(7))
+        model, x = SmallModel(None), torch.randn(6, 3, 8)
+        noise = torch.randn(6, 3, 8)
+        loss = diffusion.p_losses(denoise_fn=model, data_start=x, t=ZEROS, noise=noise)
+        plain = create_points().p_losses(model, x, model.seen[0], noise)
+        weight = attachment_of(diffusion).policy.weight.float()[model.seen[0]]
+        assert torch.equal(loss, weight * plain)
+
+
+class TestModels:
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name == "nt", reason="needs a C++ compiler")
+    def test_a_compiled_model(self) -> None:
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            answer = torch.sin(x + 0.01 * t.view(-1, 1, 1, 1))
+            return torch.cat([answer, 0.3 * answer], dim=1)
+
+        results = []
+        for given in (model, torch.compile(model)):
+            diffusion = with_policy(create(), generator=torch.Generator().manual_seed(7))
+            results.append(terms(diffusion, given)["loss"])
+        # The compiler may fuse the sine's argument: a few float32 roundings.
+        assert torch.allclose(*results, rtol=1e-5)
+
+
+class TestErrors:
+    def test_a_policy_for_another_schedule(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.linear(500))
+        with pytest.raises(ValueError, match="built for T = 500, got a diffusion object with 1000 timesteps"):
+            with_policy(create(), policy)
+
+    def test_a_policy_on_another_schedule_of_the_same_length(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.scaled_linear(1000))
+        with pytest.raises(ValueError, match=r"built on NoiseSchedule\(.*\), got a diffusion object with"):
+            with_policy(create(), policy)
+
+    def test_weights_beside_pixarts_snr_loss(self) -> None:
+        diffusion = create(PixArtDiffusion)
+        diffusion.snr = True
+        with pytest.raises(ValueError, match="snr_loss weighs its loss already, .* set snr_loss=False"):
+            with_policy(diffusion)
+        assert is_attached(with_policy(diffusion, dict(density="logit_normal", weighting="constant")))
+
+    def test_a_mean_over_the_batch_cannot_be_weighed(self) -> None:
+        class Mean(SpacedDiffusion):
+            def terms(self, answer: Any, noise: Any, t: Any) -> Any:
+                return {name: term.mean() for name, term in super().terms(answer, noise, t).items()}
+
+        message = (
+            r"loss has shape \(\), wanted one for each sample, \(6,\): a mean over the batch is too late"
+        )
+        for policy in ("speedit", "loss_second_moment"):
+            with pytest.raises(ValueError, match=message):
+                terms(with_policy(create(Mean), policy), SmallModel(1))
+
+    def test_a_prediction_type_beside_a_built_policy(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.linear(1000))
+        with pytest.raises(ValueError, match="'speedit' is built for a prediction type already"):
+            with_policy(create(), policy, prediction_type="v")
+
+    def test_a_loss_of_the_whole_batch_is_sent_to_its_own_seam(self) -> None:
+        diffusion = create_points()
+        diffusion.parameterization, diffusion.l_simple_weight = "eps", 1.0
+        with pytest.raises(ValueError, match="name speedit_plugins.hosts.latent_diffusion.PointDiffusion as"):
+            with_policy(diffusion)
+
+    def test_a_policy_of_the_same_schedule_is_taken_as_it_is(self) -> None:
+        policy = build_policy("speedit", NoiseSchedule.linear(1000))
+        assert attachment_of(with_policy(create(), policy)).policy is policy
+
+    def test_a_failed_attempt_leaves_the_object_alone(self) -> None:
+        diffusion = create()
+        with pytest.raises(ValueError, match="unknown policy 'sped'"):
+            with_policy(diffusion, "sped")
+        assert type(diffusion) is SpacedDiffusion
+        assert not is_attached(diffusion)
+
+    def test_without_a_policy_there_is_none_to_remove(self) -> None:
+        with pytest.raises(ValueError, match="SpacedDiffusion has no policy to remove"):
+            without_policy(create())
+
+    def test_an_object_without_the_seam(self) -> None:
+        message = (
+            "builtins.object has no seam: looked for a method training_losses,"
+            " training_losses_diffusers, p_losses with an argument t or timestep"
+        )
+        with pytest.raises(ValueError, match=message):
+            with_policy(object())
+
+    def test_an_attachment_is_put_in_once(self) -> None:
+        diffusion = create(MaskedDiffusion)
+        attachment = Attachment(build_policy("uniform", NoiseSchedule.linear()))
+        assert attachment_of(attach(diffusion, attachment, steered_methods)) is attachment
+        with pytest.raises(
+            ValueError, match="has a policy already, by a line of yours .* speedit_plugins.without_policy"
+        ):
+            attach(diffusion, attachment, steered_methods)
+
+    def test_the_prediction_type_can_be_stated(self) -> None:
+        diffusion = create()
+        del diffusion.model_mean_type
+        with pytest.raises(ValueError, match="pass prediction_type"):
+            with_policy(diffusion)
+        assert is_attached(with_policy(diffusion, "min_snr", prediction_type="x0"))

@@ -1,0 +1,182 @@
+"""What integrations/ tells users to edit, tried on the hosts' own lines; and the shape of that folder."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from speedit_plugins.hosts.flow import FlowThinning
+from speedit_plugins.hosts.schedules import from_diffusers
+from speedit_plugins.policies.build import build_policy
+
+INTEGRATIONS = Path(__file__).parents[2] / "integrations"
+READMES = sorted(INTEGRATIONS.glob("*/README.md"))
+N = 40_000
+# SNR = ((1 - t) / t)^2 = 1 / 143.
+BOUNDARY = FlowThinning().boundary
+
+
+def checkout(name: str) -> Path:
+    folder = Path(os.environ["SPEEDIT_HOSTS"]) / name
+    if not folder.is_dir():
+        pytest.skip(f"no checkout {name}")
+    return folder
+
+
+def code_blocks(integration: str) -> list[str]:
+    """The Python blocks of an integration's README."""
+    text = (INTEGRATIONS / integration / "README.md").read_text(encoding="utf-8")
+    return [block.split("```")[0] for block in text.split("```python\n")[1:]]
+
+
+def function_of(path: Path, name: str) -> Callable[..., Any]:
+    """A function of a host's file, without the file's imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    names: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
+    exec(compile(ast.Module([found[0]], []), str(path), "exec"), names)
+    function: Callable[..., Any] = names[name]
+    return function
+
+
+def is_thinned(late_before: Tensor, late_after: Tensor, k: float = 5.0) -> bool:
+    """Whether the share p of late draws becomes (p / k) / (1 - p + p / k), within 4 binomial sigma."""
+    before, after = float(late_before.double().mean()), float(late_after.double().mean())
+    wanted = before / k / (1 - before + before / k)
+    sigma = (wanted * (1 - wanted) / len(late_after)) ** 0.5 + (before * (1 - before) / N) ** 0.5 / k
+    return abs(after - wanted) < 4 * sigma
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.parent.name)
+class TestReadmes:
+    def test_it_is_short_and_has_every_part(self, readme: Path) -> None:
+        text = readme.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 40
+        assert "## Verified" in text
+        assert "## Pitfalls" in text
+
+    def test_the_table_names_it(self, readme: Path) -> None:
+        table = (INTEGRATIONS / "README.md").read_text(encoding="utf-8")
+        assert f"({readme.parent.name}/README.md)" in table
+
+
+def test_sd3_draws_by_a_policy_at_the_scripts_sigmas() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    policy = build_policy("speed", from_diffusers(scheduler), "flow")
+    lines = code_blocks("diffusers")[1].splitlines()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    names: dict[str, Any] = {"policy": policy, "bsz": N}
+    exec("\n".join(lines[:2]), names)
+    draw, indices = names["draw"], names["indices"]
+    names["sigmas"] = scheduler.sigmas[indices].view(-1, 1, 1, 1)
+    exec(lines[2], names)
+    assert torch.equal(names["weighting"].flatten(), draw.weight)
+    assert names["weighting"].shape == (N, 1, 1, 1)
+    sigmas = scheduler.sigmas[indices].double()
+    # The script's row is the policy's row, up to float32.
+    assert torch.allclose(sigmas, policy.schedule.sigma[draw.index], atol=1e-6)
+    # Uniform draws with shift 3 have 0.2 past the boundary: one bin is 0.001 wide.
+    uniform = scheduler.sigmas[torch.randint(0, 1000, (N,), generator=generator)]
+    assert is_thinned(uniform > BOUNDARY, sigmas > BOUNDARY)
+
+
+def test_sd3_keeps_its_law_thinned_by_sigma() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own = import_module("diffusers.training_utils").compute_density_for_timestep_sampling
+
+    def draw() -> Tensor:
+        u: Tensor = own("logit_normal", N, logit_mean=0.0, logit_std=1.0)
+        return u
+
+    def sigma_of(u: Tensor) -> Tensor:
+        sigma: Tensor = scheduler.sigmas[(u * 1000).long()]
+        return sigma
+
+    torch.manual_seed(0)
+    u = FlowThinning().draw(draw, time_of=sigma_of)
+    assert is_thinned(sigma_of(draw()) > BOUNDARY, sigma_of(u) > BOUNDARY)
+
+
+@pytest.mark.hosts
+def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
+    host = checkout("hpcaitech+Open-Sora")
+    patch = (INTEGRATIONS / "open_sora" / "open_sora_2.patch").read_text()
+    path = "scripts/diffusion/train.py"
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_bytes((host / path).read_bytes())
+    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
+    text = (tmp_path / path).read_text()
+    edited = next(line for line in text.splitlines() if "FlowThinning()" in line)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "FlowThinning": FlowThinning,
+        "time_shift": function_of(host / "opensora/utils/sampling.py", "time_shift"),
+        **{"shift_alpha": 3.0, "bs": N, "device": "cpu", "dtype": torch.float32},
+    }
+    torch.manual_seed(0)
+    exec(edited.strip(), names)
+    before = names["time_shift"](3.0, torch.sigmoid(torch.randn(N)))
+    assert is_thinned(before > BOUNDARY, names["t"] > BOUNDARY)
+
+
+@pytest.mark.hosts
+def test_the_line_of_flow_matching() -> None:
+    path = checkout("facebookresearch+flow_matching") / "examples/image/training/train_loop.py"
+    draw, loss = code_blocks("flow_matching")[:2]
+    laws = (function_of(path, "skewed_timestep_sample"), lambda n, device: torch.rand(n, device=device))
+    torch.manual_seed(0)
+    for law in laws:
+        names: dict[str, Any] = {"torch": torch, "skewed_timestep_sample": law}
+        names.update(FlowThinning=FlowThinning, samples=torch.zeros(N, 1), device=torch.device("cpu"))
+        exec(draw, names)
+        t = names["t"]
+        assert is_thinned(1 - law(N, device=torch.device("cpu")) > BOUNDARY, 1 - t > BOUNDARY)
+    # Its loss: each sample's error times the weight at its noise level.
+    names.update(model=lambda x, t, extra: x, x_t=torch.ones(N, 2), u_t=torch.zeros(N, 2), conditioning={})
+    names["flow"] = FlowThinning(k=5, lam=0.6)
+    exec(loss, names)
+    assert torch.allclose(names["loss"], names["flow"].weight(1 - t).mean())
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_lines_of_one_trainer(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
+    host = checkout("Nerogar+OneTrainer")
+    monkeypatch.syspath_prepend(str(host))
+    config = ModuleType("modules.util.config.TrainConfig")
+    vars(config).update(TrainConfig=object)
+    for name in [name for name in sys.modules if name.split(".")[0] == "modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    # The real one lists every model that the host can train.
+    monkeypatch.setitem(sys.modules, config.__name__, config)
+    mixin = import_module("modules.modelSetup.mixin.ModelSetupNoiseMixin").ModelSetupNoiseMixin
+    kinds = import_module("modules.util.enum.TimestepDistribution").TimestepDistribution
+    settings = SimpleNamespace(
+        timestep_shift=shift,
+        min_noising_strength=0.0,
+        max_noising_strength=1.0,
+        timestep_distribution=kinds.UNIFORM,
+    )
+    host_draw = mixin._get_timestep_discrete
+    names: dict[str, Any] = {}
+    exec(code_blocks("one_trainer")[0], names)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        t = mixin._get_timestep_discrete(None, 1000, False, generator, N, settings)
+        fixed = mixin._get_timestep_discrete(None, 1000, True, generator, N, settings)
+    finally:
+        mixin._get_timestep_discrete = host_draw
+    before = host_draw(None, 1000, False, generator, N, settings)
+    assert is_thinned(before / 1000 > BOUNDARY, t / 1000 > BOUNDARY)
+    assert fixed.tolist() == [499]

@@ -1,0 +1,77 @@
+"""imagen-pytorch from PyPI: the contract, cascades, policies; torchvision, kornia, datasets are stand-ins."""
+
+from collections.abc import Iterator
+
+import conformance.imagen as imagen_contract
+import pytest
+import torch
+from conformance.imagen import IMAGES, TEXT, Host
+
+from speedit_plugins import NoiseSchedule, build_policy, with_policy
+from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.imagen import schedule_of_unet
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with imagen_contract.installed() as (host, used):
+        assert set(used) <= set(imagen_contract.STAND_INS)
+        yield host
+
+
+@pytest.mark.parametrize("point", imagen_contract.CONTRACT)
+def test_the_contract_holds(point: int, host: Host) -> None:
+    imagen_contract.CONTRACT[point](host)
+
+
+class TestSchedule:
+    def test_the_cosine_is_the_papers(self, host: Host) -> None:
+        schedule = schedule_of_unet(host.make().noise_schedulers[0])
+        # alpha-bar = cos^2((t + s) / (1 + s) pi / 2) at bin midpoints; the host clamps log-SNR far below it.
+        t = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        expected = torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2
+        assert torch.allclose(schedule.alpha[50:950] ** 2, expected[50:950], rtol=1e-6)
+
+    def test_each_unet_has_its_own(self, host: Host) -> None:
+        imagen = host.make(
+            unets=[host.make().unets[0] for _ in range(2)],
+            image_sizes=(8, 16),
+            noise_schedules=("cosine", "linear"),
+            pred_objectives="noise",
+        )
+        with_policy(imagen)
+        first, second = (part.policy.schedule.alpha for part in attachment_of(imagen).parts)
+        assert not torch.allclose(first, second)
+        imagen(torch.rand(2, 3, 16, 16), text_embeds=torch.randn(2, *TEXT[1:]), unet_number=2)
+        assert [part.num_calls for part in attachment_of(imagen).parts] == [0, 1]
+
+
+class TestPolicies:
+    def test_a_built_policy_takes_any_number_of_timesteps(self, host: Host) -> None:
+        policy = build_policy("uniform", NoiseSchedule.cosine(100))
+        assert attachment_of(with_policy(host.make(), policy)).parts[0].policy is policy
+
+    def test_a_built_policy_for_several_unets_is_refused(self, host: Host) -> None:
+        imagen = host.make(unets=[host.make().unets[0] for _ in range(2)], image_sizes=(8, 16))
+        with pytest.raises(ValueError, match="one for all 2 unets, and their noise schedules differ"):
+            with_policy(imagen, build_policy("uniform", NoiseSchedule.cosine()))
+
+    def test_a_learning_policy_is_told_the_unweighted_losses(self, host: Host) -> None:
+        imagen = host.attached("loss_second_moment")
+        told: list[tuple[torch.Tensor, torch.Tensor]] = []
+        policy = attachment_of(imagen).parts[0].policy
+        policy.update = lambda index, loss: told.append((index, loss))
+        loss = imagen(torch.rand(IMAGES), text_embeds=torch.randn(TEXT))
+        # The history is empty, so that every weight 1 / (T p) is 1.
+        assert torch.allclose(told[0][1].mean(), loss.detach())
+
+    def test_min_snr_beside_a_policy_that_only_draws(self, host: Host) -> None:
+        policy = dict(density="logit_normal", weighting="constant")
+        imagen = host.attached(policy, min_snr_loss_weight=True)
+        assert torch.isfinite(imagen(torch.rand(IMAGES), text_embeds=torch.randn(TEXT)))
+
+    def test_a_version_that_weighs_otherwise_is_refused(self, host: Host) -> None:
+        imagen = host.make()
+        del imagen.min_snr_gamma
+        with pytest.raises(ValueError, match=r"known to work are imagen-pytorch 2\.0 and 2\.1"):
+            with_policy(imagen)

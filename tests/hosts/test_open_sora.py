@@ -1,0 +1,83 @@
+"""Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and on the real checkouts."""
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from conformance.open_sora import CONTRACT, Host
+from conformance.open_sora_flow import FLOW_CONTRACT
+from open_sora_standin import VERSIONS, installed
+
+
+@pytest.fixture(params=VERSIONS)
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with installed(request.param):
+        yield Host(request.param)
+
+
+@pytest.fixture(params=VERSIONS[2:])
+def flow_host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with installed(request.param):
+        yield Host(request.param)
+
+
+CHECKS = [check for checks in CONTRACT.values() for check in checks]
+FLOW_CHECKS = [check for checks in FLOW_CONTRACT.values() for check in checks]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Any, host: Host) -> None:
+    check(host)
+
+
+@pytest.mark.parametrize("check", FLOW_CHECKS, ids=lambda check: check.__name__)
+def test_flow_contract(check: Any, flow_host: Host) -> None:
+    check(flow_host)
+
+
+def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        monkeypatch.delitem(sys.modules, "opensora.schedulers.iddpm")
+        with pytest.raises(ImportError, match=r"needs Open-Sora 1\.0, 1\.1, 1\.2 or 1\.3"):
+            import_module("speedit_plugins.hosts.open_sora")
+
+
+@pytest.mark.parametrize("when", ["after", "instead of"])
+def test_a_t_drawn_past_q_sample_raises(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    # What a later version might do: the model must never train on a t that is not the policy's.
+    with installed("1.2.0"):
+        host = Host("1.2.0")
+        scheduler = host.build()
+        gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
+
+        def redrawing(self: Any, model: Any, x_start: Any, *_: Any, **__: Any) -> Any:
+            t = torch.zeros(len(x_start), dtype=torch.int64)
+            if when == "after":
+                self.q_sample(x_start, t)
+                t = t.add_(1).remainder_(1000)
+            return {"loss": model(x_start, t)}
+
+        monkeypatch.setattr(gaussian, "training_losses", redrawing)
+        with pytest.raises(ValueError, match="another t than the policy drew"):
+            host.train(scheduler)
+
+
+def test_a_model_that_is_not_called_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        host = Host("1.2.0")
+        scheduler = host.build()
+        gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
+        monkeypatch.setattr(gaussian, "training_losses", lambda *_, **__: {"loss": torch.zeros(1)})
+        with pytest.raises(ValueError, match="did not call q_sample and then the model"):
+            host.train(scheduler)
+
+
+def test_a_flow_that_does_not_add_noise_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed("1.2.0"):
+        scheduler = Host("1.2.0").build("SpeeDFlow")
+        monkeypatch.setattr(type(scheduler.scheduler), "training_losses", lambda *_, **__: {})
+        with pytest.raises(ValueError, match="did not pass its t to add_noise"):
+            scheduler.training_losses(None, torch.zeros(2, 4, 1, 1, 1))

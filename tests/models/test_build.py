@@ -1,0 +1,113 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import small_config
+
+from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MODELS, PROCESSES
+from speedit_plugins.trainer import build
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.training.dry_run import describe, saved_bytes
+
+CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path != Path("configs/base.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_builds_on_the_meta_device(path: Path) -> None:
+    config = load_config(path, "train")
+    with torch.device("meta"):
+        model = build.build_model(config)
+    process = build.build_process(config, respaced=True)
+    policy = build.build_timestep_policy(config, process)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.num_classes == config.num_classes
+    assert model.out_channels == model.in_channels * (2 if process.learn_sigma else 1)
+    assert policy.schedule is process.schedule
+
+
+def test_a_registry_imports_its_modules_on_first_use() -> None:
+    # mmengine's own build, as a host's config would call it.
+    with torch.device("meta"):
+        model = MODELS.build(dict(type="DiT-XL/2", input_size=32, num_classes=1000))
+    # 675 million in the paper's table 4, without the fixed position table.
+    assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6) == 675
+    for registry, name in (
+        (ENCODERS, "Pixels"),
+        (DATASETS, "Digits"),
+        (PROCESSES, "SpeeDiffusion"),
+        (FEATURES, "pixels"),
+    ):
+        assert registry.get(name) is not None
+
+
+def test_the_description_counts_parameters_tokens_and_bytes(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    text = describe(config)
+    model = build.build_model(config)
+    assert f"parameters         {sum(p.numel() for p in model.parameters()):,}" in text
+    assert "tokens per sample  4" in text
+    assert "policy             speedit: boundary 642" in text
+
+
+def test_activations_grow_in_proportion_to_the_batch(tmp_path: Path) -> None:
+    kept = []
+    for batch_size in (8, 16):
+        config = small_config(tmp_path, data__batch_size=batch_size)
+        with torch.device("meta"):
+            model = build.build_model(config)
+        kept.append(saved_bytes(model, config))
+    # Nothing that is kept is without a batch dimension but the timestep frequencies, 512 bytes.
+    assert abs(kept[1] - 2 * kept[0]) <= 1024
+
+
+def test_sampling_takes_the_process_without_the_respacing_of_training(tmp_path: Path) -> None:
+    config = small_config(tmp_path, diffusion__timestep_respacing="'250'")
+    assert build.build_process(config, respaced=True).schedule.num_timesteps == 250
+    assert build.build_process(config, respaced=False).schedule.num_timesteps == 1000
+
+
+def test_activations_shrink_with_half_precision_and_with_checkpointing(tmp_path: Path) -> None:
+    def kept(**changes: Any) -> int:
+        config = small_config(tmp_path, **changes)
+        with torch.device("meta"):
+            return saved_bytes(build.build_model(config), config)
+
+    assert kept(model__gradient_checkpointing=True) < kept() / 2
+    # All but the timestep features, which stay float32.
+    assert kept(precision="bf16") < 0.6 * kept()
+
+
+def test_a_dry_run_looks_up_every_name(tmp_path: Path) -> None:
+    for change, message in (
+        ({"data__dataset__type": "Digit"}, "unknown dataset 'Digit'"),
+        ({"encoder__type": "Pixles"}, "unknown encoder 'Pixles'; did you mean 'Pixels'"),
+        ({"features__type": "pixel"}, "unknown feature extractor 'pixel'"),
+        ({"data__dataset__colour": 1}, "dataset 'Digits' has no parameter 'colour'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            describe(small_config(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__input_size": 16}, r"model.input_size needs 8, as image_size 8 and .*; got 16"),
+        ({"encoder__channels": 3}, r"model.in_channels needs 3"),
+        (
+            {"num_classes": 4, "sample_classes": "[0]"},
+            r"dataset has 10 classes, got num_classes: 4; wanted at least 10",
+        ),
+        ({"model__depht": 3}, r"has no parameter 'depht'; did you mean 'depth'"),
+        ({"data__dataset__type": "Digit"}, r"unknown dataset 'Digit'; did you mean 'Digits'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = small_config(tmp_path, **changes)
+
+    def build_both() -> None:
+        build.build_model(config)
+        build.build_dataset(config)
+
+    with pytest.raises(ValueError, match=message):
+        build_both()

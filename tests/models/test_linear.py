@@ -1,0 +1,119 @@
+"""The linear layer over oneDNN: values, gradients, when it is taken, and compiled."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from speedit_plugins.trainer.models import linear
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.linear import Linear, OneDnnProduct
+
+needs_product = pytest.mark.skipif(
+    not linear._has_product(), reason="this build of torch has no oneDNN product"
+)
+
+
+@pytest.fixture
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN for every product, on any machine."""
+    monkeypatch.setattr(linear, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(linear, "_LEAST_WORK", 0)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("this product is not oneDNN's")
+
+
+@needs_product
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24), (2, 3, 4, 24)])
+def test_values_and_gradients_are_those_of_a_linear_layer(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(24, 10).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(*shape[:-1], 10, dtype=torch.float64)
+    layer(x).backward(gradient)
+    given = [t.detach().float().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    found = OneDnnProduct.apply(*given)
+    found.backward(gradient.float())
+    # Float32 sums of at most 40 products of normal numbers.
+    assert_close(found.double(), layer(x), atol=1e-5, rtol=0)
+    for mine, wanted in zip(given, (x, layer.weight, layer.bias), strict=True):
+        assert_close(mine.grad.double(), wanted.grad, atol=1e-5, rtol=0)
+
+
+@needs_product
+def test_strided_inputs_and_gradients_are_read_as_they_lie() -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    x = torch.randn(6, 5, requires_grad=True)
+    expected = torch.autograd.grad(layer(x.t()).sum(), (x, layer.weight))
+    # The gradient of a sum is one number, expanded.
+    found = torch.autograd.grad(OneDnnProduct.apply(x.t(), layer.weight, None).sum(), (x, layer.weight))
+    assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@needs_product
+def test_what_needs_no_gradient_gets_none() -> None:
+    weight, bias = torch.randn(4, 6), torch.randn(4, requires_grad=True)
+    OneDnnProduct.apply(torch.randn(5, 6), weight, bias).sum().backward()
+    assert_close(bias.grad, torch.full((4,), 5.0))
+    with torch.no_grad():
+        assert not OneDnnProduct.apply(torch.randn(5, 6), weight, bias).requires_grad
+
+
+@pytest.mark.usefixtures("_always")
+def test_small_products_other_types_and_autocast_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Linear(8, 4), torch.randn(3, 8)
+    expected = nn.Linear.forward(layer, x)
+    monkeypatch.setattr(OneDnnProduct, "apply", refuse)
+    with pytest.raises(AssertionError, match="not oneDNN's"):
+        layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (3, 4)
+
+    class Fetched(nn.Parameter):
+        pass
+
+    other = Linear(8, 4)
+    other.weight, other.bias = Fetched(layer.weight.detach()), layer.bias
+    assert torch.equal(other(x), expected)
+    monkeypatch.setattr(linear, "_LEAST_WORK", 3 * 8 * 4 + 1)
+    assert torch.equal(layer(x), expected)
+
+
+def test_other_processors_keep_torchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_is_amd", lambda: False)
+    linear.prefers_onednn.cache_clear()
+    try:
+        assert not Linear(2, 2).prefers_onednn
+    finally:
+        linear.prefers_onednn.cache_clear()
+
+
+@needs_product
+@pytest.mark.usefixtures("_always")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_model_over_it_has_the_gradients_of_the_same_model_without(is_compiled: bool) -> None:
+    model = DiT(8, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3, class_dropout_prob=0.0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, Linear):
+            module.prefers_onednn = False
+    if is_compiled:
+        # The graphs run operation by operation: what is traced is the same.
+        model.compile(backend="aot_eager")
+    inputs = (torch.randn(4, 4, 8, 8), torch.tensor([3, 50, 500, 900]), torch.tensor([0, 1, 2, 1]))
+    for each in (model, plain):
+        each(*inputs).square().mean().backward()
+    names = [name for name, p in plain.named_parameters() if p.requires_grad]
+    found, expected = dict(model.named_parameters()), dict(plain.named_parameters())
+    for name in names:
+        scale = float(expected[name].grad.abs().max())
+        # Two blocks of float32 sums, of at most 256 products.
+        assert_close(found[name].grad, expected[name].grad, atol=1e-5 * max(scale, 1e-3), rtol=1e-3)
+    torch._dynamo.reset()

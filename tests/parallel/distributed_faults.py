@@ -1,0 +1,128 @@
+"""What two ranks do when one of them fails, checked by distributed_checks.py."""
+
+import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distributed_runs import PLUGINS, everything, message_of, steps, two_ranks
+from runs import file_size_limit, small_config
+from torch.testing import assert_close
+
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.logging.tracking import SilentTracker
+from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.trainer import Trainer
+
+
+def check_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(runtime: Runtime, folder: Path) -> None:
+    for plugin in PLUGINS:
+        trainer = steps(two_ranks(runtime, folder / plugin, plugin=plugin, max_skipped_steps=3), 2)
+        good = trainer.save()
+        before = everything(trainer)
+        with poisoned(trainer, only_rank=1):
+            result, _ = trainer.optimizer_step()
+            assert result.is_skipped
+            after = everything(trainer)
+            for part in ("weights", "model", "ema", "ema_updates", "moments"):
+                assert_close(after[part], before[part], rtol=0, atol=0)
+            assert (trainer.step, trainer.num_skipped) == (3, 1)
+            trainer.optimizer_step()
+            wanted = (
+                "3 steps in a row up to 5 were skipped, the last because a loss on rank 1 is not finite;"
+                f" the last good checkpoint is {good}"
+            )
+            assert wanted in message_of(ValueError, trainer.optimizer_step)
+        # One good step in between begins a new count.
+        result, _ = trainer.optimizer_step()
+        assert not result.is_skipped
+        assert trainer._num_skipped_in_a_row == 0
+
+
+def check_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
+    runtime: Runtime, folder: Path
+) -> None:
+    for plugin in PLUGINS:
+        trainer = steps(two_ranks(runtime, folder / plugin, plugin=plugin), 1)
+        before = everything(trainer)
+        parameter = trainer.model.blocks[0].mlp.fc1.weight
+        handle = parameter.register_hook(lambda grad: grad * (math.nan if runtime.rank == 1 else 1))
+        result, _ = trainer.optimizer_step()
+        handle.remove()
+        assert result.is_skipped, plugin
+        after = everything(trainer)
+        for part in ("weights", "model", "ema", "moments"):
+            assert_close(after[part], before[part], rtol=0, atol=0)
+        assert not trainer.optimizer_step()[0].is_skipped
+
+
+def check_a_stop_asked_of_one_rank_stops_all_at_the_same_step(runtime: Runtime, folder: Path) -> None:
+    trainer = two_ranks(runtime, folder, max_training_steps=1000)
+    stop = StopRequest()
+    if runtime.rank == 1:
+        trainer.loader = Asking(trainer.loader, stop, after=3)  # type: ignore[assignment]  # stands in for one
+    trainer.fit(SilentTracker(), stop)
+    assert runtime.gather_objects(trainer.step) == [3, 3]
+    assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000003"
+
+
+def check_a_full_disk_under_one_rank_fails_the_save_on_all_and_keeps_the_last(
+    runtime: Runtime, folder: Path
+) -> None:
+    trainer = steps(two_ranks(runtime, folder, plugin="zero2"), 1)
+    good = trainer.save()
+    steps(trainer, 1)
+    with file_size_limit(10_000 if runtime.rank == 1 else resource.RLIM_INFINITY):
+        message = message_of(CheckpointError, trainer.save)
+    assert "step_0000002 on rank 1: " in message
+    assert f"the last checkpoint is {good}" in message
+    runtime.barrier()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000001"]
+    assert checkpoint.damage(good, runtime) is None
+    # The run itself can go on, and save when there is room again.
+    assert steps(trainer, 1).save().name == "step_0000003"
+
+
+def check_a_folder_that_cannot_be_written_fails_on_all(runtime: Runtime, folder: Path) -> None:
+    trainer = two_ranks(runtime, Path("/proc/nowhere"))
+    assert "cannot write checkpoint /proc/nowhere" in message_of(CheckpointError, trainer.save)
+
+
+def check_a_batch_that_ranks_cannot_share_is_refused(runtime: Runtime, folder: Path) -> None:
+    config = small_config(folder)
+    message = message_of(
+        ValueError, lambda: launch(replace(config, data=replace(config.data, batch_size=15)))
+    )
+    assert "wanted a multiple of 2 processes, got 15" in message
+
+
+class Asking:
+    """A loader in whose batch number `after` a signal arrives."""
+
+    def __init__(self, loader: Any, stop: StopRequest, *, after: int) -> None:
+        self._loader, self._stop, self._left = loader, stop, after
+
+    def __next__(self) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self._stop.signal_name = "SIGTERM"
+        return next(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+@contextmanager
+def poisoned(trainer: Trainer, *, only_rank: int) -> Iterator[None]:
+    encode = trainer.inputs.encoder.encode
+    factor = math.nan if trainer.runtime.rank == only_rank else 1.0
+    trainer.inputs.encoder.encode = lambda images, generators: encode(images, generators) * factor  # type: ignore[method-assign]  # for the test
+    try:
+        yield
+    finally:
+        trainer.inputs.encoder.encode = encode  # type: ignore[method-assign]  # as it was

@@ -1,0 +1,87 @@
+"""Trainers of two ranks, or alone, for the checks of distributed_checks.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import small_config
+from torch import Tensor
+
+from speedit_plugins.trainer.parallel import master_weights
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.trainer import Trainer
+
+PLUGINS = ("ddp", "zero1", "zero2")
+# The gradient of a key's bias is zero on paper: softmax does not see it. AdamW divides its rounding error by
+# the rounding error's own size, so two orders of summation go apart there at the learning rate's pace.
+KEY_BIAS = ".attn.qkv.bias"
+
+
+def two_ranks(runtime: Runtime, folder: Path, **changes: Any) -> Trainer:
+    options = {
+        "model__class_dropout_prob": 0.0,
+        "optimizer__lr": 1e-3,
+        "optimizer__warmup_steps": 0,
+        **changes,
+    }
+    return build_trainer(small_config(folder, **options), runtime)
+
+
+def alone(folder: Path, **changes: Any) -> Trainer:
+    """The same in each process by itself."""
+    return two_ranks(Runtime(), folder, **changes)
+
+
+def steps(trainer: Trainer, count: int) -> Trainer:
+    trainer.engine.model.train()
+    for _ in range(count):
+        trainer.optimizer_step()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Whole masters on rank 0, with the key biases cut out."""
+    slices = master_weights.owned(trainer.engine.masters, trainer.runtime)
+    shapes = {master.name: master.shape for master in trainer.engine.masters}
+    return without_key_bias(master_weights.gather(slices, shapes, trainer.runtime))
+
+
+def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in tensors.items():
+        value = value.clone()
+        if name.endswith(KEY_BIAS):
+            query, key, rest = value.chunk(3)
+            value = torch.cat([query, rest])
+        found[name] = value
+    return found
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """All of this rank that decides the next step."""
+    parts = master_weights.owned(trainer.engine.masters, trainer.runtime)
+    engine = trainer.engine
+    moments = master_weights.optimizer_slices(engine.optimizer, engine.masters, trainer.runtime)
+    return {
+        "weights": {name: part.values for name, part in parts.items()},
+        "model": dict(trainer.model.state_dict()),
+        "ema": {name: part.values for name, part in trainer.ema.slices.items()},
+        "ema_updates": trainer.ema.num_updates,
+        "moments": {name: part.values for name, part in moments.items()},
+        "lr": trainer.engine.optimizer.param_groups[0]["lr"],
+        "scaler": trainer.engine.scaler_state(),
+        "step": trainer.step,
+        "loader": trainer.loader.state_dict(),
+        "next_batch": next(trainer.loader),
+        "next_timesteps": trainer._draw_timesteps().index,
+    }
+
+
+def message_of(kind: type[Exception], action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} was raised")

@@ -1,0 +1,134 @@
+"""Every task on two ranks, checked by distributed_checks.py: 20 steps, a resume bit for bit, samples."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from distributed_runs import everything, steps
+from PIL import Image
+from saved_models import save_pipeline
+from torch.testing import assert_close
+
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.data.videos.files import real_clip
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.training.train import build_trainer
+
+EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
+DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
+GAUSSIAN = "diffusion.type=SpeeDiffusion"
+NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
+SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
+
+
+def check_text_to_image(runtime: Runtime, folder: Path) -> None:
+    trained_resumed_and_sampled(runtime, folder, EMOJI, (*NARROW, GAUSSIAN))
+
+
+def check_text_to_video(runtime: Runtime, folder: Path) -> None:
+    trained_resumed_and_sampled(runtime, folder, MOVING, (*NARROW, GAUSSIAN))
+
+
+def check_a_flow_of_text(runtime: Runtime, folder: Path) -> None:
+    options = (*NARROW, "diffusion.base_density=logit_normal", "diffusion.shift=2")
+    trained_resumed_and_sampled(runtime, folder, EMOJI, options)
+    trained_resumed_and_sampled(runtime, folder / "bf16", EMOJI, (*options, "precision=bf16"))
+
+
+def check_images_among_videos(runtime: Runtime, folder: Path) -> None:
+    table = folder / "table.csv"
+    if runtime.is_main:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+        rows = [f"{real_clip()},a rabbit", f"{folder / 'red.png'},red"] * 8
+        table.write_text("\n".join(["path,text", *rows]))
+    runtime.barrier()
+    options = (
+        "image_size=16",
+        "num_frames=3",
+        "model={path: null, in_channels: 3, input_size: 16, patch_size: 8, text_width: 384, text_length: 8}",
+        *NARROW,
+        "encoder=Pixels",
+        "text_encoder={type: MiniLM, max_length: 8}",
+        f"data.dataset={{type: VideoTable, table: {table}, buckets: [[3, 16, 16], [1, 16, 16]]}}",
+        "data.num_workers=0",
+        "sample_prompts=[a rabbit]",
+        "precision=fp32",
+    )
+    # zero2 as the others, and ddp, which waits for a gradient of every parameter.
+    for plugin in ("zero2", "ddp"):
+        place = folder / plugin
+        trained_resumed_and_sampled(
+            runtime, place, "configs/text_to_video/latte_16x256.yaml", (*options, f"plugin={plugin}")
+        )
+
+
+def check_stable_diffusion_with_adapters(runtime: Runtime, folder: Path) -> None:
+    parts = folder / "parts"
+    if runtime.is_main:
+        save_pipeline(parts, "UNet")
+    runtime.barrier()
+    text = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_length: 8"
+    options = (
+        "image_size=16",
+        f"model={{type: UNet, path: {parts}, input_size: 8, text_width: 16, text_length: 8, lora_rank: 2}}",
+        f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
+        f"text_encoder={{type: TextEncoder, {text}}}",
+        "data.dataset={type: Emoji, image_size: 16}",
+        "data.num_workers=0",
+        "sample_prompts=[red heart]",
+    )
+    trained_resumed_and_sampled(runtime, folder, "configs/text_to_image/sd15.yaml", options)
+
+
+def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:
+    options = (
+        "num_classes=10",
+        "image_size=16",
+        "num_frames=4",
+        "model={type: Latte, patch_size: 4, input_size: 16, in_channels: 1}",
+        *SMALL,
+        "encoder={type: Pixels, channels: 1}",
+        "data.dataset=MovingDigits",
+        "data.num_workers=0",
+        "sample_classes=[3]",
+        "precision=fp32",
+    )
+    trained_resumed_and_sampled(runtime, folder, CLIPS, options)
+
+
+def check_inpainting(runtime: Runtime, folder: Path) -> None:
+    options = (*SMALL, "inpainting=RandomMasks")
+    trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)
+
+
+def trained_resumed_and_sampled(
+    runtime: Runtime, folder: Path, config: str, options: Sequence[str], *, is_sampled: bool = True
+) -> None:
+    own = (
+        f"experiment_dir={folder}",
+        "data.batch_size=4",
+        "max_training_steps=20",
+        "sampler.num_steps=3",
+        "optimizer.warmup_steps=2",
+        f"sample_every={20 if is_sampled else 0}",
+    )
+    loaded = load_config(config, "train", ["plugin=zero2", *own, *options])
+    whole = build_trainer(loaded, runtime)
+    steps(whole, 20)
+    if is_sampled:
+        assert whole._draw_grid is not None
+        whole._draw(whole._draw_grid)
+        if runtime.is_main:
+            assert (folder / "grids" / "step_0000020.png").stat().st_size > 0
+    first = build_trainer(loaded, runtime)
+    steps(first, 8)
+    path = first.save()
+    resumed = build_trainer(loaded, runtime)
+    resumed.restore(path)
+    steps(resumed, 12)
+    found, expected = everything(resumed), everything(whole)
+    for batch in (found["next_batch"], expected["next_batch"]):
+        batch.pop("caption", None)
+    assert_close(found, expected, rtol=0, atol=0)
+    assert all(torch.isfinite(value).all() for value in found["weights"].values())

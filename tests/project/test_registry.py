@@ -1,0 +1,213 @@
+import difflib
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import Registry
+from policy_cases import PAIRED, POLICY_NAMES
+from policy_cases import build as build_quietly
+from torch import Tensor
+from torch.testing import assert_close
+
+from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins.policies import recipes
+from speedit_plugins.policies.densities import Density
+from speedit_plugins.registry import (
+    DENSITIES,
+    DRAWS,
+    POLICIES,
+    WEIGHTINGS,
+    build,
+    nearest,
+)
+
+LINEAR = NoiseSchedule.linear()
+
+
+def test_the_named_policies() -> None:
+    assert set(POLICIES.module_dict) == set(POLICY_NAMES)
+    assert set(DRAWS.module_dict) == {"iid", "paired"}
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
+    recipe = POLICIES.module_dict[name]
+    composed = recipe(LINEAR) if name == "speed_reference" else recipe()
+    by_name = build_quietly(name, LINEAR)
+    for config in ({"type": name}, ConfigDict(type=name), composed):
+        policy = build_quietly(config, LINEAR)
+        assert torch.equal(policy.density, by_name.density)
+        assert torch.equal(policy.weight, by_name.weight)
+        assert policy.scope == by_name.scope
+        assert torch.equal(policy.density_for(3), by_name.density_for(3))
+
+
+@pytest.mark.parametrize("density", sorted(DENSITIES.module_dict))
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS.module_dict))
+@pytest.mark.parametrize("draw", sorted(DRAWS.module_dict))
+def test_any_density_weighting_and_draw_compose(density: str, weighting: str, draw: str) -> None:
+    parts = {"density": {"type": density}, "weighting": {"type": weighting}, "draw": {"type": draw}}
+    policy = build_quietly(parts, LINEAR)
+    assert policy.name == "custom"
+    assert float(policy.density.sum()) == pytest.approx(1.0)
+    plain = build_quietly({**parts, "draw": "iid"}, LINEAR)
+    assert torch.equal(policy.density_for(1), plain.density)
+
+
+def test_parts_take_parameters_and_a_scope() -> None:
+    policy = build_policy(
+        {
+            "density": {"type": "thinned", "k": 2.0, "tau": 100},
+            "weighting": {"type": "p2", "gamma": 0.5},
+            "scope": "loss",
+            "stratified": True,
+            "normalize": True,
+        },
+        LINEAR,
+    )
+    assert (policy.scope, policy.boundary_index) == ("loss", 100)
+    assert policy.mean_weight == pytest.approx(1.0)
+    assert_close(policy.weight / policy.weight[0], ((1 + LINEAR.snr) / (1 + LINEAR.snr[0])) ** -0.5)
+
+
+def test_parameters_of_named_policies_reach_their_parts() -> None:
+    assert build_policy({"type": "speed", "tau": 123}, LINEAR).boundary_index == 123
+    snr = float(LINEAR.snr[49])
+    assert build_policy({"type": "speed", "snr_boundary": snr}, LINEAR).boundary_index == 50
+    assert float(build_policy({"type": "speed", "lam": 0.9}, LINEAR).weight.max()) == pytest.approx(0.9)
+    assert float(build_policy({"type": "min_snr", "gamma": 1.0}, LINEAR).weight[0]) == pytest.approx(
+        1 / 9999, rel=1e-3
+    )
+    lower = build_policy({"type": "speedit", "threshold": 0.5, "gamma": 2.0, "k": 2.0}, LINEAR)
+    assert lower.boundary_index == LINEAR.flat_index(0.5) + 1
+    assert_close(lower.weight, (2 + LINEAR.snr) ** -2)
+
+
+def test_build_does_not_change_its_config() -> None:
+    config: dict[str, Any] = {"type": "speed", "k": 3.0, "normalize": True, "equivalent_to": "epsilon"}
+    parts: dict[str, Any] = {"density": {"type": "thinned", "k": 3.0}, "weighting": {"type": "p2"}}
+    before = [dict(config), {key: dict(value) for key, value in parts.items()}]
+    build_policy(config, LINEAR)
+    build_policy(parts, LINEAR)
+    assert [config, parts] == before
+
+
+def test_a_plugin_registers_its_own_by_a_call() -> None:
+    def last_only(schedule: NoiseSchedule, *, mass: float = 1.0) -> Density:
+        table = torch.zeros(schedule.num_timesteps, dtype=torch.float64)
+        table[-1] = mass
+        return Density(table)
+
+    def half(density: Tensor) -> Tensor:
+        return torch.full_like(density, 0.5)
+
+    DENSITIES.register_module(name="last_only", module=last_only)
+    WEIGHTINGS.register_module(name="half", module=half)
+    try:
+        policy = build_policy({"density": "last_only", "weighting": "half"}, LINEAR)
+        assert set(policy.draw(16).index.tolist()) == {999}
+        assert policy.mean_weight == 0.5
+    finally:
+        DENSITIES.module_dict.pop("last_only")
+        WEIGHTINGS.module_dict.pop("half")
+
+
+def test_build_passes_what_the_caller_gives_only_where_it_fits() -> None:
+    registry = Registry("thing")
+    registry.register_module(name="plain", module=lambda *, size: size)
+    registry.register_module(name="aware", module=lambda schedule, *, size=2: (schedule, size))
+    registry.register_module(name="open", module=lambda **options: options)
+    assert build(registry, {"type": "plain", "size": 3}, schedule="s") == 3
+    assert build(registry, "aware", schedule="s") == ("s", 2)
+    assert build(registry, {"type": "open", "a": 1}, schedule="s") == {"a": 1}
+
+
+def test_nearest_names_the_closest_or_nothing() -> None:
+    assert nearest("logit_norml", ["logit_normal", "uniform"]) == "; did you mean 'logit_normal'?"
+    assert nearest("xyz", ["logit_normal", "uniform"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("speedi", r"unknown policy 'speedi'; did you mean 'speedit'\?; known: clts, logit_normal, "),
+        ("zzz", r"unknown policy 'zzz'; known: clts"),
+        ({"type": "speed", "kk": 5.0}, r"policy 'speed' has no parameter 'kk'; did you mean 'k'\?; known: "),
+        ({"type": "speed", "lamb": 0.6}, r"'lamb'; did you mean 'lam'\?"),
+        ({"type": "speed", "normalise": True}, r"did you mean 'normalize'\?; known: equivalent_to, k, lam,"),
+        ({"type": "uniform", "density": "thinned"}, r"policy 'uniform' has no parameter 'density'"),
+        ({0: 1}, r"the keys of a config need to be names, got 0 in \{0: 1\}"),
+        ({"density": {"type": "thinned", 1: 2}, "weighting": "p2"}, r"need to be names, got 1 in"),
+        ({"density": "uniform", "weighting": {"type": ["p2"]}}, r"unknown weighting \"\['p2'\]\""),
+        ({"type": "speed", "lam": 5}, r"lam in \[0.5, 1\], got 5"),
+        ({"type": "speed", "k": 0}, "k > 0, got 0"),
+        ({"type": "speed", "tau": 1001}, r"tau needs to be an index in \(0, 1000\], got 1001"),
+        ({"type": "speed", "tau": 700, "snr_boundary": 0.01}, "give tau or snr_boundary, got both"),
+        (
+            {"type": "min_snr", "equivalent_to": "host"},
+            "always converts from the epsilon loss: drop equivalent_to='host'",
+        ),
+        ({"type": "speed", "equivalent_to": "v"}, "equivalent_to needs 'host' or 'epsilon', got 'v'"),
+        (
+            {"density": "logit_norml", "weighting": "constant"},
+            r"unknown density 'logit_norml'; did you mean 'logit_normal'\?; known: asymmetric, clts,",
+        ),
+        ({"density": "uniform", "weighting": "constnt"}, r"unknown weighting .*did you mean 'constant'\?"),
+        (
+            {"density": "uniform", "weighting": "constant", "draw": "pair"},
+            r"unknown draw 'pair'; did you mean 'paired'\?; known: iid, paired",
+        ),
+        ({"density": "uniform"}, r"needs type=NAME, or density=... and weighting=.*got keys \['density'\]"),
+        ({}, r"got keys \[\]"),
+        (
+            {"density": "uniform", "weigting": "constant"},
+            r"got keys \['density', 'weigting'\]; did you mean 'weighting'\?",
+        ),
+        ({"density": {"k": 5}, "weighting": "p2"}, r"a density config needs a type, got keys \['k'\]; known"),
+        ({"density": "uniform", "weighting": "constant", "scope": "all"}, "scope needs 'mse' or 'loss'"),
+        (
+            {"density": {"type": "uniform", "schedule": 3}, "weighting": "constant"},
+            "density 'uniform' has no parameter 'schedule'",
+        ),
+    ],
+)
+def test_a_bad_config_says_what_is_wrong(config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_policy(config, LINEAR)
+
+
+def test_a_missing_parameter_is_named() -> None:
+    registry = Registry("thing")
+    registry.register_module(name="box", module=lambda *, width, height, depth=1: (width, height, depth))
+    with pytest.raises(ValueError, match=r"thing 'box' needs height, got \['width'\]"):
+        build(registry, {"type": "box", "width": 2})
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_prediction_type_is_checked_for_every_policy(name: str) -> None:
+    with pytest.raises(ValueError, match="prediction_type needs one of epsilon, x0, v, flow, got 'noise'"):
+        build_quietly(name, LINEAR, "noise")
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_common_options_reach_every_policy(name: str) -> None:
+    common: dict[str, Any] = {"normalize": True, "equivalent_to": "epsilon"}
+    if name not in PAIRED:
+        common["stratified"] = True
+    policy = build_quietly({"type": name, **common}, LINEAR, "v")
+    assert policy.mean_weight == pytest.approx(1.0)
+
+
+def test_recipes_are_fresh_each_time() -> None:
+    first = recipes.speed()
+    first["density"]["k"] = 1e9
+    assert recipes.speed()["density"]["k"] == 5.0
+
+
+def test_the_nearest_of_a_policy_name_is_a_policy() -> None:
+    for name in POLICY_NAMES:
+        typed = name[:-1]
+        suggestion = difflib.get_close_matches(typed, POLICY_NAMES, n=1)
+        with pytest.raises(ValueError, match=suggestion[0]):
+            build_policy(typed, LINEAR)

@@ -1,0 +1,92 @@
+"""A transport and a rectified flow with the hosts' signatures and order of draws; the contract's subjects.
+
+Written from the straight path x_t = (1 - t) x_0 + t eps; t = 0 is noise in a transport, data in the other.
+
+Dims: B batch.
+"""
+
+import enum
+from typing import Any
+
+import torch
+from conformance.flow import rectified_flow, transport
+from open_sora_standin import RFLOW12
+from torch import Tensor
+
+
+class ModelType(enum.Enum):
+    VELOCITY = enum.auto()
+    NOISE = enum.auto()
+
+
+class WeightType(enum.Enum):
+    NONE = enum.auto()
+    VELOCITY = enum.auto()
+
+
+class ICPlan:
+    """The straight path."""
+
+    def compute_alpha_t(self, t: Tensor) -> tuple[Tensor, Any]:
+        return t, 1
+
+    def compute_sigma_t(self, t: Tensor) -> tuple[Tensor, Any]:
+        return 1 - t, -1
+
+
+class VPCPlan(ICPlan):
+    """A path whose velocity has no closed form in the noise; its tables do not matter here."""
+
+
+def rows(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.dim() - 1))
+
+
+class Transport:
+    """SiT's object; LightningDiT's takes `sp_timesteps`."""
+
+    def __init__(
+        self,
+        model_type: ModelType = ModelType.VELOCITY,
+        loss_type: WeightType = WeightType.NONE,
+        path_sampler: Any = None,
+    ) -> None:
+        self.model_type, self.loss_type = model_type, loss_type
+        self.path_sampler = path_sampler or ICPlan()
+
+    def sample(self, x1: Tensor, sp_timesteps: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = torch.randn_like(x1)
+        t = torch.rand(len(x1))
+        if sp_timesteps is not None:
+            t = t * (sp_timesteps[1] - sp_timesteps[0]) + sp_timesteps[0]
+        return t.to(x1), x0, x1
+
+    def training_losses(
+        self, model: Any, x1: Tensor, model_kwargs: Any = None, sp_timesteps: Any = None
+    ) -> dict[str, Tensor]:
+        t, x0, x1 = self.sample(x1, sp_timesteps)
+        x_t = rows(t, x1) * x1 + (1 - rows(t, x1)) * x0
+        prediction = model(x_t, t, **(model_kwargs or {}))
+        target = x0 if self.model_type is ModelType.NOISE else x1 - x0
+        return {"pred": prediction, "loss": ((prediction - target) ** 2).flatten(1).mean(1)}
+
+
+class RectifiedFlow(RFLOW12):
+    """VideoSys' object."""
+
+
+def sampled(host: Any, model: Any) -> Tensor:
+    """Two Euler steps from noise, with the first half of what the model answers."""
+    x = torch.randn(2, 4, 2, 4, 4)
+    for step in (0.0, 0.5):
+        velocity = model(x, torch.full((2,), step))[:, : x.shape[1]]
+        x = x + 0.5 * velocity
+    return x
+
+
+SUBJECTS = {
+    "transport": transport(Transport, sampled),
+    "transport of noise": transport(lambda: Transport(ModelType.NOISE), sampled),
+    "rectified flow": rectified_flow(RectifiedFlow, sampled),
+    "rectified flow, discrete": rectified_flow(lambda: RectifiedFlow(use_discrete_timesteps=True), sampled),
+}

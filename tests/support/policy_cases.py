@@ -1,0 +1,156 @@
+"""Schedules and policy configs that the policy tests share.
+
+Dims: T timesteps.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.policies.spectrum import DataSpectrum
+
+POLICY_NAMES = (
+    "uniform",
+    "speedit",
+    "speedit_reference",
+    "speed",
+    "speed_reference",
+    "open_sora_speed",
+    "spectral",
+    "spectral_fast",
+    "spectral_flow",
+    "p2",
+    "min_snr",
+    "logit_normal",
+    "clts",
+    "loss_second_moment",
+)
+PAIRED = ("speedit_reference", "speed_reference", "open_sora_speed")
+NOT_PAIRED = tuple(name for name in POLICY_NAMES if name not in PAIRED)
+
+
+def zero_terminal(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Shifts and scales sqrt(alpha-bar) so that it ends at 0: Lin et al. 2023, arXiv:2305.08891."""
+    root = schedule.alphas_cumprod.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return NoiseSchedule.from_alphas_cumprod(root**2)
+
+
+SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "linear of 20": lambda: NoiseSchedule.linear(20),
+    "linear of 4000": lambda: NoiseSchedule.linear(4000),
+    "scaled-linear": NoiseSchedule.scaled_linear,
+    "cosine": NoiseSchedule.cosine,
+    "cosine of 7": lambda: NoiseSchedule.cosine(7),
+    "rectified flow": NoiseSchedule.rectified_flow,
+    "rectified flow of 2": lambda: NoiseSchedule.rectified_flow(2),
+    "betas": lambda: NoiseSchedule.from_betas([0.1, 0.2, 0.3, 0.5, 0.9]),
+    "respaced": lambda: NoiseSchedule.linear().respaced(range(0, 1000, 4)),
+    "unevenly respaced": lambda: NoiseSchedule.cosine().respaced([0, 1, 2, 10, 50, 51, 400, 800, 999]),
+    "zero terminal SNR": lambda: zero_terminal(NoiseSchedule.scaled_linear()),
+    "odd zero terminal SNR": lambda: zero_terminal(NoiseSchedule.linear(101)),
+}
+
+
+def build(
+    config: str | dict[str, Any], schedule: NoiseSchedule, prediction_type: str = "epsilon"
+) -> TimestepPolicy:
+    """`build_policy` for data of variance 1, without its warning that there is nothing to thin."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="thinned draws every timestep equally often")
+        return build_policy(config, schedule, prediction_type, data_spectrum=unit_variance)
+
+
+def unit_variance() -> DataSpectrum:
+    return DataSpectrum(torch.ones(1, device="cpu"))
+
+
+def every_policy(schedule: NoiseSchedule) -> Iterator[TimestepPolicy]:
+    """Each named policy, and its stratified form where there is one."""
+    for name in POLICY_NAMES:
+        yield build(name, schedule)
+        if name in NOT_PAIRED:
+            yield build({"type": name, "stratified": True}, schedule)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def teach(policy: TimestepPolicy, losses: Tensor) -> None:
+    """Shows a learning policy the same loss (T,) ten times per timestep, which ends its warm-up."""
+    index = torch.arange(len(losses))
+    for _ in range(10):
+        policy.update(index, losses)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> NoiseSchedule:
+    """Every constructor, with small, odd and usual T; T >= 2."""
+    kind = draw(st.sampled_from(["linear", "scaled_linear", "cosine", "rectified_flow", "betas"]))
+    if kind == "betas":
+        betas = draw(st.lists(st.floats(1e-4, 0.3), min_size=2, max_size=40))
+        schedule = NoiseSchedule.from_betas(betas)
+    else:
+        smallest = {"linear": 20, "scaled_linear": 12}.get(kind, 2)
+        num_timesteps = draw(st.integers(smallest, 60) | st.sampled_from([250, 333, 1000]))
+        schedule = getattr(NoiseSchedule, kind)(num_timesteps)
+    T = schedule.num_timesteps
+    change = draw(st.sampled_from(["none", "respaced", "zero terminal"]))
+    if change == "respaced":
+        indices = draw(st.sets(st.integers(0, T - 1), min_size=2, max_size=min(T, 50)))
+        # The first index stays: without one above the boundary there is no area to keep.
+        return schedule.respaced(sorted(indices | {0}))
+    return zero_terminal(schedule) if change == "zero terminal" else schedule
+
+
+@st.composite
+def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
+    """Any named policy with valid parameters for T timesteps."""
+    name = draw(st.sampled_from(POLICY_NAMES))
+    positive = st.floats(0.1, 20.0)
+    parameters: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+        "speedit": {
+            "threshold": st.floats(0.01, 2.0),
+            "sharpness": st.floats(1.0, 1e5),
+            "gamma": st.floats(0.0, 2.0),
+            "k": positive,
+        },
+        "speedit_reference": {"threshold": st.floats(0.01, 2.0)},
+        "speed": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
+        "speed_reference": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
+        "spectral": {
+            "mean": st.floats(-2.0, 2.0),
+            # Some schedules here have no timestep that is cleaner.
+            "clean_share": st.just(0.0),
+            "std": st.floats(0.5, 3.0),
+            "clean_std": st.none() | st.floats(0.5, 3.0),
+        },
+        "spectral_fast": {
+            "mean": st.floats(-2.0, -1.5),
+            "shift": st.floats(-1.0, 1.0),
+            "clean_share": st.floats(0.0, 0.9),
+            "std": st.floats(0.5, 3.0),
+        },
+        "spectral_flow": {"mean": st.floats(-2.0, -1.5), "clean_share": st.floats(0.0, 0.9)},
+        "p2": {"gamma": st.floats(0.0, 2.0), "k": positive},
+        "min_snr": {"gamma": positive},
+        "logit_normal": {"mean": st.floats(-2.0, 2.0), "std": st.floats(0.2, 3.0)},
+        "clts": {
+            "mean": st.floats(0.0, 1.0),
+            "std": st.floats(0.05, 2.0),
+            "curriculum_steps": st.integers(1, 10**6),
+        },
+        "loss_second_moment": {"history": st.integers(1, 20), "uniform_floor": st.floats(1e-3, 1.0)},
+    }
+    config = {"type": name, **{key: draw(values) for key, values in parameters.get(name, {}).items()}}
+    if name not in PAIRED:
+        config["stratified"] = draw(st.booleans())
+    config["normalize"] = draw(st.booleans())
+    return config

@@ -1,0 +1,54 @@
+"""A run small enough for a test: digits, a DiT of two narrow blocks, few timesteps to sample."""
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.trainer import Trainer
+
+SMALL = (
+    "model.hidden_size=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.patch_size=4",
+    "data.batch_size=16",
+    "log_every=5",
+    "ckpt_every=1000",
+    "enable_tensorboard_log=false",
+    "sampler.num_steps=4",
+)
+
+
+def arguments(folder: Path, **changes: Any) -> list[str]:
+    """`key=value` arguments of a small run in `folder`; dots in keys are written as two underscores."""
+    values = {"experiment_dir": str(folder), "max_training_steps": 20, **changes}
+    return [*SMALL, *(f"{key.replace('__', '.')}={value}" for key, value in values.items())]
+
+
+def small_config(folder: Path, phase: str = "train", **changes: Any) -> ExperimentConfig:
+    """The checked config of a small run."""
+    return load_config("configs/image/digits/speedit.yaml", phase, arguments(folder, **changes))
+
+
+def small_trainer(folder: Path, **changes: Any) -> Trainer:
+    """A trainer before its first step."""
+    return build_trainer(small_config(folder, **changes))
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Writes past `num_bytes` fail with EFBIG, as on a full disk they fail with ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)

@@ -1,0 +1,350 @@
+"""What a pipeline of diffusers draws from an exported folder, against the trainer's own sampler."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from saved_models import save_pipeline, save_text_encoder
+from torch.testing import assert_close
+
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.backbones import unet
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.exported import export_model
+from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.sampling.conditions import grid_conditions
+from speedit_plugins.trainer.sampling.generator import load_generator
+from speedit_plugins.trainer.training.train import build_trainer
+
+EXPORT = runpy.run_path("tools/export.py")
+STEPS = 10
+SEED = stream_seed(0, IMAGE_STREAM, 0)
+
+
+def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> list[str]:
+    """A checkpoint of a random model that has not one zero layer; the arguments that name it.
+
+    Args:
+        spread: of what is added to each of its weights.
+    """
+    arguments = [f"experiment_dir={folder}", *options]
+    trainer = build_trainer(load_config(config, "train", arguments))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+    weights = dict(trainer.model.state_dict())
+    contents = checkpoint.Contents(model=weights, ema=weights, state={}, config="")
+    checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
+    return arguments
+
+
+def drawn(config: str, arguments: list[str]) -> Any:
+    """What `sample` draws for the first class or prompt, uint8."""
+    name = "ddim_leading_1" if "sd15" in config else "ddim_leading"
+    sampler = [f"sampler.type={name}", f"sampler.num_steps={STEPS}"]
+    loaded = load_config(config, "sample", [*arguments, *sampler])
+    generator, captions, _ = load_generator(loaded)
+    conditions = grid_conditions(loaded, captions)
+    return images.to_uint8(generator.draw(conditions.of(torch.tensor([0]), torch.device("cpu")), 1))[0]
+
+
+def exported(config: str, arguments: list[str], folder: Path, **options: Any) -> str:
+    loaded = load_config(config, "sample", [*arguments, f"sampler.num_steps={STEPS}"])
+    return EXPORT["export"](loaded, folder, **options)
+
+
+def agree(one: Any, other: Any) -> bool:
+    # Both round to 8 bits, from sums in another order.
+    return np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def dit_options(folder: Path) -> list[str]:
+    save_pipeline(folder / "parts", "PixArt")
+    return [
+        "image_size=8",
+        "num_classes=10",
+        "model={type: DiT, input_size: 4, patch_size: 2, hidden_size: 32, depth: 2, num_heads: 2}",
+        f"encoder={{type: AutoencoderKL, path: {folder / 'parts'}, subfolder: vae}}",
+        "data.dataset=Digits",
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "guidance_scale=2.0",
+        "sampler.guidance_channels=null",
+        "precision=fp32",
+        "sample_classes=[2]",
+        "max_training_steps=1",
+    ]
+
+
+# Enough for the class and the guidance to show in 8 bits.
+DIT_SPREAD = 0.2
+DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
+PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/latte_16x256.yaml"
+DIGITS = "configs/image/digits/speedit.yaml"
+
+
+def drawn_by_dit_pipeline(folder: Path) -> Any:
+    """An image of class 2 in grey levels, float (H, W, C)."""
+    from diffusers import DiTPipeline
+
+    found = DiTPipeline.from_pretrained(folder)(
+        class_labels=[2],
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+    return (found * 255).round()
+
+
+def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+    arguments = trained(tmp_path / "run", DIT, *dit_options(tmp_path), spread=DIT_SPREAD)
+    said = exported(DIT, arguments, tmp_path / "out")
+    assert "DiTPipeline" in said
+    assert f"fitted to num_inference_steps={STEPS}." in said
+    found = drawn_by_dit_pipeline(tmp_path / "out")
+    assert agree(found, drawn(DIT, arguments))
+    # What the images would be blind to, they would not prove.
+    for change in ("guidance_scale=1.0", "sampler.guidance_channels=3", "sample_classes=[5]"):
+        assert not agree(found, drawn(DIT, [*arguments, change])), change
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "timestep policy `{'type': 'speedit'}`" in card
+    assert f'torch.Generator("cpu").manual_seed({SEED})' in card
+    assert f"num_inference_steps={STEPS} and guidance_scale=2\n" in card
+    assert (
+        "sampler.type=ddim_leading sampler.eta=0 sampler.guidance_channels=null precision=fp32 device" in card
+    )
+
+
+def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path) -> None:
+    options = [*dit_options(tmp_path), "diffusion.diffusion_steps=100"]
+    arguments = trained(tmp_path / "run", DIT, *options, spread=DIT_SPREAD)
+    exported(DIT, arguments, tmp_path / "out")
+    assert agree(drawn_by_dit_pipeline(tmp_path / "out"), drawn(DIT, arguments))
+
+
+def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
+    model = unet(
+        input_size=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        text_width=16,
+        text_length=8,
+        lora_rank=2,
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x, tokens = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4), (8, 16)))
+    given = x, torch.tensor([3, 500]), {"tokens": tokens, "mask": torch.ones(2, 8, dtype=torch.bool)}
+    adapted = model(*given)
+    model.net.disable_lora()
+    assert not torch.allclose(model(*given), adapted, atol=1e-2)
+    model.net.enable_lora()
+    net = export_model(model, num_steps=STEPS, num_timesteps=1000).net
+    assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
+    # W x + B (A x) against (W + B A) x: float32 sums in another order.
+    assert_close(model(*given), adapted, rtol=0, atol=1e-4)
+
+
+def test_stable_diffusion_is_exported_where_padding_was_read_in_training(tmp_path: Path) -> None:
+    options = [*text_options(tmp_path, "UNet"), "text_encoder.attend_padding=false"]
+    arguments = trained(tmp_path / "run", SD15, *options)
+    message = "reads padding like words, got a model trained with text_encoder.attend_padding false"
+    with pytest.raises(ValueError, match=message):
+        exported(SD15, arguments, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
+    parts = save_pipeline(folder / "parts", kind)
+    padding = ", attend_padding: true" if kind == "UNet" else ""
+    places = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer"
+    text = f"{places}, max_length: 8, dtype: float32{padding}"
+    edge = 8 if frames else 4
+    return [
+        f"image_size={2 * edge}",
+        f"model={{type: {kind}, path: {parts}, input_size: {edge}, text_width: 16, text_length: 8}}",
+        f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
+        f"text_encoder={{type: TextEncoder, {text}}}",
+        "data.dataset=" + ("MovingDigits" if frames else "Digits"),
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "precision=fp32",
+        "sample_prompts=[a red heart]",
+        "max_training_steps=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "changes"),
+    [
+        ("PixArt", "t5", ()),
+        # The pipeline was written for T5, and takes what transformers has.
+        ("PixArt", "bert", ()),
+        ("UNet", "clip", ()),
+        # Merged adapters are in the pipeline's own weights.
+        ("UNet", "clip", ("model.lora_rank=2",)),
+    ],
+    ids=["PixArt", "PixArt with BERT", "UNet", "adapters"],
+)
+def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
+    tmp_path: Path, kind: str, text: str, changes: tuple[str, ...]
+) -> None:
+    import diffusers
+
+    config = PIXART if kind == "PixArt" else SD15
+    options = [*text_options(tmp_path, kind), "guidance_scale=2.0", *changes]
+    save_text_encoder(tmp_path / "parts" / "text_encoder", text)
+    arguments = trained(tmp_path / "run", config, *options)
+    exported(config, arguments, tmp_path / "out")
+    name = {"PixArt": "PixArtAlphaPipeline", "UNet": "StableDiffusionPipeline"}[kind]
+    pipeline = getattr(diffusers, name).from_pretrained(tmp_path / "out")
+    own = (
+        {"use_resolution_binning": False, "max_sequence_length": 8, "clean_caption": False}
+        if kind == "PixArt"
+        else {}
+    )
+    assert pipeline.tokenizer.model_max_length == 8
+    found = pipeline(
+        "a red heart",
+        guidance_scale=2.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+        **own,
+    ).images[0]
+    assert agree((found * 255).round(), drawn(config, arguments))
+
+
+def test_a_text_to_video_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
+    from diffusers import LattePipeline
+
+    # Guided, diffusers' pipeline would read padding behind the empty caption, which training does not.
+    options = [*text_options(tmp_path, "LatteT2V", frames=3), "num_frames=3", "guidance_scale=1.0"]
+    arguments = trained(tmp_path / "run", LATTE, *options)
+    assert "Guided videos differ: " in exported(LATTE, [*arguments, "guidance_scale=4.0"], tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Guided videos differ: LattePipeline reads the padding" in card
+    assert f"num_inference_steps={STEPS} and guidance_scale=1\n" in card
+    pipeline = LattePipeline.from_pretrained(tmp_path / "out")
+    found = pipeline(
+        "a red heart",
+        video_length=3,
+        height=16,
+        width=16,
+        guidance_scale=1.0,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="pt",
+        clean_caption=False,
+    ).frames[0]
+    assert agree((found.permute(0, 2, 3, 1).numpy() * 255).round(), drawn(LATTE, arguments))
+
+
+def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
+    with pytest.raises(ValueError, match="a pipeline decodes latents, got a model of pixels"):
+        exported(DIGITS, arguments, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    assert net.config.sample_size == 8
+    assert DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.clip_sample
+    with pytest.raises(ValueError, match="--out needs a folder that does not exist"):
+        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+
+
+@torch.no_grad()
+def test_clamped_steps_of_the_scheduler_are_the_samplers_as_the_card_says(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    arguments = [*trained(tmp_path / "run", DIGITS, "data.num_workers=0"), "guidance_scale=1"]
+    said = exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    assert "scheduler.step(..., use_clipped_model_output=True)" in said
+    assert "use_clipped_model_output=True" in (tmp_path / "out" / "README.md").read_text()
+    sampler = ["sampler.type=ddim_leading", f"sampler.num_steps={STEPS}", "sampler.clip_sample=true"]
+    generator, _, _ = load_generator(load_config(DIGITS, "sample", [*arguments, *sampler]))
+    expected = generator.draw(torch.tensor([3]), 1)
+    net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    deviations = {}
+    for is_clipped in (True, False):
+        x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(SEED))
+        for step in scheduler.timesteps:
+            prediction = net(x, timestep=step.unsqueeze(0), class_labels=torch.tensor([3])).sample[:, :1]
+            x = scheduler.step(prediction, step, x, use_clipped_model_output=is_clipped).prev_sample
+        deviations[is_clipped] = float((x - expected).abs().max())
+    # Float32 rounding of ten steps, and of the fitted timestep layer.
+    assert deviations[True] < 1e-4
+    assert deviations[False] > 0.05
+
+
+def test_a_unet_alone_has_the_schedule_of_its_pipeline(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    arguments = trained(tmp_path / "run", SD15, *text_options(tmp_path, "UNet"))
+    exported(SD15, arguments, tmp_path / "out", model_only=True)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    assert scheduler.timesteps.tolist() == [1 + 100 * step for step in reversed(range(STEPS))]
+
+
+def test_variance_channels_are_refused_where_the_pipeline_takes_none(tmp_path: Path) -> None:
+    size = "input_size: 4, text_width: 16, text_length: 8, block_out_channels: [32, 32], layers_per_block: 1"
+    learned = (f"model={{type: UNet, path: null, {size}}}", "diffusion.learn_sigma=true")
+    arguments = trained(tmp_path / "run", SD15, *text_options(tmp_path, "UNet"), *learned)
+    message = (
+        "StableDiffusionPipeline takes no variance channels, got .*learn_sigma true; wanted false, or --mo"
+    )
+    with pytest.raises(ValueError, match=message):
+        exported(SD15, arguments, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    exported(SD15, arguments, tmp_path / "out", model_only=True)
+
+
+def test_clamped_sampling_has_no_pipeline(tmp_path: Path) -> None:
+    arguments = [*trained(tmp_path / "run", DIT, *dit_options(tmp_path)), "sampler.clip_sample=true"]
+    with pytest.raises(
+        ValueError, match="a pipeline with sampler.clip_sample clamps x_0 and leaves the noise"
+    ):
+        exported(DIT, arguments, tmp_path / "out")
+
+
+@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def fail(*_: object) -> str:
+        raise failure
+
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
+    monkeypatch.setitem(EXPORT["export"].__globals__, "_card", fail)
+    with pytest.raises(type(failure)):
+        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
+    with pytest.raises(ValueError, match="no pipeline of these models samples a RectifiedFlow"):
+        exported(DIGITS, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
+    wide = DiT(8, 2, hidden_size=16, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=10)
+    with pytest.raises(ValueError, match=r"DiTPipeline needs model.mlp_ratio 4, got 2"):
+        export_model(wide, num_steps=STEPS, num_timesteps=1000)
+    latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+    with pytest.raises(ValueError, match="no pipeline of diffusers is for Latte as it is"):
+        export_model(latte, num_steps=STEPS, num_timesteps=1000)

@@ -1,0 +1,356 @@
+import base64
+import importlib
+import io
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import arguments, small_config
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer.data.videos.files import write_gif
+from speedit_plugins.trainer.results import save_config
+from speedit_plugins.trainer.training.train import build_trainer
+
+report: ModuleType = importlib.import_module("report")
+page: ModuleType = importlib.import_module("report_page")
+plots: ModuleType = importlib.import_module("report_plots")
+
+FIGURE = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
+VOID = {"meta", "img", "path", "rect", "circle", "image"}
+
+
+class Checked(HTMLParser):
+    """Keeps headings, text and addresses of a document whose tags must nest."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(document)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def written(folder: Path) -> Checked:
+    assert report.main([str(folder)]) == 0
+    return Checked((folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    options = arguments(folder, profile_every=10, sample_every=10, experiment_name="a <b>bold</b> & new run")
+    assert main(["-c", "configs/image/digits/speedit.yaml", "-p", "train", *options]) == 0
+    return folder
+
+
+def test_a_report_is_one_file_without_scripts_or_outside_addresses(trained: Path) -> None:
+    found = written(trained)
+    assert found.headings == [
+        "Summary",
+        "Curves",
+        "Loss and gradient by timestep",
+        "Samples over time",
+        "Timestep policy",
+        "Evaluation",
+        "Config",
+        "Environment",
+    ]
+    assert found.addresses
+    assert all(address.startswith("data:image/") for address in found.addresses)
+    assert not found.tags & {"script", "link", "iframe", "object"}
+    style = (Path(page.__file__).with_name("report.css")).read_text()
+    assert "url(" not in style
+    assert "@import" not in style
+    # The name of the run is text, not markup.
+    assert "a <b>bold</b> & new run" in found.text
+    assert "b" not in found.tags
+
+
+def test_a_report_says_what_the_run_is_and_what_it_lacks(trained: Path) -> None:
+    text = written(trained).text
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert "20 of 20" in text
+    assert "speedit: boundary 642 of 1000 timesteps, mean weight 0.5815" in text
+    assert f"{rows[-1]['loss']:.4g}" in text
+    # 8.6, 84.2 and 7.2 % of the importance lie in the areas, as published.
+    assert "219 .. 69962.1 %84.2 %" in text
+    assert "profile_every: 10" in text
+    assert json.loads((trained / "environment.json").read_text())["torch"] in text
+    for missing in (
+        "No samples.png: the phase sample was not run.",
+        "No test.json: the phase test was not run.",
+        "No timestep_profile.json: tools/timestep_profile.py writes it.",
+    ):
+        assert missing in text
+
+
+def test_the_parameters_are_those_that_training_announced(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(trained)
+    model = build_trainer(config).model
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{count:,} trained parameters" in written(trained).text
+
+
+def test_what_later_phases_leave_is_shown(trained: Path) -> None:
+    content = {"figures": {"fid[digit_classifier]": FIGURE}, "samples": "drawn.npz", "reference": None}
+    (trained / "test.json").write_text(json.dumps(content))
+    values = [0.5 + number for number in range(20)]
+    ranges = [[50 * number, 50 * number + 50] for number in range(20)]
+    profile = {
+        "step": 20,
+        "weights": "ema",
+        "ranges": ranges,
+        "loss": values,
+        "mse": values,
+        "grad_norm": values,
+    }
+    (trained / "timestep_profile.json").write_text(json.dumps(profile))
+    try:
+        text = written(trained).text
+    finally:
+        (trained / "test.json").unlink()
+        (trained / "timestep_profile.json").unlink()
+    assert "fid[digit_classifier]12.35digit_classifier300-" in text
+    assert "drawn.npz" in text
+    assert "Gradient norm, measured: ema weights, step 20" in text
+
+
+def test_what_is_older_than_the_newest_checkpoint_says_so(trained: Path) -> None:
+    image, drawn, figures = (trained / name for name in ("samples.png", "drawn.npz", "test.json"))
+    Image.new("L", (4, 4)).save(image)
+    drawn.write_text("")
+    figures.write_text(json.dumps({"figures": {"fid": FIGURE}, "samples": str(drawn), "reference": None}))
+    note = ", older than the checkpoint step_0000020"
+    try:
+        assert note not in written(trained).text
+        # The figures' own file may be new: test takes the samples that there are.
+        for path in (image, drawn):
+            os.utime(path, (0, 0))
+        text = written(trained).text
+    finally:
+        for path in (image, drawn, figures):
+            path.unlink()
+    assert f"samples.png, drawn by the phase sample{note}" in text
+    assert f"(300 samples{note})" in text
+    assert f"drawn.npz{note}" in text
+
+
+def test_a_damaged_file_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = trained / "test.json"
+    try:
+        for content, message in (("{", "Expecting property name"), ("[1]", "wanted an object, got list")):
+            figures.write_text(content)
+            assert report.main([str(trained)]) == 2
+            assert f"report: error: {figures} is damaged: {message}" in capsys.readouterr().err
+    finally:
+        figures.unlink()
+
+
+def test_a_run_without_a_logged_line_or_grid_is_reported(tmp_path: Path) -> None:
+    save_config(small_config(tmp_path), "train")
+    text = written(tmp_path).text
+    assert "nothing logged yet" in text
+    assert "metrics.jsonl has no line yet." in text
+    assert "parameters unknown without a checkpoint" in text
+    assert "No grids were drawn in training" in text
+    assert "No environment.json" in text
+
+
+def test_a_line_of_an_older_version_has_fewer_curves(tmp_path: Path) -> None:
+    save_config(small_config(tmp_path), "train")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 1.5, "grad_norm": null}\n')
+    found = written(tmp_path)
+    assert "This run logged no loss per timestep." in found.text
+    assert "Losses" in found.text
+    assert "Gradient norm" not in found.text
+
+
+def test_of_many_grids_some_are_chosen_evenly_with_both_ends(tmp_path: Path) -> None:
+    save_config(small_config(tmp_path), "train")
+    (tmp_path / "grids").mkdir()
+    for step in range(1, 34):
+        Image.new("L", (4, 4)).save(tmp_path / "grids" / f"step_{step:07d}.png")
+    text = written(tmp_path).text
+    assert "12 of 33 grids, evenly chosen." in text
+    found = [int(step) for step in re.findall(r"step (\d+)", text)]
+    assert (found[0], found[-1], len(found)) == (1, 33, 12)
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"report: error: {tmp_path} is no run: wanted the experiment_dir of a training" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_may_lie_elsewhere(
+    tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(trained), "--out", str(tmp_path / "new.html")]) == 0
+    assert str(tmp_path / "new.html") in capsys.readouterr().out
+    assert report.main([str(trained), "--out", str(tmp_path / "none" / "new.html")]) == 2
+    assert "--out needs a file in a folder that exists" in capsys.readouterr().err
+
+
+def picture_of(html: str) -> Image.Image:
+    (found,) = re.findall(r'(?:src|href)="data:image/\w+;base64,([^"]+)"', html)
+    return Image.open(io.BytesIO(base64.b64decode(found)))
+
+
+def test_a_moving_grid_is_embedded_as_it_is_and_a_wide_still_one_reduced(tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    Image.new("RGB", (2 * page.MAX_WIDTH, 100)).save(path)
+    assert picture_of(page.picture("wide", path)).size == (page.MAX_WIDTH, 50)
+    frames = np.zeros((3, 8, 8, 1), dtype=np.uint8)
+    frames[1:] += np.array([100, 200], dtype=np.uint8).reshape(2, 1, 1, 1)
+    write_gif(path.with_suffix(".gif"), torch.from_numpy(frames), fps=10)
+    moving: Any = picture_of(page.picture("moving", path))
+    assert (moving.format, moving.n_frames) == ("GIF", 3)
+
+
+def test_points_lie_where_the_axes_say() -> None:
+    line = plots.Line("line", [(0.0, 1.0), (5.0, None), (10.0, 100.0)])
+    svg = plots.line_chart([line], x_label="x", y_label="y", is_log=True)
+    # A gap on both sides makes a point a dot: at the lower left and the upper right corner.
+    dots = re.findall(r'<circle class="dot c0" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    corners = [
+        (plots.LEFT, plots.HEIGHT - plots.BOTTOM),
+        (plots.WIDTH - plots.RIGHT, plots.TOP),
+    ]
+    assert [(float(x), float(y)) for x, y in dots] == corners
+    # 10 is half way between 1 and 100.
+    middle = (plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2
+    assert f'y="{middle + 4:.1f}">10</text>' in svg
+
+
+def test_what_is_not_finite_is_a_gap() -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, -math.inf, 4.0, 5.0]
+    given = plots.Line("line", list(enumerate(values)))
+    wanted = plots.Line("line", [(x, y if math.isfinite(y) else None) for x, y in enumerate(values)])
+    for is_log in (False, True):
+        drawn = [
+            plots.line_chart([line], x_label="x", y_label="y", is_log=is_log) for line in (given, wanted)
+        ]
+        assert drawn[0] == drawn[1]
+        assert (drawn[0].count('class="line c0"'), drawn[0].count('class="dot c0"')) == (2, 1)
+    points, band = [(0, 1.0), (1, 2.0), (2, 3.0)], [(0.5, 1.5), (0.0, math.nan), (2.0, 4.0)]
+    svg = plots.line_chart([plots.Line("line", points, band)], x_label="x", y_label="y", is_log=True)
+    assert "nan" not in svg
+    assert svg.count('class="band c0"') == 2
+
+
+def test_a_chart_without_a_value_to_show_is_empty() -> None:
+    empty = plots.Line("line", [(0.0, None), (1.0, None)])
+    below = plots.Line("line", [(0.0, -1.0), (1.0, 0.0)])
+    assert plots.line_chart([empty], x_label="x", y_label="y") == ""
+    assert plots.line_chart([below], x_label="x", y_label="y", is_log=True) == ""
+    labels = {"y_range": (0, 10), "x_label": "x", "y_label": "y", "value_label": "v"}
+    assert plots.heat_map([1.0], [[None, None]], **labels) == ""
+    assert page.chart("title", "") == ""
+
+
+def test_long_lines_are_thinned_to_means() -> None:
+    points = [(float(step), float(step % 2)) for step in range(4 * plots.MAX_POINTS)]
+    svg = plots.line_chart([plots.Line("line", points)], x_label="x", y_label="y")
+    (path,) = re.findall(r'<path class="line c0" d="M([^"]+)"', svg)
+    heights = {point.split()[1] for point in path.split("L")}
+    assert path.count("L") + 1 == plots.MAX_POINTS
+    # Zeros and ones in turn: every mean of four is a half.
+    assert len(heights) == 1
+
+
+def test_a_staircase_is_level_on_each_range_and_skips_empty_ones() -> None:
+    assert plots.staircase([(0, 1), (1, 1), (1, 3)], [2.0, None, 4.0]) == [
+        (0, 2.0),
+        (1, 2.0),
+        (1, 4.0),
+        (3, 4.0),
+    ]
+
+
+def test_a_band_ends_at_a_gap() -> None:
+    points = [(0, 1.0), (1, 1.0), (1, None), (2, None), (2, 1.0), (3, 1.0)]
+    around = (0.5, 1.5)
+    line = plots.Line("line", points, [around, around, None, None, around, around])
+    svg = plots.line_chart([line], x_label="x", y_label="y")
+    assert svg.count('class="band c0"') == svg.count('class="line c0"') == 2
+
+
+def test_columns_of_a_heat_map_reach_from_the_step_before_to_their_own() -> None:
+    steps = [50.0, 100.0, 150.0, 160.0]
+    (row,) = plots._by_step(steps, [[step] for step in steps])
+    # A stretch is one step: the last column has ten of them.
+    expected = [50.0] * 50 + [100.0] * 50 + [150.0] * 50 + [160.0] * 10
+    assert row.tolist() == expected
+    # Two steps in a stretch: their mean.
+    (row,) = plots._by_step(range(1, 321), [[step] for step in range(1, 321)])
+    assert row.tolist() == [2 * number + 1.5 for number in range(160)]
+
+
+def test_a_heat_map_has_a_column_per_step_its_first_row_at_the_bottom() -> None:
+    svg = plots.heat_map(
+        [10.0, 20.0],
+        [[1.0, 100.0], [None, 10.0]],
+        y_range=(0, 2),
+        x_label="step",
+        y_label="timestep",
+        value_label="loss",
+    )
+    first = re.findall(r'href="data:image/png;base64,([^"]+)"', svg)[0]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))))
+    assert pixels.shape == (2, plots.NUM_COLUMNS, 4)
+    middle = plots.NUM_COLUMNS // 2
+    assert (pixels[:, :middle] == pixels[:, :1]).all()
+    assert (pixels[:, middle:] == pixels[:, -1:]).all()
+    pixels = pixels[:, [0, -1]]
+    # The least value has the darkest colour, the largest the lightest, and 10, half way between the
+    # logarithms of 1 and 100, the middle one.
+    assert tuple(pixels[1, 0, :3]) == plots.COLORS[0]
+    assert tuple(pixels[0, 0, :3]) == plots.COLORS[-1]
+    assert tuple(pixels[0, 1, :3]) == plots.COLORS[2]
+    assert pixels[1, 1, 3] == 0
+
+
+def test_ticks_are_round_and_inside_the_range() -> None:
+    axis = plots._Axis(0.0, 1.05, 0, 1)
+    assert axis.ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert plots._Axis(1e-3, 10.0, 0, 1, is_log=True).ticks() == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
+    # Of a narrow logarithmic range, without two powers, the linear ones.
+    narrow = plots._Axis(0.61, 0.69, 0, 1, is_log=True).ticks()
+    assert all(0.61 <= tick <= 0.69 for tick in narrow)
+    assert len(narrow) >= 3
+    assert math.isclose(narrow[1] - narrow[0], narrow[2] - narrow[1])

@@ -1,0 +1,280 @@
+"""The phases through the installed command line, in processes of their own where signals are involved."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import arguments, small_config
+from torch.testing import assert_close
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.evaluation.npz import read_npz, write_npz
+from speedit_plugins.trainer.training import train
+
+CONFIG = ["-c", "configs/image/digits/speedit.yaml"]
+
+
+def speedit(phase: str, folder: Path, **changes: object) -> int:
+    return main([*CONFIG, "-p", phase, *arguments(folder, **changes)])
+
+
+def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "tools/main.py",
+        *CONFIG,
+        "-p",
+        "train",
+        *arguments(folder, **changes),
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert speedit("train", folder, enable_tensorboard_log=True) == 0
+    return folder
+
+
+def test_train_says_where_its_results_lie(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert speedit("train", tmp_path) == 0
+    out, err = capfd.readouterr()
+    assert "policy speedit: boundary 642 of 1000 timesteps, mean weight 0.5815" in out
+    for name in ("loss.png", "metrics.jsonl", "checkpoints/step_0000020"):
+        assert (tmp_path / name).exists()
+        assert str(tmp_path / name) in out
+    # The progress bar's last line: steps, loss, rate and time left.
+    assert "20/20" in err
+    assert "loss=" in err
+    assert "step/s" in err or "s/step" in err
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert {"loss", "mse", "vb", "uniform_mse", "mse_per_bin", "grad_norm", "lr", "steps_per_second"} <= set(
+        rows[0]
+    )
+
+
+def test_sample_draws_a_column_per_class(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert speedit("sample", trained, samples_per_class=2) == 0
+    grid = np.asarray(Image.open(trained / "samples.png"))
+    assert grid.shape == (2 * 66 + 2, 10 * 66 + 2)
+    assert f"sample grid  {trained}/samples.png" in capfd.readouterr().out
+
+
+def test_samples_are_a_function_of_the_seed(trained: Path) -> None:
+    grids = []
+    for seed in (1, 1, 2):
+        assert speedit("sample", trained, seed=seed) == 0
+        grids.append(np.asarray(Image.open(trained / "samples.png")))
+    assert np.array_equal(grids[0], grids[1])
+    assert not np.array_equal(grids[0], grids[2])
+
+
+def test_inference_and_test_go_from_images_to_a_named_distance(
+    trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert speedit("inference", trained, num_samples=30, per_proc_batch_size=20) == 0
+    folder = trained / "inference" / "step_0000020_ddpm4_n30_cfg1_seed0"
+    images = read_npz(folder.with_suffix(".npz"))
+    assert images.shape == (30, 8, 8, 1)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
+    assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
+    assert speedit("test", trained) == 0
+    figures = json.loads((trained / "test.json").read_text())["figures"]
+    names = ("fid", "kid", "precision", "recall", "density", "coverage")
+    assert list(figures) == [f"{name}[digit_classifier]" for name in names]
+    for figure in figures.values():
+        assert (figure["features"], figure["num_samples"], figure["num_reference"]) == (
+            "digit_classifier",
+            30,
+            1797,
+        )
+    assert figures["fid[digit_classifier]"]["value"] > 0
+    out = capfd.readouterr().out
+    assert "(features digit_classifier; 30 samples, 1797 reference; few for 32 dimensions" in out
+
+
+def test_the_distance_of_a_set_to_itself_is_zero(trained: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
+    write_npz(tmp_path / "same.npz", images)
+    same = str(tmp_path / "same.npz")
+    assert speedit("test", tmp_path, reference=same, samples=same, features="{type: pixels@8}") == 0
+    figures = json.loads((tmp_path / "test.json").read_text())["figures"]
+    # Rounding of an eigendecomposition in float64 of 64 dimensions.
+    assert abs(figures["fid[pixels@8]"]["value"]) < 1e-6
+    for name in ("precision", "recall", "coverage"):
+        assert figures[f"{name}[pixels@8]"]["value"] == 1.0
+
+
+def test_an_official_checkpoint_and_a_safetensors_file_can_be_sampled(trained: Path, tmp_path: Path) -> None:
+    file = trained / "checkpoints" / "step_0000020" / "ema.safetensors"
+    assert speedit("sample", tmp_path, ckpt_path=file) == 0
+    assert speedit("sample", trained) == 0
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(Image.open(trained / "samples.png"))
+    )
+
+
+def test_fine_tuning_starts_from_the_given_weights(trained: Path, tmp_path: Path) -> None:
+    file = trained / "checkpoints" / "step_0000020" / "ema.safetensors"
+    assert speedit("train", tmp_path, pretrained=file, max_training_steps=1, optimizer__lr=1e-30) == 0
+    tuned = checkpoint.load(tmp_path / "checkpoints" / "step_0000001")
+    assert_close(dict(tuned.model), dict(checkpoint.load(file.parent).ema), rtol=0, atol=1e-12)
+
+
+def test_training_goes_on_by_itself_and_stops_where_it_is_done(trained: Path, tmp_path: Path) -> None:
+    assert speedit("train", tmp_path, max_training_steps=5) == 0
+    assert speedit("train", tmp_path, max_training_steps=10) == 0
+    assert train.train(small_config(tmp_path, max_training_steps=10)) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "message"),
+    [
+        ("sample", {}, "no checkpoint in .*checkpoints: train first, or give ckpt_path"),
+        ("test", {}, "no npz in .*inference: run the phase inference first"),
+        ("train", {"pretrained": "absent.pt"}, "no checkpoint at 'absent.pt'"),
+        ("train", {"resume": "absent"}, "resume needs auto, never or a checkpoint's folder, got 'absent'"),
+        ("train", {"diffusion__policy": "{type: sped}"}, "unknown policy 'sped'; did you mean 'speed'"),
+        (
+            "train",
+            {"diffusion__policy": "{type: speed, lam: 5}"},
+            r"change_aware needs lam in \[0.5, 1\], got 5",
+        ),
+        ("train", {"model__num_heads": 5}, "num_heads"),
+        (
+            "train",
+            {"diffusion__policy": "{type: speed, k: abc}"},
+            "'speed' k needs float, got 'abc'",
+        ),
+        ("test", {"ckpt_path": "x"}, "ckpt_path: has no effect in test"),
+        ("train", {"device": "cuda"}, "needs a CUDA device, got none"),
+        ("train", {"experiment_dir": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], phase: str, changes: dict[str, object], message: str
+) -> None:
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert speedit(phase, tmp_path, **changes) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("speedit: error:")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_resume_never_and_going_back_are_refused_where_they_would_lose_steps(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert speedit("train", tmp_path, max_training_steps=10, ckpt_every=5) == 0
+    assert speedit("train", tmp_path, resume="never") == 2
+    assert "resume: never would write over the run that holds" in capfd.readouterr().err
+    assert speedit("train", tmp_path, resume=tmp_path / "checkpoints" / "step_0000005") == 2
+    assert "goes back behind" in capfd.readouterr().err
+    assert speedit("train", tmp_path / "branch", resume=tmp_path / "checkpoints" / "step_0000005") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, max_training_steps=100_000, log_every=1)
+    wait_for(tmp_path / "metrics.jsonl", process)
+    time.sleep(1.0)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert f"stopped by {number.name} after step {checkpoint.step_of(saved)}\n" in output
+    assert str(saved) in output
+    assert "run the same command again to go on" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    changes = {"max_training_steps": 60, "ckpt_every": 3, "optimizer__max_grad_norm": 1.0}
+    whole = start(tmp_path / "whole", **changes)
+    assert whole.wait(timeout=120) == 0
+    chance = random.Random(0)
+    for _ in range(4):
+        process = start(tmp_path / "killed", **changes)
+        before = checkpoint.newest(tmp_path / "killed" / "checkpoints")
+        # At a random moment after it has made some way, saves included.
+        deadline = time.monotonic() + 60
+        while checkpoint.newest(tmp_path / "killed" / "checkpoints") == before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        process.kill()
+        process.communicate()
+    last = start(tmp_path / "killed", **changes)
+    assert last.wait(timeout=120) == 0
+    expected = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step_0000060")
+    found = checkpoint.load(tmp_path / "killed" / "checkpoints" / "step_0000060")
+    for part in ("model", "ema", "moments"):
+        assert_close(dict(getattr(found, part)), dict(getattr(expected, part)), rtol=0, atol=0)
+    assert found.state == expected.state
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "message"),
+    [
+        ("sample", {}, "rank 0: error: sample runs in one process, got WORLD_SIZE=8"),
+        ("train", {"data__batch_size": 12}, "wanted a multiple of 8 processes, got 12"),
+        ("train", {}, "WORLD_SIZE=8 needs MASTER_ADDR, MASTER_PORT too"),
+    ],
+)
+def test_several_processes_need_a_launcher_and_a_batch_to_share(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    phase: str,
+    changes: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    assert speedit(phase, tmp_path, **changes) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_finished_run_says_so_and_keeps_its_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert speedit("train", tmp_path, max_training_steps=3) == 0
+    state = tmp_path / "checkpoints" / "step_0000003" / "state.pt"
+    written = state.stat().st_mtime_ns
+    assert speedit("train", tmp_path, max_training_steps=3) == 0
+    assert "nothing to train: the run is at step 3, max_training_steps 3" in capfd.readouterr().out
+    assert state.stat().st_mtime_ns == written
