@@ -105,7 +105,7 @@ def test_file_errors_of_a_phase_are_one_line(
     def full_disk(config: ExperimentConfig) -> int:
         raise OSError(28, "No space left on device", "outputs/x")
 
-    stub("train", train=full_disk)
+    stub("training.train", train=full_disk)
     assert main(["-c", DIGITS, "-p", "train"]) == 2
     assert capsys.readouterr().err == "speedit: error: [Errno 28] No space left on device: 'outputs/x'\n"
 
@@ -113,7 +113,7 @@ def test_file_errors_of_a_phase_are_one_line(
 def test_value_errors_of_this_package_are_one_line(
     stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub("train", train=lambda config: load_config(DIGITS, "no\nphase"))
+    stub("training.train", train=lambda config: load_config(DIGITS, "no\nphase"))
     assert main(["-c", DIGITS, "-p", "train"]) == 2
     assert capsys.readouterr().err.startswith("speedit: error: phase needs one of")
 
@@ -123,7 +123,7 @@ def test_faults_keep_their_traceback(stub: Callable[..., None], fault: Exception
     def train(config: ExperimentConfig) -> int:
         raise fault  # this file stands outside the package, as a library does
 
-    stub("train", train=train)
+    stub("training.train", train=train)
     with pytest.raises(type(fault)):
         main(["-c", DIGITS, "-p", "train"])
 
