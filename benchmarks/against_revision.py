@@ -26,7 +26,7 @@ WORKER = """
 import sys, time, torch
 torch.set_num_threads(int(sys.argv[2]))
 from speedit_plugins.trainer.config.loading import load_config
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 trainer = build_trainer(load_config(sys.argv[1], "train", sys.argv[3:]))
 trainer.model.train()
 for line in sys.stdin:

@@ -26,7 +26,7 @@ from speedit_plugins.trainer.evaluation.features import DigitClassifier
 from speedit_plugins.trainer.logging.images import to_uint8
 from speedit_plugins.trainer.sampling.conditions import Conditions, build_captions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 CONFIG = "configs/text_to_video/moving_digits.yaml"
 BATCH_SIZE = 80

@@ -20,7 +20,7 @@ from wrapper_overhead import Timings, interleaved
 
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 # Channels of its levels. Source: Rombach et al. 2022, arXiv:2112.10752, and the config of sd-vae-ft.
 SD_CHANNELS = (128, 256, 512, 512)

@@ -24,7 +24,7 @@ from torch import Tensor
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
 LONE = "independent"

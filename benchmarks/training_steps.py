@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from speedit_plugins.registry import DATASETS, ENCODERS
 from speedit_plugins.trainer.config.loading import load_config
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
 OURS = "ours"
@@ -128,7 +128,7 @@ def compare(
 
 
 class Stopwatch:
-    """Seconds by `clock` in named phases since they were last taken; stands in for a `StepClock`."""
+    """Seconds by `clock` in named phases since they were last taken; stands in for a `StepTimer`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -159,7 +159,7 @@ class OurStep:
         self.trainer = latent_trainer(case, x, y, is_compiled=is_compiled)
         self.trainer.engine.model.train()
         self._clock, self._watch = clock, Stopwatch(clock)
-        self.trainer.clock = self._watch  # type: ignore[assignment]  # of the same phases, by any clock
+        self.trainer.timer = self._watch  # type: ignore[assignment]  # of the same phases, by any clock
         draw = self.trainer._draw_timesteps
 
         def timed() -> Any:

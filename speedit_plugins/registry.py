@@ -1,8 +1,8 @@
 """Every name a config may use, and how a config becomes an object.
 
 This file knows no policy, model or dataset. A module registers what it defines:
-`DENSITIES.register_module(name="mine", module=mine)`. Our own modules are found by their folder; those of other people
-come in by the front door: `import_modules`, or an entry point of the group `speedit_plugins`.
+`DENSITIES.register_module(name="mine", module=mine)`. Our own modules are found by their folder. Modules of
+other people come in by `import_modules`, or by an entry point of the group `speedit_plugins`.
 """
 
 import difflib

@@ -9,6 +9,7 @@ end at 120 characters, except in tables.
 import argparse
 import ast
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -78,25 +79,19 @@ def tracked(*patterns: str) -> list[str]:
 def passages(path: str, text: str) -> Iterator[Passage]:
     """The docstrings and comments of a Python file."""
     for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
         # Strings below attributes document them, like docstrings.
-        for part in node.body:
-            if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
-                if isinstance(part.value.value, str):
-                    yield Passage(path, part.lineno, part.value.value)
-    lines: list[str] = []
-    last = 0
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type != tokenize.COMMENT:
-            continue
-        if lines and token.start[0] != last + 1:
-            yield Passage(path, last - len(lines) + 1, "\n".join(lines))
-            lines = []
-        lines.append(token.string.lstrip("#: "))
-        last = token.start[0]
-    if lines:
-        yield Passage(path, last - len(lines) + 1, "\n".join(lines))
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_text and isinstance(node.value.value, str):
+            yield Passage(path, node.lineno, node.value.value)
+    comments = [
+        (token.start[0], token.string.lstrip("#: "))
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    # Lines that follow each other have the same difference between line number and position.
+    for _, group in itertools.groupby(enumerate(comments), key=lambda item: item[1][0] - item[0]):
+        lines = [comment for _, comment in group]
+        yield Passage(path, lines[0][0], "\n".join(text for _, text in lines))
 
 
 def long_lines(path: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
 from speedit_plugins.trainer.logging.tracking import plain
 from speedit_plugins.trainer.results import CHECKPOINTS
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 PROFILE = "timestep_profile.json"
 # A run of several processes is measured in one, without what it needs beside its weights.

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from speedit_plugins.trainer.config.loading import REDACTED, load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.logging.loggers import TensorBoard, check_boards, open_boards
+from speedit_plugins.trainer.logging.loggers import TensorBoardLogger, check_loggers, open_loggers
 from speedit_plugins.trainer.logging.tracking import Tracker
 
 SECRET = "hf_" + "a" * 30
@@ -60,21 +60,21 @@ def config_of(folder: Path, *options: str) -> ExperimentConfig:
     )
 
 
-def test_a_config_opens_the_boards_it_asks_for(tmp_path: Path, wandb: StandIn) -> None:
-    assert open_boards(config_of(tmp_path), start_step=0) == []
-    (board,) = open_boards(config_of(tmp_path, TENSORBOARD), start_step=0)
-    assert isinstance(board, TensorBoard)
-    board.close(is_failed=False)
+def test_a_config_opens_the_loggers_it_asks_for(tmp_path: Path, wandb: StandIn) -> None:
+    assert open_loggers(config_of(tmp_path), start_step=0) == []
+    (logger,) = open_loggers(config_of(tmp_path, TENSORBOARD), start_step=0)
+    assert isinstance(logger, TensorBoardLogger)
+    logger.close(is_failed=False)
     assert wandb.runs == []
-    both = open_boards(config_of(tmp_path, TENSORBOARD, WANDB), start_step=0)
-    assert [type(board).__name__ for board in both] == ["TensorBoard", "WandbBoard"]
+    both = open_loggers(config_of(tmp_path, TENSORBOARD, WANDB), start_step=0)
+    assert [type(logger).__name__ for logger in both] == ["TensorBoardLogger", "WandbLogger"]
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
     config = config_of(tmp_path, TENSORBOARD)
     for start, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (1, {2: 20.0})):
-        boards = open_boards(config, start_step=start)
-        with Tracker(tmp_path, total_steps=3, start_step=start, boards=boards) as tracker:
+        loggers = open_loggers(config, start_step=start)
+        with Tracker(tmp_path, total_steps=3, start_step=start, loggers=loggers) as tracker:
             for step, loss in values.items():
                 tracker.log(step, {"loss": loss, "time_split": {"data": 0.5}, "mse_per_bin": [None, loss]})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -85,7 +85,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 def test_one_folder_is_one_wandb_run_also_after_a_resume(tmp_path: Path, wandb: StandIn) -> None:
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
-        open_boards(config_of(folder, WANDB, "wandb_project=digits"), start_step=0)
+        open_loggers(config_of(folder, WANDB, "wandb_project=digits"), start_step=0)
     first, again, other = wandb.runs
     assert first["id"] == again["id"] != other["id"]
     assert (first["resume"], first["project"], first["dir"]) == ("allow", "digits", tmp_path / "a")
@@ -94,9 +94,9 @@ def test_one_folder_is_one_wandb_run_also_after_a_resume(tmp_path: Path, wandb: 
 def test_wandb_takes_the_scalars_of_a_step_on_an_axis_that_may_go_back(
     tmp_path: Path, wandb: StandIn
 ) -> None:
-    (board,) = open_boards(config_of(tmp_path, WANDB), start_step=0)
-    board.add(5, {"train/loss": 1.0})
-    board.close(is_failed=True)
+    (logger,) = open_loggers(config_of(tmp_path, WANDB), start_step=0)
+    logger.add(5, {"train/loss": 1.0})
+    logger.close(is_failed=True)
     assert wandb.metrics == [("*", "step")]
     assert wandb.logged == [{"step": 5, "train/loss": 1.0}]
     assert wandb.exit_codes == [1]
@@ -106,7 +106,7 @@ def test_wandb_gets_the_config_without_its_secrets_and_nothing_of_the_machine(
     tmp_path: Path, wandb: StandIn
 ) -> None:
     config = config_of(tmp_path, WANDB, f"model.hub_token={SECRET}", "experiment_name=seen")
-    open_boards(config, start_step=0)
+    open_loggers(config, start_step=0)
     (run,) = wandb.runs
     assert SECRET not in repr(run)
     assert run["config"]["model"]["hub_token"] == REDACTED
@@ -119,17 +119,17 @@ def test_a_missing_key_is_an_error_that_names_the_ways_out(
     tmp_path: Path, wandb: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path, WANDB)
-    check_boards(config)
+    check_loggers(config)
     monkeypatch.delenv("WANDB_API_KEY")
     for mode in ("offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)
-        check_boards(config)
+        check_loggers(config)
     monkeypatch.setenv("WANDB_MODE", "online")
-    for act in (check_boards, lambda config: open_boards(config, start_step=0)):
+    for act in (check_loggers, lambda config: open_loggers(config, start_step=0)):
         with pytest.raises(ValueError, match="no WANDB_API_KEY .* WANDB_MODE one of offline, disabled"):
             act(config)
     assert wandb.runs == []
-    check_boards(config_of(tmp_path))
+    check_loggers(config_of(tmp_path))
 
 
 def test_a_missing_package_is_an_error_with_the_line_that_installs_it(
@@ -138,14 +138,14 @@ def test_a_missing_package_is_an_error_with_the_line_that_installs_it(
     # What Python puts there for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'speedit-plugins\[wandb\]'"):
-        check_boards(config_of(tmp_path, WANDB))
-    check_boards(config_of(tmp_path))
+        check_loggers(config_of(tmp_path, WANDB))
+    check_loggers(config_of(tmp_path))
 
 
 def test_a_refusal_of_the_service_is_an_error_with_a_way_out(tmp_path: Path, wandb: StandIn) -> None:
     wandb.refusal = "no such host"
     with pytest.raises(ValueError, match="refused the run: no such host; WANDB_MODE=offline works"):
-        open_boards(config_of(tmp_path, WANDB), start_step=0)
+        open_loggers(config_of(tmp_path, WANDB), start_step=0)
 
 
 def test_the_real_package_writes_an_offline_run_without_secrets(
@@ -157,8 +157,8 @@ def test_the_real_package_writes_an_offline_run_without_secrets(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(sys, "argv", ["speedit", f"model.hub_token={SECRET}"])
     config = config_of(tmp_path, WANDB, f"model.hub_token={SECRET}")
-    boards = open_boards(config, start_step=0)
-    with Tracker(tmp_path, total_steps=1, start_step=0, boards=boards) as tracker:
+    loggers = open_loggers(config, start_step=0)
+    with Tracker(tmp_path, total_steps=1, start_step=0, loggers=loggers) as tracker:
         tracker.log(1, {"loss": 0.5, "time_split": {"data": 0.25}})
     run_id = (tmp_path / "wandb_run_id").read_text()
     (log,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from speedit_plugins.trainer.logging import step_timer
-from speedit_plugins.trainer.logging.step_timer import PHASES, StepClock
+from speedit_plugins.trainer.logging.step_timer import PHASES, StepTimer
 
 
 class Watch:
@@ -19,21 +19,21 @@ class Watch:
         self.now += seconds
 
 
-def cpu_clock() -> StepClock:
-    return StepClock(torch.device("cpu"))
+def cpu_timer() -> StepTimer:
+    return StepTimer(torch.device("cpu"))
 
 
 # Powers of two, so that sums and quotients are exact.
 def test_a_summary_splits_the_wall_time_and_counts_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, watch = cpu_clock(), Watch(monkeypatch)
+    timer, watch = cpu_timer(), Watch(monkeypatch)
     watch.wait(50.0)  # before the first phase: building and resuming are no step
     for _ in range(2):
         for name, seconds in (("data", 0.25), ("forward", 0.5), ("forward", 0.5), ("backward", 1.0)):
-            with clock.phase(name):
+            with timer.phase(name):
                 watch.wait(seconds)
         watch.wait(1.75)
-        clock.step_done(num_samples=16, num_tokens=256)
-    assert clock.summary() == {
+        timer.step_done(num_samples=16, num_tokens=256)
+    assert timer.summary() == {
         "steps_per_second": 0.25,
         "samples_per_second": 4.0,
         "tokens_per_second": 64.0,
@@ -51,12 +51,12 @@ def test_a_summary_splits_the_wall_time_and_counts_what_was_done(monkeypatch: py
 
 
 def test_a_summary_starts_anew_and_time_between_steps_is_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, watch = cpu_clock(), Watch(monkeypatch)
+    timer, watch = cpu_timer(), Watch(monkeypatch)
     for _ in range(2):
-        with clock.phase("ema"):
+        with timer.phase("ema"):
             watch.wait(1.0)
-        clock.step_done(num_samples=1, num_tokens=1)
-        row = clock.summary()
+        timer.step_done(num_samples=1, num_tokens=1)
+        row = timer.summary()
         watch.wait(3.0)  # a checkpoint, after the line was logged
     assert row["time_split"]["ema"] == 1.0
     assert row["time_split"]["other"] == 3.0
@@ -64,30 +64,30 @@ def test_a_summary_starts_anew_and_time_between_steps_is_other(monkeypatch: pyte
 
 
 def test_a_block_that_fails_is_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, watch = cpu_clock(), Watch(monkeypatch)
+    timer, watch = cpu_timer(), Watch(monkeypatch)
 
     def read() -> None:
-        with clock.phase("data"):
+        with timer.phase("data"):
             watch.wait(2.0)
             raise StopIteration
 
     with pytest.raises(StopIteration):
         read()
-    clock.step_done(num_samples=1, num_tokens=1)
-    assert clock.summary()["time_split"]["data"] == 2.0
+    timer.step_done(num_samples=1, num_tokens=1)
+    assert timer.summary()["time_split"]["data"] == 2.0
 
 
 def test_an_unknown_phase_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown phase 'forwards'; known: data, encode, forward, backward"):
-        cpu_clock().phase("forwards")
+        cpu_timer().phase("forwards")
 
 
 def test_a_phase_costs_less_than_ten_microseconds() -> None:
-    clock = cpu_clock()
+    timer = cpu_timer()
     rounds = 20_000
     started = time.perf_counter()
     for _ in range(rounds):
-        with clock.phase("forward"):
+        with timer.phase("forward"):
             pass
     # Half a microsecond alone on a core; the room is for a machine that does other things too.
     assert (time.perf_counter() - started) / rounds < 10e-6
@@ -121,15 +121,15 @@ def test_on_cuda_events_are_read_once_after_one_synchronisation(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    clock, watch = StepClock(torch.device("cuda:1")), Watch(monkeypatch)
+    timer, watch = StepTimer(torch.device("cuda:1")), Watch(monkeypatch)
     for _ in range(2):
         for name in PHASES:
-            with clock.phase(name):
+            with timer.phase(name):
                 FakeEvent.now += 0.5
-        clock.step_done(num_samples=1, num_tokens=1)
+        timer.step_done(num_samples=1, num_tokens=1)
     assert waits == []
     watch.wait(8.0)
-    split = clock.summary()["time_split"]
+    split = timer.summary()["time_split"]
     assert waits == [torch.device("cuda:1")]
     assert split == {**dict.fromkeys(PHASES, 0.5), "other": 1.0}
 
@@ -137,16 +137,16 @@ def test_on_cuda_events_are_read_once_after_one_synchronisation(monkeypatch: pyt
 @pytest.mark.gpu
 def test_a_cuda_phase_lasts_as_long_as_its_kernels_and_not_as_their_launch() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    clock, left = StepClock(device), torch.randn(4096, 4096, device=device)
+    timer, left = StepTimer(device), torch.randn(4096, 4096, device=device)
     left @ left  # loads the kernel
     torch.cuda.synchronize(device)
     started = time.perf_counter()
-    with clock.phase("forward"):
+    with timer.phase("forward"):
         for _ in range(50):
             left @ left
     launched = time.perf_counter() - started
-    clock.step_done(num_samples=1, num_tokens=1)
-    row = clock.summary()
+    timer.step_done(num_samples=1, num_tokens=1)
+    row = timer.summary()
     # 50 * 2 * 4096^3 FLOPs take 6.9 ms on 1 PFLOP/s, more than any device has in float32.
     assert row["time_split"]["forward"] > max(5e-3, launched)
     assert 0 < row["time_split"]["forward"] <= row["seconds_per_step"] * 1.01

@@ -133,7 +133,7 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_damage_before_it_is_named(tm
 
 
 class Recorder:
-    """A board that keeps what it is given."""
+    """A logger that keeps what it is given."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -147,7 +147,7 @@ class Recorder:
 
 
 def test_every_board_gets_the_numbers_of_a_row_by_their_path(tmp_path: Path) -> None:
-    boards = [Recorder(), Recorder()]
+    loggers = [Recorder(), Recorder()]
     row = {
         "loss": 1.5,
         "skipped_steps": 2,
@@ -156,7 +156,7 @@ def test_every_board_gets_the_numbers_of_a_row_by_their_path(tmp_path: Path) -> 
         "mse_per_bin": [3.0, None],
         "note": "no number",
     }
-    with Tracker(tmp_path, total_steps=2, start_step=0, boards=boards) as tracker:
+    with Tracker(tmp_path, total_steps=2, start_step=0, loggers=loggers) as tracker:
         tracker.step_done()
         tracker.log(1, row)
     wanted = {
@@ -165,19 +165,19 @@ def test_every_board_gets_the_numbers_of_a_row_by_their_path(tmp_path: Path) -> 
         "train/time_split/data": 0.25,
         "mse_per_bin/0": 3.0,
     }
-    for board in boards:
-        assert board.rows == [(1, wanted)]
-        assert board.ends == [False]
+    for logger in loggers:
+        assert logger.rows == [(1, wanted)]
+        assert logger.ends == [False]
 
 
 def test_a_board_hears_that_a_run_failed(tmp_path: Path) -> None:
-    board = Recorder()
+    logger = Recorder()
     with (
         pytest.raises(RuntimeError, match="diverged"),
-        Tracker(tmp_path, total_steps=2, start_step=0, boards=[board]),
+        Tracker(tmp_path, total_steps=2, start_step=0, loggers=[logger]),
     ):
         raise RuntimeError("diverged")
-    assert board.ends == [True]
+    assert logger.ends == [True]
 
 
 def test_every_line_is_json_also_where_a_number_is_none(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
 PLUGINS = ("ddp", "zero1", "zero2")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.videos.files import real_clip
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
 DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"

@@ -21,7 +21,7 @@ from speedit_plugins.trainer.data.latents.shards import read_index
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.models.pretrained import Autoencoder
 from speedit_plugins.trainer.models.text import TextEncoder
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "cache_latents.py"

@@ -20,7 +20,7 @@ from speedit_plugins.trainer.models.exported import export_model
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 EXPORT = runpy.run_path("tools/export.py")
 STEPS = 10

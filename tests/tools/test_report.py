@@ -19,7 +19,7 @@ from runs import arguments, small_config
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.data.videos.files import write_gif
 from speedit_plugins.trainer.results import save_config
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 report: ModuleType = importlib.import_module("report")
 page: ModuleType = importlib.import_module("report_page")

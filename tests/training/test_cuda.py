@@ -25,7 +25,7 @@ from speedit_plugins.trainer.diffusion.process import GaussianProcess
 from speedit_plugins.trainer.diffusion.sampling import sample
 from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu

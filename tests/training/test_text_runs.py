@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_header
-from speedit_plugins.trainer.training.train import build_trainer
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
 DIGITS = "configs/image/digits/speedit.yaml"

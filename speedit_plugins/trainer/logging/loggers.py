@@ -15,15 +15,15 @@ RUN_ID = "wandb_run_id"
 _WITHOUT_KEY = ("offline", "disabled")
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Takes the finite scalars of a logged step, named as paths: "train/loss"."""
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
     def close(self, *, is_failed: bool) -> None: ...
 
 
-def check_boards(config: ExperimentConfig) -> None:
-    """Raises before anything slow what `open_boards` would.
+def check_loggers(config: ExperimentConfig) -> None:
+    """Raises before anything slow what `open_loggers` would.
 
     Raises:
         ValueError: Weights & Biases is asked for without its package, or without a key where it needs one.
@@ -38,27 +38,27 @@ def check_boards(config: ExperimentConfig) -> None:
         )
 
 
-def open_boards(config: ExperimentConfig, *, start_step: int) -> list[Board]:
-    """The boards that a config asks for, in `experiment_dir`; on rank 0 alone.
+def open_loggers(config: ExperimentConfig, *, start_step: int) -> list[Logger]:
+    """The loggers that a config asks for, in `experiment_dir`; on rank 0 alone.
 
     Args:
         start_step: where this run starts; what TensorBoard holds past it is no longer shown.
 
     Raises:
-        ValueError: as `check_boards`, or Weights & Biases refuses the run.
+        ValueError: as `check_loggers`, or Weights & Biases refuses the run.
     """
-    check_boards(config)
+    check_loggers(config)
     folder = Path(config.experiment_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    boards: list[Board] = []
+    loggers: list[Logger] = []
     if config.enable_tensorboard_log:
-        boards.append(TensorBoard(folder, start_step=start_step))
+        loggers.append(TensorBoardLogger(folder, start_step=start_step))
     if config.enable_wandb_log:
-        boards.append(WandbBoard(folder, config))
-    return boards
+        loggers.append(WandbLogger(folder, config))
+    return loggers
 
 
-class TensorBoard:
+class TensorBoardLogger:
     """Event files in `folder/tensorboard`."""
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
@@ -74,7 +74,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandbBoard:
+class WandbLogger:
     """A run of Weights & Biases, one for an experiment's folder: a resumed training goes on in it.
 
     Raises:

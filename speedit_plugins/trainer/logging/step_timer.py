@@ -9,7 +9,7 @@ import torch
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "ema")
 
 
-class StepClock:
+class StepTimer:
     """Times the phases of this process's steps, from the first phase on.
 
     On CUDA a phase is the time between two points of the current stream, which it does not wait for: `data`

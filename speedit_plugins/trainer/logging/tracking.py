@@ -1,4 +1,4 @@
-"""What a run says: progress bar, metrics.jsonl, boards, and lines on the terminal.
+"""What a run says: progress bar, metrics.jsonl, loggers, and lines on the terminal.
 
 Dims: T timesteps, B batch.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from speedit_plugins.files import write_whole
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer.diffusion.process import LossTerms
-from speedit_plugins.trainer.logging.loggers import Board
+from speedit_plugins.trainer.logging.loggers import Logger
 from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES, range_of
 from speedit_plugins.trainer.results import METRICS
 from speedit_plugins.trainer.terminal import progress
@@ -100,25 +100,25 @@ class Tracker:
         total_steps: where the progress bar ends.
         start_step: where this run starts; lines of metrics.jsonl past it come from a run that was cut off
             after its last checkpoint, and are dropped.
-        boards: also take what is logged; closed here.
+        loggers: also take what is logged; closed here.
     """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, start_step: int, boards: Sequence[Board] = ()
+        self, folder: Path, *, total_steps: int, start_step: int, loggers: Sequence[Logger] = ()
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / METRICS
         _replace_lines(self.metrics_path, [row for row in read_metrics(folder) if row["step"] <= start_step])
         self._lines = self.metrics_path.open("a", buffering=1)
         self._bar = progress("training", total=total_steps, initial=start_step)
-        self._boards = boards
+        self._loggers = loggers
 
     def step_done(self) -> None:
         """Moves the progress bar by one training step."""
         self._bar.update()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, its numbers to the boards, the loss to the progress bar.
+        """One line of metrics.jsonl, its numbers to the loggers, the loss to the progress bar.
 
         Args:
             step: training steps done.
@@ -132,8 +132,8 @@ class Tracker:
             raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
         self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         scalars = _scalars(values)
-        for board in self._boards:
-            board.add(step, scalars)
+        for logger in self._loggers:
+            logger.add(step, scalars)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -149,8 +149,8 @@ class Tracker:
             if error is None:
                 raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
         finally:
-            for board in self._boards:
-                board.close(is_failed=error is not None)
+            for logger in self._loggers:
+                logger.close(is_failed=error is not None)
 
 
 class SilentTracker(Tracker):

@@ -2,37 +2,20 @@
 
 import gc
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from speedit_plugins.registry import MASKS
-from speedit_plugins.registry import build as build_registered
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.latents.cache import LatentCache
-from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
-from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.environment import save_environment
-from speedit_plugins.trainer.logging.loggers import check_boards, open_boards
-from speedit_plugins.trainer.logging.throughput import mfu_of
-from speedit_plugins.trainer.logging.timestep_profile import build_profiler
+from speedit_plugins.trainer.logging.loggers import check_loggers, open_loggers
 from speedit_plugins.trainer.logging.tracking import SilentTracker, Tracker, read_metrics
-from speedit_plugins.trainer.models.pretrained import load_weights, read_checkpoint
-from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.parallel.booster import build_engine
-from speedit_plugins.trainer.parallel.runtime import Runtime, build_device, launch
-from speedit_plugins.trainer.sampling.conditions import build_captions, grid_conditions
-from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.grids import draw_grid
+from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
 from speedit_plugins.trainer.training.interrupt import StopRequest
-from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
+from speedit_plugins.trainer.training.trainer import Trainer
 
 
 def train(config: ExperimentConfig) -> int:
@@ -40,7 +23,7 @@ def train(config: ExperimentConfig) -> int:
 
     Every rank of a launcher calls it; rank 0 speaks and writes for all.
     """
-    check_boards(config)
+    check_loggers(config)
     # Before anything slow, so that a signal during the start is not lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
@@ -78,70 +61,8 @@ def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
         Path(config.experiment_dir),
         total_steps=config.max_training_steps,
         start_step=trainer.step,
-        boards=open_boards(config, start_step=trainer.step),
+        loggers=open_loggers(config, start_step=trainer.step),
     )
-
-
-def build_trainer(
-    config: ExperimentConfig, runtime: Runtime | None = None, *, weights: str | None = None
-) -> Trainer:
-    """The trainer of a config, before its first step; seeds torch's global generator.
-
-    Args:
-        runtime: None is a lone process.
-        weights: file or checkpoint folder that the model starts from, as `pretrained`.
-    """
-    runtime = runtime or Runtime(device=build_device(config))
-    # The same on all ranks, so that they build the same model.
-    torch.manual_seed(config.seed)
-    encoder = build.build_encoder(config, runtime.device)
-    dataset = build.build_dataset(config)
-    _check_cache(dataset, encoder, config)
-    captions = build_captions(config, dataset, runtime.device)
-    model = build.build_model(config, encoder, captions).to(runtime.device)
-    if weights is not None:
-        _load_pretrained(model, weights, captions, runtime)
-    mfu = mfu_of(model, config, runtime)
-    if config.compile:
-        model.compile()
-    process = build.build_process(config, respaced=True)
-    loader = ResumableLoader(
-        dataset,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        num_workers=config.data.num_workers,
-        prefetch_factor=config.data.prefetch_factor,
-        pin_memory=runtime.device.type == "cuda",
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
-    policy = build.build_timestep_policy(config, process)
-    engine = build_engine(model, config, runtime)
-    inputs = BatchEncoder(
-        encoder,
-        runtime.device,
-        is_labelled=config.num_classes > 0,
-        captions=captions,
-        null_text=None if captions is None else cast(Mapping[str, Tensor], model.null_text),
-        caption_dropout_prob=config.caption_dropout_prob,
-        masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
-    )
-    profiler = None
-    if config.profile_every and runtime.is_main:
-        profiler = build_profiler(
-            model, process, policy, inputs, dataset, config, world_size=runtime.world_size
-        )
-    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
-    if not config.sample_every:
-        return Trainer(parts, config)
-    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
-    conditions = grid_conditions(config, captions)
-
-    def draw(averages: Mapping[str, Tensor], step: int) -> None:
-        path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, conditions, path, weights=averages)
-
-    return Trainer(parts, config, draw_grid=draw)
 
 
 def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = None) -> Path | None:
@@ -178,31 +99,6 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     if reason := checkpoint.damage(path, runtime):
         raise checkpoint.CheckpointError(f"checkpoint {path} is damaged: {reason}")
     return path
-
-
-def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConfig) -> None:
-    if isinstance(dataset, LatentCache) and dataset.encoder_fingerprint != encoder.fingerprint():
-        raise ValueError(
-            f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"
-            f" {config.encoder}; wanted that one, or a cache made with this one"
-        )
-
-
-def _load_pretrained(
-    model: torch.nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime
-) -> None:
-    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # Another set of classes is the usual reason to fine-tune: label embeddings may differ. The empty caption
-    # is that of the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
-    prefixes = ("y_embedder.", "null_tokens", "null_mask")
-    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
-    if captions is not None:
-        cast(Any, model).set_null_text(captions.encode([""]))
-    if runtime.is_main:
-        fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
-        say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")
 
 
 def _introduce(trainer: Trainer, resumed: Path | None) -> None:

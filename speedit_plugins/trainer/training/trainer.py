@@ -28,7 +28,7 @@ from speedit_plugins.trainer.data.loader import (
 )
 from speedit_plugins.trainer.diffusion.process import LossTerms
 from speedit_plugins.trainer.inputs import BatchEncoder
-from speedit_plugins.trainer.logging.step_timer import StepClock
+from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
 from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
 from speedit_plugins.trainer.models.interface import input_shape
@@ -94,7 +94,7 @@ class Trainer:
         self._shapes = {master.name: master.shape for master in self.engine.masters}
         self.ema = Ema(self._slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
         self.window = LossWindow(self.policy, batch_size=self.batch_size, device=self.device)
-        self.clock = StepClock(self.device)
+        self.timer = StepTimer(self.device)
         self.step = 0
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
@@ -147,12 +147,12 @@ class Trainer:
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
         for number in range(num_batches):
-            with self.clock.phase("data"):
+            with self.timer.phase("data"):
                 batch = next(self.loader)
             draw = self._rows(timesteps, number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
                 seen.append((draw, self.train_step(batch, draw)))
-        with self.clock.phase("optimizer"):
+        with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
             bad_rank, is_any_asked = self.runtime.maximum(
@@ -165,7 +165,7 @@ class Trainer:
             self._count_skipped("the gradient norm" if bad_rank < 0 else f"a loss on rank {bad_rank:.0f}")
         else:
             self._learn(seen)
-        self.clock.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
+        self.timer.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
         return result, bool(is_any_asked)
 
     def train_step(self, batch: Mapping[str, Tensor], draw: TimestepDraw) -> LossTerms:
@@ -175,15 +175,15 @@ class Trainer:
             batch: of the loader, see `BatchEncoder.encode`.
             draw: its timesteps.
         """
-        with self.clock.phase("encode"):
+        with self.timer.phase("encode"):
             given = self.inputs.encode(batch, self._generators)
             self._num_tokens += self._tokens_of(given.latents) * self.runtime.world_size
-        with self.clock.phase("forward"):
+        with self.timer.phase("forward"):
             noised = self.process.corrupt(given.latents, draw, noise=given.noise)
             with self.engine.autocast():
                 prediction = self.engine.model(noised.x_t, noised.timestep, given.condition)
             terms = self.process.loss(prediction, noised, draw)
-        with self.clock.phase("backward"):
+        with self.timer.phase("backward"):
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
         return terms
 
@@ -283,7 +283,7 @@ class Trainer:
     def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
         """What follows from a step that moved the weights."""
         self._num_skipped_in_a_row = 0
-        with self.clock.phase("ema"):
+        with self.timer.phase("ema"):
             self.ema.update()
         for draw, terms in seen:
             # Scored by the law it was drawn from, before the policy learns from it.
@@ -304,7 +304,7 @@ class Trainer:
 
     def _log(self, tracker: Tracker, result: StepResult) -> None:
         losses = self.window.summary(self.runtime.sum)
-        pace = self.clock.summary()
+        pace = self.timer.summary()
         memory = self.runtime.maximum([float(peak_memory_bytes(self.device))])[0]
         row: dict[str, Any] = {
             **losses,
