@@ -1,4 +1,4 @@
-"""From a config to a timestep policy."""
+"""Builds a timestep policy from a config."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ from speedit_plugins.registry import (
     options_of,
 )
 
-# The keys of a composed policy; everything else in a policy config is a parameter of a named one.
+# Keys of every policy config, and keys of a policy made of parts. Others are parameters of a named policy.
 _COMMON_KEYS = ("stratified", "normalize", "equivalent_to")
 _PART_KEYS = ("density", "weighting", "draw", "scope")
 
@@ -34,20 +34,33 @@ def build_policy(
     *,
     data_spectrum: Callable[[], DataSpectrum] | None = None,
 ) -> TimestepPolicy:
-    """The timestep policy of a config, for this schedule.
+    """The timestep policy that a config describes, for this noise schedule.
 
     Args:
-        config: a registered name; `dict(type=name, ...)` with its parameters; or the parts
-            `dict(density=..., weighting=..., draw=..., scope=...)`, each a name or dict(type=...). All three
-            take `stratified`, `normalize` (see `TimestepPolicy`; "loss" makes a `LossNormalizedPolicy`) and
-            `equivalent_to`: "host" (the default) multiplies the host's own loss, "epsilon" converts the
-            weights so that the objective is that of a noise-predicting model. Min-SNR always converts.
-        schedule: what the host or process trains on.
+        config: a registered name, `"speed"`; a name with parameters, `dict(type="speed", k=3.0)`; or parts,
+            `dict(density=..., weighting=..., draw=..., scope=...)`. Density, weighting and draw are again
+            names or mappings with `type`. The config may also have these options:
+
+            - stratified: see `TimestepPolicy`.
+            - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
+            - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
+              converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
+        schedule: the noise schedule that the model is trained on.
         prediction_type: what the model predicts: epsilon, x0, v or flow.
-        data_spectrum: called where a density is centred by the data and the config does not say where.
+        data_spectrum: returns the spectrum of the data. Called only if a density needs it and the config does
+            not give its `mean`.
 
     Raises:
-        ValueError: an unknown name or parameter (the known ones and the nearest are listed), or a bad value.
+        ValueError: an unknown name or parameter (the message lists the known ones), or a bad value.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear(1000)
+        >>> policy = build_policy({"type": "speed", "k": 3.0}, schedule)
+        >>> round(float(policy.density[0] / policy.density[-1]), 6)
+        3.0
+        >>> parts = {"density": "logit_normal", "weighting": {"type": "p2", "gamma": 0.5}}
+        >>> build_policy(parts, schedule).draw(4).index.shape
+        torch.Size([4])
     """
     weightings.check_prediction_type(prediction_type)
     if not isinstance(schedule, NoiseSchedule):
@@ -58,23 +71,10 @@ def build_policy(
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
     if not (data_spectrum is None or callable(data_spectrum)):
         raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
-    options = options_of(config)
-    common: dict[str, Any] = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
-    name = options.get("type", "custom")
-    parts: dict[str, Any] = (
-        build(POLICIES, options, schedule=schedule, also=_COMMON_KEYS) if "type" in options else options
-    )
-    # A recipe's own, unless the config says otherwise.
-    common = {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
+    name, parts, common = _name_parts_and_options(config, schedule)
     check_type("policy stratified", common.get("stratified", False), bool)
     kind, common["normalize"] = _normalized(common.get("normalize", False))
-    unknown = [key for key in parts if key not in _PART_KEYS]
-    if unknown or "density" not in parts or "weighting" not in parts:
-        known = [*_PART_KEYS, *_COMMON_KEYS]
-        raise ValueError(
-            f"a policy needs type=NAME, or density=... and weighting=...; got keys {sorted(parts)}"
-            f"{nearest(unknown[0], known) if unknown else ''}; known: type, {', '.join(known)}"
-        )
+    _check_parts(parts)
     return kind(
         schedule,
         build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
@@ -86,8 +86,32 @@ def build_policy(
     )
 
 
+def _name_parts_and_options(
+    config: str | Config, schedule: NoiseSchedule
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The policy's name, its parts, and the options that every policy takes. A name becomes its recipe."""
+    parts = options_of(config)
+    common = {key: parts.pop(key) for key in _COMMON_KEYS if key in parts}
+    if "type" not in parts:
+        return "custom", parts, common
+    name = parts["type"]
+    parts = build(POLICIES, parts, schedule=schedule, also=_COMMON_KEYS)
+    # The config's options win over those of the recipe.
+    return name, parts, {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
+
+
+def _check_parts(parts: Mapping[str, Any]) -> None:
+    unknown = [key for key in parts if key not in _PART_KEYS]
+    if unknown or "density" not in parts or "weighting" not in parts:
+        known = [*_PART_KEYS, *_COMMON_KEYS]
+        raise ValueError(
+            f"a policy needs type=NAME, or density=... and weighting=...; got keys {sorted(parts)}"
+            f"{nearest(unknown[0], known) if unknown else ''}; known: type, {', '.join(known)}"
+        )
+
+
 def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
-    """The class that a config's `normalize` asks for, and whether its weights are divided by their mean."""
+    """The policy class for a config's `normalize`, and whether to divide the weights by their mean."""
     if value == "loss":
         return LossNormalizedPolicy, True
     if not isinstance(value, bool):
@@ -96,7 +120,7 @@ def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
 
 
 class _Weighting:
-    """A weighting config bound to its schedule: density table (T,) -> weights (T,)."""
+    """The function from the density table (T,) to the weights (T,) that a weighting config describes."""
 
     def __init__(
         self, config: str | Config, schedule: NoiseSchedule, prediction_type: str, equivalent_to: str | None
@@ -107,7 +131,7 @@ class _Weighting:
         always = getattr(function, "defined_on", "host") == "epsilon"
         if always and equivalent_to == "host":
             raise ValueError(
-                f"{_name_of(config)} always converts from the epsilon loss: drop equivalent_to='host'"
+                f"{_name_of(config)} always converts from the epsilon loss: leave out equivalent_to='host'"
             )
         self._config = config
         self._schedule = schedule

@@ -1,6 +1,6 @@
-"""What the method needs from other ranks: the losses they saw.
+"""Losses gathered from all ranks, so that a learning policy stays the same on each of them.
 
-Dims: B rows of this rank.
+Dims: B samples of this rank, N samples of all ranks, C columns.
 """
 
 import torch
@@ -9,34 +9,43 @@ from torch import Tensor
 
 
 def gather_losses(index: Tensor, loss: Tensor) -> Tensor:
-    """Rows (index, loss) of all ranks in rank order, float32 (N, 2) on the CPU, without losses not finite.
+    """Rows (index, loss) of all ranks in rank order, float32 (N, 2) on the CPU.
 
-    One host sync on one rank; collective on several.
+    Losses that are not finite are left out. With several ranks this is a collective call. It waits for the
+    device.
 
     Args:
-        index: of each sample of this rank, int64 (B,).
-        loss: of each, (B,).
+        index: timestep index of each sample of this rank, int64 (B,).
+        loss: loss of each sample of this rank, (B,).
 
     Raises:
-        ValueError: another shape.
+        ValueError: the shapes differ, or are not (B,).
+
+    Example:
+        >>> gather_losses(torch.tensor([3, 5]), torch.tensor([0.5, float("nan")])).tolist()
+        [[3.0, 0.5]]
     """
     if index.shape != loss.shape or index.ndim != 1:
         raise ValueError(
             f"update needs index and loss (B,), got {tuple(index.shape)} and {tuple(loss.shape)}"
         )
-    # float32 holds every index below 2^24, and exists on every device.
+    # float32 holds every index below 2^24 exactly, and every device has it.
     rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu()
     return rows[rows.isfinite().all(dim=1)]
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (B, C) of all ranks in rank order, B may differ between ranks; the input itself on one process."""
+    """Rows (N, C) of all ranks in rank order. B may differ between ranks. One process returns its own rows.
+
+    Args:
+        rows: the rows of this rank, (B, C).
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
-    # Collectives need one shape on all ranks: pad to the longest, cut after.
+    # A collective needs the same shape on all ranks: pad to the longest, and cut afterwards.
     padded = torch.cat([rows, rows.new_zeros(max(map(int, sizes)) - len(rows), rows.shape[1])])
     gathered = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)

@@ -1,4 +1,4 @@
-"""From independent draws to the batch that is trained on.
+"""How independently drawn indices become a batch: as they are, or paired with their reflections.
 
 Dims: T timesteps, B batch.
 """
@@ -12,25 +12,41 @@ from speedit_plugins.registry import DRAWS
 
 
 class Iid:
-    """Every index of the batch has the density's law, independently."""
+    """Independent draws: each index of the batch follows the density.
+
+    Example:
+        >>> index, jitter = Iid().pair(torch.tensor([3, 1]), torch.tensor([0.5, 0.5]))
+        >>> index.tolist()
+        [3, 1]
+    """
 
     def marginal(self, table: Tensor, batch_size: int | None) -> Tensor:
-        """Law (T,) of an index in a batch of this size: the density `table` (T,) itself."""
+        """Distribution (T,) of one index of a batch: the density `table` (T,), whatever the batch size."""
         return table
 
     def pair(self, index: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
-        """Index (B,) and jitter (B,), unchanged."""
+        """The index (B,) and the jitter (B,), unchanged."""
         return index, jitter
 
 
 class Paired:
-    """The README's pairing: B // 2 + 1 direct draws, then their reflections at the pivot, cut to B.
+    """Paired draws: the second half of the batch holds the reflections of the first half.
 
-    The marginal is the mixture [n_d p + (B - n_d) R p] / B, n_d = min(B, B // 2 + 1): it depends on the batch
-    size. Exists to reproduce published code: the second half of each batch mirrors the first.
+    A batch has n_d = min(B, B // 2 + 1) direct draws from p, then their reflections at the pivot, cut to B.
+    One index of the batch follows [n_d p + (B - n_d) R p] / B, so its distribution depends on the batch size.
+    This reproduces published code. Source: the SpeeDiT README.
 
     Args:
-        threshold: slope of sqrt(1 - alpha-bar) per u whose crossing sets the pivot, > 0.
+        threshold: slope of sqrt(1 - alpha-bar) per u, > 0. The pivot is where the slope falls below it.
+
+    Raises:
+        ValueError: `threshold` <= 0.
+
+    Example:
+        >>> paired = Paired(NoiseSchedule.linear(1000))  # pivot 642
+        >>> index, jitter = paired.pair(torch.tensor([0, 700, 2, 3]), torch.zeros(4))
+        >>> index.tolist()
+        [0, 700, 2, 642]
     """
 
     def __init__(self, schedule: NoiseSchedule, *, threshold: float = 0.1) -> None:
@@ -40,12 +56,17 @@ class Paired:
         self._num_timesteps = schedule.num_timesteps
 
     def marginal(self, table: Tensor, batch_size: int | None) -> Tensor:
-        """Law (T,) of an index in a batch of this size (None: large), direct draws following `table` (T,)."""
+        """Distribution (T,) of one index of a batch of this size. Direct draws follow `table` (T,).
+
+        Args:
+            table: density of the direct draws, shape (T,).
+            batch_size: B >= 1; None is the limit of large batches.
+        """
         direct = 0.5 if batch_size is None else self._num_direct(batch_size) / batch_size
         return direct * table + (1 - direct) * push_reflected(table, self._pivot)
 
     def pair(self, index: Tensor, jitter: Tensor) -> tuple[Tensor, Tensor]:
-        """Index (B,) whose second half mirrors the first, and the jitter (B,)."""
+        """The index (B,) with its second half replaced by reflections, and the jitter (B,) unchanged."""
         direct = index[: self._num_direct(len(index))]
         mirrored = reflect(direct, self._pivot, self._num_timesteps)
         return torch.cat([direct, mirrored])[: len(index)], jitter

@@ -1,8 +1,9 @@
-"""Weights that follow the measured loss, so that what is minimised stays at about 1.
+"""Weights divided by the measured loss, so that the minimised loss stays near 1.
 
-A constant factor of a loss cancels in Adam's step. A loss that falls does not: the second moment remembers
-about 1 / (1 - beta2) steps, and its large gradients from the beginning shorten all steps until they are
-forgotten. Divided by its own running mean, the loss keeps its size, and the steps theirs.
+Adam divides each step by the root of its second moment. A constant factor of the loss therefore cancels. A
+falling loss does not: the second moment averages about 1 / (1 - beta2) steps, so the large gradients of the
+first steps shorten the steps that follow. A loss divided by its own running mean keeps its size, and the
+steps keep their length.
 
 Dims: T timesteps, B batch.
 """
@@ -13,24 +14,37 @@ from typing import Any
 
 from torch import Tensor
 
-from speedit_plugins.policies.densities import AdaptiveDensity, Density
+from speedit_plugins.policies.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities import Density
 from speedit_plugins.policies.distributed import gather_losses
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 
 class LossNormalizedPolicy(TimestepPolicy):
-    """A policy whose weights are divided by the running mean of weight * loss, over the ranks.
+    """A policy whose weights are divided by the running mean of weight * loss over all ranks.
 
-    The loss is what `update` is told. Until the first one the weights are those of the tables. Losses that
-    are not finite, or all 0, are not seen.
+    The losses come from `update`. Before the first update the divisor is 1. Losses that are not finite are
+    ignored, and so is an update in which all losses are 0. A config asks for this class with
+    `normalize: loss`.
 
     Args:
-        schedule: as of every policy, like `density`, `weighting` and the options.
+        schedule: the noise schedule.
+        density: as for `TimestepPolicy`.
+        weighting: as for `TimestepPolicy`.
         loss_decay: share of the running mean that an update keeps, in [0, 1).
+        options: as for `TimestepPolicy`.
 
     Raises:
-        ValueError: `loss_decay` out of range, or what every policy refuses.
+        ValueError: `loss_decay` out of range, or what `TimestepPolicy` refuses.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> import torch
+        >>> policy = build_policy({"type": "uniform", "normalize": "loss"}, NoiseSchedule.cosine(3))
+        >>> policy.update(torch.tensor([0, 1, 2]), torch.tensor([4.0, 4.0, 4.0]))
+        >>> policy.weight.tolist()
+        [0.25, 0.25, 0.25]
     """
 
     def __init__(
@@ -43,16 +57,16 @@ class LossNormalizedPolicy(TimestepPolicy):
         **options: Any,
     ) -> None:
         if not 0 <= loss_decay < 1:
-            raise ValueError(f"loss_decay needs to lie in [0, 1), got {loss_decay}")
+            raise ValueError(f"loss_decay needs to be in [0, 1), got {loss_decay}")
         self._loss_decay = loss_decay
         self._mean_loss: float | None = None
         super().__init__(schedule, density, weighting, **options)
 
     def update(self, index: Tensor, loss: Tensor) -> None:
-        """Learns from the unweighted losses (B,) of a step at their indices (B,); a host sync."""
+        """Learns from the unweighted losses (B,) of one step at their indices (B,). Waits for the device."""
         rows = gather_losses(index, loss).double()
         mean = float((self._relative[rows[:, 0].long()] * rows[:, 1]).mean())
-        # NaN of no rows.
+        # The mean of no rows is NaN, and NaN > 0 is false.
         if mean > 0:
             before = mean if self._mean_loss is None else self._mean_loss
             self._mean_loss = self._loss_decay * before + (1 - self._loss_decay) * mean
@@ -60,14 +74,14 @@ class LossNormalizedPolicy(TimestepPolicy):
         self._scale()
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every policy, with the running mean."""
+        """The state of every policy, and the running mean."""
         return {**super().state_dict(), "mean_loss": self._mean_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`.
+        """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the state belongs to another policy or T, or to one without `normalize="loss"`.
+            ValueError: the state is from another policy, another T, or a policy without `normalize="loss"`.
         """
         super().load_state_dict(state)
         self._mean_loss = state["mean_loss"]

@@ -1,4 +1,4 @@
-"""The method as one object: which timesteps a batch trains on, and how much each loss counts.
+"""The policy: which timesteps a batch is trained on, and how much the loss of each sample counts.
 
 Dims: T timesteps, B batch.
 """
@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.densities import AdaptiveDensity, Density
+from speedit_plugins.policies.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities import Density
 from speedit_plugins.policies.draws import Iid, Paired
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -19,13 +20,14 @@ Scope = Literal["mse", "loss"]
 
 @dataclass(frozen=True, eq=False)
 class TimestepDraw:
-    """One batch of timesteps.
+    """The timesteps of one batch, and the weight of each sample's loss.
 
     Args:
-        index: row of the schedule, int64 in [0, T), shape (B,).
-        time: (index + jitter) / T for hosts with continuous time, float32 in [0, 1], shape (B,).
-        weight: factor on the per-sample loss, float32 >= 0, shape (B,).
-        scope: what the weight multiplies: "mse" leaves the variational term alone, "loss" is all of it.
+        index: index into the schedule, int64 in [0, T), shape (B,).
+        time: (index + jitter) / T for models with continuous time, float32 in [0, 1], shape (B,).
+        weight: factor on the loss of each sample, float32, >= 0, shape (B,).
+        scope: what the weight multiplies. "mse" is the squared error without the variational term, "loss" is
+            their sum.
     """
 
     index: Tensor
@@ -36,27 +38,36 @@ class TimestepDraw:
 
 @dataclass(frozen=True, eq=False)
 class _DeviceTables:
-    upper: Tensor  # cumulative probability up to and with each index, (T,) float64
+    upper: Tensor  # cumulative probability, including the index itself, (T,) float64
     density: Tensor  # (T,) float64
     weight: Tensor  # (T,) float32
 
 
 class TimestepPolicy:
-    """Two tables over the schedule, `density` and `weight`, and the draw that follows them.
+    """A density and a weight for every timestep, and draws that follow them.
+
+    `density` and `weight` are the two tables, float64 (T,). For paired draws, `density` is the limit of large
+    batches. `build_policy` makes a policy from a config.
 
     Args:
-        schedule: the noise schedule of the host or process.
-        density: a fixed `Density`, or one that follows the training.
-        weighting: density table (T,) -> weight table (T,), finite and >= 0.
-        draw: how a batch is drawn from the density.
-        name: what error messages and reports call the policy.
+        schedule: the noise schedule that the model is trained on.
+        density: a fixed `Density`, or an `AdaptiveDensity`.
+        weighting: function from the density table (T,) to the weight table (T,), finite and >= 0.
+        draw: independent draws (`Iid`, the default) or `Paired` ones.
+        name: the policy's name in error messages and reports.
         scope: what the weight multiplies, see `TimestepDraw`.
-        stratified: one draw from each of B equally likely strata in random order: the same marginal law, a
-            lower variance of batch means.
+        stratified: split the distribution into B equally likely strata and draw once from each, in random
+            order. Each index still follows the density; the mean over a batch varies less.
         normalize: divide the weights by their mean under the density.
 
     Raises:
-        ValueError: tables of the wrong length or range, or `stratified` with a paired draw.
+        ValueError: tables of the wrong length or range, or `stratified` with paired draws.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy("speed", NoiseSchedule.linear(1000))
+        >>> policy.density.shape, round(policy.mean_weight, 4)
+        (torch.Size([1000]), 0.4965)
     """
 
     def __init__(
@@ -76,9 +87,9 @@ class TimestepPolicy:
         self.schedule = schedule
         self.name = name
         self.scope: Scope = scope
-        self._law = draw if draw is not None else Iid()
-        if stratified and isinstance(self._law, Paired):
-            raise ValueError("a paired draw cannot be stratified: half of its indices mirror the other half")
+        self._pairing = draw if draw is not None else Iid()
+        if stratified and isinstance(self._pairing, Paired):
+            raise ValueError("paired draws cannot be stratified: half of the batch mirrors the other half")
         self._adaptive = None if isinstance(density, Density) else density
         self._base = density if isinstance(density, Density) else density.density()
         self._weighting = weighting
@@ -89,15 +100,24 @@ class TimestepPolicy:
     def draw(
         self, batch_size: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None
     ) -> TimestepDraw:
-        """Timesteps of one batch, drawn on `device` without a host-device synchronisation.
+        """Timesteps and weights of one batch, on `device`.
+
+        Draws on the device. After the first draw nothing is copied, and the CPU does not wait for the device.
 
         Args:
             batch_size: B, >= 1.
-            device: where the tensors lie. A device without float64 (mps) draws on the CPU and copies.
-            generator: of the drawing device; None is that device's global one.
+            device: device of the returned tensors. mps has no float64, so draws for it are made on the CPU.
+            generator: random generator on the device that draws. None uses the device's global generator.
 
         Raises:
-            ValueError: `batch_size` < 1, or a generator of another device.
+            ValueError: `batch_size` < 1, or a generator on another device.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy("speed", NoiseSchedule.linear(1000))
+            >>> batch = policy.draw(8, generator=torch.Generator().manual_seed(0))
+            >>> batch.index.shape, batch.weight.dtype, batch.scope
+            (torch.Size([8]), torch.float32, 'mse')
         """
         if batch_size < 1:
             raise ValueError(f"draw needs batch_size >= 1, got {batch_size}")
@@ -110,27 +130,33 @@ class TimestepPolicy:
         tables = self._tables_on(place)
         quantile = self._quantiles(batch_size, place, generator)
         index = torch.searchsorted(tables.upper, quantile, right=True)
-        # What is left of the quantile inside its bin is uniform too: the jitter needs no second draw.
+        # The quantile's position inside its bin is uniform too, so the jitter needs no second random number.
         density = tables.density[index]
         jitter = ((quantile - tables.upper[index] + density) / density).clamp(0, 1)
-        index, jitter = self._law.pair(index, jitter)
+        index, jitter = self._pairing.pair(index, jitter)
         time = ((index + jitter) / self.schedule.num_timesteps).float()
         return TimestepDraw(index.to(target), time.to(target), tables.weight[index].to(target), self.scope)
 
     def density_for(self, batch_size: int) -> Tensor:
-        """Exact marginal law of an index drawn in a batch of this size (>= 1), shape (T,) float64."""
+        """Exact distribution of one index of a batch of this size (>= 1), shape (T,) float64.
+
+        It differs from `density` only for paired draws.
+
+        Raises:
+            ValueError: `batch_size` < 1.
+        """
         if batch_size < 1:
             raise ValueError(f"density_for needs batch_size >= 1, got {batch_size}")
-        return self._law.marginal(self._base.table, batch_size)
+        return self._pairing.marginal(self._base.table, batch_size)
 
     @property
     def boundary_index(self) -> int | None:
-        """First index past the boundary between the density's areas; None where it knows none."""
+        """First index past the boundary between the density's areas, None if it has no boundary."""
         return self._base.boundary_index
 
     @property
     def mean_weight(self) -> float:
-        """E[weight] under `density`."""
+        """Mean weight under `density`, >= 0."""
         return float((self.density * self.weight).sum())
 
     def __str__(self) -> str:
@@ -138,31 +164,50 @@ class TimestepPolicy:
         return f"{self.name}: {area} of {len(self.weight)} timesteps, mean weight {self.mean_weight:.4f}"
 
     def update(self, index: Tensor, loss: Tensor) -> None:
-        """Tells a learning policy the unweighted losses (B,) at their indices (B,); else does nothing."""
+        """Teaches a learning policy the unweighted losses (B,) at the indices (B,). Others ignore it.
+
+        With several ranks, every rank has to call it: the losses are gathered.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy({"type": "loss_second_moment", "history": 1}, NoiseSchedule.cosine(2))
+            >>> policy.update(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
+            >>> policy.density.round(decimals=2).tolist()
+            [0.25, 0.75]
+        """
         if self._adaptive is not None and self._adaptive.update(index, loss):
             self._rebuild()
 
     def advance(self, step: int) -> None:
-        """Tells a curriculum how many training steps (>= 0) are done; else does nothing."""
+        """Moves a curriculum to this number of finished training steps, >= 0. Other policies ignore it.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy({"type": "clts", "curriculum_steps": 100}, NoiseSchedule.cosine(4))
+            >>> policy.advance(100)
+            >>> policy.density.round(decimals=2).tolist()
+            [0.2, 0.41, 0.3, 0.08]
+        """
         if self._adaptive is not None and self._adaptive.advance(step):
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the adaptive density's state, and name and T to check it against."""
+        """The state that a resumed run needs: name, T, and the state of an adaptive density."""
         state = {} if self._adaptive is None else self._adaptive.state_dict()
         return {"name": self.name, "num_timesteps": self.schedule.num_timesteps, "density": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`.
+        """Restores what `state_dict` returned.
 
         Raises:
-            ValueError: the state belongs to another policy or T, or to one of another `normalize`.
+            ValueError: the state is from a policy with another name, T or `normalize`.
         """
         own = self.state_dict()
         if state.keys() != own.keys() or any(state[key] != own[key] for key in ("name", "num_timesteps")):
             raise ValueError(
                 f"policy state needs policy {own['name']!r} with T = {own['num_timesteps']},"
-                f" got {state['name']!r} with T = {state['num_timesteps']}; keys {[*own]}, got {[*state]}"
+                f" got {state['name']!r} with T = {state['num_timesteps']}; it needs the keys {[*own]},"
+                f" got {[*state]}"
             )
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
@@ -171,7 +216,7 @@ class TimestepPolicy:
     def _rebuild(self) -> None:
         if self._adaptive is not None:
             self._base = self._adaptive.density()
-        self.density = self._law.marginal(self._base.table, None)
+        self.density = self._pairing.marginal(self._base.table, None)
         self.weight = self._weighting(self.density)
         shapes = [tuple(self.density.shape), tuple(self.weight.shape)]
         if shapes != [(self.schedule.num_timesteps,)] * 2:
@@ -180,7 +225,7 @@ class TimestepPolicy:
             )
         if not (torch.isfinite(self.weight).all() and (self.weight >= 0).all()):
             raise ValueError(
-                f"policy {self.name!r} needs finite weights >= 0, got {self.weight.min():g} at the least"
+                f"policy {self.name!r} needs finite weights >= 0, got a minimum of {self.weight.min():g}"
             )
         if self._normalize:
             if not self.mean_weight > 0:
@@ -191,8 +236,8 @@ class TimestepPolicy:
     def _tables_on(self, device: torch.device) -> _DeviceTables:
         if device not in self._tables:
             density = self._base.table
-            # Cumulative in float64: in float32 the last bin rounds to 0. Dividing by the end makes it exactly
-            # 1, so that no quantile in [0, 1) falls past the last drawable index.
+            # Cumulative in float64: in float32 the last bin rounds to 0. Dividing by the last value makes it
+            # exactly 1, so that every quantile in [0, 1) finds an index.
             upper = density.cumsum(0)
             upper = (upper / upper[-1]).to(device)
             self._tables[device] = _DeviceTables(upper, density.to(device), self.weight.float().to(device))
@@ -202,7 +247,7 @@ class TimestepPolicy:
         quantile = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
         if not self.stratified:
             return quantile
-        # A random order keeps the marginal of every position in the batch equal to the density.
+        # In a random order of the strata, every position of the batch follows the density.
         order = torch.randperm(batch_size, device=device, generator=generator)
-        # The sum can round up to batch_size, and a quantile of 1 lies past the last index.
+        # The sum can round up to batch_size. A quantile of 1 would be past the last index.
         return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)

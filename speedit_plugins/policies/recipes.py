@@ -1,7 +1,7 @@
-"""The named policies: each is a density, a weighting and a draw, written as the config that composes them.
+"""The named policies. Each recipe returns a config of parts: a density, a weighting, and a way to draw.
 
-`build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` draw and weigh alike. What a
-recipe says of `stratified` and `normalize` holds unless the config says otherwise.
+`build_policy("speed", schedule)` and `build_policy(recipes.speed(), schedule)` are the same policy. A config
+may override a recipe's `stratified` and `normalize`.
 """
 
 from typing import Any
@@ -13,7 +13,13 @@ Recipe = dict[str, Any]
 
 
 def uniform() -> Recipe:
-    """Ordinary diffusion training."""
+    """Uniform draws, weight 1: ordinary diffusion training.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> print(build_policy("uniform", NoiseSchedule.linear(1000)))
+        uniform: no boundary of 1000 timesteps, mean weight 1.0000
+    """
     return {"density": {"type": "uniform"}, "weighting": {"type": "constant"}}
 
 
@@ -24,7 +30,21 @@ def speedit(
     gamma: float = 1.0,
     k: float = 1.0,
 ) -> Recipe:
-    """SpeeDiT: asymmetric density with half its mass reflected, P2 weights. Source: the SpeeDiT README."""
+    """SpeeDiT: steep timesteps are drawn more often, half of the draws are reflected, P2 weights.
+
+    Source: the SpeeDiT README.
+
+    Args:
+        threshold: see `asymmetric`.
+        sharpness: see `asymmetric`.
+        gamma: see the weighting `p2`.
+        k: see the weighting `p2`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> print(build_policy("speedit", NoiseSchedule.linear(1000)))
+        speedit: boundary 642 of 1000 timesteps, mean weight 0.5815
+    """
     return {
         "density": {"type": "asymmetric", "threshold": threshold, "sharpness": sharpness},
         "weighting": {"type": "p2", "gamma": gamma, "k": k},
@@ -32,7 +52,18 @@ def speedit(
 
 
 def speedit_reference(*, threshold: float = 0.1) -> Recipe:
-    """SpeeDiT as published: the reflections fill the second half of each batch."""
+    """SpeeDiT as published: reflections fill the second half of each batch. Source: the SpeeDiT README.
+
+    Args:
+        threshold: slope per u, see `asymmetric` and `Paired`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy("speedit_reference", NoiseSchedule.linear(1000))
+        >>> index = policy.draw(3).index  # two direct draws, and the reflection of the first at 642
+        >>> bool(index[2] == abs(index[0] - 642))
+        True
+    """
     return {
         "density": {"type": "asymmetric", "threshold": threshold, "reflected": False},
         "weighting": {"type": "p2"},
@@ -47,7 +78,21 @@ def speed(
     snr_boundary: float = CONVERGENCE_SNR,
     tau: int | None = None,
 ) -> Recipe:
-    """SpeeD: convergence area k times rarer, weights by change. Wang et al. 2024, arXiv:2405.17403."""
+    """SpeeD: the convergence area is drawn k times less often, weights follow the speed of change.
+
+    Source: Wang et al. 2024, arXiv:2405.17403.
+
+    Args:
+        k: see `thinned`.
+        lam: see `change_aware`.
+        snr_boundary: see `thinned`.
+        tau: see `thinned`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> print(build_policy({"type": "speed", "k": 5.0}, NoiseSchedule.linear(1000)))
+        speed: boundary 700 of 1000 timesteps, mean weight 0.4965
+    """
     return {
         "density": {"type": "thinned", "k": k, "snr_boundary": snr_boundary, "tau": tau},
         "weighting": {"type": "change_aware", "lam": lam},
@@ -57,7 +102,20 @@ def speed(
 def speed_reference(
     schedule: NoiseSchedule, *, k: float = 5.0, lam: float = 0.6, tau: int | None = None
 ) -> Recipe:
-    """SpeeD as released: tau = 0.7 T, weight 1 from tau on, draws paired at SpeeDiT's pivot, not at tau."""
+    """SpeeD as released: tau is 0.7 T, the weight from tau on is 1, and draws are paired.
+
+    The pairs are reflected at SpeeDiT's pivot, not at tau. Source: the code released with arXiv:2405.17403.
+
+    Args:
+        k: see `thinned`.
+        lam: see `change_aware`.
+        tau: first index of the convergence area, in (0, T]. None is 0.7 T, rounded.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> print(build_policy("speed_reference", NoiseSchedule.linear(1000)))
+        speed_reference: boundary 700 of 1000 timesteps, mean weight 0.5282
+    """
     boundary = max(1, round(0.7 * schedule.num_timesteps)) if tau is None else tau
     return {
         "density": {"type": "thinned", "k": k, "tau": boundary},
@@ -67,7 +125,15 @@ def speed_reference(
 
 
 def open_sora_speed() -> Recipe:
-    """Open-Sora's vendored `iddpm-speed`: density switch at 0.1 per u, pairing around the 0.05 crossing."""
+    """Open-Sora's `iddpm-speed`: SpeeDiT's density, with draws paired where the slope falls below 0.05.
+
+    Source: the scheduler `iddpm-speed` in Open-Sora.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> print(build_policy("open_sora_speed", NoiseSchedule.linear(1000)))
+        open_sora_speed: boundary 642 of 1000 timesteps, mean weight 0.6158
+    """
     return {
         "density": {"type": "asymmetric", "reflected": False},
         "weighting": {"type": "p2"},
@@ -83,14 +149,22 @@ def spectral(
     clean_std: float | None = 1.1,
     clean_share: float = 0.15,
 ) -> Recipe:
-    """log-SNR drawn about where half of the data's variance is explained. Source: docs/method.md.
+    """Draws log-SNR around the point where half of the data's variance is explained, P2 weights.
+
+    Draws are stratified, and the weights have mean 1. Source: docs/method.md.
 
     Args:
-        mean: log-SNR of that point; None is measured where the data are at hand, as the trainer does.
-        shift: from `mean` to the centre of the draws; above 0 is cleaner.
-        std: of log-SNR on the side noisier than the centre, > 0.
-        clean_std: of the cleaner side, > 0, whatever `std` is; None is `std`.
-        clean_share: of the draws, spread evenly over the timesteps cleaner than the centre; in [0, 1).
+        mean: log-SNR of that point. None measures it on the data, if `build_policy` gets a `data_spectrum`.
+        shift: distance from `mean` to the centre of the draws. Above 0 is cleaner.
+        std: standard deviation of log-SNR on the side noisier than the centre, > 0.
+        clean_std: standard deviation of log-SNR on the cleaner side, > 0. None takes `std`.
+        clean_share: share of the draws, in [0, 1), spread evenly over the timesteps cleaner than the centre.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy({"type": "spectral", "mean": 0.0}, NoiseSchedule.linear(1000))
+        >>> policy.stratified, round(policy.mean_weight, 6)
+        (True, 1.0)
     """
     normal = {
         "type": "log_snr_normal",
@@ -104,7 +178,8 @@ def spectral(
         "density": normal,
         "weighting": {"type": "p2", "gamma": 0.8, "k": 5.0},
         "stratified": True,
-        # The weights are 0.2 on average: a learned variance's bound, which has none, would count for five.
+        # The weights average 0.2. The variational bound of a learned variance is not weighted, so without
+        # normalisation it would count five times as much as the squared error.
         "normalize": True,
     }
 
@@ -117,10 +192,18 @@ def spectral_fast(
     clean_std: float | None = None,
     clean_share: float = 0.2,
 ) -> Recipe:
-    """A narrow `spectral`, with the same arguments. Source: docs/method.md.
+    """A narrower `spectral` with the same arguments. Faster, with one condition. Source: docs/method.md.
 
-    For samplers that clamp x_0, models of v, and schedules that stop short of pure noise: a model of epsilon
-    learns nothing of the noisiest timesteps, and sampling through them without a clamp is useless.
+    Use it only with a sampler that clamps x_0, a model that predicts v, or a schedule that ends before pure
+    noise. The noisiest timesteps are hardly ever drawn, so a model of epsilon does not learn them, and
+    sampling through them without a clamp fails.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> schedule = NoiseSchedule.linear(1000)
+        >>> policy = build_policy({"type": "spectral_fast", "mean": 0.0}, schedule)
+        >>> bool(policy.density[schedule.log_snr < -4].sum() < 1e-9)
+        True
     """
     return spectral(mean=mean, shift=shift, std=std, clean_std=clean_std, clean_share=clean_share)
 
@@ -133,32 +216,84 @@ def spectral_flow(
     clean_std: float | None = 2.2,
     clean_share: float = 0.15,
 ) -> Recipe:
-    """`spectral` for rectified flows, with the same arguments and weights of 1. Source: docs/method.md.
+    """`spectral` for rectified flows: the same arguments, weight 1. Source: docs/method.md.
 
-    The weights of `spectral` take from a flow the clean end that it ends at; its model needs no long noisy
-    side, since x_0 is read from it without dividing by what is left of the signal.
+    A flow is sampled down to t = 0, so clean timesteps keep their weight. The noisy side is narrower than
+    that of `spectral`: x_0 is computed without dividing by alpha, so errors at high noise are not amplified.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy({"type": "spectral_flow", "mean": 0.0}, NoiseSchedule.rectified_flow(1000))
+        >>> policy.stratified, policy.mean_weight
+        (True, 1.0)
     """
     recipe = spectral(mean=mean, shift=shift, std=std, clean_std=clean_std, clean_share=clean_share)
     return {**recipe, "weighting": {"type": "constant"}}
 
 
 def p2(*, gamma: float = 1.0, k: float = 1.0) -> Recipe:
-    """Uniform draws, P2 weights. Source: Choi et al. 2022, arXiv:2204.00227."""
+    """Uniform draws, P2 weights. Source: Choi et al. 2022, arXiv:2204.00227.
+
+    Args:
+        gamma: see the weighting `p2`.
+        k: see the weighting `p2`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
+        >>> build_policy("p2", schedule).weight.round(decimals=6).tolist()
+        [0.25, 0.5]
+    """
     return {"density": {"type": "uniform"}, "weighting": {"type": "p2", "gamma": gamma, "k": k}}
 
 
 def min_snr(*, gamma: float = 5.0) -> Recipe:
-    """Uniform draws, Min-SNR weights. Source: Hang et al. 2023, arXiv:2303.09556."""
+    """Uniform draws, Min-SNR weights. Source: Hang et al. 2023, arXiv:2303.09556.
+
+    `build_policy` converts the weights to the model's prediction type.
+
+    Args:
+        gamma: see the weighting `min_snr`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5])  # SNR 9 and 1
+        >>> build_policy({"type": "min_snr", "gamma": 4.5}, schedule, "x0").weight.round(decimals=6).tolist()
+        [4.5, 1.0]
+    """
     return {"density": {"type": "uniform"}, "weighting": {"type": "min_snr", "gamma": gamma}}
 
 
 def logit_normal(*, mean: float = 0.0, std: float = 1.0) -> Recipe:
-    """Logit-normal draws, weight 1. Source: Esser et al. 2024, arXiv:2403.03206."""
+    """Logit-normal draws, weight 1. Source: Esser et al. 2024, arXiv:2403.03206.
+
+    Args:
+        mean: see the density `logit_normal`.
+        std: see the density `logit_normal`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> build_policy("logit_normal", NoiseSchedule.rectified_flow(4)).density.round(decimals=3).tolist()
+        [0.136, 0.364, 0.364, 0.136]
+    """
     return {"density": {"type": "logit_normal", "mean": mean, "std": std}, "weighting": {"type": "constant"}}
 
 
 def clts(*, mean: float = 0.3, std: float = 0.25, curriculum_steps: int = 50_000) -> Recipe:
-    """Curriculum from uniform to a Gaussian over timesteps. Source: Xu et al. 2024, arXiv:2404.07946."""
+    """Uniform draws that turn into a Gaussian over timesteps. Source: Xu et al. 2024, arXiv:2404.07946.
+
+    Args:
+        mean: see `Curriculum`.
+        std: see `Curriculum`.
+        curriculum_steps: see `Curriculum`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy({"type": "clts", "curriculum_steps": 100}, NoiseSchedule.linear(1000))
+        >>> policy.advance(100)
+        >>> int(policy.density.argmax())
+        300
+    """
     return {
         "density": {"type": "clts", "mean": mean, "std": std, "curriculum_steps": curriculum_steps},
         "weighting": {"type": "constant"},
@@ -166,7 +301,20 @@ def clts(*, mean: float = 0.3, std: float = 0.25, curriculum_steps: int = 50_000
 
 
 def loss_second_moment(*, history: int = 10, uniform_floor: float = 0.001) -> Recipe:
-    """IDDPM's unbiased importance sampling. Source: Nichol & Dhariwal 2021, arXiv:2102.09672."""
+    """IDDPM's importance sampling: draws follow the losses, weights keep the mean loss unbiased.
+
+    The weight multiplies the whole loss. Source: Nichol & Dhariwal 2021, arXiv:2102.09672.
+
+    Args:
+        history: see `LossSecondMoment`.
+        uniform_floor: see `LossSecondMoment`.
+
+    Example:
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> policy = build_policy("loss_second_moment", NoiseSchedule.linear(1000))
+        >>> policy.scope, round(policy.mean_weight, 6)  # uniform until every timestep has 10 losses
+        ('loss', 1.0)
+    """
     return {
         "density": {"type": "loss_second_moment", "history": history, "uniform_floor": uniform_floor},
         "weighting": {"type": "inverse_density"},

@@ -1,7 +1,9 @@
 """The noise schedule: how much signal and noise a diffusion process has at each timestep.
 
-x_t = alpha_t x_0 + sigma_t eps, index 0 is the cleanest step. Derivatives are taken "per u", u = original
-timestep / their number, which makes every threshold of the method independent of T.
+A sample at timestep t is x_t = alpha_t x_0 + sigma_t eps. Index 0 is the cleanest timestep.
+
+Derivatives are taken "per u", where u = original timestep / number of original timesteps. A slope per u is
+the same for 100 timesteps as for 4,000, so one threshold serves every T.
 
 Dims: T timesteps.
 """
@@ -17,26 +19,34 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "x0", "v", "flow")
 
-# sqrt(alpha-bar) = 1/12 puts the boundary of the linear T = 1000 schedule at exactly the paper's tau = 700.
+# SNR = 1/143 is sqrt(alpha-bar) = 1/12. On the linear schedule with T = 1000 this is the paper's tau = 700.
 CONVERGENCE_SNR = 1 / 143
 
-# Tables are built on the CPU in double precision whatever torch's default device and dtype are.
+# Tables are float64 on the CPU, whatever torch's default device and dtype are.
 _CPU: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
-    """Signal and noise scale of every timestep, float64 on the CPU.
+    """Signal scale and noise scale at every timestep, float64 on the CPU.
+
+    Most code calls a constructor: `linear`, `scaled_linear`, `cosine`, `rectified_flow`, `from_betas` or
+    `from_alphas_cumprod`.
 
     Args:
-        alpha: scale of x_0, shape (T,), >= 0; a final 0 is a zero-terminal-SNR schedule.
-        sigma: scale of the noise, shape (T,), > 0; alpha / sigma never rises.
-        timesteps: original timestep behind each index (what a model embeds), shape (T,) int64, strictly
-            rising in [0, num_original); not `arange(T)` where the schedule is respaced.
+        alpha: signal scale, shape (T,), >= 0. A last value of 0 means zero terminal SNR.
+        sigma: noise scale, shape (T,), > 0. alpha / sigma must not rise with the index.
+        timesteps: original timestep of each index, shape (T,) int64, strictly rising in [0, num_original).
+            The model embeds this number. It differs from the index on a respaced schedule.
         num_original: number of timesteps before respacing.
 
     Raises:
-        ValueError: a shape, range or order above does not hold.
+        ValueError: a table has the wrong shape, range or order.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear(1000)
+        >>> schedule.alphas_cumprod.shape, schedule.acceleration_index, schedule.convergence_index()
+        (torch.Size([1000]), 219, 700)
     """
 
     alpha: Tensor
@@ -71,12 +81,21 @@ class NoiseSchedule:
     def linear(
         cls, num_timesteps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> "NoiseSchedule":
-        """DDPM's linear beta schedule; beta end points are given for T = 1000 and scaled by 1000 / T.
+        """DDPM's schedule: beta rises linearly.
 
-        Source: Ho et al. 2020, arXiv:2006.11239; the scaling as in guided-diffusion.
+        Source: Ho et al. 2020, arXiv:2006.11239. Scaling by 1000 / T follows guided-diffusion.
+
+        Args:
+            num_timesteps: T, >= 20 with the default betas.
+            beta_start: first beta at T = 1000. Other T scale it by 1000 / T.
+            beta_end: last beta at T = 1000. Other T scale it by 1000 / T.
 
         Raises:
-            ValueError: the scaled end points leave (0, 1]; with the default end points, T < 20.
+            ValueError: a scaled beta is outside (0, 1].
+
+        Example:
+            >>> NoiseSchedule.linear(1000)
+            NoiseSchedule(T = 1000, SNR 1e+04 to 4.04e-05)
         """
         scale = _beta_scale(num_timesteps, beta_start, beta_end)
         return cls.from_betas(torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, **_CPU))
@@ -85,12 +104,21 @@ class NoiseSchedule:
     def scaled_linear(
         cls, num_timesteps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> "NoiseSchedule":
-        """Stable Diffusion's schedule: linear in sqrt(beta); end points scaled by 1000 / T.
+        """Stable Diffusion's schedule: sqrt(beta) rises linearly.
 
         Source: Rombach et al. 2022, arXiv:2112.10752 (latent-diffusion configs).
 
+        Args:
+            num_timesteps: T, >= 12 with the default betas.
+            beta_start: first beta at T = 1000. Other T scale it by 1000 / T.
+            beta_end: last beta at T = 1000. Other T scale it by 1000 / T.
+
         Raises:
-            ValueError: the scaled end points leave (0, 1]; with the default end points, T < 12.
+            ValueError: a scaled beta is outside (0, 1].
+
+        Example:
+            >>> NoiseSchedule.scaled_linear(1000)
+            NoiseSchedule(T = 1000, SNR 1.18e+03 to 0.00468)
         """
         scale = _beta_scale(num_timesteps, beta_start, beta_end)
         start, end = math.sqrt(scale * beta_start), math.sqrt(scale * beta_end)
@@ -100,9 +128,21 @@ class NoiseSchedule:
     def cosine(
         cls, num_timesteps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999
     ) -> "NoiseSchedule":
-        """Squared-cosine alpha-bar with clipped betas.
+        """IDDPM's schedule: alpha-bar is a squared cosine of u.
 
         Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17.
+
+        Args:
+            num_timesteps: T, >= 1.
+            offset: shift of u, so that the first betas are not too small.
+            max_beta: upper limit of every beta, in (0, 1].
+
+        Raises:
+            ValueError: T < 1, or a beta outside (0, 1].
+
+        Example:
+            >>> NoiseSchedule.cosine(1000).convergence_index()
+            946
         """
         _check_num_timesteps(num_timesteps)
         u = torch.arange(num_timesteps + 1, **_CPU) / num_timesteps
@@ -111,9 +151,20 @@ class NoiseSchedule:
 
     @classmethod
     def rectified_flow(cls, num_timesteps: int = 1000) -> "NoiseSchedule":
-        """Straight path x_t = (1 - t) x_0 + t eps at the bin midpoints t = (i + 1/2) / T: finite SNR.
+        """Straight path x_t = (1 - t) x_0 + t eps, read at the bin midpoints t = (index + 1/2) / T.
 
-        Source: Liu et al. 2022, arXiv:2209.03003, with t = 0 clean.
+        The midpoints keep the SNR finite and above 0. Here t = 0 is clean.
+        Source: Liu et al. 2022, arXiv:2209.03003.
+
+        Args:
+            num_timesteps: T, >= 1.
+
+        Raises:
+            ValueError: T < 1.
+
+        Example:
+            >>> NoiseSchedule.rectified_flow(4).sigma.tolist()
+            [0.125, 0.375, 0.625, 0.875]
         """
         _check_num_timesteps(num_timesteps)
         t = (torch.arange(num_timesteps, **_CPU) + 0.5) / num_timesteps
@@ -121,7 +172,18 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> "NoiseSchedule":
-        """Variance-preserving schedule with the given betas, each in (0, 1], shape (T,)."""
+        """Variance-preserving schedule with these betas.
+
+        Args:
+            betas: beta of each index, in (0, 1], shape (T,).
+
+        Raises:
+            ValueError: wrong shape or range.
+
+        Example:
+            >>> NoiseSchedule.from_betas([0.5, 0.5]).alphas_cumprod.round(decimals=6).tolist()
+            [0.5, 0.25]
+        """
         table = torch.as_tensor(betas, **_CPU)
         if table.ndim != 1 or not ((table > 0) & (table <= 1)).all():
             raise ValueError(f"betas need shape (T,) and values in (0, 1], got {_span(table)}")
@@ -134,12 +196,19 @@ class NoiseSchedule:
         timesteps: Tensor | Sequence[int] | None = None,
         num_original: int | None = None,
     ) -> "NoiseSchedule":
-        """Variance-preserving schedule with the given alpha-bar, each in [0, 1), falling, shape (T,).
+        """Variance-preserving schedule with these values of alpha-bar.
 
         Args:
-            alphas_cumprod: alpha-bar per index.
-            timesteps: original timestep of each index where the schedule is respaced, shape (T,).
-            num_original: number of timesteps before respacing; required with `timesteps`.
+            alphas_cumprod: alpha-bar of each index, in [0, 1), falling, shape (T,).
+            timesteps: original timestep of each index of a respaced schedule, shape (T,).
+            num_original: number of timesteps before respacing. Required with `timesteps`.
+
+        Raises:
+            ValueError: wrong shape, range or order, or only one of `timesteps` and `num_original`.
+
+        Example:
+            >>> NoiseSchedule.from_alphas_cumprod([0.75, 0.5]).snr.round(decimals=6).tolist()
+            [3.0, 1.0]
         """
         table = torch.as_tensor(alphas_cumprod, **_CPU)
         if table.ndim != 1 or not ((table >= 0) & (table < 1)).all():
@@ -156,7 +225,18 @@ class NoiseSchedule:
         )
 
     def respaced(self, indices: Sequence[int]) -> "NoiseSchedule":
-        """The schedule at some of its indices only; `timesteps` goes on naming the original ones."""
+        """The schedule reduced to some of its indices. `timesteps` keeps the original numbers.
+
+        Args:
+            indices: the indices to keep, rising, in [0, T).
+
+        Raises:
+            ValueError: an index out of range or out of order, or no index.
+
+        Example:
+            >>> NoiseSchedule.linear(1000).respaced([0, 500, 999]).timesteps.tolist()
+            [0, 500, 999]
+        """
         keep = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
         if keep.ndim != 1 or keep.numel() == 0 or keep.min() < 0 or keep.max() >= self.num_timesteps:
             raise ValueError(
@@ -188,10 +268,21 @@ class NoiseSchedule:
         return self.snr.log()
 
     def gradient(self, table: Tensor) -> Tensor:
-        """d table / du with respect to the original timesteps, second-order differences, shape (T,).
+        """Slope of a table per u, shape (T,): d table / du.
+
+        Differences run over the original timesteps and are second order inside the schedule. A respaced
+        schedule has gaps of different lengths, so differences over the index would be wrong.
+
+        Args:
+            table: one value for each index, shape (T,).
 
         Raises:
-            ValueError: T < 2, where no difference exists.
+            ValueError: T < 2.
+
+        Example:
+            >>> schedule = NoiseSchedule.rectified_flow(4)
+            >>> schedule.gradient(schedule.sigma).tolist()  # sigma = (index + 1/2) / T
+            [1.0, 1.0, 1.0, 1.0]
         """
         if self.num_timesteps < 2:
             raise ValueError(f"a derivative along the schedule needs T >= 2, got T = {self.num_timesteps}")
@@ -199,21 +290,39 @@ class NoiseSchedule:
 
     @cached_property
     def acceleration_index(self) -> int:
-        """First index of the deceleration area: the steepest point of 1 - alpha-bar.
+        """Index in [0, T) at which 1 - alpha-bar rises fastest: the deceleration area begins here.
 
         Source: Wang et al. 2024, arXiv:2405.17403.
         """
         return int(self.gradient(1 - self.alphas_cumprod).argmax())
 
     def convergence_index(self, snr: float = CONVERGENCE_SNR) -> int:
-        """First index of the convergence area, tau in [0, T]: how many indices have at least this SNR."""
+        """First index of the convergence area, tau in [0, T]: the number of indices with at least this SNR.
+
+        Args:
+            snr: the area begins where the SNR falls below this value, > 0.
+
+        Raises:
+            ValueError: `snr` <= 0.
+
+        Example:
+            >>> NoiseSchedule.rectified_flow(1000).convergence_index()
+            923
+        """
         if not snr > 0:
             raise ValueError(f"the SNR boundary needs to be > 0, got {snr}")
-        # Relative slack: alpha-bar / (1 - alpha-bar) and alpha^2 / sigma^2 differ in the last digits.
+        # alpha-bar / (1 - alpha-bar) and alpha^2 / sigma^2 round differently, so the comparison has slack.
         return int((self.snr >= snr * (1 - 1e-12)).sum())
 
     def flat_index(self, threshold: float = 0.1) -> int:
-        """First index past the steepest point where d sqrt(1 - alpha-bar) / du < threshold; T if none is."""
+        """First index at which sqrt(1 - alpha-bar) has become flat, T if there is none.
+
+        Flat means: past the steepest point, with a slope per u below the threshold.
+
+        Example:
+            >>> NoiseSchedule.linear(1000).flat_index(0.1)
+            641
+        """
         slope = self.gradient((1 - self.alphas_cumprod).sqrt())
         steepest = int(slope.argmax())
         flat = (slope[steepest:] < threshold).nonzero()

@@ -1,4 +1,6 @@
-"""How much each timestep's loss counts: schedule -> weight per index, and conversion of prediction types.
+"""Weightings: how much the loss at each timestep counts, as a function of the noise schedule.
+
+`epsilon_equivalent` converts a weight to another prediction type.
 
 Dims: T timesteps.
 """
@@ -12,27 +14,35 @@ from speedit_plugins.registry import WEIGHTINGS
 
 
 def constant(schedule: NoiseSchedule) -> Tensor:
-    """1 everywhere, shape (T,)."""
+    """Weight 1 at every timestep, shape (T,).
+
+    Example:
+        >>> constant(NoiseSchedule.cosine(3)).tolist()
+        [1.0, 1.0, 1.0]
+    """
     return torch.ones_like(schedule.alpha)
 
 
 def change_aware(
     schedule: NoiseSchedule, *, lam: float = 0.6, tau: int | None = None, beyond: float | None = None
 ) -> Tensor:
-    """SpeeD's weight: (1 - lam) + (2 lam - 1) minmax(d(1 - alpha-bar) / dt), in [1 - lam, lam].
+    """SpeeD's weight, largest where the process changes fastest, shape (T,), in [1 - lam, lam].
 
+    w = (1 - lam) + (2 lam - 1) minmax(d(1 - alpha-bar) / dt), where minmax scales to [0, 1].
     Source: Wang et al. 2024, arXiv:2405.17403.
 
     Args:
-        lam: upper end of the weights, in [0.5, 1]; 0.5 is constant.
-        tau: with `beyond`, index in (0, T] from which the weight is `beyond`, as in the released code.
-        beyond: weight (>= 0) from `tau` on; None keeps the formula for all t.
-
-    Returns:
-        Weights, shape (T,).
+        lam: largest weight, in [0.5, 1]. 0.5 makes all weights 0.5.
+        tau: index in (0, T] from which the weight is `beyond`, as in the released code. Needs `beyond`.
+        beyond: weight from `tau` on, >= 0. None uses the formula at every timestep.
 
     Raises:
-        ValueError: a parameter out of range, `tau` without `beyond` or the reverse, or T < 2.
+        ValueError: a parameter out of range, only one of `tau` and `beyond`, or T < 2.
+
+    Example:
+        >>> weight = change_aware(NoiseSchedule.linear(1000), lam=0.6)
+        >>> round(float(weight.min()), 6), round(float(weight.max()), 6), int(weight.argmax())
+        (0.4, 0.6, 219)
     """
     if not 0.5 <= lam <= 1:
         raise ValueError(
@@ -54,13 +64,21 @@ def change_aware(
 
 
 def p2(schedule: NoiseSchedule, *, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """P2 weight (k + SNR)^-gamma, shape (T,); 1 - alpha-bar at gamma = k = 1.
+    """P2 weight (k + SNR)^-gamma, shape (T,). With gamma = k = 1 it is 1 - alpha-bar.
 
     Source: Choi et al. 2022, arXiv:2204.00227.
 
     Args:
-        gamma: strength, >= 0.
-        k: > 0, keeps the weight finite at zero SNR.
+        gamma: how strongly the weight falls towards clean timesteps, >= 0. 0 makes all weights 1.
+        k: keeps the weight finite at SNR = 0, > 0.
+
+    Raises:
+        ValueError: a parameter out of range.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
+        >>> p2(schedule).round(decimals=6).tolist()
+        [0.25, 0.5]
     """
     if not (gamma >= 0 and k > 0):
         raise ValueError(f"p2 needs gamma >= 0 and k > 0, got {gamma} and {k}")
@@ -73,25 +91,41 @@ def min_snr(schedule: NoiseSchedule, *, gamma: float = 5.0) -> Tensor:
     Source: Hang et al. 2023, arXiv:2303.09556.
 
     Args:
-        gamma: SNR above which a timestep stops gaining weight; > 0.
+        gamma: SNR up to which the weight is 1, > 0. Above it the weight falls as gamma / SNR.
+
+    Raises:
+        ValueError: `gamma` <= 0.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5])  # SNR 9 and 1
+        >>> min_snr(schedule, gamma=4.5).round(decimals=6).tolist()
+        [0.5, 1.0]
     """
     if not gamma > 0:
         raise ValueError(f"min_snr needs gamma > 0, got {gamma}")
-    # gamma / SNR clipped at 1 is the same fraction and stays finite at zero terminal SNR.
+    # min(gamma / SNR, 1) is the same fraction, and stays finite at SNR = 0.
     return (gamma / schedule.snr).clamp(max=1.0)
 
 
-# What the weights are meant for: `build_policy` converts them to the model's own prediction type.
+# The weight is defined on the epsilon loss. `build_policy` converts it to the model's prediction type.
 min_snr.defined_on = "epsilon"  # type: ignore[attr-defined]  # functions take attributes
 
 
 def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
-    """1 / (T p): makes the weighted loss of draws from p an unbiased estimate of the uniform one, shape (T,).
+    """Importance weight 1 / (T p), shape (T,): draws from p then estimate the mean loss of uniform draws.
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 18.
 
     Args:
-        density: the probability that indices are drawn with, > 0, shape (T,).
+        density: probability p of drawing each index, > 0, shape (T,).
+
+    Raises:
+        ValueError: a probability that is not above 0.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])
+        >>> inverse_density(schedule, density=torch.tensor([0.25, 0.5])).tolist()
+        [2.0, 1.0]
     """
     if not (density > 0).all():
         raise ValueError(
@@ -101,30 +135,43 @@ def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
 
 
 def epsilon_equivalent(weight: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """Weight on the loss of another prediction type that gives the objective of `weight` on the epsilon loss.
+    """Weight on the loss of another prediction type with the same objective as `weight` on the epsilon loss.
 
-    The error of each target is that of epsilon times a function of alpha and sigma. Source: docs/method.md.
+    The error of each target is the error of epsilon times a function of alpha and sigma. The weight is
+    divided by the square of that function. Source: docs/method.md.
 
     Args:
-        weight: weights on the epsilon loss, shape (T,).
+        weight: weight on the epsilon loss, shape (T,).
         prediction_type: what the model predicts, one of `PREDICTION_TYPES`.
 
     Returns:
-        Finite weights, shape (T,).
+        Weights, finite, shape (T,).
+
+    Raises:
+        ValueError: an unknown `prediction_type`.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
+        >>> epsilon_equivalent(constant(schedule), schedule, "x0").round(decimals=6).tolist()
+        [3.0, 1.0]
     """
     check_prediction_type(prediction_type)
     alpha, sigma = schedule.alpha, schedule.sigma
     factor = {
         "epsilon": torch.ones_like(schedule.snr),
         "x0": schedule.snr,
-        "v": (alpha / (alpha**2 + sigma**2)) ** 2,  # SNR / (SNR + 1) where alpha^2 + sigma^2 = 1
+        "v": (alpha / (alpha**2 + sigma**2)) ** 2,  # SNR / (SNR + 1) if alpha^2 + sigma^2 = 1
         "flow": (alpha / (alpha + sigma)) ** 2,  # (1 - t)^2 on the straight path
     }
     return weight * factor[prediction_type]
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """Raises a ValueError unless `prediction_type` is one of `PREDICTION_TYPES`."""
+    """Nothing, if `prediction_type` is one of `PREDICTION_TYPES`.
+
+    Raises:
+        ValueError: an unknown type; the message lists the known ones.
+    """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type needs one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"

@@ -5,15 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import NOT_PAIRED, PAIRED, POLICY_NAMES, SCHEDULES, build, configs, schedules, teach
+from policy_cases import NOT_PAIRED, PAIRED, POLICY_NAMES, SCHEDULES, build, configs, schedules
 from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.policies.densities import (
-    Curriculum,
     Density,
-    LossSecondMoment,
     asymmetric,
     logit_normal,
     push_reflected,
@@ -42,7 +40,7 @@ def test_every_policy_on_every_schedule_is_two_valid_tables(
         assert density.shape == (T,)
         assert density.dtype == torch.float64
         assert (density >= 0).all()
-        # T additions, each rounding by 1e-16 of a sum of 1.
+        # A sum of T terms that is 1: each addition rounds by about 1e-16.
         assert float(density.sum()) == pytest.approx(1.0, abs=1e-12)
     assert policy.weight.shape == (T,)
     assert torch.isfinite(policy.weight).all()
@@ -86,9 +84,9 @@ def test_speed_density_is_the_papers_formula() -> None:
     ids=["linear", "cosine", "scaled-linear", "flow"],
 )
 def test_ceiling_of_dropping_convergence_samples(schedule: NoiseSchedule, ceiling: float) -> None:
-    # With k -> infinity a kept timestep is drawn T / tau times as often as uniformly.
+    # For k -> infinity, a timestep before tau is drawn T / tau times as often as under uniform draws.
     policy = build_policy({"type": "speed", "k": 1e15}, schedule)
-    # Published with two or three digits; one index of tau is 1 / 1000.
+    # The numbers are published with two or three digits, and tau is exact to one index in 1000.
     digits = 0.005 if ceiling in (1.43, 1.06) else 0.001
     assert float(policy.density[0]) * 1000 == pytest.approx(ceiling, abs=digits)
     assert float(policy.density[0]) * policy.boundary_index == pytest.approx(1.0)
@@ -110,7 +108,7 @@ def test_flow_mass_past_the_boundary() -> None:
     schedule = NoiseSchedule.rectified_flow()
     assert float(uniform(schedule).table[923:].sum()) == pytest.approx(0.077, abs=5e-4)
     assert float(thinned(schedule).table[923:].sum()) == pytest.approx(0.016, abs=5e-4)
-    # A host that draws logit-normal has almost no mass there to begin with.
+    # Logit-normal draws have almost no mass there, so there is nothing to gain.
     assert float(logit_normal(schedule).table[923:].sum()) == pytest.approx(0.0065, abs=5e-5)
 
 
@@ -119,9 +117,9 @@ def test_nothing_to_thin_warns() -> None:
         table = thinned(LINEAR, k=1.0).table
     assert_close(table, uniform(LINEAR).table)
     clean = NoiseSchedule.from_betas([0.01] * 10)
-    with pytest.warns(UserWarning, match="no index lies past the boundary, 10"):
+    with pytest.warns(UserWarning, match="convergence area begins at index 10, the end"):
         thinned(clean)
-    with pytest.warns(UserWarning, match="no index lies past the boundary, 1000"):
+    with pytest.warns(UserWarning, match="convergence area begins at index 1000, the end"):
         thinned(LINEAR, tau=1000)
 
 
@@ -129,7 +127,7 @@ def test_nothing_to_thin_warns() -> None:
 
 
 def numpy_p(alpha_bar: np.ndarray) -> np.ndarray:
-    """p of the SpeeDiT README, written from its per-step constants at T = 1000."""
+    """p of the SpeeDiT README, with its own per-step constants at T = 1000."""
     slope = np.gradient(np.sqrt(1 - alpha_bar))
     p = np.tanh(1e6 * (slope - 1e-4)) + 1.5
     return p / p.sum()
@@ -140,7 +138,7 @@ def test_asymmetric_density_before_reflection() -> None:
     p = density.table.numpy()
     np.testing.assert_allclose(p, numpy_p(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))), rtol=1e-6)
     assert p[:600] / p[-1] == pytest.approx(5.0)
-    # The switch: 99 % of the step lies inside 639-643.
+    # 99 % of the switch from 5 to 1 happens between the indices 639 and 643.
     assert (p[638] / p[-1], p[644] / p[-1]) == (pytest.approx(5, abs=0.04), pytest.approx(1, abs=0.04))
     assert p[642:].sum() == pytest.approx(0.1005, abs=5e-5)
     assert density.boundary_index == 642
@@ -150,7 +148,7 @@ def test_speedit_density_against_the_published_numbers() -> None:
     policy = build_policy("speedit", LINEAR)
     q = policy.density * 1000
     assert_close(q[:4], float64(0.879, 1.218, 1.474, 1.535), atol=5e-4, rtol=0)
-    # Single values are given for a plateau; its two sides differ by 0.001.
+    # The published value of each plateau is one number; its two ends differ by 0.001.
     assert_close(q[4:358], torch.full((354,), 1.543, dtype=torch.float64), atol=1.5e-3, rtol=0)
     assert_close(q[358:638], torch.full((280,), 1.402, dtype=torch.float64), atol=1.5e-3, rtol=0)
     assert_close(q[642], float64(0.879)[0], atol=5e-4, rtol=0)
@@ -181,7 +179,7 @@ def test_reflection_halves_p() -> None:
 def test_reflect_by_hand() -> None:
     index = torch.arange(6)
     assert reflect(index, 3, 6).tolist() == [3, 2, 1, 0, 1, 2]
-    # m = T would send 0 to T.
+    # With m = T, index 0 would go to T, one past the end.
     assert reflect(index, 6, 6).tolist() == [5, 5, 4, 3, 2, 1]
     assert_close(push_reflected(float64(0.1, 0.2, 0.3, 0.4), 3), float64(0.4, 0.3, 0.2, 0.1))
 
@@ -233,7 +231,7 @@ def test_open_sora_reflects_around_its_own_crossing() -> None:
 @pytest.mark.parametrize("name", PAIRED)
 def test_paired_density_is_the_limit_of_large_batches(name: str) -> None:
     policy = build(name, NoiseSchedule.cosine(50))
-    # n_d = n / 2 + 1: the mixture is off by at most 1 / n.
+    # A batch has n / 2 + 1 direct draws, so its mixture differs from the limit by at most 1 / n.
     assert_close(policy.density_for(10**6), policy.density, atol=1e-6, rtol=0)
     assert_close(policy.density_for(1), policy.density_for(2), atol=0, rtol=0)
 
@@ -252,7 +250,7 @@ def test_logit_normal_bins_match_continuous_quantiles() -> None:
     cumulative = logit_normal(NoiseSchedule.rectified_flow()).table.cumsum(0)
     levels = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     index = torch.searchsorted(cumulative, levels)
-    # Quantile of index + jitter: linear inside the bin.
+    # The quantile of index + jitter is linear inside each bin.
     lower = torch.cat([float64(0.0), cumulative])[index]
     discrete = (index + (levels - lower) / (cumulative[index] - lower)) / 1000
     continuous = torch.sigmoid(torch.special.ndtri(levels))
@@ -267,88 +265,6 @@ def test_logit_normal_follows_mean_and_std() -> None:
     assert float(table[:600].sum()) == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)), abs=1e-12)
     symmetric = logit_normal(schedule).table
     assert_close(symmetric, symmetric.flip(0), atol=1e-15, rtol=1e-9)
-
-
-# Curriculum
-
-
-def test_clts_goes_from_uniform_to_a_gaussian_not_a_point() -> None:
-    policy = build_policy({"type": "clts", "curriculum_steps": 100}, LINEAR)
-    assert_close(policy.density, uniform(LINEAR).table)
-    t = np.arange(1000)
-    gaussian = np.exp(-(((t - 300) / 250) ** 2) / 2)
-    gaussian /= gaussian.sum()
-    policy.advance(25)
-    np.testing.assert_allclose(policy.density.numpy(), 0.75 / 1000 + 0.25 * gaussian, rtol=1e-9)
-    for step in (100, 1000):
-        policy.advance(step)
-        np.testing.assert_allclose(policy.density.numpy(), gaussian, rtol=1e-9)
-    # A standard deviation of 250 cut at t = 0 leaves one of about 200.
-    mean = (policy.density.numpy() * t).sum()
-    assert math.sqrt((policy.density.numpy() * (t - mean) ** 2).sum()) > 150
-
-
-def test_curriculum_says_when_it_changed() -> None:
-    curriculum = Curriculum(LINEAR, curriculum_steps=10)
-    assert curriculum.advance(3)
-    assert not curriculum.advance(3)
-    assert curriculum.advance(10)
-    assert not curriculum.advance(11)
-    assert not curriculum.update(torch.tensor([1]), torch.tensor([1.0]))
-
-
-# Learning
-
-
-def test_loss_second_moment_is_uniform_until_every_timestep_has_its_history() -> None:
-    policy = build_policy({"type": "loss_second_moment", "history": 2}, NoiseSchedule.cosine(4))
-    flat = torch.full((4,), 0.25, dtype=torch.float64)
-    policy.update(torch.tensor([0, 1, 2, 3, 0, 1, 2]), torch.tensor([9.0, 1, 1, 1, 9, 1, 1]))
-    assert_close(policy.density, flat)
-    assert_close(policy.weight, torch.ones(4, dtype=torch.float64))
-    policy.update(torch.tensor([3]), torch.tensor([1.0]))
-    expected = 0.999 * float64(9, 1, 1, 1) / 12 + 0.001 / 4
-    assert_close(policy.density, expected)
-
-
-def test_loss_second_moment_is_the_root_of_the_mean_square_of_the_last_losses() -> None:
-    policy = build_policy(
-        {"type": "loss_second_moment", "history": 2, "uniform_floor": 0.1}, NoiseSchedule.cosine(2)
-    )
-    # The first loss of t = 0 (100) falls out of its history of two: sqrt((3^2 + 4^2) / 2) against 2.
-    policy.update(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([100.0, 3, 4, 2, 2]))
-    root = math.sqrt(12.5)
-    expected = 0.9 * float64(root, 2) / (root + 2) + 0.05
-    assert_close(policy.density, expected)
-
-
-def test_learning_weight_makes_the_estimate_unbiased() -> None:
-    policy = build_policy("loss_second_moment", NoiseSchedule.cosine(6))
-    losses = float64(0.1, 5.0, 2.0, 0.7, 0.3, 1.0)
-    teach(policy, losses)
-    assert policy.scope == "loss"
-    # sum p w L = sum L / T: the weighted mean of a draw is the uniform mean.
-    assert_close((policy.density * policy.weight * losses).sum(), losses.mean())
-    assert policy.mean_weight == pytest.approx(1.0)
-
-
-def test_learning_from_reduced_precision_and_graphs() -> None:
-    policy = build_policy({"type": "loss_second_moment", "history": 1}, NoiseSchedule.cosine(2))
-    loss = torch.tensor([1.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
-    policy.update(torch.tensor([0, 1]), loss)
-    assert_close(policy.density, 0.999 * float64(0.25, 0.75) + 0.0005)
-
-
-def test_non_finite_losses_are_not_learned() -> None:
-    policy = build_policy({"type": "loss_second_moment", "history": 1}, NoiseSchedule.cosine(2))
-    policy.update(torch.tensor([0, 1, 0, 1]), torch.tensor([1.0, 1.0, float("nan"), float("inf")]))
-    assert_close(policy.density, float64(0.5, 0.5))
-
-
-def test_all_zero_losses_leave_a_uniform_density() -> None:
-    policy = build_policy("loss_second_moment", NoiseSchedule.cosine(3))
-    teach(policy, torch.zeros(3))
-    assert_close(policy.density, torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
 # Errors
@@ -375,15 +291,6 @@ def test_all_zero_losses_leave_a_uniform_density() -> None:
         (lambda: asymmetric(NoiseSchedule.cosine(1)), "needs T >= 2, got T = 1"),
         (lambda: logit_normal(LINEAR, std=0.0), "finite mean and std > 0, got 0.0 and 0.0"),
         (lambda: logit_normal(LINEAR, mean=math.inf), "got inf and 1.0"),
-        (lambda: Curriculum(LINEAR, mean=1.5), r"mean in \[0, 1\], .* got 1.5, 0.25 and 50000"),
-        (lambda: Curriculum(LINEAR, std=0.0), "std > 0"),
-        (lambda: Curriculum(LINEAR, curriculum_steps=0), "curriculum_steps >= 1"),
-        (lambda: LossSecondMoment(LINEAR, history=0), "history >= 1 .* got 0 and 0.001"),
-        (lambda: LossSecondMoment(LINEAR, uniform_floor=0.0), r"uniform_floor in \(0, 1\]"),
-        (
-            lambda: LossSecondMoment(LINEAR).update(torch.tensor([1, 2]), torch.tensor([1.0])),
-            "update needs index and loss",
-        ),
         (lambda: Density(float64(0.0, 0.0)), "positive sum, got sum 0"),
         (lambda: Density(float64(2.0, -1.0)), "finite values >= 0"),
         (lambda: Density(float64(math.nan, 1.0)), "got sum nan"),

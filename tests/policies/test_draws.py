@@ -1,4 +1,4 @@
-"""What a batch looks like: pairing, strata, jitter, marginal laws.
+"""What a batch looks like: pairing, strata, jitter, and the distribution of each index.
 
 Dims: T timesteps, B batch, R batches.
 """
@@ -22,7 +22,7 @@ LINEAR = NoiseSchedule.linear()
 
 
 def assert_follows(index: Tensor, density: Tensor) -> None:
-    """Chi-square test of independent draws (R,) against a law (T,), bins pooled to >= 20 expected counts."""
+    """Chi-square test of independent draws (R,) against a density (T,); each bin expects >= 20 counts."""
     counts = torch.bincount(index, minlength=len(density)).double().numpy()
     expected = density.numpy() * len(index)
     assert counts[density.numpy() == 0].sum() == 0
@@ -33,7 +33,7 @@ def assert_follows(index: Tensor, density: Tensor) -> None:
 
 
 def merge_small(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours joined until every bin expects at least 20."""
+    """Observed and expected counts, with neighbours joined until every bin expects at least 20."""
     bins: list[list[float]] = [[0.0, 0.0]]
     for seen, wanted in zip(observed, expected, strict=True):
         if bins[-1][1] >= 20:
@@ -48,14 +48,14 @@ def merge_small(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray,
 
 
 def one_position_per_batch(policy: TimestepPolicy, batch_size: int, num_batches: int) -> Tensor:
-    """A random position of each of R batches, (R,): independent, and of law `density_for(batch_size)`."""
+    """The index at a random position of each of R batches, (R,): independent draws."""
     source = generator(7)
     batches = torch.stack([policy.draw(batch_size, generator=source).index for _ in range(num_batches)])
     position = torch.randint(batch_size, (num_batches, 1), generator=source)
     return batches.gather(1, position)[:, 0]
 
 
-# Marginal laws
+# Distribution of each index
 
 
 @pytest.mark.parametrize("name", NOT_PAIRED)
@@ -89,7 +89,7 @@ def test_halves_of_a_paired_batch_follow_the_direct_and_the_reflected_law(name: 
     index = policy.draw(100_000, generator=generator(3)).index
     direct = policy.density_for(1)
     assert_follows(index[:50_001], direct)
-    # The density is the mean of the direct and the reflected law.
+    # The density is the mean of the direct and the reflected distribution.
     assert_follows(index[50_001:], (2 * policy.density - direct).clamp(min=0))
 
 
@@ -114,7 +114,7 @@ def test_density_for_is_the_exact_mixture_by_enumeration(batch_size: int) -> Non
     assert pivot is not None
     num_direct = min(batch_size, batch_size // 2 + 1)
     marginal = np.zeros(5)
-    # Every outcome of the direct draws, its batch written out as the README's rule says.
+    # For every outcome of the direct draws, write out the batch by the rule of the README.
     for direct in itertools.product(range(5), repeat=num_direct):
         mirrored = [pivot - t if t < pivot else t - pivot for t in direct]
         batch = (list(direct) + [min(t, 4) for t in mirrored])[:batch_size]
@@ -165,7 +165,7 @@ def test_each_stratum_of_any_density_is_hit_exactly_once(name: str) -> None:
     jitter = draw.time.double() * 40 - draw.index
     quantile = lower[draw.index] + jitter * policy.density[draw.index]
     assert sorted((quantile * 16).floor().long().tolist()) == list(range(16))
-    # In random order, or a host that splits batches would split the noise levels.
+    # The order is random. A sorted batch would give each micro-batch its own noise levels.
     assert draw.index.tolist() != sorted(draw.index.tolist())
 
 
@@ -186,7 +186,7 @@ def test_variance_of_a_stratified_mean_is_its_closed_form(name: str) -> None:
     means = [
         float(torch.from_numpy(value)[stratified.draw(B, generator=source).index].mean()) for _ in range(R)
     ]
-    # A sample variance scatters by sqrt(2 / R) = 1.6 %; five of them.
+    # The standard error of a sample variance is sqrt(2 / R) = 1.6 %; the tolerance is five of them.
     assert np.var(means) == pytest.approx(within / B**2, rel=0.08)
     independent = ((p * value**2).sum() - (p * value).sum() ** 2) / B
     assert within / B**2 < independent / 4
@@ -212,7 +212,7 @@ def test_bins_are_half_open_and_empty_ones_are_never_drawn(monkeypatch: pytest.M
     schedule = NoiseSchedule.cosine(5)
     table = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     policy = TimestepPolicy(schedule, Density(table), lambda density: constant(schedule))
-    # Bins [0, 1/2) and [1/2, 1): an edge belongs to the bin that it opens.
+    # The bins are [0, 1/2) and [1/2, 1): an edge belongs to the bin above it.
     quantile = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: quantile)
     draw = policy.draw(4)
@@ -234,7 +234,7 @@ def test_time_lies_in_the_bin_of_its_index(name: str, schedule: str) -> None:
         torch.float32,
         torch.float32,
     )
-    # Rounding to float32 is monotone: the rounded edges still enclose.
+    # Rounding to float32 is monotone, so the time stays between the rounded edges of its bin.
     lower, upper = (draw.index.double() / T).float(), ((draw.index.double() + 1) / T).float()
     assert ((draw.time >= lower) & (draw.time <= upper)).all()
     assert ((draw.index >= 0) & (draw.index < T)).all()
@@ -258,7 +258,7 @@ def test_jitter_is_uniform_inside_the_bin(name: str, stratified: bool) -> None:
 def test_continuous_times_of_a_flow_follow_the_continuous_law() -> None:
     policy = build_policy("logit_normal", NoiseSchedule.rectified_flow())
     time = policy.draw(200_000, generator=generator(10)).time.double().sort().values
-    # Kolmogorov-Smirnov: the 1e-9 point of sup |F_n - F| is 3.27 / sqrt(n), and bins add 0.002 at most.
+    # Kolmogorov-Smirnov: sup |F_n - F| exceeds 3.27 / sqrt(n) with probability 1e-9. Bins add 0.002 at most.
     distance = (
         torch.special.ndtr(torch.logit(time)) - torch.linspace(0, 1, len(time), dtype=torch.float64)
     ).abs()

@@ -12,14 +12,14 @@ from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.weightings import min_snr
 
-# SNR 4, 1 and 1/4: Min-SNR with gamma 1 weighs by 1/4, 1 and 1.
+# The SNR is 4, 1 and 1/4, so Min-SNR with gamma = 1 gives the weights 1/4, 1 and 1.
 SCHEDULE = NoiseSchedule.from_alphas_cumprod([0.8, 0.5, 0.2])
 WEIGHTS = torch.tensor([0.25, 1.0, 1.0], dtype=torch.float64)
 CONFIG = {"density": "uniform", "weighting": {"type": "min_snr", "gamma": 1.0}, "normalize": "loss"}
 
 
 def taught(policy: LossNormalizedPolicy, *losses: float) -> LossNormalizedPolicy:
-    """After updates in each of which every timestep has the loss."""
+    """The policy after one update for each loss. In an update, every timestep has the same loss."""
     for loss in losses:
         policy.update(torch.arange(3), torch.full((3,), loss))
     return policy
@@ -29,12 +29,12 @@ def test_the_weighted_loss_is_one_while_the_loss_stays_the_same() -> None:
     policy = build_policy(CONFIG, SCHEDULE)
     relative = WEIGHTS / 0.75
     assert_close(policy.weight, relative)
-    # Unequal losses, of two timesteps: (1/3 * 6 + 4/3 * 3) / 2 = 3.
+    # Two timesteps with unequal losses have the weighted mean (1/3 * 6 + 4/3 * 3) / 2 = 3.
     policy.update(torch.tensor([0, 1]), torch.tensor([6.0, 3.0]))
     assert_close(policy.weight, relative / 3)
     draw = policy.draw(200, generator=torch.Generator().manual_seed(0))
     assert_close(draw.weight, (relative / 3).float()[draw.index])
-    # The next mean is 5, of which 5 % come in.
+    # The next mean is 5, and enters the running mean with 5 %.
     taught(policy, 5.0)
     assert_close(policy.weight, relative / (0.95 * 3 + 0.05 * 5))
 
@@ -56,7 +56,7 @@ def test_losses_that_say_nothing_are_not_seen() -> None:
         policy.update(torch.arange(3), loss)
         assert torch.equal(policy.weight, before)
     policy.update(torch.arange(3), torch.tensor([torch.nan, 2.0, 2.0]))
-    # Weights 4/3 and 4/3 times 2, beside 1 times 2 before.
+    # The running mean was 2. This update has the mean 4/3 * 2 = 8/3.
     assert_close(policy.weight, before * 2 / (0.95 * 2 + 0.05 * 8 / 3))
 
 
@@ -65,9 +65,9 @@ def test_a_density_that_learns_keeps_learning() -> None:
     policy = build_policy(config, SCHEDULE)
     losses = torch.tensor([1.0, 2.0, 3.0])
     policy.update(torch.arange(3), losses)
-    # A thousandth of the draws is uniform.
+    # One draw in a thousand is uniform.
     assert_close(policy.density, 0.999 * losses.double() / 6 + 0.001 / 3)
-    # 1 / (T p) has the mean 1, and the first losses, drawn uniformly, that of 2.
+    # 1 / (T p) has mean 1. The running mean is 2, the mean of the first losses with uniform weights.
     assert_close(policy.weight, 1 / (3 * policy.density) / 2)
 
 
@@ -78,7 +78,7 @@ def test_a_restored_policy_goes_on_as_the_saved_one(tmp_path: Path) -> None:
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(fresh.weight, policy.weight)
     assert torch.equal(taught(fresh, 0.5).weight, taught(policy, 0.5).weight)
-    # Also back to the start.
+    # A fresh state restores the first weights.
     fresh.load_state_dict(build_policy(CONFIG, SCHEDULE).state_dict())
     assert torch.equal(fresh.weight, build_policy(CONFIG, SCHEDULE).weight)
 
@@ -104,7 +104,7 @@ def test_a_copy_learns_by_itself() -> None:
 
 def test_parameters_out_of_range_are_refused() -> None:
     density = build_policy("uniform", SCHEDULE)._base
-    with pytest.raises(ValueError, match=r"loss_decay needs to lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"loss_decay needs to be in \[0, 1\), got 1.0"):
         LossNormalizedPolicy(SCHEDULE, density, lambda _: min_snr(SCHEDULE), loss_decay=1.0)
     with pytest.raises(ValueError, match="policy normalize needs true, false or 'loss', got 'losses'"):
         build_policy({**CONFIG, "normalize": "losses"}, SCHEDULE)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import (
+    ADAPTIVE,
     PAIRED,
     POLICY_NAMES,
     SCHEDULES,
@@ -22,7 +23,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.policies.densities import AdaptiveDensity, uniform
+from speedit_plugins.policies.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities import uniform
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.weightings import constant
 
@@ -49,7 +51,7 @@ def test_draws_of_every_policy_stay_inside(
         assert part.shape == (batch_size,)
     assert ((draw.index >= 0) & (draw.index < T)).all()
     assert ((draw.time >= 0) & (draw.time <= 1)).all()
-    # An index without mass is never drawn.
+    # An index with probability 0 is never drawn.
     assert (policy.density_for(batch_size)[draw.index] > 0).all()
     assert torch.equal(draw.weight, policy.weight.float()[draw.index])
 
@@ -145,7 +147,7 @@ def test_tables_on_the_device_follow_what_was_learned() -> None:
     policy.draw(4)
     teach(policy, torch.tensor([0.0, 1.0, 0.0]))
     draw = policy.draw(1000, generator=generator(0))
-    # 99.9 % of the mass at 1, and its weight 1 / (3 p).
+    # Index 1 has 99.9 % of the mass, and the weight 1 / (3 p).
     assert float((draw.index == 1).float().mean()) > 0.98
     assert_close(draw.weight, policy.weight.float()[draw.index])
 
@@ -155,13 +157,13 @@ def test_tables_on_the_device_follow_the_curriculum() -> None:
     assert int(policy.draw(1000, generator=generator(0)).index.max()) > 900
     policy.advance(1)
     drawn = policy.draw(1000, generator=generator(0)).index
-    # Ten standard deviations of ten indices around 300.
+    # The standard deviation is ten indices. The limits are ten of them from 300.
     assert ((drawn > 200) & (drawn < 400)).all()
 
 
 def test_policies_that_do_not_learn_ignore_updates() -> None:
     for name in POLICY_NAMES:
-        if name in ("clts", "loss_second_moment"):
+        if name in ADAPTIVE:
             continue
         policy = build(name, LINEAR)
         before = policy.density.clone()
@@ -177,7 +179,7 @@ def test_state_round_trip_through_a_file(name: str, tmp_path: Any) -> None:
     teach(trained, torch.arange(1.0, 7.0))
     trained.advance(20_000)
     torch.save(trained.state_dict(), tmp_path / "state.pt")
-    # Plain values and tensors only: no pickled class is needed to read it back.
+    # The file has plain values and tensors only, so weights_only=True reads it.
     fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(fresh.density, trained.density)
     assert torch.equal(fresh.weight, trained.weight)
@@ -237,7 +239,7 @@ def test_copies_draw_alike_and_learn_apart(name: str, duplicate: Any) -> None:
     teach(other, torch.arange(1.0, 7.0))
     other.advance(30_000)
     assert torch.equal(policy.density, before)
-    assert torch.equal(other.density, before) == (name not in ("clts", "loss_second_moment"))
+    assert torch.equal(other.density, before) == (name not in ADAPTIVE)
 
 
 # What a policy says of itself
@@ -280,7 +282,7 @@ def test_only_the_importance_sampler_weighs_the_whole_loss() -> None:
 def test_mean_weight_is_the_mean_of_drawn_weights() -> None:
     policy = build_policy("speedit", LINEAR)
     weight = policy.draw(200_000, generator=generator(0)).weight.double()
-    # Five standard errors; the weights lie in [0, 1], so their deviation is at most 1/2.
+    # Five standard errors. The weights are in [0, 1], so their standard deviation is at most 1/2.
     assert float(weight.mean()) == pytest.approx(policy.mean_weight, abs=5 * 0.5 / 200_000**0.5)
 
 
@@ -303,7 +305,7 @@ def test_one_timestep_has_no_slope(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_a_paired_draw_cannot_be_stratified(name: str) -> None:
-    with pytest.raises(ValueError, match="a paired draw cannot be stratified"):
+    with pytest.raises(ValueError, match="paired draws cannot be stratified"):
         build_policy({"type": name, "stratified": True}, LINEAR)
 
 
@@ -320,7 +322,7 @@ def test_a_paired_draw_cannot_be_stratified(name: str) -> None:
         ),
         (
             lambda: TimestepPolicy(LINEAR, uniform(LINEAR), lambda density: -constant(LINEAR), name="mine"),
-            "policy 'mine' needs finite weights >= 0, got -1 at the least",
+            "policy 'mine' needs finite weights >= 0, got a minimum of -1",
         ),
         (
             lambda: TimestepPolicy(LINEAR, uniform(LINEAR), lambda density: constant(LINEAR) * float("nan")),

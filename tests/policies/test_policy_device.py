@@ -1,4 +1,4 @@
-"""Drawing on a device: nothing waits for it, nothing is copied from it."""
+"""Drawing on a device: the CPU does not wait for it, and nothing is copied."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LINEAR = NoiseSchedule.linear()
 
 
 class RefusesSynchronisation(TorchDispatchMode):
-    """Fails on operators that would make the host wait for the device."""
+    """Fails on operators that make the CPU wait for the device."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -47,7 +47,7 @@ def test_draw_does_not_wait_for_the_device() -> None:
 
 
 def test_draw_needs_no_values_on_the_host() -> None:
-    # Tensors on the meta device hold no values: whatever reads one raises.
+    # Tensors on the meta device have no values, so code that reads one raises.
     for policy in every_policy(LINEAR):
         draw = policy.draw(8, device="meta")
         assert (draw.index.device.type, draw.index.shape) == ("meta", (8,))

@@ -1,4 +1,4 @@
-"""Two real processes over gloo: losses are gathered, and learning policies stay equal on all ranks."""
+"""Two processes over gloo: losses are gathered, and a learning policy stays equal on both ranks."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.policies.distributed import gather_rows
 
 T = 6
-# Rows (index, loss) of each rank: different lengths, and none at all in the last call.
+# Rows (index, loss) of each rank for each call. The lengths differ, and one rank has no row in the last call.
 CALLS = [
     [
         torch.tensor([[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]),
@@ -52,9 +52,9 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     for result in results:
         assert torch.equal(result["density"], policy.density)
         assert torch.equal(result["weight"], policy.weight)
-    # Two losses for each of the six timesteps: the warm-up is over, so the agreement is about learning.
+    # Each of the six timesteps has its two losses, so the density has begun to follow the losses.
     assert float(policy.density.max() - policy.density.min()) > 0.1
-    # Losses about 4, which the weights have the inverse of.
+    # The losses are about 4, and the weights are divided by their mean.
     assert policy.mean_weight < 0.5
 
 

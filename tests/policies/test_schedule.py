@@ -35,7 +35,7 @@ def test_cosine_follows_its_curve_until_the_clipped_end() -> None:
     u = np.arange(1, 1001) / 1000
     curve = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     alpha_bar = NoiseSchedule.cosine().alphas_cumprod.numpy()
-    # The last beta, 1 on the curve, is clipped to 0.999.
+    # The curve ends at beta = 1. This last beta is clipped to 0.999.
     np.testing.assert_allclose(alpha_bar[:-1], curve[:-1], rtol=1e-9)
     assert alpha_bar[-1] == pytest.approx(0.001 * alpha_bar[-2], rel=1e-12)
 
@@ -67,7 +67,7 @@ def test_a_hosts_numpy_tables_make_a_schedule(dtype: type) -> None:
     steps = even_250()
     table = schedule.alphas_cumprod.numpy()[steps].astype(dtype)
     respaced = NoiseSchedule.from_alphas_cumprod(table, np.array(steps), 1000)
-    # 1 - alpha-bar = 1e-4 of a float32 is off by 6e-8 / 1e-4.
+    # In float32, 1 - alpha-bar = 1e-4 has a relative error of 6e-8 / 1e-4.
     assert_close(respaced.snr, schedule.snr[steps], rtol=1e-3, atol=0)
     assert respaced.timesteps.tolist() == steps
     assert respaced.convergence_index() == sum(step < 700 for step in steps)
@@ -100,7 +100,7 @@ def test_every_schedule_is_float64_with_falling_finite_snr(schedule: NoiseSchedu
     ids=["linear", "scaled-linear", "cosine", "linear of 4000", "flow"],
 )
 def test_convergence_begins_at_the_published_place(schedule: NoiseSchedule, index: int) -> None:
-    # The fractions of T are published with three digits: half a unit of the last is 0.0005 T.
+    # The fractions of T are published with three digits, so they are exact to 0.0005 T.
     tau = schedule.convergence_index()
     assert abs(tau - index) <= 0.0005 * schedule.num_timesteps
     if schedule.num_timesteps == 1000:
@@ -112,7 +112,7 @@ def test_the_linear_boundary_is_the_papers_tau_and_a_twelfth() -> None:
     root = schedule.alphas_cumprod.sqrt()
     assert root[699] >= 1 / 12 > root[700]
     assert math.log(CONVERGENCE_SNR) == pytest.approx(-4.963, abs=5e-4)
-    # alpha-bar = 1/144 is SNR = (1/144) / (143/144) = 1/143.
+    # alpha-bar = 1/144 means SNR = (1/144) / (143/144) = 1/143.
     assert math.isclose(CONVERGENCE_SNR, (1 / 144) / (1 - 1 / 144))
     assert NoiseSchedule.from_alphas_cumprod([0.5, 1 / 144, 1e-3]).convergence_index() == 2
 
@@ -136,14 +136,14 @@ def test_acceleration_ends_at_the_published_index() -> None:
 
 
 def test_meaningful_steps_of_linear() -> None:
-    # m = 642 is one past the first flat index; Open-Sora's threshold of 0.05 sits around 700.
+    # m = 642 is one past the first flat index. Open-Sora's threshold of 0.05 gives about 700.
     schedule = NoiseSchedule.linear()
     assert schedule.flat_index(0.1) + 1 == 642
     assert abs(schedule.flat_index(0.05) + 1 - 700) <= 1
 
 
 def test_no_flat_part_gives_the_number_of_timesteps() -> None:
-    # d sqrt(1 - alpha-bar) / du of a short clean schedule never falls below 0.1.
+    # On a short, clean schedule the slope of sqrt(1 - alpha-bar) per u never falls below 0.1.
     schedule = NoiseSchedule.from_betas([0.01] * 10)
     assert schedule.flat_index() == 10
 
@@ -151,7 +151,7 @@ def test_no_flat_part_gives_the_number_of_timesteps() -> None:
 def test_thresholds_per_u_do_not_depend_on_the_number_of_timesteps() -> None:
     for T in (200, 1000, 4000):
         schedule = NoiseSchedule.linear(T)
-        # Two indices for the O(1/T) error of scaled betas, plus the last digit of the two fractions.
+        # Tolerance: two indices for the O(1/T) error of scaled betas, and the last digit of the fractions.
         assert schedule.flat_index() / T == pytest.approx(0.641, abs=2 / T + 0.001)
         assert schedule.acceleration_index / T == pytest.approx(0.219, abs=2 / T + 0.001)
 
@@ -192,7 +192,7 @@ def test_gradient_is_numpys_on_the_original_timesteps() -> None:
 
 
 def test_gradient_of_a_parabola_is_exact_inside() -> None:
-    # Second-order differences are exact for t^2, on uneven spacing too; the ends are first order.
+    # Second-order differences are exact for t^2, also with uneven gaps. The two ends are first order.
     respaced = NoiseSchedule.linear().respaced([0, 2, 3, 7, 100, 101])
     t = respaced.timesteps.double()
     assert_close(respaced.gradient(t**2)[1:-1], 2 * t[1:-1] * 1000)
@@ -201,9 +201,9 @@ def test_gradient_of_a_parabola_is_exact_inside() -> None:
 def test_uneven_respacing_does_not_move_the_acceleration_boundary() -> None:
     steps = even_250()
     respaced = NoiseSchedule.linear().respaced(steps)
-    # Two original steps at a spacing of four: the boundary stays at 0.219 T.
+    # The boundary stays at 0.219 T, within two original steps at a spacing of four.
     assert abs(int(respaced.timesteps[respaced.acceleration_index]) - 219) <= 2
-    # The plain form takes the irregular spacing (4 or 5) for steepness: 0.168 T.
+    # Differences over the index mistake a gap of 5 for a steep slope: 0.168 T.
     plain = int(np.gradient((1 - respaced.alphas_cumprod).numpy()).argmax())
     assert plain / 250 == pytest.approx(0.168, abs=5e-4)
 
@@ -217,7 +217,7 @@ def test_boundaries_never_leave_the_schedule(schedule: NoiseSchedule, threshold:
     assert steepest <= schedule.flat_index(threshold) <= T
     tau = schedule.convergence_index(snr)
     assert 0 <= tau <= T
-    # The definition: tau indices have at least this SNR, to the relative slack of its comparison.
+    # By definition, tau indices have at least this SNR. The comparison has a relative slack.
     assert (schedule.snr[:tau] >= snr * (1 - 1e-9)).all()
     assert (schedule.snr[tau:] < snr).all()
 

@@ -59,7 +59,7 @@ def test_lam_of_a_half_is_constant_and_one_spans_everything() -> None:
 
 
 def test_change_aware_on_a_straight_line_of_alpha_bar_is_constant() -> None:
-    # d(1 - alpha-bar)/dt is one constant: there is no change to be aware of. 1/4 steps are exact in binary.
+    # d(1 - alpha-bar)/dt is constant, so all weights are equal. Steps of 1/4 are exact in binary.
     schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5, 0.25])
     assert_close(change_aware(schedule), torch.full((3,), 0.4, dtype=torch.float64))
 
@@ -68,9 +68,9 @@ def test_change_aware_on_flow_is_the_derivative_of_the_noise_share() -> None:
     schedule = NoiseSchedule.rectified_flow()
     t = schedule.sigma
     lam = 0.6
-    # v = t^2 / ((1 - t)^2 + t^2), dv/dt = 2 t (1 - t) / (1 - 2 t + 2 t^2)^2, at most 2 (at t = 1/2).
+    # v = t^2 / ((1 - t)^2 + t^2) has dv/dt = 2 t (1 - t) / (1 - 2 t + 2 t^2)^2, at most 2 (at t = 1/2).
     change = 2 * t * (1 - t) / (1 - 2 * t + 2 * t**2) ** 2
-    # minmax over midpoints misses 0 by dv/dt(1 / 2T) / 2 = 1 / 2T, and first-order ends add as much again.
+    # At the first midpoint dv/dt / 2 is 1 / 2T, not 0, and minmax shifts by it. First-order ends add as much.
     assert_close(change_aware(schedule, lam=lam), (1 - lam) + (2 * lam - 1) * change / 2, atol=1e-3, rtol=0)
 
 
@@ -78,9 +78,9 @@ def test_change_aware_does_not_depend_on_respacing() -> None:
     steps = [round(i * 999 / 249) for i in range(250)]
     respaced = LINEAR.respaced(steps)
     expected = change_aware(LINEAR)[steps]
-    # First-order ends are off by half a spacing, 2.5 steps of 0.2 / 219 each.
+    # First-order differences at the ends are off by half a gap: 2.5 steps of 0.2 / 219 each.
     assert_close(change_aware(respaced), expected, atol=0.0025, rtol=0)
-    # Spacings of four and five taken for equal: nine steps count as eight, and the peak is scaled by 9/8.
+    # Differences over the index treat gaps of 4 and 5 as equal. This scales the peak by 9/8.
     plain = np.gradient(1 - respaced.alphas_cumprod.numpy())
     plain = 0.4 + 0.2 * (plain - plain.min()) / (plain.max() - plain.min())
     assert np.abs(plain - expected.numpy()).max() > 0.01
@@ -131,7 +131,7 @@ def test_zero_terminal_snr_gives_the_limit_of_the_weight(prediction_type: str) -
         equivalent = {} if name == "min_snr" else {"equivalent_to": "epsilon"}
         weight = build({"type": name, **equivalent}, schedule, prediction_type).weight
         assert torch.isfinite(weight).all()
-        # x0 and v losses see the noise error times SNR, which ends at 0.
+        # The weights on x0 and v losses have the factor SNR, and the SNR ends at 0.
         if prediction_type != "epsilon":
             assert float(weight[-1]) == 0.0
     assert float(build_policy("min_snr", schedule).weight[-1]) == 1.0
@@ -151,7 +151,7 @@ def test_inverse_density_composes_with_any_density() -> None:
 
 
 def errors_of_one_prediction(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """Squared error per timestep, (T,) float64, of one and the same prediction read as each type."""
+    """Squared error at each timestep, (T,) float64, of one prediction expressed as each type."""
     generator = torch.Generator().manual_seed(0)
     x_0, noise, guess = torch.randn(
         3, schedule.num_timesteps, 16, dtype=torch.float64, generator=generator
@@ -174,7 +174,7 @@ def test_equivalent_weights_give_one_objective(schedule: NoiseSchedule, predicti
     errors = errors_of_one_prediction(schedule)
     weight = p2(schedule, gamma=0.7)
     converted = epsilon_equivalent(weight, schedule, prediction_type)
-    # x0 errors are differences divided by alpha >= 0.006: 1e-16 / 0.006^2 relative.
+    # The x0 error is divided by alpha >= 0.006, so rounding has a relative size of 1e-16 / 0.006^2.
     assert_close(converted * errors[prediction_type], weight * errors["epsilon"], rtol=1e-9, atol=0)
 
 
