@@ -1,7 +1,6 @@
-"""SpeeD timestep sampling and loss weighting for diffusion training.
+"""Timestep policies for diffusion and flow training: which timesteps are drawn, how much each loss counts.
 
-The names below load torch and mmengine when they are first used, so that the command line can check a config
-before anything heavy is imported.
+A name below loads torch on first use, so the command line can check a config before torch is imported.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,10 @@ if TYPE_CHECKING:
     from speedit_plugins.policies.build import build_policy
     from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
     from speedit_plugins.policies.schedule import NoiseSchedule
+    from speedit_plugins.policies.spectrum import DataSpectrum
 
 __all__ = [
+    "DataSpectrum",
     "NoiseSchedule",
     "TimestepDraw",
     "TimestepPolicy",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DataSpectrum": "speedit_plugins.policies.spectrum",
     "NoiseSchedule": "speedit_plugins.policies.schedule",
     "TimestepDraw": "speedit_plugins.policies.policy",
     "TimestepPolicy": "speedit_plugins.policies.policy",

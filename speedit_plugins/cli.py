@@ -1,4 +1,4 @@
-"""The command line: `speedit -c CONFIG -p PHASE [key=value ...]`, also behind `tools/main.py`."""
+"""The command line `speedit -c CONFIG -p PHASE [key=value ...]`. `tools/main.py` runs the same code."""
 
 import argparse
 import logging
@@ -6,25 +6,24 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import NoReturn
 
+from speedit_plugins.registry import is_raised_here, raising_module
 from speedit_plugins.trainer.config.schema import PHASES, ExperimentConfig
 
-PACKAGE_FOLDER = Path(__file__).parent
 USER_ERROR = 2
 PEER_LOST = 3
-# torchrun names the earliest failure, in whole seconds: who lost a peer reports after the peer's own end.
+# torchrun reports the earliest failure as the cause, and counts in whole seconds. A process that lost another
+# waits this long, so that the failure of the other process is the earlier one.
 LAUNCHER_SECONDS = 2.0
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
-# How gloo, NCCL and the store say that a collective failed: mostly since another process is gone or silent.
+# How gloo, NCCL and the store report a failed collective, mostly because another process has ended.
 _LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
 
-# Each phase is the function of its name in one of these modules.
+# The module of each phase. The function in it has the phase's name.
 _HOMES = {
     "train": "speedit_plugins.trainer.training.train",
     "sample": "speedit_plugins.trainer.sampling.grids",
@@ -37,19 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one phase of an experiment.
 
     Args:
-        argv: arguments after the program's name; None takes the process's own.
+        argv: arguments after the program's name. None takes those of the process.
 
     Returns:
-        The phase's exit code; 2 after a user's error, which is one line on stderr.
+        The phase's exit code. 2 after a user's error, 3 if another process was lost, 130 after Ctrl-C before
+        the phase began. In these three cases stderr has one line.
     """
     if os.environ.get("RANK", "0") != "0":
-        # Under torchrun every process reads the config; one of them speaks.
+        # Under torchrun every process reads the config. Only rank 0 reports about it.
         logging.getLogger("speedit_plugins").setLevel(logging.ERROR)
     try:
         arguments = _parser().parse_intermixed_args(argv)
-        # OmegaConf comes with the trainer extra: without it, the message is one line.
+        # Imported here: without the trainer extra OmegaConf is missing, and the error below is one line.
         config = import_module("speedit_plugins.trainer.config.loading").load_config(
-            arguments.config, arguments.phase, arguments.overrides, allow_python=arguments.allow_python_config
+            arguments.config,
+            arguments.phase,
+            arguments.overrides,
+            allow_python=arguments.allow_python_config,
+            imports=arguments.imports,
         )
         return _describe(config) if arguments.dry_run else _run(arguments.phase, config)
     except KeyboardInterrupt:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if _is_lost_peer(error):
-            lost = "lost another process, which says why if it failed"
+            lost = "lost another process; if it failed, its own message says why"
             sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
             sys.stderr.flush()
             time.sleep(LAUNCHER_SECONDS)
@@ -73,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(phase: str, config: ExperimentConfig) -> int:
     if _is_launched() and phase != "train":
         raise ValueError(f"{phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
-    # Imports torch: only once the config is known to be right.
+    # This imports torch, so it comes after the config was checked.
     runner = import_module(_HOMES[phase])
     return int(getattr(runner, phase)(config))
 
 
 def _describe(config: ExperimentConfig) -> int:
-    # Flushed first, so that the config is on the screen while torch loads.
+    # Flush, so that the config is on the screen while torch loads.
     sys.stdout.write(import_module("speedit_plugins.trainer.config.loading").to_yaml(config))
     sys.stdout.flush()
     description = import_module("speedit_plugins.trainer.training.dry_run").describe(config)
@@ -88,7 +92,7 @@ def _describe(config: ExperimentConfig) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving."""
+    """A parser that raises a ValueError where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see speedit --help")
@@ -108,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--dry-run", action="store_true", help="print the config, sizes and memory, and exit")
     parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers datasets, models, policies, ...; may be given several times",
+    )
+    parser.add_argument(
         "--allow-python-config", action="store_true", help="read an mmengine .py config, which executes it"
     )
     return parser
@@ -119,12 +131,12 @@ def _is_launched() -> bool:
 
 
 def _rank() -> str:
-    """Which process speaks, where there are several."""
+    """The prefix "rank N: " if there are several processes, "" otherwise."""
     return f"rank {os.environ['RANK']}: " if _is_launched() else ""
 
 
 def _tell_launcher(error: Exception) -> None:
-    """Leaves the error where torchrun looks for the cause of a failed job."""
+    """Records the error where torchrun looks for the cause of a failed job."""
     if _is_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -132,23 +144,26 @@ def _tell_launcher(error: Exception) -> None:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another process is gone or does not answer."""
+    """Whether a collective failed because another process has ended or does not answer."""
     return _is_launched() and isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Files, and what this package raises on purpose; a ValueError out of a library is a fault."""
+    """Whether the user can fix the error: a file, a missing package, or a ValueError raised by this package.
+
+    A ValueError raised inside a library is a fault of this program.
+    """
     if isinstance(error, OSError):
         return True
     if isinstance(error, ModuleNotFoundError):
         return not str(error.name).startswith("speedit_plugins")
-    if not isinstance(error, ValueError):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(PACKAGE_FOLDER)
+    return isinstance(error, ValueError) and is_raised_here(error)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
+        asking = raising_module(error)
+        if is_raised_here(error) and not str(asking).startswith("speedit_plugins"):
+            return f"{asking} needs {error.name}, which is not installed"
         return f"the trainer needs {error.name}: pip install 'speedit-plugins[trainer]'"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,18 +1,18 @@
-"""Files that must be right on the disk: their hash, and their way to it."""
+"""Files that must be complete on disk: hashes, flushing, and writing a file whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's contents in hexadecimal, read in pieces of 4 MiB.
+    """SHA-256 of a file's contents, as 64 hexadecimal digits. The file is read in pieces of 4 MiB.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -22,10 +22,10 @@ def sha256_of(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Returns when a file's contents, or the entries of a folder, are on the disk.
+    """Waits until a file's contents, or a folder's entries, are on disk.
 
     Raises:
-        OSError: the system cannot write them.
+        OSError: the path cannot be opened, or the system cannot write it.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -35,10 +35,10 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file of this content, written as in `replacing`.
+    """Writes a file with this content, whole or not at all, see `replacing`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written. The message names `path`.
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -46,28 +46,32 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside the target, for a file that takes its place when the block ends well.
+    """A temporary path beside `path`. If the block ends without an error, its file replaces `path`.
 
-    An earlier file at `path` stays until the new one is on the disk. However else the block ends, nothing is
-    left beside the target.
+    An existing file at `path` stays until the new one is on disk. If the block raises, the temporary file is
+    removed.
 
     Raises:
-        OSError: the file cannot be written; the message names `path`.
+        OSError: the file cannot be written. The message names `path`.
     """
-    # In the same folder, since a rename is atomic only within one file system.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # In the same folder, because a rename is atomic only within one file system. A killed process leaves the
+    # file behind, and the next write to the same path takes it over.
+    partial = path.with_name(f"{path.name}.tmp")
     try:
-        # Created here, since the libraries that write files report a missing folder in their own words.
-        partial.touch(exist_ok=False)
+        # Created here, so that a missing folder raises the OSError below, not an error of a library.
+        partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        # Some of them make it private; it follows the user's umask as any new file does.
+        # Some libraries make the file private. Restore the mode that the user's umask gave it.
         partial.chmod(mode)
         flush(partial)
         partial.replace(path)
         flush(path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        # Errors about another file keep their message; a full disk names none.
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        # After a success it is renamed already.
+        # After a success the file has been renamed, and there is nothing to remove.
         partial.unlink(missing_ok=True)

@@ -1,18 +1,21 @@
-"""Every name a config may use, and how a config becomes an object.
+"""Registries: the names that a config may use, and how a config becomes an object.
 
-This file knows no policy, model or dataset. A module registers what it defines:
-`DENSITIES.register_module(name="mine", module=mine)`. Our own modules are found by their folder. Modules of
-other people come in by `import_modules`, or by an entry point of the group `speedit_plugins`.
+This file knows no policy, model or dataset. A module registers what it defines with
+`DENSITIES.register_module(name="mine", module=mine)`. The modules of this package are found by their folder.
+Other people's modules come in through `import_modules`, or through an entry point of the group
+`speedit_plugins`.
 """
 
 import difflib
 import inspect
+import keyword
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
-from types import UnionType
+from types import FrameType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 Builder = Callable[..., Any]
@@ -22,19 +25,20 @@ ENTRY_POINTS = "speedit_plugins"
 
 
 class Registry:
-    """Names of one kind, and what each of them builds.
+    """Names of one kind, for example densities, and the class or function that each name builds.
 
-    The calls are those of mmengine's registry, of which a plugin needs no more. mmengine itself is not
-    required: its two distributions own the same files, so asking pip for one would overwrite a host's other.
+    The methods have the names of mmengine's registry. mmengine itself is not required: it exists as two
+    distributions that install the same files, so requiring one could overwrite the other in a user's
+    environment.
 
     Args:
-        name: what an entry is, as error messages say it: "dataset".
-        package: dotted name of the package whose modules register entries; all of them are imported before
-            the first lookup. None has no such package.
+        name: what an entry is called in error messages, for example "dataset".
+        package: dotted name of the package whose modules register entries. They are imported before the first
+            lookup. None imports nothing.
 
     Example:
         >>> shapes = Registry("shape")
-        >>> shapes.register_module(name="square", module=lambda side: side**2)
+        >>> square = shapes.register_module(name="square", module=lambda side: side**2)
         >>> build(shapes, dict(type="square", side=3))
         9
     """
@@ -44,30 +48,52 @@ class Registry:
         self._package = package
         self._is_searched = package is None
         self._builders: dict[str, Builder] = {}
+        self._forced: set[str] = set()
 
     @property
     def module_dict(self) -> dict[str, Builder]:
-        """What each name builds; a change to the dictionary changes the registry."""
+        """The class or function of each name. Changing this dictionary changes the registry."""
         self._search()
         return self._builders
 
-    def register_module(self, name: str | None = None, *, module: Builder | None = None) -> Any:
-        """Makes `name` build `module`, a class or a function; without `module`, a decorator.
+    def get(self, name: str) -> Builder | None:
+        """What `name` builds; None if nothing is registered under it."""
+        return self.module_dict.get(name)
+
+    def build(self, config: str | Config, **given: Any) -> Any:
+        """Builds a config with this registry, see `build`."""
+        return build(self, config, **given)
+
+    def register_module(
+        self, name: str | None = None, *, module: Builder | None = None, force: bool = False
+    ) -> Any:
+        """Registers `module`, a class or function, under `name`.
 
         Args:
-            name: None is the module's own name.
+            name: None takes the module's own `__name__`.
+            module: None returns a decorator that registers what it decorates.
+            force: replace what has the name, even if that is registered later.
 
         Returns:
-            The module.
+            The module, or the decorator.
 
         Raises:
-            ValueError: the name belongs to something else.
+            ValueError: the name is registered for something else, or is no text.
         """
+        if not (name is None or isinstance(name, str)):
+            raise ValueError(
+                f"register_module needs a name, got {name!r}; a decorator has brackets:"
+                " @DATASETS.register_module()"
+            )
         if module is None:
-            return lambda decorated: self.register_module(name, module=decorated)
+            return lambda decorated: self.register_module(name, module=decorated, force=force)
         name = name or str(getattr(module, "__name__", type(module).__name__))
+        if force:
+            self._forced.add(name)
+        elif name in self._forced:
+            return module
         known = self._builders.get(name)
-        if known is not None and known is not module:
+        if known is not None and not force and not _is_same_definition(known, module):
             raise ValueError(
                 f"two modules register the {self.name} {name!r}: {_origin(known)} and {_origin(module)}"
             )
@@ -77,12 +103,17 @@ class Registry:
     def _search(self) -> None:
         if self._is_searched:
             return
-        # Set first: the modules imported here may look something up themselves.
+        # Set before the imports: a module imported here may look up a name itself.
         self._is_searched = True
-        package = import_module(str(self._package))
-        for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
-            import_module(module.name)
-        load_entry_points()
+        try:
+            package = import_module(str(self._package))
+            for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
+                import_module(module.name)
+            load_entry_points()
+        except BaseException:
+            # The next lookup has to fail for the same reason, not for a name that is missing.
+            self._is_searched = False
+            raise
 
 
 DENSITIES = Registry("density", "speedit_plugins.policies")
@@ -97,63 +128,112 @@ DATASETS = Registry("dataset", "speedit_plugins.trainer.data")
 MASKS = Registry("mask", "speedit_plugins.trainer.data")
 FEATURES = Registry("feature extractor", "speedit_plugins.trainer.evaluation")
 
-_loaded_entry_points: set[str] = set()
+# Top-level packages that came in by the front door.
+_guests: set[str] = set()
 
 
 def import_modules(names: Iterable[str], *, source: str) -> None:
-    """Imports other people's modules, for what they register.
+    """Imports other people's modules, so that they register what they define.
 
     Args:
-        names: dotted names, found on the import path or from the current folder.
-        source: where the names come from, for the error: "custom_imports" or "--import".
+        names: dotted names, on the import path or in the current folder.
+        source: where the names were given, for the error message: "custom_imports" or "--import".
 
     Raises:
-        ValueError: a module cannot be imported; the message names it and the reason.
+        ValueError: a module cannot be imported. The message names the module and the reason.
     """
     for name in names:
-        _imported(name, f"{source} {name!r}")
+        if not all(part.isidentifier() and not keyword.iskeyword(part) for part in name.split(".")):
+            raise ValueError(f"{source} needs a dotted name, such as my_package.data, got {name!r}")
+        # As `python -m` does, so that a command finds a module that is not installed. Last, so that no file
+        # of that folder hides an installed package.
+        if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
+            sys.path.append(here)
+        _welcome(name, f"{source} {name!r}")
 
 
+@cache
 def load_entry_points() -> None:
-    """Imports the modules that installed packages name in the entry point group `speedit_plugins`, once.
+    """Imports, once, the modules that installed packages list in the entry point group `speedit_plugins`.
 
     Raises:
-        ValueError: one of them cannot be imported; the message names the entry point and its module.
+        ValueError: a module cannot be imported. The message names the entry point and the module.
     """
     for point in metadata.entry_points(group=ENTRY_POINTS):
-        if point.value not in _loaded_entry_points:
-            _loaded_entry_points.add(point.value)
-            _imported(point.module, f"entry point {point.name!r} ({point.value})")
+        what = f"entry point {point.name!r} of the group {ENTRY_POINTS!r}, {point.value!r}"
+        if point.attr:
+            raise ValueError(f"{what}: needs a module, such as {point.module!r}, got a name in one")
+        _welcome(point.module, what)
 
 
-def _imported(name: str, what: str) -> None:
-    # As `python -m` does, so that a module beside the config is found by an installed command too.
-    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
-        sys.path.append(here)
+def is_raised_here(error: BaseException) -> bool:
+    """Whether this package or a guest module raised the error, not a library that they call."""
+    module = raising_module(error)
+    return module is not None and module.partition(".")[0] in {__name__.partition(".")[0], *_guests}
+
+
+def raising_module(error: BaseException) -> str | None:
+    """Name of the module that raised an error; for a failed import, the module that asked for it."""
+    names = [name for name, _, _ in _places(error) if not name.startswith(("importlib", "_frozen_importlib"))]
+    return names[-1] if names else None
+
+
+def _welcome(name: str, what: str) -> None:
     try:
         import_module(name)
-    # Whatever somebody else's module raises while it is imported.
-    except Exception as error:
-        raise ValueError(f"cannot import {what}: {type(error).__name__}: {error}") from error
+    # Someone else's module may raise anything while it is imported, even SystemExit.
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"cannot import {what}: {_reason(error, name)}") from error
+    _guests.add(name.partition(".")[0])
+
+
+def _reason(error: BaseException, module: str) -> str:
+    """Why a module cannot be imported, in one line. It names the last line of the package that ran."""
+    text = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+        return f"{text}; it needs to be installed, or in the current folder"
+    top = module.partition(".")[0]
+    own = [(file, line) for name, file, line in _places(error) if name.partition(".")[0] == top]
+    return f"{text} ({own[-1][0]}, line {own[-1][1]})" if own else text
+
+
+def _places(error: BaseException) -> list[tuple[str, str, int]]:
+    """Module, file and line of each call that an error passed through. The last one raised it."""
+    found, trace = [], error.__traceback__
+    while trace is not None:
+        frame: FrameType = trace.tb_frame
+        name = str(frame.f_globals.get("__name__", ""))
+        found.append((name, frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    return found
 
 
 def build(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> Any:
-    """Calls what `config["type"]` names with the config's other keys; see `check` for the rest."""
+    """The result of calling what `config["type"]` names, with the config's other keys as arguments.
+
+    Arguments and errors are those of `check`.
+
+    Example:
+        >>> shapes = Registry("shape")
+        >>> square = shapes.register_module(name="square", module=lambda side: side**2)
+        >>> build(shapes, {"type": "square", "side": 4})
+        16
+    """
     builder, options = _resolved(registry, config, also, given)
     return builder(**options)
 
 
 def check(registry: Registry, config: str | Config, *, also: Iterable[str] = (), **given: Any) -> None:
-    """Raises what `build` would raise for names, parameters and their types, without building.
+    """Nothing, if `build` would find the name and accept the parameters. Nothing is built.
 
     Args:
         registry: where the name is looked up.
         config: a name, or a mapping with `type` and parameters.
-        also: names that the error for an unknown parameter lists beside the builder's own.
-        given: arguments from the caller, passed where the builder has a parameter of that name.
+        also: more names that the error for an unknown parameter lists.
+        given: arguments from the caller, passed on if the builder has a parameter of that name.
 
     Raises:
-        ValueError: no `type`, an unknown name, an unknown or a missing parameter, a value of the wrong type.
+        ValueError: no `type`, an unknown name, an unknown or missing parameter, or a value of the wrong type.
     """
     _resolved(registry, config, also, given)
 
@@ -183,7 +263,7 @@ def _resolved(
 
 
 def _found(registry: Registry, config: str | Config) -> tuple[Builder, str, dict[str, Any]]:
-    """What a config's `type` names, that name, and the config's other keys."""
+    """The builder that a config's `type` names, the name, and the config's other keys."""
     if not isinstance(config, str | Mapping):
         raise ValueError(f"a {registry.name} config needs a name or a mapping with type, got {config!r}")
     options = options_of(config)
@@ -199,7 +279,15 @@ def _found(registry: Registry, config: str | Config) -> tuple[Builder, str, dict
 
 
 def options_of(config: str | Config) -> dict[str, Any]:
-    """The keys of a config, of a name `type` alone."""
+    """A config as a new dictionary. A bare name becomes its `type`.
+
+    Raises:
+        ValueError: a key that is not a string.
+
+    Example:
+        >>> options_of("speed")
+        {'type': 'speed'}
+    """
     if isinstance(config, str):
         return {"type": config}
     if wrong := [key for key in config if not isinstance(key, str)]:
@@ -208,17 +296,22 @@ def options_of(config: str | Config) -> dict[str, Any]:
 
 
 def check_type(what: str, value: Any, annotation: Any) -> None:
-    """Raises a ValueError unless a plain value has its annotation's type; other annotations pass.
+    """Nothing, if a value has the type of its annotation.
 
     Args:
-        what: begins the message.
-        annotation: bool, int, float (which takes an int), str, or one of these or None.
+        what: the start of the error message.
+        value: the value to check.
+        annotation: bool, int, float (an int is accepted), str, or a union of them and None. Values with any
+            other annotation are not checked.
+
+    Raises:
+        ValueError: a value of another type.
     """
     is_union = get_origin(annotation) in (Union, UnionType)
     kinds = get_args(annotation) if is_union else (annotation,)
     if not set(kinds) <= {bool, int, float, str, type(None)}:
         return
-    # bool is an int to Python: k=true is a mistake all the same.
+    # In Python, bool is an int. Here `k: true` is a mistake.
     fits = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, fits) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -226,7 +319,12 @@ def check_type(what: str, value: Any, annotation: Any) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the closest known name, '' where none is close."""
+    """The hint "; did you mean 'X'?" with the closest known name, "" if no name is close.
+
+    Example:
+        >>> nearest("unifrom", ["uniform", "speed"])
+        "; did you mean 'uniform'?"
+    """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -237,3 +335,9 @@ def _known(names: Iterable[str]) -> str:
 
 def _origin(builder: Builder) -> str:
     return f"{getattr(builder, '__module__', '?')}.{getattr(builder, '__qualname__', type(builder).__name__)}"
+
+
+def _is_same_definition(known: Builder, module: Builder) -> bool:
+    """Whether two builders come from the same lines, read again after a failed import or a reload."""
+    is_named = "<" not in _origin(known)
+    return known is module or (is_named and _origin(known) == _origin(module))

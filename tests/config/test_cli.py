@@ -1,4 +1,4 @@
-"""The command line: exit codes, messages, what is imported when."""
+"""The command line: exit codes, messages, and what is imported when."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ DIGITS = str(REPOSITORY / "configs/image/digits/speedit.yaml")
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts functions in the place of an engine module, so that no torch is needed."""
+    """Puts functions in place of a trainer module, so that torch is not needed."""
 
     def put(name: str, **functions: Callable[[ExperimentConfig], object]) -> None:
         module = types.ModuleType(f"speedit_plugins.trainer.{name}")
@@ -39,7 +39,7 @@ def test_each_phase_runs_with_its_config_and_exit_code(stub: Callable[..., None]
 
     homes = {"train": "training.train", "sample": "sampling.grids", "test": "sampling.evaluate"}
     stub(homes.get(phase, "sampling.inference"), **{phase: run})
-    # Options may stand between and after the key=value arguments.
+    # Options may come between and after the key=value arguments.
     assert main(["seed=4", "-c", DIGITS, "reference=r.npz", "-p", phase, "log_every=7"]) == 3
     assert seen == [load_config(DIGITS, phase, ["seed=4", "reference=r.npz", "log_every=7"])]
 
@@ -121,7 +121,7 @@ def test_value_errors_of_this_package_are_one_line(
 @pytest.mark.parametrize("fault", [ValueError("inside a library"), KeyError("x"), RuntimeError("x")])
 def test_faults_keep_their_traceback(stub: Callable[..., None], fault: Exception) -> None:
     def train(config: ExperimentConfig) -> int:
-        raise fault  # this file stands outside the package, as a library does
+        raise fault  # this file is outside the package, like a library
 
     stub("training.train", train=train)
     with pytest.raises(type(fault)):

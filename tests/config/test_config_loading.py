@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from speedit_plugins.trainer.config.loading import find_config, load_config, merge, redact, to_yaml
-from speedit_plugins.trainer.config.schema import (
-    PHASES,
-)
+from speedit_plugins.trainer.config.schema import PHASES
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -75,7 +73,7 @@ def test_imagenet_leaves_differ_in_the_model_only() -> None:
 def test_layers_override_from_the_root_to_the_command_line(tmp_path: Path) -> None:
     root = tmp_path / "configs"
     write(root / "base.yaml", {**MINIMAL, "seed": 1, "log_every": 1, "keep_last": 1, "ckpt_every": 1})
-    # `image` has no base.yaml and is passed over.
+    # `image` has no base.yaml, so it is skipped.
     write(root / "image/digits/base.yaml", {"log_every": 2, "keep_last": 2, "ckpt_every": 2})
     leaf = write(
         root / "image/digits/leaf.yaml",
@@ -163,7 +161,7 @@ def test_another_type_replaces_the_section(minimal: Path) -> None:
 
 def test_facts_about_the_data_outlive_another_model_type(minimal: Path) -> None:
     model = load_config(minimal, "train", ["model.type=DiT-S/2"]).model
-    assert model == {"type": "DiT-S/2", "input_size": 8, "num_classes": 10}  # depth belonged to DiT
+    assert model == {"type": "DiT-S/2", "input_size": 8, "num_classes": 10}  # depth was a parameter of DiT
 
 
 names = st.sampled_from(["a", "b", "c", "type"])
@@ -339,6 +337,20 @@ def test_python_configs_load_only_when_allowed(tmp_path: Path) -> None:
     assert (config.image_size, config.optimizer.betas, config.seed) == (8, (0.9, 0.95), 3)
     assert config.model["num_classes"] == 10
     assert config.sample_classes == [1]
+
+
+def test_a_python_config_without_mmengine_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = tmp_path / "leaf.py"
+    leaf.write_text(PYTHON_CONFIG)
+    monkeypatch.setitem(sys.modules, "mmengine", None)
+    monkeypatch.delitem(sys.modules, "mmengine.config", raising=False)
+    message = (
+        r"leaf\.py: a Python config is read by mmengine, which cannot be imported \(.*mmengine.*\); wanted"
+    )
+    with pytest.raises(ValueError, match=rf"{message} pip install 'speedit-plugins\[mmengine\]', or a YAML"):
+        load_config(leaf, "train", allow_python=True)
 
 
 def test_yaml_tags_run_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reference configs, as SpeeDiT and SpeeD publish them, in this project's keys."""
+"""Configs as SpeeDiT and SpeeD publish them, translated to the keys of this project."""
 
 import copy
 import logging
@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys, sampler_of
-from speedit_plugins.trainer.config.schema import ConfigError
+from speedit_plugins.trainer.config.validation import ConfigError
 
 DIGITS = Path(__file__).parents[2] / "configs/image/digits"
 
-# Written after the reference's keys: what its ImageNet base.yaml says, without its paths.
+# The content of the reference's ImageNet base.yaml in its own keys, without its paths.
 REFERENCE: dict[str, Any] = {
     "experiment_dir": "outputs/reference",
     "experiment_name": "base",
@@ -118,7 +118,7 @@ def test_a_config_of_this_project_reports_nothing(caplog: pytest.LogCaptureFixtu
 def test_epochs_need_steps(reference: Path) -> None:
     with pytest.raises(ConfigError, match=r"^epoch: .*wanted max_training_steps .*got epoch 1400"):
         load_config(reference, "train")
-    # max_iters is what some reference leaves write for it.
+    # Some of the reference configs write max_iters instead.
     assert load_config(reference, "train", ["max_iters=9"]).max_training_steps == 9
     assert load_config(reference, "sample").max_training_steps == 0
 
@@ -145,7 +145,7 @@ def test_the_wandb_section_names_the_project_of_our_own_switch(
         later = load_config(
             reference, "train", [steps, "enable_wandb_log=true", "wandb={entity: me, mode: m}"]
         )
-    # A layer that names no project leaves the one below it.
+    # A layer without a project keeps the project of the layer below.
     assert (later.enable_wandb_log, later.wandb_project) == (True, "x")
     lines = [record.getMessage() for record in caplog.records if "wandb" in record.getMessage()]
     assert lines == [
@@ -189,7 +189,7 @@ def test_no_condition_means_no_classes(reference: Path) -> None:
             [{**SPEED, "weighting": "p2", "sampling": "speed", "k": 4}],
             {"density": {"type": "thinned", "k": 4}, "weighting": {"type": "p2"}},
         ),
-        # What an ablation leaf leaves out, its base.yaml said.
+        # Keys that an ablation config leaves out come from its base.yaml.
         (
             [{**SPEED, "k": 5, "lam": 0.6}, {"weighting": "none"}],
             {"density": {"type": "thinned", "k": 5}, "weighting": {"type": "constant"}},
@@ -224,7 +224,7 @@ def test_every_policy_it_makes_is_built_by_the_registry() -> None:
         for weighting in ("ours", "theory", "p2", "min_snr", "none", "lognorm"):
             said = {**SPEED, "sampling": sampling, "weighting": weighting, "k": 5, "lam": 0.6, "tau": 700}
             assert build_policy(policy_of(said), schedule).density.shape == (1000,)
-    # The published default, outside [0.5, 1]: it made 315 weights negative.
+    # The published default is outside [0.5, 1]. It made 315 weights negative.
     with pytest.raises(ValueError, match="lam"):
         build_policy(policy_of({**SPEED, "lam": 5}), schedule)
 

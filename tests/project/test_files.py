@@ -7,7 +7,7 @@ from speedit_plugins.files import flush, replacing, sha256_of, write_whole
 
 def test_the_hash_is_that_of_the_standards_example(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
-    # FIPS 180-4, example of SHA-256 for a message of one block.
+    # FIPS 180-4: the SHA-256 example for a one-block message.
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 

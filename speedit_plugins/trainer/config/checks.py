@@ -1,34 +1,34 @@
-"""What the keys of an experiment must say together, in each phase, and in a run that goes on.
+"""Checks that the keys of an experiment agree: in each phase, and with the checkpoint of a resumed run.
 
-Standard library only, as `schema.py`: a contradiction fails before torch is imported.
+Uses the standard library only, like `schema.py`: a contradiction fails before torch is imported.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
+from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import (
     FLOW,
     FLOW_KEYS,
     GAUSSIAN_KEYS,
-    ConfigError,
     DiffusionConfig,
     ExperimentConfig,
     SamplerConfig,
-    build_section,
     settled_process,
 )
+from speedit_plugins.trainer.config.validation import ConfigError, build_section
 
-# Of the Literal or None that the schema has.
+# The names in the schema's `Literal[...] | None`.
 _SAMPLERS: tuple[str, ...] = get_args(get_args(get_type_hints(SamplerConfig)["type"])[0])
 _FLOW_SAMPLERS = ("euler", "heun")
 
 
 def check_phase(config: ExperimentConfig, phase: str) -> None:
-    """What the keys must say together in this phase.
+    """Checks that the keys agree in this phase.
 
     Raises:
-        ConfigError: a key that the phase needs is missing, two keys contradict, an option has no effect.
+        ConfigError: a key that the phase needs is missing, two keys contradict, or an option has no effect.
     """
     _check_agreement(config)
     _check_process(config.diffusion)
@@ -52,15 +52,16 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """What gives a checkpoint's weights their meaning is as it was: the process, the encoders, the holes.
+    """Checks that the checkpoint's weights keep their meaning: same imports, process, encoders and holes.
 
     Args:
-        saved: plain config of the checkpoint; a key that was not known when it was written is at its default.
-        config: that of the run which goes on from it.
+        saved: plain config of the checkpoint; a key added since it was written is at its default.
+        config: plain config of the run that resumes from it.
 
     Raises:
-        ValueError: a key says something else; the message has both.
+        ValueError: a key has another value; the message has both values.
     """
+    check_same_imports(saved, config.get("custom_imports", []))
     was, now = _meaning(saved), _meaning(config)
     for key, value in was.items():
         if now[key] != value:
@@ -74,7 +75,7 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_training(config: ExperimentConfig) -> None:
-    """Keys of the training loop."""
+    """Checks the keys of the training loop."""
     if config.max_training_steps < 1:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
@@ -90,7 +91,7 @@ def _check_training(config: ExperimentConfig) -> None:
 
 
 def _check_agreement(config: ExperimentConfig) -> None:
-    """Keys that components repeat from the top must say the same."""
+    """Keys that components repeat from the top level must have the same value."""
     pairs = (
         ("model.num_classes", config.model, config.num_classes),
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
@@ -105,7 +106,7 @@ def _check_agreement(config: ExperimentConfig) -> None:
 
 
 def _check_process(diffusion: DiffusionConfig) -> None:
-    """Keys of one kind of process have no effect on the other."""
+    """Refuses keys of one kind of process in the other kind, where they have no effect."""
     if diffusion.is_flow:
         if diffusion.learn_sigma or diffusion.prediction_type != "flow":
             raise ConfigError("diffusion.type", f"{FLOW} wanted learn_sigma null and prediction_type null")
@@ -151,7 +152,7 @@ def _check_sampler(config: ExperimentConfig) -> None:
         raise ConfigError("sampler.type", f"wanted {wanted}, got {sampler.type}")
     if sampler.eta and not str(sampler.type).startswith("ddim"):
         raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
-    # ddpm and ddim visit both ends of the chain; DPM-Solver takes the clean end as given.
+    # ddpm and ddim visit both ends of the chain: at least 2 steps. DPM-Solver takes the clean end as given.
     steps = config.diffusion.diffusion_steps
     if sampler.type == "heun" and sampler.num_steps < 2:
         raise ConfigError("sampler.num_steps", f"heun wanted int >= 2, got {sampler.num_steps}")

@@ -1,7 +1,7 @@
 """From files and `key=value` arguments to one checked `ExperimentConfig`, before torch is imported.
 
-Layers, later over earlier: base.yaml of the root folder and of each folder down to the file, the file, their
-sections of the phase, the command line. `docs/configs.md` has the rules and every key.
+Later layers override earlier ones: base.yaml of the root folder and of each folder down to the file, the
+file, their sections for the phase, the command line. `docs/configs.md` has the rules and every key.
 """
 
 import dataclasses
@@ -18,19 +18,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from speedit_plugins.registry import import_modules
 from speedit_plugins.trainer.config.checks import check_phase
+from speedit_plugins.trainer.config.custom_imports import import_stated, listed
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
-from speedit_plugins.trainer.config.schema import (
-    COMPONENTS,
-    PHASES,
-    POLICY_PARTS,
-    ConfigError,
-    ExperimentConfig,
-    build_section,
-    check_keys,
-    join,
-    settled,
-)
+from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, POLICY_PARTS, ExperimentConfig, settled
+from speedit_plugins.trainer.config.validation import ConfigError, build_section, check_keys, join
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
 
@@ -38,7 +31,7 @@ CONFIG_FOLDER = "configs"
 SUFFIXES = (".yaml", ".yml", ".py")
 REDACTED = "<redacted>"
 
-# What outlives a change of a section's `type`: facts about the data, and the policy and its number of steps.
+# Kept when a section's `type` changes: facts about the data, the policy, and its number of steps.
 _KEPT_ON_TYPE_CHANGE = {
     "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
     "diffusion": ("policy", "diffusion_steps"),
@@ -50,7 +43,7 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 # Hugging Face, OpenAI, GitHub, AWS; Weights & Biases (40 hexadecimal digits, but not in a path: a hub's cache
-# has folders of such names); user:password@host.
+# has folders with such names); user:password@host.
 _SECRET_VALUE = re.compile(
     r"\b(hf_|sk-|gh[pousr]_|AKIA)[A-Za-z0-9_-]{16,}|(?<![\w/\\])[0-9a-fA-F]{40}(?![\w/\\])|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
@@ -61,26 +54,35 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Layer:
-    """Keys from one place; `source` names it in messages."""
+    """The keys from one place; messages name it by `source`."""
 
     source: str
     content: dict[str, Any]
 
 
 def load_config(
-    path: str | Path, phase: str, overrides: Sequence[str] = (), *, allow_python: bool = False
+    path: str | Path,
+    phase: str,
+    overrides: Sequence[str] = (),
+    *,
+    allow_python: bool = False,
+    imports: Sequence[str] = (),
 ) -> ExperimentConfig:
-    """The checked config of an experiment in one phase. Each translated reference key is logged once.
+    """The checked config of an experiment in one phase, whose `custom_imports` are imported.
+
+    Each translated reference key is logged once.
 
     Args:
         path: a file; see `find_config` for where it is looked up.
         phase: one of train, inference, sample, test; its section overrides the top level.
         overrides: `key=value`, `a.b=value`; values are YAML.
-        allow_python: read an mmengine `.py` config, which executes it.
+        allow_python: allows mmengine `.py` configs; reading one executes it.
+        imports: modules to import, added to those of `custom_imports`.
 
     Raises:
-        ValueError: no such file, unreadable YAML, an unknown key, a wrong type or value, a secret; the
-            message names the key, what was got, what is wanted, and where the value stands.
+        ValueError: there is no such file, or it has unreadable YAML, an unknown key, a wrong type or value,
+            a secret, or a module that cannot be imported. The message names the key, what was got, what is
+            wanted, and the place of the value.
     """
     if phase not in PHASES:
         raise ValueError(f"phase needs one of {', '.join(PHASES)}, got {phase!r}")
@@ -99,11 +101,14 @@ def load_config(
         resolved = reference.finish(_resolve(merged))
         config = settled(build_section(ExperimentConfig, resolved))
         check_phase(config, phase)
+        # Last: a wrong config fails before other people's modules, and torch with them, are imported.
+        import_stated(config)
     except ConfigError as error:
-        raise ConfigError(error.path, _located(error, layers)) from None
+        raise ConfigError(error.path, _located(error, layers)) from error.__cause__
+    import_modules(imports, source="--import")
     for note in reference.notes:
         _log.warning("reference key: %s", note)
-    return config
+    return dataclasses.replace(config, custom_imports=list(dict.fromkeys([*config.custom_imports, *imports])))
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -113,7 +118,7 @@ def to_yaml(config: ExperimentConfig) -> str:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A copy with every secret-looking text replaced: by its key (`..._token`) or by its form."""
+    """A copy in which each text that looks secret, by its key (`..._token`) or its form, is replaced."""
     if isinstance(value, Mapping):
         return {name: redact(item, str(name)) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -125,11 +130,11 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """`upper` over `lower`: sections key by key, lists and scalars whole; both stay as they are.
+    """`upper` over `lower`: sections key by key, lists and scalars whole. Changes neither argument.
 
-    A section that states another `type` than the one below it replaces that section, so that no parameter of
-    the old type reaches the new one; of `model` input_size, in_channels, num_classes and learn_sigma stay,
-    of `diffusion` the policy and diffusion_steps.
+    A section with another `type` than the one below it replaces that section, so that no parameter of the old
+    type reaches the new one. But `model` keeps input_size, in_channels, num_classes and learn_sigma, and
+    `diffusion` keeps the policy and diffusion_steps.
     """
     result = dict(lower)
     for key, value in upper.items():
@@ -148,7 +153,8 @@ def find_config(path: str | Path) -> Path:
     """The config file: the path itself, else below ./configs, else in the configs packaged with the wheel.
 
     Raises:
-        ValueError: none is there (the existing ones are listed), a folder, or no .yaml, .yml or .py.
+        ValueError: there is no such file (the message lists the existing ones), or it is a folder, or it ends
+            in none of .yaml, .yml and .py.
     """
     name = Path(path).expanduser()
     roots = _config_roots()
@@ -175,7 +181,7 @@ def _config_roots() -> list[Path]:
 
 
 def _chain(file: Path) -> list[Path]:
-    """The files to merge, root first; a .py config brings its own `_base_` and stands alone."""
+    """The files to merge, root first. A .py config has its own `_base_`, so no others are merged with it."""
     if file.suffix == ".py":
         return [file]
     bases = [folder / "base.yaml" for folder in _folders(file)]
@@ -183,11 +189,11 @@ def _chain(file: Path) -> list[Path]:
 
 
 def _folders(file: Path) -> list[Path]:
-    """From the root down to the file's folder.
+    """The folders from the root down to the file's folder.
 
-    The root is the nearest folder above the file that is named `configs` and has a base.yaml; folders without
-    one in between are passed over. Outside such a tree it is the last folder going up that has a base.yaml,
-    without a gap, so that a stray base.yaml far above is not read.
+    The root is the nearest folder above the file that is named `configs` and has a base.yaml. Folders in
+    between may have none. Outside such a tree the root is found going up as long as each folder has a
+    base.yaml, so that a stray base.yaml far above is not read.
     """
     above = list(file.parents)
     for depth, folder in enumerate(above):
@@ -203,7 +209,7 @@ def _read(file: Path, allow_python: bool) -> _Layer:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file))
     except YAMLError as error:
-        # Only the position: the text around it may hold a key.
+        # Only the position, because the text around it may hold a secret key.
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise ValueError(
@@ -221,15 +227,21 @@ def _read_python(file: Path, allow_python: bool) -> dict[str, Any]:
         raise ValueError(
             f"{file}: a Python config executes its code; wanted --allow-python-config to read it"
         )
-    # Imports torch, so only for these files.
-    from mmengine.config import Config
-
-    loaded = Config.fromfile(str(file), use_environment_variables=False)
+    # The import loads torch, so it is done only for these files.
+    try:
+        from mmengine.config import Config
+    except ImportError as error:
+        raise ValueError(
+            f"{file}: a Python config is read by mmengine, which cannot be imported ({_first_line(error)});"
+            " wanted pip install 'speedit-plugins[mmengine]', or a YAML config"
+        ) from error
+    # `custom_imports` of the merged config are imported later.
+    loaded = Config.fromfile(str(file), use_environment_variables=False, import_custom_modules=False)
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(loaded.to_dict())))
 
 
 def _dotlist(overrides: Iterable[str]) -> dict[str, Any]:
-    """`a.b=value` arguments as nested keys; in a list of arguments the later wins."""
+    """`a.b=value` arguments as nested keys. A later argument overrides an earlier one."""
     merged: dict[str, Any] = {}
     for argument in overrides:
         key, equals, _ = argument.partition("=")
@@ -239,13 +251,13 @@ def _dotlist(overrides: Iterable[str]) -> dict[str, Any]:
             content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
         except (YAMLError, OmegaConfBaseException):
             raise ValueError(f"{key}: the value on the command line is not valid YAML; quote it") from None
-        # Each argument becomes a section by itself: `policy=speed policy.k=4` sets k of speed.
+        # Each argument becomes a section of its own, so `policy=speed policy.k=4` sets k of speed.
         merged = merge(merged, _with_sections(cast(dict[str, Any], content)))
     return merged
 
 
 def _in_order(raw: Sequence[_Layer], phase: str) -> list[_Layer]:
-    """Top levels of the files, then their phase sections, then the command line with its own last."""
+    """The files' top levels, then their phase sections, then the command line, its phase section last."""
     tops = [_Layer(layer.source, _without_phases(layer.content)) for layer in raw]
     sections = [_Layer(f"{layer.source}, section {phase}", _phase(layer, phase)) for layer in raw]
     return [*tops[:-1], *sections[:-1], tops[-1], sections[-1]]
@@ -263,7 +275,7 @@ def _phase(layer: _Layer, phase: str) -> dict[str, Any]:
 
 
 def _check_other_phases(layer: _Layer, phase: str) -> None:
-    """Typing errors in the sections that this phase does not use are found too."""
+    """Finds typing errors also in the sections that this phase does not use."""
     for other in PHASES:
         if other == phase or other not in layer.content:
             continue
@@ -273,9 +285,9 @@ def _check_other_phases(layer: _Layer, phase: str) -> None:
 
 
 def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
-    """The layer in this project's keys, all known, each component a section with a `type`."""
+    """The layer in this project's keys, all of them known, with each component as a section with a `type`."""
     try:
-        content = reference.translate(layer.content)
+        content = listed(reference.translate(layer.content))
         check_keys(ExperimentConfig, content)
     except ConfigError as error:
         raise ConfigError(error.path, f"{_message(error)} (in {layer.source})") from None
@@ -283,7 +295,7 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
 
 
 def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` itself, where a component given by a bare name is a section with that `type` now."""
+    """`content` itself, changed so that a component given as a bare name is a section with that `type`."""
     for path in COMPONENTS:
         *parents, name = path.split(".")
         section: Any = content
@@ -302,10 +314,10 @@ def _changes_type(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> 
 
 
 def _resolve(merged: Mapping[str, Any]) -> dict[str, Any]:
-    """Interpolations replaced by their values.
+    """Replaces interpolations by their values.
 
     Raises:
-        ConfigError: an interpolation without a target, a value left at `???`.
+        ConfigError: an interpolation has no target, or a value is still `???`.
     """
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(merged)), resolve=True, throw_on_missing=True)
@@ -334,7 +346,7 @@ def _paths(section: Any, path: str = "") -> Iterable[str]:
 
 
 def _located(error: ConfigError, layers: Sequence[_Layer]) -> str:
-    """The message with the last layer that states the key, or the layers read where none does."""
+    """The message with the last layer that has the key, or with all layers if none has it."""
     name = error.path.partition("[")[0]
     stating = [layer.source for layer in layers if name in set(_paths(layer.content))]
     read = ", ".join(dict.fromkeys(layer.source for layer in layers if layer.content))

@@ -1,17 +1,17 @@
-"""The keys of the SpeeDiT and SpeeD reference configs, translated to this project's.
+"""Translates the keys of the SpeeDiT and SpeeD reference configs to this project's.
 
-A `_target_` is only ever compared with the names below, never called. Table and reasons: `docs/configs.md`.
+A `_target_` is only compared with the names below, never called. Table and reasons: `docs/configs.md`.
 """
 
 import copy
 import re
 from typing import Any
 
-from speedit_plugins.trainer.config.schema import ConfigError, join
+from speedit_plugins.trainer.config.validation import ConfigError, join
 
 Layer = dict[str, Any]
 
-# What each section may name, and the type that it becomes.
+# Targets that each section may name, and the `type` that replaces them.
 _TARGETS: dict[str, tuple[tuple[str, str], ...]] = {
     "model": ((r"speed\.networks\.dit(?:\.dit)?\.DiT_(S|B|L|XL)_([248])", r"DiT-\1/\2"),),
     "diffusion": (
@@ -29,14 +29,14 @@ _RENAMED = {
     "max_iters": "max_training_steps",
     "vae": "encoder",
 }
-# Flags that only mean something when they are true, and then ask for what this project has not.
+# Flags that matter only when true. Then they ask for something that this project does not have.
 _UNSUPPORTED_FLAGS = {
     "save_firt_step_ckpt": "not supported: ckpt_every decides; wanted false",
     "diffusion.use_kl": "not supported: the loss is mse with the vb term; wanted false",
     "data.dataset.text_cond": "text conditions are not supported yet; wanted false",
 }
 _SPEED_KEYS = ("weighting", "sampling", "k", "lam", "tau")
-# (sampling, weighting) of Speed_IDDPM -> policy name, where one says the same.
+# (sampling, weighting) of Speed_IDDPM -> the name of the same policy, for those that have one.
 _NAMED_POLICIES = {
     ("thinned", "change_aware"): "speed",
     ("uniform", "constant"): "uniform",
@@ -61,17 +61,17 @@ _WEIGHTINGS = {
     "none": "constant",
     "lognorm": "constant",
 }
-_THEORY_LAM = 0.8  # the released "theory" branch computes with 1 - lam = 0.2
+_THEORY_LAM = 0.8  # the reference's released "theory" branch computes with 1 - lam = 0.2
 
 
 class ReferenceKeys:
-    """Translates layer after layer of one config; remembers what earlier layers said in the old keys.
+    """Translates one config layer by layer, and remembers the old keys of earlier layers.
 
     Args:
-        phase: in inference and sample a respacing asks for sampler steps, in train for a shorter process.
+        phase: in inference and sample a respacing means sampler steps, in train a shorter process.
 
     Attributes:
-        notes: one line per translated key, in order, without repeats.
+        notes: one line per translated key, in order, each once.
     """
 
     def __init__(self, phase: str) -> None:
@@ -82,10 +82,10 @@ class ReferenceKeys:
         self._is_reference_model = False
 
     def translate(self, layer: Layer) -> Layer:
-        """The layer in this project's keys; the argument stays as it is.
+        """The layer in this project's keys. Does not change the argument.
 
         Raises:
-            ConfigError: a `_target_`, a name or an option that has no equivalent here.
+            ConfigError: a `_target_`, a name or an option has no equivalent here.
         """
         layer = copy.deepcopy(layer)
         _drop_empty_targets(layer)
@@ -102,14 +102,14 @@ class ReferenceKeys:
         return layer
 
     def finish(self, merged: Layer) -> Layer:
-        """What depends on all layers: the model's sizes, which the reference derives, and `epoch`.
+        """Translates what depends on all layers: `epoch`, and the model's sizes that the reference derives.
 
         Raises:
-            ConfigError: `epoch` without `max_training_steps` in train.
+            ConfigError: train has `epoch` but no `max_training_steps`.
         """
         model, size = merged.get("model"), merged.get("image_size")
         if self._is_reference_model and isinstance(model, dict) and isinstance(size, int):
-            # The reference has one autoencoder, which makes 4 channels at an eighth of the size.
+            # The reference has one autoencoder. It makes 4 channels at an eighth of the size.
             merged["model"] = {"input_size": size // 8, "in_channels": 4, **model}
         if self._epoch is not None:
             self._check_epoch(merged)
@@ -160,7 +160,7 @@ class ReferenceKeys:
             self._note("sample_log_every", "dropped: enable_sample_log is off")
 
     def _wandb(self, layer: Layer) -> None:
-        """The arguments of wandb.init, of which the project is a key here."""
+        """The arguments of wandb.init. Only the project has a key here."""
         section = layer.pop("wandb", None)
         if section is None:
             return
@@ -186,7 +186,7 @@ class ReferenceKeys:
             self._note(f"model.condition: {condition}", "num_classes (0 without a condition)")
 
     def _policy_keys(self, layer: Layer) -> None:
-        """faster, weighting, sampling, k, lam, tau -> diffusion.policy, seen together with earlier layers."""
+        """faster, weighting, sampling, k, lam, tau, also of earlier layers -> diffusion.policy."""
         section = layer.get("diffusion")
         if not isinstance(section, dict):
             return
@@ -225,7 +225,7 @@ class ReferenceKeys:
             raise ConfigError(path, "is never called; wanted `type: NAME` of a registered class")
 
     def _options(self, layer: Layer) -> None:
-        """Single arguments of the sections."""
+        """Translates single arguments of the sections."""
         encoder, diffusion = layer.get("encoder"), layer.get("diffusion")
         old = "pretrained_model_name_or_path"
         if isinstance(encoder, dict) and old in encoder:
@@ -244,7 +244,7 @@ class ReferenceKeys:
         if not isinstance(diffusion, dict) or "timestep_respacing" not in diffusion:
             return
         respacing = diffusion["timestep_respacing"]
-        # Unquoted digits on a command line are an int; an empty value in YAML is null.
+        # Unquoted digits on a command line become an int, and an empty value in YAML becomes null.
         respacing = "" if respacing is None else str(respacing) if type(respacing) is int else respacing
         is_training = self._phase not in ("inference", "sample")
         diffusion["timestep_respacing"] = respacing if is_training else ""
@@ -262,7 +262,7 @@ def sampler_of(respacing: str) -> Layer:
     """'250' -> DDPM with 250 steps; 'ddim50' -> DDIM with 50.
 
     Raises:
-        ConfigError: several sections ('10,20,30'), which a sampler has not.
+        ConfigError: several sections ('10,20,30'); a sampler has no sections.
     """
     match = re.fullmatch(r"(ddim)?([1-9]\d*)", str(respacing).strip())
     if match is None:
@@ -279,7 +279,7 @@ def _faster_policy(said: Layer) -> Layer:
 
 
 def _speed_policy(said: Layer) -> Layer:
-    """The policy of Speed_IDDPM's arguments; absent ones take this project's defaults, k 5 and lam 0.6."""
+    """The policy for Speed_IDDPM's arguments. Missing ones take this project's defaults, k 5 and lam 0.6."""
     sampling = _choice("sampling", said, _SAMPLINGS)
     weighting = _choice("weighting", said, _WEIGHTINGS)
     density: Layer = {key: said[key] for key in ("k", "tau") if sampling == "thinned" and key in said}
@@ -294,7 +294,7 @@ def _speed_policy(said: Layer) -> Layer:
 
 
 def _choice(key: str, said: Layer, known: dict[str, str]) -> str:
-    # The reference trains with no weights at all when the name is unknown; null is its "none".
+    # For an unknown name the reference trains without any weights. Its "none" can also be null.
     name = "none" if key in said and said[key] is None else str(said.get(key, "ours")).lower()
     if name not in known:
         raise ConfigError(f"diffusion.{key}", f"wanted one of {', '.join(known)}, got {said[key]!r}")
@@ -311,7 +311,7 @@ def _translate_target(path: str, target: Any) -> str:
 
 
 def _section(layer: Layer, path: str) -> tuple[Layer, str]:
-    """The mapping that may hold the last name of `path`, empty where there is none, and that name."""
+    """The mapping in which the last name of `path` may be (empty if there is none), and that name."""
     parent, _, name = path.rpartition(".")
     section: Any = layer
     for part in parent.split(".") if parent else ():

@@ -1,0 +1,154 @@
+"""Makes sections of an experiment from plain mappings, and checks keys, types and ranges.
+
+Uses the standard library only, so that a wrong config fails before torch is imported.
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from speedit_plugins.trainer.config.schema import Component, ExperimentConfig
+
+Config = TypeVar("Config")
+
+_LIMITS = {
+    "at_least": (">=", operator.ge),
+    "at_most": ("<=", operator.le),
+    "above": (">", operator.gt),
+    "below": ("<", operator.lt),
+}
+
+
+class ConfigError(ValueError):
+    """A wrong config. `path` is the dotted key; the message says what is wrong, what was got and wanted."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = path
+
+
+def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
+    """An instance of `schema` from a plain mapping, after checks of types and ranges.
+
+    Raises:
+        ConfigError: a key is unknown or missing, a type is wrong, or a value is out of range.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(path or "config", f"wanted a section with keys, got {raw!r}")
+    check_keys(schema, raw, path)
+    hints, values = get_type_hints(schema), {}
+    for entry in fields(cast(Any, schema)):
+        key = join(path, entry.name)
+        if entry.name in raw:
+            values[entry.name] = _checked(raw[entry.name], hints[entry.name], key, entry.metadata)
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(key, f"missing; wanted {describe_type(hints[entry.name])}")
+    return schema(**values)
+
+
+def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
+    """Raises for an unknown key of `raw` or of a typed section below it, and names the nearest known key."""
+    hints = get_type_hints(schema)
+    for name, value in raw.items():
+        if name not in hints:
+            message = f"unknown key{_nearest(str(name), hints, path)}; known here: {', '.join(hints)}"
+            raise ConfigError(join(path, str(name)), message)
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            check_keys(cast(type, hints[name]), value, join(path, name))
+
+
+def key_paths(schema: type = ExperimentConfig, path: str = "") -> dict[str, Any]:
+    """Every dotted key with its type; a section comes before its keys."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(schema).items():
+        found[join(path, name)] = hint
+        if dataclasses.is_dataclass(hint):
+            found.update(key_paths(cast(type, hint), join(path, name)))
+    return found
+
+
+def join(path: str, name: str) -> str:
+    """'a.b' from 'a' and 'b'; 'b' alone at the top level."""
+    return f"{path}.{name}" if path else name
+
+
+def describe_type(hint: Any) -> str:
+    """A type in a YAML user's words: 'int', 'one of fp32, bf16', 'list of int', 'str or null'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else describe_type(part) for part in arguments)
+    if origin is list:
+        return f"list of {describe_type(arguments[0])}"
+    if origin is tuple:
+        return f"list of {len(arguments)} {describe_type(arguments[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a section with keys"
+    return str(hint.__name__)
+
+
+def _nearest(name: str, known: Iterable[str], path: str) -> str:
+    """'; did you mean X?' with a similar key here, else with the same key in another section, else ''."""
+    close = [join(path, key) for key in difflib.get_close_matches(name, list(known), n=1)]
+    close += [key for key in key_paths() if key.rpartition(".")[2] == name]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build_section(cast(type, hint), value, key)
+    if origin in (Union, types.UnionType):
+        inner = next(part for part in arguments if part is not type(None))
+        return None if value is None else _checked(value, inner, key, limits)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+        return value
+    if origin is dict:
+        return _component(value, key)
+    if origin in (list, tuple):
+        return _sequence(value, hint, key, limits)
+    return _scalar(value, hint, key, limits)
+
+
+def _component(value: Any, key: str) -> Component:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(key, f"wanted a name or a section with `type`, got {value!r}")
+    composed = key == "diffusion.policy" and {"density", "weighting"} <= set(value)
+    if not composed and not isinstance(value.get("type"), str):
+        also = " (or density and weighting)" if key == "diffusion.policy" else ""
+        raise ConfigError(key, f"wanted a `type`{also}, got keys {sorted(value)}")
+    return dict(value)
+
+
+def _sequence(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
+    arguments = get_args(hint)
+    fixed = get_origin(hint) is tuple
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or (fixed and len(value) != len(arguments)):
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+    items = [_scalar(item, arguments[0], f"{key}[{i}]", limits) for i, item in enumerate(value)]
+    return tuple(items) if fixed else items
+
+
+def _scalar(value: Any, hint: type, key: str, limits: Mapping[str, float]) -> Any:
+    # bool is an int to Python: `batch_size: true` would otherwise mean 1.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int and is_number and float(value).is_integer():
+        value = int(value)  # `max_training_steps=1e5` arrives as a float
+    elif hint is float and is_number and math.isfinite(value):
+        value = float(value)
+    elif hint not in (bool, str) or not isinstance(value, hint):
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+    for name, limit in limits.items():
+        symbol, holds = _LIMITS[name]
+        if not holds(value, limit):
+            raise ConfigError(key, f"wanted {describe_type(hint)} {symbol} {limit:g}, got {value!r}")
+    return value
