@@ -1,7 +1,4 @@
-"""From a checked config to objects, through the registries.
-
-Dims: B batch.
-"""
+"""Builds the objects of a checked config, through the registries."""
 
 from typing import Any, cast
 
@@ -14,7 +11,7 @@ from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, PROCESSES, TEXT
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
-from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
 from speedit_plugins.trainer.models.text import CaptionSource
 
@@ -22,7 +19,11 @@ Process = GaussianProcess | RectifiedFlow
 
 
 def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
-    """The diffusion process; a sampler wants it without the respacing that training may have."""
+    """The diffusion process.
+
+    Args:
+        respaced: keep the respacing that training may have; a sampler wants the process without it.
+    """
     options = config.diffusion.process_config()
     if not respaced and not config.diffusion.is_flow:
         options["timestep_respacing"] = ""
@@ -30,7 +31,7 @@ def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
 
 
 def build_timestep_policy(config: ExperimentConfig, process: Process) -> TimestepPolicy:
-    """The policy of `diffusion.policy` on the process's schedule."""
+    """The policy of `diffusion.policy`, for the noise schedule of the process."""
     return build_policy(config.diffusion.policy, process.schedule, process.prediction_type)
 
 
@@ -40,7 +41,7 @@ def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:
 
 
 def build_text_encoder(config: ExperimentConfig, device: torch.device) -> CaptionSource | None:
-    """The text encoder with its weights, on the device; None where the config has none."""
+    """The text encoder with its weights, on the device; None if the config has none."""
     if config.text_encoder is None:
         return None
     encoder = build(TEXT_ENCODERS, config.text_encoder, allow_download=config.allow_download)
@@ -48,13 +49,13 @@ def build_text_encoder(config: ExperimentConfig, device: torch.device) -> Captio
 
 
 def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> SampleSource:
-    """The dataset; a conditional model needs one with classes it knows.
+    """The dataset.
 
     Args:
-        augmented: False leaves out random flips: the data as they are.
+        augmented: False leaves out random flips.
 
     Raises:
-        ValueError: the dataset's classes do not fit num_classes.
+        ValueError: a class-conditional model gets a dataset without classes, or with more than num_classes.
     """
     section, given = dataset_options(config, augmented=augmented)
     dataset = build(DATASETS, section, **given)
@@ -69,16 +70,21 @@ def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> Sample
 def build_model(
     config: ExperimentConfig, encoder: Encoder | None = None, text: CaptionSource | None = None
 ) -> nn.Module:
-    """The model, freshly initialised; with encoders its sizes are checked against what they give.
+    """The model, freshly initialised. With encoders, its sizes are checked against theirs.
+
+    Args:
+        config: the config.
+        encoder: gives the size and channels of the latents; None takes them from the config.
+        text: gives the width and length of caption features, and the features of the empty caption.
 
     Raises:
-        ValueError: the model's sizes are not known without an encoder, or do not fit it.
+        ValueError: a size is missing, in the config and without encoders, or does not fit the encoders.
     """
     facts = _facts(config, encoder, text)
     for key, size in facts.items():
         if config.model.get(key, size) != size:
             raise ValueError(
-                f"model.{key} needs {size}, as image_size {config.image_size} and the encoders have it; got"
+                f"model.{key} needs {size} for image_size {config.image_size} and these encoders, got"
                 f" {config.model[key]}"
             )
     given = {key: value for key, value in facts.items() if key not in config.model}
@@ -90,7 +96,7 @@ def build_model(
 
 
 def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSource | None) -> dict[str, Any]:
-    """What the experiment says of a model, by the names that models give their arguments."""
+    """What the experiment decides about a model, under the names of the models' arguments."""
     facts: dict[str, Any] = {
         "num_classes": config.num_classes,
         "learn_sigma": config.diffusion.learn_sigma,
@@ -112,7 +118,7 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
 
 
 def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
-    """Each key that says what the model is conditioned on must reach it."""
+    """Raises ValueError if the config has a condition that the model does not take, or the reverse."""
     name = config.model["type"]
     if config.num_classes and not model.num_classes:
         raise ValueError(f"num_classes: {config.num_classes} has no effect on the model {name}; wanted 0")
@@ -129,7 +135,7 @@ def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
 
 
 def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dataset's section, and what the experiment says of it where the section does not."""
+    """The dataset's section of the config, and what the experiment decides about keys missing there."""
     section = dict(config.data.dataset)
     facts: dict[str, Any] = {
         "class_cond": config.num_classes > 0,

@@ -1,6 +1,6 @@
-"""What a model is conditioned on, in every part of the trainer.
+"""The type of what a model is conditioned on, for every part of the trainer.
 
-Dims: B samples.
+Dims: `B` samples.
 """
 
 from collections.abc import Mapping
@@ -8,4 +8,4 @@ from collections.abc import Mapping
 from torch import Tensor
 
 Condition = Tensor | Mapping[str, Tensor] | None
-"""Labels (B,) int64; named tensors (B, ...), such as the features of captions; or nothing."""
+"""Labels, int64 (B,); a mapping of tensors (B, ...), such as caption features; or None."""

@@ -1,6 +1,7 @@
-"""From a batch of the loader to what the model is given: latents, noise, condition.
+"""Turns a batch of the loader into the inputs of the model: latents, noise and condition.
 
-Dims: B samples, C channels, F frames (absent for images), H x W pixels, h x w latent cells, L caption tokens.
+Dims: `B` samples, `C` channels, `F` frames (absent for images), `H`, `W` sides in pixels, `h`, `w` sides of
+the latent, `L` caption tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,13 +19,13 @@ from speedit_plugins.trainer.models.text import CaptionSource, dropped
 
 Generators = Sequence[torch.Generator]
 
-# Frames that an encoder has at once: of 256 x 256 pixels the largest tensors of Stable Diffusion's, 256
-# channels in float32, are 64 MiB a frame, and several live at a time.
+# Frames that an encoder gets per call. At 256 x 256 pixels, the largest tensors of Stable Diffusion's encoder
+# (256 channels, float32) take 64 MiB per frame, and several of them exist at a time.
 FRAMES_AT_ONCE = 16
 
 
 class Encoder(Protocol):
-    """Between images (B, C, H, W) in [-1, 1] and what the model is trained on."""
+    """Maps images (B, C, H, W) in [-1, 1] to the latents that the model is trained on, and back."""
 
     channels: int
     image_channels: int
@@ -35,14 +37,14 @@ class Encoder(Protocol):
 
 
 class MaskSource(Protocol):
-    """Draws holes: a mask (H, W), 1 in the hole."""
+    """Draws a mask (H, W) for inpainting, 1 in the hole."""
 
     def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Latents and noise (B, C, [F,] h, w), and the condition of each sample."""
+    """Latents and noise (B, C, [F,] h, w), and the condition of the samples."""
 
     latents: Tensor
     noise: Tensor
@@ -50,16 +52,16 @@ class ModelInputs:
 
 
 class BatchEncoder:
-    """Encodes batches; every random choice of a sample comes from its own generator.
+    """Encodes batches. Every random choice for a sample comes from the sample's own generator.
 
     Args:
-        encoder: of images, or of the frames of a video one by one.
-        device: where everything is wanted.
-        is_labelled: whether the batch's "label" is a condition.
-        captions: gives the features of the batch's "caption", where the batch does not bring them.
-        null_text: features of the empty caption (1, L, ...), which take the place of dropped ones.
-        caption_dropout_prob: how often a caption is dropped, in [0, 1).
-        masks: draws a hole in each image, and makes the model fill it.
+        encoder: encodes images, or each frame of a video.
+        device: where the inputs are wanted.
+        is_labelled: the model is conditioned on the batch's "label".
+        captions: encodes the batch's "caption", unless the batch already has the features.
+        null_text: features of the empty caption (1, L, ...), used for dropped captions.
+        caption_dropout_prob: probability in [0, 1) that a caption is dropped.
+        masks: draws a hole in each image, for the model to fill.
     """
 
     def __init__(
@@ -79,22 +81,25 @@ class BatchEncoder:
 
     @property
     def num_cut_captions(self) -> int | None:
-        """Captions cut so far on this rank; None without captions to encode."""
+        """Number of captions cut so far on this rank; None if no captions are encoded."""
         return None if self.captions is None else self.captions.num_cut
 
     def encode(self, batch: Mapping[str, Any], generators: Generators) -> ModelInputs:
-        """The inputs of a batch of the loader.
+        """The model's inputs for a batch of the loader.
 
         Args:
-            batch: "image" (B, C, H, W) or "video" (B, C, F, H, W) in [-1, 1], or their cached latents;
-                "label" (B,) int64, "caption" or its cached features where the model wants them.
+            batch: "image" (B, C, H, W) or "video" (B, C, F, H, W) in [-1, 1], or their cached latents. If the
+                model wants them, "label", int64 (B,), and "caption" or its cached features.
             generators: one per sample, on the device.
+
+        Raises:
+            ValueError: the model needs captions or images, and the batch has none.
         """
         on_device = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
-        # Before the encoder draws: so these are the same for cached latents, whatever made them.
+        # Drawn before the encoder draws, so that the noise is the same with cached latents.
         noise = _noise(self._latent_shape(on_device), generators, self.device)
         condition = self._condition(on_device, generators)
         latents = self._latents(on_device, generators)
@@ -147,13 +152,14 @@ class BatchEncoder:
 
 
 def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: Generators) -> Tensor:
-    """What an inpainting model sees beside x: the mask and the latents of the rest, (B, 1 + C, h, w).
+    """What an inpainting model sees besides x: mask and latents of the masked image, (B, 1 + C, h, w).
 
-    Source: the order and meaning of Stable Diffusion's inpainting model.
+    Source: Stable Diffusion's inpainting model has this order and meaning.
 
     Args:
+        encoder: encodes the masked images.
         images: (B, channels, H, W) in [-1, 1].
-        mask: (B, 1, H, W), 1 in the hole, which becomes 0, mid-grey.
+        mask: (B, 1, H, W), 1 in the hole. Pixels in the hole become 0, mid-grey.
         generators: one per image.
     """
     with torch.no_grad():
@@ -162,36 +168,37 @@ def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: G
 
 
 def with_extra(condition: Condition, extra: Tensor) -> Condition:
-    """The condition with "extra" beside it; labels become "label"."""
+    """The condition as a mapping that also has "extra". Labels become "label"."""
     if isinstance(condition, Tensor):
         return {"label": condition, "extra": extra}
     return {**(condition or {}), "extra": extra}
 
 
 def encode_video(encoder: Encoder, videos: Tensor, generators: Generators) -> Tensor:
-    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), `FRAMES_AT_ONCE`.
+    """Videos (B, C, F, H, W) in [-1, 1] -> latents (B, c, F, h, w), `FRAMES_AT_ONCE` frames at a time.
 
     Args:
-        generators: one per video; its frames draw one after the other.
+        encoder: encodes the frames.
+        videos: (B, C, F, H, W).
+        generators: one per video. The frames of a video draw from it one after the other.
     """
     B, _, F, _, _ = videos.shape
-    frames = videos.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
+    frames = rearrange(videos, "b c f h w -> (b f) c h w")
     each = [generator for generator in generators for _ in range(F)]
     parts = [slice(first, first + FRAMES_AT_ONCE) for first in range(0, B * F, FRAMES_AT_ONCE)]
     latents = [encoder.encode(frames[part], each[part]) for part in parts]
-    return torch.cat(latents).unflatten(0, (B, F)).transpose(1, 2)
+    return rearrange(torch.cat(latents), "(b f) c h w -> b c f h w", b=B)
 
 
 def decode_video(encoder: Encoder, latents: Tensor) -> Tensor:
-    """Latents (B, c, F, h, w) -> videos (B, C, F, H, W), about [-1, 1], `FRAMES_AT_ONCE`."""
-    B, _, F, _, _ = latents.shape
-    parts = latents.transpose(1, 2).flatten(0, 1).split(FRAMES_AT_ONCE)
-    frames = torch.cat([encoder.decode(part) for part in parts])  # (B F, C, H, W)
-    return frames.unflatten(0, (B, F)).transpose(1, 2)
+    """Latents (B, c, F, h, w) -> videos (B, C, F, H, W), near [-1, 1], `FRAMES_AT_ONCE` frames at a time."""
+    parts = rearrange(latents, "b c f h w -> (b f) c h w").split(FRAMES_AT_ONCE)
+    frames = torch.cat([encoder.decode(part) for part in parts])
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents))
 
 
 def _noise(shape: Sequence[int], generators: Generators, device: torch.device) -> Tensor:
-    """Standard normal, each sample's from its own generator."""
+    """Standard normal noise. Each sample's comes from its own generator."""
     noise = torch.empty(tuple(shape), device=device)
     for row, generator in zip(noise, generators, strict=True):
         torch.randn(row.shape, generator=generator, out=row)

@@ -84,7 +84,7 @@ def test_xformers_that_cannot_run_here_is_refused(xformers: ModuleType, error: E
         raise error
 
     xformers.memory_efficient_attention = refuse
-    with pytest.raises(ValueError, match="installed but has no kernel for device '.*' with heads of 72"):
+    with pytest.raises(ValueError, match="installed but has no kernel for device '.*' with heads of size 72"):
         attention_kernel("xformers", head_size=72)
 
 

@@ -77,7 +77,7 @@ def test_a_table_gives_the_encoders_features_without_it(encoder: TextEncoder) ->
     asked = ["", "a red heart", ""]
     assert_close(table.encode(asked), encoder.encode(asked), rtol=0, atol=1e-6)
     assert (table.width, table.max_length) == (TEXT_WIDTH, 6)
-    with pytest.raises(ValueError, match="the caption table has 3 captions, got another: 'a blue heart'"):
+    with pytest.raises(ValueError, match="the table of 3 captions does not contain 'a blue heart'"):
         table.encode(["a blue heart"])
 
 

@@ -1,4 +1,4 @@
-"""Self-attention of a transformer block, over a kernel chosen by name.
+"""Self-attention of a transformer block, with a kernel chosen by name.
 
 Dims: `B` batch, `N` tokens, `H` heads, `K` width of a head, `D` = H K.
 """
@@ -9,22 +9,23 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.linear import Linear
 
 AttentionKernel = Callable[[Tensor], Tensor]
-"""Softmax attention of packed queries, keys and values: (B, N, 3, H, K) -> (B, N, H, K)."""
+"""Softmax attention over packed queries, keys and values: (B, N, 3, H, K) -> (B, N, H, K)."""
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with parameters `qkv` (3D, D) and `proj` (D, D).
 
     Args:
-        hidden_size: D.
-        num_heads: H; divides D.
-        kernel: what `attention_kernel` returns.
+        hidden_size: D, a multiple of H.
+        num_heads: H.
+        kernel: an attention kernel, from `attention_kernel`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, *, kernel: AttentionKernel) -> None:
@@ -36,18 +37,19 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        mixed = self.kernel(qkv).reshape(batch, tokens, width)  # (B, N, D)
+        qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.num_heads)
+        mixed = rearrange(self.kernel(qkv), "b n h k -> b n (h k)")
         return cast(Tensor, self.proj(mixed))
 
 
 def attention_kernel(name: str, *, head_size: int = 64) -> AttentionKernel:
-    """The kernel of this name, called once on a small tensor where it is an optional package.
+    """The attention kernel of this name.
+
+    A kernel from an optional package is first called on a small tensor, to find out whether it runs here.
 
     Args:
-        name: one of `ATTENTION_KERNELS`.
-        head_size: K that the kernel is tried with.
+        name: a key of `ATTENTION_KERNELS`.
+        head_size: K of the trial call.
 
     Raises:
         ValueError: the name is unknown, or this machine cannot run the kernel.
@@ -63,7 +65,7 @@ def attention_kernel(name: str, *, head_size: int = 64) -> AttentionKernel:
 
 def sdpa(qkv: Tensor) -> Tensor:
     """Attention through `torch.nn.functional.scaled_dot_product_attention`."""
-    # Unbinding in place of a permutation lets the gradients of the three be stacked in one copy.
+    # The backward pass of unbind stacks the three gradients in one copy; that of a permutation does not.
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, K) each
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # (B, N, H, K)
 
@@ -79,19 +81,19 @@ ATTENTION_KERNELS: dict[str, AttentionKernel] = {"sdpa": sdpa, "xformers": xform
 
 
 def _probe(name: str, kernel: AttentionKernel, head_size: int) -> None:
-    """Calls the kernel on the device that a training run takes; raises ValueError where that fails."""
+    """Calls the kernel on the device that a training run would use, and raises ValueError if that fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with torch.no_grad():
             kernel(torch.zeros(1, 8, 3, 1, head_size, device=device))
     except ImportError as error:
         raise ValueError(
-            f"attention '{name}' needs the package {name}, which cannot be imported ({error}); "
-            f"install speedit-plugins[{name}] or take attention 'sdpa'"
+            f"attention '{name}' needs the package {name}, but it cannot be imported ({error}); "
+            f"install speedit-plugins[{name}] or use attention 'sdpa'"
         ) from error
-    # A package built for another device or torch raises either of these when called.
+    # A package that was built for another device or another torch raises one of these when called.
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"attention '{name}' is installed but has no kernel for device '{device}' with heads of "
-            f"{head_size}; take attention 'sdpa'"
+            f"attention '{name}' is installed but has no kernel for device '{device}' with heads of size"
+            f" {head_size}; use attention 'sdpa'"
         ) from error

@@ -14,12 +14,12 @@ MAX_PERIOD = 10_000.0
 
 
 def timestep_features(timestep: Tensor, num_features: int = 256, *, max_period: float = MAX_PERIOD) -> Tensor:
-    """Cosines, then sines, of the timestep at geometrically spaced frequencies 1 ... 1/max_period.
+    """Cosines, then sines, of the timestep at geometrically spaced frequencies, from 1 to above 1/max_period.
 
     Args:
         timestep: (B,), integer or fractional.
-        num_features: C; even, at least 2.
-        max_period: the exclusive upper end of the wavelengths, over 2 pi.
+        num_features: C, even and at least 2.
+        max_period: all wavelengths are shorter than 2 pi max_period.
 
     Returns:
         float32 in [-1, 1], shape (B, C).
@@ -34,7 +34,7 @@ def timestep_features(timestep: Tensor, num_features: int = 256, *, max_period: 
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep features through a two-layer perceptron: (B,) -> (B, D)."""
+    """Applies a two-layer perceptron to the timestep features: (B,) -> (B, D)."""
 
     def __init__(self, hidden_size: int, *, num_features: int = 256) -> None:
         super().__init__()
@@ -45,20 +45,20 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         features = timestep_features(timestep, self.num_features)
-        # The features need float32; the layers may hold another type.
+        # The features are computed in float32, but the layers may have another type.
         return cast(Tensor, self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype)))
 
 
 class LabelEmbedder(nn.Module):
-    """A table of class embeddings with one row more, for "no class", where labels are dropped.
+    """A table of class embeddings. If training drops labels, it has one more row, for "no class".
 
-    In training each label becomes `null_label` with probability `dropout_prob`, drawn from torch's global
-    generator as `nn.Dropout` draws. Source: classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598.
+    In training each label becomes `null_label` with probability `dropout_prob`. The draw uses torch's global
+    generator, like `nn.Dropout`. Source: classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598.
 
     Args:
-        num_classes: at least 1; labels lie in [0, num_classes).
+        num_classes: at least 1; labels are in [0, num_classes).
         hidden_size: D.
-        dropout_prob: in [0, 1); 0 leaves the extra row out.
+        dropout_prob: probability in [0, 1); with 0 the table has no extra row.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, *, dropout_prob: float) -> None:
@@ -73,7 +73,7 @@ class LabelEmbedder(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no class"; None where the table has no such row."""
+        """The label for "no class"; None if the table has no row for it."""
         return self.num_classes if self.dropout_prob > 0 else None
 
     def forward(self, label: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """Diffusion transformer with adaLN-Zero conditioning. Source: Peebles and Xie 2022, arXiv:2212.09748.
 
-Parameters carry the names and shapes of facebookresearch/DiT, so that state dicts interchange both ways.
-Dims: `B` batch, `C` channels, `h`, `w` edges of the input, `N` tokens, `D` width, `P` patch edge.
+The parameters have the names and shapes of facebookresearch/DiT: each code loads the other's state dicts.
+
+Dims: `B` batch, `C` channels, `h`, `w` sides of the input, `N` tokens, `D` width, `P` side of a patch.
 """
 
-from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,40 +21,37 @@ from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepE
 from speedit_plugins.trainer.models.interface import split_extra
 from speedit_plugins.trainer.models.linear import Linear
 from speedit_plugins.trainer.models.positions import sincos_positions
-
-# Width, depth and heads. Source: table 1 of the paper.
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-PATCH_SIZES = (2, 4, 8)
+from speedit_plugins.trainer.models.sizes import register_sizes
 
 
 class DiT(nn.Module):
-    """Predicts the noise (or what the process asks for), and its variance, of a latent or image.
+    """Predicts the noise (or another target of the process) and its variance, for a latent or an image.
 
-    Its parameters fit inputs of every size that is whole patches. On another grid than the square one of
-    `input_size` positions are stretched or shrunk, per axis, to the range that they have on it.
+    The model takes inputs of every size that is a multiple of the patch size. The positions of another grid
+    than the square one of `input_size` are scaled, on each axis, to the range of the square grid.
     Source: PixArt-alpha, Chen et al. 2023, arXiv:2310.00426.
 
     Args:
-        input_size: edge of the square input that positions are laid out for; a multiple of patch_size.
+        input_size: side of the square input that the position table is made for; a multiple of patch_size.
         patch_size: P.
         in_channels: C.
-        hidden_size: D; a multiple of 4 (sine-cosine positions) and of num_heads.
+        hidden_size: D, a multiple of num_heads and, for the sine-cosine positions, of 4.
         depth: number of blocks.
         num_heads: heads of each attention.
-        mlp_ratio: width of a block's perceptron over D.
+        mlp_ratio: width of a block's perceptron divided by D.
         class_dropout_prob: probability in [0, 1) that training replaces a label by `null_label`.
-        num_classes: 0 for an unconditional model, which has no label embedding.
+        num_classes: number of classes; 0 makes an unconditional model without label embedding.
         learn_sigma: predict C variance channels after the C mean channels.
-        attention: "sdpa" or "xformers"; the latter is tried here, and refused where it cannot run.
-        gradient_checkpointing: in training, recompute each block in the backward pass instead of keeping it.
-        extra_channels: E of an input that is concatenated to x, such as a mask and a masked latent.
+        attention: "sdpa" or "xformers"; the constructor checks that "xformers" runs on this machine.
+        gradient_checkpointing: in training, recompute each block's activations in the backward pass.
+        extra_channels: E, the channels of a mask and a masked latent, for example, concatenated to x.
 
     Raises:
-        ValueError: sizes that do not divide, an attention that is unknown or cannot run.
+        ValueError: sizes do not divide, or the attention is unknown or cannot run.
     """
 
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
-    """What the blocks attend with, in turn."""
+    """Classes of attention that the blocks use in turn."""
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
         self,
@@ -90,7 +88,7 @@ class DiT(nn.Module):
             LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
         )
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
-        # Positions on other grids, by rows, columns and device: no buffers, the state dict is the original's.
+        # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel, attention=attention_type)
@@ -101,24 +99,24 @@ class DiT(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label of "no class", num_classes; None where the model has learned none."""
+        """The label for "no class", equal to num_classes; None if the model has no such label."""
         return None if self.y_embedder is None else self.y_embedder.null_label
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
         """Prediction for a noised input.
 
         Args:
-            x: (B, C, h, w), h and w multiples of patch_size; those of one batch may differ from the next.
-            timestep: (B,), original timestep in [0, T), integer or fractional.
-            condition: int64 labels (B,) in [0, num_classes], None for an unconditional model; with
-                extra_channels named tensors "extra" (B, E, h, w) and, of a conditional model, "label".
+            x: (B, C, h, w), with h and w multiples of patch_size. They may change from call to call.
+            timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
+            condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
+                extra_channels it is a mapping of "extra" (B, E, h, w) and, if there are classes, "label".
 
         Returns:
-            (B, 2C, h, w): mean channels, then variance channels in [-1, 1] once trained; the C mean channels
-            alone without learn_sigma.
+            (B, 2C, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
+            Without learn_sigma only the mean channels, (B, C, h, w).
 
         Raises:
-            ValueError: a shape differs, or labels are missing or not wanted.
+            ValueError: a shape is wrong, or labels are missing or not wanted.
         """
         x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
@@ -129,19 +127,20 @@ class DiT(nn.Module):
         return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """As every module's, but for the positions of other grids.
+        """Compiles the module as `nn.Module.compile` does, but leaves out the cache of positions.
 
-        Compiled along, each new grid in their cache would invalidate what is compiled for all others.
+        If the cache were compiled too, every new grid in it would trigger a recompilation for all others.
         """
         self._cached_positions = torch.compiler.disable(self._cached_positions)  # type: ignore[method-assign]  # of this object
         super().compile(*args, **options)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every parameter anew: the law of facebookresearch/DiT, in its order of draws.
+        """Draws every parameter anew, from the distributions of facebookresearch/DiT and in its order.
 
-        Xavier-uniform linear layers and patches with zero bias, N(0, 0.02^2) labels and timestep layers,
-        zeros where adaLN-Zero starts as the identity: every modulation and the last layer.
+        Linear layers and the patch embedding are Xavier-uniform with zero bias. Label embeddings and the
+        timestep's layers are N(0, 0.02^2). Every modulation and the last layer are zero, so that each block
+        starts as the identity (adaLN-Zero).
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -158,7 +157,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _prepared(self, x: Tensor, timestep: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """x with the extra channels, (B, C + E, ...), and what modulates the blocks, (B, D)."""
+        """x with the extra channels (B, C + E, ...), and the embedding c (B, D) that modulates the blocks."""
         extra, label = split_extra(condition, self.extra_channels)
         self._check_shape(x)
         self._check_condition(x, timestep, label)
@@ -169,7 +168,7 @@ class DiT(nn.Module):
 
     def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # A block draws nothing at random: there is no generator state to keep.
+            # A block makes no random draws, so there is no generator state to keep.
             return cast(Tensor, checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False))
         return cast(Tensor, block(x, c))
 
@@ -207,14 +206,14 @@ class DiT(nn.Module):
             )
 
     def _positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """The position table of a grid (1, rows columns, D), in the type of the parameter."""
+        """The position table of a grid (1, rows columns, D), in the dtype of `pos_embed`."""
         edge = self.input_size // self.patch_size
         if rows == columns == edge:
             return self.pos_embed
         return self._cached_positions(rows, columns, device).to(self.pos_embed.dtype)
 
     def _cached_positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """The position table of another grid than the model's own, float32 (1, rows columns, D)."""
+        """The position table of a grid other than the model's square, float32 (1, rows columns, D)."""
         key = (rows, columns, device)
         if key not in self._other_positions:
             edge = self.input_size // self.patch_size
@@ -225,14 +224,13 @@ class DiT(nn.Module):
     def _unpatchify(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, N, P P out_channels) -> (B, out_channels, h, w)."""
         edge = self.patch_size
-        x = x.view(x.shape[0], rows, columns, edge, edge, self.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], self.out_channels, rows * edge, columns * edge)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=edge, q=edge)
 
 
 class Block(nn.Module):
     """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D).
 
-    With an `attention` that takes (B, F, N, D), so does the block, and c is (B, 1, D).
+    If the `attention` takes (B, F, N, D), the block does too, and c is (B, 1, D).
     """
 
     def __init__(
@@ -261,7 +259,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels).
 
-    Of a clip x (B, F, N, D), c (B, 1, D) -> (B, F, N, P P out_channels).
+    For a clip, x (B, F, N, D) and c (B, 1, D) -> (B, F, N, P P out_channels).
     """
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
@@ -276,7 +274,7 @@ class FinalLayer(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two linear layers `fc1`, `fc2` around a GELU in its tanh form: (B, N, D) -> (B, N, D)."""
+    """Linear layer `fc1`, GELU in its tanh form, linear layer `fc2`: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
@@ -288,9 +286,9 @@ class Perceptron(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """Linear map of each P x P patch, tokens in row-major order: (B, C, H, W) -> (B, N, D).
+    """Maps each P x P patch linearly to a token, in row-major order: (B, C, h, w) -> (B, N, D).
 
-    The weight is kept as that of the equal convolution, `proj.weight` (D, C, P, P).
+    The weight has the form of the equivalent convolution's, `proj.weight` (D, C, P, P).
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
@@ -298,7 +296,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform as a linear layer of C P P inputs, zero bias."""
+        """Draws the weight Xavier-uniform, as for a linear layer of C P P inputs, and zeros the bias."""
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
         nn.init.zeros_(cast(Tensor, self.proj.bias))
 
@@ -308,23 +306,24 @@ class PatchEmbedder(nn.Module):
 
 
 def patches_of(x: Tensor, edge: int) -> Tensor:
-    """Values of each patch, (B, C, H, W) -> (B, N, C P P), contiguous, for edges that are multiples of P.
+    """The values of each patch in a contiguous tensor, (B, C, h, w) -> (B, N, C P P).
 
-    A convolution's tokens come channel first, and every later elementwise operation of the residual stream
-    would inherit those strides; `F.unfold` launches a kernel per row on a CUDA device.
+    A convolution would return tokens with the channels first in memory, and every later elementwise operation
+    of the residual stream would inherit these strides. `F.unfold` launches a kernel per row on a CUDA device.
+
+    Args:
+        edge: P; h and w are multiples of it.
     """
-    batch, channels, height, width = x.shape
-    x = x.reshape(batch, channels, height // edge, edge, width // edge, edge).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(batch, -1, channels * edge * edge)
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=edge, q=edge)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with x (B, N, D), shift and scale (B, 1, D)."""
+    """x (1 + scale) + shift, for x (B, N, D), and shift and scale (B, 1, D)."""
     return torch.addcmul(shift, x, scale + 1)
 
 
 def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:
-    """Raises ValueError for sizes that do not divide or are not positive."""
+    """Raises ValueError for sizes that are not positive or do not divide."""
     sizes = {
         "input_size": input_size,
         "patch_size": patch_size,
@@ -346,40 +345,5 @@ def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: i
         )
 
 
-def _variant(size: str, patch_size: int) -> Callable[..., DiT]:
-    """The builder of DiT-{size}/{patch_size}."""
-    width, num_blocks, heads = SIZES[size]
-
-    def build(
-        input_size: int = 32,
-        *,
-        in_channels: int = 4,
-        num_classes: int = 1000,
-        class_dropout_prob: float = 0.1,
-        learn_sigma: bool = True,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        extra_channels: int = 0,
-    ) -> DiT:
-        return DiT(
-            input_size,
-            patch_size,
-            in_channels=in_channels,
-            hidden_size=width,
-            depth=num_blocks,
-            num_heads=heads,
-            class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels,
-        )
-
-    return build
-
-
 MODELS.register_module(name="DiT", module=DiT)
-for _size in SIZES:
-    for _patch_size in PATCH_SIZES:
-        MODELS.register_module(name=f"DiT-{_size}/{_patch_size}", module=_variant(_size, _patch_size))
+register_sizes("DiT", DiT)

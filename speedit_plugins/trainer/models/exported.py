@@ -1,4 +1,4 @@
-"""A trained model in diffusers' own form: the network, its scheduler, the pipeline around them.
+"""Exports a trained model in diffusers' own form: the network, its scheduler, and the pipeline with both.
 
 Dims: `D` width, `N` sampling steps, `K` classes.
 """
@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.backbones import TextConditioned
+from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.pretrained import Autoencoder
 from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
 
-# What DiTPipeline takes for "no class", whatever the model was trained on.
+# DiTPipeline always uses this label for "no class".
 PIPELINE_CLASSES = 1000
 _SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -29,15 +29,16 @@ _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A pipeline of diffusers, by the name of its class, and how it samples.
+    """A pipeline class of diffusers and how it samples.
 
     Args:
-        subfolder: of the network in the pipeline's folder.
-        steps_offset: what it adds to the timesteps 0, T // N, 2 (T // N), ...; 0 or 1.
-        drops_variance: of a network with variance channels it takes the others; False takes none with such.
-        reads_padding: like words.
-        guided_note: why its guided samples differ from the trainer's; "" where they do not.
-        parts: what its constructor wants beside models, tokenizer and scheduler.
+        name: name of the class.
+        subfolder: folder of the network inside the pipeline's folder.
+        steps_offset: number added to the timesteps 0, T // N, 2 (T // N), ...; 0 or 1.
+        drops_variance: the pipeline drops a network's variance channels; False refuses such networks.
+        reads_padding: the pipeline reads padding tokens like words.
+        guided_note: why its guided samples differ from the trainer's; "" if they do not.
+        parts: arguments of its constructor besides models, tokenizer and scheduler.
     """
 
     name: str
@@ -55,17 +56,17 @@ class Pipeline:
 
 
 _DIT = Pipeline(name="DiTPipeline")
-# By the class of the network.
+# By the name of the network's class.
 _PIPELINES = {
     "PixArtTransformer2DModel": Pipeline(name="PixArtAlphaPipeline"),
     "LatteTransformer3DModel": Pipeline(
         name="LattePipeline",
-        guided_note="Guided videos differ: LattePipeline reads the padding behind the empty caption.",
+        guided_note="Guided videos differ: LattePipeline also reads the padding of the empty caption.",
     ),
     "UNet2DConditionModel": Pipeline(
         name="StableDiffusionPipeline",
         subfolder="unet",
-        # The pipeline insists on it.
+        # The pipeline would replace any other value by this.
         steps_offset=1,
         drops_variance=False,
         reads_padding=True,
@@ -76,7 +77,7 @@ _PIPELINES = {
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A network of diffusers, the pipeline it belongs to, and what a user should know."""
+    """A network of diffusers, its pipeline, and notes for the user."""
 
     net: Any
     pipeline: Pipeline
@@ -84,14 +85,14 @@ class Exported:
 
 
 def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exported:
-    """The diffusers network of a trained model; adapters (`lora_rank`) are merged into its weights, in place.
+    """The diffusers network of a trained model. Adapters (`lora_rank`) are merged into its weights, in place.
 
     Args:
-        num_steps: N of the `ddim_leading` sampling that a DiT's timestep layer is fitted to, see `dit_of`.
+        num_steps: N of the `ddim_leading` sampling that a DiT's timestep layer is fitted to; see `dit_of`.
         num_timesteps: T of the process.
 
     Raises:
-        ValueError: a model that no pipeline of diffusers is for.
+        ValueError: diffusers has no pipeline for the model.
     """
     if isinstance(model, TextConditioned):
         pipeline, net = _PIPELINES[type(model.net).__name__], cast(Any, model.net)
@@ -99,27 +100,31 @@ def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exp
             net.fuse_lora()
             net.unload_lora()
         return Exported(net, pipeline, (pipeline.guided_note,) if pipeline.guided_note else ())
-    # A Latte of classes is a DiT too, and no pipeline is for it.
+    # Latte is a subclass of DiT, but no pipeline takes one with classes.
     if type(model) is DiT and model.num_classes and model.null_label is not None:
         return dit_of(model, num_steps=num_steps, num_timesteps=num_timesteps)
     raise ValueError(
-        f"no pipeline of diffusers is for {type(model).__name__} as it is; wanted a DiT with classes and"
-        " class_dropout_prob > 0, PixArt, UNet or LatteT2V"
+        f"diffusers has no pipeline for this {type(model).__name__}; wanted a DiT with classes and"
+        " class_dropout_prob > 0, or a PixArt, UNet or LatteT2V"
     )
 
 
 def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
     """diffusers' `DiTTransformer2DModel` with the weights of a DiT.
 
-    Labels get the pipeline's layout: K classes from 0 on, "no class" at 1000, zeros between. diffusers spaces
-    the frequencies of its timestep features otherwise (127 steps from 1 to 1/10000, not 128): the first layer
-    of the timestep's perceptron is fitted to it, by least squares on the N timesteps that are visited. Up to
-    about 50 of them the fit is exact; for more, or at other timesteps, predictions differ.
+    The label embeddings get the pipeline's layout: K classes from row 0 on, "no class" in row 1000, and zeros
+    in between. diffusers spaces the frequencies of the timestep features differently: it reaches 1/10000
+    after 127 steps, DiT after 128. So the first layer of the timestep's perceptron is fitted to diffusers'
+    features by least squares, on the N timesteps that sampling visits. The fit is exact for up to about 50
+    timesteps. With more of them, or at other timesteps, predictions differ.
+
+    Raises:
+        ValueError: the model has more classes than the pipeline, or another mlp_ratio than 4.
     """
     from diffusers import DiTTransformer2DModel
 
     if model.num_classes > PIPELINE_CLASSES:
-        raise ValueError(f"DiTPipeline has {PIPELINE_CLASSES} classes, got {model.num_classes}")
+        raise ValueError(f"DiTPipeline takes up to {PIPELINE_CLASSES} classes, got {model.num_classes}")
     block = cast(Any, model.blocks[0])
     num_heads = block.attn.num_heads
     width = model.pos_embed.shape[2]
@@ -138,7 +143,7 @@ def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
         norm_eps=1e-6,
     )
     weights, deviation = _dit_weights(model, num_steps, num_timesteps)
-    # Its table of positions is its own, equal to ours, and not trained.
+    # The network keeps its own table of positions. It equals ours and is not trained.
     net.load_state_dict({**net.state_dict(), **weights})
     note = f"The timestep layer is fitted to num_inference_steps={num_steps}"
     note += "." if deviation < 1e-5 else f", to within {deviation:.2g} of features in [-1, 1]: images differ."
@@ -154,19 +159,23 @@ def save_scheduler(
     clip_sample: bool,
     steps_offset: int = 0,
 ) -> Any:
-    """Writes the DDIM scheduler whose steps are those of the sampler `ddim_leading`, and returns it.
+    """Writes and returns the DDIM scheduler that makes the steps of the sampler `ddim_leading`.
 
     Args:
-        clip_sample: clamp the predicted x_0. The sampler's steps are then those of
-            `step(..., use_clipped_model_output=True)`: without it the noise stays as it was predicted.
-        steps_offset: 1 is `ddim_leading_1`.
+        folder: where `save_pretrained` writes.
+        num_timesteps: T of the process.
+        noise_schedule: name of the schedule, as in the config.
+        prediction_type: "epsilon", "x0" or "v".
+        clip_sample: clamp the predicted x_0. The scheduler then equals the sampler if its steps are called as
+            `step(..., use_clipped_model_output=True)`; otherwise it keeps the noise as predicted.
+        steps_offset: 1 makes the steps of `ddim_leading_1`.
     """
     from diffusers import DDIMScheduler
 
     options = dict(_SCHEDULES[str(noise_schedule)])
     for key in ("beta_start", "beta_end"):
         if key in options:
-            # The end points are given for T = 1000.
+            # The end points in the table are those of T = 1000.
             options[key] *= 1000 / num_timesteps
     scheduler = DDIMScheduler(
         num_train_timesteps=num_timesteps,
@@ -182,11 +191,11 @@ def save_scheduler(
 
 
 def check_pipeline(exported: Exported, encoder: Any, text: TextEncoder | None) -> None:
-    """Raises where the pipeline would draw something else than the model, or nothing.
+    """Checks that the pipeline can sample, and samples what the trainer's sampler does.
 
     Raises:
-        ValueError: an autoencoder with a shift, which these pipelines do not apply; variance channels, or a
-            text encoder without `attend_padding`, where the pipeline takes neither.
+        ValueError: the autoencoder has a shift, and these pipelines apply none; the pipeline does not take
+            the network's variance channels; or it reads padding, but the model was trained not to.
     """
     assert isinstance(encoder, Autoencoder)
     pipeline = exported.pipeline
@@ -211,11 +220,14 @@ def save_pipeline(
 ) -> None:
     """Writes the pipeline's folder: network, autoencoder, scheduler, and text encoder with tokenizer.
 
-    The tokenizer's `model_max_length`, to which StableDiffusionPipeline pads, becomes the text encoder's.
+    The tokenizer's `model_max_length` becomes the text encoder's, because StableDiffusionPipeline pads to it.
 
     Args:
-        exported: `check_pipeline` has nothing against it.
-        scheduler: see `save_scheduler`.
+        folder: where the pipeline is written.
+        exported: what `check_pipeline` accepts.
+        encoder: the autoencoder.
+        text: the text encoder, or None for a model without captions.
+        scheduler: arguments of `save_scheduler`.
     """
     import diffusers
 
@@ -233,7 +245,7 @@ def save_pipeline(
 
 
 def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[str, Tensor], float]:
-    """The state dict by diffusers' names, and the largest deviation of the fitted timestep features."""
+    """The state dict under diffusers' names, and the largest deviation of the fitted timestep features."""
     own = {name: value.float().cpu() for name, value in model.state_dict().items()}
     fit, deviation = _timestep_fit(num_steps, num_timesteps)
     labels = torch.zeros(PIPELINE_CLASSES + 1, model.pos_embed.shape[2])
@@ -253,7 +265,7 @@ def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[s
         renamed[f"proj_out_2.{kind}"] = own[f"final_layer.linear.{kind}"]
     for number in range(len(model.blocks)):
         mine, theirs = f"blocks.{number}", f"transformer_blocks.{number}"
-        # Every block of diffusers has an embedding of its own; DiT shares one.
+        # In diffusers every block has its own embeddings; in DiT the blocks share them.
         renamed |= {f"{theirs}.norm1.emb.{name}": value for name, value in shared.items()}
         for kind in ("weight", "bias"):
             query, key, value = own[f"{mine}.attn.qkv.{kind}"].chunk(3)
@@ -270,7 +282,7 @@ def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[s
 
 
 def _timestep_fit(num_steps: int, num_timesteps: int) -> tuple[Tensor, float]:
-    """The matrix M (256, 256) with M theirs = ours on the visited timesteps, and its largest deviation."""
+    """M (256, 256) with M theirs = ours for the features of visited timesteps, and its largest deviation."""
     visited = torch.arange(num_steps, dtype=torch.float64) * (num_timesteps // num_steps)
     half = 128
     rank = torch.arange(half, dtype=torch.float64)

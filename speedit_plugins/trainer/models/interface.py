@@ -1,8 +1,10 @@
-"""What the trainer asks of a model, whoever wrote it.
+"""What the trainer needs to know about a model, its own or another's.
 
-Dims: `B` batch, `C` channels, `F` frames, `s` edge, `L` caption tokens, `D` width of a text encoder.
+Dims: `B` batch, `C` channels, `E` extra channels, `F` frames, `s` side, `L` caption tokens, `D` width of a
+text encoder.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,20 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.models.attention import SelfAttention, sdpa
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
-    """One sample of what the model denoises: (C, s, s), of a video model (C, F, s, s)."""
+    """Shape of one sample that the model denoises: (C, s, s), or (C, F, s, s) for a video model."""
     edge, frames = cast(int, model.input_size), getattr(model, "num_frames", None)
     time = () if frames is None else (cast(int, frames),)
     return (cast(int, model.in_channels), *time, edge, edge)
 
 
 def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | None, Condition]:
-    """What is concatenated to x, "extra" (B, E, ...), and the rest: labels, other named tensors, or None.
+    """Splits a condition into "extra" (B, E, ...), which is concatenated to x, and the rest.
+
+    Returns:
+        The extra channels or None, and the rest: labels, named tensors, or None.
 
     Raises:
-        ValueError: the model wants extra channels and gets none, or others, or gets some and wants none.
+        ValueError: the condition has another number of extra channels than the model takes.
     """
     extra = condition.get("extra") if isinstance(condition, Mapping) else None
     got = 0 if extra is None else extra.shape[1]
@@ -38,7 +44,7 @@ def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | Non
 def example_inputs(
     model: nn.Module, batch_size: int, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, ...]:
-    """A call's arguments on the meta device: x (B, *input_shape), timestep (B,), the condition it takes."""
+    """Arguments of a call, on the meta device: x (B, *input_shape), timestep (B,), and the condition."""
     x = torch.empty(batch_size, *input_shape(model), device="meta", dtype=dtype)
     index = torch.empty(batch_size, dtype=torch.int64, device="meta")
     condition: Condition = index if cast(int, model.num_classes) else None
@@ -56,3 +62,21 @@ def example_inputs(
             named = {"label": condition} if isinstance(condition, Tensor) else condition
         condition = {**named, "extra": x[:, :1].expand(-1, extra, *x.shape[2:])}
     return x, index, condition
+
+
+def without_storage(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, with torch's attention: every parameter's shape, and memory for none."""
+    tensors: dict[int, object] = {
+        id(parameter): nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+        )
+        for parameter in model.parameters()
+    }
+    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    # What the memo holds is taken for already copied.
+    twin = copy.deepcopy(model, tensors)
+    for module in twin.modules():
+        if isinstance(module, SelfAttention):
+            # Every kernel computes the same, and this one runs on the meta device.
+            module.kernel = sdpa
+    return twin

@@ -1,52 +1,56 @@
-"""Video diffusion transformer whose blocks attend in turn within a frame and across frames.
+"""Latte, a video diffusion transformer. Its blocks attend in turn within frames and across frames.
 
-Source: Ma et al. 2024, arXiv:2401.03048, variant 1. Parameters carry the names and shapes of Vchitect/Latte
-(extras 1: unconditional, extras 2: of classes), so that state dicts interchange both ways.
-Dims: `B` batch, `C` channels, `F` frames, `h`, `w` edges of a frame, `N` tokens of a frame, `D` width,
-`P` patch edge.
+Source: Ma et al. 2024, arXiv:2401.03048, variant 1. The parameters have the names and shapes of
+Vchitect/Latte, unconditional (`extras` 1) or with classes (`extras` 2): each code loads the other's state
+dicts.
+
+Dims: `B` batch, `C` channels, `F` frames, `h`, `w` sides of a frame, `N` tokens of a frame, `D` width, `P`
+side of a patch.
 """
 
-from collections.abc import Callable
-
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.attention import SelfAttention
-from speedit_plugins.trainer.models.dit import PATCH_SIZES, SIZES, DiT
+from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.positions import sincos_frames
+from speedit_plugins.trainer.models.sizes import register_sizes
 
 
 class SpatialAttention(SelfAttention):
-    """Attention among the places of a frame, for each frame by itself: (B, F, N, D) -> (B, F, N, D)."""
+    """Attention within each frame, among its N tokens: (B, F, N, D) -> (B, F, N, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).view(x.shape)
+        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"))
+        return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
 
 
 class TemporalAttention(SelfAttention):
-    """Attention among the frames at a place, for each place by itself: (B, F, N, D) -> (B, F, N, D)."""
+    """Attention at each place of the frame, among the F frames: (B, F, N, D) -> (B, F, N, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        places = x.transpose(1, 2)  # (B, N, F, D)
-        return super().forward(places.flatten(0, 1)).view(places.shape).transpose(1, 2)
+        mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"))
+        return rearrange(mixed, "(b n) f d -> b f n d", b=x.shape[0])
 
 
 class Latte(DiT):
-    """Predicts the noise (or what the process asks for), and its variance, of a clip of latents.
+    """Predicts the noise (or another target of the process) and its variance, for a clip of latents.
 
-    A clip may have fewer frames than `num_frames`, which are then the first ones; an image is a clip of one.
-    The sides of a frame may differ from `input_size` as a DiT's do.
+    A clip may have fewer frames than `num_frames`; it gets the positions of the first ones. An image is a
+    clip of one frame. As with a DiT, the sides of a frame may differ from `input_size`.
+
+    The arguments that are not listed here mean the same as in `DiT`.
 
     Args:
-        input_size: as the other arguments that are not named here, of `DiT`.
-        num_frames: the most frames of a clip; >= 1.
-        depth: number of blocks; even: each second one attends across frames.
-        num_classes: 0 for an unconditional model, which has no label embedding.
+        num_frames: the largest number of frames of a clip; >= 1.
+        depth: number of blocks, even; every second block attends across frames.
+        num_classes: number of classes; 0 makes an unconditional model without label embedding.
 
     Raises:
-        ValueError: sizes that do not divide, an attention that is unknown or cannot run.
+        ValueError: sizes do not divide, or the attention is unknown or cannot run.
     """
 
     attention_types = (SpatialAttention, TemporalAttention)
@@ -93,40 +97,42 @@ class Latte(DiT):
         self._reset_frames()
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
-        """Prediction for a noised clip. Vchitect/Latte has frames before channels, in and out; this has not.
+        """Prediction for a noised clip. Channels come before frames here; in Vchitect/Latte they come after.
 
         Args:
-            x: (B, C, F, h, w), 1 <= F <= num_frames, h and w multiples of patch_size; those of one batch may
-                differ from the next.
-            timestep: (B,), original timestep in [0, T), integer or fractional.
-            condition: int64 labels (B,) in [0, num_classes], None for an unconditional model; with
-                extra_channels named tensors "extra" (B, E, F, h, w) and, of a conditional model, "label".
+            x: (B, C, F, h, w), with 1 <= F <= num_frames and h and w multiples of patch_size. F, h and w may
+                change from call to call.
+            timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
+            condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
+                extra_channels it is a mapping of "extra" (B, E, F, h, w) and, if there are classes, "label".
 
         Returns:
-            (B, 2C, F, h, w): mean channels, then variance channels in [-1, 1] once trained; the C mean
-            channels alone without learn_sigma.
+            (B, 2C, F, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
+            Without learn_sigma only the mean channels, (B, C, F, h, w).
 
         Raises:
-            ValueError: a shape differs, or labels are missing or not wanted.
+            ValueError: a shape is wrong, or labels are missing or not wanted.
         """
         x, c = self._prepared(x, timestep, condition)
         frames, rows, columns = x.shape[2], x.shape[3] // self.patch_size, x.shape[4] // self.patch_size
-        # Frames on top of one another are one tall picture: patches are cut and laid as a picture's.
-        x = self.x_embedder(x.flatten(2, 3)).unflatten(1, (frames, rows * columns))  # (B, F, N, D)
+        # The frames are stacked into one tall image, so that the patches are cut as a DiT's are.
+        x = self.x_embedder(rearrange(x, "b c f h w -> b c (f h) w"))
+        x = rearrange(x, "b (f n) d -> b f n d", f=frames)
         x = x + self._positions(rows, columns, x.device)
         c = c.unsqueeze(1)  # (B, 1, D)
         for index, block in enumerate(self.blocks):
             if index == 1:
-                # Where the original has it: what looks at one frame alone need not know which it is.
+                # As in the original, after the first block, since that block looks at each frame alone.
                 x = x + self.temp_embed[:, :frames].unsqueeze(2)
             x = self._through(block, x, c)
-        x = self.final_layer(x, c).flatten(1, 2)  # (B, F N, P P out_channels)
-        return self._unpatchify(x, frames * rows, columns).unflatten(2, (frames, rows * self.patch_size))
+        x = rearrange(self.final_layer(x, c), "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
+        x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
+        return rearrange(x, "b c (f h) w -> b c f h w", f=frames)
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew: the law of Vchitect/Latte, in its order of draws, which is DiT's."""
+        """Draws every parameter anew, like Vchitect/Latte: from the distributions of DiT and in its order."""
         super().reset_parameters()
-        # DiT's constructor comes here before there are frames.
+        # DiT's constructor calls this before temp_embed exists.
         if hasattr(self, "temp_embed"):
             self._reset_frames()
 
@@ -148,42 +154,5 @@ class Latte(DiT):
             )
 
 
-def _variant(size: str, patch_size: int) -> Callable[..., Latte]:
-    """The builder of Latte-{size}/{patch_size}."""
-    width, num_blocks, heads = SIZES[size]
-
-    def build(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
-        input_size: int = 32,
-        *,
-        num_frames: int = 16,
-        in_channels: int = 4,
-        num_classes: int = 0,
-        class_dropout_prob: float = 0.1,
-        learn_sigma: bool = True,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        extra_channels: int = 0,
-    ) -> Latte:
-        return Latte(
-            input_size,
-            patch_size,
-            num_frames=num_frames,
-            in_channels=in_channels,
-            hidden_size=width,
-            depth=num_blocks,
-            num_heads=heads,
-            class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels,
-        )
-
-    return build
-
-
 MODELS.register_module(name="Latte", module=Latte)
-for _size in SIZES:
-    for _patch_size in PATCH_SIZES:
-        MODELS.register_module(name=f"Latte-{_size}/{_patch_size}", module=_variant(_size, _patch_size))
+register_sizes("Latte", Latte)

@@ -1,27 +1,29 @@
-"""Fixed sine-cosine positions of patches and of frames.
+"""Fixed sine-cosine embeddings of the positions of patches and of frames.
 
 Dims: `D` width of the model, `F` frames.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from speedit_plugins.trainer.models.conditioning import MAX_PERIOD
 
 
 def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int] | None = None) -> Tensor:
-    """Fixed position table of a grid in row-major order, float32 (1, rows * columns, D), on the CPU.
+    """Position table of a grid in row-major order, float32 (1, rows * columns, D), on the CPU.
 
-    The first half of D encodes the column, the second the row, each as sines then cosines at D/4 frequencies
-    10000^(-i / (D/4)). Source: Vaswani et al. 2017, arXiv:1706.03762, per axis as in MAE, arXiv:2111.06377.
+    The first half of D encodes the column and the second half the row. Each half has sines, then cosines, at
+    the D/4 frequencies 10000^(-i / (D/4)). Source: Vaswani et al. 2017, arXiv:1706.03762; one axis after the
+    other as in MAE, arXiv:2111.06377.
 
     Args:
-        hidden_size: D; a multiple of 4.
-        grid_size: places lie in [0, grid_size) on both axes, equally far apart, from 0 on.
-        shape: rows and columns of the grid; None is the square of grid_size, with the places 0, 1, ...
+        hidden_size: D, a multiple of 4.
+        grid_size: on each axis the positions start at 0 and are evenly spaced in [0, grid_size).
+        shape: rows and columns of the grid. None is a square of grid_size rows, with positions 0, 1, ...
 
     Raises:
-        ValueError: hidden_size is no multiple of 4.
+        ValueError: hidden_size is not a multiple of 4.
     """
     if hidden_size % 4:
         raise ValueError(f"sincos_positions needs a hidden_size that is a multiple of 4, got {hidden_size}")
@@ -29,7 +31,7 @@ def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int]
     rows, columns = shape or (grid_size, grid_size)
 
     def encoded(count: int) -> Tensor:
-        # On the CPU whatever the default device is, and in float64: large angles lose digits in float32.
+        # On the CPU, whatever the default device is. In float64, because large angles lose digits in float32.
         place = torch.arange(count, dtype=torch.float64, device="cpu") * (grid_size / count)
         rank = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
         angle = torch.outer(place, MAX_PERIOD**-rank)
@@ -37,13 +39,13 @@ def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int]
 
     column = encoded(columns).unsqueeze(0).expand(rows, -1, -1)
     row = encoded(rows).unsqueeze(1).expand(-1, columns, -1)
-    return torch.cat((column, row), dim=2).reshape(1, rows * columns, hidden_size).float()
+    return rearrange(torch.cat((column, row), dim=2), "h w d -> 1 (h w) d").float()
 
 
 def sincos_frames(hidden_size: int, num_frames: int) -> Tensor:
-    """Fixed position table of the frames 0, 1, ... of a clip, float32 (1, F, D), on the CPU.
+    """Position table of the frames 0, 1, ... of a clip, float32 (1, F, D), on the CPU.
 
-    Sines, then cosines, at D/2 frequencies 10000^(-i / (D/2)): the columns' half of a table twice as wide.
-    Source: Vaswani et al. 2017, arXiv:1706.03762.
+    It has sines, then cosines, at the D/2 frequencies 10000^(-i / (D/2)). That is the half for the columns of
+    a table that is twice as wide. Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
     return sincos_positions(2 * hidden_size, num_frames, shape=(1, num_frames))[..., :hidden_size]

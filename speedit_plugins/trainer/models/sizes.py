@@ -1,0 +1,43 @@
+"""The named sizes that DiT and Latte share: S, B, L and XL, each with patches of 2, 4 or 8."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from speedit_plugins.registry import MODELS
+
+# Source: table 1 of Peebles and Xie 2022, arXiv:2212.09748. Latte has the same sizes.
+SIZES = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+PATCH_SIZES = (2, 4, 8)
+MLP_RATIO = 4.0
+# Side of Stable Diffusion's latent of an image of 256 x 256 pixels.
+INPUT_SIZE = 32
+
+
+def register_sizes(name: str, model: type[nn.Module]) -> None:
+    """Registers the model in every size, as `{name}-{size}/{patch_size}`: "DiT-S/2" to "DiT-XL/8"."""
+    for size in SIZES:
+        for patch_size in PATCH_SIZES:
+            MODELS.register_module(name=f"{name}-{size}/{patch_size}", module=_sized(model, size, patch_size))
+
+
+def _sized(model: type[nn.Module], size: str, patch_size: int) -> Callable[..., nn.Module]:
+    """A builder of the model in one size. It takes the arguments that the size leaves open."""
+    fixed: dict[str, Any] = {"patch_size": patch_size, "mlp_ratio": MLP_RATIO, **SIZES[size]}
+
+    def build(input_size: int = INPUT_SIZE, **options: Any) -> nn.Module:
+        return model(input_size=input_size, **fixed, **options)
+
+    # The registry checks a config against this signature, by name and type.
+    own = inspect.signature(model).parameters
+    parameters = [parameter for name, parameter in own.items() if name not in fixed]
+    parameters = [p.replace(default=INPUT_SIZE) if p.name == "input_size" else p for p in parameters]
+    build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
+    return build
