@@ -1,11 +1,14 @@
 """Runs an unmodified training script of a host with a timestep policy in it.
 
     python -m speedit_plugins.launch --policy speed --set k=5 train.py <the host's own arguments>
+    python -m speedit_plugins.launch --import my_package.policies --policy mine train.py
     torchrun --nproc_per_node 8 -m speedit_plugins.launch train.py <the host's own arguments>
 
-The function with which a known host makes its diffusion object or its schedule sampler is replaced while its
-module is imported. An object draws its first timestep when it trains: one that only samples stays as it is.
-A script that draws timesteps by itself, as diffusers' do, has its draw and its loss edited as it is parsed.
+A policy goes in at the host's seam: the place where its code draws timesteps and makes its loss. A known host
+makes its diffusion object or its schedule sampler by a function, and the launcher replaces that function when
+its module is imported. An object's policy is built when the object first trains; one that only samples stays
+as it is. In a script that draws timesteps itself, as diffusers' do, the draw and the loss are edited when it
+is parsed.
 """
 
 import argparse
@@ -45,27 +48,27 @@ from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, Sites, edited
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
-from speedit_plugins.registry import Config
+from speedit_plugins.registry import Config, import_modules, is_raised_here
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"
-# What is found where a script defines the class by itself.
+# What is reported if a script defines the class itself.
 SCRIPT_CLASS = f"a class with {SCRIPT_METHOD} in the script (DiT-3D)"
 
 
 class LaunchError(Exception):
-    """What the user can mend; the message is one line."""
+    """An error that the user can mend. Its message is one line."""
 
 
 @dataclass
 class Launch:
-    """What one run of a script knows.
+    """The state of one run of a script.
 
     Args:
         config: of the policy.
-        prediction_type: what the model predicts, where the host does not say.
-        num_attached: objects or samplers that train with the policy so far.
-        found: hosts whose module was imported and replaced.
+        prediction_type: what the model predicts, if the host does not say.
+        num_attached: how many objects and samplers train with the policy so far.
+        found: hosts whose functions were replaced.
     """
 
     config: Config
@@ -75,7 +78,7 @@ class Launch:
 
     @cached_property
     def calls(self) -> ScriptCalls:
-        """What the edited draws and losses of a script call."""
+        """What the edited script calls to draw and to make its loss."""
 
         def announce(policy: TimestepPolicy) -> None:
             self.announce("diffusers script", "D", policy)
@@ -83,7 +86,7 @@ class Launch:
         return ScriptCalls(ScriptPolicy(self.config, prediction_type=self.prediction_type, on_use=announce))
 
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
-        """Counts a policy in use; the first one is reported on rank 0."""
+        """Counts a policy in use. Rank 0 reports the first one."""
         if self.num_attached == 0 and os.environ.get("RANK", "0") == "0":
             _report(f"{hosts}, seam {seam}, policy {policy}")
         self.num_attached += 1
@@ -91,14 +94,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class DeferredPolicy:
-    """Builds the policy of an object when it first trains, and reports it."""
+    """Builds an object's policy when the object first trains, and reports it."""
 
     launch: Launch
     hosts: str
     host: Any
 
     def __call__(self) -> TimestepPolicy:
-        """The policy, in use from here on."""
+        """The policy, in use from now on."""
         seam = flow_object if flow_object.fits(self.host) else diffusion_object
         policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config, self.launch.prediction_type)
         self.launch.announce(self.hosts, "B", policy)
@@ -112,17 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes the process's own.
 
     Returns:
-        0; 2 after a user's error, or where nothing trained with the policy, with one line on stderr. The
+        0, or 2 with one line on stderr: after a user's error, or if nothing trained with the policy. The
         script's own exceptions and exit codes pass through.
     """
     try:
         arguments = _parser().parse_args(argv)
+        import_modules(arguments.imports, source="--import")
         launch = Launch(_config(arguments.policy, arguments.set), arguments.prediction_type)
         build_policy(launch.config, NoiseSchedule.linear(), launch.prediction_type or "epsilon")
         tree = parsed(arguments.script)
         run(launch, tree, [arguments.script, *arguments.arguments])
     except (LaunchError, ValueError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+        # A host's own ValueError keeps its traceback.
+        if isinstance(error, ValueError) and not is_raised_here(error):
             raise
         _report(f"error: {' '.join(str(error).split())}")
         return USER_ERROR
@@ -133,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(text: str) -> None:
-    """One line on stderr, clear of the progress bar that the script may have there."""
+    """Writes one line to stderr, clear of a progress bar of the script."""
     bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if bar is not None:
         bar.write(f"speedit: {text}", file=sys.stderr)
@@ -143,13 +148,13 @@ def _report(text: str) -> None:
 
 
 def parsed(script: str) -> ast.Module:
-    """A script whose seam is found, edited where it draws for itself; nothing is imported or run for this.
+    """A script with a known seam, edited if it draws itself. Nothing is imported or run for this.
 
-    A known module has to stand where the script would import it from, or the script itself names one, defines
+    A known module has to be where the script would import it from, or the script itself names one, defines
     DiT-3D's `p_losses`, or draws timesteps of a noise scheduler and makes a squared error.
 
     Raises:
-        LaunchError: no script, no Python, or no seam.
+        LaunchError: there is no script, it is not Python, or it has no seam.
     """
     path = Path(script)
     if not path.is_file():
@@ -176,9 +181,10 @@ def _drawn_only(sites: Sites) -> str:
 
 
 def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
-    """Runs a script as `python *argv` does, with the factories replaced while it runs.
+    """Runs a script as `python *argv` does, with the hosts' functions replaced while it runs.
 
     Args:
+        launch: the state of this run.
         tree: the script as `parsed` returns it.
         argv: its path, then its arguments.
     """
@@ -187,17 +193,21 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
     main_module = sys.modules["__main__"]
     spawn = getattr(torch.multiprocessing, "spawn")  # noqa: B009 - mypy: a name that torch does not export
     guard = register_optimizer_step_pre_hook(_guard(launch))
+    for factory in FACTORIES:
+        # --import may name a module of the host: the host's own are in already when the finder comes.
+        if factory.module in sys.modules:
+            _replace(launch, factory, sys.modules[factory.module])
     module = ModuleType("__main__")
     vars(module).update({"__file__": script, "__builtins__": builtins, CALLS: launch.calls})
     try:
         sys.meta_path.insert(0, finder)
-        # The one place through which a class passes that the script defines for itself.
+        # Every class that the script defines itself passes through here.
         setattr(builtins, "__build_class__", _class_builder(launch, build_class))  # noqa: B010 - mypy: it is final
         sys.argv, sys.modules["__main__"] = list(argv), module
         sys.path[0] = str(Path(script).resolve().parent)
         exec(compile(tree, script, "exec"), vars(module))
     except SystemExit as leaving:
-        # A script that leaves with success has still to have trained with the policy.
+        # A script may leave with success; whether it trained with the policy is checked all the same.
         if leaving.code not in (None, 0):
             raise
     finally:
@@ -209,7 +219,7 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules as Python does, and replaces the factories of a known one after its own code has run."""
+    """Finds modules as Python does. After a known one has run, its functions are replaced."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -264,7 +274,7 @@ def _sampler_factory(
         if name != "uniform":
             raise LaunchError(f"the host draws with its own sampler {name!r}: drop it or the policy")
         scope = build_policy(launch.config, schedule_of(diffusion)).scope
-        # The host reports losses to this class alone.
+        # The host reports losses to its LossAwareSampler alone.
         base = "LossAwareSampler" if scope == "loss" else "ScheduleSampler"
         sampler = schedule_sampler(
             diffusion,
@@ -295,7 +305,7 @@ def _class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable
         made = build_class(function, name, *bases, **kwargs)
         if getattr(made, "__module__", None) == "__main__" and SCRIPT_METHOD in vars(made):
             _replace_init(launch, made)
-            # Processes that a script spawns import it anew, without this launcher: they would draw uniformly.
+            # A process that the script spawns would import it without this launcher, and draw uniformly.
             setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
         return made
 
@@ -315,7 +325,7 @@ def _replace_init(launch: Launch, made: type) -> None:
 
 
 def _refused_spawn(*_: Any, **__: Any) -> NoReturn:
-    raise LaunchError("the script spawns its own processes, which leave the policy behind: start it on one")
+    raise LaunchError("the script spawns processes, and these do not get the policy: start it on one process")
 
 
 def _guard(launch: Launch) -> Callable[..., None]:
@@ -342,7 +352,7 @@ def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> bool | int | float | str | None:
-    """true, false, null and numbers, such as 1e-3, of these texts; every other text as it is."""
+    """The value of true, false, null or a number such as 1e-3; any other text as it is."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "null":
@@ -355,16 +365,8 @@ def _value(text: str) -> bool | int | float | str | None:
     return text
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it: a host's own ValueError keeps its traceback."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-
-
 class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving."""
+    """Raises LaunchError instead of printing the usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
         raise LaunchError(f"{message}; see python -m speedit_plugins.launch --help")
@@ -377,17 +379,18 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--policy", default="speedit", help="a registered policy (default: %(default)s)")
+    modules: Any = {"action": "append", "default": [], "metavar": "MODULE"}
+    parser.add_argument("--import", dest="imports", help="import it for the policies it registers", **modules)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy"
     )
-    parser.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, help="of the model, where the host does not say"
-    )
+    told = "what the model predicts, if the host does not say"
+    parser.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=told)
     parser.add_argument("script", help="the host's training script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     return parser
 
 
 if __name__ == "__main__":
-    # By its own name: while the script runs, __main__ is the script, and these classes have to be found.
+    # Under its own name: while the script runs, __main__ is the script, and these classes must be found.
     sys.exit(import_module("speedit_plugins.launch").main())

@@ -1,10 +1,11 @@
-"""Runs the adapters' contract against the hosts' own checkouts, each in a process of its own.
+"""Checks that the plugin keeps its contract in checkouts of the hosts.
 
     python tools/check_hosts.py --hosts DIR [--only NAME ...] [--json OUT]
 
-DIR holds folders owner+name or owner+name@tag; `conformance/hosts.py` lists them, `conformance/contract.py`
-says what the points are. Packages of a host that cannot be imported here are replaced by stand-ins, and
-named.
+A host is a training framework of somebody else. The contract is what the plugin keeps in every host: eight
+points, listed in `tests/conformance/points.py`. DIR has folders named owner+name or owner+name@tag, as listed
+in `tests/conformance/hosts.py`. Each host is checked in a process of its own, and its line is printed as soon
+as it is done. Packages of a host that cannot be imported here are replaced by stand-ins; the line names them.
 """
 
 import argparse
@@ -21,25 +22,31 @@ from typing import Any
 # The contract is part of the test suite.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import conformance.contract as host_contract
-import conformance.flow as flow_contract
-from conformance.contract import Subject
-from conformance.flow import FlowSubject
+from conformance.flow import FlowSeam
 from conformance.hosts import HOSTS, SAMPLER, Host
+from conformance.points import check
 from conformance.stand_ins import StandIns
 
+from speedit_plugins.files import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 300
+TESTS = str(ROOT / "tests")
+# Some of its folders have the names of a host's packages, such as `diffusion`.
+sys.path.remove(TESTS)
 
+# Only a host that hangs takes this long: it is ten times what the slowest one takes.
+LIMIT_SECONDS = 600
+HEADER = f"{'host':22} seam  points           launcher  stand-ins"
 
-# As the hosts' scripts do it: the factory by their own import, then one loss and one optimizer step.
+# It does what the hosts' scripts do: they import a function, make an object, and take a training step.
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
+from conformance.models import SmallModel
 from conformance.stand_ins import StandIns
+sys.path.remove({tests!r})
 sys.meta_path[:] = [StandIns({replaced!r}), *sys.meta_path, StandIns({stand_ins!r})]
 import torch
-from conformance.contract import SmallModel
 {factory_import}
 diffusion = {factory_call}
 shape, axis, as_tuple = {shape!r}, {axis!r}, {as_tuple!r}
@@ -55,7 +62,7 @@ opt.step()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 where everything found holds, 1 otherwise, 2 where nothing was found."""
+    """Runs the command line. Returns 0 if the contract holds, 1 if not, 2 if no host was found."""
     args = _parser().parse_args(argv)
     if args.one:
         print(json.dumps(check_one(_named(args.one), args.hosts)))
@@ -68,32 +75,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    results = [check_in_process(host, args.hosts) for host in present]
-    print(table(results))
+    print(HEADER, flush=True)
+    results: list[dict[str, Any]] = []
+    for host in present:
+        results.append(check_in_process(host, args.hosts))
+        # Without flush, a pipe would get the lines after the last host.
+        print(lines_of(results[-1]), flush=True)
+        if args.json is not None:
+            write_whole(args.json, (json.dumps(results, indent=1) + "\n").encode())
     for host in (host for host in chosen if host not in present):
         print(f"not found: {host.name} ({host.folder})")
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0 if all(not result["error"] for result in results) else 1
 
 
 def check_one(host: Host, hosts: Path) -> dict[str, Any]:
-    """The contract's points in this process, with the checkout on sys.path."""
+    """The result of a host, checked in this process with the checkout on sys.path."""
+    checkout = hosts / host.folder
     stand_ins, replaced = StandIns(host.stand_ins), StandIns(host.replaced)
     sys.meta_path[:] = [replaced, *sys.meta_path, stand_ins]
-    sys.path.insert(0, str(hosts / host.folder))
-    result: dict[str, Any] = {"host": host.name, "folder": host.folder, "seam": host.seam}
+    sys.path.insert(0, str(checkout))
+    result = nothing_known(host)
     further: list[str] = []
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         try:
-            if host.check is not None:
-                result.update(points=host.check(hosts / host.folder, further), error="")
-            if host.subject is not None:
-                subject = host.subject()
-                contract = flow_contract if isinstance(subject, FlowSubject) else host_contract
-                result.update(points=contract.check(subject), error="")
-                result["launch"] = launcher_script(host, subject, hosts / host.folder)
+            for seam in host.seams(checkout, further):
+                points = check(seam)
+                assert result["points"] in ([], points), f"{type(seam).__name__} keeps other points"
+                result["points"] = points
+                result["launch"] = launcher_script(host, seam, checkout)
         except Exception as error:  # reported as this host's result, and main exits non-zero
             result.update(points=[], error=f"{type(error).__name__}: {error}")
     own = [str(note.message) for note in notes if "weighs its mse already" in str(note.message)]
@@ -102,67 +112,66 @@ def check_one(host: Host, hosts: Path) -> dict[str, Any]:
     return result
 
 
+def nothing_known(host: Host) -> dict[str, Any]:
+    """The result of a host that is still to be checked."""
+    known = {"host": host.name, "folder": host.folder, "seam": host.kind}
+    return {**known, "points": [], "error": "", "stand_ins": [], "warnings": [], "launcher": ""}
+
+
 def check_in_process(host: Host, hosts: Path) -> dict[str, Any]:
-    """`check_one` in a process of its own, then the host's factory through the launcher in another."""
-    command = [sys.executable, __file__, "--hosts", str(hosts), "--one", host.name]
-    run = _run(command)
+    """The result of `check_one` in a process of its own, and of the launcher in another."""
+    run = _run([sys.executable, __file__, "--hosts", str(hosts), "--one", host.name])
     if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"host": host.name, "folder": host.folder, "seam": host.seam, "points": [], "error": last,
-                "stand_ins": [], "warnings": [], "launcher": ""}  # fmt: skip
+        return {**nothing_known(host), "error": _last_line(run)}
     result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    result["launcher"] = ""
     if script := result.pop("launch", ""):
         launched = _launch(script, hosts / host.folder)
         lines = [line for line in launched.stderr.splitlines() if line.startswith("speedit: ")]
         result["launcher"] = lines[0] if lines else ""
         if launched.returncode or len(lines) != 1:
-            last = (launched.stderr.strip().splitlines() or ["no output"])[-1]
-            result["error"] = result["error"] or f"launcher: {last}"
+            result["error"] = result["error"] or f"launcher: {_last_line(launched)}"
     return result
 
 
-def launcher_script(host: Host, subject: Subject | FlowSubject, checkout: Path) -> str:
-    """A training script of one step that gets its object as the host's script does; '' where it cannot."""
+def launcher_script(host: Host, seam: Any, checkout: Path) -> str:
+    """A training script of one step that makes its object as the host's script does; '' if it has none."""
     if not host.factory_call:
         return ""
     statement = host.factory_import
     if host.own_script:
-        # All but the part that starts the host's own training.
+        # The script without the part that starts the host's own training.
         text = (checkout / host.own_script).read_text(encoding="utf-8")
         statement = text.split("if __name__ ==")[0]
     draws = {
         "B": "t = torch.zeros(shape[0], dtype=torch.long)",
         "C": f"t, weights = {SAMPLER}.sample(shape[0], 'cpu')",
     }
-    is_flow = isinstance(subject, FlowSubject)
+    is_flow = isinstance(seam, FlowSeam)
     return SCRIPT.format(
-        tests=str(ROOT / "tests"),
+        tests=TESTS,
         stand_ins=host.stand_ins,
         replaced=host.replaced,
         factory_import=statement,
         factory_call=host.factory_call,
-        method=subject.method if isinstance(subject, Subject) else "training_losses",
-        shape=subject.shape,
-        axis=subject.sigma_axis,
-        as_tuple=isinstance(subject, Subject) and subject.answers_tuple,
-        # A flow draws inside.
-        draw="" if is_flow else draws[host.seam],
+        method="training_losses" if is_flow else seam.method,
+        shape=seam.shape,
+        axis=seam.sigma_axis,
+        as_tuple=not is_flow and seam.answers_tuple,
+        # A flow draws inside its training call.
+        draw="" if is_flow else draws[host.kind],
         t="" if is_flow else ", t",
     )
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """One line per host."""
-    lines = [f"{'host':22} seam  points           launcher  stand-ins"]
-    for result in results:
-        points = " ".join(map(str, result["points"])) or "-"
-        launcher = "ok" if result["launcher"] and not result["error"] else "-"
-        stand_ins = ", ".join(result["stand_ins"]) or "none"
-        lines.append(f"{result['host']:22} {result['seam']:5} {points:16} {launcher:9} {stand_ins}")
-        lines.extend(f"    warns: {warning}" for warning in result["warnings"])
-        if result["error"]:
-            lines.append(f"    FAILED: {result['error']}")
+def lines_of(result: dict[str, Any]) -> str:
+    """A host's line of the table; warnings and an error are below it."""
+    points = " ".join(map(str, result["points"])) or "-"
+    launcher = "ok" if result["launcher"] and not result["error"] else "-"
+    stand_ins = ", ".join(result["stand_ins"]) or "none"
+    lines = [f"{result['host']:22} {result['seam']:5} {points:16} {launcher:9} {stand_ins}"]
+    lines.extend(f"    warns: {warning}" for warning in result["warnings"])
+    if result["error"]:
+        lines.append(f"    FAILED: {result['error']}")
     return "\n".join(lines)
 
 
@@ -177,9 +186,16 @@ def _run(command: Sequence[str], path: Path | None = None) -> "subprocess.Comple
     folders = [str(ROOT), *([str(path)] if path else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=LIMIT_SECONDS
-    )
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=LIMIT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer in {LIMIT_SECONDS} seconds")
+
+
+def _last_line(run: "subprocess.CompletedProcess[str]") -> str:
+    return (run.stderr.strip().splitlines() or ["no output"])[-1]
 
 
 def _named(name: str) -> Host:
@@ -193,13 +209,13 @@ def _named(name: str) -> Host:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="check_hosts", description="The adapters' contract on real checkouts."
+        prog="check_hosts", description="Check the plugin's contract on real checkouts of hosts."
     )
     parser.add_argument("--hosts", type=Path, required=True, help="folder of checkouts, owner+name[@tag]")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="hosts by their name in the table"
     )
-    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="where to write the results, anew after each host")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser
 

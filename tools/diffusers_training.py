@@ -4,10 +4,10 @@
         [--policy speedit] [--script examples/text_to_image/train_text_to_image.py] \\
         [-- --prediction_type v_prediction]
 
-The pipeline is tiny and made on the spot, the images are random; needs accelerate, and peft for LoRA. Prints,
-as JSON, the launcher's exit code, how the t that the UNet saw fit the policy's density, and how far the loss
-is from the mean of weight * mse of what the UNet was asked and answered. With `--policy uniform` the script
-also runs without the launcher, at the same t: the difference of the losses is printed.
+The pipeline is tiny and made on the spot, and the images are random. This needs accelerate, and peft for
+LoRA. The result is printed as JSON: the launcher's exit code, how well the t that the UNet saw fit the
+policy's density, and how far the loss is from the mean of weight * mse. With `--policy uniform` the script
+also runs without the launcher at the same t, and the difference of the losses is printed.
 
 Dims: B batch.
 """
@@ -42,13 +42,13 @@ BATCH, NUM_STEPS = 64, 32
 
 @dataclass
 class Seen:
-    """What a script asked of its UNet, step by step.
+    """What a script did in each step.
 
     Args:
-        t: timesteps, int64 (B,).
+        t: timesteps that its UNet saw, int64 (B,).
         answers: of the UNet, shape (B, C, H, W).
-        targets: noise or velocity, the same shape.
-        losses: scalars that the script differentiates.
+        targets: noise or velocity, of the same shape.
+        losses: scalars that it differentiated.
     """
 
     t: list[Tensor] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Seen:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the launcher's exit code, or 1 where the script does not follow the policy."""
+    """Runs the command line. Returns the launcher's exit code; 1 if the policy is not followed."""
     parser = argparse.ArgumentParser(
         prog="diffusers_training", description="A diffusers example, on the CPU."
     )
@@ -84,16 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_right(result: Mapping[str, Any]) -> bool:
-    """Whether timesteps follow the policy, and losses are weight * mse and, if compared, the host's."""
-    # float32 keeps 6e-8 of each of the sums in a loss; the host's mean and ours add in another order.
+    """Whether timesteps follow the policy, losses are weight * mse, and, if compared, the host's."""
+    # float32 keeps 6e-8 of each sum in a loss. The host's mean and ours add up in different order.
     follows = bool(result["draws"]) and result["worst_sigma"] < 4 and result["loss_error"] < 1e-5
     return follows and result.get("loss_difference", 0.0) == 0
 
 
 def script_arguments(script: Path, work: Path) -> list[str]:
-    """What every text-to-image script is started with."""
+    """Arguments with which every text-to-image script is started."""
     numbers = {"resolution": RESOLUTION, "train_batch_size": BATCH, "max_train_steps": NUM_STEPS, "seed": 0}
-    # Without warm-up every step changes the UNet; a checkpoint after the last step is none.
+    # Without warm-up every step changes the UNet. The first checkpoint would come after the last step.
     numbers |= {"lr_warmup_steps": 0, "checkpointing_steps": 1000}
     paths = {"pretrained_model_name_or_path": work / "pipeline", "output_dir": work / "results"}
     options = {**paths, **numbers, "dataset_name": "random", "mixed_precision": "no"}
@@ -101,11 +101,11 @@ def script_arguments(script: Path, work: Path) -> list[str]:
 
 
 def recorded(seen: Seen, start: Callable[[], int]) -> int:
-    """What `start` returns, run with stand-ins; what the script's UNet is asked is added to `seen`."""
+    """Runs `start` with stand-ins and returns what it returns. Adds what the script did to `seen`."""
     import accelerate
     import diffusers
 
-    # Imported before their stand-ins: transformers looks once at what is installed.
+    # transformers looks once at what is installed, so this import comes before the stand-ins.
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401 - for the import alone
 
     def asked(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -124,7 +124,7 @@ def recorded(seen: Seen, start: Callable[[], int]) -> int:
         return add_noise(self, latents, noise, timesteps)
 
     def velocity(self: Any, *args: Any) -> Any:
-        # Takes the place of the noise of this step.
+        # This replaces the noise of the step.
         seen.targets[-1] = get_velocity(self, *args)
         return seen.targets[-1]
 
@@ -144,7 +144,7 @@ def recorded(seen: Seen, start: Callable[[], int]) -> int:
 
 @contextmanager
 def drawn_aside() -> Iterator[None]:
-    """Draws of the policy that leave the global generator to the noise, as a replayed draw does."""
+    """The policy draws without the global generator. That leaves it to the noise, as in a replayed run."""
     draw, generator = ScriptPolicy.timesteps, torch.Generator().manual_seed(0)
 
     def drawn(self: ScriptPolicy, *args: Any) -> Tensor:
@@ -159,12 +159,12 @@ def drawn_aside() -> Iterator[None]:
 
 
 def report(policy: str, arguments: Sequence[str], seen: Seen) -> dict[str, Any]:
-    """How the timesteps fit the density, and the largest relative error of a loss against weight * mse.
+    """How well the timesteps fit the density, and the largest relative error of a loss against weight * mse.
 
     Args:
-        policy: name.
-        arguments: of the script; noise or velocity is predicted, and the script has no weights of its own.
-        seen: of a whole run.
+        policy: its name.
+        arguments: of the script. It predicts noise or velocity and has no weights of its own.
+        seen: what it did in a whole run.
     """
     schedule = NoiseSchedule.scaled_linear()
     prediction = "v" if "v_prediction" in arguments else "epsilon"
@@ -178,7 +178,7 @@ def report(policy: str, arguments: Sequence[str], seen: Seen) -> dict[str, Any]:
 
 
 def replayed(script: Path, arguments: Sequence[str], timesteps: Sequence[Tensor]) -> Seen:
-    """What the script does without the launcher, where its draws return these timesteps in turn."""
+    """What the script does without the launcher, if its draws return these timesteps in turn."""
     from accelerate.state import AcceleratorState
 
     seen, left, randint = Seen(), list(timesteps), torch.randint
@@ -191,7 +191,7 @@ def replayed(script: Path, arguments: Sequence[str], timesteps: Sequence[Tensor]
         runpy.run_path(str(script), run_name="__main__")
         return 0
 
-    # The launched run left its own behind.
+    # The launched run left a state behind.
     AcceleratorState._reset_state(True)
     with mock.patch.object(sys, "argv", [str(script), *arguments]), mock.patch("torch.randint", next_draw):
         recorded(seen, start)
@@ -199,7 +199,7 @@ def replayed(script: Path, arguments: Sequence[str], timesteps: Sequence[Tensor]
 
 
 def difference(first: Seen, second: Seen) -> float:
-    """The largest difference of two runs' losses at the same step; infinite where their timesteps differ."""
+    """The largest difference between two runs' losses in a step; infinite if their timesteps differ."""
     is_same = len(first.losses) == len(second.losses) > 0 and all(map(torch.equal, first.t, second.t))
     if not is_same:
         return float("inf")
@@ -213,7 +213,7 @@ def _mse(seen: Seen) -> Iterator[Tensor]:
 
 @contextmanager
 def placed(modules: dict[str, ModuleType]) -> Iterator[None]:
-    """Modules in sys.modules. (mock.patch.dict would also drop what is imported meanwhile.)"""
+    """Puts modules into sys.modules. Unlike mock.patch.dict, it keeps what is imported meanwhile."""
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:

@@ -2,9 +2,9 @@
 
     python tools/host_training.py --checkout DIR/willisma+SiT --work EMPTY_DIR [--policy speedit]
 
-The data are random; the model is the smallest of the host's own. What a CPU lacks is replaced, and listed in
-STAND_INS. Prints, as JSON, the launcher's exit code and how the t that the model saw fit the policy's
-density.
+The data are random, and the model is the smallest of the host's own. STAND_INS lists what is replaced because
+a CPU lacks it. The result is printed as JSON: the launcher's exit code, and how well the t that the model saw
+fit the policy's density.
 
 Dims: B batch, T timesteps.
 """
@@ -57,11 +57,11 @@ class Training:
 
     Args:
         host: name.
-        marker: stands in this host's train.py and in that of none of the later ones.
+        marker: a text in this host's train.py that no later host of the list has.
         model: class of the model.
-        arguments: of the script, for the checkout and a work folder; they may write data there.
-        schedule: whose policy draws.
-        time_of: time in [0, 1], 1 is noise, of the t that the model sees.
+        arguments: returns those of the script for a checkout and a work folder, and may write data there.
+        schedule: noise schedule of the policy.
+        time_of: turns the t that the model sees into time in [0, 1], 1 is noise.
     """
 
     host: str
@@ -80,7 +80,7 @@ class _CpuCount:
 
 
 class _Accelerator:
-    """accelerate's, for one process on the CPU."""
+    """accelerate's class for one process on the CPU."""
 
     device = torch.device("cpu")
     is_main_process = True
@@ -89,7 +89,7 @@ class _Accelerator:
     mixed_precision = "no"
 
     def __init__(self) -> None:
-        # accelerate starts the process group; a train.py without its own relies on that.
+        # accelerate starts the process group, and some train.py rely on that.
         dist.init_process_group("gloo")
 
     def prepare(self, *objects: Any) -> tuple[Any, ...]:
@@ -121,7 +121,7 @@ class _Encoder(nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 where the script ran and its timesteps follow the policy."""
+    """Runs the command line. Returns 0 if the script ran and its timesteps follow the policy."""
     parser = argparse.ArgumentParser(prog="host_training", description="A host's train.py, on the CPU.")
     parser.add_argument("--checkout", type=Path, required=True, help="of DiT, fast-DiT, SiT or LightningDiT")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and results")
@@ -142,7 +142,7 @@ def training_of(script: Path) -> Training:
     """How this train.py is started.
 
     Raises:
-        SystemExit: none of the known hosts' scripts.
+        SystemExit: it is not the script of a known host.
     """
     text = script.read_text(encoding="utf-8") if script.is_file() else ""
     known = next((training for training in TRAININGS if training.marker in text), None)
@@ -152,7 +152,7 @@ def training_of(script: Path) -> Training:
 
 
 def run(training: Training, script: Path, policy: str, work: Path, seen: list[Tensor]) -> int:
-    """The launcher's exit code; the t (B,) of every call of the host's model are added to `seen`."""
+    """Runs the launcher. Returns its exit code, and adds the t (B,) of every call of the model to `seen`."""
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if type(module).__name__ == training.model:
@@ -163,11 +163,11 @@ def run(training: Training, script: Path, policy: str, work: Path, seen: list[Te
         stack.callback(nn.modules.module.register_module_forward_pre_hook(record).remove)
         for replaced in _replacements():
             stack.enter_context(replaced)
-        # LightningDiT logs into the folder it is started in.
+        # LightningDiT writes its log into the current folder.
         stack.callback(os.chdir, Path.cwd())
         os.chdir(work)
         code = launch.main(["--policy", policy, str(script), *arguments])
-        # The scripts differ in whether they end the group that they train in.
+        # Some scripts end their process group and some do not.
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
@@ -185,16 +185,16 @@ def write_features(folder: Path) -> None:
 
 
 def write_lightningdit(checkout: Path, folder: Path) -> Path:
-    """The host's published config for a small model and few steps, and the latents that it names.
+    """Writes the host's published config, with a small model and few steps, and the latents that it names.
 
-    Its logit-normal draw is off: in 1,000 draws the policy's law could not be told from it.
+    Its logit-normal draw is off: in 1,000 draws it could not be told from the policy's density.
     """
     published = checkout / "configs" / "lightningdit_xl_vavae_f16d32.yaml"
-    # As the host's own train.py reads it.
+    # The host's own train.py reads it in this way.
     config = yaml.safe_load(published.read_text(encoding="utf-8"))
     channels, count = config["model"]["in_chans"], BATCH * NUM_BATCHES
     config["data"].update(data_path=str(folder), image_size=16, num_classes=10, num_workers=0)
-    # One token of the smallest model; four large batches, since its 130 million weights cost per step.
+    # The smallest model with one token. A step with its 130 million weights is costly, so there are four.
     config["model"].update(model_type="LightningDiT-B/1")
     steps = {"max_steps": 4, "global_batch_size": count // 4, "log_every": 2, "ckpt_every": 1000}
     config["train"].update(steps, output_dir=str(folder / "results"), exp_name="run")
@@ -214,11 +214,11 @@ def tenths(policy: str, schedule: NoiseSchedule) -> Tensor:
 
 
 def fit(shares: Tensor, seen: Sequence[Tensor]) -> dict[str, Any]:
-    """How far the shares of times (B,) per tenth are from expected and from equal ones, in binomial sigmas.
+    """How far the share of times in each tenth is from the expected and from 0.1, in binomial sigmas.
 
     Args:
-        shares: expected, shape (10,), sums to 1.
-        seen: times in [0, 1].
+        shares: expected, shape (10,); they sum to 1.
+        seen: batches of times in [0, 1].
     """
     if not seen:
         return {"draws": 0, "worst_sigma": float("inf")}
@@ -248,7 +248,7 @@ def _replacements() -> list[Any]:
     modules = {**timm, "accelerate": accelerate, "torchvision.datasets": datasets}
     ddp, start = nn.parallel.DistributedDataParallel, dist.init_process_group
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    # SiT's train.py reads two names for wandb, also without it.
+    # SiT's train.py reads two names for wandb even if it does not use it.
     environment.update(ENTITY="none", PROJECT="none")
 
     def on_cpu(model: nn.Module, device_ids: object = None) -> nn.Module:
@@ -265,7 +265,7 @@ def _replacements() -> list[Any]:
 
     cuda = {"is_available": present, "device_count": _CpuCount, "set_device": id, "synchronize": present}
     return [
-        # First: diffusers looks at what is installed while it is imported.
+        # This is first, since diffusers looks at what is installed when it is imported.
         mock.patch("diffusers.models.AutoencoderKL.from_pretrained", return_value=_Encoder()),
         mock.patch.dict("os.environ", environment),
         mock.patch.dict(sys.modules, modules),
@@ -297,7 +297,7 @@ def _middle(t: Tensor) -> Tensor:
 
 
 def _flipped(t: Tensor) -> Tensor:
-    # A transport's 0 is noise.
+    # A transport has noise at 0.
     return 1 - t
 
 

@@ -1,32 +1,40 @@
-"""How a host's object gets a policy: it changes its class, not its contents.
+"""How a host's object gets a policy: its class changes, its contents stay.
 
-The new class is a subclass of the host's own, made once per class, with the seam's methods in place of the
-host's. Everything else is the host's, `isinstance` holds, and sampling is untouched.
+A host is a training framework of somebody else. A seam is the place in a host's code where it draws t and
+makes its loss, and so the place where a policy goes in.
+
+The object's new class is a subclass of the host's own. It is made once per class, and it replaces the methods
+of the seam. Everything else is the host's: `isinstance` holds, and sampling is untouched.
 
 Dims: T timesteps, B batch.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
-# From a host's class, the methods that take the place of its own. A function of a module, so that an attached
-# object can be pickled by its name.
+# Makes the methods that replace those of a host's class. It is a function of a module, since an object with a
+# policy is pickled by its name.
 Methods = Callable[[type], Mapping[str, Any]]
+
+Call = TypeVar("Call")
 
 _ATTRIBUTE = "_speedit_attachment"
 
 
 def attach(host: Any, attachment: Any, methods: Methods) -> Any:
-    """Lets an attachment draw and weigh for a host's object; returns the same object.
+    """Lets an attachment draw and weigh for a host's object. Returns the same object.
 
     Args:
-        attachment: an `Attachment`, or what the seam's methods want in its place.
+        host: the object.
+        attachment: an `Attachment`, or what else the methods of the seam expect.
+        methods: of the seam.
 
     Raises:
         ValueError: the object has a policy already.
@@ -39,12 +47,12 @@ def attach(host: Any, attachment: Any, methods: Methods) -> Any:
 
 
 def attachment_of(host: Any) -> Any:
-    """What was attached to an object that has a policy."""
+    """The attachment of an object that has a policy."""
     return getattr(host, _ATTRIBUTE)
 
 
 def without_policy(host: Any) -> Any:
-    """Gives the host its object back as it was; returns it.
+    """Takes the policy out of a host's object. Returns the same object, with the class that it had.
 
     Raises:
         ValueError: the object has no policy.
@@ -62,44 +70,60 @@ def is_attached(host: Any) -> bool:
 
 
 def refuse_attached(host: Any) -> None:
-    """Raises ValueError where an object has a policy already."""
+    """Raises ValueError if an object has a policy already."""
     if is_attached(host):
         raise ValueError(
-            f"{type(host).__name__} has a policy already, by a line of yours or by the launcher:"
+            f"{type(host).__name__} has a policy already, from a line of yours or from the launcher:"
             " speedit_plugins.without_policy removes it"
         )
 
 
 def is_constant(weight: Tensor) -> bool:
-    """Whether a weight table (T,) weighs every timestep alike."""
+    """Whether a table (T,) has one value for every timestep."""
     return bool((weight == weight[0]).all())
 
 
 def refuse_double_weights(policy: TimestepPolicy, weighing: str, remedy: str) -> None:
-    """Raises ValueError where a policy with weights meets a host that weighs its loss already.
+    """Raises ValueError if the policy has weights, for a host that weighs its loss already.
 
     Args:
-        weighing: begins the message: who weighs, by what.
-        remedy: how to switch it off.
+        policy: of the object.
+        weighing: the beginning of the message: who weighs, and by what.
+        remedy: how to switch the host's weights off.
     """
     if not is_constant(policy.weight):
         raise ValueError(
-            f"{weighing} already, and the weights of {policy.name!r} would multiply on top: {remedy}, or take"
-            " a policy that only draws, such as 'logit_normal' or dict(density=..., weighting='constant')"
+            f"{weighing} already, and the weights of {policy.name!r} would be multiplied on top: {remedy}, or"
+            " take a policy that only draws, such as 'logit_normal' or"
+            " dict(density=..., weighting='constant')"
         )
 
 
+def refuse_given_weights(
+    arguments: Mapping[str, Any], ours: str = "the policy weighs already", remedy: str = "drop one of them"
+) -> None:
+    """Raises ValueError if a training call is given `weights`, which multiply beside ours.
+
+    Args:
+        arguments: of the call.
+        ours: what weighs already.
+        remedy: what to do.
+    """
+    if arguments.get("weights") is not None:
+        raise ValueError(f"training_losses got weights, and {ours}: {remedy}")
+
+
 def draws_pairs(policy: TimestepPolicy) -> bool:
-    """Whether the timesteps of one batch depend on each other: then their law depends on the batch size."""
+    """Whether the timesteps of one batch depend on each other. Their density then depends on B."""
     return not torch.equal(policy.density_for(1), policy.density)
 
 
 class Attachment:
-    """What is added to an object: a policy, and the bookkeeping of its calls.
+    """What is added to an object: the policy, and a count of the object's training calls.
 
     Args:
-        policy: draws and weights; or what builds it, called at the first use.
-        generator: of the draws; None is the device's global one.
+        policy: draws and weighs; or a function that builds it, called at the first use.
+        generator: for the draws; None is the device's global one.
     """
 
     def __init__(
@@ -108,12 +132,15 @@ class Attachment:
         self._source = policy
         self.generator = generator
         self.num_calls = 0
-        # Whether the host's loss is mse + vb to the bit; None before the first call.
+        self._weight = TableOnDevices()
+        # Whether the host's loss is mse + vb to the bit; None until the first call.
         self.is_sum: bool | None = None
+        # What a seam keeps while a training call runs; see `under_way`.
+        self.call: Any = None
 
     @property
     def policy(self) -> TimestepPolicy:
-        """Draws and weights."""
+        """What draws and weighs; built now if it is not yet."""
         if not isinstance(self._source, TimestepPolicy):
             self._source = self._source()
         return self._source
@@ -124,30 +151,42 @@ class Attachment:
         return isinstance(self._source, TimestepPolicy)
 
     def advance(self) -> None:
-        """Counts a training call; each is one step for a curriculum."""
+        """Counts a training call. Each call is one step of a curriculum."""
         self.policy.advance(self.num_calls)
         self.num_calls += 1
 
     def draw(self, t: Tensor) -> TimestepDraw:
-        """The draw that takes the place of the host's t (B,), on its device."""
+        """The draw that replaces the host's t (B,), on its device."""
         self.advance()
         return self.policy.draw(len(t), device=t.device, generator=self.generator)
 
-    def weighted(self, terms: Any, draw: TimestepDraw) -> Any:
-        """The host's loss terms with the draw's weights in `loss`; all other terms as they are.
+    def at(self, index: Tensor, time: Tensor) -> TimestepDraw:
+        """Timesteps that the host chose itself, with the policy's weights (B,).
 
         Args:
-            terms: dict with per-sample `loss` (B,), `mse` and perhaps `vb`; or the loss (B,) itself.
+            index: int64 (B,).
+            time: float32 (B,).
+        """
+        weight = self._weight.at(self.policy.weight, index)
+        return TimestepDraw(index, time, weight, self.policy.scope)
+
+    def weighted(self, terms: Any, draw: TimestepDraw) -> Any:
+        """The host's loss terms with the draw's weights in `loss`. All other terms stay as they are.
+
+        Args:
+            terms: a dict with per-sample `loss` (B,), `mse` and perhaps `vb`; or the loss (B,) itself.
+            draw: of this step.
 
         Raises:
-            ValueError: anything else, a loss of the whole batch, or no mse where the policy weighs it.
+            ValueError: the terms are something else, the loss is that of the whole batch, or there is no mse
+                and the policy weighs the mse.
         """
         if isinstance(terms, Tensor):
             return self.weighted_whole(terms, draw)
         if not isinstance(terms, Mapping) or "loss" not in terms:
             raise ValueError(
                 f"the host's training method returns {type(terms).__name__}, wanted a loss (B,) or a dict"
-                " with one: distillation (PixArt's LCM) is not this seam"
+                " with one; distillation (PixArt's LCM) has no such loss"
             )
         if draw.scope == "loss":
             return {**terms, "loss": self.weighted_whole(terms["loss"], draw)}
@@ -165,22 +204,32 @@ class Attachment:
             self.is_sum = torch.equal(loss, mse if rest is None else mse + rest)
         if self.is_sum:
             return {**terms, "loss": weight * mse if rest is None else weight * mse + rest}
-        # The host adds or scales on its own account: change its loss by what the weight changes of the mse.
+        # The host's loss has more terms or other factors: it changes by what the weight changes of the mse.
         return {**terms, "loss": loss + (weight - 1) * mse}
 
     def weighted_whole(self, loss: Tensor, draw: TimestepDraw) -> Tensor:
-        """A host's loss (B,) of one term times the draw's weights, in its dtype.
+        """The whole of a host's loss (B,) times the draw's weights, in its dtype.
 
         Raises:
-            ValueError: a loss of another shape.
+            ValueError: the loss has another shape.
         """
         _check_per_sample(loss, draw)
         self.policy.update(draw.index, loss.detach())
         return draw.weight.to(loss.dtype) * loss
 
 
+@contextlib.contextmanager
+def under_way(attachment: Any, call: Call) -> Iterator[Call]:
+    """Keeps `call` as `attachment.call` while a training call runs; afterwards it is None again."""
+    attachment.call = call
+    try:
+        yield call
+    finally:
+        attachment.call = None
+
+
 def scaled(error: Tensor, weight: Tensor) -> Tensor:
-    """An error (B, ...) times a weight (B,) of each sample, in the error's dtype."""
+    """Errors (B, ...) times the weight (B,) of each sample, in the dtype of the errors."""
     return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
 
 
@@ -188,15 +237,15 @@ def _check_per_sample(loss: Tensor, draw: TimestepDraw) -> None:
     if loss.shape != draw.index.shape:
         raise ValueError(
             f"the host's loss has shape {tuple(loss.shape)}, wanted one for each sample,"
-            f" {tuple(draw.index.shape)}: a mean over the batch is too late to weigh"
+            f" {tuple(draw.index.shape)}: the mean of a batch cannot be weighed by sample"
         )
 
 
 class TableOnDevices:
-    """Copies of a table (T,) on the devices that asked for it: one each, which saves a transfer each step.
+    """One copy of a table (T,) on each device that asked for it. This saves a transfer in every step.
 
     Args:
-        derive: from the table, what is looked up in its place; a function that can be pickled.
+        derive: turns the table into the one that is looked up; a function that can be pickled.
     """
 
     def __init__(self, derive: Callable[[Tensor], Tensor] = torch.Tensor.float) -> None:
@@ -205,7 +254,7 @@ class TableOnDevices:
         self._copies: dict[torch.device, Tensor] = {}
 
     def at(self, table: Tensor, index: Tensor) -> Tensor:
-        """Values float32 (B,) at indices int64 (B,), on their device; another table drops the copies."""
+        """Values float32 (B,) at indices int64 (B,), on their device. A new table replaces the copies."""
         if table is not self._table:
             self._table, self._copies = table, {}
         if index.device not in self._copies:
@@ -215,10 +264,10 @@ class TableOnDevices:
 
 @functools.cache
 def attached_class(host_class: type, methods: Methods) -> type:
-    """The subclass of a host's class that has a seam's methods; the same one for the same arguments."""
+    """The subclass of a host's class with the methods of a seam; one for the same arguments."""
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        """Pickles and copies by the host's class: the attached one is made anew where it is loaded."""
+        """Pickles and copies name the host's class. The subclass is made anew where they are loaded."""
         return _unpickled, (host_class, methods), self.__dict__
 
     members = {
@@ -232,7 +281,7 @@ def attached_class(host_class: type, methods: Methods) -> type:
 
 
 def hosts_method(host: Any, host_class: type, methods: Methods, name: str) -> Callable[..., Any]:
-    """The host's own method behind one of a seam's, bound to the object."""
+    """The host's own method that a method of the seam replaced, bound to the object."""
     return cast(Callable[..., Any], getattr(super(attached_class(host_class, methods), host), name))
 
 

@@ -1,7 +1,7 @@
 """Seam B: the host draws t and calls `diffusion.training_losses(model, x, t, ...)`.
 
-That method puts our t in the place of the host's and weights the per-sample loss. DiT-3D's `p_losses` is the
-same seam.
+That method gets our t in place of the host's, and its loss is weighed for each sample. DiT-3D calls it
+`p_losses`.
 
 Dims: T timesteps, B batch.
 """
@@ -27,14 +27,14 @@ from speedit_plugins.registry import Config
 
 METHODS = ("training_losses", "training_losses_diffusers", "p_losses")
 TIMESTEP_NAMES = ("t", "timestep")
-# Tables of hosts are float32 products of a thousand factors; schedules that differ do so by more than this.
+# A host's table may be a float32 product of a thousand factors. Two schedules differ by more than this.
 SNR_TOLERANCE = 0.01
-# Packages whose step evaluates two losses, of the masked and the whole input, at one t.
+# Packages that compute two losses in a step, of the masked and of the whole input, at one t.
 _SHARED_TIMESTEPS = ("masked_diffusion",)
 
 
 def fits(host: Any) -> bool:
-    """Whether a host's object has a training method that takes t."""
+    """Whether a host's object has a training method with an argument for t."""
     return bool(_timesteps(type(host)))
 
 
@@ -44,35 +44,38 @@ def wrapped(
     prediction_type: str | None,
     generator: torch.Generator | None,
 ) -> Any:
-    """The host's object with a policy in it; see `with_policy`."""
+    """The host's object with a policy; see `with_policy`."""
     refuse_other_seams(host)
     return attach(host, Attachment(policy_for(host, policy, prediction_type), generator), steered_methods)
 
 
 def refuse_other_seams(host: Any) -> None:
-    """Raises ValueError for an object of a host that is entered elsewhere, naming where."""
+    """Raises ValueError if a policy goes in elsewhere for the object's host; the message says where."""
     if type(host).__module__.split(".")[0] in _SHARED_TIMESTEPS:
         raise ValueError(
-            f"{type(host).__module__} trains two losses at one t, which a redraw inside training_losses"
-            " would tear apart: use speedit_plugins.hosts.schedule_sampler.schedule_sampler"
+            f"{type(host).__module__} trains two losses at one t, and with a draw in training_losses each"
+            " would have its own: use speedit_plugins.hosts.schedule_sampler.schedule_sampler"
         )
     if hasattr(host, "parameterization") and hasattr(host, "l_simple_weight"):
         raise ValueError(
-            f"{type(host).__module__} returns one loss for the batch, which is too late to weigh: name"
-            f" speedit_plugins.hosts.latent_diffusion.{type(host).__name__} as `target:` in the host's config"
+            f"{type(host).__module__} returns one loss for the whole batch, which cannot be weighed by"
+            f" sample: name speedit_plugins.hosts.latent_diffusion.{type(host).__name__} as `target:` in the"
+            " host's config"
         )
 
 
 def policy_for(
     diffusion: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
 ) -> TimestepPolicy:
-    """The policy on the schedule of a diffusion object; one that is built already is checked against it.
+    """The policy for the noise schedule of a diffusion object. One that is built already is checked.
 
     Args:
-        diffusion: see `schedule_of`; asked what it predicts where `prediction_type` is None.
+        diffusion: see `schedule_of`.
+        policy: name, config, or a built policy.
+        prediction_type: what the model predicts; None asks the object.
 
     Raises:
-        ValueError: a bad policy, one for another T or schedule, or one with weights beside the host's own.
+        ValueError: the policy is bad, is for another T or schedule, or has weights and so has the host.
     """
     schedule = schedule_of(diffusion)
     built = policy
@@ -85,25 +88,25 @@ def policy_for(
         )
     if not torch.allclose(built.schedule.snr, schedule.snr, rtol=SNR_TOLERANCE):
         raise ValueError(
-            f"the policy is built on {built.schedule}, got a diffusion object with {schedule}: pass its name"
-            " or config"
+            f"the policy is built for {built.schedule}, got a diffusion object with {schedule}: pass the"
+            " policy's name or config"
         )
-    # PixArt's option: below t = 250 the error is that of x_0, which is the noise's over the SNR.
+    # An option of PixArt takes the error of x_0 below t = 250: that of the noise, over the SNR.
     if getattr(diffusion, "snr", False) is True:
         refuse_double_weights(built, "the host's snr_loss weighs its loss", "set snr_loss=False")
     return built
 
 
 def steered_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
-    """The training methods of a class, with our t in the place of the host's and weights in the loss."""
+    """The training methods of a class, at our t in place of the host's, and with weights in the loss."""
     return {name: _steered(host_class, name, at) for name, at in _timesteps(host_class).items()}
 
 
 def _timesteps(host_class: type) -> dict[str, tuple[int, str]]:
-    """Training methods of a class, with position and name of their timestep argument."""
+    """The training methods of a class, with position and name of the argument for t."""
     found = {}
     for method in METHODS:
-        # A respacing subclass passes *args on: the names stand in the class that it extends.
+        # A subclass that respaces passes *args on: the names are in the class that it extends.
         for owner in host_class.__mro__:
             names = (
                 list(inspect.signature(owner.__dict__[method]).parameters) if method in owner.__dict__ else []
@@ -121,7 +124,7 @@ def _steered(host_class: type, method: str, timestep: tuple[int, str]) -> Callab
     @functools.wraps(getattr(host_class, method))
     def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, steered_methods, method)
-        # Without gradients it is an evaluation, at the t that the host chose.
+        # Without gradients this is an evaluation, at the t that the host chose.
         if not torch.is_grad_enabled():
             return own(*args, **kwargs)
         attachment: Attachment = attachment_of(self)

@@ -1,4 +1,4 @@
-"""The one line: `diffusion = with_policy(diffusion, policy="speedit")`, for whatever a host trains with.
+"""The one line that puts a policy into a host: `diffusion = with_policy(diffusion, policy="speedit")`.
 
 Dims: T timesteps.
 """
@@ -14,7 +14,7 @@ from speedit_plugins.registry import Config
 
 __all__ = ["with_policy", "without_policy"]
 
-# A rectified flow's training_losses takes a t as well: the first seam that fits is the object's.
+# In this order, for a rectified flow's training_losses takes a t as a diffusion object's does.
 _SEAMS = (imagen, flow_object, diffusion_object)
 
 
@@ -25,28 +25,49 @@ def with_policy(
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """Puts a timestep policy into a host's object; returns the same object. `without_policy` takes it out.
+    """Puts a timestep policy into a host's object. Returns the same object; `without_policy` takes it out.
 
-    Each training call is one step for a curriculum (`TimestepPolicy.advance`). Under `torch.no_grad()`, as in
-    a validation, t and loss are the host's own.
+    From then on the policy draws the timesteps that the object trains at, and weighs each sample's loss. Each
+    training call is one step of a curriculum (`TimestepPolicy.advance`). Under `torch.no_grad()`, as in a
+    validation, t and loss are the host's own.
+
+    Example:
+        >>> import torch
+        >>> from speedit_plugins import with_policy
+        >>> class Diffusion:  # a small one; DiT's is create_diffusion("")
+        ...     alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+        ...     model_mean_type = "epsilon"
+        ...     def training_losses(self, model, x_start, t):
+        ...         mse = (model(x_start, t) ** 2).mean(1)
+        ...         return {"mse": mse, "loss": mse}
+        >>> diffusion = with_policy(Diffusion(), "speed", generator=torch.Generator().manual_seed(0))
+        >>> seen = []  # the t that reach the model
+        >>> def model(x, t):
+        ...     seen.append(t)
+        ...     return x
+        >>> terms = diffusion.training_losses(model, torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))
+        >>> seen
+        [tensor([965, 704, 457])]
+        >>> terms["loss"]  # each mse is 1, so these are the weights of "speed" at these t
+        tensor([0.5167, 0.5333, 0.5333])
 
     Args:
-        diffusion: one of
+        diffusion: the host's object, one of
             a diffusion object with `alphas_cumprod`, and `training_losses(model, x_start, t, ...)` or
             DiT-3D's `p_losses(denoise_fn, data, t, ...)`;
             a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3),
-            whose own law of t is thinned by the policy's density;
+            whose own draws of t are thinned by the policy's density;
             an `Imagen` of imagen-pytorch.
-        policy: see `build_policy`; or a policy built for this object's number of timesteps (a flow and an
-            Imagen, whose t is continuous, take any number).
+        policy: see `build_policy`; or a policy that is built already, for this object's number of timesteps
+            (a flow and an Imagen have a continuous t and take any number).
         prediction_type: what the model predicts; None reads it from the object.
-        generator: of the draws, on the device of t; None is that device's global one, as the host draws. A
-            flow's t is the host's own draw: there it decides what is refused.
+        generator: for the draws, on the device of t; None is that device's global one, as the host draws. A
+            flow draws its t itself: there the generator decides which of them are refused.
 
     Raises:
-        ValueError: the object has none of these seams or has a policy already; the policy is for another T
-            or schedule, draws pairs or strata for a flow, or has weights where the host weighs its loss
-            already; or `prediction_type` beside a built policy.
+        ValueError: the object has no such method, or has a policy already; the policy is for another T or
+            schedule, draws pairs or strata for a flow, or has weights and so has the host; or
+            `prediction_type` is given beside a built policy.
     """
     refuse_attached(diffusion)
     if prediction_type is not None and isinstance(policy, TimestepPolicy):
@@ -60,7 +81,7 @@ def with_policy(
 
 
 def no_seam(host: Any) -> str:
-    """Why an object cannot take a policy: what was looked for."""
+    """The message for an object that cannot take a policy: what was looked for."""
     return (
         f"{type(host).__module__}.{type(host).__qualname__} has no seam: looked for a method"
         f" {', '.join(diffusion_object.METHODS)} with an argument"

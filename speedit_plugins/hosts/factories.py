@@ -1,4 +1,7 @@
-"""Where each known host makes what draws its timesteps, for the launcher; and which scripts get there."""
+"""The functions by which known hosts make what draws their timesteps, and which scripts call them.
+
+The launcher replaces these functions.
+"""
 
 import ast
 from collections.abc import Iterator, Sequence
@@ -8,12 +11,12 @@ from importlib.machinery import PathFinder
 
 @dataclass(frozen=True)
 class Factory:
-    """Where a host makes what draws its timesteps.
+    """A function of a host that makes what draws its timesteps.
 
     Args:
-        hosts: for messages.
-        module: dotted name, as the host's scripts import it.
-        functions: of that module; those that are missing are skipped.
+        hosts: their names, for messages.
+        module: its dotted name, as the host's scripts import it.
+        functions: names in that module; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
             sampler.
     """
@@ -38,14 +41,14 @@ FACTORIES = (
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
 )
-# DiT-3D's class stands in the training script itself.
+# DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
 
 
 def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
-    """Whether a script names a known module, or one stands in the folders that it would import from."""
+    """Whether a script names a known module, or one is in the folders that it would import from."""
     named = set(_imported(tree))
-    return any(factory.module in named or _stands(factory.module, folders) for factory in FACTORIES)
+    return any(factory.module in named or _is_in(folders, factory.module) for factory in FACTORIES)
 
 
 def defines(tree: ast.Module, function: str) -> bool:
@@ -71,12 +74,14 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _stands(module: str, folders: Sequence[str]) -> bool:
-    """Whether a module lies in one of these folders; a package is looked into, not imported."""
+def _is_in(folders: Sequence[str], module: str) -> bool:
+    """Whether one of these folders has a module; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
+    code = None
     for part in module.split("."):
         spec = PathFinder.find_spec(part, search)
         if spec is None:
             return False
-        search = spec.submodule_search_locations
-    return True
+        search, code = spec.submodule_search_locations, spec.origin
+    # A folder of this name without an __init__.py has no code that could make anything.
+    return code is not None

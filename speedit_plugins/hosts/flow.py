@@ -1,9 +1,10 @@
-"""Flow matching: a host's own draw of t, thinned by the noise that the model sees.
+"""Flow matching: the host draws t itself, and some of its draws are refused.
 
-The host's law p becomes p(t) * acceptance(t), normalised. `FlowThinning` accepts all but 1 - 1/k of the
-convergence area; on a straight path x_t changes at a constant rate, so that area is found through the SNR.
-`FlowAttachment` accepts by the density of any policy, which is that policy's own law where the host draws
-uniformly; a resolution shift or a logit-normal draw of the host stays in.
+A host that draws t with density p then trains at the density p(t) * acceptance(t), normalised: p is thinned.
+`FlowThinning` refuses 1 - 1/k of the draws in the convergence area. On a straight path x_t changes at a
+constant rate, so the SNR tells where that area begins. `FlowAttachment` accepts t in proportion to a policy's
+density. If the host draws uniformly, t then follows the policy; a resolution shift or a logit-normal draw of
+the host stays in.
 
 Dims: T timesteps, B batch.
 """
@@ -21,31 +22,31 @@ from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, is_cons
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
-# Nothing is refused this often by a law that can be drawn from: at one in a hundred, the odds are e^-100.
+# If one draw in a hundred is accepted, a t is refused this often with probability e^-100.
 MAX_PASSES = 10_000
 
 
-def thinned(
+def draw_by_rejection(
     hosts_draw: Callable[[], Tensor],
     acceptance: Callable[[Tensor], Tensor],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A batch of the law p(t) * acceptance(t), by rejection: a refused t becomes the host's next one.
+    """A batch of t with density p(t) * acceptance(t). The host's next draw replaces one that is refused.
 
     Args:
-        hosts_draw: returns a batch of p, shape (B,); each position is i.i.d. from call to call.
+        hosts_draw: returns a batch with density p, shape (B,); each position is i.i.d. from call to call.
         acceptance: for a batch of t the probability in (0, 1] of keeping each, shape (B,).
-        generator: of the refusals, on the device of the draw; None is that device's global one.
+        generator: for the refusals, on the device of t; None is that device's global one.
 
     Returns:
-        Values of `hosts_draw`, in its dtype and place, shape (B,).
+        Values of `hosts_draw`, in its dtype, shape (B,). What is kept stays at its position.
 
     Raises:
-        ValueError: some position was refused `MAX_PASSES` times, or a generator of another device.
+        ValueError: a position was refused `MAX_PASSES` times, or the generator is of another device.
     """
 
     def refused(t: Tensor) -> Tensor:
-        # In float32 or wider: bfloat16 resolves only 8 bits.
+        # In float32, whatever the default: bfloat16 resolves only 8 bits.
         coin = torch.rand(t.shape, device=t.device, dtype=torch.float32, generator=generator)
         return coin >= acceptance(t)
 
@@ -53,32 +54,32 @@ def thinned(
     if generator is not None and generator.device.type != t.device.type:
         raise ValueError(f"thinning on {t.device} needs a generator there, got one on {generator.device}")
     again = refused(t)
-    # A pass keeps a fixed share of the batch on average; the test costs one synchronisation per pass.
+    # On average a pass keeps a fixed share of the batch. The test costs a synchronisation in each pass.
     for _ in range(MAX_PASSES):
         if not again.any():
             return t
         t = torch.where(again, hosts_draw(), t)
         again = again & refused(t)
     raise ValueError(
-        f"no t that the host drew in {MAX_PASSES} passes was kept: the policy's density is about 0 where the"
-        " host draws"
+        f"no t that the host drew in {MAX_PASSES} passes was kept: the policy's density is about 0 at every"
+        " t that the host draws"
     )
 
 
 @dataclass(frozen=True)
 class FlowThinning:
-    """How a flow host's draw is thinned and its loss weighted.
+    """How a flow host's draws are thinned and its loss is weighed.
 
     Args:
-        k: how many times rarer a t of the convergence area becomes; finite, >= 1, 1 keeps the host's law.
-        snr_boundary: the area begins where the SNR falls below this; > 0.
-        lam: upper end of the change-aware weights, in [0.5, 1]; None weighs nothing.
+        k: how many times rarer a t of the convergence area becomes; finite, >= 1. 1 keeps every draw.
+        snr_boundary: SNR below which the convergence area begins; > 0.
+        lam: largest of the change-aware weights, in [0.5, 1]; None weighs nothing.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
 
     Warns:
-        UserWarning: k = 1, which thins nothing.
+        UserWarning: k = 1: nothing is thinned.
     """
 
     k: float = 5.0
@@ -99,7 +100,7 @@ class FlowThinning:
 
     @property
     def boundary(self) -> float:
-        """Time in (0, 1), 1 is noise, past which a draw is thinned: ((1 - t) / t)^2 = snr_boundary."""
+        """Time in (0, 1), 1 is noise, from which draws are thinned: ((1 - t) / t)^2 = snr_boundary."""
         return 1 / (1 + math.sqrt(self.snr_boundary))
 
     def draw(
@@ -109,15 +110,16 @@ class FlowThinning:
         time_of: Callable[[Tensor], Tensor] = torch.Tensor.float,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A batch of the thinned law, by rejection: a refused t is replaced by the host's next one.
+        """A batch of the host's t, thinned. The host's next draw replaces one that is refused.
 
         Args:
             hosts_draw: returns the host's t, shape (B,); each position is i.i.d. from call to call.
-            time_of: turns them into time in [0, 1], 1 is noise, as the model sees it after any shift.
-            generator: of the refusals, on the device of the draw; None is that device's global one.
+            time_of: turns such t into time in [0, 1], 1 is noise, as the model sees it after any shift.
+            generator: for the refusals, on the device of t; None is that device's global one.
 
         Returns:
-            Values of `hosts_draw`, in its dtype and place, shape (B,). With k = 1 its first ones.
+            Values of `hosts_draw`, in its dtype, shape (B,). What is kept stays at its position. With k = 1
+            they are those of its first call.
         """
         if self.k == 1:
             return hosts_draw()
@@ -125,12 +127,12 @@ class FlowThinning:
         def acceptance(t: Tensor) -> Tensor:
             return 1 - (1 - 1 / self.k) * (time_of(t) > self.boundary).float()
 
-        return thinned(hosts_draw, acceptance, generator)
+        return draw_by_rejection(hosts_draw, acceptance, generator)
 
     def weight(self, time: Tensor) -> Tensor:
-        """(1 - lam) + (2 lam - 1) (dv/dt) / 2 with v = sigma^2 / (alpha^2 + sigma^2); ones without lam.
+        """(1 - lam) + (2 lam - 1) (dv/dt) / 2 with v = sigma^2 / (alpha^2 + sigma^2); ones if lam is None.
 
-        dv/dt = 2 t (1 - t) / (1 - 2t + 2t^2)^2 has its maximum, 2, at t = 1/2 and is 0 at both ends.
+        dv/dt = 2 t (1 - t) / (1 - 2t + 2t^2)^2 is largest at t = 1/2, where it is 2, and 0 at both ends.
 
         Args:
             time: in [0, 1], 1 is noise, shape (B,).
@@ -146,9 +148,9 @@ class FlowThinning:
 
 
 class FlowAttachment(Attachment):
-    """A policy on a host that draws continuous time: its law is the host's times the policy's density.
+    """A policy for a host that draws a continuous t itself: the host's draws are thinned by its density.
 
-    The density counts relative to its largest value; weights are looked up at the time that comes out.
+    A t is kept with the probability density / largest density. The weight is the one at the t that is kept.
     """
 
     def __init__(
@@ -156,19 +158,18 @@ class FlowAttachment(Attachment):
     ) -> None:
         super().__init__(policy, generator)
         self._acceptance = TableOnDevices(_relative_to_largest)
-        self._weight = TableOnDevices()
-        # Of the training call that is under way.
+        # The draw of the training call that runs now.
         self._draw: TimestepDraw | None = None
 
     def draw_from(self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """A t (B,) of the thinned law, in the host's dtype and place; `weighted_call` weighs its loss.
+        """The host's t (B,), thinned, in its dtype. `weighted_call` weighs the loss of this draw.
 
         Args:
             hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call.
-            time_of: turns such a t into time in [0, 1], 1 is noise.
+            time_of: turns such t into time in [0, 1], 1 is noise.
 
         Raises:
-            ValueError: see `thinned`.
+            ValueError: see `draw_by_rejection`.
         """
         self.advance()
         T = len(self.policy.density)
@@ -176,21 +177,18 @@ class FlowAttachment(Attachment):
         def bins(t: Tensor) -> Tensor:
             return (time_of(t).float() * T).long().clamp(0, T - 1)
 
-        # A flat density keeps every draw: no coin is thrown, and the random state stays as the host's.
+        # A flat density keeps every draw. Without a coin the random state stays the host's.
         if is_constant(self.policy.density):
             t = hosts_draw()
         else:
-            t = thinned(
+            t = draw_by_rejection(
                 hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(t)), self.generator
             )
-        index = bins(t)
-        self._draw = TimestepDraw(
-            index, time_of(t).float(), self._weight.at(self.policy.weight, index), self.policy.scope
-        )
+        self._draw = self.at(bins(t), time_of(t).float())
         return t
 
     def weighted_call(self, train: Callable[[], Any]) -> Any:
-        """The terms of a host's training call, with weights in the loss (B,) for the t drawn inside it.
+        """The terms of a host's training call, with weights in the loss (B,) for the t drawn during it.
 
         Raises:
             ValueError: the call drew no t, or returned no dict with a loss.

@@ -1,8 +1,8 @@
 """Seam B for flow matching: the host's object draws a continuous t inside `training_losses`.
 
-Two kinds: a transport (SiT, LightningDiT), whose t = 0 is noise, and a rectified flow (VideoSys, Open-Sora
-1.2 and 1.3), which shifts its t by the resolution. Either way the host draws as it does, and our law is its
-law thinned by the policy's density (`FlowAttachment`).
+There are two kinds. A transport (SiT, LightningDiT) has noise at t = 0. A rectified flow (VideoSys, Open-Sora
+1.2 and 1.3) shifts its t by the resolution. Both draw as they always do, and their draws are thinned by the
+policy's density (`FlowAttachment`).
 
 Dims: T timesteps, B batch.
 """
@@ -21,6 +21,7 @@ from speedit_plugins.hosts.attachment import (
     draws_pairs,
     hosts_method,
     refuse_double_weights,
+    refuse_given_weights,
 )
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
@@ -29,11 +30,11 @@ from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
-# What a transport's model predicts, by the host's name for it and for its path. The score times sigma is
-# minus the noise, and the host's loss scales it so; the velocity on a cosine path is v times a constant.
+# What a transport's model predicts, by the host's names for it and for its path. The score times sigma is
+# minus the noise, and the host scales its loss by that; the velocity on a cosine path is v times a constant.
 _NOISE = ("NOISE", "SCORE")
 _VELOCITY = {"ICPlan": "flow", "GVPCPlan": "v"}
-# 1.2 and 1.3 of Open-Sora name the model's arguments differently.
+# Open-Sora 1.2 and 1.3 have different names for the model's arguments.
 _MODEL_ARGUMENTS = ("model_kwargs", "model_args")
 
 
@@ -61,25 +62,27 @@ def wrapped(
     prediction_type: str | None,
     generator: torch.Generator | None,
 ) -> Any:
-    """The host's object with a policy in it; see `with_policy`."""
+    """The host's object with a policy; see `with_policy`."""
     return attach_flow(host, FlowAttachment(policy_for(host, policy, prediction_type), generator))
 
 
 def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
-    """Lets an attachment draw and weigh for a transport or a rectified flow; returns the same object."""
+    """Lets an attachment draw and weigh for a transport or a rectified flow. Returns the same object."""
     return attach(host, attachment, transport_methods if is_transport(host) else rectified_flow_methods)
 
 
 def policy_for(
     host: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
 ) -> TimestepPolicy:
-    """The policy on the noise levels of a flow host, 0 clean; one that is built already is checked.
+    """The policy for the noise levels of a flow host, 0 is clean. One that is built already is checked.
 
     Args:
-        host: a transport or a rectified flow; asked what it predicts where `prediction_type` is None.
+        host: a transport or a rectified flow.
+        policy: name, config, or a built policy.
+        prediction_type: what the model predicts; None asks the host.
 
     Raises:
-        ValueError: a bad policy, one that draws in pairs or strata, or one that weighs beside the host.
+        ValueError: the policy is bad, draws in pairs or strata, or has weights and so has the host.
     """
     if isinstance(policy, TimestepPolicy):
         built = policy
@@ -89,7 +92,7 @@ def policy_for(
     if draws_pairs(built) or built.stratified:
         how = "strata" if built.stratified else "pairs"
         raise ValueError(
-            f"{built.name!r} draws in {how}, and a flow host's own draws are thinned one by one: take a"
+            f"{built.name!r} draws in {how}, and a flow host's own draws are refused one by one: take a"
             " policy with independent draws, such as 'speedit'"
         )
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
@@ -106,7 +109,7 @@ def _built(
     try:
         predicted = prediction_type or flow_prediction_type(host)
     except ValueError:
-        # Only weights that are converted depend on it.
+        # The host does not say. That matters only for weights that are converted to its prediction type.
         first, other = (build_policy(policy, schedule, each) for each in ("epsilon", "v"))
         if torch.equal(first.weight, other.weight):
             return first
@@ -115,10 +118,10 @@ def _built(
 
 
 def flow_prediction_type(host: Any) -> str:
-    """What the loss of a transport or a rectified flow is a squared error of: flow, v or epsilon.
+    """What a transport or a rectified flow takes the squared error of: flow, v or epsilon.
 
     Raises:
-        ValueError: a velocity on another path, where no closed form relates it to the noise.
+        ValueError: a velocity on a path on which no closed form relates it to the noise.
     """
     if not is_transport(host):
         return "flow"
@@ -127,21 +130,21 @@ def flow_prediction_type(host: Any) -> str:
     path = type(host.path_sampler).__name__
     if path not in _VELOCITY:
         raise ValueError(
-            f"this {type(host).__name__} predicts the velocity on the path {path}, where it has no closed"
-            " form in the noise: pass prediction_type (the launcher: --prediction-type), or take the Linear"
-            " or the GVP path"
+            f"this {type(host).__name__} predicts the velocity on the path {path}, where no closed form"
+            " relates it to the noise: pass prediction_type (the launcher: --prediction-type), or take the"
+            " Linear or the GVP path"
         )
     return _VELOCITY[path]
 
 
-def rectified_flow_draw(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tensor:
-    """The t (B,) that a host's rectified flow would train on, drawn and shifted as it does.
+def draw_hosts_t(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tensor:
+    """The t (B,) that a host's rectified flow would train at, drawn and shifted as it does.
 
     Raises:
-        ValueError: the host does not hand its t to `add_noise`.
+        ValueError: the host does not pass its t to `add_noise`.
     """
-    # The draw is written into the host's training_losses; add_noise is the first to get the finished t. A
-    # shallow copy stops there, before the model, and leaves the host's object as it is.
+    # The host draws within training_losses, and add_noise is the first to get the shifted t. A shallow copy
+    # stops there, before the model, and leaves the host's object as it is.
     stopping = copy.copy(scheduler)
     stopping.add_noise = _stop
     rows = torch.empty(len(x_start), 1, device=x_start.device)
@@ -156,33 +159,32 @@ def rectified_flow_draw(scheduler: Any, x_start: Tensor, model_arguments: Any) -
 
 
 def model_arguments_of(arguments: Mapping[str, Any]) -> Any:
-    """The model's arguments among those of a rectified flow's `training_losses`; None without."""
+    """The model's arguments among those of a rectified flow's `training_losses`, or None."""
     return next((arguments[name] for name in _MODEL_ARGUMENTS if name in arguments), None)
 
 
 def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
-    """`training_losses` of a rectified flow, at a t of the thinned law; a t that is passed is kept."""
+    """`training_losses` of a rectified flow, at thinned draws. A t that is passed is kept."""
     signature = _signature(host_class, "training_losses")
 
     def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         own = hosts_method(self, host_class, rectified_flow_methods, "training_losses")
         given = bound.arguments
-        if given.get("weights") is not None:
-            raise ValueError("training_losses got weights, and the policy weighs already: drop one of them")
-        # Without gradients it is an evaluation, and the host's own.
+        refuse_given_weights(given)
+        # Without gradients this is an evaluation, and the host's own.
         if given.get("t") is not None or not torch.is_grad_enabled():
             return own(*args, **kwargs)
         attachment, num_timesteps = attachment_of(self), self.num_timesteps
 
         def time_of(t: Tensor) -> Tensor:
-            # A discrete t is a row of the host's own: its middle.
+            # A discrete t is a row of the host's table; this is its middle.
             time: Tensor = (t if t.is_floating_point() else t + 0.5) / num_timesteps
             return time
 
         def trained() -> Any:
             given["t"] = attachment.draw_from(
-                lambda: rectified_flow_draw(self.scheduler, given["x_start"], model_arguments_of(given)),
+                lambda: draw_hosts_t(self.scheduler, given["x_start"], model_arguments_of(given)),
                 time_of,
             )
             return own(*bound.args[1:], **bound.kwargs)
@@ -193,9 +195,9 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
 
 
 def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
-    """`sample` and `training_losses` of a transport, at a t of the thinned law.
+    """`sample` and `training_losses` of a transport, at thinned draws.
 
-    Without gradients, and where LightningDiT validates on an interval, draw and loss stay the host's.
+    Without gradients, and when LightningDiT validates on an interval, draw and loss stay the host's.
     """
     sample_signature = _signature(host_class, "sample")
     loss_signature = _signature(host_class, "training_losses")
@@ -205,7 +207,7 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
         drawn, bound = own(*args, **kwargs), sample_signature.bind(self, *args, **kwargs)
         if bound.arguments.get("sp_timesteps") is not None or not torch.is_grad_enabled():
             return drawn
-        # The first t is the one drawn with the noise. More are drawn for rows without pixels.
+        # The first t was drawn with the noise. Further ones are drawn for rows of one pixel.
         first, x1 = [drawn[0]], bound.arguments["x1"]
         bound.arguments["x1"] = x1.new_empty(len(x1), 1)
 
@@ -231,17 +233,17 @@ def _signature(host_class: type, method: str) -> inspect.Signature:
 
 
 def _levels_of(host: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Signal and noise scale of a transport's path at our time."""
+    """A function from our time to a transport's scales of signal and noise."""
     path = host.path_sampler
 
     def levels(time: Tensor) -> tuple[Tensor, Tensor]:
-        # Its 0 is noise.
+        # A transport has noise at 0.
         return path.compute_alpha_t(1 - time)[0], path.compute_sigma_t(1 - time)[0]
 
     return levels
 
 
-class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host, and is no error
+class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host and is no error
     def __init__(self, t: Tensor) -> None:
         super().__init__("the host has drawn its t")
         self.t = t

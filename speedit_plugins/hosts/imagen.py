@@ -1,8 +1,8 @@
 """Seam D for imagen-pytorch: `Imagen.forward` draws a continuous time and hands it to `p_losses`.
 
-There our time takes its place, and the host's `loss_fn` weighs each sample. Each unet of the cascade has a
-noise schedule, and so a policy, of its own. The noise of the low-resolution conditioning stays the host's,
-and outside training mode all of it does.
+There our time replaces it, and the host's `loss_fn` weighs each sample. Each unet of the cascade has a noise
+schedule of its own, and so a policy of its own. The noise of the low-resolution conditioning stays the
+host's. Outside training mode everything does.
 
 Dims: T timesteps, B batch.
 """
@@ -21,6 +21,7 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
     scaled,
+    under_way,
 )
 from speedit_plugins.hosts.schedules import binned
 from speedit_plugins.policies.build import build_policy
@@ -30,7 +31,7 @@ from speedit_plugins.registry import Config
 
 
 def fits(host: Any) -> bool:
-    """Whether a host's object is an `Imagen`; the elucidated one draws sigmas and has no noise schedulers."""
+    """Whether a host's object is an `Imagen`. The elucidated one draws sigmas and has no noise schedulers."""
     return hasattr(host, "noise_schedulers") and hasattr(host, "p_losses") and hasattr(host, "loss_fn")
 
 
@@ -43,12 +44,12 @@ def wrapped(
     """The host's object with a policy for each of its unets; see `with_policy`.
 
     Raises:
-        ValueError: a bad policy, one with weights where the host's Min-SNR is on, a prediction type, or
-            another version of the host.
+        ValueError: the policy is bad, or has weights while the host's Min-SNR is on; a prediction type is
+            given; or the host has another version.
     """
     if prediction_type not in (None, "epsilon"):
         raise ValueError(
-            "Imagen scales the loss of every objective to that of the noise: leave prediction_type out, got"
+            "Imagen scales the loss of every objective to that of the noise: leave out prediction_type, got"
             f" {prediction_type!r}"
         )
     if not hasattr(host, "min_snr_gamma"):
@@ -59,7 +60,7 @@ def wrapped(
     if isinstance(policy, TimestepPolicy) and len(host.noise_schedulers) > 1:
         raise ValueError(
             f"a built policy is one for all {len(host.noise_schedulers)} unets, and their noise schedules"
-            " differ: pass its name or config, which each unet builds for itself"
+            " differ: pass its name or config, from which each unet gets its own"
         )
     parts = []
     for number, (scheduler, gamma) in enumerate(
@@ -78,10 +79,10 @@ def wrapped(
 
 
 def schedule_of_unet(scheduler: Any) -> NoiseSchedule:
-    """The continuous schedule of one unet at bin midpoints, 0 clean.
+    """The continuous noise schedule of one unet at the midpoints of bins, 0 is clean.
 
     Args:
-        scheduler: imagen-pytorch's, has `log_snr(times)`.
+        scheduler: of imagen-pytorch; it has `log_snr(times)`.
     """
 
     def levels(time: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +98,15 @@ class CascadeAttachment:
 
     Args:
         parts: one attachment for each unet.
-        current: the unet's attachment and the draw of the training call that is under way.
+        call: the unet's attachment and draw while a training call runs; see `under_way`.
     """
 
     parts: list[Attachment]
-    current: tuple[Attachment, TimestepDraw] | None = None
+    call: tuple[Attachment, TimestepDraw] | None = None
 
 
 def imagen_methods(host_class: type) -> Mapping[str, Any]:
-    """`p_losses` at our times, and `loss_fn`, which weighs while it runs."""
+    """`p_losses` at our times, and a `loss_fn` that weighs while `p_losses` runs."""
 
     def p_losses(self: Any, unet: Any, x_start: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
         own: Callable[..., Tensor] = hosts_method(self, host_class, imagen_methods, "p_losses")
@@ -115,18 +116,15 @@ def imagen_methods(host_class: type) -> Mapping[str, Any]:
         number = next(n for n, s in enumerate(self.noise_schedulers) if s is kwargs["noise_scheduler"])
         part = cascade.parts[number]
         draw = part.draw(times)
-        cascade.current = (part, draw)
-        try:
+        with under_way(cascade, (part, draw)):
             return own(unet, x_start, draw.time.to(times.dtype), **kwargs)
-        finally:
-            cascade.current = None
 
     def loss_fn(self: Any) -> Callable[..., Tensor]:
         own: Callable[..., Tensor] = self.__dict__["loss_fn"]
         cascade: CascadeAttachment = attachment_of(self)
-        return own if cascade.current is None else _weighing(own, *cascade.current)
+        return own if cascade.call is None else _weighing(own, *cascade.call)
 
-    # A property goes before the instance's own attribute of that name, which stays as it is.
+    # Python looks at a property before the instance's own attribute of that name, so that one stays as it is.
     return {"p_losses": p_losses, "loss_fn": property(loss_fn)}
 
 

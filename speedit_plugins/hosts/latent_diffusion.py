@@ -1,7 +1,7 @@
-"""Seam D for latent-diffusion and Stable Diffusion 1 and 2: `target:` in a config names a class from here.
+"""Seam D for latent-diffusion and Stable Diffusion 1 and 2: a config's `target:` names a class of this file.
 
-Every class of `ldm.models.diffusion.ddpm` that trains through `p_losses` has one of the same name in this
-module, such as `speedit_plugins.hosts.latent_diffusion.LatentDiffusion`: the host's class, with a policy.
+For every class of `ldm.models.diffusion.ddpm` that trains through `p_losses`, this module has a class of the
+same name, such as `speedit_plugins.hosts.latent_diffusion.LatentDiffusion`: the host's class, with a policy.
 
 Dims: T timesteps, B batch, C channels, H and W height and width.
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, scaled
+from speedit_plugins.hosts.attachment import Attachment, scaled, under_way
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config, nearest
 
 _HOST = "ldm.models.diffusion.ddpm"
-# Of the checkpoint: the policy's state and the number of training calls.
+# The checkpoint keeps the policy's state and the number of training calls under this key.
 CHECKPOINT_KEY = "speedit_plugins"
 _TERMS = ("train/loss_simple", "train/loss_vlb", "train/loss")
 
@@ -43,8 +43,8 @@ except ImportError as error:
     ) from error
 
 
-class _TrainingCall:
-    """One training call of `p_losses`: our draw, and the errors (B, C, H, W) that `get_loss` returned."""
+class _WeighedErrors:
+    """The errors (B, C, H, W) that `get_loss` returned in one training call: plain, and weighed."""
 
     def __init__(self, draw: TimestepDraw) -> None:
         self.draw = draw
@@ -52,8 +52,8 @@ class _TrainingCall:
         self.weighed: list[Tensor] = []
 
     def weigh(self, error: Tensor) -> Tensor:
-        """The error of the host's next term, with the draw's weights where they belong."""
-        # Where the host asks a second time, it is for the variational term.
+        """The error of the host's next term, weighed if the policy weighs that term."""
+        # If the host asks a second time, it is for the variational term.
         is_variational = self.plain and self.draw.scope == "mse"
         weighed = error if is_variational else scaled(error, self.draw.weight)
         self.plain.append(error)
@@ -61,27 +61,21 @@ class _TrainingCall:
         return weighed
 
 
-class _LossAttachment(Attachment):
-    """The attachment of a model whose `get_loss` weighs while a training call is under way."""
-
-    call: _TrainingCall | None = None
-
-
 class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
-    """Stands before the host's class: t from a policy and the weights in its training loss.
+    """Comes before a host's class in the order of methods: a policy draws t and weighs the training loss.
 
-    In eval mode all of it is the host's, so that a monitored val/loss is comparable between policies.
+    In eval mode everything is the host's, so that a monitored val/loss can be compared between policies.
 
     Args:
-        policy: see `build_policy`; a config of OmegaConf as well.
+        policy: see `build_policy`; it may be a config of OmegaConf.
         args, kwargs: of the host's class.
 
     Raises:
-        ValueError: a bad policy; `learn_logvar`, which learns the weights away; or a shortened schedule of
-            the conditioning, which the host noises at its own t.
+        ValueError: the policy is bad; `learn_logvar` is on: it would learn the weights away; or the schedule
+            of the conditioning is shortened: the host noises it at its own t.
     """
 
-    # Set by each class of this module; `is_attached` and `without_policy` look for the first.
+    # Each class of this module sets both. `is_attached` and `without_policy` look for `host_class`.
     host_class: type
     _signature: inspect.Signature
 
@@ -89,18 +83,18 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         super().__init__(*args, **kwargs)
         if self.learn_logvar:
             raise ValueError(
-                "learn_logvar=True divides the loss at each timestep by a factor that it learns, which takes"
+                "learn_logvar=True divides the loss at each timestep by a factor that it learns, and so takes"
                 " the weights out again: wanted learn_logvar=False"
             )
-        # An unconditional model has the shortened schedule without a use for it.
+        # An unconditional model does not use the shortened schedule.
         if getattr(self, "shorten_cond_schedule", False) and self.model.conditioning_key is not None:
             raise ValueError(
                 f"num_timesteps_cond={self.num_timesteps_cond} noises the conditioning at the t that the host"
                 " draws, not at the policy's: wanted num_timesteps_cond=1"
             )
-        # The schedule is known only now that the host has registered it.
+        # The host's constructor has registered the schedule by now.
         built = build_policy(_plain(policy), schedule_of(self), prediction_type_of(self))
-        self._speedit_attachment = _LossAttachment(built)
+        self._speedit_attachment = Attachment(built)
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -108,9 +102,9 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         return self._speedit_attachment.policy
 
     def p_losses(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The host's loss and its terms, scalars; in training mode at our t in place of the given one.
+        """The host's loss and its terms, scalars. In training mode they are at our t, not at the given one.
 
-        There `train/loss` is the weighted loss; `train/loss_simple` and `train/loss_vlb` are unweighted.
+        `train/loss` is then the weighted loss; `train/loss_simple` and `train/loss_vlb` are not weighted.
 
         Raises:
             ValueError: the host's loss is not made of these two terms.
@@ -122,69 +116,66 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         t, attachment = bound.arguments["t"], self._speedit_attachment
         draw = attachment.draw(t)
         bound.arguments["t"] = draw.index.to(t.dtype)
-        call = attachment.call = _TrainingCall(draw)
-        try:
+        with under_way(attachment, _WeighedErrors(draw)) as errors:
             loss, terms = super().p_losses(*bound.args[1:], **bound.kwargs)
-        finally:
-            attachment.call = None
-        return self._weighted(loss, terms, call)
+        return self._weighted(loss, terms, errors)
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """The host's error (B, C, H, W), or its mean; weighted while a training call makes such a term."""
+        """The host's error (B, C, H, W), or its mean. During a training call the error is weighed."""
         error: Tensor = super().get_loss(pred, target, mean=mean)
-        call = self._speedit_attachment.call
-        if call is None:
+        errors: _WeighedErrors | None = self._speedit_attachment.call
+        if errors is None:
             return error
         if mean:
             raise ValueError(
-                "p_losses asked get_loss for the batch's mean, wanted mean=False: w is per sample"
+                "p_losses asked get_loss for the batch's mean, wanted mean=False: weights are by sample"
             )
-        return call.weigh(error)
+        return errors.weigh(error)
 
     def _weighted(
-        self, loss: Tensor, terms: Mapping[str, Tensor], call: _TrainingCall
+        self, loss: Tensor, terms: Mapping[str, Tensor], errors: _WeighedErrors
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        attachment, draw = self._speedit_attachment, call.draw
-        # Once: each comparison waits for the device.
+        attachment, draw = self._speedit_attachment, errors.draw
+        # In the first call only: a comparison waits for the device.
         if attachment.is_sum is None:
-            self._confirm(loss, terms, call)
+            self._confirm(loss, terms, errors)
             attachment.is_sum = True
-        error = _per_sample(call.plain[0])  # (B,)
+        error = _per_sample(errors.plain[0])  # (B,)
         factor = self.lvlb_weights[draw.index]
         vlb = (factor * error).mean()
-        if len(call.plain) == 1 and draw.scope == "mse":
-            # Pixel-space DDPM makes both terms of one error: the variational one is summed anew, unweighted.
+        if len(errors.plain) == 1 and draw.scope == "mse":
+            # DDPM in pixel space makes both terms of one error: the unweighted variational term is made here.
             loss = terms["train/loss_simple"] * self.l_simple_weight + self.original_elbo_weight * vlb
-        # What a learning policy balances is the loss that the host would have without it.
+        # A learning policy balances the loss that the host would have without it.
         whole = self.l_simple_weight * error + self.original_elbo_weight * factor * error
         attachment.policy.update(draw.index, whole.detach())
         return loss, {**terms, **dict(zip(_TERMS, (error.mean(), vlb, loss), strict=True))}
 
-    def _confirm(self, loss: Tensor, terms: Mapping[str, Tensor], call: _TrainingCall) -> None:
-        """Raises unless the host's loss is made of its errors as known: a fork's may be another."""
+    def _confirm(self, loss: Tensor, terms: Mapping[str, Tensor], errors: _WeighedErrors) -> None:
+        """Raises ValueError unless the host makes its loss of these errors as known; a fork may not."""
         missing = [name for name in _TERMS if name not in terms]
-        if missing or len(call.plain) not in (1, 2):
+        if missing or len(errors.plain) not in (1, 2):
             raise ValueError(
-                f"{self.host_class.__name__}.p_losses asked get_loss {len(call.plain)} times and reports"
+                f"{self.host_class.__name__}.p_losses asked get_loss {len(errors.plain)} times and reports"
                 f" {sorted(terms)}; wanted once or twice, and {', '.join(_TERMS)}"
             )
-        simple = _per_sample(call.weighed[0]).mean()
-        vlb = (self.lvlb_weights[call.draw.index] * _per_sample(call.weighed[-1])).mean()
+        simple = _per_sample(errors.weighed[0]).mean()
+        vlb = (self.lvlb_weights[errors.draw.index] * _per_sample(errors.weighed[-1])).mean()
         pairs = [(terms["train/loss_simple"], simple), (terms["train/loss_vlb"], vlb)]
-        if len(call.plain) == 1:
+        if len(errors.plain) == 1:
             pairs.append((loss, simple * self.l_simple_weight + self.original_elbo_weight * vlb))
         else:
-            # LatentDiffusion puts a constant `logvar` into its first term: its errors are compared.
-            pairs.append((call.plain[0].mean(), call.plain[1].mean()))
+            # LatentDiffusion has a constant `logvar` in its first term, so its errors are compared.
+            pairs.append((errors.plain[0].mean(), errors.plain[1].mean()))
         if not all(torch.allclose(theirs, ours, equal_nan=True) for theirs, ours in pairs):
             raise ValueError(
                 f"{self.host_class.__name__}.p_losses does not sum l_simple_weight * loss_simple and"
-                " original_elbo_weight * loss_vlb of one error at the policy's t: the weights do not fit in"
+                " original_elbo_weight * loss_vlb of one error at the policy's t: it has no place for weights"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: the policy's state and the number of training calls go with the host's."""
-        # Lightning has the hook; a stand-in for it, or a host that is a bare module, may not.
+        """Lightning's hook: adds the policy's state and the number of training calls."""
+        # Lightning has the hook. A host that is a bare module may not have it.
         hook = getattr(super(), "on_save_checkpoint", None)
         if hook is not None:
             hook(checkpoint)
@@ -195,10 +186,10 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: restores what was saved; a checkpoint of the host alone leaves the policy new.
+        """Lightning's hook: restores what was saved. After a checkpoint of the host alone the policy is new.
 
         Raises:
-            ValueError: the checkpoint is of another policy or T.
+            ValueError: the checkpoint has another policy or T.
         """
         hook = getattr(super(), "on_load_checkpoint", None)
         if hook is not None:
@@ -210,7 +201,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
 
 
 def __getattr__(name: str) -> Any:
-    """The class of this name, made at its first use and kept, so that objects of it pickle by its name."""
+    """The class of this name. It is made at its first use and kept, so that its objects can be pickled."""
     known = {
         key: each
         for key, each in vars(_ddpm).items()
@@ -232,12 +223,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _per_sample(error: Tensor) -> Tensor:
-    """Means (B,) of an error (B, C, H, W), by the host's arithmetic."""
+    """Means (B,) of an error (B, C, H, W), by the host's own operation."""
     return error.mean(dim=list(range(1, error.dim())))
 
 
 def _plain(config: Any) -> Any:
-    """A config without OmegaConf's containers, which resolve and copy in their own way."""
+    """A config in plain dicts and lists: OmegaConf's own containers resolve and copy in their own way."""
     if isinstance(config, Mapping):
         return {str(key): _plain(value) for key, value in config.items()}
     if isinstance(config, Sequence) and not isinstance(config, str):

@@ -1,8 +1,8 @@
 """Seam A for mmagic: `diffusion_scheduler=dict(type="SpeeDiffusion", ...)` in a config.
 
-Importing this module registers it in `mmagic.registry.DIFFUSION_SCHEDULERS`; it changes nothing else of the
-host. The host's ADM trains with two calls, `sample_timestep()` and `training_loss(unet, images, timestep)`,
-that its own schedulers leave unwritten: here they are.
+Importing this module registers that type in `mmagic.registry.DIFFUSION_SCHEDULERS`, and changes nothing else
+of the host. The host's ADM trains by two calls, `sample_timestep()` and `training_loss(unet, images,
+timestep)`. The host's own schedulers leave both unwritten; the class below has them.
 
 Dims: T timesteps, B batch, C channels, H and W height and width.
 """
@@ -33,12 +33,12 @@ for _name in ("training_loss", "sample_timestep"):
     if not hasattr(EditDDPMScheduler, _name):
         raise ImportError(f"{_NEEDS}; this one has no {_name}")
 
-# mmagic has no variational term: nothing would train the channels that these ask the model for.
+# These make the model answer more channels. mmagic has no variational loss to train them with.
 _LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no types
-    """The host's DDPM scheduler that can train a noise-predicting model: t from a policy, a weighted mse.
+    """The host's DDPM scheduler, able to train a noise-predicting model: a policy draws t and weighs the mse.
 
     `step`, `set_timesteps` and everything else are the host's.
 
@@ -47,8 +47,8 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
         options: of the host's scheduler.
 
     Raises:
-        ValueError: a bad policy, a learned variance, or `trained_betas` of another number than
-            `num_train_timesteps`.
+        ValueError: the policy is bad, the variance is learned, or there are not `num_train_timesteps`
+            `trained_betas`.
     """
 
     # What `is_attached` and `without_policy` look for.
@@ -67,16 +67,16 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
                 f"SpeeDiffusion got {len(self.betas)} trained_betas, wanted"
                 f" num_train_timesteps={self.num_train_timesteps} of them"
             )
-        # The host samples with `predict_epsilon=True`, and has no option for it.
+        # The host samples with `predict_epsilon=True` and has no option for it.
         self._speedit_attachment = _Training(build_policy(policy, schedule_of(self), "epsilon"))
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weights; its `state_dict` is not in the host's checkpoints."""
+        """What draws and weighs. The host's checkpoints do not keep its `state_dict`."""
         return self._speedit_attachment.policy
 
     def sample_timestep(self) -> None:
-        """None: t is drawn in `training_loss`, where the batch and its device are known."""
+        """Returns None: `training_loss` draws t, since it knows the batch and its device."""
 
     def training_loss(
         self, model: Any, x_0: Tensor, t: Tensor | None = None, *, noise: Tensor | None = None
@@ -84,20 +84,21 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
         """The batch's loss as mmengine's `parse_losses` reads it: `loss`, a scalar.
 
         Args:
-            model: called as `model(x_t, t)`, answers the noise (B, C, H, W) or a mapping with it as `sample`.
-            x_0: images (B, C, H, W), floating.
-            t: int64 (B,) in [0, T), as an evaluation has it, for the plain mse; None draws it, and the
-                policy's weights count.
-            noise: of x_0's shape; None draws it from the device's global generator.
+            model: called as `model(x_t, t)`; returns the noise (B, C, H, W), or a mapping that has it as
+                `sample`.
+            x_0: images (B, C, H, W), floating point.
+            t: int64 (B,) in [0, T) for the plain mse, as in an evaluation; None lets the policy draw and
+                weigh.
+            noise: of x_0's shape; None takes it from the device's global generator.
 
         Raises:
-            ValueError: x_0, t, noise or the model's answer is not as above.
+            ValueError: x_0, t, noise or what the model returns is not as above.
         """
         _check_images(x_0)
         attachment = self._speedit_attachment
         draw = None
         if t is None:
-            # Only the length and the device of what is handed over count.
+            # Only its length and its device matter.
             draw = attachment.draw(torch.empty(len(x_0), device=x_0.device))
             t = draw.index
         else:
@@ -105,7 +106,7 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
         noise = torch.randn_like(x_0) if noise is None else _of_shape(noise, x_0, "noise")
         answer = model(attachment.noised(x_0, noise, t), t)
         predicted = _of_shape(answer["sample"] if isinstance(answer, Mapping) else answer, x_0, "the model")
-        # Squares of a half-precision error leave its range.
+        # The square of a half-precision error can be too large for half precision.
         wide = _at_least_float32(x_0)
         mse = (predicted.to(wide) - noise.to(wide)).square().flatten(1).mean(1)  # (B,)
         loss = mse if draw is None else attachment.weighted_whole(mse, draw)
@@ -113,9 +114,9 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
 
 
 class _Training(Attachment):
-    """The policy, and the schedule's scales on the devices that train.
+    """The policy, and the scales of signal and noise on the devices that train.
 
-    The host's `add_noise` multiplies a numpy array by a tensor, which raises for a batch of timesteps.
+    The host's own `add_noise` cannot noise a batch: it multiplies a numpy array by a tensor, and raises.
     """
 
     def __init__(self, policy: TimestepPolicy) -> None:
@@ -127,7 +128,7 @@ class _Training(Attachment):
         place = (x_0.device, _at_least_float32(x_0))
         if place not in self._scales:
             schedule = self.policy.schedule
-            # The dtype first: not every device has the tables' float64.
+            # The dtype changes first, since not every device has the tables' float64.
             self._scales[place] = (
                 schedule.alpha.to(place[1]).to(place[0]),
                 schedule.sigma.to(place[1]).to(place[0]),
@@ -146,8 +147,8 @@ def _check_images(x_0: Any) -> None:
     got = f"{tuple(x_0.shape)} of {x_0.dtype}" if isinstance(x_0, Tensor) else type(x_0).__name__
     keys = f" with keys {sorted(x_0)}" if isinstance(x_0, Mapping) else ""
     raise ValueError(
-        f"training_loss needs floating images (B, C, H, W), got {got}{keys}: PackInputs(keys=...) of the"
-        " training pipeline names the one key of the images, as the loader calls it"
+        f"training_loss needs floating-point images (B, C, H, W), got {got}{keys}: PackInputs(keys=...) of"
+        " the training pipeline has to name the images' key alone, as the loader calls it"
     )
 
 
@@ -156,7 +157,7 @@ def _check_timesteps(t: Any, x_0: Tensor, num_timesteps: int) -> None:
     if not is_index or t.shape != x_0.shape[:1]:
         got = f"{tuple(t.shape)} of {t.dtype}" if isinstance(t, Tensor) else repr(t)
         raise ValueError(f"training_loss needs t int64 ({len(x_0)},) or None, got {got}")
-    # A negative one would index from the end of the tables.
+    # A negative t would index from the end of the tables.
     if len(t) and (int(t.min()) < 0 or int(t.max()) >= num_timesteps):
         raise ValueError(
             f"training_loss needs t in [0, {num_timesteps}), got {int(t.min())} to {int(t.max())}"
@@ -168,7 +169,7 @@ def _of_shape(value: Any, x_0: Tensor, what: str) -> Tensor:
         return value
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     advice = (
-        "; twice the channels are a learned variance: output_cfg=dict(mean='eps', var='fixed') leaves it out"
+        "; twice the channels are a learned variance, and output_cfg=dict(mean='eps', var='fixed') has none"
     )
     raise ValueError(
         f"training_loss needs {what} to give {tuple(x_0.shape)}, as x_0, got {got}"

@@ -1,6 +1,6 @@
 """Seam A for Open-Sora 1.0 to 1.3: `type="SpeeDiffusion"` and, from 1.2 on, `type="SpeeDFlow"` in a config.
 
-Importing this module registers them in `opensora.registry.SCHEDULERS`; it changes nothing else of the host.
+Importing this module registers both in `opensora.registry.SCHEDULERS`, and changes nothing else of the host.
 
 Dims: T timesteps, B batch.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment
+from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, under_way
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -32,12 +32,12 @@ except ImportError as error:
     ) from error
 
 _TRAINING_LOSSES = inspect.signature(GaussianDiffusion.training_losses)
-# From 1.1 on the tables lie on a device that IDDPM has no argument for.
+# From 1.1 on the tables are on a device for which IDDPM has no argument.
 _TAKES_DEVICE = "device" in inspect.signature(GaussianDiffusion.__init__).parameters
 
 
 class _Placed(SpacedDiffusion):  # type: ignore[misc]  # the host has no types
-    """Stands between IDDPM and SpacedDiffusion, and says where the tables lie where the host says CUDA."""
+    """Comes between IDDPM and SpacedDiffusion: puts the tables on the CPU if there is no CUDA device."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if _TAKES_DEVICE and not torch.cuda.is_available():
@@ -46,26 +46,26 @@ class _Placed(SpacedDiffusion):  # type: ignore[misc]  # the host has no types
 
 
 class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no types
-    """The host's IDDPM whose training draws t from a policy and weights the mse; sampling is the host's.
+    """The host's IDDPM with a policy that draws t and weighs the mse in training; sampling is the host's.
 
-    The host's `training_losses` runs as it is. Its t is replaced where it is first used, in `q_sample`: up to
-    1.1 the trainer passes t, from 1.2 on the host draws inside `training_losses` whatever is passed. Either
-    way that tensor is filled with our draw in place, so every later use is ours; a watched model confirms it.
+    The host's `training_losses` runs as it is. Up to 1.1 the trainer passes t; from 1.2 on the host draws t
+    inside `training_losses`, whatever is passed. In every version `q_sample` is the first to use t: there our
+    draw is written into the host's tensor, so that every later use has it. A watched model confirms it.
 
     Args:
-        policy: see `build_policy`. A respaced object, made for sampling, builds it when it first trains.
-        options: of the host's IDDPM; `timestep_respacing=""` is none on every version.
+        policy: see `build_policy`. A respaced object is made for sampling: it builds its policy when it first
+            trains.
+        options: of the host's IDDPM; `timestep_respacing=""` means none in every version.
 
     Raises:
-        ValueError: a bad policy.
+        ValueError: the policy is bad.
     """
 
     # What `is_attached` and `without_policy` look for.
     host_class = IDDPM
-    _call: "_TrainingCall | None" = None
 
     def __init__(self, *, policy: str | Config = "speedit", **options: Any) -> None:
-        # With num_sampling_steps the host wants None, and its own training configs say "".
+        # The host's training configs say ""; beside num_sampling_steps it wants None.
         if options.get("timestep_respacing") == "":
             options["timestep_respacing"] = None
         super().__init__(**options)
@@ -76,45 +76,47 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weights; its `state_dict` is not in the host's checkpoints."""
+        """What draws and weighs. The host's checkpoints do not keep its `state_dict`."""
         return self._attach().policy
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The host's loss terms at our t, each (B,), with the weights in `loss`; arguments are the host's.
+        """The host's loss terms at our t, each (B,), with the weights in `loss`. Arguments are the host's.
 
         Under `torch.no_grad()`, as in a validation, t and loss are the host's own.
 
         Raises:
-            ValueError: `weights` is given, or the host's loss has no mse for a policy that weights it.
+            ValueError: `weights` is given, or the policy weighs the mse and the host's loss has none.
         """
         if not torch.is_grad_enabled():
             return super().training_losses(model, x_start, *args, **kwargs)
         bound = _TRAINING_LOSSES.bind(self, model, x_start, *args, **kwargs)
-        if bound.arguments.get("weights") is not None:
-            raise ValueError("training_losses got weights, and the policy weights already: drop one of them")
+        refuse_given_weights(bound.arguments)
         if isinstance(bound.arguments.get("t"), Tensor):
-            # Ours is written into it: the trainer's stays as it was.
+            # Our t is written into this copy; the trainer's tensor stays as it is.
             bound.arguments["t"] = bound.arguments["t"].clone()
-        attachment, call = self._attach(), _TrainingCall(model)
-        self._call = call
-        try:
+        attachment, filled = self._attach(), _FilledTimestep(model)
+        with under_way(attachment, filled):
             terms = super().training_losses(*bound.args[1:], **bound.kwargs)
-        finally:
-            self._call = None
-        return attachment.weighted(terms, call.confirmed())
+        return attachment.weighted(terms, filled.confirmed())
 
     def q_sample(self, x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The host's noised sample; inside a training step its first call brings our t in."""
-        if self._call is not None and self._call.draw is None:
-            self._call.fill(t, self._attach().draw)
+        """The host's noised sample. The first call in a training step writes our t into the host's."""
+        filled = self._filled
+        if filled is not None and filled.draw is None:
+            filled.fill(t, self._attach().draw)
         return super().q_sample(x_start, t, *args, **kwargs)
 
     def _wrap_model(self, model: Any) -> Any:
         if isinstance(model, _Watched):
             return model
-        wrapped = super()._wrap_model(model)
-        # The variational term runs on a stand-in for the model: only the model itself is watched.
-        return _Watched(wrapped, self._call) if self._call and model is self._call.model else wrapped
+        wrapped, filled = super()._wrap_model(model), self._filled
+        # The variational term calls a function in place of the model. Only the model itself is watched.
+        return _Watched(wrapped, filled) if filled is not None and model is filled.model else wrapped
+
+    @property
+    def _filled(self) -> "_FilledTimestep | None":
+        attachment = self._speedit_attachment
+        return None if attachment is None else attachment.call
 
     def _attach(self) -> Attachment:
         if self._speedit_attachment is None:
@@ -123,8 +125,8 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         return self._speedit_attachment
 
 
-class _TrainingCall:
-    """One call of `training_losses`: our draw, and the host's tensor that carries it."""
+class _FilledTimestep:
+    """The host's t of one training call, filled with our draw, and whether the model has seen it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -139,8 +141,8 @@ class _TrainingCall:
         self._t, self._version = t, t._version
 
     def see(self, t: Tensor) -> None:
-        """Notes a t (B,) that goes to the model; raises unless it is the drawn one."""
-        # The same tensor, unwritten since, proves it without a host-device synchronisation.
+        """Notes a t (B,) that goes to the model. Raises ValueError unless it is the drawn one."""
+        # If it is the same tensor and nobody wrote to it since, no host-device synchronisation is needed.
         is_ours = t is self._t and t._version == self._version
         if not is_ours and not (self.draw is not None and torch.equal(t, self.draw.index.to(t))):
             raise ValueError(
@@ -150,7 +152,7 @@ class _TrainingCall:
         self._is_seen = True
 
     def confirmed(self) -> TimestepDraw:
-        """The draw, once the model has seen it."""
+        """The draw; ValueError unless the model has seen it."""
         if self.draw is None or not self._is_seen:
             raise ValueError(
                 "the host's training_losses did not call q_sample and then the model, so its t is not ours;"
@@ -160,14 +162,14 @@ class _TrainingCall:
 
 
 class _Watched:
-    """The host's wrapped model, which tells the training call the t that it is called with."""
+    """The host's wrapped model. It reports the t of every call."""
 
-    def __init__(self, model: Any, call: _TrainingCall) -> None:
+    def __init__(self, model: Any, filled: _FilledTimestep) -> None:
         self._model = model
-        self._call = call
+        self._filled = filled
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-        self._call.see(t)
+        self._filled.see(t)
         return self._model(x, t, **kwargs)
 
 

@@ -1,6 +1,6 @@
-"""Open-Sora 1.2 and 1.3: the host's rectified flow with its own draw of t thinned by SNR.
+"""Seam A for Open-Sora 1.2 and 1.3: the host's rectified flow, with its own draws of t thinned by SNR.
 
-`speedit_plugins.hosts.open_sora` registers it, where the host has a rectified flow.
+`speedit_plugins.hosts.open_sora` registers it if the host has a rectified flow.
 
 Dims: B batch.
 """
@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.attachment import refuse_given_weights
 from speedit_plugins.hosts.flow import FlowThinning
-from speedit_plugins.hosts.flow_object import model_arguments_of, rectified_flow_draw
+from speedit_plugins.hosts.flow_object import draw_hosts_t, model_arguments_of
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
 RFLOW: Any = import_module("opensora.schedulers").RFLOW
@@ -22,21 +23,22 @@ _TRAINING_LOSSES = inspect.signature(RFLOW.training_losses)
 
 
 class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
-    """The host's rectified flow; t past the SNR boundary trains k times less often.
+    """The host's rectified flow that trains k times less often at a t past the SNR boundary.
 
-    Uniform, discrete and logit-normal draws and the resolution shift stay the host's: the boundary is
-    measured on the t that comes out of them, which is the t the model sees. A `t` passed by the caller, as
-    the host's evaluation scripts do, is kept, and its loss is the host's; so are all under `torch.no_grad()`.
+    The host draws uniform, discrete or logit-normal t and shifts it by the resolution. The boundary is
+    applied to the t that comes out: the one that the model sees. A `t` passed by the caller, as in the host's
+    evaluation scripts, is kept, and its loss is the host's. Under `torch.no_grad()` every t and loss is the
+    host's.
 
     Args:
         k: see `FlowThinning`.
         snr_boundary: see `FlowThinning`.
-        lam: of the change-aware weights; None weighs nothing. "auto" is 0.6, or None where the host draws
-            logit-normal: that draw prefers the same middle times already.
+        lam: largest of the change-aware weights; None weighs nothing. "auto" is 0.6, or None if the host
+            draws logit-normal t: these prefer the same middle times already.
         options: of the host's RFLOW.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     # What `is_attached` and `without_policy` look for.
@@ -59,26 +61,23 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
 
     @property
     def thinning(self) -> FlowThinning:
-        """What thins the host's draw and weighs its loss."""
+        """What thins the host's draws and weighs its loss."""
         return self._speedit_attachment
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The host's loss terms, each (B,), at a t of the thinned law, with the weights in `loss`.
+        """The host's loss terms, each (B,), at thinned draws, with the weights in `loss`.
 
         Raises:
             ValueError: `weights` is given.
         """
         bound = _TRAINING_LOSSES.bind(self, model, x_start, *args, **kwargs)
         given = bound.arguments
-        if given.get("weights") is not None:
-            raise ValueError(
-                "training_losses got weights, and SpeeDFlow has its own: drop weights, or set lam"
-            )
-        # Without gradients it is an evaluation, and the host's own.
+        refuse_given_weights(given, "SpeeDFlow has its own", "drop weights, or set lam")
+        # Without gradients this is an evaluation, and the host's own.
         if given.get("t") is not None or not torch.is_grad_enabled():
             return super().training_losses(*bound.args[1:], **bound.kwargs)
         t = self.thinning.draw(
-            lambda: rectified_flow_draw(self.scheduler, x_start, model_arguments_of(given)),
+            lambda: draw_hosts_t(self.scheduler, x_start, model_arguments_of(given)),
             time_of=lambda t: t / self.num_timesteps,
         )
         given["t"] = t

@@ -1,8 +1,8 @@
 """Seam C: the host draws with `t, weights = schedule_sampler.sample(n, device)`.
 
-guided-diffusion and MDT multiply the whole loss, the variational term included, by the sampler's weights. So
-for a policy that weighs mse only, the sampler returns weight 1, and the diffusion object weighs the mse at
-the t that it is given. A policy of scope "loss" is what the host's weights are made for.
+guided-diffusion and MDT multiply the whole loss by the sampler's weights, the variational term included. A
+policy of scope "loss" gives the sampler such weights. If a policy weighs the mse alone, the sampler returns
+weight 1, and the diffusion object weighs the mse at the t that it is given.
 
 Dims: T timesteps, B batch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, attach, is_constant, refuse_attached
+from speedit_plugins.hosts.attachment import Attachment, attach, is_constant, refuse_attached
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -30,21 +30,23 @@ def schedule_sampler(
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,
 ) -> "PolicySampler":
-    """A schedule sampler that draws by a policy; puts mse weights into the diffusion object.
+    """A schedule sampler that draws by a policy. Weights of the mse go into the diffusion object.
 
     Args:
         diffusion: the object that the host trains with.
         policy: see `build_policy`; or a policy built for this object's number of timesteps.
-        host_class: the host's ScheduleSampler, where it asks for an instance; its LossAwareSampler, where it
-            reports losses to no other class and the policy of scope "loss" learns.
+        host_class: base class of the sampler. A host that asks for an instance takes its ScheduleSampler. A
+            host that reports losses to its LossAwareSampler alone takes that, for a policy of scope "loss"
+            that learns.
         prediction_type: what the model predicts; None reads it from the object.
-        generator: of the draws; None is the device's global one.
+        generator: for the draws; None is the device's global one.
 
     Raises:
-        ValueError: the object has a policy already (it would draw again), no seam, or another T.
+        ValueError: the object has a policy already (it would draw again), has no `training_losses` that takes
+            t, or has another T.
 
     Warns:
-        UserWarning: the host's mse is weighted before the policy's weights come on top.
+        UserWarning: the host weighs its mse, and the policy's weights multiply on top.
     """
     refuse_attached(diffusion)
     if not fits(diffusion):
@@ -60,12 +62,12 @@ def schedule_sampler(
 
 
 class PolicySampler:
-    """What the host calls; made by `schedule_sampler`.
+    """The sampler that the host calls; `schedule_sampler` makes it.
 
     Args:
-        policy: draws, and weighs in scope "loss".
-        attachment: weighs in the diffusion object in scope "mse", else None.
-        generator: of the draws; None is the device's global one.
+        policy: draws; it weighs here if its scope is "loss".
+        attachment: weighs in the diffusion object if the policy's scope is "mse", else None.
+        generator: for the draws; None is the device's global one.
     """
 
     def __init__(
@@ -80,10 +82,10 @@ class PolicySampler:
         self._generator = generator
 
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Timesteps int64 (B,), and the factors float32 (B,) that the host puts on the whole loss.
+        """Timesteps int64 (B,), and the factors float32 (B,) by which the host multiplies its whole loss.
 
         Raises:
-            ValueError: the first batch was drawn and never weighed: the host calls another loss.
+            ValueError: the loss of the first batch was not weighed: the host calls another loss.
         """
         is_unweighed = self._attachment is not None and not self._attachment.num_calls
         if is_unweighed and self.num_samples and torch.is_grad_enabled():
@@ -97,42 +99,37 @@ class PolicySampler:
         return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
 
     def weights(self) -> Any:
-        """How often each timestep is drawn, numpy (T,); the host's base class demands the method.
+        """How often each timestep is drawn, numpy (T,). The host's base class demands this method.
 
-        `sample` does not use it: the host's own would divide the weights by the density again.
+        `sample` does not use it. The host's own `sample` would divide the weights by the density again.
         """
         return self.policy.density.numpy()
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """Tells a learning policy of scope "loss" the host's losses (B,); in scope "mse" the object does."""
+        """Tells a learning policy of scope "loss" the host's losses (B,). In scope "mse" the object does."""
         if self._attachment is None:
             self.policy.update(local_ts, local_losses.detach())
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        """The same for lists; the host's base class demands it, and our policies gather ranks themselves."""
+        """The same for lists. The host's base class demands it; our policies gather the ranks themselves."""
         self.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))
 
 
 class GivenTimesteps(Attachment):
-    """Weighs the loss at the t that the host passes, and draws none."""
-
-    def __init__(self, policy: TimestepPolicy) -> None:
-        super().__init__(policy)
-        self._weight = TableOnDevices()
+    """Weighs the loss at the t that the host passes; draws nothing."""
 
     def draw(self, t: Tensor) -> TimestepDraw:
-        """The host's t (B,) with our weights (B,)."""
+        """The host's own t (B,), with our weights (B,)."""
         self.num_calls += 1
         index = t.long()
-        time = (index + 0.5) / len(self.policy.weight)
-        return TimestepDraw(index, time, self._weight.at(self.policy.weight, index), self.policy.scope)
+        return self.at(index, (index + 0.5) / len(self.policy.weight))
 
 
 def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:
-    """The factors (B,) that a host's own training loss puts on the squared error at some timesteps.
+    """The factors (B,) by which a host's own training loss multiplies the squared error at some timesteps.
 
-    A noise of 1, an x_0 of 1 and a model that answers 0 make the squared error of an epsilon or x_0 loss
-    exactly 1, so that the host's mse is its weight. No random number is drawn.
+    If noise and x_0 are 1 and the model returns 0, the squared error of an epsilon or x_0 loss is exactly 1,
+    and the host's mse is its factor. This takes no random number.
 
     Args:
         diffusion: has `training_losses(model, x_start, t, noise=...)`.
@@ -157,12 +154,12 @@ def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:
     if not (is_known and has_mse) or is_constant(policy.weight):
         return
     factors = built_in_weights(diffusion, index)
-    # A model that answers 0 leaves the squared error at 1 up to rounding.
+    # A model that returns 0 leaves the squared error at 1, up to rounding.
     if not torch.allclose(factors, torch.ones_like(factors), atol=1e-5, rtol=0):
         shown = ", ".join(f"{float(w):.3g} at t = {int(t)}" for t, w in zip(index, factors, strict=True))
         warnings.warn(
             f"{type(diffusion).__module__} weighs its mse already ({shown}; Min-SNR 5 in MDT): the weights of"
-            f" {policy.name!r} multiply on top; a policy with weighting='constant' keeps the host's alone",
+            f" {policy.name!r} multiply on top; a policy with weighting='constant' leaves the host's alone",
             stacklevel=3,
         )
 
@@ -171,5 +168,5 @@ def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:
 def _sampler_class(host_class: type) -> Callable[..., PolicySampler]:
     if host_class is object:
         return PolicySampler
-    # Ours first: `sample` and `weights` take the place of the host's, and the abstract methods are filled in.
+    # Our class comes first: it replaces the host's `sample` and `weights`, and has its abstract methods.
     return type("PolicySampler", (PolicySampler, host_class), {"__module__": __name__})

@@ -25,15 +25,15 @@ _PREDICTION_TYPES = {
 }
 
 
-# Rows of a policy on continuous time: with jitter they follow a logit-normal's quantiles within 0.002.
+# Rows of a policy for continuous time. With jitter they match a logit-normal's quantiles within 0.002.
 NUM_BINS = 1000
 
 
 def binned(levels: Callable[[Tensor], tuple[Tensor, Tensor]]) -> NoiseSchedule:
-    """The schedule of a host with continuous time at `NUM_BINS` bin midpoints.
+    """The schedule of a host with continuous time, at the midpoints of `NUM_BINS` bins.
 
     Args:
-        levels: from time float64 (T,) in (0, 1), 1 is noise, the scales (T,) of signal and noise.
+        levels: turns time float64 (T,) in (0, 1), 1 is noise, into the scales (T,) of signal and noise.
     """
     alpha, sigma = levels((torch.arange(NUM_BINS, dtype=torch.float64, device="cpu") + 0.5) / NUM_BINS)
     return NoiseSchedule(alpha, sigma, torch.arange(NUM_BINS, device="cpu"), NUM_BINS)
@@ -43,8 +43,8 @@ def schedule_of(diffusion: Any) -> NoiseSchedule:
     """The schedule of a guided-diffusion style object, respaced as the object is.
 
     Args:
-        diffusion: has `alphas_cumprod` (T,), numpy or torch; and `timestep_map` and `original_num_steps`
-            where it is respaced.
+        diffusion: has `alphas_cumprod` (T,), numpy or torch; if it is respaced, also `timestep_map` and
+            `original_num_steps`.
 
     Raises:
         ValueError: there is no `alphas_cumprod`.
@@ -59,15 +59,16 @@ def schedule_of(diffusion: Any) -> NoiseSchedule:
 
 
 def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
-    """The training schedule of a diffusers scheduler, index 0 cleanest.
+    """The training schedule of a diffusers scheduler; index 0 is the cleanest.
 
     Args:
         noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index; or one
-            with a table of `sigmas` not yet set to inference steps, flow matching (x_t = (1 - sigma) x_0
-            + sigma eps) or EDM's (x_t = sigma_data x_0 + sigma eps), whose row r is our index T - 1 - r.
+            with a table of `sigmas` not yet set to inference steps, whose row r is our index T - 1 - r. The
+            sigmas are those of flow matching (x_t = (1 - sigma) x_0 + sigma eps) or of EDM (x_t = sigma_data
+            x_0 + sigma eps).
 
     Raises:
-        ValueError: a scheduler without such a table (masked tokens, continuous time), or set to inference.
+        ValueError: the scheduler has no such table (masked tokens, continuous time), or is set to inference.
     """
     if getattr(noise_scheduler, "alphas_cumprod", None) is not None:
         return NoiseSchedule.from_alphas_cumprod(noise_scheduler.alphas_cumprod)
@@ -83,7 +84,7 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flip(0)
     sigma = sigma[sigma > 0]
     num_timesteps, wanted = len(sigma), int(config.get("num_train_timesteps", 0))
-    # EDMEulerScheduler has one more than it is asked for.
+    # EDMEulerScheduler has one sigma more than it is asked for.
     if num_timesteps < wanted:
         raise ValueError(
             f"{_name(noise_scheduler)} has {num_timesteps} sigmas, wanted the {wanted} of training: read the"
@@ -100,7 +101,7 @@ def prediction_type_of(host: Any) -> str:
         host: has `model_mean_type` (an enum or a string), `parameterization`, or `config.prediction_type`.
 
     Raises:
-        ValueError: none of these, or another target; pass `prediction_type` then.
+        ValueError: it has none of these, or predicts something else. Then pass `prediction_type`.
     """
     config = getattr(host, "config", None)
     stated = [getattr(host, "model_mean_type", None), getattr(host, "parameterization", None)]

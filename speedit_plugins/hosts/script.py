@@ -1,10 +1,10 @@
-"""Seam D: a script that draws its timesteps and makes its loss by itself, as the diffusers examples do.
+"""Seam D: a script draws its timesteps and makes its loss itself, as the diffusers examples do.
 
     seam = ScriptPolicy("speedit")
     timesteps = seam.timesteps(noise_scheduler, bsz, latents.device)  # in place of torch.randint(...)
     loss = seam.mse_loss(model_pred.float(), target.float())  # in place of F.mse_loss(..., reduction="mean")
 
-The launcher makes the same two edits in an unmodified script (`script_edits`).
+The launcher makes these two edits in an unmodified script (`script_edits`).
 
 Dims: B batch.
 """
@@ -34,13 +34,13 @@ class ScriptPolicy:
     """Draws timesteps for a script and weighs its squared errors.
 
     Args:
-        policy: see `build_policy`; built for the noise scheduler that comes with the first draw.
+        policy: see `build_policy`. It is built for the noise scheduler of the first draw.
         prediction_type: what the model predicts; None reads it from the noise scheduler.
-        generator: of the draws; None is the device's global one.
-        on_use: told the policy when the first loss goes through it.
+        generator: for the draws; None is the device's global one.
+        on_use: called with the policy when the first loss is weighed.
 
     Raises:
-        ValueError: a bad policy.
+        ValueError: the policy is bad.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ScriptPolicy:
         generator: torch.Generator | None = None,
         on_use: Callable[[TimestepPolicy], None] | None = None,
     ) -> None:
-        # A wrong name or parameter is told now, not at the first draw.
+        # Raises now, not at the first draw, if a name or a parameter is wrong.
         build_policy(policy, NoiseSchedule.linear(), prediction_type or "epsilon")
         self._config = policy
         self._prediction_type = prediction_type
@@ -66,36 +66,36 @@ class ScriptPolicy:
 
     @property
     def policy(self) -> TimestepPolicy:
-        """Draws and weighs, for the noise scheduler as it is now.
+        """What draws and weighs, for the noise scheduler as it is now.
 
         Raises:
-            ValueError: nothing was drawn yet, or a bad policy.
+            ValueError: nothing was drawn yet, or the policy is bad.
         """
         if self._scheduler is None:
             raise ValueError(
-                "the script makes its loss before timesteps were drawn by the policy: it draws them elsewhere"
-                " (a timestep bias, a density of its own)"
+                "the script makes its loss before the policy drew timesteps: it draws them elsewhere (a"
+                " timestep bias, a density of its own)"
             )
-        # A script may tell its scheduler what the model predicts after the first draw (--prediction_type).
+        # A script may set what the model predicts after its first draw (--prediction_type).
         stated = self._prediction_type or prediction_type_of(self._scheduler)
         if self._built is None or self._built[1] != stated:
             self._built = build_policy(self._config, from_diffusers(self._scheduler), stated), stated
         return self._built[0]
 
     def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
-        """Timesteps int64 (B,) to corrupt and to train a batch at; `mse_loss` weighs for them.
+        """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
-        After the first draw the scheduler's `add_noise` is watched for one call: it raises a ValueError where
-        the script changes its timesteps in between.
+        After the first draw the scheduler's `add_noise` is watched for one call. It raises a ValueError if
+        the script has changed its timesteps in between.
 
         Args:
-            noise_scheduler: diffusers' with `alphas_cumprod`, whose rows are the timesteps that its
-                `add_noise` and the model take.
+            noise_scheduler: one of diffusers with `alphas_cumprod`; rows of that table are the timesteps that
+                its `add_noise` and the model take.
             batch_size: B, >= 1.
-            device: where the timesteps are drawn and lie.
+            device: where the timesteps are drawn.
 
         Raises:
-            ValueError: a bad policy, or a scheduler whose index is not such a timestep (EDM, flow matching).
+            ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
         """
         check_scheduler(noise_scheduler)
         if noise_scheduler is not self._scheduler:
@@ -116,18 +116,19 @@ class ScriptPolicy:
         *,
         part: tuple[int, int] = (0, 1),
     ) -> Tensor:
-        """The squared error of a batch with the weights of its timesteps.
+        """The squared error of a batch, with the weights of its timesteps.
 
         Args:
-            prediction: (B, ...), the rows that the last timesteps were drawn for.
+            prediction: (B, ...), the rows for which the last timesteps were drawn.
             target: the same shape.
-            reduction: "mean" is a scalar, the mean over samples of weight * mse; "none" has the shape of the
-                input.
-            part: (i, n) where the script splits its batch by `chunk(n)`, as for prior preservation: this is
+            reduction: "mean" is a scalar, the mean of weight * mse over the samples; "none" has the shape of
+                the input.
+            part: (i, n) if the script splits its batch by `chunk(n)`, as for prior preservation, and this is
                 chunk i.
 
         Raises:
-            ValueError: no timesteps were drawn, for another number of rows, or in pairs for a split batch.
+            ValueError: no timesteps were drawn, they were drawn for another number of rows, or in pairs for a
+                batch that is split.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
@@ -137,54 +138,55 @@ class ScriptPolicy:
             self._on_use = None
         if self._drawn[0] is not policy:
             self._drawn = policy, policy.weight
-        # That of the draw, for every part of the batch: an update may have changed the policy's since.
+        # The table at the draw, for every part of the batch: an update may have changed the policy's.
         table = self._drawn[1]
         error = functional.mse_loss(prediction, target, reduction="none")
         per_sample = error.flatten(1).mean(1)
         policy.update(index, per_sample.detach())
         if is_constant(table) and float(table[0]) == 1:
-            # The host's own reduction, so that its loss comes out to the bit.
+            # The host's own reduction gives the host's loss to the bit.
             return error if reduction == "none" else functional.mse_loss(prediction, target)
         weight = self._weight.at(table, index)
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
     def refuse_weights(self, weighing: str, remedy: str) -> None:
-        """Raises ValueError where the script weighs its loss beside a policy that has weights."""
+        """Raises ValueError if the policy has weights, for a script that weighs its loss itself."""
         refuse_double_weights(self.policy, weighing, remedy)
 
     def _rows(self, num_rows: int, part: tuple[int, int]) -> Tensor:
         """The timesteps of one chunk of the batch, checked against its rows."""
         number, num_parts = part
-        assert self._index is not None  # the policy is there since the first draw
+        assert self._index is not None  # there is a policy, so there was a draw
         if not 0 <= number < num_parts:
             raise ValueError(f"part needs (i, n) with 0 <= i < n, got {part}")
         if num_parts > 1 and draws_pairs(self.policy):
             raise ValueError(
                 f"{self.policy.name!r} draws pairs, whose second half mirrors the first, and this script"
-                " splits its batch into halves (prior preservation): take one with independent draws, such as"
-                " 'speedit'"
+                " splits its batch into halves (prior preservation): take a policy with independent draws,"
+                " such as 'speedit'"
             )
         chunk = self._index.chunk(num_parts)[number]
         if len(chunk) != num_rows:
             raise ValueError(
                 f"the loss is made of {num_rows} rows, and {len(chunk)} timesteps were drawn: a script that"
                 " splits its batch (prior preservation) is edited by hand and passes part=(0, 2) and part=(1,"
-                " 2), see integrations/diffusers; one that trains pairs at one t (DPO) is not this seam"
+                " 2), see integrations/diffusers; one that trains pairs at one t (DPO) cannot take a policy"
+                " here"
             )
         return chunk
 
 
 def check_scheduler(noise_scheduler: Any) -> None:
-    """Raises ValueError for a scheduler of which a script draws something else than a timestep."""
+    """Raises ValueError if what a script draws for this scheduler is not a timestep."""
     if getattr(noise_scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-            " timestep. Flow matching takes policy.draw (integrations/diffusers); EDM has nothing to gain"
+            " timestep. For flow matching, call policy.draw (integrations/diffusers); EDM has nothing to gain"
         )
 
 
 def _watch_once(noise_scheduler: Any, index: Tensor) -> None:
-    """Lets the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,)."""
+    """Makes the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,)."""
     own = getattr(noise_scheduler, "add_noise", None)
     if own is None:
         return
@@ -198,5 +200,5 @@ def _watch_once(noise_scheduler: Any, index: Tensor) -> None:
             )
         return own(original_samples, noise, timesteps)
 
-    # On the instance, and gone with its first call: sampling is untouched.
+    # It is on the instance alone, and its first call removes it: sampling is untouched.
     noise_scheduler.add_noise = add_noise

@@ -1,7 +1,7 @@
-"""The two edits of seam D, made on a parsed script: where it draws timesteps, and where it makes its loss.
+"""The two edits of seam D, made in a parsed script: where it draws timesteps, and where it makes its loss.
 
-Only the script's own call sites change: `torch.randint` over a noise scheduler's `num_train_timesteps`, its
-`mse_loss`, and its `compute_snr`, which gives Min-SNR weights. Line numbers stay.
+Only calls in the script itself change: `torch.randint` over a noise scheduler's `num_train_timesteps`,
+`mse_loss`, and the `compute_snr` of Min-SNR weights. Line numbers stay.
 
 Dims: B batch.
 """
@@ -24,22 +24,22 @@ _NUM_TIMESTEPS = "num_train_timesteps"
 
 @dataclass
 class Sites:
-    """Line numbers of what a script does itself."""
+    """Line numbers of the calls in a script: its draws of timesteps, and its squared errors."""
 
     draws: list[int] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
 
     @property
     def are_a_seam(self) -> bool:
-        """Whether the script both draws timesteps and makes a squared error."""
+        """Whether the script has both."""
         return bool(self.draws and self.losses)
 
 
 def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
-    """A script with its draws and losses going through `ScriptCalls`, and where they stand.
+    """A script whose draws and losses go through `ScriptCalls`, and their line numbers.
 
     Args:
-        tree: stays as it is; it comes back where the script has not both.
+        tree: of the script; it is not changed. It comes back if the script lacks one of the two.
     """
     editor = _Editor(tree)
     changed = ast.fix_missing_locations(editor.visit(copy.deepcopy(tree)))
@@ -47,7 +47,7 @@ def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
 
 
 class ScriptCalls:
-    """What the edited call sites call: the script's arguments, and a `ScriptPolicy` behind them."""
+    """What the edited script calls, with the script's own arguments. A `ScriptPolicy` draws and weighs."""
 
     def __init__(self, seam: ScriptPolicy) -> None:
         self._seam = seam
@@ -62,10 +62,10 @@ class ScriptCalls:
         device: torch.device | str = "cpu",
         **others: Any,
     ) -> Tensor:
-        """Timesteps (B,) in the place of `torch.randint(low, high, size, device=device)`.
+        """Timesteps (B,) in place of `torch.randint(low, high, size, device=device)`.
 
         Raises:
-            ValueError: the script draws part of the timesteps only, in another shape, or with other options.
+            ValueError: the script draws from part of the timesteps, in another shape, or with other options.
         """
         check_scheduler(noise_scheduler)
         unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
@@ -82,20 +82,20 @@ class ScriptCalls:
         return self._seam.timesteps(noise_scheduler, size[0], device)
 
     def refused_index(self, noise_scheduler: Any, *_: Any, **__: Any) -> Tensor:
-        """Raises ValueError for a draw that is no timestep: EDM-style scripts look a sigma up with it."""
+        """Raises ValueError: an EDM-style script looks up a sigma by this draw, so it is no timestep."""
         raise ValueError(
-            f"the script draws an index into the sigmas of {type(noise_scheduler).__name__} (EDM style),"
-            " which is no timestep of its schedule: leave out --do_edm_style_training"
+            f"the script draws an index into the sigmas of {type(noise_scheduler).__name__} (EDM style), not"
+            " a timestep of its schedule: leave out --do_edm_style_training"
         )
 
     def mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean", **others: Any) -> Tensor:
-        """The script's squared error, weighted."""
+        """The script's squared error, weighed."""
         if others:
             raise ValueError(f"mse_loss with {sorted(others)} is not known here")
         return self._seam.mse_loss(prediction, target, reduction)
 
     def scaled_mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean") -> Tensor:
-        """The script's squared error where the script multiplies it by weights of its own.
+        """A squared error that the script multiplies by weights of its own.
 
         Raises:
             ValueError: the policy has weights too.
@@ -106,10 +106,10 @@ class ScriptCalls:
         return self._seam.mse_loss(prediction, target, reduction)
 
     def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """The script's signal-to-noise ratios, where they do not weigh beside the policy.
+        """The script's signal-to-noise ratios, of which it makes Min-SNR weights.
 
         Raises:
-            ValueError: the policy has weights.
+            ValueError: the policy has weights too.
         """
         self._seam.refuse_weights("the script weighs its loss by Min-SNR", "drop --snr_gamma")
         return own(*args, **kwargs)
@@ -118,7 +118,7 @@ class ScriptCalls:
 class _Editor(ast.NodeTransformer):
     def __init__(self, tree: ast.Module) -> None:
         self.sites = Sites()
-        # An index is told by its use: sigmas, or the scheduler's list of timesteps, are looked up with it.
+        # A drawn number is an index if the script looks up sigmas, or the scheduler's timesteps, by it.
         self._index_names = {
             name.id
             for node in ast.walk(tree)
@@ -130,7 +130,7 @@ class _Editor(ast.NodeTransformer):
         self._is_scaled = False
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        """Notes whether the draw below is kept as timesteps, or as an index into something else."""
+        """Notes whether a draw in this assignment gets the name of an index."""
         return self._assigned(node, node.targets)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
@@ -138,14 +138,14 @@ class _Editor(ast.NodeTransformer):
         return self._assigned(node, [node.target])
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        """Notes a squared error that is multiplied where it stands."""
+        """Notes that a squared error in this expression is multiplied."""
         before, self._is_scaled = self._is_scaled, isinstance(node.op, ast.Mult)
         node = self._visited(node)
         self._is_scaled = before
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Replaces a draw, a squared error or an SNR; every other call stays."""
+        """Replaces a draw, a squared error or an SNR. Every other call stays."""
         is_scaled = self._is_scaled and _is_per_element(node)
         node = self._visited(node)
         name, scheduler = _called(node), _scheduler_drawn_for(node)
@@ -172,7 +172,7 @@ class _Editor(ast.NodeTransformer):
 
 
 def _is_per_element(node: ast.Call) -> bool:
-    """Whether a squared error is not reduced: what multiplies it then can be weights."""
+    """Whether a squared error is not reduced. Then a factor can be weights."""
     reductions = [keyword.value for keyword in node.keywords if keyword.arg == "reduction"]
     return any(isinstance(value, ast.Constant) and value.value == "none" for value in reductions)
 
@@ -191,7 +191,7 @@ def _called(node: ast.Call) -> str:
 
 
 def _scheduler_drawn_for(node: ast.Call) -> ast.expr | None:
-    """`S` of `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config`, or as `high=`."""
+    """`S` in `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config` or with `high=`."""
     if _called(node) != "torch.randint":
         return None
     named = [keyword.value for keyword in node.keywords if keyword.arg == "high"]

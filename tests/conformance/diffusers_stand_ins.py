@@ -1,6 +1,6 @@
 """What a diffusers example needs around it: a tiny pipeline, and stand-ins for datasets and torchvision.
 
-The stand-ins do what the text-to-image scripts ask of them, no more.
+The stand-ins do what the text-to-image scripts need, no more.
 
 Dims: B batch, C channels, H height, W width.
 """
@@ -34,7 +34,7 @@ class Examples:
 
     Args:
         columns: lists of one length.
-        transform: of a batch of columns, made when it is read.
+        transform: applied to a batch of columns when it is read.
     """
 
     def __init__(self, columns: Batch, transform: Callable[[Batch], Batch] | None = None) -> None:
@@ -60,7 +60,7 @@ class Examples:
     def map(
         self, function: Callable[[Batch], Batch], *, batched: bool, batch_size: int = 1000, **_: Any
     ) -> "Examples":
-        """The rows with the columns that a function returns for batches of them, kept as plain lists."""
+        """The rows with the columns that a function returns for batches of them, in plain lists."""
         if not batched:
             raise ValueError("map needs batched=True")
         added: dict[str, list[Any]] = {}
@@ -130,7 +130,7 @@ class CenterCrop(RandomCrop):
 
 
 class Compose:
-    """One transform after the other."""
+    """Applies transforms one after the other."""
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self._transforms = transforms
@@ -163,7 +163,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def centred(mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """(image - mean) / std for one mean and deviation of all channels."""
+    """(image - mean) / std, with one mean and one deviation for all channels."""
     return lambda image: (image - mean[0]) / std[0]
 
 
@@ -198,13 +198,13 @@ def stand_ins() -> dict[str, ModuleType]:
 
 def _module(name: str, **contents: Any) -> ModuleType:
     module = ModuleType(name)
-    # Libraries ask what is installed by the spec.
+    # Libraries look at the spec to see what is installed.
     vars(module).update(contents, __spec__=ModuleSpec(name, None), __path__=[])
     return module
 
 
 def examples() -> Examples:
-    """Random images, wider than they are high, with captions."""
+    """Random images in landscape format, with captions."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (NUM_IMAGES, RESOLUTION, 2 * RESOLUTION, 3), dtype=np.uint8)
     images = [Image.fromarray(image) for image in pixels]
@@ -243,7 +243,7 @@ def write_pipeline(folder: Path, *, is_xl: bool) -> None:
     scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     parts = {"vae": vae, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer, "scheduler": scheduler}
     if is_xl:
-        # Both encoders' tokens side by side; six time ids beside the pooled text.
+        # The UNet gets the tokens of both encoders, and six time ids beside the pooled text.
         added = {"addition_embed_type": "text_time", "addition_time_embed_dim": _WIDTH}
         unet = _unet(2 * _WIDTH, projection_class_embeddings_input_dim=7 * _WIDTH, **added)
         second = {"text_encoder_2": CLIPTextModelWithProjection(text), "tokenizer_2": tokenizer}

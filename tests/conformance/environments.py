@@ -1,4 +1,4 @@
-"""Circumstances of a training run that every adapter has to work in: point 8 of the contract."""
+"""Circumstances of a training run in which the plugin has to work: point 8 of the contract."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def process_group() -> Iterator[None]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors have this dtype, as in hosts that build a bfloat16 model so."""
+    """New tensors have this dtype. Some hosts build a bfloat16 model in this way."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -34,8 +34,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def wrapped_models(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    """The model as `torch.compile` and as DistributedDataParallel wrap it; parameters are shared."""
+    """The model in torch.compile and in DistributedDataParallel; all have the same parameters."""
     with process_group():
-        # Dynamo traces; its "eager" backend calls the same kernels, so that results compare to the bit.
+        # Without this, a model that was compiled for many shapes would run uncompiled from here on.
+        torch.compiler.reset()
+        # Dynamo traces. Its "eager" backend calls the same kernels, so results are the same to the bit.
         compiled = torch.compile(model, backend="eager")
         yield {"compiled": compiled, "DDP": nn.parallel.DistributedDataParallel(model)}

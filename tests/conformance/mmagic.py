@@ -1,21 +1,17 @@
-"""The contract of `tools/conformance/contract.py` for mmagic, on whichever `mmagic` can be imported.
+"""Seam A for mmagic, on whichever `mmagic` can be imported.
 
-The points are those of contract.py, with mmagic's own reading of three:
+The host's trainer calls `sample_timestep()` and `training_loss(unet, images, t)`. The host's own schedulers
+leave both unwritten, so it has no loss of its own. The uniform policy is compared with the plain loss of a
+given t.
 
-3. The host has no loss of its own: the uniform policy gives, to the bit, the plain loss of a given t.
-6. Also refused: a learned variance, which mmagic has no loss for, and a unet that answers one.
-8. It works with a compiled model, one in DistributedDataParallel and a bfloat16 default dtype.
-
-Dims: T timesteps, B batch.
+Dims: B batch, C channels, H height, W width.
 """
 
-import copy
-import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,62 +19,65 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conformance.contract import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_points
-from conformance.environments import default_dtype, wrapped_models
+from conformance import points
+from conformance.models import NamedUnet
+from conformance.points import on, refused
+from conformance.seam import POLICY, Batch, Seam, Terms, replayed, trained
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.hosts.attachment import is_attached, without_policy
-from speedit_plugins.hosts.entry import with_policy
+from speedit_plugins.hosts.attachment import attachment_of, is_attached
+from speedit_plugins.policies.policy import TimestepPolicy
 
 PLUGIN = "speedit_plugins.hosts.mmagic"
 SCHEDULERS = "mmagic.models.diffusion_schedulers"
-SHAPE = (6, 3, 4, 4)
 
 
-class Unet(nn.Module):
-    """The call and the answer of mmagic's DenoisingUnet, in one parameter."""
+@dataclass(frozen=True)
+class MmagicSeam(Seam):
+    """The host's DDPM scheduler.
 
-    def __init__(self, answers: int = 1) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.7))
-        self.answers = answers
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        encoder_hidden_states: Any = None,
-        label: Any = None,
-        return_noise: bool = False,
-    ) -> dict[str, Tensor]:
-        """The noise (B, C, H, W) as `sample`, with `answers` times the channels."""
-        sample = torch.sin(self.scale * x_t + 0.01 * t.view(-1, 1, 1, 1))
-        return {"sample": torch.cat([sample] * self.answers, dim=1)}
-
-
-class Recorder:
-    """A unet that remembers what it saw and what it answered."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.seen: list[SimpleNamespace] = []
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Any:
-        answer = self.model(x_t, t)
-        self.seen.append(SimpleNamespace(x_t=x_t.detach(), t=t.clone(), answer=answer["sample"].detach()))
-        return answer
-
-
-def check() -> list[int]:
-    """The points that hold, in order.
-
-    Raises:
-        AssertionError: the first point that does not, its number first.
+    Args:
+        options: of the scheduler.
+        num_steps: of sampling.
     """
-    return run_points({point: _taking_nothing(step) for point, step in CONTRACT.items()}, None)
 
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_steps: int = 5
+    shape: tuple[int, ...] = (6, 3, 4, 4)
 
-def _taking_nothing(step: Callable[[], None]) -> Callable[[object], None]:
-    return lambda _: step()
+    def make(self) -> Any:
+        return import_module(SCHEDULERS).EditDDPMScheduler(**self.options)
+
+    def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Any:
+        scheduler = build(policy=policy, **self.options)
+        attachment_of(scheduler).generator = generator
+        return scheduler
+
+    def model(self, host: Any, dtype: torch.dtype = torch.float32) -> NamedUnet:
+        return NamedUnet().to(dtype)
+
+    def train(self, host: Any, model: Any, batch: Batch, t: Tensor | None = None) -> Terms:
+        x, noise = batch
+        scheduler = host if is_attached(host) else self.attached()
+        # As the host's trainer does it: t is what sample_timestep returns.
+        t = scheduler.sample_timestep() if t is None else t
+        terms = scheduler.training_loss(model, x, t, noise=noise)
+        assert sorted(terms) == ["loss"], f"parse_losses adds up {sorted(terms)}"
+        answer = getattr(model, "answers", [noise])[-1]
+        return Terms(terms["loss"], mse=(answer.double() - noise.double()).square().mean((1, 2, 3)))
+
+    def policy(self, name: Any = POLICY) -> TimestepPolicy:
+        return build_policy(name, NoiseSchedule.from_alphas_cumprod(self.make().alphas_cumprod), "epsilon")
+
+    def sample(self, host: Any) -> Tensor:
+        host.set_timesteps(self.num_steps)
+        image, unet = torch.randn(self.shape), NamedUnet()
+        for t in host.timesteps:
+            answer = unet(image, torch.full((len(image),), int(t)))["sample"]
+            image = host.step(answer, t, image)["prev_sample"]
+        return image
+
+    def is_unused(self, host: Any) -> bool:
+        return self.is_idle(host) and not attachment_of(host)._scales
 
 
 def build(**options: Any) -> Any:
@@ -88,86 +87,43 @@ def build(**options: Any) -> Any:
     return registry.build({"type": "SpeeDiffusion", **options})
 
 
-def draws_are_seen() -> None:
-    """Point 1, and x_t is DDPM's at that t; `sample_timestep` leaves the draw to the loss."""
-    for name in ("speedit", "speed"):
-        scheduler, model = build(policy=name), Recorder(Unet())
-        x, noise = _batch()
-        assert scheduler.sample_timestep() is None, "sample_timestep draws, without a batch"
-        torch.manual_seed(7)
-        scheduler.training_loss(model, x, scheduler.sample_timestep(), noise=noise)
-        torch.manual_seed(7)
-        index = _policy(scheduler, name).draw(len(x)).index
-        (seen,) = model.seen
-        assert torch.equal(seen.t, index), f"drew {index.tolist()}, the model saw {seen.t.tolist()}"
-        alpha_bar = torch.from_numpy(np.asarray(scheduler.alphas_cumprod)).double()[index].view(-1, 1, 1, 1)
+def noised_sample_is_ddpms(seam: MmagicSeam) -> None:
+    """Point 1, for two policies: the model sees DDPM's x_t at the drawn t."""
+    for name in (POLICY, "speed"):
+        step, (x, noise) = trained(seam, name), seam.batch()
+        index = step.draw.index
+        assert torch.equal(step.model.seen[0], index), f"drew {index}, the model saw {step.model.seen[0]}"
+        alpha_bar = torch.from_numpy(np.asarray(step.host.alphas_cumprod)).double()[index].view(-1, 1, 1, 1)
         exact = alpha_bar.sqrt() * x.double() + (1 - alpha_bar).sqrt() * noise.double()
         # float32 rounds two scales, two products and a sum of numbers below 4: 2.4e-7 each at the most.
-        assert torch.allclose(seen.x_t.double(), exact, atol=1e-6, rtol=0), "x_t is not DDPM's"
+        found = step.model.inputs[0].double()
+        assert torch.allclose(found, exact, atol=1e-6, rtol=0), "x_t is not DDPM's"
 
 
-def loss_is_weighted() -> None:
-    """Point 2, in float32 and float64, from what the model answered."""
-    for dtype, tolerance in ((torch.float32, FLOAT32_TOLERANCE), (torch.float64, FLOAT64_TOLERANCE)):
-        scheduler, model = build(), Recorder(Unet().to(dtype))
-        x, noise = _batch(dtype)
-        torch.manual_seed(7)
-        terms = scheduler.training_loss(model, x, noise=noise)
-        assert sorted(terms) == ["loss"], f"parse_losses adds up {sorted(terms)}"
-        torch.manual_seed(7)
-        draw = _policy(scheduler).draw(len(x))
-        mse = (model.seen[0].answer.double() - noise.double()).square().mean((1, 2, 3))
-        direct = (draw.weight.double() * mse).mean()
-        error = float((terms["loss"].detach().double() - direct).abs() / direct)
-        assert error <= tolerance, (
-            f"loss misses mean(w * mse) by {error:.1e} relative, wanted {tolerance:.0e}"
-        )
-        terms["loss"].backward()
-        assert model.model.scale.grad is not None, "no gradient reaches the model"
+def host_leaves_the_draw_to_the_loss(seam: MmagicSeam) -> None:
+    """Point 1: the host's trainer asks for t before it has a batch."""
+    assert seam.attached().sample_timestep() is None, "sample_timestep draws, without a batch"
 
 
-def uniform_is_the_plain_loss() -> None:
-    """Point 3."""
-    scheduler, model = build(policy="uniform"), Recorder(Unet())
-    x, noise = _batch()
-    ours = scheduler.training_loss(model, x, noise=noise)["loss"]
-    plain = build().training_loss(model, x, model.seen[0].t, noise=noise)["loss"]
-    assert torch.equal(ours, plain), f"loss differs by {float((ours - plain).abs())}"
-    mean = nn.functional.mse_loss(model.seen[0].answer, noise)
+def plain_loss_is_the_mean(seam: MmagicSeam) -> None:
+    """Point 3: the plain loss is the mean squared error."""
+    step = trained(seam, "uniform")
+    mean = nn.functional.mse_loss(step.model.answers[0], seam.batch()[1])
     # Both are means of the same 288 squares, summed in another order.
+    plain = replayed(seam, step).terms.loss
     assert torch.allclose(plain, mean, rtol=1e-6, atol=0), "the plain loss is not the mean squared error"
 
 
-def sampling_is_untouched() -> None:
-    """Point 4, with all timesteps and with few; no draw, and no numbers of the policy's."""
-    host_class = import_module(SCHEDULERS).EditDDPMScheduler
-    for num_steps, options in ((5, {}), (20, {"num_train_timesteps": 20, "variance_type": "fixed_large"})):
-        ours = build(policy="p2", **options)
-        samples = [_sample(scheduler, num_steps) for scheduler in (host_class(**options), ours)]
-        assert torch.equal(*samples), f"{num_steps} steps differ"
-        attachment = ours._speedit_attachment
-        assert (attachment.num_calls, attachment._scales) == (0, {}), "sampling touched the policy"
-
-
-def object_is_the_hosts() -> None:
+def members_are_the_hosts(seam: MmagicSeam) -> None:
     """Point 5."""
-    host_class = import_module(SCHEDULERS).EditDDPMScheduler
-    plain, ours = host_class(num_train_timesteps=20), build(policy="p2", num_train_timesteps=20)
-    assert isinstance(ours, host_class), f"not a {host_class.__name__}"
-    assert len(ours) == 20, "len is not the host's"
+    plain, ours = seam.make(), seam.attached("p2")
+    assert len(ours) == len(plain), "len is not the host's"
     for name, value in vars(plain).items():
         assert np.array_equal(value, getattr(ours, name)), f"{name} differs"
-    losses = []
-    for scheduler in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301 - made here
-        assert type(scheduler) is type(ours), f"a copy is a {type(scheduler).__name__}"
-        assert is_attached(scheduler), "a copy has no policy"
-        torch.manual_seed(7)
-        losses.append(scheduler.training_loss(Unet(), _batch()[0])["loss"])
-    assert losses[0] == losses[1] == losses[2], "copies train otherwise"
 
 
-def missing_seam_is_refused() -> None:
-    """Point 6."""
+def missing_seam_is_refused(seam: MmagicSeam) -> None:
+    """Point 6: another version of the host, a learned variance, and a unet that returns one."""
     schedulers = import_module(SCHEDULERS)
     bare = type("EditDDPMScheduler", (), {"step": schedulers.EditDDPMScheduler.step})
     kept = {name: module for name, module in sys.modules.items() if name != PLUGIN}
@@ -175,77 +131,23 @@ def missing_seam_is_refused() -> None:
         mock.patch.dict(sys.modules, kept, clear=True),
         mock.patch.object(schedulers, "EditDDPMScheduler", bare),
     ):
-        refused(
-            lambda: import_module(PLUGIN),
-            "training_loss and sample_timestep); this one has no",
-            ImportError,
-        )
+        wanted = "training_loss and sample_timestep); this one has no"
+        refused(partial(import_module, PLUGIN), wanted, ImportError)
     for variance in ("learned", "learned_range"):
         refused(partial(build, variance_type=variance), f"got variance_type='{variance}'")
-    refused(lambda: build().training_loss(Unet(answers=2), _batch()[0]), "learned variance: output_cfg")
-    # What the host's own training pipeline packs for images that it loads as 'gt'.
-    refused(lambda: build().training_loss(Unet(), {}), "PackInputs(keys=...)")
+    x = seam.batch()[0]
+    refused(lambda: build().training_loss(NamedUnet(1), x), "learned variance, and output_cfg")
+    # The host's own training pipeline packs nothing else if it loads the images as 'gt'.
+    refused(lambda: build().training_loss(NamedUnet(), {}), "PackInputs(keys=...)")
 
 
-def second_policy_is_refused() -> None:
-    """Point 7."""
-    host_class = import_module(SCHEDULERS).EditDDPMScheduler
-    scheduler = build()
-    refused(lambda: with_policy(scheduler, "speedit"), "has a policy already")
-    bare = without_policy(scheduler)
-    assert type(bare) is host_class, f"left as {type(bare)}"
-    assert set(vars(bare)) == set(vars(host_class())), "left something behind"
-
-
-def models_and_dtypes() -> None:
-    """Point 8."""
-    x, noise = _batch()
-    unet = Unet()
-    losses = {}
-    with wrapped_models(unet) as others:
-        for name, model in {"plain": unet, **others}.items():
-            unet.zero_grad()
-            torch.manual_seed(7)
-            loss = build().training_loss(model, x, noise=noise)["loss"]
-            loss.backward()
-            assert unet.scale.grad is not None, f"{name}: no gradient"
-            losses[name] = (loss.item(), unet.scale.grad.item())
-    assert len(set(losses.values())) == 1, f"loss and gradient differ: {losses}"
-    with default_dtype(torch.bfloat16), torch.no_grad():
-        model = Recorder(Unet())
-        build(policy="uniform").training_loss(model, torch.zeros(NUM_DRAWS, 1, 1, 1).float())
-    reached = len(model.seen[0].t.unique())
-    assert reached == 1000, f"a bfloat16 default dtype reaches {reached} of 1000 timesteps"
-
-
-CONTRACT: dict[int, Callable[[], None]] = {
-    1: draws_are_seen,
-    2: loss_is_weighted,
-    3: uniform_is_the_plain_loss,
-    4: sampling_is_untouched,
-    5: object_is_the_hosts,
-    6: missing_seam_is_refused,
-    7: second_policy_is_refused,
-    8: models_and_dtypes,
+# All of them are sampled.
+FEW = [{"options": {"num_train_timesteps": 20, "variance_type": "fixed_large"}, "num_steps": 20}]
+MmagicSeam.contract = points.COMMON | {
+    1: (points.draws_are_seen, noised_sample_is_ddpms, host_leaves_the_draw_to_the_loss),
+    3: (points.uniform_is_the_host, plain_loss_is_the_mean),
+    4: (on([{}, *FEW], points.sampling_is_untouched),),
+    5: (*points.COMMON[5], on(FEW, members_are_the_hosts)),
+    6: (missing_seam_is_refused,),
+    7: (points.wrapping_ends,),
 }
-
-
-def _sample(scheduler: Any, num_steps: int) -> Tensor:
-    torch.manual_seed(3)
-    scheduler.set_timesteps(num_steps)
-    image, unet = torch.randn(SHAPE), Unet()
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            answer = unet(image, torch.full((len(image),), int(t)))["sample"]
-            image = scheduler.step(answer, t, image)["prev_sample"]
-    return image
-
-
-def _policy(scheduler: Any, name: str = "speedit") -> Any:
-    return build_policy(name, NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod), "epsilon")
-
-
-def _batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(SHAPE, generator=generator).clamp(-1, 1)
-    return x.to(dtype), torch.randn(SHAPE, generator=generator).to(dtype)

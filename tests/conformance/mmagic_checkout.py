@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from conformance.mmagic import PLUGIN
 from conformance.stand_ins import StandIns
 
-# What the checkout imports and its scheduler, unet and ADM do not use.
+# Packages that the checkout imports, and its scheduler, unet and ADM do not use.
 STAND_INS = (
     *("mmcv", "torchvision", "imageio", "lpips", "clip", "open_clip", "albumentations", "face_alignment"),
     *("controlnet_aux", "resize_right", "wandb", "requests", "pandas", "apex", "xformers"),
 )
-# The host registers every model of a diffusers of 2023, and fails on those of today.
+# The host registers every model of diffusers as of 2023, and fails with those of today.
 REPLACED = ("diffusers", "transformers")
 
 
 def check_train_step() -> None:
-    """Runs ADM.train_step with the host's DenoisingUnet, mended where it reads names that nothing defines.
+    """Runs ADM.train_step with the host's DenoisingUnet. Names that it reads and nobody defines are defined.
 
     Raises:
-        AssertionError: the step trains on another loss than the policy's, or leaves the weights; or the host
-            lacks other names than those that integrations/mmagic/speed_adm.py defines.
+        AssertionError: the step trains with another loss than the policy's, or changes no weight; or the host
+            lacks other names than integrations/mmagic/speed_adm.py defines.
     """
     import_module(PLUGIN)
     registry, engine = import_module("mmagic.registry"), import_module("mmagic.engine")
     hub = import_module("mmengine").MessageHub.get_current_instance()
     hub.update_info("iter", 0)
     import_module("mmagic.models")
-    # As Runner does for the host's configs, which say default_scope.
+    # Runner does this for the host's configs, by their default_scope.
     import_module("mmengine.registry").init_default_scope("mmagic")
     torch.manual_seed(0)
     model = registry.MODELS.build(ADM)
@@ -56,13 +56,13 @@ def check_train_step() -> None:
         moved = [not torch.equal(*pair) for pair in zip(before, model.unet.parameters(), strict=True)]
         assert any(moved), "train_step left the weights"
         losses.append(logged.item())
-    # One batch, t and noise, three descents.
+    # Three steps of descent with the same batch, t and noise.
     assert losses == sorted(losses, reverse=True), f"the loss does not fall: {losses}"
     assert faults == ["_parse_losses", "with_ema_denoising"], f"train_step lacks {faults}"
 
 
 def _mended(model: Any, step: Callable[[], object]) -> list[str]:
-    """Defines one by one the names that the step reads and neither host nor mmengine has; returns them."""
+    """Defines, one by one, the names that the step reads and nobody defines. Returns them."""
     missing = {"_parse_losses": model.parse_losses, "with_ema_denoising": False}
     faults: list[str] = []
     while True:
@@ -95,14 +95,14 @@ ADM = {
 
 
 def import_checkout(checkout: Path) -> Callable[[], list[str]]:
-    """Makes `mmagic` of a checkout importable; returns what tells the packages that stand-ins replaced."""
+    """Makes `mmagic` of a checkout importable. Returns a function: which packages stand-ins replaced."""
     sys.path.insert(0, str(checkout))
     last, first = StandIns(STAND_INS), StandIns(REPLACED)
     sys.meta_path.append(last)
     sys.meta_path.insert(0, first)
     if not hasattr(np, "bool8"):
-        # Removed in numpy 2, and a key of a table that the host builds on import.
-        np.bool8 = np.bool_  # type: ignore[attr-defined]  # that is why
+        # numpy 2 has it no more, and the host's import reads it.
+        np.bool8 = np.bool_  # type: ignore[attr-defined]  # it is missing
     mmcv = import_module("mmcv")
     if "mmcv" in last.used:
         _fill_in_mmcv(mmcv)
@@ -110,7 +110,7 @@ def import_checkout(checkout: Path) -> Callable[[], list[str]]:
 
 
 def _fill_in_mmcv(mmcv: ModuleType) -> None:
-    """What the host needs of mmcv to run a unet: the version check, normalisation layers, the last layer."""
+    """Adds what a unet of the host needs of mmcv: version check, normalisation layers, last layer."""
     utils, bricks = import_module("mmcv.utils"), import_module("mmcv.cnn.bricks")
     vars(mmcv).update(__version__="2.1.0")
     vars(utils).update(digit_version=import_module("mmengine.utils").digit_version)
@@ -125,7 +125,7 @@ def _norm_layer(cfg: dict[str, Any], num_features: int) -> tuple[str, nn.Module]
 
 
 class _ConvModule(nn.Module):
-    """Normalisation, SiLU and convolution: the unet's last layer."""
+    """The unet's last layer: normalisation, SiLU and convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_cfg: dict[str, Any], **options: Any) -> None:
         super().__init__()

@@ -1,16 +1,13 @@
-"""What the plugin keeps in Open-Sora, checked on whatever `opensora` can be imported: stand-in or checkout.
+"""Seam A for Open-Sora 1.0 to 1.3, on the `opensora` that can be imported: stand-in or checkout.
 
-Each check takes a `Host`; `CONTRACT` lists them by the points of contract.py.
+Dims: B batch, C channels, F frames, H height, W width.
 """
 
-import copy
 import math
-import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,17 +18,17 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.testing import assert_close
 
-from conformance.contract import FLOAT64_TOLERANCE, NUM_DRAWS, refused, run_points
-from conformance.environments import default_dtype, wrapped_models
-from conformance.open_sora_models import Denoiser, TextEncoder
-from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
+from conformance import points
+from conformance.diffusion_object import terms_of
+from conformance.models import SmallModel, TextEncoder
+from conformance.points import on, refused
+from conformance.seam import ATTACHED, POLICY, Batch, Seam, Terms, replayed, trained
+from speedit_plugins.hosts.attachment import attachment_of, is_attached
 from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
-B = 6
-SHAPE = (4, 2, 3, 3)
 INTEGRATION = Path(__file__).parents[2] / "integrations" / "open_sora"
-# Our config, the host's folder that it is copied to, and the host's config that it extends.
+# Our config, the folder of the host into which it is copied, and the host's config that it extends.
 CONFIGS = {
     "1.0.0": [("speed_1_0.py", "opensora", "16x256x256.py")],
     "1.1.0": [("speed_1_1.py", "opensora-v1-1", "stage1.py")],
@@ -49,12 +46,23 @@ FLOW_BASE = "scheduler = dict(type='rflow', use_timestep_transform=True, sample_
 BASE = 'scheduler = dict(type="iddpm", timestep_respacing="")\n'
 
 
-@dataclass
-class Host:
-    """The imported host: its version, its folder unless it is a stand-in, and what the checks use of it."""
+@dataclass(frozen=True)
+class OpenSoraSeam(Seam):
+    """The imported host's IDDPM, and how it builds its schedulers.
+
+    Args:
+        version: of the host.
+        checkout: its folder; None is a stand-in.
+        options: of the scheduler.
+        is_masked: whether a step masks frames.
+    """
 
     version: str
     checkout: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    is_masked: bool = False
+    shape: tuple[int, ...] = (6, 4, 2, 3, 3)
+    added: frozenset[str] = ATTACHED | {"_policy_config"}
 
     @property
     def registry(self) -> Any:
@@ -62,339 +70,226 @@ class Host:
 
     @property
     def passes_t(self) -> bool:
+        """Whether the host's trainer draws t."""
         return self.version < "1.2"
 
     def build(self, type: str = "SpeeDiffusion", **options: Any) -> Any:
+        """Our scheduler, through the host's registry."""
         import_module("speedit_plugins.hosts.open_sora")
-        return import_module("opensora.registry").build_module(dict(type=type, **options), self.registry)
+        build_module = import_module("opensora.registry").build_module
+        return build_module({"type": type, **self.options, **options}, self.registry)
 
     def original(self, type: str = "iddpm", **options: Any) -> Any:
-        """The host's own scheduler, on the CPU where the host says CUDA."""
+        """The host's own scheduler, on the CPU if the host says CUDA."""
         gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
         defaults = gaussian.__init__.__kwdefaults__ or {}
         with mock.patch.dict(defaults, {"device": "cpu"} if "device" in defaults else {}):
-            return import_module("opensora.registry").build_module(dict(type=type, **options), self.registry)
+            return self.build(type, **options)
 
-    def train(
-        self,
-        scheduler: Any,
-        *,
-        t: Tensor | None = None,
-        model: Any = None,
-        dtype: torch.dtype = torch.float32,
-        **options: Any,
-    ) -> tuple[dict[str, Tensor], Denoiser]:
-        """One training step on fixed data, called as train.py does; t, if given, is the host's draw."""
-        model = Denoiser() if model is None else model
-        x, noise = (given.to(dtype) for given in _data())
-        args = {"y": torch.ones(B, 1)}
-        t = torch.arange(B) if t is None else t
+    def make(self) -> Any:
+        return self.original()
+
+    def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Any:
+        scheduler = self.build(policy=policy)
+        if generator is not None:
+            # A respaced object has no policy, and no place for a generator, before the first use.
+            assert isinstance(scheduler.policy, TimestepPolicy)
+            attachment_of(scheduler).generator = generator
+        return scheduler
+
+    def model(self, host: Any, dtype: torch.dtype = torch.float32) -> SmallModel:
+        return SmallModel(1).to(dtype)
+
+    def train(self, host: Any, model: Any, batch: Batch, t: Tensor | None = None, **options: Any) -> Terms:
+        x, noise = batch
+        t = torch.arange(len(x)) if t is None else t
+        options["noise"] = noise
+        if self.is_masked:
+            options["mask"] = torch.tensor([[True, True], [True, False]] * (len(x) // 2))
+        args = {"y": torch.ones(len(x), 1)}
         if self.passes_t:
-            return scheduler.training_losses(model, x, t, args, noise=noise, **options), model
+            before = t.clone()
+            terms = terms_of(host.training_losses(model, x, t, args, **options))
+            assert torch.equal(t, before), "wrote into the trainer's t"
+            return terms
         with mock.patch.object(torch, "randint", return_value=t.clone()):
-            return scheduler.training_losses(model, x, args, noise=noise, **options), model
+            return terms_of(host.training_losses(model, x, args, **options))
 
-    def sample(self, scheduler: Any, model: Any = None) -> Tensor:
+    def sees(self, host: Any, draw: TimestepDraw, seen: Tensor) -> bool:
+        return torch.equal(seen, torch.tensor(host.timestep_map)[draw.index])
+
+    def sample(self, host: Any, model: Any = None) -> Tensor:
+        shape = self.shape[1:]
+        z: Any = shape if self.version == "1.0.0" else torch.randn(2, *shape)
+        prompts, device = ["one", "other"], torch.device("cpu")
+        sample: Tensor = host.sample(model or SmallModel(1), TextEncoder(), z, prompts, device)
+        return sample
+
+    def idle(self) -> Any:
+        return self.build(timestep_respacing="")
+
+    def is_unused(self, host: Any) -> bool:
+        return host._speedit_attachment is None
+
+
+def masks(seam: OpenSoraSeam) -> list[OpenSoraSeam]:
+    """Without a mask, and with one if the host takes masks."""
+    return [replace(seam, is_masked=mask) for mask in (False, True) if not mask or seam.version > "1.0.0"]
+
+
+def model_gets_its_arguments(seam: OpenSoraSeam) -> None:
+    """Point 1."""
+    arguments = trained(seam).model.arguments
+    assert torch.equal(arguments[0]["y"], torch.ones(seam.shape[0], 1)), f"the model got {arguments[0]}"
+
+
+def seen_t_follows_the_policy(seam: OpenSoraSeam) -> None:
+    """Point 1: how often the late timesteps reach the model."""
+    model, n = SmallModel(1), 20_000
+    args: list[Any] = [torch.randint(0, 1000, (n,))] if seam.passes_t else []
+    seam.build(policy="speedit").training_losses(model, torch.zeros(n, 4, 1, 1, 1), *args)
+    share = float((model.seen[0] >= 642).double().mean())
+    # The mass of t >= 642 after the reflection; 4 sigma of a binomial frequency.
+    assert abs(share - 0.0509) < 4 * math.sqrt(0.0509 * 0.9491 / n)
+
+
+def weight_is_one_minus_alpha_bar(seam: OpenSoraSeam) -> None:
+    """Point 2: P2 with gamma = k = 1, from the host's own table."""
+    weight = seam.build(policy=dict(type="speedit")).policy.weight
+    expected = 1 - torch.as_tensor(seam.original().alphas_cumprod).double()
+    # float64 keeps 1e-16 of alpha-bar, and 1 - alpha-bar is 1e-4 at t = 0.
+    assert_close(weight, expected, rtol=1e-11, atol=0)
+
+
+def kl_losses_train_with_scope_loss(seam: OpenSoraSeam) -> None:
+    """Point 2: a policy of scope "loss" weighs a loss of one term."""
+    seam = replace(seam, options={**seam.options, "use_kl": True})
+    step = trained(seam, "loss_second_moment")
+    # The history is empty, so the density is uniform and every weight 1 / (T p) is 1.
+    assert_close(step.terms.loss, replayed(seam, step).terms.loss)
+    # The host wraps the model twice on this path, and respaces its t once.
+    assert seam.sees(step.host, step.draw, step.model.seen[0]), "the model saw another t"
+
+
+def training_after_sampling_changes_nothing(seam: OpenSoraSeam) -> None:
+    """Point 4: an object made to sample can train, at the timesteps it has, and samples as before."""
+    host, plain = seam.attached(), seam.original()
+    model = seam.model(host)
+    terms = seam.train(host, model, seam.batch())
+    assert host.policy.schedule.num_timesteps == 5, f"a schedule of {host.policy.schedule}"
+    assert torch.isfinite(terms.loss).all(), "another loss than a finite one"
+    samples = []
+    for each in (host, plain):
         torch.manual_seed(3)
-        z: Any = SHAPE if self.version == "1.0.0" else torch.randn(2, *SHAPE)
         with torch.no_grad():
-            return scheduler.sample(
-                model or Denoiser(), TextEncoder(), z, ["one", "other"], torch.device("cpu")
-            )
+            samples.append(seam.sample(each, model))
+    assert torch.equal(*samples), "another sample"
 
 
-def _data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(B, *SHAPE, generator=generator), torch.randn(B, *SHAPE, generator=generator)
+def other_registrations_stay(seam: OpenSoraSeam) -> None:
+    """Point 5: the plugin adds its names to the host's registry and changes no other."""
+    import_module("opensora.schedulers")
+    before = dict(seam.registry.module_dict)
+    import_module("speedit_plugins.hosts.open_sora")
+    added = {"SpeeDiffusion"} if seam.passes_t else {"SpeeDiffusion", "SpeeDFlow"}
+    after = seam.registry.module_dict
+    assert set(after) - added == set(before) - added
+    assert all(after[name] is before[name] for name in set(before) - added)
 
 
-@contextmanager
-def _recorded(scheduler: Any) -> Iterator[list[Tensor]]:
-    """The indices that the scheduler's policy draws."""
-    drawn: list[Tensor] = []
-    draw = scheduler.policy.draw
+def hosts_own_speed_is_undisturbed(seam: OpenSoraSeam) -> None:
+    """Point 5: the host's `iddpm-speed` trains in 1.1 and fails in later versions, as without the plugin."""
+    if "iddpm-speed" not in seam.registry.module_dict:
+        return
+    theirs, model, batch = seam.original("iddpm-speed"), SmallModel(1), seam.batch()
+    if not seam.passes_t:
+        # It passes its t as the model's arguments, and never trained in these versions.
+        args = {"y": torch.ones(len(batch[0]), 1)}
+        refused(lambda: theirs.training_losses(model, batch[0], args), "shape", AttributeError)
+        return
+    terms = seam.train(theirs, model, batch)
+    plain = seam.train(seam.original(), SmallModel(1), batch, model.seen[0])
+    weight = 1 - theirs.alphas_cumprod[model.seen[0]]
+    assert terms.mse is not None
+    # The host weighs inside the mean over pixels, in float32: rounding of a mean of 72 terms.
+    assert_close(terms.mse, weight * plain.mse, rtol=1e-5, atol=0)
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        result = draw(*args, **kwargs)
-        drawn.append(result.index.clone())
-        return result
 
-    with mock.patch.object(scheduler.policy, "draw", recording):
-        yield drawn
-
-
-def config_builds(host: Host) -> None:
-    """The shipped configs, copied beside the host's own, parse and build through the host."""
-    for name, folder, base in CONFIGS[host.version]:
+def config_builds(seam: OpenSoraSeam) -> None:
+    """Point 6: the host parses and builds our configs, copied beside its own."""
+    for name, folder, base in CONFIGS[seam.version]:
+        default = FLOW_BASE if name == "speed_flow.py" else BASE
+        hosts = seam.checkout and seam.checkout / "configs" / folder / "train" / base
         with tempfile.TemporaryDirectory() as copied_to:
-            for path, source in (
-                (Path(copied_to) / name, INTEGRATION / name),
-                (
-                    Path(copied_to) / base,
-                    host.checkout and host.checkout / "configs" / folder / "train" / base,
-                ),
-            ):
-                default = FLOW_BASE if name == "speed_flow.py" else BASE
-                path.write_text(source.read_text() if source else default)
+            (Path(copied_to) / name).write_text((INTEGRATION / name).read_text())
+            (Path(copied_to) / base).write_text(hosts.read_text() if hosts else default)
             config = _parsed(Path(copied_to) / name).scheduler
-            built = import_module("opensora.registry").build_module(config, host.registry)
+            built = import_module("opensora.registry").build_module(config, seam.registry)
         is_flow = name == "speed_flow.py"
         assert isinstance(
             built, getattr(import_module("opensora.schedulers"), "RFLOW" if is_flow else "IDDPM")
         )
         if is_flow:
-            # What the host's config says beside the type stays.
+            # Everything but the type stays as in the host's config.
             assert (config.sample_method, config.use_timestep_transform) == ("logit-normal", True)
             assert (built.thinning.k, built.thinning.lam) == (5.0, None)
         else:
             assert built.policy.name == "speedit"
 
 
-def policy_options_reach_the_policy(host: Host) -> None:
-    """Parameters of a config are the policy's."""
-    policy = host.build(policy=dict(type="speed", k=4)).policy
+def policy_options_reach_the_policy(seam: OpenSoraSeam) -> None:
+    """Point 6: parameters of a config are the policy's."""
+    policy = seam.build(policy=dict(type="speed", k=4)).policy
     assert isinstance(policy, TimestepPolicy)
     # k times more before tau = 700 of the linear schedule than from there on: the paper's density.
     assert_close(policy.density[699] / policy.density[700], torch.tensor(4.0).double())
 
 
+def bad_configs_are_refused(seam: OpenSoraSeam) -> None:
+    """Point 6: unknown policies and options, and a KL loss for a policy that weighs the mse."""
+    refused(lambda: seam.build(policy="spedit"), "did you mean 'speedit'")
+    refused(lambda: seam.build(noise_shedule="linear"), "noise_shedule", TypeError)
+    refused(lambda: trained(replace(seam, options={"use_kl": True})), "no mse to weight")
+
+
+def sampling_objects_are_wrapped_too(seam: OpenSoraSeam) -> None:
+    """Point 7: a second policy for an object that has not trained yet."""
+    scheduler = seam.build(num_sampling_steps=5)
+    assert is_attached(scheduler), "no policy"
+    refused(lambda: with_policy(scheduler), "has a policy already")
+
+
+def double_weights_are_refused(seam: OpenSoraSeam) -> None:
+    """Point 7: the host's `weights=` beside a policy. 1.0 has no such argument, and says so."""
+    wanted, error = ("weights", TypeError) if seam.version == "1.0.0" else (DOUBLE_WEIGHTS, ValueError)
+    host = seam.attached()
+    refused(lambda: seam.train(host, SmallModel(1), seam.batch(), weights=torch.ones(1000)), wanted, error)
+
+
+DOUBLE_WEIGHTS = "got weights, and the policy weighs already"
+RESPACED = [{"options": options} for options in ({}, {"timestep_respacing": "100"})]
+# As in the host's inference configs.
+SAMPLING = [{"options": {"num_sampling_steps": 5}}]
+OpenSoraSeam.contract = points.COMMON | {
+    1: (on(RESPACED, points.draws_are_seen), model_gets_its_arguments, seen_t_follows_the_policy),
+    2: (
+        on(masks, points.loss_is_weighted),
+        weight_is_one_minus_alpha_bar,
+        on(RESPACED, kl_losses_train_with_scope_loss),
+    ),
+    3: (on(masks, points.uniform_is_the_host), points.evaluations_are_the_hosts),
+    4: (on(SAMPLING, points.sampling_is_untouched), on(SAMPLING, training_after_sampling_changes_nothing)),
+    5: (*points.COMMON[5], other_registrations_stay, hosts_own_speed_is_undisturbed),
+    6: (config_builds, policy_options_reach_the_policy, bad_configs_are_refused),
+    7: (*points.COMMON[7], sampling_objects_are_wrapped_too, double_weights_are_refused),
+}
+
+
 def _parsed(path: Path) -> Any:
-    """The host's own parse_configs on this file; mmengine's reader, which it calls, for a stand-in."""
+    """This file, read by the host's own parse_configs; for a stand-in, by mmengine's reader."""
     try:
         config_utils = import_module("opensora.utils.config_utils")
     except ModuleNotFoundError:
         return Config.fromfile(path)
     with mock.patch.object(sys, "argv", ["train.py", str(path)]):
         return config_utils.parse_configs(training=True)
-
-
-def identity_is_the_hosts_loss(host: Host) -> None:
-    """The uniform policy: every term to the bit, with and without a mask."""
-    for mask in _masks(host):
-        scheduler = host.build(policy="uniform")
-        with _recorded(scheduler) as drawn:
-            ours, _ = host.train(scheduler, **mask)
-        theirs, _ = host.train(host.original(), t=drawn[0], **mask)
-        assert sorted(ours) == sorted(theirs)
-        for name, term in theirs.items():
-            assert torch.equal(ours[name], term), name
-
-
-def loss_is_weighted_mse_plus_vb(host: Host) -> None:
-    """w * mse + vb against the direct sum; the other terms are the host's."""
-    for mask in _masks(host):
-        scheduler = host.build(policy=dict(type="speedit"))
-        with _recorded(scheduler) as drawn:
-            ours, model = host.train(scheduler, **mask)
-        theirs, _ = host.train(host.original(), t=drawn[0], **mask)
-        assert torch.equal(ours["mse"], theirs["mse"])
-        assert torch.equal(ours["vb"], theirs["vb"])
-        # P2 with gamma = k = 1 is 1 - alpha-bar.
-        weight = 1 - torch.as_tensor(host.original().alphas_cumprod).double()[drawn[0]]
-        direct = weight * theirs["mse"].double() + theirs["vb"].double()
-        # float32 rounds the weight, the product and the sum by 6e-8 each.
-        assert_close(ours["loss"].double(), direct, rtol=2e-7, atol=0)
-        ours["loss"].mean().backward()
-        assert model.gain.grad is not None
-
-
-def loss_is_weighted_in_float64(host: Host) -> None:
-    """The same within 1e-12 on float64 data."""
-    scheduler, model = host.build(policy="speedit"), Denoiser().double()
-    drawn = []
-    draw = scheduler.policy.draw
-    with mock.patch.object(scheduler.policy, "draw", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[0]):
-        ours, _ = host.train(scheduler, model=model, dtype=torch.float64)
-    theirs, _ = host.train(host.original(), t=drawn[0].index, model=Denoiser().double(), dtype=torch.float64)
-    direct = drawn[0].weight.double() * theirs["mse"] + theirs["vb"]
-    assert ours["loss"].dtype == torch.float64
-    assert_close(ours["loss"], direct, rtol=FLOAT64_TOLERANCE, atol=0)
-
-
-def other_models_train_alike(host: Host) -> None:
-    """Compiled and DDP-wrapped models; draws under a bfloat16 default."""
-    model = Denoiser()
-    with wrapped_models(model) as others:
-        losses = []
-        for other in (model, *others.values()):
-            torch.manual_seed(5)
-            losses.append(host.train(host.build(), model=other)[0]["loss"].detach())
-    assert all(torch.equal(losses[0], loss) for loss in losses)
-    with default_dtype(torch.bfloat16):
-        index = host.build(policy="uniform").policy.draw(NUM_DRAWS).index
-    assert len(index.unique()) == 1000
-
-
-def _masks(host: Host) -> list[dict[str, Tensor]]:
-    if host.version == "1.0.0":
-        return [{}]
-    return [{}, {"mask": torch.tensor([[True, True], [True, False]] * (B // 2))}]
-
-
-def model_sees_the_drawn_t(host: Host) -> None:
-    """On the whole schedule and on a respaced one."""
-    for options in ({}, {"timestep_respacing": "100"}):
-        scheduler = host.build(policy="speedit", **options)
-        with _recorded(scheduler) as drawn:
-            _, model = host.train(scheduler)
-        assert len(model.seen) == 1
-        assert torch.equal(model.seen[0], torch.tensor(scheduler.timestep_map)[drawn[0]])
-        assert torch.equal(model.arguments[0]["y"], torch.ones(B, 1))
-
-
-def evaluations_are_the_hosts(host: Host) -> None:
-    """Without gradients t and loss are the host's own, and no training call is counted."""
-    scheduler, t = host.build(), torch.arange(0, 600, 100)
-    with torch.no_grad():
-        (ours, model), (theirs, _) = host.train(scheduler, t=t), host.train(host.original(), t=t)
-    assert torch.equal(model.seen[0], t)
-    assert all(torch.equal(ours[name], term) for name, term in theirs.items())
-    assert attachment_of(scheduler).num_calls == 0
-
-
-def callers_t_is_left_alone(host: Host) -> None:
-    """The trainer's tensor of t is not written to."""
-    t = torch.arange(B)
-    host.train(host.build(), t=t)
-    assert torch.equal(t, torch.arange(B))
-
-
-def seen_t_follows_the_policy(host: Host) -> None:
-    """How often the late timesteps reach the model."""
-    scheduler, model, n = host.build(policy="speedit"), Denoiser(), 20_000
-    x = torch.zeros(n, 4, 1, 1, 1)
-    args: list[Any] = [torch.randint(0, 1000, (n,))] if host.passes_t else []
-    scheduler.training_losses(model, x, *args)
-    share = float((model.seen[0] >= 642).double().mean())
-    # The mass of t >= 642 after the reflection; 4 sigma of a binomial frequency.
-    assert abs(share - 0.0509) < 4 * math.sqrt(0.0509 * 0.9491 / n)
-
-
-def sampling_is_the_hosts(host: Host) -> None:
-    """The host's sampler, to the bit, before and after training."""
-    scheduler = host.build(num_sampling_steps=5, timestep_respacing="")
-    assert torch.equal(host.sample(scheduler), host.sample(host.original(num_sampling_steps=5)))
-    assert scheduler._speedit_attachment is None
-    # The same object trains, on the timesteps it has.
-    terms, model = host.train(scheduler)
-    assert scheduler.policy.schedule.num_timesteps == 5
-    assert torch.isfinite(terms["loss"]).all()
-    # Training leaves nothing behind: the model that trained samples as before.
-    assert torch.equal(host.sample(scheduler, model), host.sample(host.original(num_sampling_steps=5)))
-
-
-def copies_train_alike(host: Host) -> None:
-    """A deep copy and a pickled one draw and weigh as the original."""
-    scheduler = host.build()
-    copies = [copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))]  # noqa: S301 - written here
-    torch.manual_seed(5)
-    expected, _ = host.train(scheduler)
-    for other in copies:
-        assert type(other) is type(scheduler)
-        assert other.policy is not scheduler.policy
-        torch.manual_seed(5)
-        assert torch.equal(host.train(other)[0]["loss"], expected["loss"])
-
-
-def double_weights_are_refused(host: Host) -> None:
-    """The host's `weights=` beside a policy."""
-    if host.version == "1.0.0":
-        # This version has no such argument, and says so.
-        refused(lambda: host.train(host.build(), weights=torch.ones(1000)), "weights", TypeError)
-        return
-    refused(
-        lambda: host.train(host.build(), weights=torch.ones(1000)),
-        "got weights, and the policy weights already",
-    )
-
-
-def policies_are_not_stacked(host: Host) -> None:
-    """`with_policy` on top; and back to the host's class."""
-    for scheduler in (host.build(), host.build(num_sampling_steps=5)):
-        assert is_attached(scheduler)
-        refused(lambda scheduler=scheduler: with_policy(scheduler), "has a policy already")
-    scheduler, t = host.build(), torch.arange(0, 600, 100)
-    bare = without_policy(scheduler)
-    assert type(bare) is type(host.original())
-    assert torch.equal(host.train(bare, t=t)[0]["loss"], host.train(host.original(), t=t)[0]["loss"])
-
-
-def bad_configs_are_refused(host: Host) -> None:
-    """Unknown policies and options, and a KL loss for a policy that weighs the mse."""
-    refused(lambda: host.build(policy="spedit"), "did you mean 'speedit'")
-    refused(lambda: host.build(noise_shedule="linear"), "noise_shedule", TypeError)
-    refused(lambda: host.train(host.build(use_kl=True)), "no mse to weight")
-
-
-def kl_losses_train_with_scope_loss(host: Host) -> None:
-    """A policy of scope loss weighs a loss of one term."""
-    for options in ({}, {"timestep_respacing": "100"}):
-        scheduler = host.build(use_kl=True, policy="loss_second_moment", **options)
-        with _recorded(scheduler) as drawn:
-            ours, model = host.train(scheduler)
-        theirs, _ = host.train(host.original(use_kl=True, **options), t=drawn[0])
-        # The history is empty, so the density is uniform and every weight 1 / (T p) is 1.
-        assert_close(ours["loss"], theirs["loss"])
-        # The host wraps the model twice on this path, and respaces its t once.
-        assert torch.equal(model.seen[0], torch.tensor(scheduler.timestep_map)[drawn[0]])
-
-
-def other_registrations_stay(host: Host) -> None:
-    """The plugin adds its names to the host's registry and changes no other."""
-    import_module("opensora.schedulers")
-    before = dict(host.registry.module_dict)
-    import_module("speedit_plugins.hosts.open_sora")
-    added = {"SpeeDiffusion"} if host.passes_t else {"SpeeDiffusion", "SpeeDFlow"}
-    after = host.registry.module_dict
-    assert set(after) - added == set(before) - added
-    assert all(after[name] is before[name] for name in set(before) - added)
-
-
-def hosts_own_speed_is_undisturbed(host: Host) -> None:
-    """`iddpm-speed` trains where it trained (1.1) and fails where it failed."""
-    if "iddpm-speed" not in host.registry.module_dict:
-        return
-    import_module("speedit_plugins.hosts.open_sora")
-    theirs, (x, noise) = host.original("iddpm-speed"), _data()
-    if host.passes_t:
-        model = Denoiser()
-        torch.manual_seed(2)
-        terms = theirs.training_losses(model, x, torch.arange(B), {"y": torch.ones(B, 1)}, noise=noise)
-        plain, _ = host.train(host.original(), t=model.seen[0])
-        weight = 1 - theirs.alphas_cumprod[model.seen[0]]
-        # The host weighs inside the mean over pixels, in float32: rounding of a mean of 72 terms.
-        assert_close(terms["mse"], weight * plain["mse"], rtol=1e-5, atol=0)
-    else:
-        # It passes its t as the model's arguments, and never trained on these versions.
-        refused(
-            lambda: theirs.training_losses(Denoiser(), x, {"y": torch.ones(B, 1)}), "shape", AttributeError
-        )
-
-
-CONTRACT: dict[int, tuple[Callable[[Host], None], ...]] = {
-    1: (model_sees_the_drawn_t, callers_t_is_left_alone, seen_t_follows_the_policy),
-    2: (loss_is_weighted_mse_plus_vb, loss_is_weighted_in_float64, kl_losses_train_with_scope_loss),
-    3: (identity_is_the_hosts_loss, evaluations_are_the_hosts),
-    4: (sampling_is_the_hosts,),
-    5: (copies_train_alike, other_registrations_stay, hosts_own_speed_is_undisturbed),
-    6: (config_builds, policy_options_reach_the_policy, bad_configs_are_refused),
-    7: (policies_are_not_stacked, double_weights_are_refused),
-    8: (other_models_train_alike,),
-}
-
-
-def check(host: Host, contract: Mapping[int, tuple[Callable[[Host], None], ...]]) -> list[int]:
-    """The points of a contract that hold, in order; AssertionError for the first check that does not."""
-
-    def together(checks: tuple[Callable[[Host], None], ...]) -> Callable[[Host], None]:
-        def all_of(host: Host) -> None:
-            for each in checks:
-                torch.manual_seed(0)
-                try:
-                    each(host)
-                except AssertionError as error:
-                    raise AssertionError(f"{each.__name__}: {error}") from error
-
-        return all_of
-
-    return run_points({point: together(checks) for point, checks in contract.items()}, host)

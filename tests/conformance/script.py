@@ -1,6 +1,6 @@
-"""The contract of contract.py for scripts that draw for themselves, with diffusers' own schedulers.
+"""Seam D: a script draws its timesteps and makes its loss itself, with diffusers' own schedulers.
 
-A small script with the lines of diffusers' examples is edited as the launcher does it, and run.
+This runs a small script with the lines of diffusers' examples, edited as the launcher edits it.
 
 Dims: B batch.
 """
@@ -9,31 +9,26 @@ import ast
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conformance.contract import (
-    FLOAT32_TOLERANCE,
-    FLOAT64_TOLERANCE,
-    NUM_DRAWS,
-    POLICY,
-    SmallModel,
-    refused,
-    run_points,
-)
-from conformance.environments import default_dtype, wrapped_models
+from conformance import points
+from conformance.models import SmallModel
+from conformance.points import on, refused
+from conformance.seam import POLICY, Batch, Seam, Terms, trained
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
 
-SHAPE = (6, 4, 4, 4)
 # The draw, the target and the loss of diffusers' text-to-image examples, in their order.
 SCRIPT = """
 import torch
@@ -64,172 +59,154 @@ def step(noise_scheduler, unet, latents, noise, prediction_type=None, snr_gamma=
 
 
 @dataclass(frozen=True)
-class Scheduler:
-    """A scheduler class of diffusers and its options."""
+class Run:
+    """One run of the script: its noise scheduler, and the policy that draws and weighs, or None."""
+
+    noise_scheduler: Any
+    policy: ScriptPolicy | None = None
+
+
+@dataclass(frozen=True)
+class ScriptSeam(Seam):
+    """The script with a scheduler class of diffusers.
+
+    Args:
+        name: of the class.
+        options: of the class.
+        prediction_type: the value of the script's option; None leaves it to the scheduler.
+        snr_gamma: of the script's Min-SNR weights; None has no weights.
+    """
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    prediction_type: str | None = None
+    snr_gamma: float | None = None
+    shape: tuple[int, ...] = (6, 4, 4, 4)
+    policies: tuple[Any, ...] = (POLICY, "min_snr")
 
-    def make(self) -> Any:
-        """A new one."""
-        return getattr(import_module("diffusers"), self.name)(**self.options)
+    def make(self) -> Run:
+        return Run(getattr(import_module("diffusers"), self.name)(**self.options))
+
+    def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Run:
+        return replace(self.make(), policy=ScriptPolicy(policy, generator=generator))
+
+    def policy(self, name: Any = POLICY) -> TimestepPolicy:
+        scheduler = self.make().noise_scheduler
+        stated = "v" if self.prediction_type == "v_prediction" else prediction_type_of(scheduler)
+        return build_policy(name, from_diffusers(scheduler), stated)
+
+    def train(self, host: Run, model: Any, batch: Batch, t: Tensor | None = None) -> Terms:
+        step, options = step_of(host.policy), (self.prediction_type, self.snr_gamma)
+        own = torch.randint
+        with mock.patch.object(torch, "randint", own if t is None else lambda *_, **__: t.clone()):
+            loss, timesteps, target, answer = step(host.noise_scheduler, model, *batch, *options)
+        if isinstance(model, SmallModel):
+            assert torch.equal(timesteps, model.seen[-1]), "the model saw other timesteps"
+        mse = functional.mse_loss(answer, target, reduction="none").flatten(1).mean(1)
+        # If the last SNR is 0, Min-SNR is 0 / 0 there. Two runs agree if both are nan.
+        return Terms(loss.nan_to_num(nan=-1.0), mse=mse)
+
+    def sample(self, host: Run) -> Tensor:
+        scheduler = host.noise_scheduler
+        scheduler.set_timesteps(3)
+        x, generator = torch.ones(1, 4, 4, 4), torch.Generator().manual_seed(3)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.sin(x), t, x, generator=generator).prev_sample
+        return x
+
+    def idle(self) -> Run:
+        """A run that has trained: this leaves the noise scheduler as it was."""
+        host: Run = trained(self).host
+        return host
+
+    def is_unused(self, host: Run) -> bool:
+        return host.policy is not None and host.policy.num_draws == 1
 
 
+V_OF_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-SCHEDULERS = (
-    Scheduler("DDPMScheduler", {}),
-    Scheduler("DDPMScheduler", SCALED),
-    Scheduler("DDPMScheduler", {**SCALED, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
-    Scheduler("DDIMScheduler", SCALED),
+SEAMS = (
+    ScriptSeam("DDPMScheduler"),
+    ScriptSeam("DDPMScheduler", SCALED),
+    ScriptSeam(
+        "DDPMScheduler", {**SCALED, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    ),
+    ScriptSeam("DDIMScheduler", SCALED),
 )
 
 
-def check(scheduler: Scheduler) -> list[int]:
-    """The points that hold, in order; AssertionError for the first that does not."""
-    return run_points(CONTRACT, scheduler)
-
-
-def seam_of(policy: Any = POLICY) -> ScriptPolicy:
-    """A seam whose draws are the same each time."""
-    return ScriptPolicy(policy, generator=torch.Generator().manual_seed(7))
-
-
-def step_of(seam: ScriptPolicy | None, text: str = SCRIPT) -> Callable[..., Any]:
-    """The script's training step: edited around a seam, or as it is."""
+def step_of(policy: ScriptPolicy | None, text: str = SCRIPT) -> Callable[..., Any]:
+    """The script's training step, edited for a policy; None leaves it as it is."""
     tree = ast.parse(text)
     names: dict[str, Any] = {"compute_snr": import_module("diffusers.training_utils").compute_snr}
-    if seam is not None:
+    if policy is not None:
         tree, sites = edited(tree)
         assert sites.are_a_seam, f"found {sites}"
-        names[CALLS] = ScriptCalls(seam)
+        names[CALLS] = ScriptCalls(policy)
     exec(compile(tree, "script", "exec"), names)
     step: Callable[..., Any] = names["step"]
     return step
 
 
-def draws_are_seen(scheduler: Scheduler) -> None:
-    """Point 1: what `add_noise` and the model get is the policy's draw."""
-    model, noise_scheduler = SmallModel(None), scheduler.make()
-    _, timesteps, _, _ = step_of(seam_of())(noise_scheduler, model, *_batch())
-    policy = build_policy(POLICY, from_diffusers(noise_scheduler), prediction_type_of(noise_scheduler))
-    wanted = policy.draw(SHAPE[0], generator=torch.Generator().manual_seed(7)).index
-    assert torch.equal(timesteps, wanted), "the script's timesteps are not the policy's"
-    assert torch.equal(model.seen[0], wanted), "the model saw others"
-
-
-def loss_is_weighted(scheduler: Scheduler) -> None:
-    """Point 2, in float32 and float64, with weights of the prediction type that the script states last."""
-    for dtype, tolerance in ((torch.float32, FLOAT32_TOLERANCE), (torch.float64, FLOAT64_TOLERANCE)):
-        for policy in (POLICY, "min_snr"):
-            noise_scheduler = scheduler.make()
-            model = SmallModel(None).to(dtype)
-            loss, timesteps, target, answer = step_of(seam_of(policy))(
-                noise_scheduler, model, *_batch(dtype), prediction_type="v_prediction"
-            )
-            weight = build_policy(policy, from_diffusers(noise_scheduler), "v").weight.float()[timesteps]
-            mse = functional.mse_loss(answer, target, reduction="none").flatten(1).mean(1)
-            direct = (weight.to(dtype) * mse).mean()
-            error = float(((loss - direct).abs() / direct).detach())
-            assert error <= tolerance, f"loss misses w * mse by {error:.1e} relative, wanted {tolerance:.0e}"
-
-
-def uniform_is_the_host(scheduler: Scheduler) -> None:
-    """Point 3: with Min-SNR of the script too, which a policy without weights leaves on."""
-    for snr_gamma in (None, 5.0):
-        model, seam = SmallModel(None), seam_of("uniform")
-        ours, timesteps, _, _ = step_of(seam)(scheduler.make(), model, *_batch(), snr_gamma=snr_gamma)
-        own = torch.randint
-        try:
-            torch.randint = lambda *_, t=timesteps, **__: t.clone()
-            theirs, _, _, _ = step_of(None)(scheduler.make(), model, *_batch(), snr_gamma=snr_gamma)
-        finally:
-            torch.randint = own
-        assert torch.equal(ours, theirs) or (ours.isnan() and theirs.isnan()), "another loss"
-
-
-def sampling_is_untouched(scheduler: Scheduler) -> None:
+def scheduler_stays(seam: ScriptSeam) -> None:
     """Point 4: training leaves the noise scheduler as it was."""
-    used, unused = scheduler.make(), scheduler.make()
-    step_of(seam_of())(used, SmallModel(None), *_batch())
+    used, unused = trained(seam).host.noise_scheduler, seam.make().noise_scheduler
     assert type(used) is type(unused), "another class"
     assert dict(used.config) == dict(unused.config), "another config"
-    samples = []
-    for noise_scheduler in (used, unused):
-        noise_scheduler.set_timesteps(3)
-        x, generator = torch.ones(1, 4, 4, 4), torch.Generator().manual_seed(3)
-        for t in noise_scheduler.timesteps:
-            x = noise_scheduler.step(torch.sin(x), t, x, generator=generator).prev_sample
-        samples.append(x)
-    assert torch.equal(*samples), "another sample"
 
 
-def seam_copies(scheduler: Scheduler) -> None:
-    """Point 5: a seam in use can be copied and pickled, and draws on as the original would."""
-    seam, noise_scheduler = seam_of(), scheduler.make()
-    step_of(seam)(noise_scheduler, SmallModel(None), *_batch())
-    seams = [_without_generator(seam)]
-    seams += [copy.deepcopy(seams[0]), pickle.loads(pickle.dumps(seams[0]))]  # noqa: S301 - made here
-    draws = []
-    for each in seams:
+def policy_copies(seam: ScriptSeam) -> None:
+    """Point 5: a policy in use can be copied and pickled. A copy draws what the original would."""
+    host = trained(seam).host
+    # A torch.Generator does not pickle.
+    host.policy._generator = None
+    pickled = pickle.dumps(host.policy)
+    drawn = []
+    for each in (host.policy, copy.deepcopy(host.policy), pickle.loads(pickled)):  # noqa: S301 - made here
         torch.manual_seed(3)
-        draws.append(each.timesteps(noise_scheduler, 6))
+        drawn.append(each.timesteps(host.noise_scheduler, 6))
         assert each.num_draws == 2, "another number of draws"
-    assert all(torch.equal(draws[0], draw) for draw in draws), "another draw"
+    assert all(torch.equal(drawn[0], index) for index in drawn), "another draw"
 
 
-def other_schedulers_are_refused(scheduler: Scheduler) -> None:
+def other_schedulers_are_refused(seam: ScriptSeam) -> None:
     """Point 6: an index into sigmas is no timestep."""
     diffusers = import_module("diffusers")
     for name in ("EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"):
         other = getattr(diffusers, name)()
-        refused(lambda other=other: seam_of().timesteps(other, 6), f"{name} has no alphas_cumprod")
+        refused(lambda other=other: ScriptPolicy().timesteps(other, 6), f"{name} has no alphas_cumprod")
     edm = (
         "i = torch.randint(0, noise_scheduler.config.num_train_timesteps, (2,))\n"
         "t = noise_scheduler.timesteps[i]\nF.mse_loss(1, 2)\n"
     )
-    names = {CALLS: ScriptCalls(seam_of()), "noise_scheduler": scheduler.make()}
+    names = {CALLS: ScriptCalls(ScriptPolicy()), "noise_scheduler": seam.make().noise_scheduler}
     refused(lambda: exec(compile(edited(ast.parse(edm))[0], "script", "exec"), names), "EDM style")
-    changed = SCRIPT.replace("timesteps.long()", "timesteps.clamp(max=2)")
-    refused(
-        lambda: step_of(seam_of(), changed)(scheduler.make(), SmallModel(None), *_batch()),
-        "at other timesteps",
-    )
+    changed = step_of(ScriptPolicy(), SCRIPT.replace("timesteps.long()", "timesteps.clamp(max=2)"))
+    scheduler = seam.make().noise_scheduler
+    refused(lambda: changed(scheduler, SmallModel(), *seam.batch()), "at other timesteps")
 
 
-def weights_are_not_doubled(scheduler: Scheduler) -> None:
+def weights_are_not_doubled(seam: ScriptSeam) -> None:
     """Point 7: the script's Min-SNR beside a policy with weights."""
-    step = step_of(seam_of())
-    refused(lambda: step(scheduler.make(), SmallModel(None), *_batch(), snr_gamma=5.0), "drop --snr_gamma")
+    refused(lambda: trained(replace(seam, snr_gamma=5.0)), "drop --snr_gamma")
 
 
-def other_models_train_alike(scheduler: Scheduler) -> None:
-    """Point 8."""
-    model = SmallModel(None)
-    with wrapped_models(model) as others:
-        losses = [
-            step_of(seam_of())(scheduler.make(), other, *_batch())[0].detach()
-            for other in (model, *others.values())
-        ]
-    assert all(torch.equal(losses[0], loss) for loss in losses), "another loss"
-    with default_dtype(torch.bfloat16):
-        timesteps = seam_of("uniform").timesteps(scheduler.make(), NUM_DRAWS)
-    assert len(timesteps.unique()) == 1000, "a bfloat16 default leaves timesteps out"
-
-
-CONTRACT: dict[int, Callable[[Scheduler], None]] = {
-    1: draws_are_seen,
-    2: loss_is_weighted,
-    3: uniform_is_the_host,
-    4: sampling_is_untouched,
-    5: seam_copies,
-    6: other_schedulers_are_refused,
-    7: weights_are_not_doubled,
-    8: other_models_train_alike,
+# The script sets another prediction type after its draw. The weights are those of that type.
+STATING_V = [{"prediction_type": "v_prediction"}]
+# A policy without weights leaves the script's own Min-SNR on.
+MIN_SNR: list[dict[str, Any]] = [{"snr_gamma": None}, {"snr_gamma": 5.0}]
+ScriptSeam.contract = points.COMMON | {
+    2: (on(STATING_V, points.loss_is_weighted),),
+    3: (on(MIN_SNR, points.uniform_is_the_host),),
+    4: (points.sampling_is_untouched, scheduler_stays),
+    5: (policy_copies,),
+    6: (other_schedulers_are_refused,),
+    7: (weights_are_not_doubled,),
 }
 
 
 def check_scripts(paths: list[Path]) -> None:
-    """Raises AssertionError where the launcher would not edit a script at its draw and its losses."""
+    """Raises AssertionError unless the launcher edits each script at its draw and at its losses."""
     for path in paths:
         text = path.read_text(encoding="utf-8")
         _, sites = edited(ast.parse(text))
@@ -238,17 +215,3 @@ def check_scripts(paths: list[Path]) -> None:
         assert all("torch.randint" in lines[line - 1] for line in sites.draws), f"{path.name}: {sites}"
         assert all("F.mse_loss" in lines[line - 1] for line in sites.losses), f"{path.name}: {sites}"
         assert len(sites.losses) == text.count("F.mse_loss("), f"{path.name}: found {sites}"
-
-
-def _without_generator(seam: ScriptPolicy) -> ScriptPolicy:
-    # A torch.Generator does not pickle.
-    copied = copy.copy(seam)
-    copied._generator = None
-    return copied
-
-
-def _batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(SHAPE, generator=generator).to(dtype), torch.randn(SHAPE, generator=generator).to(
-        dtype
-    )

@@ -9,9 +9,10 @@ from typing import Any
 
 
 class StandIns(MetaPathFinder, Loader):
-    """Answers for the named packages and their submodules.
+    """Finds a stand-in for each of the named packages and their submodules.
 
-    Last on sys.meta_path, it answers for those that no other finder knows; first, for all of them.
+    At the end of sys.meta_path it replaces packages that no other finder knows; at the front, all that are
+    named.
 
     Args:
         names: top-level packages that may be replaced.
@@ -29,7 +30,7 @@ class StandIns(MetaPathFinder, Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A module of a replaced package, with any submodule; None for every other name."""
+        """The spec of a replaced package or of any submodule of it; None for every other name."""
         top = name.split(".")[0]
         if top not in self._names or (top in sys.modules and top not in self._used):
             return None

@@ -1,5 +1,9 @@
-"""The adapters' contract: on stand-ins with the hosts' signatures, and on real checkouts where they are."""
+"""The contract: on stand-ins with the hosts' signatures, and on real checkouts if there are any.
 
+The contract is what the plugin keeps in every host; conformance/points.py lists its eight points.
+"""
+
+import io
 import json
 import os
 import subprocess
@@ -8,32 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import check_hosts
-import conformance.contract as host_contract
 import pytest
 import torch
-from conformance.contract import Subject
-from host_standins import IMAGES, SUBJECTS, MaskedDiffusion, SpacedDiffusion, create
+from conformance.diffusion_object import ObjectSeam
+from conformance.points import check
+from host_standins import IMAGES, SEAMS, MaskedDiffusion, SpacedDiffusion, create
 
 TOOL = Path(check_hosts.__file__)
 ALL_POINTS = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.filterwarnings("ignore:host_standins weighs its mse already")
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", SEAMS)
 def test_the_contract_holds_on_stand_ins(name: str) -> None:
-    assert host_contract.check(SUBJECTS[name]) == ALL_POINTS
+    assert check(SEAMS[name]) == ALL_POINTS
 
 
 class TestTheContractCanFail:
-    """Hosts on which an adapter would not keep a point."""
+    """Hosts in which the plugin would not keep a point."""
 
     def test_a_host_that_draws_again_breaks_point_1(self) -> None:
         class Redrawing(SpacedDiffusion):
             def training_losses(self, model: Any, x_start: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
                 return super().training_losses(model, x_start, torch.full_like(t, 3), *args, **kwargs)
 
-        with pytest.raises(AssertionError, match="point 1: drew .* the model saw"):
-            host_contract.check(Subject(lambda r: create(Redrawing, r), IMAGES))
+        with pytest.raises(AssertionError, match="point 1, draws_are_seen: drew .* the model saw"):
+            check(ObjectSeam(lambda r: create(Redrawing, r), IMAGES))
 
     def test_a_scaled_mse_breaks_point_2(self) -> None:
         class Reported(SpacedDiffusion):
@@ -43,8 +47,8 @@ class TestTheContractCanFail:
                 terms = super().terms(answer, noise, t)
                 return {**terms, "mse": 2 * terms["mse"]}
 
-        with pytest.raises(AssertionError, match=r"point 2: loss misses w \* mse \+ vb"):
-            host_contract.check(Subject(lambda r: create(Reported, r), IMAGES))
+        with pytest.raises(AssertionError, match=r"point 2, loss_is_weighted: loss misses w \* mse \+ vb"):
+            check(ObjectSeam(lambda r: create(Reported, r), IMAGES))
 
 
 @pytest.mark.hosts
@@ -79,6 +83,37 @@ class TestCheckHosts:
         assert "FAILED: ModuleNotFoundError: No module named 'diffusion'" in done.stdout
         assert "not found: MDT" in done.stdout
         assert json.loads(report.read_text())[0]["points"] == []
+
+    def test_a_host_is_reported_before_the_next_starts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for folder in ("facebookresearch+DiT", "sail-sg+MDT"):
+            (tmp_path / folder).mkdir()
+        # Like a pipe, this keeps what is printed until it is flushed.
+        printed, report = io.BytesIO(), tmp_path / "out.json"
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed))
+        before: list[str] = []
+
+        def checked(host: check_hosts.Host, hosts: Path) -> dict[str, Any]:
+            before.append(printed.getvalue().decode() + (report.read_text() if report.exists() else ""))
+            return {**check_hosts.nothing_known(host), "points": ALL_POINTS}
+
+        monkeypatch.setattr(check_hosts, "check_in_process", checked)
+        assert check_hosts.main(["--hosts", str(tmp_path), "--json", str(report)]) == 0
+        first, second = before
+        assert first.splitlines() == [check_hosts.HEADER]
+        assert second.splitlines()[1].split() == ["DiT", "B", *map(str, ALL_POINTS), "-", "none"]
+        assert '"host": "DiT"' in second
+        assert "MDT" not in second
+        assert [result["host"] for result in json.loads(report.read_text())] == ["DiT", "MDT"]
+
+    def test_a_host_that_hangs_fails_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def hanging(command: list[str], **options: Any) -> None:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+
+        monkeypatch.setattr(check_hosts.subprocess, "run", hanging)
+        result = check_hosts.check_in_process(check_hosts.HOSTS[0], tmp_path)
+        assert result["error"] == f"no answer in {check_hosts.LIMIT_SECONDS} seconds"
 
     def test_stand_ins_answer_for_named_packages_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         stand_ins = check_hosts.StandIns(["absent_package"])

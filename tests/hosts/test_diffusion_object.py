@@ -1,11 +1,12 @@
-"""Seam B beyond the contract of test_hosts_contract.py: options, wrapped models, errors."""
+"""Seam B beyond the contract of test_conformance.py: options, compiled models, errors."""
 
+import doctest
 import os
 from typing import Any
 
 import pytest
 import torch
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 from host_standins import (
     IMAGES,
     LossType,
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import speedit_plugins
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
+from speedit_plugins.hosts import entry
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.diffusion_object import steered_methods
 
@@ -26,7 +28,7 @@ ZEROS = torch.zeros(6, dtype=torch.long)
 
 
 def drawn(policy: str = "speedit", seed: int = 7) -> Any:
-    """The draw that an object makes first with a generator of this seed."""
+    """The first draw of an object with a generator of this seed."""
     generator = torch.Generator().manual_seed(seed)
     return build_policy(policy, NoiseSchedule.from_alphas_cumprod(create().alphas_cumprod)).draw(
         6, generator=generator
@@ -40,6 +42,11 @@ def terms(diffusion: Any, model: Any, t: Tensor = ZEROS, **kwargs: Any) -> Any:
 
 def test_it_is_exported() -> None:
     assert speedit_plugins.with_policy is with_policy
+
+
+def test_its_example_runs() -> None:
+    result = doctest.testmod(entry)
+    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 class TestDraws:
@@ -113,7 +120,7 @@ class TestLoss:
         ours = terms(diffusion, SmallModel(1))
         weight = drawn().weight
         direct = weight * ours["mse"] + ours["vb"] + 0.25
-        # One float32 rounding each of the host's sum and of ours.
+        # The host's sum and ours each round once in float32.
         assert torch.allclose(ours["loss"], direct, rtol=2e-7, atol=2e-7)
 
     def test_scope_loss_weighs_all_of_it(self) -> None:
@@ -140,7 +147,7 @@ class TestLoss:
             terms(diffusion, SmallModel(1))
 
     def test_a_method_that_returns_no_loss(self) -> None:
-        """PixArt's distillation asks the same method for predictions."""
+        """PixArt's distillation calls the same method for predictions."""
 
         class Predicts(SpacedDiffusion):
             def terms(self, answer: Any, noise: Any, t: Any) -> Any:
@@ -171,7 +178,7 @@ class TestModels:
         for given in (model, torch.compile(model)):
             diffusion = with_policy(create(), generator=torch.Generator().manual_seed(7))
             results.append(terms(diffusion, given)["loss"])
-        # The compiler may fuse the sine's argument: a few float32 roundings.
+        # The compiler may fuse the sine's argument. That changes a few float32 roundings.
         assert torch.allclose(*results, rtol=1e-5)
 
 
@@ -183,7 +190,7 @@ class TestErrors:
 
     def test_a_policy_on_another_schedule_of_the_same_length(self) -> None:
         policy = build_policy("speedit", NoiseSchedule.scaled_linear(1000))
-        with pytest.raises(ValueError, match=r"built on NoiseSchedule\(.*\), got a diffusion object with"):
+        with pytest.raises(ValueError, match=r"built for NoiseSchedule\(.*\), got a diffusion object with"):
             with_policy(create(), policy)
 
     def test_weights_beside_pixarts_snr_loss(self) -> None:
@@ -198,9 +205,7 @@ class TestErrors:
             def terms(self, answer: Any, noise: Any, t: Any) -> Any:
                 return {name: term.mean() for name, term in super().terms(answer, noise, t).items()}
 
-        message = (
-            r"loss has shape \(\), wanted one for each sample, \(6,\): a mean over the batch is too late"
-        )
+        message = r"loss has shape \(\), wanted one for each sample, \(6,\): the mean of a batch cannot be"
         for policy in ("speedit", "loss_second_moment"):
             with pytest.raises(ValueError, match=message):
                 terms(with_policy(create(Mean), policy), SmallModel(1))
@@ -244,7 +249,7 @@ class TestErrors:
         attachment = Attachment(build_policy("uniform", NoiseSchedule.linear()))
         assert attachment_of(attach(diffusion, attachment, steered_methods)) is attachment
         with pytest.raises(
-            ValueError, match="has a policy already, by a line of yours .* speedit_plugins.without_policy"
+            ValueError, match="has a policy already, from a line of yours .* speedit_plugins.without_policy"
         ):
             attach(diffusion, attachment, steered_methods)
 

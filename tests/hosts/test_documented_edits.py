@@ -1,4 +1,4 @@
-"""What integrations/ tells users to edit, tried on the hosts' own lines; and the shape of that folder."""
+"""The edits that integrations/ describes, tried on the hosts' own lines; and the form of its READMEs."""
 
 import ast
 import os
@@ -73,7 +73,8 @@ class TestReadmes:
 def test_sd3_draws_by_a_policy_at_the_scripts_sigmas() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     policy = build_policy("speed", from_diffusers(scheduler), "flow")
-    lines = code_blocks("diffusers")[1].splitlines()
+    # The last three lines of the block; above them the policy is built.
+    lines = code_blocks("diffusers")[1].splitlines()[-3:]
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     names: dict[str, Any] = {"policy": policy, "bsz": N}
@@ -84,9 +85,9 @@ def test_sd3_draws_by_a_policy_at_the_scripts_sigmas() -> None:
     assert torch.equal(names["weighting"].flatten(), draw.weight)
     assert names["weighting"].shape == (N, 1, 1, 1)
     sigmas = scheduler.sigmas[indices].double()
-    # The script's row is the policy's row, up to float32.
+    # The script reads the row that the policy drew, in float32.
     assert torch.allclose(sigmas, policy.schedule.sigma[draw.index], atol=1e-6)
-    # Uniform draws with shift 3 have 0.2 past the boundary: one bin is 0.001 wide.
+    # With shift 3, 0.2 of uniform draws are past the boundary. One bin is 0.001 wide.
     uniform = scheduler.sigmas[torch.randint(0, 1000, (N,), generator=generator)]
     assert is_thinned(uniform > BOUNDARY, sigmas > BOUNDARY)
 
@@ -142,7 +143,7 @@ def test_the_line_of_flow_matching() -> None:
         exec(draw, names)
         t = names["t"]
         assert is_thinned(1 - law(N, device=torch.device("cpu")) > BOUNDARY, 1 - t > BOUNDARY)
-    # Its loss: each sample's error times the weight at its noise level.
+    # The loss is each sample's error times the weight at its noise level.
     names.update(model=lambda x, t, extra: x, x_t=torch.ones(N, 2), u_t=torch.zeros(N, 2), conditioning={})
     names["flow"] = FlowThinning(k=5, lam=0.6)
     exec(loss, names)
@@ -158,7 +159,7 @@ def test_the_lines_of_one_trainer(monkeypatch: pytest.MonkeyPatch, shift: float)
     vars(config).update(TrainConfig=object)
     for name in [name for name in sys.modules if name.split(".")[0] == "modules"]:
         monkeypatch.delitem(sys.modules, name)
-    # The real one lists every model that the host can train.
+    # The host's own module imports every model that the host can train.
     monkeypatch.setitem(sys.modules, config.__name__, config)
     mixin = import_module("modules.modelSetup.mixin.ModelSetupNoiseMixin").ModelSetupNoiseMixin
     kinds = import_module("modules.util.enum.TimestepDistribution").TimestepDistribution

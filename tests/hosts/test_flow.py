@@ -1,4 +1,4 @@
-"""Thinning a flow host's draw: the law, the boundary and the weights in closed form."""
+"""Thinned draws of a flow host: density, boundary and weights in closed form."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_boundary_is_the_snr_of_the_paper() -> None:
 
 @pytest.mark.parametrize(
     ("shift", "before", "after"),
-    # Mass past t = 0.923 of a uniform draw, shifted by s: 1 - b / (s - (s - 1) b).
+    # Share of uniform draws past b = 0.923 after a shift by s: 1 - b / (s - (s - 1) b).
     [(1.0, 0.0772, 0.0164), (3.0, 0.2005, 0.0477)],
 )
 def test_mass_past_the_boundary(shift: float, before: float, after: float) -> None:
@@ -34,7 +34,7 @@ def test_mass_past_the_boundary(shift: float, before: float, after: float) -> No
         t = torch.rand(N)
         return shift * t / (1 + (shift - 1) * t)
 
-    # 4 sigma of a binomial frequency, and the rounding of the numbers above.
+    # 4 sigma of a binomial frequency, plus the rounding of the numbers above.
     for mass, drawn in ((before, hosts_draw()), (after, FlowThinning().draw(hosts_draw))):
         assert abs(share(drawn) - mass) < 4 * math.sqrt(mass * (1 - mass) / N) + 5e-5
 
@@ -42,7 +42,7 @@ def test_mass_past_the_boundary(shift: float, before: float, after: float) -> No
 def test_discrete_uniform_follows_the_papers_density() -> None:
     T = 50
     schedule = NoiseSchedule.rectified_flow(T)
-    # The host's t is the bin's midpoint here, as the schedule's is.
+    # The host's t is the midpoint of a bin, as in the schedule.
     drawn = FlowThinning(k=3).draw(lambda: torch.randint(0, T, (N,)) + 0.5, time_of=lambda t: t / T)
     counts = torch.bincount(drawn.long(), minlength=T).double() / N
     density = densities.thinned(schedule, k=3).table
@@ -67,7 +67,7 @@ def test_k_one_takes_the_hosts_first_draw() -> None:
 
 def test_kept_values_stay_in_place() -> None:
     batches = iter([torch.tensor([0.1, 0.99, 0.3]), torch.tensor([0.5, 0.6, 0.7])])
-    # With k this large a t past the boundary is refused almost surely: the second comes from the next batch.
+    # With a k this large a t past the boundary is refused almost surely. The next batch replaces it.
     drawn = FlowThinning(k=1e9).draw(lambda: next(batches))
     assert drawn.tolist() == torch.tensor([0.1, 0.6, 0.3]).tolist()
 

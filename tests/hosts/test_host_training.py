@@ -1,4 +1,4 @@
-"""Unmodified training scripts of hosts: the tools that run them, and the runs themselves on checkouts."""
+"""Unmodified training scripts of hosts: the tools that run them, and runs of them on checkouts."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     command = [sys.executable, tool.__file__, "--checkout", str(checkout), "--work", str(work), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout, done.stderr
-    # A progress bar may stand before the launcher's words in the same line.
+    # A progress bar may come before the launcher's words in the same line.
     lines = re.findall(r"speedit: [^\r\n]*", done.stderr)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), lines
 
@@ -70,7 +70,7 @@ def test_an_unmodified_train_script_runs_to_its_end(
     assert code == 0
     assert [line.split(":")[1].split(", seam")[0].strip() for line in lines] == [announced]
     assert result["draws"] == host_training.BATCH * host_training.NUM_BATCHES
-    # Binomial sigmas of ten shares; a host that drew for itself would be over 6 from the policy's.
+    # Binomial sigmas of ten shares. If the host drew itself, they would be over 6 from the policy's.
     assert result["worst_sigma"] < 4
     assert result["sigma_from_uniform"] > 4
 
@@ -94,7 +94,7 @@ class TestDiffusersScripts:
         assert result["draws"] == diffusers_training.BATCH * diffusers_training.NUM_STEPS
         assert result["worst_sigma"] < 4
         assert result["sigma_from_uniform"] > 4
-        # Sums of 64 x 256 float32 squares, added in another order than in the float64 that they are held to.
+        # Sums of 64 x 256 float32 squares, compared with float64 sums in another order.
         assert result["loss_error"] < 1e-5
 
     def test_its_v_prediction_takes_the_weights_of_v(self, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ class TestStandIns:
         assert torch.allclose(chain(mirrored)[0, 0], torch.tensor([1.0, 1 / 3, -1 / 3, -1.0]))
 
     def test_they_are_taken_away_and_other_imports_stay(self) -> None:
-        # What a script imports meanwhile must stay: some libraries cannot be imported twice.
+        # What a script imports meanwhile has to stay, since some libraries cannot be imported twice.
         assert "torchvision" not in sys.modules
         sys.modules.pop("colorsys", None)
         with diffusers_training.placed(diffusers_stand_ins.stand_ins()):
@@ -247,19 +247,19 @@ class TestStandIns:
         assert "torchvision" not in sys.modules
         assert sys.modules["colorsys"] is colorsys
 
-    def test_the_pipeline_stands_in_the_hubs_layout(self, tmp_path: Path) -> None:
+    def test_the_pipeline_has_the_hubs_layout(self, tmp_path: Path) -> None:
         diffusers_stand_ins.write_pipeline(tmp_path, is_xl=True)
         index = json.loads((tmp_path / "model_index.json").read_text())
         assert index["_class_name"] == "StableDiffusionXLPipeline"
         assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
         scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
-        # Those of NoiseSchedule.scaled_linear, whose policy the timesteps are held to.
+        # As in NoiseSchedule.scaled_linear, for which the policy of the comparison is built.
         assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
 
 
 class TestReport:
     def seen(self, *, scale: float = 1.0, policy: str = "speedit") -> Seen:
-        """A step at every timestep with an mse of 4, and its loss times a scale."""
+        """A step at every timestep, with an mse of 4 and a loss that is scaled."""
         weight = build_policy(policy, NoiseSchedule.scaled_linear(), "epsilon").weight
         answers, t = torch.full((1000, 1, 2, 2), 2.0), torch.arange(1000)
         return Seen([t], [answers], [torch.zeros_like(answers)], [scale * (weight * 4).mean()])

@@ -1,4 +1,4 @@
-"""latent-diffusion, Stable Diffusion: the contract on a stand-in and on the checkouts; options and errors."""
+"""latent-diffusion and Stable Diffusion: the contract on a stand-in, configs, options, errors."""
 
 import os
 from collections.abc import Iterator
@@ -7,12 +7,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import conformance.latent_diffusion as contract
 import pytest
 import torch
-from conformance.latent_diffusion import ELBO, HOST, L_SIMPLE, PLUGIN, SHAPE, batch, made, step_of
+from conformance.latent_diffusion import (
+    ELBO,
+    HOST,
+    L_SIMPLE,
+    PLUGIN,
+    SHAPE,
+    SMALL_STAGE,
+    WHOLE,
+    LatentSeam,
+)
+from conformance.points import check
+from conformance.seam import seeded
 from latent_diffusion_standin import DDPM, LatentDiffusion, installed, instantiate
 from omegaconf import OmegaConf
+from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
@@ -22,6 +33,27 @@ CHECKOUTS = ("CompVis+latent-diffusion", "CompVis+stable-diffusion", "Stability-
 CLASS = f"{PLUGIN}.LatentDiffusion"
 
 
+def made(ddpm: ModuleType, name: str, policy: Any = None, **options: Any) -> Any:
+    """A small object of the host's class; with a policy, of ours."""
+    given = options if policy is None else {"policy": policy, **options}
+    return LatentSeam(ddpm, name).make(**given)
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Data, conditioning (B, 1) and noise."""
+    x, noise = LatentSeam(ModuleType("")).batch()
+    return x, x.flatten(1)[:, :1].abs(), noise
+
+
+def step_of(model: Any, generator: torch.Generator | None = None, t: Any = None) -> Any:
+    """Loss and terms of one step, at the t that the host draws or is given."""
+    if generator is not None:
+        attachment_of(model).generator = generator
+    x, c, noise = batch()
+    inputs = (x, c) if hasattr(model, "cond_stage_key") else (x,)
+    return model(*inputs, noise=noise) if t is None else model.p_losses(*inputs, t, noise=noise)
+
+
 @pytest.fixture
 def ddpm() -> Iterator[ModuleType]:
     with installed() as module:
@@ -29,7 +61,7 @@ def ddpm() -> Iterator[ModuleType]:
 
 
 def test_the_contract_holds_on_the_stand_in(ddpm: ModuleType) -> None:
-    assert contract.check(ddpm) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert check(LatentSeam(ddpm)) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 class TestTheContractCanFail:
@@ -39,8 +71,8 @@ class TestTheContractCanFail:
         monkeypatch.setattr(
             ddpm.DiffusionWrapper, "forward", lambda self, x, t: self.diffusion_model(x, t * 0 + 3)
         )
-        with pytest.raises(AssertionError, match="point 1: DDPM drew .* the model saw"):
-            contract.check(ddpm)
+        with pytest.raises(AssertionError, match="point 1, draws_are_seen: drew .* the model saw"):
+            check(LatentSeam(ddpm))
 
     def test_weights_on_both_terms_break_point_2(
         self, ddpm: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -50,9 +82,9 @@ class TestTheContractCanFail:
             self.weighed.append(self.draw.weight.to(error.dtype).view(-1, 1, 1, 1) * error)
             return self.weighed[-1]
 
-        monkeypatch.setattr(import_module(PLUGIN)._TrainingCall, "weigh", weigh)
-        with pytest.raises(AssertionError, match=r"LatentDiffusion, scope mse.* loss misses w \* mse \+ vb"):
-            contract.loss_is_weighted(ddpm)
+        monkeypatch.setattr(import_module(PLUGIN)._WeighedErrors, "weigh", weigh)
+        with pytest.raises(AssertionError, match=r"point 2, loss_is_weighted: loss misses w \* mse \+ vb"):
+            check(LatentSeam(ddpm), {2: LatentSeam.contract[2]})
 
 
 @pytest.mark.hosts
@@ -81,8 +113,8 @@ def _checkout(name: str) -> Path:
 class TestConfig:
     def test_the_example_builds_the_host_s_class_with_the_policy(self, ddpm: ModuleType) -> None:
         params = {
-            "unet_config": {"target": "conformance.latent_diffusion.SmallUnet"},
-            "first_stage_config": contract.SMALL_STAGE,
+            "unet_config": {"target": "conformance.models.ConditionedUnet"},
+            "first_stage_config": SMALL_STAGE,
             "cond_stage_config": "__is_first_stage__",
             "timesteps": 500,
             "linear_end": 0.04,
@@ -98,7 +130,7 @@ class TestConfig:
             {"density": {"type": "thinned", "k": 2.0, "tau": 600}, "weighting": "constant"}
         )
         policy = made(ddpm, "DDPM", config).policy
-        # Twice as rare from 600 on.
+        # Half as often from 600 on.
         assert_close(policy.density[700] / policy.density[500], torch.tensor(0.5, dtype=torch.float64))
         assert policy.boundary_index == 600
 
@@ -107,7 +139,7 @@ class TestConfig:
         weights = [
             made(ddpm, "DDPM", "min_snr", parameterization=each).policy.weight for each in ("eps", "x0", "v")
         ]
-        # min(SNR, 5) is the weight of the error in x0; one in noise is SNR times smaller, in v SNR + 1 times.
+        # min(SNR, 5) weighs the error in x0. The error in noise gets it over SNR, the one in v over SNR + 1.
         clipped = snr.clamp(max=5.0)
         for weight, scale in zip(weights, (snr, torch.ones_like(snr), snr + 1), strict=True):
             assert_close(weight, clipped / scale)
@@ -134,14 +166,14 @@ class TestConfig:
 class TestTraining:
     def test_a_learning_policy_sees_the_unweighted_losses(self, ddpm: ModuleType) -> None:
         for name in ("DDPM", "LatentDiffusion"):
-            model = made(ddpm, name, contract.WHOLE)
+            model = made(ddpm, name, WHOLE)
             told: list[Any] = []
             model.policy.update = lambda index, loss, told=told: told.append((index, loss))
-            step_of(model, generator=contract.seeded())
+            step_of(model, generator=seeded())
             ((index, loss),) = told
             assert not loss.requires_grad
-            _, terms = contract.host_losses(made(ddpm, name), batch(), index)
-            # The batch's mean of what the policy is told is the host's loss; float32 sums of 6 terms.
+            _, terms = step_of(made(ddpm, name), t=index)
+            # The mean of what the policy is told is the host's loss, up to float32 sums of 6 terms.
             assert_close(loss.mean(), terms["train/loss"].detach(), rtol=1e-6, atol=0)
             assert loss.shape == index.shape == (SHAPE[0],)
 
@@ -159,8 +191,8 @@ class TestTraining:
         options = {"logvar_init": 0.5, "original_elbo_weight": 0.0}
         model, same = made(ddpm, "LatentDiffusion", "p2", **options), made(ddpm, "LatentDiffusion", "p2")
         same.original_elbo_weight = 0.0
-        loss, _ = step_of(model, generator=contract.seeded())
-        bare, _ = step_of(same, generator=contract.seeded())
+        loss, _ = step_of(model, generator=seeded())
+        bare, _ = step_of(same, generator=seeded())
         # The host divides each weighted error by exp(0.5) and adds 0.5, then scales by l.
         assert_close(loss, bare / torch.tensor(0.5).exp() + L_SIMPLE * 0.5)
 
@@ -168,7 +200,7 @@ class TestTraining:
         model, (x, c, noise), t = made(ddpm, "LatentDiffusion", "p2"), batch(), torch.arange(SHAPE[0])
         losses = []
         for args, kwargs in (((x, c, t, noise), {}), ((x,), {"t": t, "cond": c, "noise": noise})):
-            attachment_of(model).generator = contract.seeded()
+            attachment_of(model).generator = seeded()
             losses.append(model.p_losses(*args, **kwargs)[0])
         assert torch.equal(*losses)
         with pytest.raises(TypeError, match="missing a required argument: 't'"):
@@ -176,7 +208,7 @@ class TestTraining:
 
 
 class TestAForkWithAnotherLoss:
-    """Forks share the module's name: a loss that the weights do not fit must not train silently."""
+    """A fork has the same module name. If weights do not fit its loss, it must not train silently."""
 
     def refused(self, p_losses: Any, message: str, base: type = LatentDiffusion) -> None:
         fork = type("LatentDiffusion", (base,), {"p_losses": p_losses})
@@ -239,7 +271,7 @@ class TestCheckpoint:
         resumed.on_load_checkpoint(checkpoint)
         assert torch.equal(resumed.policy.density, model.policy.density)
         for each in (model, resumed):
-            step_of(each, generator=contract.seeded())
+            step_of(each, generator=seeded())
             assert attachment_of(each).num_calls == 7
         assert torch.equal(resumed.policy.density, model.policy.density)
 
@@ -285,9 +317,9 @@ class TestCheckpoint:
 
 
 def test_elbo_weight_of_the_contract_is_felt() -> None:
-    # Point 2 compares sums: a variational term below float32's rounding of the other would prove nothing.
+    # Point 2 compares sums. It would prove nothing if the variational term were lost in float32's rounding.
     with installed() as ddpm:
         model = made(ddpm, "LatentDiffusion")
-        _, terms = contract.host_losses(model, batch(), torch.arange(0, 600, 100))
+        _, terms = step_of(model, t=torch.arange(0, 600, 100))
         share = ELBO * terms["train/loss_vlb"] / terms["train/loss"]
         assert 1e-4 < float(share.detach()) < 0.9

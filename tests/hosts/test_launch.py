@@ -1,4 +1,4 @@
-"""The launcher: a script of a host, unmodified, with a policy in it."""
+"""The launcher: it runs an unmodified script of a host with a policy."""
 
 import os
 import subprocess
@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import TORCHRUN, Job
+from warm_python import WarmPython
 
 from speedit_plugins import launch
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 
-# A host's factory and its script, as they stand in a checkout.
+# A host's module that makes its diffusion object, and the host's script.
 FACTORY = """
 from host_standins import create
 def create_diffusion(timestep_respacing):
@@ -23,7 +25,7 @@ import sys
 import torch
 from torch import nn
 from {module} import create_diffusion{alias}
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 print("argv", sys.argv)
 print("path", sys.path[0])
 print("name", __name__)
@@ -42,7 +44,7 @@ if __name__ == "__main__":
 
 
 def host(folder: Path, module: str = "diffusion", text: str = FACTORY) -> Path:
-    """A checkout with this module; the path of its train.py, still to be written."""
+    """Writes a checkout with this module. Returns the path of its train.py, which is not written yet."""
     path = folder.joinpath(*module.split("."))
     path.mkdir(parents=True)
     for package in [path, *path.parents]:
@@ -53,21 +55,12 @@ def host(folder: Path, module: str = "diffusion", text: str = FACTORY) -> Path:
     return folder / "train.py"
 
 
-def start(
-    *command: str, cwd: Path | None = None, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    folders = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "standins", ROOT / "tools")))
-    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
-    program = launcher or (sys.executable, "-m")
-    return subprocess.run(
-        [*program, "speedit_plugins.launch", *command],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-        check=False,
-        timeout=120,
-    )
+FOLDERS = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "standins", ROOT / "tools")))
+PYTHON = WarmPython({**os.environ, "PYTHONPATH": FOLDERS, "OMP_NUM_THREADS": "1"})
+
+
+def start(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return PYTHON.run("speedit_plugins.launch", *command, cwd=cwd)
 
 
 def reports(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -83,7 +76,7 @@ def test_a_script_runs_as_python_runs_it(tmp_path: Path) -> None:
     assert f"path {tmp_path}" in done.stdout
     assert "name __main__" in done.stdout
     assert "redrawn True" in done.stdout
-    # E[w] of `speed` on the linear schedule is 0.4965 and its boundary 700.
+    # On the linear schedule `speed` has the mean weight 0.4965 and the boundary 700.
     assert reports(done) == [
         "speedit: DiT, fast-DiT, Latte, seam B, policy speed:"
         " boundary 700 of 1000 timesteps, mean weight 0.4965"
@@ -108,7 +101,7 @@ def test_each_hosts_factory_is_found(tmp_path: Path, module: str, alias: str, fu
 
 
 def test_a_factory_that_a_package_passes_on(tmp_path: Path) -> None:
-    """PixArt-alpha's stands in diffusion.iddpm, and its scripts import it from diffusion."""
+    """PixArt-alpha's is in diffusion.iddpm, and its scripts import it from diffusion."""
     script = host(tmp_path, text="from diffusion.iddpm import IDDPM\n")
     (tmp_path / "diffusion" / "iddpm.py").write_text(FACTORY.replace("create_diffusion", "IDDPM"))
     script.write_text(
@@ -127,7 +120,7 @@ def create_named_schedule_sampler(name, diffusion):
 SAMPLED = """
 import torch
 from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 from host_standins import create
 diffusion = create()
 sampler = create_named_schedule_sampler({name!r}, diffusion)
@@ -160,7 +153,7 @@ def test_the_hosts_own_sampler_beside_a_policy_is_refused(tmp_path: Path) -> Non
 
 POINTS = """
 import torch
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 from host_standins import PointDiffusion as Base, create_points
 class GaussianDiffusion(Base):
     def p_losses(self, denoise_fn, data_start, t, noise=None, y=None):
@@ -191,14 +184,14 @@ def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path
     script.write_text(POINTS.format(body="torch.multiprocessing.spawn(print, nprocs=1)"))
     done = start(str(script))
     assert done.returncode == 2
-    assert "spawns its own processes, which leave the policy behind" in reports(done)[0]
+    assert "spawns processes, and these do not get the policy" in reports(done)[0]
 
 
 FLOW = "from flow_standins import Transport as create_transport\n"
 FLOW_TRAIN = """
 import torch
 from transport import create_transport
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 transport = create_transport()
 model = SmallModel(None)
 opt = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -216,7 +209,7 @@ def test_a_transport(tmp_path: Path) -> None:
     assert reports(done)[0].startswith(
         "speedit: SiT, LightningDiT, seam B, policy speed: boundary 923 of 1000 timesteps"
     )
-    # t = 0 is noise there: 0.077 / 5 of 0.938, within 4 binomial sigma.
+    # A transport has noise at t = 0: 0.077 / 5 of 0.938, within 4 binomial sigma.
     assert abs(float(done.stdout.split()[-1]) - 0.0164) < 4 * (0.0164 / 5000) ** 0.5
 
 
@@ -226,7 +219,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from conformance.contract import SmallModel
+from conformance.models import SmallModel
 noise_scheduler, unet, snr_gamma = DDPMScheduler(), SmallModel(None), {snr_gamma}
 optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
 latents = torch.randn(64, 4, 2, 2)
@@ -263,7 +256,7 @@ class TestAScriptThatDrawsForItself:
             "speedit: diffusers script, seam D, policy speedit:"
             " boundary 642 of 1000 timesteps, mean weight 0.5815"
         ]
-        # 0.0509 of 128 is 6.5, and 4 binomial sigma are 10; uniform draws have 45.8.
+        # 6.5 of 128 are expected, and 4 binomial sigma are 10; of uniform draws there would be 45.8.
         assert int(done.stdout.split()[1]) <= 16
         assert f"of 128 __main__ {[str(script), '--x']}" in done.stdout
 
@@ -296,7 +289,7 @@ class TestAScriptThatDrawsForItself:
 
 
 class TestErrors:
-    """Each is one line and exit code 2, before anything trains."""
+    """Each error is one line and exit code 2, before anything trains."""
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -331,6 +324,8 @@ class TestErrors:
     def test_a_script_without_a_seam_is_not_run(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        # Without code, a folder of that name is not DiT's package.
+        (tmp_path / "diffusion").mkdir()
         script = tmp_path / "train.py"
         script.write_text("raise SystemExit('ran')")
         assert launch.main([str(script)]) == 2
@@ -390,8 +385,8 @@ def test_this_process_is_left_as_it_was(tmp_path: Path, capsys: pytest.CaptureFi
 def test_two_processes_report_once(tmp_path: Path) -> None:
     script = host(tmp_path)
     script.write_text(TRAIN.format(module="diffusion", alias=""))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    done = start(str(script), launcher=torchrun)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("redrawn True") == 2
-    assert len(reports(done)) == 1
+    with Job([*TORCHRUN, "-m", "speedit_plugins.launch", script], {"PYTHONPATH": FOLDERS}) as job:
+        output = job.end()
+    assert job.process.returncode == 0, output
+    assert output.count("redrawn True") == 2
+    assert output.count("speedit: DiT") == 1

@@ -1,4 +1,4 @@
-"""Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and on the real checkouts."""
+"""Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and hosts that break it."""
 
 import sys
 from collections.abc import Iterator
@@ -7,35 +7,36 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.open_sora import CONTRACT, Host
-from conformance.open_sora_flow import FLOW_CONTRACT
+from conformance.models import SmallModel
+from conformance.open_sora import OpenSoraSeam
+from conformance.open_sora_flow import SpeeDFlowSeam
 from open_sora_standin import VERSIONS, installed
 
 
 @pytest.fixture(params=VERSIONS)
-def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+def host(request: pytest.FixtureRequest) -> Iterator[OpenSoraSeam]:
     with installed(request.param):
-        yield Host(request.param)
+        yield OpenSoraSeam(request.param)
 
 
 @pytest.fixture(params=VERSIONS[2:])
-def flow_host(request: pytest.FixtureRequest) -> Iterator[Host]:
+def flow_host(request: pytest.FixtureRequest) -> Iterator[OpenSoraSeam]:
     with installed(request.param):
-        yield Host(request.param)
+        yield OpenSoraSeam(request.param)
 
 
-CHECKS = [check for checks in CONTRACT.values() for check in checks]
-FLOW_CHECKS = [check for checks in FLOW_CONTRACT.values() for check in checks]
+CHECKS = [check for checks in OpenSoraSeam.contract.values() for check in checks]
+FLOW_CHECKS = [check for checks in SpeeDFlowSeam.contract.values() for check in checks]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check: Any, host: Host) -> None:
+def test_contract(check: Any, host: OpenSoraSeam) -> None:
     check(host)
 
 
 @pytest.mark.parametrize("check", FLOW_CHECKS, ids=lambda check: check.__name__)
-def test_flow_contract(check: Any, flow_host: Host) -> None:
-    check(flow_host)
+def test_flow_contract(check: Any, flow_host: OpenSoraSeam) -> None:
+    check(SpeeDFlowSeam(flow_host))
 
 
 def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,9 +48,9 @@ def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("when", ["after", "instead of"])
 def test_a_t_drawn_past_q_sample_raises(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    # What a later version might do: the model must never train on a t that is not the policy's.
+    # A later version might do this. The model must never train at a t that is not the policy's.
     with installed("1.2.0"):
-        host = Host("1.2.0")
+        host = OpenSoraSeam("1.2.0")
         scheduler = host.build()
         gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
 
@@ -62,22 +63,22 @@ def test_a_t_drawn_past_q_sample_raises(monkeypatch: pytest.MonkeyPatch, when: s
 
         monkeypatch.setattr(gaussian, "training_losses", redrawing)
         with pytest.raises(ValueError, match="another t than the policy drew"):
-            host.train(scheduler)
+            host.train(scheduler, SmallModel(1), host.batch())
 
 
 def test_a_model_that_is_not_called_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed("1.2.0"):
-        host = Host("1.2.0")
+        host = OpenSoraSeam("1.2.0")
         scheduler = host.build()
         gaussian = import_module("opensora.schedulers.iddpm.gaussian_diffusion").GaussianDiffusion
         monkeypatch.setattr(gaussian, "training_losses", lambda *_, **__: {"loss": torch.zeros(1)})
         with pytest.raises(ValueError, match="did not call q_sample and then the model"):
-            host.train(scheduler)
+            host.train(scheduler, SmallModel(1), host.batch())
 
 
 def test_a_flow_that_does_not_add_noise_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed("1.2.0"):
-        scheduler = Host("1.2.0").build("SpeeDFlow")
+        scheduler = OpenSoraSeam("1.2.0").build("SpeeDFlow")
         monkeypatch.setattr(type(scheduler.scheduler), "training_losses", lambda *_, **__: {})
         with pytest.raises(ValueError, match="did not pass its t to add_noise"):
             scheduler.training_losses(None, torch.zeros(2, 4, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Seam C: a sampler in the place of the host's."""
+"""Seam C: a schedule sampler that replaces the host's."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class TestSample:
         sampler = schedule_sampler(
             diffusion, dict(density="uniform", weighting="inverse_density", scope="loss")
         )
-        # 1/(T p) of a uniform density.
+        # 1 / (T p) is 1 for a uniform density.
         assert torch.allclose(sampler.sample(8, "cpu")[1], torch.ones(8))
         assert type(diffusion) is SpacedDiffusion
 
@@ -92,7 +92,7 @@ class TestRefusals:
 
 class TestBuiltInWeights:
     def test_a_plain_host_has_none(self) -> None:
-        # A squared error of 1 up to the host's own arithmetic, which is exact here.
+        # The squared error is 1 up to the host's own arithmetic. Here that is exact.
         assert torch.equal(built_in_weights(create(), torch.tensor([0, 500])), torch.ones(2))
 
     def test_min_snr_is_reported(self) -> None:

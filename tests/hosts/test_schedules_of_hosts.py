@@ -44,7 +44,7 @@ class TestFromDiffusers:
             num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
         schedule = from_diffusers(scheduler)
-        # diffusers accumulates 1000 float32 products.
+        # diffusers multiplies 1000 float32 factors.
         expected = NoiseSchedule.scaled_linear()
         assert torch.allclose(schedule.alphas_cumprod, expected.alphas_cumprod, rtol=1e-4)
         assert schedule.timesteps.tolist() == list(range(1000))
@@ -70,7 +70,7 @@ class TestFromDiffusers:
     @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
     def test_noise_that_is_added_to_data_of_scale_one_half(self, name: str) -> None:
         schedule = from_diffusers(getattr(diffusers, name)())
-        # Karras' ramp between 0.002 and 80 with rho = 7, in float32.
+        # Karras' ramp from 0.002 to 80 with rho = 7, in float32.
         ramp = torch.linspace(0, 1, schedule.num_timesteps, dtype=torch.float64)
         expected = (0.002 ** (1 / 7) + ramp * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
         assert torch.allclose(schedule.sigma, expected, rtol=1e-4)

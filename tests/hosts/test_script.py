@@ -3,11 +3,11 @@
 import ast
 from typing import Any
 
-import conformance.script as script_contract
 import diffusers
 import pytest
 import torch
-from conformance.script import SCHEDULERS, SCRIPT, step_of
+from conformance.points import check
+from conformance.script import SCRIPT, SEAMS, ScriptSeam, step_of
 from torch.nn import functional
 from torch.testing import assert_close
 
@@ -24,9 +24,9 @@ def seam(policy: Any = "speedit") -> ScriptPolicy:
     return ScriptPolicy(policy, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: scheduler.name)
-def test_the_contract_holds(scheduler: script_contract.Scheduler) -> None:
-    assert script_contract.check(scheduler) == [1, 2, 3, 4, 5, 6, 7, 8]
+@pytest.mark.parametrize("each", SEAMS, ids=lambda each: each.name)
+def test_the_contract_holds(each: ScriptSeam) -> None:
+    assert check(each) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 class TestEdits:
@@ -139,7 +139,7 @@ class TestLoss:
         own, scheduler = seam({"type": "uniform", "normalize": "loss"}), diffusers.DDPMScheduler()
         own.timesteps(scheduler, 4)
         halves = [own.mse_loss(torch.full((2, 3), 0.2), torch.zeros(2, 3), part=(n, 2)) for n in (0, 1)]
-        # 0.2 squared, with the weight of 1 that stood at the draw; then its inverse.
+        # 0.2 squared times the weight at the draw, 1. After it the weight is the inverse of that.
         assert_close(torch.stack(halves), torch.full((2,), 0.04))
         own.timesteps(scheduler, 4)
         assert_close(own.mse_loss(torch.full((4, 3), 0.2), torch.zeros(4, 3)), torch.tensor(1.0))
@@ -149,7 +149,7 @@ class TestLoss:
         own.timesteps(diffusers.DDPMScheduler(), 4)
         with pytest.raises(ValueError, match=r"'speedit_reference' draws pairs, .* \(prior preservation\)"):
             own.mse_loss(torch.ones(2, 3), torch.zeros(2, 3), part=(0, 2))
-        # A whole batch takes pairs.
+        # A batch that is not split takes pairs.
         assert own.mse_loss(torch.ones(4, 3), torch.zeros(4, 3)) > 0
 
     def test_a_wrong_name_is_told_at_once(self) -> None:
@@ -157,7 +157,7 @@ class TestLoss:
             ScriptPolicy("speeddit")
 
     def test_a_loss_before_any_draw(self) -> None:
-        with pytest.raises(ValueError, match="before timesteps were drawn by the policy"):
+        with pytest.raises(ValueError, match="before the policy drew timesteps"):
             seam().mse_loss(torch.ones(2), torch.ones(2))
 
     @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""A transport and a rectified flow with the hosts' signatures and order of draws; the contract's subjects.
+"""A transport and a rectified flow with the hosts' signatures and order of draws; and their seams.
 
-Written from the straight path x_t = (1 - t) x_0 + t eps; t = 0 is noise in a transport, data in the other.
+They are written from the straight path x_t = (1 - t) x_0 + t eps. t = 0 is noise in a transport and data in a
+rectified flow.
 
 Dims: B batch.
 """
@@ -35,7 +36,7 @@ class ICPlan:
 
 
 class VPCPlan(ICPlan):
-    """A path whose velocity has no closed form in the noise; its tables do not matter here."""
+    """A path on which no closed form relates velocity and noise; its tables do not matter here."""
 
 
 def rows(t: Tensor, like: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class RectifiedFlow(RFLOW12):
 
 
 def sampled(host: Any, model: Any) -> Tensor:
-    """Two Euler steps from noise, with the first half of what the model answers."""
+    """Two Euler steps from noise, with the first half of the model's answer."""
     x = torch.randn(2, 4, 2, 4, 4)
     for step in (0.0, 0.5):
         velocity = model(x, torch.full((2,), step))[:, : x.shape[1]]
@@ -84,7 +85,7 @@ def sampled(host: Any, model: Any) -> Tensor:
     return x
 
 
-SUBJECTS = {
+SEAMS = {
     "transport": transport(Transport, sampled),
     "transport of noise": transport(lambda: Transport(ModelType.NOISE), sampled),
     "rectified flow": rectified_flow(RectifiedFlow, sampled),

@@ -1,6 +1,6 @@
-"""Small diffusion objects with the hosts' exact signatures, and the hosts' contract's subjects over them.
+"""Small diffusion objects with the hosts' exact signatures, and their seams.
 
-Written from DDPM's formulas; a tests' stand-in for a checkout, not a diffusion to train with.
+They are written from DDPM's formulas. They replace checkouts in tests; nobody should train with them.
 
 Dims: T timesteps, B batch.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from conformance.contract import Subject
+from conformance.diffusion_object import ObjectSeam
+from conformance.schedule_sampler import SamplerSeam
+from conformance.seam import Seam
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
@@ -101,7 +103,7 @@ class GaussianDiffusion:
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """Respaced: hands the model the original timesteps, and passes *args on as the hosts do."""
+    """Respaced: gives the model the original timesteps, and passes *args on as the hosts do."""
 
     def __init__(self, use_timesteps: Any, **kwargs: Any) -> None:
         alphas_cumprod = np.cumprod(1 - np.asarray(kwargs["betas"], dtype=np.float64))
@@ -120,20 +122,20 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 class LatteDiffusion(SpacedDiffusion):
-    """Video (B, F, C, H, W): the variance channels follow in dimension 2."""
+    """Video (B, F, C, H, W): the variance channels are appended in dimension 2."""
 
     sigma_axis = 2
 
 
 class OpenSoraPlanDiffusion(SpacedDiffusion):
-    """Video (B, C, F, H, W); the training model answers a tuple."""
+    """Video (B, C, F, H, W). While training, the model returns a tuple."""
 
     def terms(self, answer: Any, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         return super().terms(answer[0], noise, t)
 
 
 class PixArtDiffusion(SpacedDiffusion):
-    """The argument is `timestep`; a masked loss may add `mae` on its own account."""
+    """The argument is called `timestep`. A masked loss may add a term `mae`."""
 
     mae = 0.0
 
@@ -158,7 +160,7 @@ class PixArtDiffusion(SpacedDiffusion):
 
 
 class MaskedDiffusion(SpacedDiffusion):
-    """MDT's: its mse carries Min-SNR 5."""
+    """MDT's object: Min-SNR 5 is in its mse."""
 
     def mse(self, error: Tensor, t: Tensor) -> Tensor:
         alphas_cumprod = torch.from_numpy(self.alphas_cumprod)[t].float()
@@ -167,7 +169,7 @@ class MaskedDiffusion(SpacedDiffusion):
 
 
 class PointDiffusion:
-    """DiT-3D's object: float32 torch tables, and a loss (B,) of its own name."""
+    """DiT-3D's object: float32 torch tables, and a training method of another name that returns (B,)."""
 
     def __init__(self, betas: Any, loss_type: str, model_mean_type: str, model_var_type: str) -> None:
         self.betas = torch.from_numpy(np.asarray(betas)).float()
@@ -192,7 +194,7 @@ class PointDiffusion:
 
 
 class ScheduleSampler(ABC):
-    """guided-diffusion's base class: drawing divides the weights by the density."""
+    """guided-diffusion's base class, whose own `sample` divides the weights by the density."""
 
     @abstractmethod
     def weights(self) -> Any: ...
@@ -218,7 +220,7 @@ def create(host_class: type = SpacedDiffusion, respacing: str = "", **kwargs: An
 
 
 def create_points(respacing: str = "") -> PointDiffusion:
-    """It cannot be respaced: as many timesteps, with the end points scaled so that all noise is reached."""
+    """DiT-3D's cannot be respaced: it gets fewer timesteps, and end points scaled to reach pure noise."""
     num_timesteps = int(respacing or NUM_TIMESTEPS)
     betas = np.linspace(1e-4, min(0.02 * NUM_TIMESTEPS / num_timesteps, 0.5), num_timesteps)
     return PointDiffusion(betas, "mse", "eps", "fixedsmall")
@@ -226,15 +228,17 @@ def create_points(respacing: str = "") -> PointDiffusion:
 
 IMAGES = (6, 4, 4, 4)
 VIDEOS = (6, 2, 4, 4, 4)
-SUBJECTS = {
-    "dit": Subject(lambda r: create(respacing=r), IMAGES),
-    "dit, fixed variance": Subject(lambda r: create(respacing=r, learn_sigma=False), IMAGES, None),
-    "latte": Subject(lambda r: create(LatteDiffusion, r), VIDEOS, 2),
-    "open_sora_plan": Subject(
+SEAMS: dict[str, Seam] = {
+    "dit": ObjectSeam(lambda r: create(respacing=r), IMAGES),
+    "dit, fixed variance": ObjectSeam(lambda r: create(respacing=r, learn_sigma=False), IMAGES, None),
+    "latte": ObjectSeam(lambda r: create(LatteDiffusion, r), VIDEOS, 2),
+    "open_sora_plan": ObjectSeam(
         lambda r: create(OpenSoraPlanDiffusion, r), VIDEOS, answers_tuple=True, sampling=("ddim_sample_loop",)
     ),
-    "pixart_alpha": Subject(lambda r: create(PixArtDiffusion, r), IMAGES),
-    "dit_3d": Subject(create_points, (6, 3, 8), None, "p_losses", sampling=("p_sample_loop",)),
-    "guided_diffusion": Subject(lambda r: create(respacing=r), IMAGES, host_class=ScheduleSampler),
-    "mdt": Subject(lambda r: create(MaskedDiffusion, r), IMAGES, host_class=ScheduleSampler, num_losses=2),
+    "pixart_alpha": ObjectSeam(lambda r: create(PixArtDiffusion, r), IMAGES),
+    "dit_3d": ObjectSeam(create_points, (6, 3, 8), None, "p_losses", sampling=("p_sample_loop",)),
+    "guided_diffusion": SamplerSeam(lambda r: create(respacing=r), IMAGES, sampler_class=ScheduleSampler),
+    "mdt": SamplerSeam(
+        lambda r: create(MaskedDiffusion, r), IMAGES, sampler_class=ScheduleSampler, num_losses=2
+    ),
 }

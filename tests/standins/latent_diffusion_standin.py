@@ -1,4 +1,4 @@
-"""A small `ldm.models.diffusion.ddpm`: the hosts' signatures and order of calls, written from the formulas.
+"""A small `ldm.models.diffusion.ddpm` with the hosts' signatures and order of calls, from the formulas.
 
 Source: Ho et al. 2020, arXiv:2006.11239, equations 4 to 14; Salimans & Ho 2022, arXiv:2202.00512, for v.
 
@@ -22,7 +22,7 @@ def installed(**members: Any) -> Iterator[Any]:
     """`import ldm.models.diffusion.ddpm` finds the stand-in; afterwards it and the plugin are unloaded.
 
     Args:
-        members: of the module, in place of the stand-in's.
+        members: of the module; they replace the stand-in's.
     """
     names = ["ldm", "ldm.models", "ldm.models.diffusion", HOST]
     modules = {name: ModuleType(name) for name in names} | lightning_modules()
@@ -41,7 +41,7 @@ def installed(**members: Any) -> Iterator[Any]:
 
 
 def instantiate(config: Any) -> Any:
-    """What a config's target and params make."""
+    """The object that a config's target and params describe."""
     module, name = config["target"].rsplit(".", 1)
     return getattr(importlib.import_module(module), name)(**config.get("params", {}))
 
@@ -200,7 +200,7 @@ class LatentDiffusion(DDPM):
         simple = self.get_loss(answer, target, mean=False).mean([1, 2, 3])
         logvar = self.logvar[t].to(self.device)
         loss = self.l_simple_weight * (simple / torch.exp(logvar) + logvar).mean()
-        # The host evaluates the error a second time for this term.
+        # The host computes the error a second time for this term.
         vlb = self.get_loss(answer, target, mean=False).mean(dim=(1, 2, 3))
         vlb = (self.lvlb_weights[t] * vlb).mean()
         loss = loss + self.original_elbo_weight * vlb

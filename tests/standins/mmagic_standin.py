@@ -1,4 +1,4 @@
-"""A small `mmagic` with the signatures of 1.2's scheduler, written from DDPM's formulas for the tests."""
+"""A small `mmagic` with the signatures of 1.2's scheduler, from DDPM's formulas."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ def installed() -> Iterator[None]:
 
 
 class EditDDPMScheduler:
-    """Numpy tables; the two training methods are not written, as in the host."""
+    """Numpy tables. As in the host, the two training methods are not written."""
 
     def __init__(  # noqa: PLR0913 - the host's signature
         self,
@@ -76,7 +76,7 @@ class EditDDPMScheduler:
         return {"prev_sample": mean + (beta**0.5 if timestep else 0.0) * torch.randn_like(sample)}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Any:
-        # A numpy array times a tensor, which raises for more than one timestep.
+        # A numpy array times a tensor: this raises for more than one timestep.
         signal = self.alphas_cumprod[timesteps] ** 0.5
         return signal * original_samples + (1 - self.alphas_cumprod[timesteps]) ** 0.5 * noise
 
@@ -91,7 +91,7 @@ class EditDDPMScheduler:
 
 
 class AblatedDiffusionModel:
-    """What a config of ours names in it."""
+    """The model that a config of ours names."""
 
     def parse_losses(self, losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return losses["loss"], losses

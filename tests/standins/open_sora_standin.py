@@ -1,7 +1,8 @@
-"""A small `opensora` with the signatures and the order of draws of each version, written for the tests.
+"""A small `opensora` with the signatures and the order of draws of each version.
 
-What differs between versions: numpy tables or torch tables on a hard-coded CUDA device, the place of `t`, who
-draws it, `mask` and `weights`, and the rectified flow. The variational term is any function of the variance
+Versions differ in their tables (numpy, or torch on a hard-coded CUDA device), in the place of `t` and who
+draws it, in `mask` and `weights`, and in the rectified flow. The variational term is some function of the
+variance
 channels: the plugin must leave it alone.
 """
 
@@ -73,14 +74,14 @@ def _rows(table: Any, t: Tensor, like: Tensor) -> Tensor:
 
 
 def _mean_flat(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean per sample, over the masked-in frames (B, F) where there is a mask."""
+    """The mean of each sample, over the frames (B, F) that a mask keeps."""
     if mask is None:
         return x.flatten(1).mean(1)
     return (x.mean((1, 3, 4)) * mask).sum(1) / mask.sum(1)
 
 
 class _Gaussian:
-    """What the versions share: tables, q_sample and the loss terms at a given t."""
+    """What all versions have: tables, q_sample and the loss terms at a given t."""
 
     num_timesteps: int
     alphas_cumprod: Any
@@ -101,7 +102,7 @@ class _Gaussian:
         return model(x, t, **kwargs)
 
     def _vb(self, model: Any, x_t: Tensor, t: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        # As the hosts do, through p_mean_variance, which wraps the model again.
+        # As in the hosts, through p_mean_variance: it wraps the model again.
         return _mean_flat(self.p_mean_variance(model, x_t, t, **kwargs).chunk(2, dim=1)[1] ** 2, mask)
 
     def _terms(

@@ -1,0 +1,259 @@
+"""The contract: eight points that the plugin keeps in every host. Each is written once, for all seams.
+
+1. The model sees the t that was drawn.
+2. Reported loss = weight[t] * mse + vb, within 2e-7 relative, 1e-12 in float64; other terms stay as they are.
+3. The uniform policy gives the host's own loss to the bit at the same t and noise.
+4. Sampling is the same to the bit, and asks the policy nothing.
+5. Attributes, isinstance, deepcopy and pickling are the host's.
+6. An object without the seam is refused, and so are options with which a policy would have no effect.
+7. A second policy is refused, and without the policy the object is as before.
+8. A compiled model and one under DDP train alike. With a bfloat16 default dtype every timestep is reached.
+
+`COMMON` lists the checks of each point. The file of a seam says how its hosts are made, trained and sampled
+from, and adds or replaces checks. Point 6 is different for every seam.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conformance.environments import default_dtype, wrapped_models
+from conformance.seam import POLICY, Check, Contract, Seam, Step, Terms, gradient, replayed, seeded, trained
+from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
+from speedit_plugins.hosts.entry import with_policy
+
+PRECISIONS = ((torch.float32, 2e-7), (torch.float64, 1e-12))
+# One of 1,000 timesteps is missed with probability (1 - 1/1000)^12000 = 6e-6. On average 0.006 are missed.
+NUM_DRAWS = 12_000
+Fields = Mapping[str, Any]
+
+
+def check(subject: Any, contract: Contract | None = None) -> list[int]:
+    """The numbers of the points that hold, in order.
+
+    Args:
+        subject: what the checks take, such as a `Seam`.
+        contract: None is the subject's own.
+
+    Raises:
+        AssertionError: the first check that does not hold, its point and name first.
+    """
+    contract = subject.contract if contract is None else contract
+    for point in sorted(contract):
+        for each in contract[point]:
+            torch.manual_seed(0)
+            try:
+                each(subject)
+            except AssertionError as error:
+                raise AssertionError(f"point {point}, {each.__name__}: {error}") from error
+    return sorted(contract)
+
+
+def on(settings: Iterable[Fields] | Callable[[Any], Iterable[Any]], check: Check) -> Check:
+    """A check that runs in several settings: fields to replace, or what a function makes of the seam."""
+
+    @wraps(check)
+    def holds(seam: Any) -> None:
+        given = settings(seam) if callable(settings) else [replace(seam, **each) for each in settings]
+        for each in given:
+            check(each)
+
+    return holds
+
+
+def refused(action: Callable[[], object], wanted: str, error: type[Exception] = ValueError) -> None:
+    """Raises AssertionError unless an action raises this type of error with this text in its message."""
+    message = "nothing"
+    try:
+        action()
+    except error as raised:
+        message = str(raised)
+    assert wanted in message, f"wanted an error with {wanted!r}, got {message}"
+
+
+def draws_are_seen(seam: Seam) -> None:
+    """Point 1."""
+    step = trained(seam)
+    seen = step.model.seen
+    assert len(seen) == seam.num_losses, f"the model was called {len(seen)} times"
+    for t in seen:
+        assert seam.sees(step.host, step.draw, t), f"drew {step.draw.index}, the model saw {t}"
+
+
+def loss_is_weighted(seam: Seam) -> None:
+    """Point 2, in float32 and float64; a policy of scope "loss" weighs all of it."""
+    for policy in seam.policies:
+        for dtype, tolerance in PRECISIONS:
+            step = trained(seam, policy, dtype)
+            plain = replayed(seam, step, dtype=dtype)
+            direct = _weighted(step, plain.terms)
+            error = float(((step.terms.loss - direct).abs() / direct.abs()).max().detach())
+            assert error <= tolerance, (
+                f"loss misses w * mse + vb by {error:.1e} relative, wanted {tolerance:.0e}"
+            )
+            for name, value in plain.terms.reported.items():
+                assert torch.equal(step.terms.reported[name], value), f"{name} changed"
+            step.terms.loss.mean().backward()
+            found = gradient(step.model)
+            assert found is not None, "no gradient reaches the model"
+            if dtype is torch.float64 and direct.requires_grad:
+                direct.mean().backward()
+                wanted = gradient(plain.model)
+                assert wanted is not None, "no gradient reaches the host's model"
+                error = float((found - wanted).norm() / wanted.norm())
+                assert error <= 1e-10, f"the gradient misses that of w * mse + vb by {error:.1e} relative"
+
+
+def uniform_is_the_host(seam: Seam) -> None:
+    """Point 3."""
+    step = trained(seam, "uniform")
+    same(step.terms, replayed(seam, step).terms)
+
+
+def evaluations_are_the_hosts(seam: Seam) -> None:
+    """Point 3 in a validation, with any policy: no draw, no weights, no step of a curriculum."""
+    seen: list[Tensor] = []
+    terms: list[Terms] = []
+    for host in (seam.make(), seam.attached()):
+        model = seam.model(host)
+        torch.manual_seed(4)
+        with seam.evaluating(host):
+            terms.append(seam.train(host, model, seam.batch()))
+        seen += model.seen[-1:]
+    assert torch.equal(*seen), f"the host evaluates at {seen[0]}, with a policy at {seen[1]}"
+    same(terms[1], terms[0])
+    assert seam.is_idle(host), "the evaluation counted as training"
+
+
+def sampling_is_untouched(seam: Seam) -> None:
+    """Point 4."""
+    samples = []
+    plain, ours = seam.make(), seam.idle()
+    for host in (plain, ours):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            samples.append(seam.sample(host))
+    assert torch.isfinite(samples[0]).all(), "the host samples nothing finite here"
+    assert torch.equal(*samples), "another sample"
+    assert seam.is_unused(ours), "sampling asked the policy"
+
+
+def object_is_the_hosts(seam: Seam) -> None:
+    """Point 5."""
+    plain, host = seam.make(), seam.attached()
+    assert isinstance(host, type(plain)), f"not a {type(plain).__name__}"
+    lost, added = set(vars(plain)) - set(vars(host)), set(vars(host)) - set(vars(plain))
+    assert not lost, f"lost {lost}"
+    assert added == seam.added, f"added {added}, wanted {set(seam.added)}"
+    if isinstance(plain, nn.Module):
+        assert list(host.state_dict()) == list(plain.state_dict()), "another state dict"
+
+
+def copies_train_alike(seam: Seam) -> None:
+    """Point 5: a deep copy and a pickled one, unless the host's own object does not pickle."""
+    # A generator cannot be copied, so this host has none of its own.
+    host = seam.attached()
+    terms: list[Terms] = []
+    for each in (host, *_copies(host, can_pickle=_pickles(seam.make()))):
+        assert type(each) is type(host), f"a copy is a {type(each).__name__}"
+        assert is_attached(each), "a copy has no policy"
+        assert each is host or attachment_of(each) is not attachment_of(host), "a copy shares its policy"
+        torch.manual_seed(7)
+        terms.append(seam.train(each, seam.model(each), seam.batch()))
+        same(terms[-1], terms[0])
+
+
+def wrapping_ends(seam: Seam) -> None:
+    """Point 7."""
+    plain, host = seam.make(), trained(seam).host
+    refused(lambda: with_policy(host, POLICY), "has a policy already")
+    bare = without_policy(host)
+    assert bare is host, "another object came back"
+    assert type(bare) is type(plain), f"left as {type(bare)}"
+    left = set(vars(bare)) ^ set(vars(plain))
+    assert left == seam.added - {"_speedit_attachment"}, f"left behind {left}"
+    assert not is_attached(bare), "the policy is still there"
+
+
+def host_trains_as_before(seam: Seam) -> None:
+    """Point 7: the loss of an object after its policy was taken out."""
+    step = trained(seam)
+    same(replayed(seam, step, without_policy(step.host)).terms, replayed(seam, step).terms)
+
+
+def wrapped_models_train_alike(seam: Seam) -> None:
+    """Point 8: loss and gradient with a compiled model and with one under DDP."""
+    first = trained(seam)
+    first.terms.loss.mean().backward()
+    wanted = gradient(first.model)
+    model = seam.model(first.host)
+    with wrapped_models(model) as others:
+        for name, other in others.items():
+            model.zero_grad()
+            torch.manual_seed(7)
+            terms = seam.train(seam.attached(POLICY, seeded()), other, seam.batch())
+            same(terms, first.terms, name)
+            terms.loss.mean().backward()
+            found = gradient(model)
+            assert found is not None, f"{name}: no gradient"
+            assert wanted is not None and torch.equal(found, wanted), f"{name}: another gradient"  # noqa: PT018 - one fact
+
+
+def bfloat16_reaches_every_timestep(seam: Seam) -> None:
+    """Point 8: draws under a bfloat16 default dtype."""
+    with default_dtype(torch.bfloat16):
+        host = seam.attached("uniform", seeded())
+        model = seam.model(host)
+        seam.train(host, model, seam.rows(NUM_DRAWS))
+    reached = len(model.seen[-1].unique())
+    assert reached == 1000, f"a bfloat16 default dtype reaches {reached} of 1000 timesteps"
+
+
+def same(ours: Terms, theirs: Terms, what: str = "") -> None:
+    """Raises AssertionError unless two steps have the same loss and terms, to the bit."""
+    what = f"{what}: " if what else ""
+    difference = float((ours.loss - theirs.loss).abs().max().detach())
+    assert torch.equal(ours.loss, theirs.loss), f"{what}another loss, by {difference}"
+    assert list(ours.reported) == list(theirs.reported), f"{what}terms {list(ours.reported)}"
+    for name, value in theirs.reported.items():
+        assert torch.equal(ours.reported[name], value), f"{what}another {name}"
+
+
+COMMON: dict[int, tuple[Check, ...]] = {
+    1: (draws_are_seen,),
+    2: (loss_is_weighted,),
+    3: (uniform_is_the_host, evaluations_are_the_hosts),
+    4: (sampling_is_untouched,),
+    5: (object_is_the_hosts, copies_train_alike),
+    6: (),
+    7: (wrapping_ends, host_trains_as_before),
+    8: (wrapped_models_train_alike, bfloat16_reaches_every_timestep),
+}
+
+
+def _weighted(step: Step, plain: Terms) -> Tensor:
+    """w * mse + vb of the host's own terms, (B,), or the mean of that if the host reports a mean."""
+    assert plain.mse is not None, "the host's mse is not known"
+    weight = step.draw.weight.to(plain.mse.dtype)
+    direct = weight * plain.mse + (weight if step.draw.scope == "loss" else 1) * plain.vb
+    return direct if step.terms.loss.dim() else direct.mean()
+
+
+def _copies(host: Any, *, can_pickle: bool) -> Iterator[Any]:
+    yield copy.deepcopy(host)
+    if can_pickle:
+        yield pickle.loads(pickle.dumps(host))  # noqa: S301 - made here
+
+
+def _pickles(host: Any) -> bool:
+    try:
+        pickle.dumps(host)
+    except (pickle.PicklingError, AttributeError):
+        return False
+    return True
