@@ -19,7 +19,7 @@ SIDES = [[8, 16], [12, 12], [16, 8]]
 
 
 class Shaped:
-    """Sample i, labelled i, has as many columns as its bucket's number plus one."""
+    """A dataset whose sample i has label i and an image with (bucket index + 1) columns."""
 
     def __init__(self, buckets: list[int]) -> None:
         self.size, self.buckets = len(buckets), torch.tensor(buckets)
@@ -44,7 +44,7 @@ class TestArrangement:
         self, buckets: list[int], batch_size: int, seed: int
     ) -> None:
         order = epoch_order(len(buckets), seed=seed, epoch=0)
-        # The definition, sample by sample: a bucket's batch goes out when it is full.
+        # The definition, sample by sample: a batch is emitted when its bucket has enough samples.
         waiting: dict[int, list[int]] = {}
         expected: list[int] = []
         for index in order.tolist():
@@ -57,7 +57,7 @@ class TestArrangement:
         assert arranged.tolist() == expected
         assert usable_size(torch.tensor(buckets), batch_size=batch_size) == len(expected)
 
-    def test_one_bucket_is_the_plain_order(self) -> None:
+    def test_one_bucket_keeps_the_epochs_order(self) -> None:
         order = epoch_order(11, seed=3, epoch=2)
         assert torch.equal(whole_batches(order, torch.zeros(11, dtype=torch.int64), batch_size=4), order[:8])
 
@@ -113,11 +113,11 @@ class TestPosition:
         loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)
         next(loader)
         state = loader.state_dict()
-        with pytest.raises(ValueError, match="within an epoch of buckets with batch_size 2, got 4"):
+        with pytest.raises(ValueError, match="an epoch with buckets and batch_size 2, got batch_size 4"):
             ResumableLoader(Shaped([0, 1] * 4), batch_size=4).load_state_dict(state)
-        with pytest.raises(ValueError, match="within an epoch of buckets with buckets_crc32"):
+        with pytest.raises(ValueError, match="in the middle of an epoch with buckets and buckets_crc32"):
             ResumableLoader(Shaped([1, 0] * 4), batch_size=2).load_state_dict(state)
-        with pytest.raises(ValueError, match="offset of whole batches of 2 with buckets, got 3"):
+        with pytest.raises(ValueError, match="an offset that is a multiple of the batch size 2, got 3"):
             loader.load_state_dict({**state, "offset": 3})
         with pytest.raises(ValueError, match="offset <= 8, got 10"):
             loader.load_state_dict({**state, "offset": 10})
@@ -125,14 +125,14 @@ class TestPosition:
             ResumableLoader([{}] * 8, batch_size=2).load_state_dict(state)
         assert loader.state_dict() == state
 
-    def test_they_may_change_at_the_start_of_an_epoch(self) -> None:
+    def test_batch_size_and_buckets_may_change_at_the_start_of_an_epoch(self) -> None:
         loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)
         labels_of(loader, 4)
         other = ResumableLoader(Shaped([0] * 8), batch_size=4)
         other.load_state_dict(loader.state_dict())
         assert sum(labels_of(other, 2), []) == epoch_order(8, seed=0, epoch=1).tolist()
 
-    def test_the_state_without_buckets_says_nothing_of_them(self) -> None:
+    def test_without_buckets_the_state_has_no_entries_for_them(self) -> None:
         dataset = Shaped([0] * 4)
         dataset.buckets = None
         assert set(ResumableLoader(dataset, batch_size=2).state_dict()) == {"seed", "epoch", "offset", "size"}
@@ -143,13 +143,13 @@ class TestPosition:
     def test_buckets_of_another_shape_or_type_are_refused(self, buckets: Tensor) -> None:
         dataset = Shaped([0] * 4)
         dataset.buckets = buckets
-        with pytest.raises(ValueError, match=r"buckets of shape \(4,\) and type int64, got"):
+        with pytest.raises(ValueError, match=r"needs buckets int64 of shape \(4,\), got torch"):
             ResumableLoader(dataset, batch_size=2)
 
 
 def save(path: Path, height: int, width: int, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The left half dark, the right half bright.
+    # The left half is dark, the right half bright.
     image = Image.new("RGB", (width, height), (40, 40, 40))
     image.paste((200, 200, 200), (width // 2, 0, width, height))
     image.save(path, **options)
@@ -158,7 +158,7 @@ def save(path: Path, height: int, width: int, **options: Any) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Images a wide, b square, c tall, d wide, each a class of its own."""
+    """Four images, each in its own class: a wide, b square, c tall, d wide."""
     for name, sides in {"a": (20, 40), "b": (31, 30), "c": (64, 33), "d": (8, 17)}.items():
         save(tmp_path / name / "0.png", *sides)
     return tmp_path
@@ -181,20 +181,20 @@ class TestChoice:
     def test_no_other_bucket_is_nearer(self, ratios: list[float], sides: list[tuple[int, int]]) -> None:
         for ratio, number in zip(ratios, nearest_buckets(torch.tensor(ratios), sides).tolist(), strict=True):
             distances = [abs(math.log(ratio) - math.log(height / width)) for height, width in sides]
-            # float32 keeps ratios to 2^-24; the distances differ by as much.
+            # float32 rounds the ratios to 2^-24, and so the distances.
             assert distances[number] <= min(distances) + 2**-23
 
     def test_a_ratio_and_its_inverse_choose_mirrored_buckets(self) -> None:
         sides = [(1, 2), (1, 1), (2, 1)]
-        # The limits lie at the geometric means, sqrt(2) and its inverse.
+        # The boundaries between buckets are the geometric means, sqrt(2) and its inverse.
         ratios = torch.tensor([0.1, 0.70, 0.72, 1.0, 1.40, 1.43, 10.0])
         assert nearest_buckets(ratios, sides).tolist() == [0, 0, 1, 1, 1, 2, 2]
 
     @pytest.mark.parametrize(
         "buckets", [[], 8, [8, 8], [[8, 8, 8]], [[8, 0]], [[8.0, 8]], [[True, 8]], "ab", ["ab"]]
     )
-    def test_what_is_no_list_of_sides_is_refused(self, buckets: Any) -> None:
-        with pytest.raises(ValueError, match=r"buckets need a list of \[height, width\] in pixels"):
+    def test_anything_but_a_list_of_pairs_is_refused(self, buckets: Any) -> None:
+        with pytest.raises(ValueError, match=r"buckets must be a list of \[height, width\] in pixels"):
             checked_sides(buckets)
 
     def test_two_buckets_of_one_ratio_are_refused(self) -> None:
@@ -203,7 +203,7 @@ class TestChoice:
 
 
 class TestFolder:
-    def test_each_image_comes_in_the_sides_of_its_bucket(self, root: Path) -> None:
+    def test_each_image_has_the_size_of_its_bucket(self, root: Path) -> None:
         folder = ImageFolder(root, image_size=8, buckets=SIDES)
         assert folder.buckets is not None
         assert folder.buckets.tolist() == [0, 1, 2, 0]
@@ -212,17 +212,17 @@ class TestFolder:
             assert load(folder, index)["image"].shape == (3, *SIDES[number])
         assert ImageFolder(root, image_size=8).buckets is None
 
-    def test_the_loader_and_the_model_take_its_batches(self, root: Path) -> None:
+    def test_the_loader_and_a_model_accept_the_batches(self, root: Path) -> None:
         loader = ResumableLoader(ImageFolder(root, image_size=8, buckets=SIDES), batch_size=2)
         batch = next(loader)
-        # Two wide images are the only two of one bucket.
+        # Only the two wide images share a bucket.
         assert sorted(batch["label"].tolist()) == [0, 3]
         model = DiT(8, 2, in_channels=3, hidden_size=16, depth=1, num_heads=2, num_classes=4)
         assert model(batch["image"], torch.zeros(2), batch["label"]).shape == (2, 6, 8, 16)
 
     @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
     @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_the_size_is_that_of_the_upright_image(
+    def test_read_size_gives_the_size_of_the_upright_image(
         self, tmp_path: Path, orientation: int, suffix: str
     ) -> None:
         exif = Image.Exif()
@@ -232,9 +232,9 @@ class TestFolder:
         assert (height, width) == ((30, 10) if orientation >= 5 else (10, 30))
         assert read_rgb(path).size == (width, height)
 
-    def test_sizes_need_the_header_alone(self, tmp_path: Path) -> None:
+    def test_read_size_needs_only_the_header(self, tmp_path: Path) -> None:
         path = save(tmp_path / "x.png", 300, 200)
-        # The header ends at byte 33; of the picture nothing is left.
+        # The header ends at byte 33, so nearly all pixel data are cut off.
         path.write_bytes(path.read_bytes()[:60])
         assert read_size(path) == (300, 200)
 
@@ -250,10 +250,10 @@ class TestFolder:
         (root / "a" / "0.png").write_bytes(content[: len(content) // 2])
         folder = ImageFolder(root, image_size=8, on_corrupt="skip", buckets=SIDES)
         assert folder.buckets is not None
-        # Without a header it counts as a square.
+        # An image without a readable header counts as square.
         assert folder.buckets.tolist() == [0, 1, 2, 0, 1]
         for index, replacement in ((0, 3), (1, 4)):
-            with pytest.warns(UserWarning, match="the next readable image takes its place"):
+            with pytest.warns(UserWarning, match="using the next readable image instead"):
                 sample = load(folder, index)
             assert sample["label"] == replacement
             assert torch.equal(sample["image"], load(folder, replacement)["image"])
@@ -264,7 +264,7 @@ class TestFolder:
         folder = ImageFolder(root, image_size=8, on_corrupt="skip", buckets=SIDES)
         with (
             pytest.warns(UserWarning, match="b/0.png"),
-            pytest.raises(ValueError, match=r"all 1 files below .* of the bucket \[12, 12\] are damaged"),
+            pytest.raises(ValueError, match=r"all 1 files below .* in the bucket \[12, 12\] are damaged"),
         ):
             load(folder, 1)
 
@@ -274,16 +274,16 @@ class TestCrop:
         image=st.tuples(st.integers(1, 90), st.integers(1, 90)),
         target=st.tuples(st.integers(1, 24), st.integers(1, 24)),
     )
-    def test_it_has_the_target_size(self, image: tuple[int, int], target: tuple[int, int]) -> None:
+    def test_a_crop_has_the_target_size(self, image: tuple[int, int], target: tuple[int, int]) -> None:
         assert center_crop(Image.new("L", image[::-1]), *target).size == target[::-1]
 
-    def test_an_image_of_the_target_s_ratio_is_scaled_whole(self, tmp_path: Path) -> None:
+    def test_an_image_with_the_target_ratio_is_only_scaled(self, tmp_path: Path) -> None:
         image = read_rgb(save(tmp_path / "x.png", 16, 32))
-        # Two halvings by averages, without a pixel across the edge: dark left, bright right.
+        # Halved twice by averaging; no averaged pixel straddles the edge between dark and bright.
         red = np.asarray(center_crop(image, 4, 8))[..., 0]
         np.testing.assert_array_equal(red, [[40] * 4 + [200] * 4] * 4)
 
-    def test_what_stands_over_is_cut_equally_on_both_sides(self) -> None:
+    def test_excess_is_cut_equally_on_both_sides(self) -> None:
         pixels = np.arange(20, dtype=np.uint8)[:, None].repeat(8, axis=1)
-        # Eight wide already: rows (20 - 12) / 2 = 4 up to 15 stay.
+        # The width fits already. Rows (20 - 12) / 2 = 4 to 15 stay.
         np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(pixels), 12, 8)), pixels[4:16])

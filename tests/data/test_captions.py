@@ -46,7 +46,7 @@ def save(path: Path, color: str, size: tuple[int, int] = (8, 8)) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """a.png, red, and sub/b.png, blue."""
+    """A folder with a red a.png and a blue sub/b.png."""
     save(tmp_path / "a.png", "red")
     save(tmp_path / "sub" / "b.png", "blue")
     return tmp_path
@@ -78,12 +78,12 @@ class TestLayouts:
         assert first["image"][:, 0, 0].tolist() == [1.0, -1.0, -1.0]
         assert second["image"][:, 0, 0].tolist() == [-1.0, -1.0, 1.0]
 
-    def test_several_captions_of_coco_are_drawn_as_often_as_each_other(self, root: Path) -> None:
+    def test_the_captions_of_a_coco_image_are_equally_likely(self, root: Path) -> None:
         dataset = ImageCaptions(write(root / "c.json", json.dumps(COCO)), image_size=8)
         assert dataset.path(0).name == "b.png"
-        drawn = generator()
-        assert dataset.load(0, drawn)["caption"] == "two"
-        assert torch.equal(drawn.get_state(), generator().get_state())
+        used = generator()
+        assert dataset.load(0, used)["caption"] == "two"
+        assert torch.equal(used.get_state(), generator().get_state())
         captions = [dataset.load(1, generator(seed))["caption"] for seed in range(200)]
         assert set(captions) == {"a red thing", "a thing in red"}
         # 4 sigma of a fair coin thrown 200 times: 4 sqrt(50) = 28.3.
@@ -97,7 +97,7 @@ class TestLayouts:
         table = write(elsewhere / "c.csv", TABLE)
         config = {"type": "ImageCaptions", "captions_file": str(table), "root": str(root), "image_size": 8}
         assert len(build(DATASETS, config)) == 2
-        with pytest.raises(ValueError, match=r"2 of 2 images are not there: .*a\.png \(line 2\), .*b\.png"):
+        with pytest.raises(ValueError, match=r"2 of 2 images are missing: .*a\.png \(line 2\), .*b\.png"):
             ImageCaptions(table, image_size=8)
         absolute = write(elsewhere / "d.csv", f"path,text\n{root / 'a.png'},a red thing\n")
         assert len(ImageCaptions(absolute, image_size=8)) == 1
@@ -110,53 +110,57 @@ class TestErrors:
             ("c.csv", "", r"c\.csv, line 1: wanted one column 'path', got nothing"),
             ("c.csv", "path,caption\na.png,x\n", r"line 1: wanted one column 'text', got path, caption"),
             ("c.csv", "path,text,text\na.png,x,y\n", r"wanted one column 'text', got path, text, text"),
-            ("c.csv", "path,text\n", r"c\.csv has no captions, wanted one or more"),
+            ("c.csv", "path,text\n", r"c\.csv has no captions, wanted at least one"),
             ("c.csv", "path,text\na.png,x\na.png, \n", "line 3: wanted a text for the image 'a.png', got"),
             ("c.csv", "path,text\n,x\n", "line 2: wanted the path of an image, got none"),
             ("c.csv", "path,text\na.png\n", "line 2: wanted 2 fields, got 1"),
-            ("c.csv", "path,text\na.png,x, y\n", "line 2: wanted 2 fields, got 3; a text with commas needs"),
+            ("c.csv", "path,text\na.png,x, y\n", "line 2: wanted 2 fields, got 3; text with commas needs"),
             ("c.csv", 'path,text\na.png,"x\n', "line 2: wanted CSV: unexpected end of data"),
             ("c.jsonl", '{"path": "a.png", "text": "x"}\n{"path": \n', r"c\.jsonl, line 2: wanted JSON: "),
             ("c.jsonl", "[1]", r"line 1: wanted an object with 'file_name' or 'path', got \[1\]"),
             ("c.jsonl", '{"path": "a.png", "words": "x"}', "wanted 'text' or 'caption', got path, words"),
             ("c.jsonl", '{"path": "a", "file_name": "b", "text": "x"}', "'file_name' or 'path', got path"),
-            ("c.jsonl", '{"path": "a.png", "text": ["x"]}', r"wanted 'text' to be str, got \['x'\]"),
-            ("c.jsonl", '{"path": "a.png", "text": "\\ud83d"}', "line 1: .*got a part of a character"),
+            ("c.jsonl", '{"path": "a.png", "text": ["x"]}', r"wanted 'text' as str, got \['x'\]"),
+            ("c.jsonl", '{"path": "a.png", "text": "\\ud83d"}', "line 1: .*got half a character"),
             ("c.jsonl", "\n", "has no captions"),
             ("c.json", "{\n]", r"c\.json: wanted JSON: .*line 2"),
-            ("c.json", "[]", r"c\.json needs the list 'images', as MS-COCO's captions have it"),
-            ("c.json", '{"images": []}', "needs the list 'annotations'"),
-            ("c.json", '{"images": [{"id": null}], "annotations": []}', r"images\[0\].*'id' to be int or"),
+            ("c.json", "[]", r"c\.json needs a list 'images', as in MS-COCO's captions"),
+            ("c.json", '{"images": []}', "needs a list 'annotations'"),
+            ("c.json", '{"images": [{"id": null}], "annotations": []}', r"images\[0\].*'id' as int or"),
             ("c.json", '{"images": [{"id": 1}, {"id": 1}], "annotations": []}', r"images\[1\].*got 1 again"),
             ("c.json", '{"images": [{"id": 1}], "annotations": []}', r"\[0\]: wanted 'file_name', got id"),
-            ("c.json", '{"images": [], "annotations": [{"image_id": 7}]}', r"annotations\[0\].*image, got 7"),
+            (
+                "c.json",
+                '{"images": [], "annotations": [{"image_id": 7}]}',
+                r"annotations\[0\].*an image, got 7",
+            ),
             (
                 "c.json",
                 '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}',
                 r"images\[0\]: wanted a text for the image 'a\.png', got none",
             ),
-            ("c.txt", TABLE, r"a suffix of \.csv, \.jsonl, \.json, got .*c\.txt"),
+            ("c.txt", TABLE, r"must end in one of \.csv, \.jsonl, \.json, got .*c\.txt"),
         ],
     )
-    def test_a_wrong_file_says_where_and_what_is_wanted(
+    def test_an_error_says_where_and_what_is_wanted(
         self, root: Path, name: str, content: str, message: str
     ) -> None:
         with pytest.raises(ValueError, match=message):
             ImageCaptions(write(root / name, content), image_size=8)
 
-    def test_no_file_and_no_text_are_told(self, root: Path) -> None:
-        with pytest.raises(ValueError, match=r"a captions file is wanted, got .*nowhere\.csv, which is none"):
+    def test_a_missing_file_and_another_encoding_are_refused(self, root: Path) -> None:
+        with pytest.raises(ValueError, match=r"the captions file must be a file, got .*nowhere\.csv"):
             ImageCaptions(root / "nowhere.csv", image_size=8)
         latin = root / "latin.csv"
         latin.write_bytes("path,text\na.png,caf\u00e9\n".encode("latin-1"))
-        with pytest.raises(ValueError, match=r"latin\.csv needs to be UTF-8: .*0xe9"):
+        with pytest.raises(ValueError, match=r"latin\.csv must be UTF-8: .*0xe9"):
             ImageCaptions(latin, image_size=8)
 
     def test_missing_images_are_counted_and_the_first_are_named(self, root: Path) -> None:
         rows = "".join(f"{number}.png,x\n" for number in range(5))
         table = write(root / "c.csv", f"path,text\na.png,x\n{rows}")
         named = r".*0\.png \(line 3\), .*1\.png \(line 4\), .*2\.png \(line 5\), \.\.\."
-        with pytest.raises(ValueError, match=f"5 of 6 images are not there: {named}"):
+        with pytest.raises(ValueError, match=f"5 of 6 images are missing: {named}"):
             ImageCaptions(table, image_size=8)
 
     def test_bad_options_say_what_is_wanted(self, root: Path) -> None:
@@ -165,14 +169,14 @@ class TestErrors:
             ImageCaptions(table, image_size=0)
         with pytest.raises(ValueError, match=r"on_corrupt in \('raise', 'skip'\), got 'ignore'"):
             ImageCaptions(table, image_size=8, on_corrupt="ignore")
-        with pytest.raises(ValueError, match=r"a folder as root, got .*nowhere, which is none"):
+        with pytest.raises(ValueError, match=r"needs root to be a folder, got .*nowhere"):
             ImageCaptions(table, image_size=8, root=root / "nowhere")
         with pytest.raises(IndexError, match="has 2 images, got index 2"):
             ImageCaptions(table, image_size=8).load(2, generator())
 
 
 class TestImages:
-    def test_pixels_and_flips_are_those_of_the_folder(self, root: Path) -> None:
+    def test_pixels_and_flips_equal_those_of_image_folder(self, root: Path) -> None:
         for name in ("a.png", "sub/b.png"):
             pixels = torch.randint(256, (20, 13, 3), generator=generator(len(name)), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / name)
@@ -183,13 +187,13 @@ class TestImages:
                 mine, theirs = (d.load(index, generator(seed))["image"] for d in (captioned, folder))
                 assert torch.equal(mine, theirs)
 
-    def test_a_damaged_file_is_named_or_replaced_with_the_caption_of_the_other(self, root: Path) -> None:
+    def test_a_damaged_file_is_named_or_replaced_together_with_its_caption(self, root: Path) -> None:
         table = write(root / "c.csv", TABLE)
         (root / "a.png").write_bytes(b"no image")
         with pytest.raises(ValueError, match=r"corrupt image .*a\.png"):
             ImageCaptions(table, image_size=8).load(0, generator())
         dataset = ImageCaptions(table, image_size=8, on_corrupt="skip")
-        with pytest.warns(UserWarning, match="the next readable image takes its place"):
+        with pytest.warns(UserWarning, match="using the next readable image instead"):
             sample = dataset.load(0, generator())
         assert sample["caption"] == "two, with a comma"
         assert sample["image"][:, 0, 0].tolist() == [-1.0, -1.0, 1.0]
@@ -215,9 +219,9 @@ class TestImages:
         forked.close()
 
 
-# Without white space at the ends, which is taken off, and without what UTF-8 cannot say.
+# White space at the ends would be stripped, and UTF-8 cannot encode surrogates.
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: s == s.strip())
-# The CSV module of Python 3.10 refuses NUL.
+# Python 3.10's csv module refuses NUL.
 PRINTED = WORDS.filter(lambda s: "\0" not in s)
 
 

@@ -7,7 +7,7 @@ from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.data.images.digits import Digits
 
 
-def test_every_image_and_label_is_the_sourced_one_on_the_stated_scale() -> None:
+def test_images_and_labels_equal_the_source_scaled_to_minus_one_to_one() -> None:
     source = load_digits()
     digits = Digits()
     assert len(digits) == 1797
@@ -25,22 +25,22 @@ def test_every_image_and_label_is_the_sourced_one_on_the_stated_scale() -> None:
 
 
 @pytest.mark.parametrize("image_size", [16, 32])
-def test_resized_images_interpolate_between_pixel_centres(image_size: int) -> None:
+def test_enlarged_images_interpolate_between_pixel_centres(image_size: int) -> None:
     small, large = Digits(), Digits(image_size=image_size)
     assert large.image_size == image_size
     assert large.load(5, torch.Generator())["image"].shape == (1, image_size, image_size)
-    # Bilinear by hand: the centre of new pixel i lies at (i + 1/2) 8 / size - 1/2 on the old grid.
+    # Bilinear by hand: the centre of new pixel i is at (i + 1/2) 8 / size - 1/2 on the old grid.
     at = np.clip((np.arange(image_size) + 0.5) * 8 / image_size - 0.5, 0, 7)
     low = np.floor(at).astype(int)
     high, share = np.minimum(low + 1, 7), at - low
     old = small.images[5, 0].double().numpy()
     rows = old[low] * (1 - share)[:, None] + old[high] * share[:, None]
     expected = rows[:, low] * (1 - share) + rows[:, high] * share
-    # Weights are multiples of 1/64, so only float32 rounding of the source scale remains.
+    # Weights are multiples of 1/64; only the float32 rounding of the scale remains.
     np.testing.assert_allclose(large.images[5, 0].numpy(), expected, atol=1e-6)
 
 
-def test_loading_draws_nothing_and_gives_copies() -> None:
+def test_loading_uses_no_random_numbers_and_returns_copies() -> None:
     digits = Digits()
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()

@@ -29,13 +29,13 @@ def image_of(caption: str, **options: Any) -> torch.Tensor:
     return image
 
 
-def test_names_fit_their_pictures() -> None:
+def test_names_fit_their_images() -> None:
     emoji = Emoji()
     assert (len(emoji), emoji.channels, emoji.num_classes, emoji.image_size) == (1911, 3, 0, 32)
     sample = emoji.load(0, generator())
     assert sample["caption"] == emoji.captions[0] == "grinning face"
     assert sample["image"].dtype == torch.float32
-    # Red, green and blue in the middle of plain shapes.
+    # These shapes are plain red, green and blue in the middle.
     for channel, caption in enumerate(["red heart", "green circle", "blue circle"]):
         image = image_of(caption)
         assert image.shape == (3, 32, 32)
@@ -49,7 +49,7 @@ def test_pixels_span_the_scale_and_lie_over_white() -> None:
     emoji = Emoji()
     images = torch.stack([emoji.load(index, generator())["image"] for index in range(len(emoji))])
     assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
-    # A circle leaves the corners of its picture empty.
+    # A circle leaves the corners of its image empty.
     assert torch.equal(image_of("red circle")[:, ::31, ::31], torch.ones(3, 2, 2))
 
 
@@ -64,7 +64,7 @@ def test_captions_are_different_and_plain() -> None:
 def test_the_smaller_size_is_the_mean_of_two_by_two_pixels() -> None:
     large, small = image_of("red heart"), image_of("red heart", image_size=16)
     mean = (large[:, ::2, ::2] + large[:, 1::2, ::2] + large[:, ::2, 1::2] + large[:, 1::2, 1::2]) / 4
-    # Another order of float32 additions of values up to 1.
+    # float32 sums of values up to 1, in another order.
     assert_close(small, mean, atol=1e-6, rtol=0)
 
 
@@ -77,10 +77,10 @@ def test_the_splits_are_every_tenth_image_and_the_rest() -> None:
     assert torch.equal(sample["image"], same["image"])
 
 
-def test_a_flip_is_drawn_where_it_is_asked_for() -> None:
-    drawn = generator()
-    plain = Emoji().load(5, drawn)["image"]
-    assert torch.equal(drawn.get_state(), generator().get_state())
+def test_only_random_flip_uses_random_numbers() -> None:
+    used = generator()
+    plain = Emoji().load(5, used)["image"]
+    assert torch.equal(used.get_state(), generator().get_state())
     emoji = Emoji(random_flip=True)
     seen = [emoji.load(5, generator(seed))["image"] for seed in range(40)]
     flipped = [torch.equal(image, plain.flip(-1)) for image in seen]
@@ -119,13 +119,13 @@ def test_the_file_is_small_and_its_sources_are_named() -> None:
 
 
 class TestTool:
-    def test_a_picture_is_laid_over_white_and_averaged(self) -> None:
-        picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-        picture.putpixel((0, 0), (255, 0, 0, 255))
-        picture.putpixel((2, 0), (0, 0, 0, 51))
-        half = build_emoji.halved(picture)
+    def test_an_image_is_blended_onto_white_and_averaged(self) -> None:
+        image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        image.putpixel((0, 0), (255, 0, 0, 255))
+        image.putpixel((2, 0), (0, 0, 0, 51))
+        half = build_emoji.halved(image)
         assert (half.shape, half.dtype) == ((32, 32, 3), np.uint8)
-        # One red pixel of four: (0 + 3 * 255) / 4 = 191.25; one of a fifth black: (204 + 765) / 4 = 242.25.
+        # One of four pixels is red: (0 + 3 * 255) / 4 = 191.25. One is 1/5 black: (204 + 765) / 4 = 242.25.
         assert half[0, :3].tolist() == [[255, 191, 191], [242] * 3, [255] * 3]
         with pytest.raises(ValueError, match=r"64 x 64 pixels, got \(32, 32\)"):
             build_emoji.halved(Image.new("RGBA", (32, 32)))
@@ -134,7 +134,7 @@ class TestTool:
         assert build_emoji.caption_of("flag: Côte d’Ivoire") == "flag: cote d'ivoire"
         assert build_emoji.caption_of("Japanese “here” button") == 'japanese "here" button'
 
-    def test_pictures_meet_their_names_in_the_order_of_unicode(self, tmp_path: Path) -> None:
+    def test_images_and_names_are_matched_in_unicode_order(self, tmp_path: Path) -> None:
         names = [
             {"hexcode": "2764", "label": "red heart"},
             {"hexcode": "1F600", "label": "grinning face"},
@@ -151,7 +151,7 @@ class TestTool:
             _add(archive, "package/img/twitter/64/2764-fe0f.png", _png("red"))
             _add(archive, "package/emoji.json", json.dumps(emoji).encode())
         with tarfile.open(package) as archive:
-            images, captions = build_emoji.read_pictures(archive, build_emoji.read_names(archive))
+            images, captions = build_emoji.read_images(archive, build_emoji.read_names(archive))
         assert captions == ["grinning face", "red heart"]
         assert images[:, 5, 5].tolist() == [[255, 255, 0], [255, 0, 0]]
 
@@ -160,25 +160,25 @@ class TestTool:
     ) -> None:
         other = tmp_path / "other.tgz"
         other.write_bytes(b"other")
-        for pictures, message in (
-            (other, "other.tgz needs the SHA-256 f64a"),
+        for images, message in (
+            (other, "other.tgz must have the SHA-256 f64a"),
             (tmp_path / "absent", "absent"),
         ):
             output = str(tmp_path / "x.npz")
-            arguments = ["--pictures", str(pictures), "--names", str(other), "--output", output]
+            arguments = ["--images", str(images), "--names", str(other), "--output", output]
             assert build_emoji.main(arguments) == 2
             error = capsys.readouterr().err
             assert error.startswith("build_emoji: error: ")
             assert message in error
             assert error.count("\n") == 1
 
-    def test_the_file_is_whole_or_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_file_is_written_atomically(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         package, output = tmp_path / "package.tgz", tmp_path / "x.npz"
         with tarfile.open(package, "w:gz") as archive:
             _add(archive, "package/en/compact.json", b"[]")
         monkeypatch.setattr(build_emoji, "check_package", lambda path, sha256: None)
         images = np.zeros((1, 32, 32, 3), np.uint8)
-        monkeypatch.setattr(build_emoji, "read_pictures", lambda package, names: (images, ["a heart"]))
+        monkeypatch.setattr(build_emoji, "read_images", lambda package, names: (images, ["a heart"]))
         assert build_emoji.build(package, package, output) == 1
         with np.load(output) as found:
             assert np.array_equal(found["images"], images)

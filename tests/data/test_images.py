@@ -34,14 +34,14 @@ def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
 
 
 def damage(path: Path) -> Path:
-    """Leaves the header and half of the data."""
+    """Cuts the file in half; the header stays."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Classes ant (2 images), bee (1, in a subfolder) and cat (1); image i is filled with grey 10 i."""
+    """Classes ant (2 images), bee (1, in a subfolder) and cat (1); image i is filled with grey level 10 i."""
     folder = tmp_path / "data"
     for position, name in enumerate(["ant/1.png", "ant/2.PNG", "bee/deep/0.jpg", "cat/x.webp"]):
         grey = (10 * position,) * 3
@@ -68,7 +68,7 @@ class TestLayout:
             expected = torch.full((3, 8, 8), 10 * index / 127.5 - 1.0)
             torch.testing.assert_close(sample["image"], expected, atol=1e-6, rtol=0)
 
-    def test_without_classes_every_image_below_the_root_counts(self, root: Path) -> None:
+    def test_without_classes_every_image_below_the_root_is_used(self, root: Path) -> None:
         save(root / "loose.png")
         folder = ImageFolder(root, image_size=8, class_cond=False)
         assert (len(folder), folder.num_classes, folder.classes) == (5, 0, ())
@@ -82,15 +82,15 @@ class TestLayout:
     def test_unusable_roots_say_why(self, root: Path, tmp_path: Path) -> None:
         empty = tmp_path / "empty"
         empty.mkdir()
-        with pytest.raises(ValueError, match="needs a folder as root, got .*nowhere"):
+        with pytest.raises(ValueError, match="needs root to be a folder, got .*nowhere"):
             ImageFolder(tmp_path / "nowhere", image_size=8)
-        with pytest.raises(ValueError, match="needs a folder as root, got .*1.png"):
+        with pytest.raises(ValueError, match="needs root to be a folder, got .*1.png"):
             ImageFolder(root / "ant" / "1.png", image_size=8)
         with pytest.raises(ValueError, match="one folder per class below .*empty, got no folder"):
             ImageFolder(empty, image_size=8)
         with pytest.raises(ValueError, match="found no images below .*empty"):
             ImageFolder(empty, image_size=8, class_cond=False)
-        with pytest.raises(ValueError, match=r"an image directly in it: .*1.png; class_cond=False takes"):
+        with pytest.raises(ValueError, match=r"an image directly in it: .*1.png; class_cond=False uses"):
             ImageFolder(root / "ant", image_size=8)
         (root / "bare").mkdir()
         with pytest.raises(ValueError, match="class folder .*bare has no images"):
@@ -120,9 +120,9 @@ class TestLinks:
         folder = ImageFolder(root, image_size=8, class_cond=class_cond, follow_links=True)
         assert len(folder) == 5
 
-    def test_a_chain_of_links_counts_where_it_ends(self, root: Path, tmp_path: Path) -> None:
+    def test_a_chain_of_links_is_judged_by_its_final_target(self, root: Path, tmp_path: Path) -> None:
         outside = save(tmp_path / "far.png")
-        (root / "ant" / "hop").symlink_to(outside)  # no image by its suffix: never opened itself
+        (root / "ant" / "hop").symlink_to(outside)  # no image suffix, so the walk skips it
         (root / "bee" / "hop.png").symlink_to(root / "ant" / "hop")
         with pytest.raises(ValueError, match=r"bee/hop.png leads out of .*far.png"):
             ImageFolder(root, image_size=8)
@@ -171,7 +171,7 @@ class TestCorrupt:
         folder = ImageFolder(root, image_size=8, on_corrupt="skip")
         with pytest.warns(UserWarning, match="corrupt image") as caught:
             sample = folder.load(1, generator())
-        assert sample["label"] == 2  # the label of the image that is shown
+        assert sample["label"] == 2  # the label of the replacing image
         assert torch.equal(sample["image"], folder.load(3, generator())["image"])
         assert [name in str(w.message) for w, name in zip(caught, ["2.PNG", "0.jpg"], strict=True)] == [
             True
@@ -183,7 +183,7 @@ class TestCorrupt:
             assert folder.load(2, generator())["label"] == 2
         assert folder.num_corrupt == 2
 
-    def test_skip_goes_round_at_the_end_and_stops_when_nothing_is_readable(self, root: Path) -> None:
+    def test_skip_wraps_around_at_the_end_and_stops_when_nothing_is_readable(self, root: Path) -> None:
         folder = ImageFolder(root, image_size=8, on_corrupt="skip")
         damage(folder.path(3))
         with pytest.warns(UserWarning, match="x.webp"):
@@ -196,7 +196,7 @@ class TestCorrupt:
         ):
             folder.load(0, generator())
 
-    def test_workers_share_the_count(self, root: Path) -> None:
+    def test_workers_share_the_count_of_damaged_files(self, root: Path) -> None:
         damage(root / "cat" / "x.webp")
         folder = ImageFolder(root, image_size=8, on_corrupt="skip")
         loader = ResumableLoader(folder, batch_size=4, num_workers=1)
@@ -236,7 +236,7 @@ class TestPixels:
         assert center_crop(noise(*size), 8, 8).size == (8, 8)
 
     def test_halving_is_a_box_average_of_two_by_two_pixels(self) -> None:
-        # Multiples of 16: the two halvings of 32 -> 16 -> 8 divide by 2 four times, without rounding.
+        # With multiples of 16, averaging 32 -> 16 -> 8 (four divisions by 2) is exact.
         pixels = np.random.default_rng(0).integers(0, 16, (32, 32, 3), dtype=np.uint8) * 16
         expected = pixels.astype(np.int64).reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
         np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(pixels), 8, 8)), expected)
@@ -248,12 +248,12 @@ class TestPixels:
         np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(image)[2:10])
 
     @pytest.mark.hosts
-    def test_crop_equals_the_one_that_dit_trains_with(self) -> None:
+    def test_crop_equals_that_of_dits_training_script(self) -> None:
         hosts = os.environ.get("SPEEDIT_HOSTS")
         script = Path(hosts or "") / "facebookresearch+DiT" / "train.py"
         if not hosts or not script.exists():
             pytest.skip("needs $SPEEDIT_HOSTS/facebookresearch+DiT")
-        # Only this function: the script itself needs torchvision and a GPU.
+        # Run only this function: the script as a whole needs torchvision and a GPU.
         tree = ast.parse(script.read_text())
         chosen = [node for node in tree.body if getattr(node, "name", "") == "center_crop_arr"]
         namespace: dict[str, Any] = {"Image": Image, "np": np}
@@ -278,10 +278,10 @@ class TestPixels:
         # 5 sigma of a binomial count: 5 * sqrt(400 / 4) = 50.
         assert abs(flips - 200) <= 50
 
-    def test_no_flip_draws_nothing(self, root: Path) -> None:
-        drawn = generator()
-        ImageFolder(root, image_size=8, random_flip=False).load(0, drawn)
-        assert torch.equal(drawn.get_state(), generator().get_state())
+    def test_without_flips_no_random_number_is_used(self, root: Path) -> None:
+        used = generator()
+        ImageFolder(root, image_size=8, random_flip=False).load(0, used)
+        assert torch.equal(used.get_state(), generator().get_state())
 
 
 class TestReading:
@@ -294,15 +294,15 @@ class TestReading:
         assert read_rgb(save(tmp_path / "c.tif", cmyk)).getpixel((0, 0)) == (0, 0, 0)
 
     def test_sixteen_bit_grey_keeps_its_scale(self, tmp_path: Path) -> None:
-        # 257 k is the 16-bit level of 8-bit level k.
+        # The 8-bit level k is 257 k in 16 bits.
         grey = np.array([[0, 257 * 100, 257 * 255]], dtype=np.uint16)
         image = read_rgb(save(tmp_path / "16.png", Image.fromarray(grey)))
         np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 100, 255])
 
-    def test_transparency_lies_over_white(self, tmp_path: Path) -> None:
+    def test_transparency_is_blended_onto_white(self, tmp_path: Path) -> None:
         clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
         clear.putpixel((1, 0), (0, 0, 0, 255))
-        clear.putpixel((2, 0), (0, 0, 0, 51))  # one fifth black over white: 204
+        clear.putpixel((2, 0), (0, 0, 0, 51))  # 1/5 black on white: 204
         image = read_rgb(save(tmp_path / "a.png", clear))
         assert [image.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (0,) * 3, (204,) * 3]
         grey = Image.new("LA", (4, 4), (9, 0))
@@ -314,7 +314,7 @@ class TestReading:
     def test_exif_orientation_is_undone(self, tmp_path: Path, orientation: int) -> None:
         upright = np.zeros((4, 6), dtype=np.uint8)
         upright[0, 0], upright[0, -1] = 255, 128  # marks the corners top left and top right
-        # How the EXIF standard says the stored rows and columns lie, per orientation value.
+        # The stored rows and columns for each orientation value, by the EXIF standard.
         stored = {
             1: upright,
             2: upright[:, ::-1],
@@ -330,12 +330,12 @@ class TestReading:
         path = save(tmp_path / "o.png", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
         np.testing.assert_array_equal(np.asarray(read_rgb(path))[..., 0], upright)
 
-    def test_what_has_no_known_range_is_refused(self, tmp_path: Path) -> None:
+    def test_pixels_of_unknown_range_are_refused(self, tmp_path: Path) -> None:
         floating = save(tmp_path / "f.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
-        with pytest.raises(ValueError, match="f.tif: .*floating-point pixels have no known range"):
+        with pytest.raises(ValueError, match="f.tif: .*got floating-point pixels, whose range is unknown"):
             read_rgb(floating)
         deep = save(tmp_path / "i.tif", Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)))
-        with pytest.raises(ValueError, match=r"i.tif: .*70000\.\.70000, wanted at most 16 bits"):
+        with pytest.raises(ValueError, match=r"i.tif: .*must fit in 16 bits, got 70000\.\.70000"):
             read_rgb(deep)
 
     def test_a_decompression_bomb_is_refused(self, tmp_path: Path) -> None:

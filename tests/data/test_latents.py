@@ -18,7 +18,7 @@ from speedit_plugins.trainer.data.latents.shards import (
     start_or_resume,
 )
 from speedit_plugins.trainer.data.loader import ResumableLoader
-from speedit_plugins.trainer.models.pretrained import Autoencoder, Pixels
+from speedit_plugins.trainer.models.autoencoder import Autoencoder, Pixels
 
 MADE_FROM = {"image_size": 8, "class_cond": True, "num_classes": 3, "encoder_fingerprint": "e"}
 NUM_SAMPLES = 10
@@ -26,7 +26,7 @@ SHARD_SIZE = 4
 
 
 def latents(rows: range, *, flip: bool = False) -> dict[str, Tensor]:
-    """Sample i has mean i and standard deviation i / 10, its mirrored image -i; labels go round in three."""
+    """Sample i has mean i (mirrored: -i), standard deviation i / 10 and label i mod 3."""
     value = torch.tensor([float(row) for row in rows]).reshape(-1, 1, 1, 1).expand(-1, 2, 3, 4)
     tensors = {"latent_mean": value, "latent_std": value / 10, "label": torch.tensor(list(rows)) % 3}
     return {**tensors, "flipped_mean": -value, "flipped_std": value / 10} if flip else tensors
@@ -61,7 +61,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Autoencoder:
     return Autoencoder(str(folder))
 
 
-def test_every_sample_comes_back_from_its_shard(tmp_path: Path) -> None:
+def test_every_sample_is_read_from_its_shard(tmp_path: Path) -> None:
     cache = build(DATASETS, {"type": "LatentCache", "root": str(write(tmp_path))}, image_size=8)
     assert (len(cache), cache.num_classes, cache.channels, cache.image_size) == (NUM_SAMPLES, 3, 2, 8)
     assert (cache.encoder_fingerprint, cache.random_flip) == ("e", False)
@@ -75,7 +75,7 @@ def test_every_sample_comes_back_from_its_shard(tmp_path: Path) -> None:
             cache.load(i, generator())
 
 
-def test_a_change_of_a_sample_does_not_reach_the_cache(tmp_path: Path) -> None:
+def test_modifying_a_sample_does_not_modify_the_cache(tmp_path: Path) -> None:
     cache = LatentCache(write(tmp_path))
     cache.load(5, generator())["latent_mean"].zero_()
     assert (cache.load(5, generator())["latent_mean"] == 5).all()
@@ -90,26 +90,26 @@ def test_tensors_of_any_name_and_shape_keep_their_dtype(tmp_path: Path) -> None:
     for i in range(3):
         found = shards.load(i, ["tokens", "length"])
         assert_close(found, {name: tensor[i] for name, tensor in text.items()}, atol=0, rtol=0)
-    with pytest.raises(ValueError, match=r"needs latent_mean, latent_std, got \['length', 'tokens'\]"):
+    with pytest.raises(ValueError, match=r"needs the tensors latent_mean, latent_std, got \['length', 'tok"):
         LatentCache(tmp_path)
 
 
-def test_flips_are_drawn_from_the_generator_with_probability_one_half(tmp_path: Path) -> None:
+def test_flips_come_from_the_generator_with_probability_one_half(tmp_path: Path) -> None:
     cache = LatentCache(write(tmp_path, flip=True))
-    draws = generator()
-    num_flipped = sum(bool((cache.load(9, draws)["latent_mean"] < 0).all()) for _ in range(2000))
+    stream = generator()
+    num_flipped = sum(bool((cache.load(9, stream)["latent_mean"] < 0).all()) for _ in range(2000))
     # 4 sigma of a binomial count: 4 * sqrt(2000 / 4) = 89
     assert abs(num_flipped - 1000) < 89
     unflipped = LatentCache(tmp_path, random_flip=False)
-    assert all((unflipped.load(9, draws)["latent_mean"] == 9).all() for _ in range(20))
+    assert all((unflipped.load(9, stream)["latent_mean"] == 9).all() for _ in range(20))
 
 
-def test_what_the_cache_is_not_made_for_is_refused(tmp_path: Path) -> None:
+def test_options_that_do_not_fit_the_cache_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     cases = (
-        ({"random_flip": True}, "random_flip=True needs mirrored images, got none .* --flip writes them"),
-        ({"image_size": 16}, "were made with image_size 8, got image_size 16"),
-        ({"class_cond": False}, "were made with class_cond True, got class_cond False"),
+        ({"random_flip": True}, "needs latents of mirrored images, got none .*cache_latents.py --flip"),
+        ({"image_size": 16}, "were made with image_size 8, wanted image_size 16"),
+        ({"class_cond": False}, "were made with class_cond True, wanted class_cond False"),
     )
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -119,7 +119,7 @@ def test_what_the_cache_is_not_made_for_is_refused(tmp_path: Path) -> None:
 def test_workers_read_what_one_process_reads(tmp_path: Path) -> None:
     cache = LatentCache(write(tmp_path, flip=True))
     alone = ResumableLoader(cache, batch_size=3, seed=1)
-    # The files are mapped by now: the workers inherit that.
+    # The files are mapped by now, and the workers inherit the maps.
     expected = [next(alone) for _ in range(8)]
     shared = ResumableLoader(cache, batch_size=3, seed=1, num_workers=2)
     found = [next(shared) for _ in range(8)]
@@ -127,7 +127,7 @@ def test_workers_read_what_one_process_reads(tmp_path: Path) -> None:
     assert_close(found, expected, atol=0, rtol=0)
 
 
-def test_a_pickled_cache_maps_the_files_itself(tmp_path: Path) -> None:
+def test_an_unpickled_cache_maps_the_files_itself(tmp_path: Path) -> None:
     cache = LatentCache(write(tmp_path))
     small = len(pickle.dumps(cache))
     cache.load(0, generator())
@@ -143,7 +143,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, number: int) -> None:
     changed = bytearray(whole)
     changed[-1] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(ValueError, match=f"shard .*{path.name} is damaged: its sha256 is not that of index"):
+    with pytest.raises(ValueError, match=f"shard .*{path.name} is damaged: its sha256 differs from the"):
         LatentCache(tmp_path)
     LatentCache(tmp_path, verify=False)
     for verify in (True, False):
@@ -189,9 +189,7 @@ def test_an_unfinished_or_unreadable_index_is_refused(tmp_path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"),
     ],
 )
-def test_writing_goes_on_before_the_first_damaged_shard(
-    tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
+def test_writing_resumes_at_the_first_damaged_shard(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     whole = {path.name: path.read_bytes() for path in write(tmp_path / "whole").iterdir()}
     write(tmp_path / "again")
     damage(tmp_path / "again" / "shard_00001.safetensors")
@@ -201,12 +199,12 @@ def test_writing_goes_on_before_the_first_damaged_shard(
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == whole
 
 
-def test_a_folder_of_another_cache_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_folder_with_another_cache_is_refused_and_the_differences_are_named(tmp_path: Path) -> None:
     made_from = {"encoder": {"type": "A", "path": "x"}, "flip": False}
     start_or_resume(tmp_path, made_from=made_from, num_samples=3)
     before = read_index(tmp_path)
     other = {"encoder": {"type": "A", "path": "y"}, "flip": False, "dtype": "float16"}
-    message = "dtype was nothing, got float16; encoder.path was x, got y; num_samples was 3, got 4; wanted"
+    message = "dtype was nothing, got float16; encoder.path was x, got y; num_samples was 3, got 4; use"
     with pytest.raises(ValueError, match=re.escape(message)):
         start_or_resume(tmp_path, made_from=other, num_samples=4)
     assert read_index(tmp_path) == before == start_or_resume(tmp_path, made_from=made_from, num_samples=3)
@@ -218,21 +216,21 @@ def test_a_shard_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     cases = (
         (latents(range(3)), r"first dimension in 1..2, got \[3\]"),
         ({**latents(range(2)), "label": torch.zeros(1)}, r"first dimension in 1..2, got \[1, 2\]"),
-        (latents(range(2), flip=True), "needs tensors like those before"),
+        (latents(range(2), flip=True), "needs the tensors of earlier shards"),
     )
     for tensors, message in cases:
         with pytest.raises(ValueError, match=message):
             append_shard(tmp_path, one, tensors)
 
 
-def test_a_sampled_posterior_is_the_encoding_bit_for_bit(autoencoder: Autoencoder) -> None:
+def test_sampling_a_posterior_equals_encoding_bit_for_bit(autoencoder: Autoencoder) -> None:
     images = torch.rand(3, 3, 8, 12) * 2 - 1
     mean, std = autoencoder.posterior(images)
     latents = autoencoder.encode(images, [generator(i) for i in range(3)])
     assert torch.equal(sample_latents(mean, std, [generator(i) for i in range(3)]), latents)
 
 
-def test_the_posterior_is_that_of_the_model_scaled_and_shifted(autoencoder: Autoencoder) -> None:
+def test_the_posterior_is_the_models_shifted_and_scaled(autoencoder: Autoencoder) -> None:
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = autoencoder.posterior(images)
     posterior = autoencoder.model.encode(images).latent_dist
@@ -240,12 +238,12 @@ def test_the_posterior_is_that_of_the_model_scaled_and_shifted(autoencoder: Auto
     assert_close(std, posterior.std * 0.3)
     for value in (mean, std):
         assert not value.requires_grad
-    # diffusers' own sample is the same but for the order of the scaling: rounding alone.
+    # diffusers samples first and scales then; the results differ only by rounding.
     expected = (posterior.sample([generator(0), generator(1)]) - 0.25) * 0.3
     assert_close(autoencoder.encode(images, [generator(0), generator(1)]), expected)
 
 
-def test_a_sample_depends_on_its_own_generator_alone(autoencoder: Autoencoder) -> None:
+def test_a_sample_depends_only_on_its_own_generator(autoencoder: Autoencoder) -> None:
     images = torch.rand(4, 3, 8, 8) * 2 - 1
     mean, std = autoencoder.posterior(images)
     whole = sample_latents(mean, std, [generator(i) for i in range(4)])
@@ -254,14 +252,14 @@ def test_a_sample_depends_on_its_own_generator_alone(autoencoder: Autoencoder) -
         assert torch.equal(sample_latents(mean[rows], std[rows], part), whole[rows])
 
 
-def test_pixels_have_a_posterior_without_spread() -> None:
+def test_the_posterior_of_pixels_has_no_variance() -> None:
     images = torch.rand(2, 1, 4, 4)
     mean, std = Pixels(1).posterior(images)
     assert torch.equal(sample_latents(mean, std, [generator(0), generator(1)]), images)
     assert torch.equal(Pixels(1).encode(images, [generator(0), generator(1)]), images)
 
 
-def test_the_number_of_generators_is_the_number_of_samples(autoencoder: Autoencoder) -> None:
+def test_another_number_of_generators_than_samples_is_refused(autoencoder: Autoencoder) -> None:
     images = torch.rand(3, 3, 8, 8)
     with pytest.raises(ValueError, match="one generator per image, 3, got 1"):
         autoencoder.encode(images, [generator()])
@@ -269,7 +267,9 @@ def test_the_number_of_generators_is_the_number_of_samples(autoencoder: Autoenco
         sample_latents(images, images, [generator()] * 4)
 
 
-def test_an_encoder_is_known_by_its_weights_scale_and_shift(autoencoder: Autoencoder, tmp_path: Path) -> None:
+def test_an_encoders_fingerprint_depends_on_weights_scale_and_shift(
+    autoencoder: Autoencoder, tmp_path: Path
+) -> None:
     from diffusers import AutoencoderKL
 
     autoencoder.model.save_pretrained(tmp_path / "copy")

@@ -14,7 +14,7 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, epoch_order, se
 
 
 class Numbered:
-    """Sample i is (i, a draw from its generator), labelled i."""
+    """A dataset whose sample i is (i, a random number of its generator) with label i."""
 
     def __init__(self, size: int, broken: int | None = None) -> None:
         self.size = size
@@ -26,8 +26,8 @@ class Numbered:
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         if index == self.broken:
             raise ValueError(f"sample {index} is broken")
-        draw = torch.rand((), generator=generator)
-        return {"image": torch.stack([torch.tensor(float(index)), draw]).view(1, 1, 2), "label": index}
+        random = torch.rand((), generator=generator)
+        return {"image": torch.stack([torch.tensor(float(index)), random]).view(1, 1, 2), "label": index}
 
 
 def take(loader: Iterator[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
@@ -41,7 +41,7 @@ def assert_same(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]])
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_batches_are_stacked_and_every_epoch_is_a_shuffled_partial_cover() -> None:
+def test_batches_are_stacked_and_an_epoch_is_shuffled_without_repeats() -> None:
     loader = ResumableLoader(Numbered(10), batch_size=3, seed=1)
     assert loader.batches_per_epoch == 3
     epochs = []
@@ -58,18 +58,20 @@ def test_batches_are_stacked_and_every_epoch_is_a_shuffled_partial_cover() -> No
 
 
 @given(size=st.integers(1, 200), seed=st.integers(0, 2**64), epoch=st.integers(0, 10**6))
-def test_an_epoch_order_is_a_permutation_decided_by_its_arguments(size: int, seed: int, epoch: int) -> None:
+def test_an_epochs_order_is_a_permutation_that_depends_on_its_arguments_only(
+    size: int, seed: int, epoch: int
+) -> None:
     order = epoch_order(size, seed=seed, epoch=epoch)
     assert torch.equal(order.sort().values, torch.arange(size))
     assert torch.equal(order, epoch_order(size, seed=seed, epoch=epoch))
 
 
-def test_streams_do_not_meet() -> None:
-    # 10,001 distinct 64-bit values: a chance collision has probability 3e-12.
+def test_different_paths_give_different_seeds() -> None:
+    # A chance collision among 10,001 random 64-bit values has probability 3e-12.
     seeds = {stream_seed(s, e, i) for s in range(10) for e in range(10) for i in range(100)}
     assert len(seeds) == 10_000
-    assert stream_seed(0, 0) not in seeds  # the order of an epoch and its first sample
-    # torch keeps the low half of a seed: that must differ as well (collisions expected: 0.01).
+    assert stream_seed(0, 0) not in seeds  # a path and a longer one that begins with it
+    # torch uses the low half of a seed: it must differ as well (0.01 chance collisions expected).
     assert len({seed & 0xFFFFFFFF for seed in seeds}) >= 9_999
 
 
@@ -79,13 +81,13 @@ def test_continues_bit_for_bit_from_a_saved_position(num_workers: int) -> None:
     first = ResumableLoader(Numbered(11), batch_size=4, seed=5, num_workers=num_workers)
     assert_same(take(first, 3), whole[:3])
     state = first.state_dict()
-    # Third batch of two per epoch: the workers are well ahead, the position is not.
+    # Two batches per epoch, three taken. Prefetched batches do not move the position.
     assert state == {"seed": 5, "epoch": 1, "offset": 4, "size": 11}
     assert all(type(value) is int for value in state.values())
     second = ResumableLoader(Numbered(11), batch_size=4, seed=5, num_workers=num_workers)
     second.load_state_dict(state)
     assert_same(take(second, 6), whole[3:])
-    # Loading into a running loader drops what it had prefetched.
+    # Loading a state into a running loader discards its prefetched batches.
     first.load_state_dict({"seed": 5, "epoch": 0, "offset": 4, "size": 11})
     assert_same(take(first, 2), whole[1:3])
     first.close()
@@ -94,7 +96,7 @@ def test_continues_bit_for_bit_from_a_saved_position(num_workers: int) -> None:
 
 @settings(max_examples=50)
 @given(data=st.data(), size=st.integers(1, 30), seed=st.integers(0, 2**40))
-def test_any_cut_of_the_stream_continues_it(data: st.DataObject, size: int, seed: int) -> None:
+def test_resuming_at_any_batch_continues_the_stream(data: st.DataObject, size: int, seed: int) -> None:
     batch_size = data.draw(st.integers(1, size))
     cut, total = data.draw(st.integers(0, 10)), 10
     whole = take(ResumableLoader(Numbered(size), batch_size=batch_size, seed=seed), total)
@@ -107,7 +109,7 @@ def test_any_cut_of_the_stream_continues_it(data: st.DataObject, size: int, seed
 
 @settings(max_examples=50)
 @given(data=st.data(), worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)), seed=st.integers(0, 2**40))
-def test_the_ranks_together_yield_the_batches_of_one_process_also_after_their_number_changes(
+def test_ranks_together_yield_the_batches_of_one_process_even_if_their_number_changes(
     data: st.DataObject, worlds: tuple[int, int], seed: int
 ) -> None:
     batch_size = math.lcm(*worlds) * data.draw(st.integers(1, 3))
@@ -137,7 +139,7 @@ def test_the_ranks_together_yield_the_batches_of_one_process_also_after_their_nu
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
-    def draws(seed: int, batch_size: int) -> dict[int, list[float]]:
+    def augmentation(seed: int, batch_size: int) -> dict[int, list[float]]:
         loader = ResumableLoader(Numbered(6), batch_size=batch_size, seed=seed)
         found: dict[int, list[float]] = {}
         for batch in take(loader, 12 // batch_size):
@@ -145,14 +147,14 @@ def test_augmentation_depends_on_seed_epoch_and_index_only() -> None:
                 found.setdefault(int(index), []).append(value)
         return found
 
-    reference = draws(seed=2, batch_size=3)
-    assert draws(seed=2, batch_size=2) == reference
-    # 12 draws, two epochs, and another seed: all different (uniform float32, collision odds 1e-5).
+    reference = augmentation(seed=2, batch_size=3)
+    assert augmentation(seed=2, batch_size=2) == reference
+    # The 12 numbers of two epochs all differ (uniform float32, chance collision 1e-5).
     assert len({value for values in reference.values() for value in values}) == 12
-    assert all(draws(seed=3, batch_size=3)[index] != reference[index] for index in reference)
+    assert all(augmentation(seed=3, batch_size=3)[index] != reference[index] for index in reference)
 
 
-def test_another_batch_size_goes_on_behind_the_samples_already_seen() -> None:
+def test_another_batch_size_continues_after_the_samples_already_seen() -> None:
     first = ResumableLoader(Numbered(12), batch_size=4, seed=0)
     take(first, 2)
     second = ResumableLoader(Numbered(12), batch_size=2, seed=0)
@@ -164,7 +166,7 @@ def test_another_batch_size_goes_on_behind_the_samples_already_seen() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_failing_batch_is_not_counted_and_not_passed_over(num_workers: int) -> None:
+def test_a_failing_batch_does_not_move_the_position(num_workers: int) -> None:
     loader = ResumableLoader(Numbered(4, broken=2), batch_size=4, seed=0, num_workers=num_workers)
     for _ in range(2):
         with pytest.raises(ValueError, match="sample 2 is broken"):
@@ -176,8 +178,8 @@ def test_a_failing_batch_is_not_counted_and_not_passed_over(num_workers: int) ->
     loader.close()
 
 
-def test_workers_outlive_a_signal_to_the_group_and_end_with_their_parent() -> None:
-    # The parent takes both signals as a flag, as the trainer does, goes on, and never closes the loader.
+def test_workers_survive_a_signal_to_the_group_and_end_with_their_parent() -> None:
+    # Like the trainer, the parent only records the signals and continues. It never closes the loader.
     script = """
 import os, signal, torch
 from speedit_plugins.trainer.data.loader import ResumableLoader, epoch_order
@@ -193,7 +195,7 @@ caught = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: caught.append(number))
 loader = ResumableLoader(Labels(), batch_size=8, num_workers=2)
-for epoch in range(2):  # a batch from each worker: both are up
+for epoch in range(2):  # one batch per worker, so both are running
     next(loader)
 os.killpg(0, signal.SIGINT)
 os.killpg(0, signal.SIGTERM)
@@ -207,7 +209,6 @@ print("done", flush=True)
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=120,
         check=False,
     )
     assert (result.returncode, result.stdout.strip()) == (0, "done"), result.stderr
@@ -238,16 +239,16 @@ def test_bad_arguments_say_what_is_wanted(options: dict[str, int], message: str)
         ResumableLoader(Numbered(4), **options)
 
 
-def test_workers_that_load_further_ahead_yield_the_same() -> None:
+def test_prefetch_factor_does_not_change_the_batches() -> None:
     loader = ResumableLoader(Numbered(11), batch_size=4, seed=5, num_workers=1, prefetch_factor=4)
     assert_same(take(loader, 5), take(ResumableLoader(Numbered(11), batch_size=4, seed=5), 5))
     assert loader.state_dict() == {"seed": 5, "epoch": 2, "offset": 4, "size": 11}
     loader.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory has its effect here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory works with a GPU")
 def test_pinned_memory_without_a_gpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="no effect without a CUDA device"):
+    with pytest.raises(ValueError, match="pin_memory=True needs a CUDA device, got none"):
         ResumableLoader(Numbered(4), batch_size=2, pin_memory=True)
 
 
@@ -255,7 +256,7 @@ def test_pinned_memory_without_a_gpu_is_refused() -> None:
     ("change", "message"),
     [
         ({"size": 5}, "dataset of 5 samples, got one of 4"),
-        ({"seed": 1}, "has seed 1, got a loader with seed 0"),
+        ({"seed": 1}, "belongs to seed 1, got a loader with seed 0"),
         ({"offset": 6}, "offset <= 4, got 6"),
         ({"offset": -2}, "offset to be an int >= 0, got -2"),
         ({"epoch": 1.0}, "epoch to be an int >= 0, got 1.0"),
@@ -280,7 +281,7 @@ class Faulty:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_fault_in_the_data_is_the_same_error_with_and_without_workers(num_workers: int) -> None:
+def test_damaged_data_raise_the_same_error_with_and_without_workers(num_workers: int) -> None:
     loader = ResumableLoader(Faulty(), batch_size=2, num_workers=num_workers)
     with pytest.raises(ValueError, match=r"^corrupt image cat.png$"):
         next(loader)

@@ -12,7 +12,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 @given(seed=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
-def test_a_mask_is_of_zeros_and_ones_with_a_hole(seed: int, height: int, width: int) -> None:
+def test_a_mask_has_zeros_and_ones_and_a_hole(seed: int, height: int, width: int) -> None:
     mask = RandomMasks().draw(height, width, generator(seed))
     assert mask.shape == (height, width)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
@@ -20,7 +20,7 @@ def test_a_mask_is_of_zeros_and_ones_with_a_hole(seed: int, height: int, width: 
 
 
 @given(seed=st.integers(0, 1000))
-def test_a_box_is_a_rectangle_of_the_share_asked_for(seed: int) -> None:
+def test_a_box_is_a_rectangle_within_box_share(seed: int) -> None:
     mask = build(MASKS, {"type": "RandomMasks", "box_prob": 1.0, "box_share": (0.25, 0.5)}).draw(
         40, 20, generator(seed)
     )
@@ -31,7 +31,7 @@ def test_a_box_is_a_rectangle_of_the_share_asked_for(seed: int) -> None:
 
 
 def fits(centres: torch.Tensor, radius: int, hole: torch.Tensor, *, margin: int = 0) -> bool:
-    """Whether a disc (what of it is in the picture) around one of the centres lies in the hole."""
+    """Whether a disc around one of the centres is inside the hole, ignoring parts outside the image."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in hole.shape), indexing="ij")
     return any(
         bool(hole[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2].all())
@@ -43,13 +43,13 @@ def test_strokes_are_as_wide_as_the_brush() -> None:
     masks = RandomMasks(box_prob=0.0, num_strokes=1, brush_share=(0.2, 0.2))
     for seed in range(20):
         hole = masks.draw(64, 64, generator(seed)).bool()
-        # A segment with round ends of radius 6.4: no disc of radius 8 fits inside, one of 5 does: a pixel's
-        # centre lies at most sqrt(1/2) from the segment, and 5 + sqrt(1/2) < 6.4.
+        # The hole is a segment with round ends of radius 6.4. A disc of radius 8 does not fit. A disc of
+        # radius 5 does: some pixel centre is within sqrt(1/2) of the segment, and 5 + sqrt(1/2) < 6.4.
         assert not fits(hole[8:-8, 8:-8], 8, hole, margin=8)
         assert fits(hole, 5, hole)
 
 
-def test_a_mask_is_a_function_of_the_generator() -> None:
+def test_a_mask_depends_only_on_the_generator() -> None:
     masks = RandomMasks()
     first, second, other = (masks.draw(16, 16, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second)

@@ -23,7 +23,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def loaded(dataset: MovingDigits, seed: int = 0) -> list[dict[str, Any]]:
-    """Every sample, each from a seed of its own."""
+    """Every sample, each loaded with its own seed."""
     return [dataset.load(index, generator(seed + index)) for index in range(len(dataset))]
 
 
@@ -35,12 +35,12 @@ def ways(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["caption"].split()[-1] for sample in samples]
 
 
-def test_frames_hold_the_digit_on_its_way_and_darkness() -> None:
+def test_each_frame_holds_the_moving_digit_on_a_dark_background() -> None:
     dataset = MovingDigits(class_cond=True)
     source = load_digits()
     assert (len(dataset), dataset.channels, dataset.num_classes) == (1797, 1, 10)
     assert (dataset.image_size, dataset.num_frames) == (16, 8)
-    # 8 pixels in 7 steps, to whole pixels: k 8 / 7 = 0, 1.14, 2.29, 3.43, 4.57, 5.71, 6.86, 8.
+    # 8 pixels in 7 steps, rounded to whole pixels: k 8 / 7 = 0, 1.14, 2.29, 3.43, 4.57, 5.71, 6.86, 8.
     forth = [0, 1, 2, 3, 5, 6, 7, 8]
     seen = set()
     for index in range(60):
@@ -59,18 +59,18 @@ def test_frames_hold_the_digit_on_its_way_and_darkness() -> None:
             fitting += [across] * torch.equal(expected, sample["video"])
         assert len(fitting) == 1
         seen.add((way, fitting[0]))
-    # Of 60 draws none misses one of nine positions but with chance 9 (8 / 9)^60 < 0.01; the seeds are fixed.
+    # 60 samples miss one of nine positions with probability < 9 (8 / 9)^60 < 0.01; the seeds are fixed.
     assert {way for way, _ in seen} == set(DIRECTIONS)
     assert {across for _, across in seen} == set(range(9))
 
 
-def test_captions_are_the_forty_possible_ones() -> None:
+def test_captions_lists_exactly_the_captions_of_the_samples() -> None:
     dataset = MovingDigits()
     assert len(set(dataset.captions)) == 40
     assert {sample["caption"] for sample in loaded(dataset)} == set(dataset.captions)
 
 
-def test_a_pass_moves_a_digit_elsewhere_and_its_seed_again() -> None:
+def test_a_seed_decides_the_motion_and_samples_are_copies() -> None:
     dataset = MovingDigits()
     first = dataset.load(3, generator(1))
     assert torch.equal(first["video"], dataset.load(3, generator(1))["video"])
@@ -79,7 +79,7 @@ def test_a_pass_moves_a_digit_elsewhere_and_its_seed_again() -> None:
     assert float(dataset.load(3, generator(1))["video"].max()) <= 1.0
 
 
-def test_labels_and_captions_come_where_they_are_asked_for() -> None:
+def test_labels_and_captions_are_optional() -> None:
     assert set(MovingDigits().load(0, generator())) == {"video", "caption"}
     assert set(MovingDigits(text=False).load(0, generator())) == {"video"}
     labelled = MovingDigits(text=False, class_cond=True)
@@ -87,60 +87,60 @@ def test_labels_and_captions_come_where_they_are_asked_for() -> None:
     assert (labelled.num_classes, MovingDigits().num_classes) == (10, 0)
 
 
-def test_the_splits_part_the_source_in_its_order() -> None:
+def test_the_splits_are_the_first_four_fifths_and_the_rest() -> None:
     train, test = MovingDigits(split="train"), MovingDigits(split="test")
     assert (len(train), len(test)) == (1438, 359)
     assert torch.equal(torch.cat([train.digits, test.digits]), Digits().images)
 
 
 @pytest.mark.parametrize(("image_size", "num_frames"), [(16, 8), (16, 2), (16, 20), (32, 8), (64, 3)])
-def test_every_direction_is_read_back(image_size: int, num_frames: int) -> None:
+def test_the_direction_of_every_video_is_recognised(image_size: int, num_frames: int) -> None:
     split = "all" if image_size == 16 else "test"
     samples = loaded(MovingDigits(image_size=image_size, num_frames=num_frames, split=split))
     assert samples[0]["video"].shape == (1, num_frames, image_size, image_size)
     assert direction_of(videos(samples)) == ways(samples)
 
 
-def test_directions_are_read_through_noise_and_a_ground_that_is_not_quite_dark() -> None:
+def test_directions_are_recognised_despite_noise_and_a_brighter_background() -> None:
     samples = loaded(MovingDigits(split="test"))
     clips = videos(samples)
-    # Five sigma of the noise stay below mid-grey on this ground, where nothing has weight.
+    # On this background, noise of five sigma stays below mid-grey and so has no weight.
     noisy = clips.clamp(min=-0.75) + 0.15 * torch.randn(clips.shape, generator=generator())
     assert direction_of(noisy) == ways(samples)
 
 
-def test_still_digits_are_the_source_but_for_blank_lines_at_their_sides() -> None:
+def test_still_digits_equal_the_source_up_to_a_shift_over_blank_columns() -> None:
     samples = loaded(MovingDigits())
     still = still_digits(videos(samples))
     source = Digits().images
     assert still.shape == source.shape
-    # Dark columns stand around both: cut off, exactly the source is left, as cuts lie on whole pixels.
+    # Cuts are at whole pixels: without the dark columns around them, both are exactly equal.
     for mine, theirs in zip(still[:, 0], source[:, 0], strict=True):
         assert torch.equal(_between_blanks(mine), _between_blanks(theirs))
 
 
-def test_a_still_digit_does_not_depend_on_its_movement() -> None:
+def test_a_still_digit_does_not_depend_on_its_motion() -> None:
     dataset = MovingDigits(split="test")
     once, again = (still_digits(videos(loaded(dataset, seed))) for seed in (0, 1000))
     assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
-def test_still_digits_of_larger_frames_keep_all_light(image_size: int) -> None:
+def test_still_digits_of_larger_frames_keep_the_mean_brightness(image_size: int) -> None:
     dataset = MovingDigits(image_size=image_size, split="test")
     still = still_digits(videos(loaded(dataset)))
     assert still.shape == (359, 1, 8, 8)
-    # A box average keeps the mean; float32 sums of 1,024 pixels, each rounded to 6e-8.
+    # A box average keeps the mean. The tolerance covers float32 sums of 1,024 pixels, each rounded to 6e-8.
     assert_close(still.mean(dim=(1, 2, 3)), dataset.digits.mean(dim=(1, 2, 3)), atol=1e-5, rtol=0)
 
 
-def test_darkness_is_read_without_a_division_by_zero() -> None:
+def test_all_dark_videos_cause_no_division_by_zero() -> None:
     dark = torch.full((2, 1, 4, 16, 16), -1.0)
     assert set(direction_of(dark)) <= set(DIRECTIONS)
     assert torch.equal(still_digits(dark), torch.full((2, 1, 8, 8), -1.0))
 
 
-def test_what_is_no_grey_video_is_refused() -> None:
+def test_anything_but_grey_videos_is_refused() -> None:
     with pytest.raises(ValueError, match=r"grey videos \(N, 1, F, H, W\).*got \(2, 3, 4, 16, 16\)"):
         direction_of(torch.zeros(2, 3, 4, 16, 16))
     with pytest.raises(ValueError, match=r"side in \(16, 32, 64\), got \(2, 1, 4, 16, 32\)"):
@@ -171,6 +171,6 @@ def test_workers_and_a_pickled_copy_give_the_same_batches() -> None:
 
 
 def _between_blanks(digit: Tensor) -> Tensor:
-    """The columns from the first to the last that has light, of (8, 8)."""
+    """The columns of a digit (8, 8) from the first to the last one that is not all dark."""
     lit = (digit > -1.0).any(dim=0).nonzero().flatten()
     return digit[:, lit[0] : lit[-1] + 1]

@@ -23,7 +23,7 @@ def video(path: Path, num_frames: int = 4) -> Path:
 
 
 def frames(folder: Path, num_frames: int) -> Path:
-    """Numbered images without leading zeros; frame k is filled with grey level 10 k."""
+    """Writes numbered images without leading zeros; frame k is filled with grey level 10 k."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_frames):
         Image.new("RGB", (16, 16), (10 * number,) * 3).save(folder / f"frame_{number}.png")
@@ -44,7 +44,7 @@ class TestLayouts:
         assert [sample["label"] for sample in samples] == [0, 1, 1]
         assert all(sample["video"].shape == (3, 4, 8, 8) for sample in samples)
 
-    def test_names_as_in_ucf101_give_the_classes_too(self, tmp_path: Path) -> None:
+    def test_classes_may_come_from_file_names_as_in_ucf101(self, tmp_path: Path) -> None:
         for name in ("v_YoYo_g01_c01", "v_Archery_g02_c01", "v_YoYo_g01_c02"):
             video(tmp_path / f"{name}.mp4")
         data = VideoFolder(tmp_path, image_size=8, num_frames=4)
@@ -54,14 +54,14 @@ class TestLayouts:
         with pytest.raises(ValueError, match=r"or names such as v_CLASS_g01_c01.avi, got .*other\.mp4"):
             VideoFolder(tmp_path, image_size=8, num_frames=4)
 
-    def test_without_classes_files_and_folders_of_frames_count_at_any_depth(self, tmp_path: Path) -> None:
+    def test_without_classes_files_and_folders_of_frames_are_found_at_any_depth(self, tmp_path: Path) -> None:
         video(tmp_path / "a.mp4")
         frames(tmp_path / "b" / "c", 12)
         data = VideoFolder(tmp_path, image_size=8, num_frames=4, class_cond=False)
         assert (len(data), data.num_classes, data.classes) == (2, 0, ())
         assert {data.load(index, generator())["label"] for index in range(2)} == {0}
 
-    def test_frames_are_shown_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
+    def test_frames_are_in_numeric_order(self, tmp_path: Path) -> None:
         frames(tmp_path / "x" / "one", 12)
         data = VideoFolder(tmp_path, image_size=8, num_frames=12)
         clip = data.load(0, generator())["video"]
@@ -69,7 +69,7 @@ class TestLayouts:
         expected = (torch.arange(12) * 10 / 127.5 - 1).view(1, 12, 1, 1).expand(3, 12, 8, 8)
         torch.testing.assert_close(clip, expected, atol=1e-6, rtol=0)
 
-    def test_folders_of_frames_have_buckets(self, tmp_path: Path) -> None:
+    def test_folders_of_frames_go_to_buckets(self, tmp_path: Path) -> None:
         frames(tmp_path / "one", 3)
         data = VideoFolder(
             tmp_path, image_size=8, num_frames=2, class_cond=False, buckets=[[2, 8, 16], [3, 8, 8]]
@@ -91,26 +91,26 @@ class TestRefusals:
     def test_unusable_roots_say_why(self, tmp_path: Path) -> None:
         empty = tmp_path / "empty"
         empty.mkdir()
-        with pytest.raises(ValueError, match=r"needs a folder as root, got .*nowhere, which is none"):
+        with pytest.raises(ValueError, match=r"needs root to be a folder, got .*nowhere"):
             VideoFolder(tmp_path / "nowhere", image_size=8, num_frames=2)
         with pytest.raises(ValueError, match="one folder per class below .*empty, got no folder"):
             VideoFolder(empty, image_size=8, num_frames=2)
         with pytest.raises(ValueError, match="found no videos below .*empty"):
             VideoFolder(empty, image_size=8, num_frames=2, class_cond=False)
         with pytest.raises(
-            ValueError, match="class folder .*empty needs videos or folders of frames, got nothing"
+            ValueError, match="class folder .*empty needs video files or folders of frames, got nothing"
         ):
             VideoFolder(tmp_path, image_size=8, num_frames=2)
 
-    def test_layouts_that_are_two_things_at_once_are_refused(self, tmp_path: Path) -> None:
+    def test_mixed_layouts_are_refused(self, tmp_path: Path) -> None:
         frames(tmp_path / "walk", 3)
         with pytest.raises(ValueError, match="class folder .*walk needs .*, got frames directly in it"):
             VideoFolder(tmp_path, image_size=8, num_frames=2)
         video(tmp_path / "walk" / "a.mp4")
-        with pytest.raises(ValueError, match=r"frames needs images alone, got .*frame_0\.png and .*a\.mp4"):
+        with pytest.raises(ValueError, match=r"frames may hold only images, got .*frame_0\.png and .*a\.mp4"):
             VideoFolder(tmp_path, image_size=8, num_frames=2, class_cond=False)
         video(tmp_path / "v_Walk_g01_c01.mp4")
-        with pytest.raises(ValueError, match=r"or files alone, got both: .*walk and .*v_Walk_g01_c01\.mp4"):
+        with pytest.raises(ValueError, match=r"or only files, got both: .*walk and .*v_Walk_g01_c01\.mp4"):
             VideoFolder(tmp_path, image_size=8, num_frames=2)
 
     def test_a_link_out_of_the_root_is_refused_unless_followed(self, tmp_path: Path) -> None:
@@ -134,11 +134,11 @@ class TestRefusals:
         video(tmp_path / "a" / "short.mp4", 3)
         (tmp_path / "b").mkdir()
         (tmp_path / "b" / "broken.mp4").write_bytes(b"no video")
-        message = r"2 of 3 videos .*short\.mp4 has 3 frames, wanted 5 .*; corrupt video .*broken\.mp4"
+        message = r"2 of 3 videos .*short\.mp4 has 3 frames, wanted at least 5 .*; corrupt .*broken\.mp4"
         with pytest.raises(ValueError, match=message):
             VideoFolder(tmp_path, image_size=8, num_frames=5)
         with pytest.warns(UserWarning, match=message):
             data = VideoFolder(tmp_path, image_size=8, num_frames=5, on_corrupt="skip")
         assert data.num_corrupt == 2
-        # The label is that of the video that is shown.
+        # The label is that of the replacing video.
         assert [data.load(index, generator())["label"] for index in range(3)] == [0, 0, 0]

@@ -26,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def video(path: Path, num_frames: int, *, height: int = 16, width: int = 16, grey: int = 0) -> Path:
-    """Frame k is filled with the grey level grey + 4 k, which compression keeps up to 2 levels."""
+    """Writes a video whose frame k has grey level grey + 4 k; compression changes levels by at most 2."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = (grey + 4 * torch.arange(num_frames)).byte().view(-1, 1, 1, 1)
     write_mp4(path, levels.expand(-1, height, width, 1), fps=8)
@@ -34,7 +34,7 @@ def video(path: Path, num_frames: int, *, height: int = 16, width: int = 16, gre
 
 
 def number_of(frame: torch.Tensor) -> int:
-    """Which frame of `video` it is, by its level."""
+    """Frame number in `video`, from the grey level."""
     return round((float(frame.mean()) + 1) * 127.5 / 4)
 
 
@@ -50,7 +50,7 @@ def damage(path: Path) -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """Three videos of 10, 20 and 30 frames with captions."""
+    """A table of three captioned videos with 10, 20 and 30 frames."""
     for number in (1, 2, 3):
         video(tmp_path / "clips" / f"{number}.mp4", 10 * number)
     return table(
@@ -61,7 +61,7 @@ def listed(tmp_path: Path) -> Path:
 
 
 class TestSamples:
-    def test_a_real_clip_is_what_its_frames_are(self, tmp_path: Path) -> None:
+    def test_a_sample_has_the_cropped_frames_of_the_clip(self, tmp_path: Path) -> None:
         listed = table(tmp_path, f"path,text\n{real_clip()},a rabbit\n")
         data = VideoTable(listed, image_size=32, num_frames=8, frame_interval=2, random_start=False)
         sample = data.load(0, generator())
@@ -84,7 +84,7 @@ class TestSamples:
         ]
         assert data.path(2).name == "3.mp4"
 
-    def test_every_start_that_fits_is_drawn_and_no_other(self, listed: Path) -> None:
+    def test_clips_start_at_every_frame_that_fits_and_no_other(self, listed: Path) -> None:
         data = VideoTable(listed, image_size=8, num_frames=3, frame_interval=3)
         starts = set()
         for seed in range(60):
@@ -92,15 +92,15 @@ class TestSamples:
             numbers = [number_of(frame) for frame in clip.movedim(1, 0)]
             assert numbers == list(range(numbers[0], numbers[0] + 7, 3))
             starts.add(numbers[0])
-        # 10 frames, a span of 7. That one of four is missing in 60 draws has a chance of 4 * 0.75^60 < 1e-6.
+        # 10 frames, a span of 7: four starts. Missing one in 60 samples has probability 4 * 0.75^60 < 1e-6.
         assert starts == {0, 1, 2, 3}
 
-    def test_a_seed_decides_the_sample_and_without_choices_nothing_is_drawn(self, listed: Path) -> None:
+    def test_the_seed_decides_the_sample_and_fixed_clips_use_no_random_numbers(self, listed: Path) -> None:
         data = VideoTable(listed, image_size=8, num_frames=3, random_flip=True)
         assert torch.equal(data.load(2, generator(1))["video"], data.load(2, generator(1))["video"])
-        drawn = generator()
-        VideoTable(listed, image_size=8, num_frames=3, random_start=False).load(0, drawn)
-        assert torch.equal(drawn.get_state(), generator().get_state())
+        used = generator()
+        VideoTable(listed, image_size=8, num_frames=3, random_start=False).load(0, used)
+        assert torch.equal(used.get_state(), generator().get_state())
 
     def test_flip_is_a_fair_coin(self, tmp_path: Path) -> None:
         listed = table(tmp_path, f"path\n{real_clip()}\n")
@@ -113,7 +113,7 @@ class TestSamples:
         # 5 sigma of a binomial count: 5 * sqrt(100 / 4) = 25.
         assert abs(flips - 50) <= 25
 
-    def test_classes_are_numbers_by_size_then_names(self, tmp_path: Path) -> None:
+    def test_classes_are_numbers_in_numeric_order_then_names(self, tmp_path: Path) -> None:
         video(tmp_path / "a.mp4", 2)
         listed = table(tmp_path, "path,label\na.mp4,10\na.mp4,zebra\na.mp4,9\na.mp4,ant\n")
         data = VideoTable(listed, image_size=8, num_frames=2, text=False, class_cond=True)
@@ -125,7 +125,7 @@ class TestSamples:
         sample = VideoTable(listed, image_size=8, num_frames=2, text=False).load(1, generator())
         assert (sorted(sample), sample["label"]) == (["label", "video"], 0)
 
-    def test_root_is_where_paths_begin(self, listed: Path, tmp_path: Path) -> None:
+    def test_paths_are_relative_to_root(self, listed: Path, tmp_path: Path) -> None:
         moved = table(tmp_path / "elsewhere", listed.read_text(encoding="utf-8"))
         assert len(VideoTable(moved, image_size=8, num_frames=2, root=tmp_path)) == 3
 
@@ -149,7 +149,7 @@ class TestSamples:
 
 
 class TestBuckets:
-    def test_a_video_goes_to_the_nearest_form_that_it_can_fill(self, tmp_path: Path) -> None:
+    def test_a_video_goes_to_the_nearest_aspect_ratio_it_is_long_enough_for(self, tmp_path: Path) -> None:
         video(tmp_path / "wide.mp4", 12, height=16, width=32)
         video(tmp_path / "wide_short.mp4", 5, height=16, width=32)
         video(tmp_path / "tall.mp4", 5, height=32, width=16)
@@ -160,12 +160,12 @@ class TestBuckets:
         data = VideoTable(listed, image_size=8, num_frames=4, buckets=buckets)
         assert data.buckets is not None
         assert data.buckets.dtype == torch.int64
-        # The tall one cannot fill ten frames; the square lies nearer to it than the wide.
+        # The tall video has fewer than ten frames; the square is the nearest among the other buckets.
         assert data.buckets.tolist() == [2, 1, 3, 0]
         shapes = [tuple(data.load(index, generator())["video"].shape) for index in range(4)]
         assert shapes == [(3, 10, 8, 16), (3, 4, 8, 16), (3, 2, 8, 8), (3, 1, 16, 16)]
 
-    def test_stated_sizes_are_believed_without_opening_a_file(self, tmp_path: Path) -> None:
+    def test_sizes_in_the_table_are_used_without_opening_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.mp4").write_bytes(b"never opened")
         listed = table(tmp_path, "path,text,num_frames,height,width\na.mp4,x,9,100,50\n")
         data = VideoTable(listed, image_size=8, num_frames=4, buckets=[[4, 8, 8], [4, 16, 8]])
@@ -184,7 +184,7 @@ class TestBuckets:
         found = {(tuple(batch["video"].shape), *batch["caption"]) for batch in batches}
         assert found == {((3, 3, 1, 8, 8), *["image"] * 3), ((3, 3, 4, 8, 8), *["video"] * 3)}
 
-    def test_skip_stays_in_the_bucket(self, tmp_path: Path) -> None:
+    def test_skip_replaces_a_video_within_its_bucket(self, tmp_path: Path) -> None:
         for name, width in (("a", 16), ("b", 32), ("c", 16)):
             video(tmp_path / f"{name}.mp4", 4, width=width)
         listed = table(tmp_path, "path,text\na.mp4,a\nb.mp4,b\nc.mp4,c\n")
@@ -197,7 +197,7 @@ class TestBuckets:
         damage(tmp_path / "b.mp4")
         with (
             pytest.warns(UserWarning, match=r"line 3: .*b\.mp4"),
-            pytest.raises(ValueError, match="no usable video of 4 frames, 8 x 16: all 1 are missing"),
+            pytest.raises(ValueError, match="no usable video for 4 frames of 8 x 16: all 1 are missing"),
         ):
             data.load(1, generator())
 
@@ -210,13 +210,13 @@ class TestBuckets:
 
 
 class TestUnusableVideos:
-    def test_they_are_found_at_the_start(self, tmp_path: Path) -> None:
+    def test_unusable_videos_are_found_when_the_dataset_is_created(self, tmp_path: Path) -> None:
         video(tmp_path / "a.mp4", 9)
         rows = "path,text,num_frames\na.mp4,x,9\ngone.mp4,x,9\na.mp4,x,6\na.mp4,x,\n"
         listed = table(tmp_path, rows)
         message = (
             r"2 of 4 videos cannot be used: .*videos\.csv, line 3: .*gone\.mp4: no such file, wanted a video;"
-            r" .*line 4: .*a\.mp4 is stated to have 6 frames, wanted 7 or more \(3 frames at an .* of 3\)"
+            r" .*line 4: .*a\.mp4 is listed with 6 frames, wanted at least 7 \(3 frames at an .* of 3\)"
         )
         with pytest.raises(ValueError, match=message):
             VideoTable(listed, image_size=8, num_frames=3, frame_interval=3)
@@ -228,14 +228,14 @@ class TestUnusableVideos:
             for index in range(4):
                 assert data.load(index, generator())["video"].shape == (3, 3, 8, 8)
 
-    def test_more_frames_stated_than_there_are_is_named_when_met(self, tmp_path: Path) -> None:
+    def test_a_video_with_fewer_frames_than_listed_is_named_when_loaded(self, tmp_path: Path) -> None:
         video(tmp_path / "a.mp4", 9)
         listed = table(tmp_path, "path,text,num_frames\na.mp4,x,50\n")
         data = VideoTable(listed, image_size=8, num_frames=3)
         with pytest.raises(ValueError, match=r"csv, line 2: the video .*a\.mp4 has 9 frames, wanted 50"):
             data.load(0, generator())
 
-    def test_damage_is_named_or_warned_of_once(self, listed: Path) -> None:
+    def test_damage_raises_or_warns_once(self, listed: Path) -> None:
         strict = VideoTable(listed, image_size=8, num_frames=2)
         lenient = VideoTable(listed, image_size=8, num_frames=2, on_corrupt="skip")
         damage(strict.path(1))
@@ -248,7 +248,9 @@ class TestUnusableVideos:
             assert lenient.load(1, generator())["caption"] == "drei ü"
         assert lenient.num_corrupt == 1
 
-    def test_a_video_is_used_where_it_is_whole_whatever_was_asked_for_before(self, tmp_path: Path) -> None:
+    def test_intact_frames_of_a_damaged_video_are_used_whatever_was_loaded_before(
+        self, tmp_path: Path
+    ) -> None:
         for name in ("a", "b"):
             for number in range(4):
                 path = tmp_path / name / f"{number}.png"
@@ -269,11 +271,11 @@ class TestUnusableVideos:
             return found
 
         forwards = captions(seeds)
-        # Of the three starts the last one reaches the damaged frame.
+        # Only the last of the three possible starts includes the damaged frame.
         assert set(forwards.values()) == {"a", "b"}
         assert captions(reversed(seeds)) == forwards
 
-    def test_workers_share_the_count(self, listed: Path) -> None:
+    def test_workers_share_the_count_of_damaged_files(self, listed: Path) -> None:
         data = VideoTable(listed, image_size=8, num_frames=2, on_corrupt="skip")
         damage(data.path(0))
         loader = ResumableLoader(data, batch_size=3, num_workers=1)
@@ -281,23 +283,23 @@ class TestUnusableVideos:
         loader.close()
         assert data.num_corrupt == 1
 
-    def test_none_that_is_usable_is_an_error_even_with_skip(self, tmp_path: Path) -> None:
+    def test_no_usable_video_is_an_error_even_with_skip(self, tmp_path: Path) -> None:
         listed = table(tmp_path, "path,text\n" + "gone.mp4,x\n" * 7)
         with pytest.raises(ValueError, match="7 of 7 videos cannot be used: ") as caught:
             VideoTable(listed, image_size=8, num_frames=2, on_corrupt="skip")
         assert str(caught.value).count("no such file") == 5
         assert str(caught.value).endswith("; ... (on_corrupt='skip')")
 
-    def test_images_are_too_short_for_videos_and_have_one_frame(self, tmp_path: Path) -> None:
+    def test_an_image_is_a_video_of_one_frame(self, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-        with pytest.raises(ValueError, match=r"a\.png has 1 frames, wanted 2 or more"):
+        with pytest.raises(ValueError, match=r"a\.png has 1 frames, wanted at least 2"):
             VideoTable(table(tmp_path, "path,text\na.png,x\n"), image_size=8, num_frames=2)
-        with pytest.raises(ValueError, match=r"a\.png is an image, of 1 frame, got num_frames 5"):
+        with pytest.raises(ValueError, match=r"a\.png is an image: wanted num_frames 1, got 5"):
             VideoTable(table(tmp_path, "path,text,num_frames\na.png,x,5\n"), image_size=8, num_frames=2)
 
-    def test_a_path_that_is_no_video_by_its_suffix_is_refused(self, tmp_path: Path) -> None:
+    def test_a_path_without_a_video_suffix_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("x")
-        with pytest.raises(ValueError, match=r"a\.txt is no video by its suffix, wanted one of \.avi, "):
+        with pytest.raises(ValueError, match=r"a\.txt has no video suffix, wanted one of \.avi, "):
             VideoTable(table(tmp_path, "path,text\na.txt,x\n"), image_size=8, num_frames=2)
 
 
@@ -325,7 +327,7 @@ class TestTable:
             ("path,num_frames\na.mp4,3\n", "line 1: wanted one column 'text', got path, num_frames"),
             ("path,text,text\na.mp4,x,y\n", "wanted one column 'text', got path, text, text"),
             ("path,text,fps,fps\na.mp4,x,8,9\n", "wanted one column 'fps', got path, text, fps, fps"),
-            ("path,text\n", "has no rows, wanted one per video"),
+            ("path,text\n", "has no rows, wanted one row per video"),
             ("path,text\n\n\n", "has no rows"),
             (
                 "path,text,num_frames\na,x,3\nb,y,many\n",
@@ -343,27 +345,27 @@ class TestTable:
             ("path,text,fps\na,x,inf\n", "line 2, column fps: got 'inf', wanted a number > 0"),
             ("path,text\na,\n", "line 2, column text: got nothing, wanted a text"),
             ("path,text\n ,x\n", "line 2, column path: got nothing, wanted a path"),
-            ("path,text\na,x,y\n", "line 2: wanted 2 fields, got 3; a text with commas needs quotes"),
+            ("path,text\na,x,y\n", "line 2: wanted 2 fields, got 3; text with commas needs quotes"),
             ("path,text\na\n", "line 2: wanted 2 fields, got 1"),
             ('path,text\na,"x\n', "line 2: wanted CSV: unexpected end of data"),
         ],
     )
-    def test_a_wrong_table_says_where(self, tmp_path: Path, text: str, message: str) -> None:
+    def test_an_error_names_the_place_in_the_table(self, tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(ValueError, match=rf"videos\.csv.*{message}"):
             VideoTable(table(tmp_path, text), image_size=8, num_frames=2)
 
-    def test_white_space_around_names_and_values_is_no_part_of_them(self, tmp_path: Path) -> None:
+    def test_white_space_around_names_and_values_is_stripped(self, tmp_path: Path) -> None:
         text = ' path,text , label\n a.mp4 ," one, first ", run\nb.mp4,two,run \n'
         rows = read_rows(table(tmp_path, text), ("path", "text", "label"))
         found = [[row[name] for name in ("path", "text", "label")] for row in rows]
         assert found == [["a.mp4", "one, first", "run"], ["b.mp4", "two", "run"]]
 
-    def test_no_table_and_another_encoding_are_named(self, tmp_path: Path) -> None:
+    def test_a_missing_table_and_another_encoding_are_refused(self, tmp_path: Path) -> None:
         for path in (tmp_path / "nowhere.csv", tmp_path):
-            with pytest.raises(ValueError, match=f"needs a CSV file, got {path}, which is none"):
+            with pytest.raises(ValueError, match=f"must be a CSV file, got {path}"):
                 VideoTable(path, image_size=8, num_frames=2)
         (tmp_path / "latin.csv").write_bytes("path,text\na,ü\n".encode("latin-1"))
-        with pytest.raises(ValueError, match=r"latin\.csv needs to be UTF-8"):
+        with pytest.raises(ValueError, match=r"latin\.csv must be UTF-8"):
             VideoTable(tmp_path / "latin.csv", image_size=8, num_frames=2)
 
     @settings(max_examples=100, deadline=None)
@@ -382,13 +384,13 @@ class TestTable:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=()), max_size=5)))
-def test_strings_come_back_as_they_went_in(texts: list[str]) -> None:
+def test_stored_strings_are_read_back_unchanged(texts: list[str]) -> None:
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     stored = Strings(texts)
     assert [stored[index] for index in range(len(texts))] == texts
 
 
-def test_frames_are_in_the_order_of_their_numbers() -> None:
+def test_frame_order_sorts_by_number() -> None:
     names = ["f/9.png", "f/10.png", "f/a2_10.png", "f/a2_9.png", "f/a10_1.png"]
     assert sorted(reversed(names), key=frame_order) == [
         "f/9.png",

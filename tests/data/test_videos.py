@@ -18,7 +18,7 @@ from speedit_plugins.trainer.data.videos.files import (
 
 av = pytest.importorskip("av")
 
-# Each with its own way of telling times and of seeking; mpeg4 and x264 reorder frames.
+# They differ in how timestamps are stored and how seeking works; mpeg4 and x264 reorder frames.
 CONTAINERS = {
     "clip.mp4": ("libx264", "mp4"),
     "clip.mkv": ("libx264", "matroska"),
@@ -34,7 +34,7 @@ PIXELS = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 
 
 def moving(num_frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
-    """A bright square that goes its own place in each frame, over a gradient: uint8 (F, H, W, 3)."""
+    """A bright square that moves over a gradient, uint8 (F, H, W, 3); every frame is different."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     frames = torch.stack([rows * 2, columns * 2, rows + columns], dim=-1).byte().repeat(num_frames, 1, 1, 1)
     for number, frame in enumerate(frames):
@@ -44,7 +44,7 @@ def moving(num_frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
 
 
 def encode(path: Path, codec: str, container: str, frames: torch.Tensor) -> Path:
-    """With a key frame in ten and, where the codec can, frames that are stored in another order."""
+    """Encodes with a key frame every ten frames and, if the codec supports it, reordered frames."""
     with av.open(str(path), "w", format=container) as file:
         stream = file.add_stream(codec, rate=25)
         stream.height, stream.width = frames.shape[1:3]
@@ -70,7 +70,7 @@ def pixels(images: list[Image.Image]) -> torch.Tensor:
 def turned(path: Path, matrix: tuple[int, ...]) -> Path:
     """Writes the four numbers of a display matrix, in units of 1/65536, into the track header of an mp4."""
     content = bytearray(path.read_bytes())
-    # Behind the name: 40 bytes, of times and the like, then three rows of three.
+    # The box's name, then 40 bytes (times etc.), then the matrix: three rows of three.
     at = content.index(b"tkhd") + 4 + 40
     for place, number in zip((0, 4, 12, 16), matrix, strict=True):
         content[at + place : at + place + 4] = struct.pack(">i", number << 16)
@@ -80,7 +80,7 @@ def turned(path: Path, matrix: tuple[int, ...]) -> Path:
 
 class TestReading:
     @pytest.mark.parametrize("name", CONTAINERS)
-    def test_chosen_frames_equal_those_of_decoding_all(self, tmp_path: Path, name: str) -> None:
+    def test_selected_frames_equal_those_of_decoding_the_whole_file(self, tmp_path: Path, name: str) -> None:
         path = encode(tmp_path / name, *CONTAINERS[name], moving(40))
         every = decode_all(path)
         header = read_header(path)
@@ -90,33 +90,35 @@ class TestReading:
             assert read_frames(path, chosen, num_frames=40) == [every[number] for number in chosen]
         assert all(read_frames(path, [number], num_frames=40) == [every[number]] for number in range(40))
 
-    def test_decoding_begins_at_the_key_frame_before(self, tmp_path: Path) -> None:
+    def test_decoding_starts_at_the_last_key_frame_before_the_first_position(self, tmp_path: Path) -> None:
         path = encode(tmp_path / "clip.mp4", "libx264", "mp4", moving(40))
         every = decode_all(path)
         with av.open(str(path)) as container:
             spoilt = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][:10]
         content = bytearray(path.read_bytes())
-        for position, size in spoilt:  # the first of four groups
+        for position, size in spoilt:  # the first of four groups of ten frames
             content[position : position + size] = bytes(size)
         path.write_bytes(content)
         assert read_frames(path, [25, 39], num_frames=40) == [every[25], every[39]]
         with pytest.raises(ValueError, match=r"corrupt video .*clip\.mp4: "):
             read_frames(path, [5], num_frames=40)
 
-    def test_each_frame_is_passed_on_as_it_comes(self) -> None:
+    def test_each_is_applied_to_every_frame(self) -> None:
         small = read_frames(real_clip(), [1, 3], num_frames=50, each=lambda image: image.resize((4, 2)))
         assert [image.size for image in small] == [(4, 2)] * 2
 
-    def test_fewer_frames_than_stated_is_an_error(self) -> None:
+    def test_fewer_frames_than_num_frames_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"big_buck_bunny\.mp4 has 50 frames, wanted 51"):
             read_frames(real_clip(), [0], num_frames=51)
 
-    # (a, b, c, d): a pixel (x, y) is shown at (a x + c y, b x + d y), with y downwards.
+    # (a, b, c, d) displays pixel (x, y) at (a x + c y, b x + d y); y points down.
     @pytest.mark.parametrize(
         ("matrix", "clockwise"),
         [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)],
     )
-    def test_frames_stand_upright(self, tmp_path: Path, matrix: tuple[int, ...], clockwise: int) -> None:
+    def test_frames_are_rotated_upright(
+        self, tmp_path: Path, matrix: tuple[int, ...], clockwise: int
+    ) -> None:
         path = tmp_path / "turned.mp4"
         write_mp4(path, moving(2), fps=25)
         lying = pixels(read_frames(path, [1], num_frames=2))[0]
@@ -126,7 +128,7 @@ class TestReading:
         assert (header.height, header.width) == tuple(upright.shape[:2])
 
     @pytest.mark.parametrize("content", [b"", b"no video at all", bytes(1000)])
-    def test_no_video_is_named(self, tmp_path: Path, content: bytes) -> None:
+    def test_a_file_that_is_not_a_video_is_named(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "x.mp4"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"corrupt video .*x\.mp4: "):
@@ -134,7 +136,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"corrupt video .*x\.mp4: "):
             read_frames(path, [0], num_frames=1)
 
-    def test_a_cut_off_file_is_named(self, tmp_path: Path) -> None:
+    def test_a_truncated_file_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "x.ts"
         encode(path, "libx264", "mpegts", moving(40))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -147,14 +149,14 @@ class TestReading:
 
 
 class TestRealClip:
-    def test_it_is_two_seconds_that_move(self) -> None:
+    def test_the_clip_is_two_seconds_of_continuous_motion(self) -> None:
         header = read_header(real_clip())
         assert (header.num_frames, header.height, header.width) == (50, 72, 128)
         assert real_clip().stat().st_size <= 120_000
         assert "Blender Foundation" in (real_clip().parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
         frames = pixels(read_frames(real_clip(), range(50), num_frames=50)).float()
         steps = (frames[1:] - frames[:-1]).abs().mean(dim=(1, 2, 3))
-        # One take: no step between neighbours is as large as the way from the first frame to the last.
+        # Without a cut, neighbouring frames differ less than the first and the last one.
         assert 0 < steps.max() < (frames[-1] - frames[0]).abs().mean()
 
 
@@ -163,33 +165,33 @@ class TestWritingMp4:
         levels = torch.arange(0, 256, 5, dtype=torch.uint8)
         write_mp4(tmp_path / "x.mp4", levels.view(-1, 1, 1, 1).expand(-1, 16, 16, 1), fps=8)
         read = pixels(read_frames(tmp_path / "x.mp4", range(len(levels)), num_frames=len(levels)))
-        # 219 levels of luma for 256 of grey round by up to 1 each way; the quantiser adds at most as much.
+        # 256 grey levels become 219 luma levels: an error of up to 1 each way; the quantiser adds up to 1.
         assert (read.int() - levels.view(-1, 1, 1, 1).int()).abs().max() <= 3
 
-    def test_a_picture_survives_nearly(self, tmp_path: Path) -> None:
+    def test_a_real_clip_loses_little_quality(self, tmp_path: Path) -> None:
         clip = pixels(read_frames(real_clip(), range(20), num_frames=50))
         write_mp4(tmp_path / "x.mp4", clip, fps=25)
         read = pixels(read_frames(tmp_path / "x.mp4", range(20), num_frames=20))
         error = (read.double() - clip.double()).square().mean()
-        # 35 dB is where viewers begin to see the loss of video coding; crf 18 is meant to stay above.
+        # Viewers begin to see coding losses below 35 dB; crf 18 is meant to stay above.
         assert 10 * torch.log10(255**2 / error) > 35
         with av.open(str(tmp_path / "x.mp4")) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
 
     @pytest.mark.parametrize("fps", [8, 12.5, 24000 / 1001])
-    def test_the_rate_is_kept(self, tmp_path: Path, fps: float) -> None:
+    def test_the_frame_rate_is_kept(self, tmp_path: Path, fps: float) -> None:
         write_mp4(tmp_path / "x.mp4", moving(10), fps=fps)
         with av.open(str(tmp_path / "x.mp4")) as container:
             assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-6)
 
-    def test_odd_sides_grow_by_their_last_row_and_column(self, tmp_path: Path) -> None:
+    def test_odd_sides_repeat_their_last_row_or_column(self, tmp_path: Path) -> None:
         frames = torch.zeros(3, 15, 17, 1, dtype=torch.uint8)
         frames[:, -1], frames[:, :, -1] = 200, 200
         write_mp4(tmp_path / "x.mp4", frames, fps=8)
         read = pixels(read_frames(tmp_path / "x.mp4", [2], num_frames=3))[0]
         assert read.shape == (16, 18, 3)
-        # A level apart is nearer than either is to the black inside.
+        # Compression changes the level a little, but 200 stays far from the black inside.
         assert (read[-2:].int() - 200).abs().max() < 30
         assert (read[:, -2:].int() - 200).abs().max() < 30
 
@@ -209,7 +211,7 @@ class TestWritingGif:
         with Image.open(tmp_path / "x.gif") as image:
             read = [frame.copy().convert("RGB") for frame in ImageSequence.Iterator(image)]
             assert image.info["loop"] == 0
-            # An eighth of a second is 12.5 hundredths.
+            # 1/8 s is 12.5 hundredths of a second, rounded to 12.
             assert image.info["duration"] == 120
         assert torch.equal(pixels(read), frames.expand(-1, -1, -1, 3))
         assert torch.equal(
@@ -217,13 +219,13 @@ class TestWritingGif:
         )
 
     def test_faster_than_gif_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="fps <= 50, which is as fast as GIF plays, got 60"):
+        with pytest.raises(ValueError, match="fps <= 50, the fastest that GIF plays, got 60"):
             write_gif(tmp_path / "x.gif", moving(2), fps=60)
 
 
 @pytest.mark.parametrize("write", [write_mp4, write_gif])
 class TestWriting:
-    def test_what_is_no_video_is_refused(self, tmp_path: Path, write: Any) -> None:
+    def test_other_shapes_dtypes_and_rates_are_refused(self, tmp_path: Path, write: Any) -> None:
         for wrong in (moving(2).float(), moving(2)[0], moving(2)[..., :2], moving(2)[:0]):
             with pytest.raises(ValueError, match=r"needs uint8 frames \(F, H, W, C\), C 1 or 3, got torch"):
                 write(tmp_path / "x", wrong, fps=8)
@@ -231,7 +233,7 @@ class TestWriting:
             write(tmp_path / "x", moving(2), fps=0)
         assert not list(tmp_path.iterdir())
 
-    def test_a_file_is_replaced_whole(self, tmp_path: Path, write: Any) -> None:
+    def test_a_file_is_replaced_atomically(self, tmp_path: Path, write: Any) -> None:
         (tmp_path / "x.tmp.mp4").write_text("another one's")
         path = tmp_path / "x"
         path.write_text("old")

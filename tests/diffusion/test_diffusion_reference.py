@@ -1,4 +1,4 @@
-"""The process and the sampler against the diffusion code of a facebookresearch/DiT checkout."""
+"""Compares the process and the sampler with the diffusion code in a checkout of facebookresearch/DiT."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.policies.policy import TimestepDraw
-from speedit_plugins.trainer.diffusion.process import gaussian_process
+from speedit_plugins.trainer.diffusion.gaussian_process import gaussian_process
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 from speedit_plugins.trainer.diffusion.sampling import sample
 
@@ -23,7 +23,7 @@ SHAPE = (4, 4, 8, 8)
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The checkout's package `diffusion`, under a name that clashes with nothing."""
+    """The package `diffusion` of the checkout, imported under a unique name."""
     package = Path(os.environ.get("SPEEDIT_HOSTS", "")) / "facebookresearch+DiT" / "diffusion"
     if not os.environ.get("SPEEDIT_HOSTS") or not package.is_dir():
         pytest.skip("needs $SPEEDIT_HOSTS/facebookresearch+DiT")
@@ -41,7 +41,7 @@ def randn(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def wavy(x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-    """A smooth stand-in for a model: noise, then variance channels in [-1, 1]."""
+    """A smooth function in place of a model: noise channels, then variance channels in [-1, 1]."""
     phase = (timestep / 1000 + (0 if condition is None else condition)).reshape(-1, 1, 1, 1)
     return torch.cat([0.9 * x + 0.2 * torch.sin(3 * x + phase), torch.sin(5 * x + phase)], dim=1)
 
@@ -51,8 +51,8 @@ def wavy(x: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor
 def test_loss_terms_equal_the_reference(
     reference: Any, monkeypatch: pytest.MonkeyPatch, respacing: str, rescale: bool
 ) -> None:
-    # At t = 0 the reference puts a tanh formula for the normal CDF, up to 2 % off in bits. With the CDF
-    # itself, and in float64, where differences of it keep their digits, everything must agree.
+    # At t = 0 the reference approximates the normal CDF by a tanh formula, up to 2 % off in bits. With the
+    # exact CDF, in float64 to avoid cancellation, everything must agree.
     monkeypatch.setattr(
         sys.modules[reference.__name__ + ".diffusion_utils"], "approx_standard_normal_cdf", torch.special.ndtr
     )
@@ -66,7 +66,7 @@ def test_loss_terms_equal_the_reference(
     draw = TimestepDraw(index, index / T, torch.ones(4))
     noised = process.corrupt(x_0, draw, noise=noise)
     ours = process.loss(wavy(noised.x_t, noised.timestep), noised, draw)
-    # The reference rounds its coefficients to float32, 6e-8, over a standard deviation of 0.007 at t = 0.
+    # The reference rounds its coefficients to float32 (6e-8); at t = 0 the standard deviation is 0.007.
     for got, name in ((ours.mse, "mse"), (ours.vb, "vb"), (ours.loss, "loss")):
         assert_close(got, theirs[name], rtol=1e-4, atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_250_step_samples_equal_the_reference(reference: Any) -> None:
     )
     generator = torch.Generator().manual_seed(5)
     ours = sample(wavy, gaussian_process(), noise, num_steps=250, generator=generator)
-    # Float32 along 250 steps that begin at 1 / alpha = 157.
+    # float32 errors over 250 steps, amplified by 1 / alpha = 157 at the first.
     assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Sampling a rectified flow: the exact end for Gaussian data, solvers by hand, and what is refused."""
+"""Sampling a rectified flow: the exact solution for Gaussian data, solvers by hand, errors."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
-from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.sampling import sample
 
 IMAGE, VIDEO = (2, 4, 4, 4), (2, 4, 3, 4, 4)
@@ -29,7 +29,7 @@ def column(timestep: Tensor, x: Tensor) -> Tensor:
 
 
 def exact_velocity(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-    """E[eps - x_0 | x_t = x] for data N(MEAN, STD^2), by the joint Gaussian law of x_0, eps and x_t."""
+    """E[eps - x_0 | x_t = x] for data N(MEAN, STD^2), as x_0, eps and x_t are jointly Gaussian."""
     t = column(timestep, x)
     gain = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
     return gain * (x - (1 - t) * MEAN) - MEAN
@@ -48,7 +48,7 @@ def grid(num_steps: int, shift: float) -> list[float]:
 def by_hand(
     model: Model, x: Tensor, nodes: list[float], *, clip: float = math.inf, heun: bool = False
 ) -> Tensor:
-    """Euler's method, or Heun's with Euler's as the last step; the velocity leads to the clamped x_0."""
+    """Euler's method, or Heun's with an Euler step at the end; x_0 is clamped to [-clip, clip]."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         v = model(x, torch.full(x.shape[:1], 1000 * t), None)
@@ -73,14 +73,17 @@ def test_equals_the_solver_by_hand(sampler: str, shift: float, shape: tuple[int,
     nodes = grid(7, shift)
     bound = 1.0 if clip else math.inf
     expected = by_hand(curved, noise, nodes, clip=bound, heun=sampler == "heun")
-    # The schedulers hold x and t in float32: 6e-8 per call, grown a few times over by the field's slope of 3.
+    # The schedulers store x and t in float32: 6e-8 per call, amplified by the model's slope of 3.
     assert_close(got, expected, rtol=0, atol=1e-5)
     if clip:
         assert (by_hand(curved, noise, nodes, heun=sampler == "heun") - expected).abs().max() > 0.1
 
 
 def error(sampler: str, num_steps: int, shift: float) -> float:
-    """Largest error at the end; (x - (1 - t) MEAN) / sqrt((1 - t)^2 STD^2 + t^2) is constant on the way."""
+    """Largest error of a sample for Gaussian data.
+
+    Along the exact flow (x - (1 - t) MEAN) / sqrt((1 - t)^2 STD^2 + t^2) is constant.
+    """
     noise = randn(IMAGE, 0)
     got = sample(exact_velocity, RectifiedFlow(shift=shift), noise, sampler=sampler, num_steps=num_steps)
     return float((got - (MEAN + STD * noise)).abs().max())
@@ -89,8 +92,8 @@ def error(sampler: str, num_steps: int, shift: float) -> float:
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
 def test_converges_to_the_gaussian_flow_at_its_order(sampler: str, order: int, shift: float) -> None:
-    # At 16 and 64 steps Heun's error is 1e-2 to 1e-4, far above float32; a quarter of the step leaves
-    # 4^-order of the error, up to higher terms.
+    # With 16 and 64 steps Heun's error is 1e-2 to 1e-4, far above float32. A quarter of the step size leaves
+    # 4^-order of the error, up to higher-order terms.
     assert math.log(error(sampler, 16, shift) / error(sampler, 64, shift), 4) == pytest.approx(
         order, abs=0.25
     )
@@ -100,13 +103,13 @@ def test_converges_to_the_gaussian_flow_at_its_order(sampler: str, order: int, s
 def test_samples_have_the_mean_and_deviation_of_the_data(sampler: str, num_steps: int) -> None:
     noise = randn((4, 5000), 0)
     got = sample(exact_velocity, FLOW, noise, sampler=sampler, num_steps=num_steps)
-    # The map is affine: the sample's moments are those of the noise, scaled; 1 % of STD from the solver.
+    # The exact map is affine, so the moments are those of the noise, scaled. The solver adds 1 % of STD.
     assert float(got.mean()) == pytest.approx(MEAN + STD * float(noise.mean()), abs=0.005)
     assert float(got.std()) == pytest.approx(STD * float(noise.std()), abs=0.005)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_euler_calls_the_model_once_a_step_and_heun_twice_but_at_the_end(shift: float) -> None:
+def test_euler_calls_the_model_once_per_step_and_heun_twice_except_at_the_end(shift: float) -> None:
     nodes = grid(5, shift)
     calls = {
         "euler": nodes[:-1],
@@ -118,7 +121,7 @@ def test_euler_calls_the_model_once_a_step_and_heun_twice_but_at_the_end(shift: 
         def model(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
             assert (timestep.shape, timestep.dtype) == ((2,), torch.float32)
             assert (timestep == timestep[0]).all()
-            seen.append(float(timestep[0]))  # noqa: B023 - called in this turn of the loop alone
+            seen.append(float(timestep[0]))  # noqa: B023 - called only within this iteration
             return x
 
         sample(model, RectifiedFlow(shift=shift), randn(IMAGE, 0), sampler=sampler, num_steps=5)
@@ -129,22 +132,22 @@ def test_euler_calls_the_model_once_a_step_and_heun_twice_but_at_the_end(shift: 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 @pytest.mark.parametrize("num_steps", [2, 9])
 def test_a_constant_velocity_is_followed_from_noise_to_data(sampler: str, num_steps: int) -> None:
-    """Every solver is exact on a straight line, so both ends of the grid, 1 and 0, are reached."""
+    """Every solver is exact on a straight line: the sample is x_0 only if the grid goes from 1 to 0."""
     noise, x_0 = randn(IMAGE, 0), randn(IMAGE, 1)
     got = sample(lambda x, t, c: noise - x_0, FLOW, noise, sampler=sampler, num_steps=num_steps)
-    # float32 in the schedulers, 6e-8 a call.
+    # The schedulers work in float32: 6e-8 per call.
     assert_close(got, x_0, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_clip_sample_clamps_and_nothing_else_does(sampler: str) -> None:
+def test_only_clip_sample_clamps(sampler: str) -> None:
     def to_five(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
         return (x - 5.0) / column(timestep, x).to(x.dtype)
 
     for clip, value in ((False, 5.0), (True, 1.0)):
         noise = randn(IMAGE, 0).float()
         got = sample(to_five, FLOW, noise, sampler=sampler, num_steps=5, clip_sample=clip)
-        # The last step ends on the predicted x_0; float32 on the way.
+        # The last step ends at the predicted x_0, up to float32.
         assert_close(got, torch.full(IMAGE, value), rtol=1e-6, atol=0)
 
 
@@ -162,7 +165,7 @@ def test_guidance_mixes_the_velocities(sampler: str) -> None:
 
 
 class TestNamedConditions:
-    """The same for either process."""
+    """Conditions that are named tensors, for both kinds of process."""
 
     PROCESSES = (("euler", FLOW), ("ddim", GaussianProcess(NoiseSchedule.linear(), learn_sigma=False)))
 
@@ -189,7 +192,7 @@ class TestNamedConditions:
         assert_close(got, expected, rtol=0, atol=0)
 
     @pytest.mark.parametrize(("sampler", "process"), PROCESSES)
-    def test_without_guidance_the_model_gets_them_as_they_are(
+    def test_without_guidance_the_model_gets_the_condition_unchanged(
         self, sampler: str, process: RectifiedFlow | GaussianProcess
     ) -> None:
         given = {"phase": torch.tensor([0.3, 0.9])}
@@ -211,7 +214,7 @@ class TestNamedConditions:
             ({"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 1)}, r"got {'a': \(2, 3\)} and {'a': \(2, 1\)}"),
         ],
     )
-    def test_other_names_or_shapes_of_the_null_condition_raise(
+    def test_a_null_condition_with_other_names_or_shapes_raises(
         self, condition: object, null: object, message: str
     ) -> None:
         options = {"condition": condition, "null_condition": null, "guidance_scale": 2.0}
@@ -220,7 +223,7 @@ class TestNamedConditions:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_callback_sees_every_step_and_the_result(sampler: str) -> None:
+def test_the_callback_gets_every_step_and_the_result(sampler: str) -> None:
     steps: list[tuple[int, Tensor]] = []
     options = {"sampler": sampler, "num_steps": 4, "callback": lambda n, x: steps.append((n, x))}
     got = sample(exact_velocity, FLOW, randn(IMAGE, 0), **options)
@@ -240,7 +243,7 @@ def test_half_precision_is_sampled_in_float32_without_gradients(sampler: str) ->
     assert (got.dtype, got.requires_grad) == (torch.float32, False)
 
 
-def test_two_samplings_of_one_process_do_not_touch_each_other() -> None:
+def test_sampling_twice_gives_the_same_result() -> None:
     first, again = (sample(curved, FLOW, randn(IMAGE, 0), sampler="heun", num_steps=3) for _ in range(2))
     assert_close(first, again, rtol=0, atol=0)
 
@@ -260,7 +263,7 @@ def test_options_that_do_not_fit_raise(options: dict[str, object], message: str)
         sample(curved, FLOW, randn(IMAGE, 0), **options)
 
 
-def test_samplers_and_predictions_of_the_other_process_raise() -> None:
+def test_samplers_and_predictions_for_the_other_kind_of_process_raise() -> None:
     gaussian = GaussianProcess(NoiseSchedule.linear(), learn_sigma=False)
     with pytest.raises(
         ValueError,

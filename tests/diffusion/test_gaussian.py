@@ -1,4 +1,4 @@
-"""The Gaussian terms of the variational bound against torch.distributions and scipy."""
+"""Compares the Gaussian terms of the variational bound with torch.distributions and scipy."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_likelihood_of_the_256_levels_sums_to_one(mean: float, std: float) -> No
     model = Gaussian(torch.full_like(x, mean), torch.full_like(x, 2 * math.log(std)))
     log_mass = discretized_log_likelihood(x, model)
     assert_close(log_mass.exp().sum(), torch.tensor(1.0).double(), rtol=0, atol=1e-12)
-    # Independent: differences of the normal CDF, its edges at the middles between levels.
+    # Independent: differences of the normal CDF between bin edges, midway between levels.
     edges = (-1 + (2 * torch.arange(1, 256, dtype=torch.float64) - 1) / 255).numpy()
     cdf = torch.as_tensor(stats.norm.cdf(edges, mean, std))
     mass = torch.cat([cdf, torch.ones(1).double()]) - torch.cat([torch.zeros(1).double(), cdf])
@@ -36,7 +36,7 @@ def test_likelihood_of_the_256_levels_sums_to_one(mean: float, std: float) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_likelihood_keeps_its_digits_and_gradient_in_both_tails(dtype: torch.dtype) -> None:
+def test_likelihood_and_its_gradient_are_accurate_in_both_tails(dtype: torch.dtype) -> None:
     distance = torch.tensor([[0.05], [0.3], [0.9]], dtype=dtype)
     std = 0.01
     means = torch.cat([distance, -distance]).requires_grad_()
@@ -44,10 +44,10 @@ def test_likelihood_keeps_its_digits_and_gradient_in_both_tails(dtype: torch.dty
     got = discretized_log_likelihood(torch.zeros_like(means), Gaussian(means, log_variance))
     near = (distance.double() - 1 / 255) / std
     width = 2 / 255 / std
-    # The mass lies at the near edge: log Phi(-near) + log(1 - Phi(-near - width) / Phi(-near)).
+    # Most of the probability is at the near edge: log Phi(-near) + log(1 - Phi(-near - width) / Phi(-near)).
     upper, lower = (torch.as_tensor(stats.norm.logcdf(-edge.numpy())) for edge in (near, near + width))
     expected = upper + torch.log1p(-torch.exp(lower - upper))
-    # The log-mass goes with the square of an edge that float32 rounds by some 1e-7, up to a few times.
+    # The log-probability is quadratic in the edge; float32 rounds the edge by a few 1e-7.
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     assert_close(got.double(), torch.cat([expected, expected]), rtol=tolerance, atol=0)
     got.sum().backward()

@@ -1,4 +1,4 @@
-"""Respacing by hand and by its invariants; the reference's own maps stand in test_diffusion_reference."""
+"""Checks respacing by hand and by invariants; test_diffusion_reference compares it with DiT's code."""
 
 import math
 
@@ -7,11 +7,11 @@ import pytest
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 
 
-def test_space_timesteps_on_paper() -> None:
+def test_space_timesteps_equals_cases_done_by_hand() -> None:
     assert space_timesteps(5, "") == [0, 1, 2, 3, 4]
     assert space_timesteps(10, "3") == [0, 4, 9]  # 4.5 rounds to the even 4
     assert space_timesteps(10, "1") == [0]
-    assert space_timesteps(11, [2, 3]) == [0, 5, 6, 8, 10]  # parts of 6 and 5
+    assert space_timesteps(11, [2, 3]) == [0, 5, 6, 8, 10]  # parts of 6 and 5 timesteps
     assert space_timesteps(10, "ddim5") == [0, 2, 4, 6, 8]
     assert space_timesteps(1000, "ddim50") == list(range(0, 1000, 20))
     parts = space_timesteps(300, "10,15,20")
@@ -19,11 +19,11 @@ def test_space_timesteps_on_paper() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 25, 250, 999, 1000])
-def test_space_timesteps_spreads_from_end_to_end(count: int) -> None:
+def test_space_timesteps_spreads_evenly_from_end_to_end(count: int) -> None:
     kept = space_timesteps(1000, str(count))
     assert (kept[0], kept[-1], len(kept)) == (0, 999, count)
     gaps = {later - earlier for earlier, later in zip(kept, kept[1:], strict=False)}
-    # Rounded multiples of 999 / (count - 1): neighbours differ by its floor or ceiling.
+    # Rounded multiples of 999 / (count - 1) differ by its floor or ceiling.
     assert gaps <= {math.floor(999 / (count - 1)), math.ceil(999 / (count - 1))}
 
 

@@ -1,4 +1,4 @@
-"""Sampling against independent float64 implementations and the exact solution for Gaussian data."""
+"""Compares samplers with independent float64 implementations and the exact solution for Gaussian data."""
 
 import ast
 import importlib.util
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.policies.schedule import NoiseSchedule
-from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 from speedit_plugins.trainer.diffusion.sampling import sample
 
@@ -29,7 +29,7 @@ def randn(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def wavy(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
-    """A smooth stand-in for a model that learns its variance: noise, then variance channels in [-1, 1]."""
+    """A smooth function in place of a model: noise channels, then variance channels in [-1, 1]."""
     phase = (timestep / 1000 + (0 if condition is None else condition)).to(x.dtype)
     phase = phase.reshape(-1, *[1] * (x.ndim - 1))
     return torch.cat([0.9 * x + 0.2 * torch.sin(3 * x + phase), torch.sin(5 * x + phase)], dim=1)
@@ -48,7 +48,7 @@ def x_0_of(model: Model, x: Tensor, t: int, schedule: NoiseSchedule = LINEAR) ->
 def ancestral(
     model: Model, x: Tensor, nodes: list[int], *, variance: str, generator: torch.Generator
 ) -> Tensor:
-    """DDPM by Bayes' rule: each step is the product of two Gaussians, `nodes` falling."""
+    """DDPM by Bayes' rule: each step samples a product of two Gaussians. `nodes` are falling timesteps."""
     for t, s in zip(nodes, nodes[1:], strict=False):
         x_0, channels = x_0_of(model, x, t)
         scale = LINEAR.alpha[t] / LINEAR.alpha[s]
@@ -74,7 +74,10 @@ def implicit(
     generator: torch.Generator | None = None,
     clip: float = 1e9,
 ) -> Tensor:
-    """DDIM, equations 12 and 16 of arXiv:2010.02502, `nodes` falling; noise re-derived from a clamped x_0."""
+    """DDIM, equations 12 and 16 of arXiv:2010.02502, with the noise computed from the clamped x_0.
+
+    `nodes` are falling timesteps.
+    """
     for t, s in zip(nodes, [*nodes[1:], None], strict=True):
         bar = LINEAR.alphas_cumprod[t]
         bar_s = LINEAR.alphas_cumprod[s] if s is not None else torch.tensor(1.0).double()
@@ -101,7 +104,7 @@ def test_ddpm_with_learned_variance_equals_bayes_rule(num_steps: int, shape: tup
     expected = ancestral(
         wavy, noise, nodes_of(num_steps), variance="learned", generator=torch.Generator().manual_seed(1)
     )
-    # The two ways round differently; 1 / alpha = 157 at the noisy end and 250 steps carry it on.
+    # The two computations round differently, amplified by 1 / alpha = 157 at the noisy end and 250 steps.
     assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
@@ -121,23 +124,23 @@ def test_ddpm_with_fixed_variance_equals_bayes_rule(sigma_small: bool) -> None:
 def test_ddim_equals_its_closed_form(num_steps: int, eta: float) -> None:
     noise = randn(IMAGE, 0)
     first, second = (torch.Generator().manual_seed(1) for _ in range(2))
-    process = GaussianProcess(LINEAR)  # its variance channels are not read
+    process = GaussianProcess(LINEAR)  # ddim ignores the variance channels
     got = sample(wavy, process, noise, sampler="ddim", num_steps=num_steps, eta=eta, generator=first)
     expected = implicit(noise, nodes_of(num_steps), eta=eta, generator=second)
     assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
-def test_ddim_derives_the_noise_from_the_clamped_data() -> None:
+def test_ddim_computes_the_noise_from_the_clamped_x_0() -> None:
     noise = randn(IMAGE, 0)
     process = GaussianProcess(LINEAR, learn_sigma=False)
     got = sample(mean_only, process, noise, sampler="ddim", num_steps=20, clip_sample=True)
     expected = implicit(noise, nodes_of(20), clip=1.0)
-    assert (implicit(noise, nodes_of(20)) - expected).abs().max() > 0.1  # the clamp is felt
+    assert (implicit(noise, nodes_of(20)) - expected).abs().max() > 0.1  # the clamp matters
     assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_dpm_solver_equals_the_two_step_formula_of_its_paper() -> None:
-    """DPM-Solver++ 2M, algorithm 2 of arXiv:2211.01095, first order in the first and last step."""
+    """DPM-Solver++ 2M, algorithm 2 of arXiv:2211.01095, with first-order first and last steps."""
     nodes = space_timesteps(1000, [13])[:0:-1]
     noise = randn(IMAGE, 0)
     x, before, width_before = noise, None, None
@@ -154,15 +157,15 @@ def test_dpm_solver_equals_the_two_step_formula_of_its_paper() -> None:
     expected, _ = x_0_of(mean_only, x, nodes[-1])
     process = GaussianProcess(LINEAR, learn_sigma=False)
     got = sample(mean_only, process, noise, sampler="dpm_solver", num_steps=12)
-    # diffusers keeps sigma / alpha and x in float32 here, 6e-8 each, over 12 steps from sigma / alpha = 157.
+    # diffusers stores sigma / alpha and x in float32, 6e-8 each, for 12 steps from sigma / alpha = 157.
     assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def gaussian_flow(num_steps: int, sampler: str, prediction_type: str, schedule: NoiseSchedule) -> float:
-    """Largest error of a sample against the probability-flow ODE's solution for data N(mu, s^2).
+    """Largest difference between a sample and the solution of the probability-flow ODE for data N(mu, s^2).
 
-    Along the flow z = (x - alpha mu) / sqrt(alpha^2 s^2 + sigma^2) is constant. The last step is the
-    denoiser's answer at the last node: mu + alpha s^2 z / sqrt(alpha^2 s^2 + sigma^2).
+    Along the flow z = (x - alpha mu) / sqrt(alpha^2 s^2 + sigma^2) is constant. The last step returns the
+    exact x_0 prediction at the last timestep: mu + alpha s^2 z / sqrt(alpha^2 s^2 + sigma^2).
     """
     mu, std = 0.3, 0.5
     process = GaussianProcess(schedule, prediction_type=prediction_type, learn_sigma=False)
@@ -190,9 +193,9 @@ def test_ode_samplers_converge_to_the_gaussian_flow(prediction_type: str) -> Non
 
 def check_convergence(prediction_type: str, schedule: NoiseSchedule) -> None:
     implicit_error = {n: gaussian_flow(n, "ddim", prediction_type, schedule) for n in (40, 160)}
-    # DDIM is of first order: a quarter of the step leaves a quarter of the error, up to higher terms.
+    # DDIM is of first order: a quarter of the step size leaves a quarter of the error, up to higher orders.
     assert implicit_error[40] / implicit_error[160] == pytest.approx(4, rel=0.1)
-    # The second order leaves a small part of that, and 1 % of the data's deviation 0.5 after 160 steps.
+    # The second-order solver has a much smaller error: after 160 steps, under 1 % of the data's std of 0.5.
     solver_error = gaussian_flow(160, "dpm_solver", prediction_type, schedule)
     assert solver_error < implicit_error[160] / 4
     assert solver_error < 0.005
@@ -231,7 +234,7 @@ def visited(sampler: str, num_steps: int) -> list[int]:
     ("sampler", "scheduler"),
     [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler), ("dpm_solver", DPMSolverMultistepScheduler)],
 )
-def test_visits_the_linspace_of_diffusers(sampler: str, scheduler: type) -> None:
+def test_samplers_visit_the_linspace_timesteps_of_diffusers(sampler: str, scheduler: type) -> None:
     own = scheduler(num_train_timesteps=1000, timestep_spacing="linspace")
     for num_steps in (2, 15, 20, 50, 250):
         own.set_timesteps(num_steps)
@@ -240,7 +243,7 @@ def test_visits_the_linspace_of_diffusers(sampler: str, scheduler: type) -> None
 
 @pytest.mark.parametrize(("sampler", "offset"), [("ddim_leading", 0), ("ddim_leading_1", 1)])
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
-def test_leading_steps_are_those_of_the_scheduler_in_diffusers_pipelines(
+def test_ddim_leading_equals_the_scheduler_of_diffusers_pipelines(
     sampler: str, offset: int, num_steps: int
 ) -> None:
     process = GaussianProcess(LINEAR, learn_sigma=False)
@@ -251,7 +254,7 @@ def test_leading_steps_are_those_of_the_scheduler_in_diffusers_pipelines(
     x = noise = randn(IMAGE, 0)
     for timestep in scheduler.timesteps:
         x = scheduler.step(mean_only(x, timestep.expand(len(x)), None), timestep, x).prev_sample
-    # diffusers keeps its tables in float32: seven digits of alpha-bar, which the steps amplify.
+    # diffusers stores alpha-bar in float32, seven digits; the steps amplify the error.
     found = sample(mean_only, process, noise, sampler=sampler, num_steps=num_steps)
     assert_close(found, x, rtol=1e-4, atol=1e-4)
 
@@ -264,7 +267,7 @@ def test_ddpm_at_250_goes_from_999_to_0() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels", [None, 3, 1])
-def test_guidance_mixes_the_mean_channels_alone(channels: int | None, dtype: torch.dtype) -> None:
+def test_guidance_mixes_only_the_mean_channels(channels: int | None, dtype: torch.dtype) -> None:
     noise, condition, null = randn(IMAGE, 0), torch.tensor([0.3, 0.9]), torch.tensor([2.0, 2.0])
     batches: list[tuple[int, list[float]]] = []
 
@@ -300,7 +303,7 @@ def test_guidance_scale_runs_from_null_to_condition() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_clip_sample_clamps_and_nothing_else_does(sampler: str) -> None:
+def test_only_clip_sample_clamps(sampler: str) -> None:
     process = GaussianProcess(LINEAR, prediction_type="x0", learn_sigma=False)
 
     def far(x: Tensor, timestep: Tensor, condition: Tensor | None) -> Tensor:
@@ -308,12 +311,12 @@ def test_clip_sample_clamps_and_nothing_else_does(sampler: str) -> None:
 
     for clip, value in ((False, 5.0), (True, 1.0)):
         got = sample(far, process, randn(IMAGE, 0).float(), sampler=sampler, num_steps=5, clip_sample=clip)
-        # Every sampler ends on the predicted x_0 itself; float32 rounds it in passing.
+        # Every sampler ends at the predicted x_0, up to float32 rounding.
         assert_close(got, torch.full(IMAGE, value), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_callback_sees_every_step_and_the_result(sampler: str) -> None:
+def test_the_callback_gets_every_step_and_the_result(sampler: str) -> None:
     steps: list[tuple[int, Tensor]] = []
     noise = randn(IMAGE, 0)
     got = sample(
@@ -389,9 +392,9 @@ def test_processes_that_cannot_be_sampled_raise() -> None:
         sample(mean_only, GaussianProcess(LINEAR), noise)
 
 
-def test_sampling_never_imports_the_policy() -> None:
+def test_sampling_does_not_import_the_policy() -> None:
     origin = importlib.util.find_spec("speedit_plugins.trainer.diffusion.sampling").origin
     tree = ast.walk(ast.parse(Path(origin).read_text()))
     imported = [node.module for node in tree if isinstance(node, ast.ImportFrom)]
-    assert "speedit_plugins.trainer.diffusion.process" in imported
+    assert "speedit_plugins.trainer.diffusion.gaussian_process" in imported
     assert not [name for name in imported if "policy" in name or name == "speedit_plugins"]

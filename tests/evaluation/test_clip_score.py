@@ -1,4 +1,4 @@
-"""CLIP scores of samples and the captions beside them."""
+"""The CLIP score of samples and their captions."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def save_clip(folder: Path) -> str:
     return str(folder)
 
 
-def test_it_is_the_mean_cosine_of_samples_and_their_captions(tmp_path: Path) -> None:
+def test_the_score_is_the_mean_cosine_of_samples_and_captions(tmp_path: Path) -> None:
     import transformers as t
 
     clip = save_clip(tmp_path / "clip-tiny")
@@ -44,11 +44,11 @@ def test_it_is_the_mean_cosine_of_samples_and_their_captions(tmp_path: Path) -> 
         evaluation__clip=clip,
         evaluation__batch_size=2,
     )
-    figure = content["figures"]["clip_score[clip-tiny]"]
-    assert (figure["num_samples"], figure["num_reference"]) == (5, None)
+    metric = content["figures"]["clip_score[clip-tiny]"]
+    assert (metric["num_samples"], metric["num_reference"]) == (5, None)
     model = t.CLIPModel.from_pretrained(clip)
     tokenizer = t.AutoTokenizer.from_pretrained(clip)
-    # Images of the model's own size: what is left of its preprocessing is the normalisation.
+    # The images have the model's size, so that its preprocessing is only the normalisation.
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     cosines = []
@@ -57,11 +57,11 @@ def test_it_is_the_mean_cosine_of_samples_and_their_captions(tmp_path: Path) -> 
         with torch.no_grad():
             found = model(**tokenizer([caption], return_tensors="pt"), pixel_values=pixels)
         cosines.append(float(torch.cosine_similarity(found.image_embeds, found.text_embeds)))
-    # Padding beside longer captions, and float32.
-    assert figure["value"] == pytest.approx(100 * np.mean(np.maximum(cosines, 0)), abs=1e-3)
+    # The tolerance covers padding to longer captions, and float32.
+    assert metric["value"] == pytest.approx(100 * np.mean(np.maximum(cosines, 0)), abs=1e-3)
 
 
-def test_what_it_needs_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_clip_and_captions_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_npz(tmp_path / "samples.npz", noise(40, 8, 8, 3))
     needs = {"samples": tmp_path / "samples.npz", "evaluation__metrics": "[clip_score]"}
     assert "clip_score needs evaluation.clip" in refusal(tmp_path, capfd, **needs)

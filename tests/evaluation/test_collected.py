@@ -17,7 +17,7 @@ EVERYTHING = ("gaussian", "spatial", "features", "probabilities")
 
 
 class Network:
-    """Features, a map and classes of an image, each foretold by its pixels."""
+    """An extractor whose features, spatial features and classes are simple functions of the pixels."""
 
     name = "network"
 
@@ -36,7 +36,7 @@ def noise(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 300, 5000])
-def test_batches_of_any_size_give_the_whole(batch_size: int) -> None:
+def test_the_batch_size_does_not_change_the_statistics(batch_size: int) -> None:
     images = noise(2300, 2, 3, 1)
     got = collect(images.split(batch_size), Network(), num_samples=2300, kinds=EVERYTHING)
     values = images.flatten(1).double().numpy()
@@ -51,7 +51,7 @@ def test_batches_of_any_size_give_the_whole(batch_size: int) -> None:
     assert got.features.dtype == torch.float32
 
 
-def test_what_is_not_wanted_is_not_kept() -> None:
+def test_only_requested_kinds_are_kept() -> None:
     got = collect([noise(10, 2, 2, 1)], Pixels(), num_samples=10, kinds=("gaussian",))
     assert (got.spatial, got.features, got.probabilities) == (None, None, None)
 
@@ -76,11 +76,11 @@ def test_one_batch_is_held_at_a_time() -> None:
             yield batch
 
     collect(batches(), Pixels(), num_samples=20, kinds=("gaussian", "features"))  # type: ignore[arg-type]  # a generator
-    # The one that is made, and the one before it, whose name the loop still holds.
+    # The new batch, and the previous one that the loop variable still refers to.
     assert max(most) <= 2
 
 
-def test_features_too_many_for_a_covariance_are_refused() -> None:
+def test_too_many_features_for_a_covariance_are_refused() -> None:
     images = noise(2, 64, 65, 1)
     with pytest.raises(ValueError, match=r"'pixels' have 4160 dimensions, wanted at most 4096"):
         collect([images], Pixels(), num_samples=2, kinds=("gaussian",))
@@ -88,7 +88,7 @@ def test_features_too_many_for_a_covariance_are_refused() -> None:
 
 
 class TestFile:
-    def test_what_is_read_is_what_was_written(self, tmp_path: Path) -> None:
+    def test_saved_statistics_are_read_back_unchanged(self, tmp_path: Path) -> None:
         path = tmp_path / "reference.safetensors"
         images = noise(50, 2, 3, 1)
         written = collect(images.split(8), Network(), num_samples=50, kinds=EVERYTHING)
@@ -117,5 +117,5 @@ class TestFile:
         with pytest.raises(ValueError, match="written for other metrics and has no features; delete it"):
             load_collected(path, features="pixels", fingerprint="abc", kinds=("features",))
         path.write_bytes(b"damaged")
-        with pytest.raises(ValueError, match="is damaged or no file of reference statistics"):
+        with pytest.raises(ValueError, match="is damaged or not a file of reference statistics"):
             load_collected(path, features="pixels", fingerprint="abc", kinds=("gaussian",))

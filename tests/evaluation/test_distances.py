@@ -20,7 +20,7 @@ from speedit_plugins.trainer.evaluation.features import Pixels
 
 
 def gaussian(dim: int, seed: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """A random mean, and a covariance of the given rank."""
+    """A random mean and a random covariance of the given rank."""
     generator = torch.Generator().manual_seed(seed)
     factor = torch.randn(dim, rank or dim, generator=generator, dtype=torch.float64)
     return torch.randn(dim, generator=generator, dtype=torch.float64), factor @ factor.T
@@ -37,22 +37,22 @@ class TestFrechet:
         means=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2),
         deviations=st.lists(st.floats(0, 1e3), min_size=2, max_size=2),
     )
-    def test_one_dimension_is_the_distance_of_mean_and_deviation(
+    def test_in_one_dimension_it_is_the_distance_of_mean_and_deviation(
         self, means: list[float], deviations: list[float]
     ) -> None:
         (m1, m2), (s1, s2) = means, deviations
         got = frechet_distance(
             torch.tensor([m1]), torch.tensor([[s1**2]]), torch.tensor([m2]), torch.tensor([[s2**2]])
         )
-        # The inputs are float32: take the values that they hold.
+        # The inputs are rounded to float32: use the rounded values.
         v1, v2 = float(torch.tensor(s1**2)), float(torch.tensor(s2**2))
         expected = (float(torch.tensor(m1)) - float(torch.tensor(m2))) ** 2 + (
             math.sqrt(v1) - math.sqrt(v2)
         ) ** 2
-        # v1 + v2 - 2 sqrt(v1 v2) cancels: float64 eps times the terms.
+        # v1 + v2 - 2 sqrt(v1 v2) cancels: the error is float64's eps times the terms.
         assert got == pytest.approx(expected, rel=1e-12, abs=1e-14 * (v1 + v2))
 
-    def test_commuting_covariances_compare_deviation_by_deviation(self) -> None:
+    def test_for_commuting_covariances_it_is_the_distance_of_the_deviations(self) -> None:
         basis = torch.linalg.qr(gaussian(6, 0)[1]).Q
         d1, d2 = torch.arange(6.0).double(), torch.tensor([3.0, 0.0, 2.0, 5.0, 1.0, 4.0]).double()
         zero = torch.zeros(6)
@@ -60,7 +60,9 @@ class TestFrechet:
         assert got == pytest.approx(float((d1 - d2).square().sum()), rel=1e-12)
 
     @given(dim=st.integers(1, 12), seed=st.integers(0, 10**6))
-    def test_symmetric_zero_on_itself_and_shifted_by_the_mean(self, dim: int, seed: int) -> None:
+    def test_it_is_symmetric_zero_for_equal_gaussians_and_grows_with_the_mean(
+        self, dim: int, seed: int
+    ) -> None:
         (m1, c1), (m2, c2) = gaussian(dim, seed), gaussian(dim, seed + 1)
         scale = float(c1.trace() + c2.trace())
         distance = frechet_distance(m1, c1, m2, c2)
@@ -71,15 +73,15 @@ class TestFrechet:
         assert frechet_distance(m1, c1, m1 + shift, c1) == pytest.approx(dim, abs=1e-12 * (scale + dim))
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_agrees_with_a_matrix_square_root(self, seed: int) -> None:
+    def test_it_agrees_with_scipys_matrix_square_root(self, seed: int) -> None:
         (m1, c1), (m2, c2) = gaussian(10, seed), gaussian(10, seed + 100)
         root = sqrtm((c1 @ c2).numpy()).real
         expected = float((m1 - m2).square().sum() + c1.trace() + c2.trace()) - 2 * np.trace(root)
-        # Schur-based square roots of these well-conditioned products are good to some 1e-10.
+        # scipy's square roots of these well-conditioned products are accurate to about 1e-10.
         assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-8)
 
     def test_singular_covariances_keep_full_precision(self) -> None:
-        # Orthogonal supports: the distance is the sum of both traces.
+        # The supports are orthogonal, so the distance is the sum of both traces.
         c1, c2 = torch.zeros(40, 40).double(), torch.zeros(40, 40).double()
         c1[:3, :3], c2[3:7, 3:7] = gaussian(3, 0)[1], gaussian(4, 1)[1]
         zero = torch.zeros(40)
@@ -89,7 +91,7 @@ class TestFrechet:
         mean, cov = gaussian(40, 2, rank=5)
         assert frechet_distance(mean, cov, mean, cov) == pytest.approx(0.0, abs=1e-12 * float(cov.trace()))
 
-    def test_agrees_with_torchmetrics_on_the_same_features(self) -> None:
+    def test_it_agrees_with_torchmetrics_on_the_same_features(self) -> None:
         fid = pytest.importorskip("torchmetrics.image.fid")
 
         class Features(torch.nn.Module):
@@ -107,10 +109,10 @@ class TestFrechet:
         theirs.update(fake, real=False)
         first, second = statistics(real.flatten(1)), statistics(fake.flatten(1))
         ours = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
-        # It answers in float32 at worst, and sums raw squares of values of order one.
+        # torchmetrics may return float32, and sums raw squares of values of order one.
         assert ours == pytest.approx(float(theirs.compute()), rel=1e-5)
 
-    def test_what_is_no_gaussian_is_refused(self) -> None:
+    def test_invalid_means_and_covariances_are_refused(self) -> None:
         zero, one = torch.zeros(2), torch.eye(2)
         with pytest.raises(ValueError, match=r"means must both be \(D,\), got \(2,\) and \(3,\)"):
             frechet_distance(zero, one, torch.zeros(3), one)
@@ -132,12 +134,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 class TestKernelDistance:
     def test_small_sets_by_hand(self) -> None:
-        # k(0, 0) = 1, k(1, 1) = 8, k(0, 1) = 1: 1 + 8 - 2.
+        # k(0, 0) = 1, k(1, 1) = 8, k(0, 1) = 1, hence 1 + 8 - 2.
         got = kernel_distance(
             torch.zeros(3, 1), torch.ones(3, 1), num_subsets=1, subset_size=3, generator=seeded()
         )
         assert (got.mean, got.std) == (7.0, 0.0)
-        # Two dimensions: k(x, y) = (x y / 2 + 1)^3, without pairs of an image and itself.
+        # In two dimensions k(x, y) = (x y / 2 + 1)^3; pairs of an image with itself do not count.
         x = torch.tensor([[1.0, 1.0], [-1.0, 1.0]])
         y = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
         got = kernel_distance(x, y, num_subsets=1, subset_size=2, generator=seeded())
@@ -146,7 +148,7 @@ class TestKernelDistance:
         assert got.mean == pytest.approx(within - 2 * across, rel=1e-14)
 
     @given(seed=st.integers(0, 10**6), chunk=st.integers(9, 40))
-    def test_chunks_change_rounding_alone(self, seed: int, chunk: int) -> None:
+    def test_chunks_affect_only_rounding(self, seed: int, chunk: int) -> None:
         x, y = (torch.randn(40, 5, generator=seeded(seed + i)) for i in range(2))
         whole, cut = (
             kernel_distance(x, y, num_subsets=2, subset_size=30, generator=seeded(), chunk=c)
@@ -155,8 +157,8 @@ class TestKernelDistance:
         assert cut.mean == pytest.approx(whole.mean, abs=1e-12)
         assert cut.std == pytest.approx(whole.std, abs=1e-12)
 
-    def test_equal_distributions_are_at_zero_on_average_at_any_size(self) -> None:
-        # 200 independent pairs of sets of 10 and of 25: the mean of an unbiased estimate of 0, to 4 sigma.
+    def test_the_estimate_is_unbiased_for_any_size(self) -> None:
+        # For equal distributions the expectation is 0: the mean of 200 estimates, to 4 sigma.
         for size in (10, 25):
             found = []
             for seed in range(200):
@@ -164,7 +166,7 @@ class TestKernelDistance:
                 found.append(kernel_distance(x, y, num_subsets=1, subset_size=size, generator=seeded()).mean)
             assert abs(np.mean(found)) < 4 * np.std(found) / math.sqrt(200)
 
-    def test_wrong_numbers_say_what_is_wanted(self) -> None:
+    def test_numbers_out_of_range_are_refused(self) -> None:
         x, y = torch.zeros(5, 2), torch.zeros(4, 2)
         for number, size in ((0, 2), (1, 1), (1, 5)):
             with pytest.raises(
@@ -179,7 +181,7 @@ class TestKernelDistance:
 
 class TestInceptionScore:
     @pytest.mark.parametrize("num_classes", [2, 10])
-    def test_certain_and_even_classes_score_their_number(self, num_classes: int) -> None:
+    def test_the_score_of_certain_and_balanced_classes_is_their_number(self, num_classes: int) -> None:
         certain = torch.eye(num_classes).repeat(6, 1)
         got = inception_score(certain, num_splits=1, generator=seeded())
         assert got.mean == pytest.approx(num_classes, rel=1e-12)
@@ -187,8 +189,8 @@ class TestInceptionScore:
         got = inception_score(same, num_splits=3, generator=seeded())
         assert (got.mean, got.std) == (pytest.approx(1.0, abs=1e-6), pytest.approx(0.0, abs=1e-6))
 
-    def test_two_classes_with_doubt_are_the_closed_form(self) -> None:
-        # Half of the images 0.9 sure of one class, half of the other: log 2 less the entropy of (0.9, 0.1).
+    def test_two_uncertain_classes_give_the_closed_form(self) -> None:
+        # Half of the images have 0.9 for one class, half for the other: log 2 - entropy of (0.9, 0.1).
         p = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64).repeat(5, 1)
         expected = math.exp(math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1))
         got = inception_score(p, num_splits=1, generator=seeded())
@@ -209,7 +211,7 @@ class TestInceptionScore:
 
 
 class TestAgreementWithTorchmetrics:
-    """On 2,000 random images and 2,000 real ones: emoji, the last of them mirrored emoji."""
+    """Compares 2,000 random images with 2,000 real ones: emoji, and some of them mirrored."""
 
     @staticmethod
     def images() -> tuple[Tensor, Tensor]:
@@ -220,7 +222,7 @@ class TestAgreementWithTorchmetrics:
         return noise, ((real + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     class Features(torch.nn.Module):
-        """Averages over cells of the image, of the form that torchmetrics wants."""
+        """Averages over cells of an image, with the interface that torchmetrics needs."""
 
         num_features = 192
 
@@ -255,7 +257,7 @@ class TestAgreementWithTorchmetrics:
         theirs.update(noise.permute(0, 3, 1, 2))
         probabilities = Logits()(noise.permute(0, 3, 1, 2)).softmax(dim=1)
         ours = inception_score(probabilities, num_splits=1, generator=seeded())
-        # float64 on both sides.
+        # Both are computed in float64.
         assert ours.mean == pytest.approx(float(theirs.compute()[0]), rel=1e-6)
 
 
@@ -274,7 +276,7 @@ class TestStatistics:
         for chunk in features.split(sizes):
             streamed.update(chunk)
         assert streamed.count == len(features)
-        # Deviations of order one beside an offset of 1e6 keep ten digits.
+        # Deviations of order one with an offset of 1e6 keep ten digits.
         np.testing.assert_allclose(
             streamed.mean.numpy(), features.numpy().mean(axis=0), rtol=1e-13, atol=1e-13
         )
@@ -308,7 +310,7 @@ class TestStatistics:
         with pytest.raises(ValueError, match="at least two samples, got 1"):
             _ = result.covariance
 
-    def test_images_go_through_the_extractor_in_batches(self) -> None:
+    def test_feature_statistics_calls_the_extractor_in_batches(self) -> None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (23, 2, 2, 1), generator=generator, dtype=torch.uint8)
         seen: list[int] = []

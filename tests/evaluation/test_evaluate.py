@@ -1,4 +1,4 @@
-"""The phase test on files: which figures it gives, from what, and what it refuses."""
+"""The phase `test` on files: its metrics, what they are computed from, and its errors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ from speedit_plugins.trainer.sampling import evaluate
 
 @pytest.fixture
 def sets(tmp_path: Path) -> dict[str, str]:
-    """Two npz of 40 and 60 images."""
+    """Two npz files with 40 samples and 60 reference images."""
     write_npz(tmp_path / "samples.npz", noise(40, 8, 8, 3))
     write_npz(tmp_path / "reference.npz", noise(60, 8, 8, 3, seed=1))
     return {"samples": str(tmp_path / "samples.npz"), "reference": str(tmp_path / "reference.npz")}
 
 
 class TestImages:
-    def test_folders_give_the_figures_of_npz(self, tmp_path: Path, sets: dict[str, str]) -> None:
+    def test_folders_give_the_same_metrics_as_npz(self, tmp_path: Path, sets: dict[str, str]) -> None:
         of_files = compare(tmp_path, features="pixels@8", **sets)
         samples = write_pngs(tmp_path / "a", noise(40, 8, 8, 3))
         reference = write_pngs(tmp_path / "b", noise(60, 8, 8, 3, seed=1))
@@ -35,26 +35,26 @@ class TestImages:
         assert of_folders["figures"] == of_files["figures"]
         assert (of_folders["samples"], of_folders["reference"]) == (samples, reference)
 
-    def test_the_distance_is_that_of_the_features(self, tmp_path: Path, sets: dict[str, str]) -> None:
-        figures = compare(tmp_path, features="{type: pixels, pool: 4}", **sets)["figures"]
+    def test_fid_is_the_frechet_distance_of_the_features(self, tmp_path: Path, sets: dict[str, str]) -> None:
+        metrics = compare(tmp_path, features="{type: pixels, pool: 4}", **sets)["figures"]
         ours, theirs = (
             feature_statistics(torch.from_numpy(images), Pixels(pool=4))
             for images in (noise(40, 8, 8, 3), noise(60, 8, 8, 3, seed=1))
         )
         expected = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
-        # Batches in another order of summation, in float64.
-        assert figures["fid[pixels@4]"]["value"] == pytest.approx(expected, rel=1e-9)
-        assert figures["fid[pixels@4]"] == {
-            "value": figures["fid[pixels@4]"]["value"],
+        # Summed in another order, in float64.
+        assert metrics["fid[pixels@4]"]["value"] == pytest.approx(expected, rel=1e-9)
+        assert metrics["fid[pixels@4]"] == {
+            "value": metrics["fid[pixels@4]"]["value"],
             "features": "pixels@4",
             "num_samples": 40,
             "num_reference": 60,
             "feature_dim": 48,
         }
-        # As many as the smaller set has.
-        assert figures["kid[pixels@4]"]["subset_size"] == 40
+        # The size of the smaller set.
+        assert metrics["kid[pixels@4]"]["subset_size"] == 40
 
-    def test_batches_change_nothing_but_rounding(self, tmp_path: Path, sets: dict[str, str]) -> None:
+    def test_the_batch_size_affects_only_rounding(self, tmp_path: Path, sets: dict[str, str]) -> None:
         found = [
             compare(tmp_path, features="pixels@8", evaluation__batch_size=size, **sets)["figures"]
             for size in (7, 100)
@@ -63,7 +63,7 @@ class TestImages:
         for name in found[0]:
             assert found[0][name]["value"] == pytest.approx(found[1][name]["value"], rel=1e-9)
 
-    def test_inception_score_of_a_classifier_needs_no_second_set(self, tmp_path: Path) -> None:
+    def test_inception_score_needs_no_reference(self, tmp_path: Path) -> None:
         samples = write_pngs(tmp_path / "a", noise(20, 16, 16, 3))
         features = f"{{type: inception, path: {save_inception(tmp_path / 'x.pt')}}}"
         content = compare(
@@ -73,11 +73,11 @@ class TestImages:
             evaluation__metrics="[inception_score]",
             evaluation__score_splits=2,
         )
-        figure = content["figures"]["inception_score"]
-        assert (figure["num_samples"], figure["num_reference"], figure["num_splits"]) == (20, None, 2)
-        assert 1.0 <= figure["value"] <= 5.0
+        metric = content["figures"]["inception_score"]
+        assert (metric["num_samples"], metric["num_reference"], metric["num_splits"]) == (20, None, 2)
+        assert 1.0 <= metric["value"] <= 5.0
         assert content["reference"] is None
-        # Where the features are learned from a reference, no figure compares with it.
+        # The features are trained on a reference, but the metric does not compare with it.
         digits = write_pngs(tmp_path / "b", noise(20, 8, 8, 1))
         options = {"evaluation__metrics": "[inception_score]", "evaluation__score_splits": 2}
         content = compare(tmp_path, samples=digits, **options)
@@ -86,25 +86,25 @@ class TestImages:
 
 
 class TestInceptionNames:
-    def test_figures_on_inception_have_plain_names(
+    def test_metrics_with_inception_have_plain_names(
         self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
     ) -> None:
         features = f"{{type: inception, path: {save_inception(tmp_path / 'x.pt')}}}"
-        figures = compare(tmp_path, features=features, evaluation__metrics="[fid, sfid, kid, prdc]", **sets)[
+        metrics = compare(tmp_path, features=features, evaluation__metrics="[fid, sfid, kid, prdc]", **sets)[
             "figures"
         ]
-        assert list(figures) == ["fid", "sfid", "kid", "precision", "recall", "density", "coverage"]
-        assert {figure["features"] for figure in figures.values()} == {"inception"}
-        assert figures["sfid"]["feature_dim"] == 289
+        assert list(metrics) == ["fid", "sfid", "kid", "precision", "recall", "density", "coverage"]
+        assert {metric["features"] for metric in metrics.values()} == {"inception"}
+        assert metrics["sfid"]["feature_dim"] == 289
         out = capfd.readouterr().out
-        for name in figures:
+        for name in metrics:
             assert f"\n{name}: " in f"\n{out}"
         assert out.count("(features inception; 40 samples, 60 reference") == 7
 
-    def test_statistics_that_the_reference_file_states_are_used(
+    def test_statistics_stored_in_the_reference_file_are_used(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        # A file as ADM's: some images, and mean and covariance of more than them.
+        # Like ADM's files: some images, and mean and covariance of more images.
         path = save_inception(tmp_path / "x.pt")
         samples, others = noise(40, 8, 8, 3), noise(60, 8, 8, 3, seed=1)
         theirs = feature_statistics(torch.from_numpy(others), Inception(path=path))
@@ -112,27 +112,27 @@ class TestInceptionNames:
         write_npz(tmp_path / "samples.npz", samples)
         files = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "ref.npz"}
         features = f"{{type: inception, path: {path}}}"
-        figures = compare(tmp_path, features=features, **files)["figures"]
+        metrics = compare(tmp_path, features=features, **files)["figures"]
         ours = feature_statistics(torch.from_numpy(samples), Inception(path=path))
         expected = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
-        assert figures["fid"]["value"] == pytest.approx(expected, rel=1e-6)
-        # It does not say of how many images; the others are of the images in it.
-        assert figures["fid"]["num_reference"] is None
+        assert metrics["fid"]["value"] == pytest.approx(expected, rel=1e-6)
+        # The file does not state how many images its statistics are from. KID uses the images in it.
+        assert metrics["fid"]["num_reference"] is None
         out = capfd.readouterr().out
         assert "40 samples, unstated number of reference" in out
-        assert figures["kid"]["num_reference"] == 9
-        # Statistics alone are enough for the distance.
+        assert metrics["kid"]["num_reference"] == 9
+        # The statistics alone are enough for the FID.
         np.savez(tmp_path / "ref.npz", mu=theirs.mean, sigma=theirs.covariance)
         again = compare(tmp_path, features=features, evaluation__metrics="[fid]", **files)
-        assert again["figures"]["fid"] == figures["fid"]
-        # They are Inception's: other features are computed from the images.
+        assert again["figures"]["fid"] == metrics["fid"]
+        # The statistics are Inception's; other features are computed from the images.
         np.savez(tmp_path / "ref.npz", others, mu=theirs.mean, sigma=theirs.covariance)
-        figures = compare(tmp_path, features="pixels@8", **files)["figures"]
-        assert figures["fid[pixels@8]"]["num_reference"] == 60
+        metrics = compare(tmp_path, features="pixels@8", **files)["figures"]
+        assert metrics["fid[pixels@8]"]["num_reference"] == 60
         assert len(theirs.mean) == FEATURES
 
-    def test_the_sfid_fits_statistics_in_tensorflows_layout(self, tmp_path: Path) -> None:
-        # Of 600 features the map has two channels of 17 x 17 cells, so that their order can be told.
+    def test_the_sfid_uses_statistics_in_tensorflows_layout(self, tmp_path: Path) -> None:
+        # With 600 features, two channels of 17 x 17 cells are used, so that their order matters.
         path = save_inception(tmp_path / "x.pt", num_features=600)
         torch.manual_seed(0)
         network = InceptionStandin(num_features=600).eval()
@@ -142,20 +142,20 @@ class TestInceptionNames:
             x = network.between(network.between(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 2), 3)
             with torch.no_grad():
                 kept = network.layers.mixed_6.conv(network.layers.conv((x - 128) / 128))
-            # As ADM's evaluator: channels last, `spatial[..., :C].reshape(N, -1)`.
+            # Like ADM's evaluator: channels last, `spatial[..., :C].reshape(N, -1)`.
             values = np.moveaxis(kept.double().numpy(), 1, -1)[..., :2].reshape(len(images), -1)
             gaussians.append((values.mean(axis=0), np.cov(values, rowvar=False)))
         write_npz(tmp_path / "samples.npz", sides[0])
         np.savez(tmp_path / "ref.npz", mu_s=gaussians[1][0], sigma_s=gaussians[1][1])
         options = {"samples": tmp_path / "samples.npz", "reference": tmp_path / "ref.npz"}
         options |= {"features": f"{{type: inception, path: {path}}}", "evaluation__metrics": "[sfid]"}
-        figure = compare(tmp_path, **options)["figures"]["sfid"]
+        metric = compare(tmp_path, **options)["figures"]["sfid"]
         expected = frechet_distance(*(torch.from_numpy(part) for pair in gaussians for part in pair))
-        # Places in the image to float32.
-        assert figure["value"] == pytest.approx(expected, rel=1e-3)
-        assert (figure["feature_dim"], figure["num_reference"]) == (578, None)
+        # Resizing computes positions in float32.
+        assert metric["value"] == pytest.approx(expected, rel=1e-3)
+        assert (metric["feature_dim"], metric["num_reference"]) == (578, None)
 
-    def test_statistics_of_another_length_are_refused_before_the_work(
+    def test_statistics_of_another_length_are_refused_before_any_work(
         self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
     ) -> None:
         np.savez(tmp_path / "ref.npz", mu=np.zeros(7), sigma=np.eye(7))
@@ -166,7 +166,7 @@ class TestInceptionNames:
 
 
 class TestReferenceStatistics:
-    def test_they_are_written_once_and_give_the_same_figures(
+    def test_statistics_are_written_once_and_give_the_same_metrics(
         self, tmp_path: Path, sets: dict[str, str]
     ) -> None:
         file = tmp_path / "reference.safetensors"
@@ -191,7 +191,7 @@ class TestReferenceStatistics:
             tmp_path, capfd, **{**changes, "features": "pixels@8"}
         )
 
-    def test_of_a_dataset_they_know_its_images(
+    def test_statistics_of_a_dataset_belong_to_its_images(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         file = tmp_path / "reference.safetensors"
@@ -227,15 +227,15 @@ class TestVideos:
             evaluation__metrics="[fid]",
             reference=self.write(tmp_path / "b", 1),
         )
-        figure = content["figures"]["fid[frames[pixels@2]]"]
-        assert (figure["feature_dim"], figure["num_samples"], figure["num_reference"]) == (24, 8, 8)
-        assert figure["value"] > 0
+        metric = content["figures"]["fid[frames[pixels@2]]"]
+        assert (metric["feature_dim"], metric["num_samples"], metric["num_reference"]) == (24, 8, 8)
+        assert metric["value"] > 0
 
-    def test_the_dataset_is_a_reference_too(self, tmp_path: Path) -> None:
+    def test_the_reference_may_be_the_dataset(self, tmp_path: Path) -> None:
         inference = tmp_path / "inference"
         inference.mkdir()
         self.write(inference / "step_1", 0)
-        # What an interrupted inference leaves is newer, and not judged.
+        # A folder of an interrupted inference is newer but ignored.
         self.write(inference / "step_2.tmp", 1)
         content = compare(
             tmp_path,
@@ -246,15 +246,15 @@ class TestVideos:
             evaluation__kid_subsets=1,
             data__dataset__split="test",
         )
-        figure = content["figures"]["kid[frames[efficientnet-lite0@32]]"]
-        # The last fifth of 1,797 digits; the newest folder of inference.
-        assert (figure["num_samples"], figure["num_reference"]) == (8, 359)
+        metric = content["figures"]["kid[frames[efficientnet-lite0@32]]"]
+        # The test split has a fifth of the 1,797 digits. The samples are the newest finished folder.
+        assert (metric["num_samples"], metric["num_reference"]) == (8, 359)
         assert content["samples"] == str(inference / "step_1")
 
-    def test_fvd_is_on_the_users_i3d(self, tmp_path: Path) -> None:
+    def test_fid_with_i3d_is_called_fvd(self, tmp_path: Path) -> None:
         features = f"{{type: i3d, path: {save_script(I3dStandin(), tmp_path / 'i3d.pt')}}}"
         samples, reference = self.write(tmp_path / "a", 0), self.write(tmp_path / "b", 1)
-        figures = compare(
+        metrics = compare(
             tmp_path,
             config=VIDEOS,
             samples=samples,
@@ -262,10 +262,10 @@ class TestVideos:
             features=features,
             evaluation__metrics="[fid, kid]",
         )["figures"]
-        assert list(figures) == ["fvd", "kid[i3d]"]
-        assert figures["fvd"]["feature_dim"] == 6
+        assert list(metrics) == ["fvd", "kid[i3d]"]
+        assert metrics["fvd"]["feature_dim"] == 6
 
-    def test_images_are_no_videos(
+    def test_images_and_videos_are_not_compared(
         self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
     ) -> None:
         said = refusal(tmp_path, capfd, samples=sets["samples"], reference=self.write(tmp_path / "b", 1))
@@ -290,16 +290,16 @@ class TestRefusals:
             ),
             (
                 {"evaluation__metrics": "[sfid]", "features": "pixels"},
-                "sfid needs features with a spatial map",
+                "sfid needs an extractor with a spatial map",
             ),
             (
                 {"evaluation__density_neighbors": 60},
-                "evaluation.density_neighbors needs to be at most 59 for 40 samples and a reference of 60",
+                "evaluation.density_neighbors must be at most 59 for 40 samples and a reference of 60",
             ),
-            ({"evaluation__precision_neighbors": 40}, "precision_neighbors needs to be at most 39"),
+            ({"evaluation__precision_neighbors": 40}, "precision_neighbors must be at most 39"),
             (
                 {"evaluation__metrics": "[kid, inception_score]", "evaluation__score_splits": 41},
-                "score_splits needs to be at most 40",
+                "score_splits must be at most 40",
             ),
             (
                 {"evaluation__metrics": "[inception_score]", "evaluation__score_splits": 4},
@@ -316,7 +316,7 @@ class TestRefusals:
             ({"features": "{type: inception}"}, "needs path"),
         ],
     )
-    def test_what_does_not_fit_is_one_line(
+    def test_options_that_do_not_fit_are_refused_before_any_work(
         self,
         tmp_path: Path,
         sets: dict[str, str],
@@ -325,13 +325,13 @@ class TestRefusals:
         message: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        # Before the work: only the two samples on which features are tried out are read.
+        # Only the two samples on which features are tried out may be read.
         monkeypatch.setattr(evaluate, "_collected", None)
         said = refusal(tmp_path, capfd, **{"features": "pixels@8", **sets, **changes})
         assert message in said
         assert not (tmp_path / "test.json").exists()
 
-    def test_folders_that_are_no_set(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_unusable_folders_are_refused(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         empty = tmp_path / "empty"
         empty.mkdir()
         assert "samples needs a folder of images or one of videos, got" in refusal(
@@ -345,11 +345,11 @@ class TestRefusals:
         assert "sets of one shape, got (8, 9, 3) after (8, 8, 3) at item 3" in said
         assert "no npz in" in refusal(tmp_path / "nowhere", capfd)
 
-    def test_one_image_is_no_set(
+    def test_a_set_of_one_image_is_refused(
         self, tmp_path: Path, sets: dict[str, str], capfd: pytest.CaptureFixture[str]
     ) -> None:
         write_npz(tmp_path / "one.npz", noise(1, 8, 8, 3))
         changes = {**sets, "features": "pixels@8", "evaluation__metrics": "[kid]"}
         for side in ("samples", "reference"):
             said = refusal(tmp_path, capfd, **{**changes, side: tmp_path / "one.npz"})
-            assert "kid needs two images or more of a set, got one" in said
+            assert "kid needs at least two images in each set, got one" in said

@@ -36,7 +36,7 @@ class TestPixels:
         assert pixels.name == "pixels"
         features = pixels(images[:2])
         assert features.dtype == torch.float32
-        # Channel by channel, each row by row.
+        # Ordered by channel, then by row.
         assert torch.equal(
             features, torch.stack([images[:2, ..., c] for c in range(3)], 1).reshape(2, 72) / 255
         )
@@ -55,7 +55,7 @@ class TestPixels:
         with pytest.raises(ValueError, match="pool >= 1, got 0"):
             Pixels(pool=0)
 
-    def test_images_of_another_kind_are_refused(self) -> None:
+    def test_images_of_another_shape_or_dtype_are_refused(self) -> None:
         pixels = Pixels()
         pixels(noise(2, 8, 8, 1))
         with pytest.raises(ValueError, match=r"images of one shape, \(8, 8, 1\), got \(8, 8, 3\)"):
@@ -69,41 +69,41 @@ class TestPixels:
 
 
 class TestDigitClassifier:
-    def test_it_knows_digits_it_was_not_trained_on(self, classifier: DigitClassifier) -> None:
-        # Chance is 0.1, a linear classifier reaches about 0.95 on this set.
+    def test_it_recognises_digits_it_was_not_trained_on(self, classifier: DigitClassifier) -> None:
+        # Guessing gives 0.1; a linear classifier reaches about 0.95 on this set.
         assert classifier.accuracy > 0.9
         images, labels = digit_images()
         assert float((classifier.classify(images) == labels).double().mean()) > 0.9
 
-    def test_accuracy_is_measured_on_images_left_out_of_training(self) -> None:
-        # Labels drawn at random cannot be learned: right on a tenth of held-out images, 5 sigma of 359.
+    def test_accuracy_is_measured_on_held_out_images(self) -> None:
+        # Random labels cannot be learned: an accuracy of 0.1 on 359 held-out images, to 5 sigma.
         images, labels = digit_images()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
         shuffled = DigitClassifier(images, labels[order], epochs=3)
         assert abs(shuffled.accuracy - 0.1) < 5 * (0.1 * 0.9 / 359) ** 0.5
 
-    def test_features_have_the_stated_form(self, classifier: DigitClassifier) -> None:
+    def test_features_are_32_independent_float32_numbers(self, classifier: DigitClassifier) -> None:
         images, _ = digit_images()
         assert (classifier.name, classifier.dim) == ("digit_classifier", 32)
         features = classifier(images[:50])
         assert features.shape == (50, 32)
         assert features.dtype == torch.float32
         assert not features.requires_grad
-        # Each image's features are its own: batching changes rounding only.
+        # Features of an image do not depend on its batch, up to rounding.
         torch.testing.assert_close(features[:7], classifier(images[:7]), rtol=1e-4, atol=1e-4)
-        # No dead features: the covariance has full rank, so distances see all 32.
+        # The covariance has full rank: no feature is dead.
         assert int(torch.linalg.matrix_rank(classifier(images).double().T.cov())) == 32
 
-    def test_probabilities_are_those_of_its_classes(self, classifier: DigitClassifier) -> None:
+    def test_probabilities_sum_to_one_and_give_the_predicted_class(self, classifier: DigitClassifier) -> None:
         images, _ = digit_images()
         found = read(classifier, images[:40], probabilities=True).probabilities
         assert found is not None
         assert found.shape == (40, 10)
-        # Float32 sums of ten numbers.
+        # float32 sums of ten numbers.
         torch.testing.assert_close(found.sum(dim=1), torch.ones(40), rtol=0, atol=1e-6)
         assert torch.equal(found.argmax(dim=1), classifier.classify(images[:40]))
 
-    def test_same_arguments_same_bits_and_no_global_randomness(self) -> None:
+    def test_equal_arguments_give_equal_bits_without_global_randomness(self) -> None:
         images, labels = digit_images()
         small, few = images[:200], labels[:200]
         before = torch.random.get_rng_state()
@@ -119,27 +119,27 @@ class TestDigitClassifier:
 
     def test_larger_images_are_averaged_down(self) -> None:
         images, labels = digit_images()
-        # Every pixel four times: the cell means are the pixels.
+        # Each pixel is repeated four times, so the cell means are the pixels.
         double = images.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         few = slice(0, 100)
         one = DigitClassifier(images[few], labels[few], epochs=1)
         two = DigitClassifier(double[few], labels[few], epochs=1)
         torch.testing.assert_close(one(images[few]), two(double[few]), rtol=1e-4, atol=1e-4)
 
-    def test_distance_orders_real_before_damaged_digits(self, classifier: DigitClassifier) -> None:
+    def test_mirrored_digits_are_farther_away_than_real_ones(self, classifier: DigitClassifier) -> None:
         images, _ = digit_images()
         real, other = (
             feature_statistics(images[::2], classifier),
             feature_statistics(images[1::2], classifier),
         )
-        damaged = feature_statistics(images[1::2].flip(2), classifier)  # mirrored: the same pixel levels
+        damaged = feature_statistics(images[1::2].flip(2), classifier)  # mirrored: pixel levels stay the same
         near = frechet_distance(real.mean, real.covariance, other.mean, other.covariance)
         far = frechet_distance(real.mean, real.covariance, damaged.mean, damaged.covariance)
         assert near < far / 10
 
-    def test_wrong_references_say_what_is_wanted(self) -> None:
+    def test_unusable_references_are_refused(self) -> None:
         images, labels = noise(20, 8, 8, 1), torch.arange(20) % 2
-        with pytest.raises(ValueError, match="learns from labels, and its reference has none"):
+        with pytest.raises(ValueError, match="needs a reference with labels, got none"):
             DigitClassifier(images, None)
         with pytest.raises(ValueError, match=r"labels int64 \(20,\), got torch.int64 \(19,\)"):
             DigitClassifier(images, labels[1:])
@@ -154,7 +154,7 @@ class TestDigitClassifier:
 
 
 class BrightnessOnly:
-    """A user's extractor, without use for the reference set."""
+    """A user's extractor that does not need the reference set."""
 
     name = "brightness"
 
@@ -184,7 +184,7 @@ def test_the_registry_builds_ours_and_a_users_extractor() -> None:
     assert [extractor(images).shape[1] for extractor in built] == [64, 64, 4, 32, 1]
 
 
-def test_what_an_extractor_cannot_tell_names_those_that_can() -> None:
+def test_unavailable_outputs_raise_and_name_suitable_extractors() -> None:
     images = noise(20, 8, 8, 1)
     classifier = DigitClassifier(images, torch.arange(20) % 2, epochs=1)
     with pytest.raises(

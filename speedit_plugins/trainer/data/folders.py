@@ -1,4 +1,4 @@
-"""Walking data folders: sorted, and never out of the root by a link that nobody allowed."""
+"""Lists data folders in sorted order and refuses symbolic links that lead out of the root."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 class Walk:
-    """Sorted listing of folders below `root` that does not leave it unless `follow_links`.
+    """Sorted listing of the folders and files below `root`.
 
-    Names that begin with a dot and files of other suffixes are left out.
+    Skips hidden names (a leading dot) and files with other suffixes.
 
     Args:
         root: a resolved path.
         follow_links: True allows symbolic links that lead out of `root`.
-        suffixes: of the files that count, in lower case.
+        suffixes: file suffixes to list, in lower case.
     """
 
     def __init__(self, root: Path, *, follow_links: bool, suffixes: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ class Walk:
         """Subfolders and files directly in `folder`, as full paths, sorted by name.
 
         Raises:
-            ValueError: one of them is a link that is refused.
+            ValueError: an entry is a symbolic link out of the root, to nothing or to a folder above it.
         """
         folders: list[str] = []
         files: list[str] = []
@@ -41,7 +41,7 @@ class Walk:
         return folders, files
 
     def files(self, folder: str) -> Iterator[str]:
-        """Files in `folder` and below, depth first, sorted."""
+        """All files in and below `folder`: those of a folder first, then its subfolders, each sorted."""
         folders, files = self.entries(folder)
         yield from files
         for below in folders:

@@ -1,4 +1,4 @@
-"""A resumable loader: the batches that follow are a function of (seed, epoch, offset) alone.
+"""A resumable data loader: the batches depend only on (seed, epoch, offset).
 
 Dims: B batch, C channels, H x W pixels.
 """
@@ -16,19 +16,20 @@ from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
 
-# What a seed is for: the first number of every path given to `stream_seed`, so that no two streams are one.
+# The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
 
 _FAULT = "fault"
 
-# A key names one sample of one pass over the data: (epoch, index).
+# (epoch, index): one sample in one pass over the data.
 Key = tuple[int, int]
 
 
 class SampleSource(Protocol):
-    """What the loader needs from a dataset; every random choice of `load` comes from `generator`.
+    """What the loader needs from a dataset.
 
-    Where not all samples have one shape, it also has `buckets`, int64 (len,): those of a bucket have.
+    `load` takes all its random numbers from `generator`. A dataset with samples of several shapes also has
+    the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape.
     """
 
     def __len__(self) -> int: ...
@@ -39,24 +40,26 @@ class SampleSource(Protocol):
 class ResumableLoader:
     """Infinite iterator of shuffled batches that continues bit for bit from a saved position.
 
-    Each epoch is one permutation of the dataset, cut into whole batches; the rest of it is dropped. Of each
-    batch every rank yields its part. The position counts batches handed out, never batches prefetched: it is
-    the same for every number of workers and on every rank, and goes on with any number of ranks.
+    Each epoch is one permutation of the dataset, cut into whole batches; leftover samples are dropped. Every
+    rank yields its share of each batch. The position counts batches handed out, not batches prefetched. It is
+    therefore the same on every rank and for any number of workers, and training may resume with another
+    number of ranks.
 
-    With buckets each batch, of all ranks together, is of one bucket, and the rest of every bucket is dropped:
-    see `whole_batches`.
+    With buckets, all samples of a batch come from one bucket, on all ranks. Leftover samples of each bucket
+    are dropped; see `whole_batches`.
 
     Args:
-        dataset: has `__len__` and `load(index, generator)`, and where shapes differ `buckets`.
-        batch_size: samples per batch of all ranks together, in [1, len(dataset)].
+        dataset: has `__len__`, `load(index, generator)` and, if sample shapes differ, `buckets`.
+        batch_size: samples per batch over all ranks, in [1, len(dataset)].
         seed: >= 0; decides the order and the augmentation of every epoch.
-        num_workers: loading processes of this rank; 0 loads in this one.
-        prefetch_factor: batches that each worker loads ahead, >= 1; None is torch's own number, 2.
-        pin_memory: page-locked batches, for copies to a CUDA device; needs one.
-        rank: which of `world_size` equal parts of a batch to yield, in order; world_size divides batch_size.
+        num_workers: loading processes of this rank; 0 loads in the main process.
+        prefetch_factor: batches that each worker loads ahead, >= 1; None uses torch's default, 2.
+        pin_memory: puts batches into page-locked memory for faster copies to a CUDA device; requires one.
+        rank: this process yields part number `rank` of each batch, in [0, world_size).
+        world_size: number of equal parts that a batch is split into; must divide batch_size.
 
     Yields:
-        The samples of a part stacked key by key: "image" (B, C, H, W), "label" int64 (B,).
+        The samples of one part, stacked by key: "image" (B, C, H, W), "label" int64 (B,).
     """
 
     def __init__(  # noqa: PLR0913 - flat, as torch's DataLoader
@@ -83,14 +86,14 @@ class ResumableLoader:
         if num_workers < 0:
             raise ValueError(f"the loader needs num_workers >= 0, got {num_workers}")
         if prefetch_factor is not None and num_workers == 0:
-            raise ValueError("prefetch_factor has no effect without workers; wanted num_workers > 0")
+            raise ValueError("prefetch_factor has no effect without workers: needs num_workers > 0, got 0")
         if not 0 <= rank < world_size or batch_size % world_size:
             raise ValueError(
-                f"the loader needs rank in [0, world_size) and a batch_size that world_size divides, got rank"
+                f"the loader needs rank in [0, world_size) and a batch_size divisible by world_size, got rank"
                 f" {rank}, world_size {world_size}, batch_size {batch_size}"
             )
         if pin_memory and not torch.cuda.is_available():
-            raise ValueError("pin_memory=True has no effect without a CUDA device; wanted pin_memory=False")
+            raise ValueError("pin_memory=True needs a CUDA device, got none: set pin_memory=False")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -106,12 +109,12 @@ class ResumableLoader:
 
     @property
     def epoch(self) -> int:
-        """The pass over the data that the next batch belongs to, from 0."""
+        """Epoch of the next batch, counted from 0."""
         return self._epoch
 
     @property
     def batches_per_epoch(self) -> int:
-        """Whole batches in one pass over the data."""
+        """Number of whole batches in one epoch."""
         return self._usable_size // self.batch_size
 
     def __iter__(self) -> "ResumableLoader":
@@ -123,7 +126,7 @@ class ResumableLoader:
         try:
             batch = _checked(next(self._batches))
         except BaseException:
-            # The running iterator is past the batch that failed; the next call starts again at the position.
+            # The iterator is already past the failed batch; the next call restarts from the saved position.
             self.close()
             raise
         self._epoch, self._offset = settle(
@@ -132,17 +135,18 @@ class ResumableLoader:
         return batch
 
     def close(self) -> None:
-        """Ends the workers and what they prefetched; the position stays, the next batch starts new ones."""
+        """Stops the workers and discards prefetched batches; the next batch continues from the position."""
         batches, self._batches = self._batches, None
         if batches is not None and self.num_workers > 0:
-            # Dropping it is not enough: the traceback of an error keeps the iterator, and the next worker to
-            # be forked would then inherit it and shut down queues that are not its own.
+            # Dropping the reference is not enough: the traceback of an error keeps the iterator alive. The
+            # next forked worker would inherit it and shut down queues that belong to another process.
             batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
 
     def state_dict(self) -> dict[str, int]:
-        """The position as plain ints: seed, epoch, offset (samples of it handed out), size of the dataset.
+        """The position as plain ints: seed, epoch, offset (samples of the epoch handed out), dataset size.
 
-        With buckets also what arranges an epoch: batch_size and a checksum of the buckets.
+        With buckets it also has batch_size and a checksum of the buckets: the order of an epoch depends on
+        both.
         """
         return {
             "seed": self.seed,
@@ -153,14 +157,14 @@ class ResumableLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues from `state_dict`'s position.
+        """Continues from a position saved by `state_dict`.
 
-        The batch size may differ from the saved one: the offset counts samples. With buckets it may only at
-        the start of an epoch, like the buckets themselves.
+        The batch size may differ from the saved one, because the offset counts samples. With buckets, the
+        batch size and the buckets may change only at the start of an epoch.
 
         Raises:
-            ValueError: a key is missing, unknown or out of range, or seed or dataset size is another one, or,
-                within an epoch of buckets, batch size or buckets are.
+            ValueError: a key is missing, unknown or out of range; the seed or the dataset size differs; or
+                the batch size or the buckets differ in the middle of an epoch.
         """
         wanted = set(self.state_dict())
         if set(state) != wanted:
@@ -171,11 +175,11 @@ class ResumableLoader:
         size = len(self.dataset)
         if state["size"] != size:
             raise ValueError(
-                f"the saved position is for a dataset of {state['size']} samples, got one of {size}"
+                f"the saved position belongs to a dataset of {state['size']} samples, got one of {size}"
             )
         if state["seed"] != self.seed:
             raise ValueError(
-                f"the saved position has seed {state['seed']}, got a loader with seed {self.seed}"
+                f"the saved position belongs to seed {state['seed']}, got a loader with seed {self.seed}"
             )
         self._check_arrangement(state)
         if state["offset"] > self._usable_size:
@@ -186,21 +190,21 @@ class ResumableLoader:
         )
 
     def _check_arrangement(self, state: Mapping[str, int]) -> None:
-        """Raises ValueError unless the saved offset points to the same samples here."""
+        """Raises ValueError if the saved offset would point to other samples in this loader."""
         for key, value in self._arrangement.items():
             if state["offset"] and state[key] != value:
                 raise ValueError(
-                    f"the saved position lies within an epoch of buckets with {key} {state[key]},"
-                    f" got {value}, which arranges that epoch otherwise; wanted the same one"
+                    f"the saved position is in the middle of an epoch with buckets and {key} {state[key]},"
+                    f" got {key} {value}: it must stay the same until the epoch ends, as it decides the order"
                 )
         if self._arrangement and state["offset"] % self.batch_size:
             raise ValueError(
-                f"the loader's state needs an offset of whole batches of {self.batch_size} with buckets, got"
-                f" {state['offset']}"
+                f"with buckets the loader's state needs an offset that is a multiple of the batch size"
+                f" {self.batch_size}, got {state['offset']}"
             )
 
     def _start(self) -> Iterator[dict[str, Tensor]]:
-        """Batches from the current position on."""
+        """Iterator over the batches, starting at the current position."""
         keys = _BatchKeys(
             size=len(self.dataset),
             buckets=self._buckets,
@@ -217,38 +221,39 @@ class ResumableLoader:
             pin_memory=self.pin_memory,
             collate_fn=_collated,
             worker_init_fn=_leave_group_signals_to_trainer,
-            # Without a generator of its own the DataLoader draws from the global one.
+            # Otherwise the DataLoader would consume random numbers of the global generator.
             generator=torch.Generator().manual_seed(0),
         )
         return iter(loader)
 
 
 def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
-    """(epoch, offset) of the next whole batch: as given, or the next epoch if too few samples are left."""
+    """(epoch, offset) of the next whole batch: unchanged, or the next epoch if too few samples are left."""
     return (epoch, offset) if offset + batch_size <= size else (epoch + 1, 0)
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch: a permutation of range(size), int64 (size,), decided by (seed, epoch)."""
+    """Shuffled sample order of one epoch, int64 (size,): a permutation that depends on (seed, epoch) only."""
     generator = torch.Generator().manual_seed(stream_seed(seed, DATA_STREAM, epoch))
     return torch.randperm(size, generator=generator)
 
 
 def stream_seed(seed: int, *path: int) -> int:
-    """A 64-bit seed for the stream named by `path`, e.g. (epoch,) or (epoch, index); all values >= 0.
+    """A 64-bit seed for the random stream named by `path`, e.g. (epoch,) or (epoch, index); values >= 0.
 
-    Hashed, not added up: torch's CPU generator keeps the low 32 bits of a seed, and seeds that differ by a
-    constant must not share streams between epochs.
+    The values are hashed rather than summed, so that different paths or seeds never give the same stream.
+    torch's CPU generator only uses the low 32 bits of a seed.
     """
-    # A microsecond, where numpy's SeedSequence takes fifteen: there are two per sample and step.
+    # Takes 1 microsecond; numpy's SeedSequence takes 15. It is called twice per sample and step.
     name = ",".join(map(str, (seed, *path)))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 class _BatchKeys:
-    """Endless batches of keys from a position on; of each, part `part[0]` of `part[1]` equal ones.
+    """Infinite batches of keys from a position on, restricted to this rank's share.
 
-    A batch is cut from the epoch's order before any sample is read.
+    Each batch is split into `part[1]` equal parts; this yields part number `part[0]`. The keys depend only
+    on the epoch's order, never on the contents of samples.
     """
 
     def __init__(
@@ -282,24 +287,24 @@ class _BatchKeys:
 
 
 def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple[int, dict[str, int]]:
-    """Samples of an epoch to cut batches from, and what a position within it depends on with buckets."""
+    """Number of samples used per epoch, and the state entries that decide the order with buckets."""
     if buckets is None:
         return size, {}
     if buckets.shape != (size,) or buckets.dtype != torch.int64:
         raise ValueError(
-            f"the loader needs buckets of shape ({size},) and type int64, got {tuple(buckets.shape)} and"
-            f" {buckets.dtype}"
+            f"the loader needs buckets int64 of shape ({size},), got {buckets.dtype} of shape"
+            f" {tuple(buckets.shape)}"
         )
     usable = usable_size(buckets, batch_size=batch_size)
     if usable == 0:
         raise ValueError(
-            f"the loader needs at least batch_size = {batch_size} samples in one bucket, got none that large"
+            f"the loader needs a bucket with at least batch_size = {batch_size} samples, got none"
         )
     return usable, {"batch_size": batch_size, "buckets_crc32": zlib.crc32(buckets.numpy().tobytes())}
 
 
 class _KeyedSamples:
-    """Map-style view of a dataset under keys; runs in the workers."""
+    """Map-style dataset indexed by key; runs in the workers."""
 
     def __init__(self, dataset: SampleSource, seed: int) -> None:
         self.dataset = dataset
@@ -314,12 +319,12 @@ class _KeyedSamples:
         try:
             return dict(self.dataset.load(index, generator))
         except ValueError as error:
-            # As data: out of a worker, an exception arrives wrapped in the worker's traceback.
+            # Returned, not raised: torch would wrap an exception of a worker in the worker's traceback.
             return {_FAULT: str(error)}
 
 
 def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples stacked key by key, or the first fault among them."""
+    """The samples stacked by key, or the first sample that failed to load."""
     faults = [sample for sample in samples if _FAULT in sample]
     return faults[0] if faults else cast(dict[str, Any], default_collate(samples))
 
@@ -331,10 +336,11 @@ def _checked(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _leave_group_signals_to_trainer(worker_id: int) -> None:
-    """Takes a worker out of the trainer's process group, which gets Ctrl-C and a launcher's SIGTERM.
+    """Moves a worker out of the trainer's process group, so that group signals do not kill it.
 
-    The trainer ends its step and saves first; a worker that died under it would raise in the middle of that.
-    A SIGTERM to the worker alone still ends it.
+    Ctrl-C and a launcher's SIGTERM go to the whole group. The trainer reacts by finishing its step and saving
+    a checkpoint; a worker that died meanwhile would make that fail. SIGTERM sent to the worker itself still
+    ends it.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

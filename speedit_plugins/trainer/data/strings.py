@@ -1,4 +1,4 @@
-"""Many texts without as many objects."""
+"""Stores many strings in one array."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,14 @@ import numpy as np
 
 
 class Strings:
-    """Texts in one array: counting references to a million strings makes every forked worker copy them."""
+    """A list of strings kept in one byte array.
+
+    With a Python list, each access changes a reference count. That makes every forked worker copy the memory
+    pages of all the strings it reads.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        # Names of files may be no UTF-8 at all.
+        # File names need not be valid UTF-8.
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)

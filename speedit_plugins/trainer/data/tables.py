@@ -1,4 +1,4 @@
-"""Tables in CSV files."""
+"""Reads tables from CSV files."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -8,22 +8,24 @@ from pathlib import Path
 def read_table(
     file: Path, columns: Sequence[str], *, optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """The last line of each row in the file, and its values by column; blank lines are no rows.
+    """Yields (line number, values by column name) for each row.
 
-    White space at the ends of names and values is no part of them.
+    The line number is that of the row's last line in the file. Blank lines are skipped. Names and values are
+    stripped of surrounding white space.
 
     Args:
-        file: in UTF-8, with a line of column names.
-        columns: those that it must have.
-        optional: those that it may have, once.
+        file: a UTF-8 file whose first line has the column names.
+        columns: required columns.
+        optional: columns that may be absent.
 
     Raises:
-        ValueError: no UTF-8 or no CSV, one of these columns missing or there twice, a row with more or fewer
-            values than columns; names the file and, but for UTF-8, the line.
+        ValueError: the file is not UTF-8 or not CSV, one of these columns is missing or appears twice, or a
+            row has more or fewer values than there are columns. The message names the file and, except for
+            UTF-8 errors, the line.
         OSError: the system fails to read the file.
     """
     try:
-        # utf-8-sig: spreadsheets write a mark before the first column's name.
+        # utf-8-sig: spreadsheet programs write a byte-order mark before the first column's name.
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = [name.strip() for name in next(reader, [])]
@@ -35,11 +37,11 @@ def read_table(
                 if not fields:
                     continue
                 if len(fields) != len(header):
-                    hint = "; a text with commas needs quotes" if len(fields) > len(header) else ""
+                    hint = "; text with commas needs quotes" if len(fields) > len(header) else ""
                     got = f"wanted {len(header)} fields, got {len(fields)}{hint}"
                     raise ValueError(f"{file}, line {reader.line_num}: {got}")
                 yield reader.line_num, dict(zip(header, map(str.strip, fields), strict=True))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} needs to be UTF-8: {error}") from error
+        raise ValueError(f"{file} must be UTF-8: {error}") from error
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: wanted CSV: {error}") from error

@@ -1,10 +1,12 @@
 """Rectified flow: the straight path from data to noise, x_t = (1 - t) x_0 + t eps, in continuous time.
 
-The law that t is trained under, a base density followed by a resolution shift, is a change of variable:
-t = Q(u), Q the law's quantile function, u uniform in [0, 1]. The schedule's T rows are bins of equal width in
-u, so a policy's table multiplies the base law: `uniform` is that law itself, and SpeeD thins what has an SNR
-below its boundary, measured at the t the model sees. Slopes along the schedule are per t, not per u: the base
-law moves neither a policy's thresholds nor its weights.
+Training times follow a base distribution of t (a base density followed by a resolution shift). It is written
+as a change of variable, t = Q(u), with u uniform in [0, 1] and Q the distribution's quantile function.
+
+The schedule's T rows are bins of equal width in u, so a policy's density multiplies the base distribution.
+The policy `uniform` gives the base distribution itself. SpeeD reduces it where the SNR, at the t that the
+model sees, is below its boundary. Slopes along the schedule are taken per t, not per u, so the base
+distribution changes neither the thresholds of a policy nor its weights.
 
 Dims: B batch, C channels, T bins; "..." is (H, W) for images or (F, H, W) for videos.
 """
@@ -19,35 +21,36 @@ from torch import Tensor
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import PROCESSES, nearest
-from speedit_plugins.trainer.diffusion.process import GaussianProcess, LossTerms, Noised
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess, LossTerms, Noised
 
-# What the model embeds is this times t, as in SD3, FLUX and Open-Sora.
+# The model embeds TIMESTEP_SCALE * t, as in SD3, FLUX and Open-Sora.
 TIMESTEP_SCALE = 1000.0
 
-# 1 - 2^-24 is float32's last number below 1: past it no data would be left in x_t.
+# 1 - 2^-24 is the largest float32 below 1. Above it, t would round to 1 and x_t would be pure noise.
 _MARGIN = 2.0**-24
 
-# t as an integer, which is how a schedule names its timesteps: fine enough to tell bins at both ends apart.
+# A schedule has integer timesteps: t in units of 2^-40, fine enough to separate the bins at both ends.
 _TICKS = 2**40
 
 Quantile = Callable[[Tensor], Tensor]
 
 
 class RectifiedFlow:
-    """Corrupts data along straight paths and scores the velocity eps - x_0 that a model predicts.
+    """Noises data along straight paths and computes the loss of a predicted velocity eps - x_0.
 
     Source: Liu et al. 2022, arXiv:2209.03003; base density and shift: Esser et al. 2024, arXiv:2403.03206.
 
     Args:
-        diffusion_steps: T >= 2, bins of the policy's tables; t itself is continuous.
-        base_density: law of t before the shift: uniform, or logit_normal.
-        logit_mean: mean of logit(t) under logit_normal, finite, 0 if None; positive is noisier.
-        logit_std: its standard deviation, > 0, 1 if None.
-        shift: s > 0 in s t / (1 + (s - 1) t), above 1 noisier, 1 none; samplers shift their grid alike.
+        diffusion_steps: T >= 2, number of bins of the policy's tables; t itself is continuous.
+        base_density: distribution of t before the shift, "uniform" or "logit_normal".
+        logit_mean: mean of logit(t) for logit_normal, finite; None is 0. Positive values give more noise.
+        logit_std: standard deviation of logit(t), > 0; None is 1.
+        shift: s > 0 in s t / (1 + (s - 1) t); above 1 gives more noise, 1 has no effect. Samplers shift their
+            time grid in the same way.
 
     Raises:
-        ValueError: an unknown density, a value out of range, an option without effect, or a law so wide that
-            t rounds to 0 or 1 in several bins.
+        ValueError: the density is unknown, a value is out of range, an option has no effect, or the
+            distribution is so wide that t rounds to 0 or 1 in several bins.
     """
 
     prediction_type = "flow"
@@ -75,19 +78,19 @@ class RectifiedFlow:
         t = self.time(middle)
         if not (t.diff() > 1 / _TICKS).all():
             raise ValueError(
-                f"t needs to rise from bin to bin, got t = {t[0]:g} to {t[-1]:g} with several alike:"
-                f" logit_mean {logit_mean}, logit_std {logit_std} and shift {shift} reach too far"
+                f"t needs to rise from bin to bin, got t = {t[0]:g} to {t[-1]:g} with equal values:"
+                f" logit_mean {logit_mean}, logit_std {logit_std} and shift {shift} are too extreme"
             )
         self.schedule = NoiseSchedule(1 - t, t, (t * _TICKS).long(), _TICKS)
-        # On given rows a flow is a Gaussian process; what does not depend on t, its checks and its loss, is
-        # taken from there.
+        # At the bin midpoints a flow is a Gaussian process. This reuses the checks and the loss, as they do
+        # not depend on t.
         self._on_rows = GaussianProcess(self.schedule, prediction_type="flow", learn_sigma=False)
 
     def time(self, u: Tensor) -> Tensor:
-        """t = Q(u), strictly inside (0, 1) and rising, of u's shape, float64 (float32 on a device without).
+        """t = Q(u), strictly inside (0, 1) and rising, in u's shape; float64 (float32 on Metal).
 
         Args:
-            u: share of the law's mass that lies below t, in [0, 1].
+            u: probability that a time of the base distribution is below t, in [0, 1].
         """
         # Metal has no float64.
         t = self._quantile(u.to(torch.float32 if u.device.type == "mps" else torch.float64))
@@ -101,12 +104,13 @@ class RectifiedFlow:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Noised:
-        """Noises x_0 to t = Q(draw.time); the result's timestep is 1000 t, float32.
+        """Noises x_0 to t = Q(draw.time). The timestep of the result is 1000 t, float32.
 
         Args:
             x_0: data or latents, floating point, shape (B, C, ...).
             draw: indices and times of shape (B,) on x_0's device.
-            noise: standard normal of x_0's shape; drawn from `generator` if absent.
+            noise: standard normal noise in x_0's shape; None generates it.
+            generator: source of generated noise.
 
         Raises:
             ValueError: a shape or dtype does not fit, or both `noise` and `generator` are given.
@@ -123,23 +127,25 @@ class RectifiedFlow:
         )
 
     def loss(self, prediction: Tensor, noised: Noised, draw: TimestepDraw) -> LossTerms:
-        """Per-sample weight * mse of the velocity, and vb 0.
+        """Per-sample weight * mse of the velocity; vb is 0.
 
         Args:
             prediction: velocity, shape (B, C, ...).
+            noised: the batch that `corrupt` returned.
+            draw: the policy's draw for this batch; its weight scales the loss.
 
         Raises:
-            ValueError: a prediction of another shape.
+            ValueError: the prediction has another shape.
         """
         return self._on_rows.loss(prediction, noised, draw)
 
     def velocity(self, prediction: Tensor, x_t: Tensor) -> Tensor:
-        """The prediction in float32 or wider, (B, C, ...); a ValueError where its shape is not x_t's."""
+        """The prediction in float32 or wider, (B, C, ...); raises ValueError if its shape is not x_t's."""
         return self._on_rows.split(prediction, x_t)[0]
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t), from [0, 1] onto [0, 1]; both ends stay.
+    """s t / (1 + (s - 1) t): maps [0, 1] onto [0, 1] and keeps both ends.
 
     Source: Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
     """

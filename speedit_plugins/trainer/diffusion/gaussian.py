@@ -1,8 +1,8 @@
-"""The Gaussian mathematics of a diffusion process: denoising steps, the terms of the bound, parametrisations.
+"""Gaussian formulas of a diffusion process: denoising steps, terms of the bound, parametrisations.
 
-x_t = alpha_t x_0 + sigma_t eps. Every formula holds for any (alpha, sigma), variance-preserving or not: the
-step from the next cleaner index s to t is x_t = a x_s + N(0, beta), a = alpha_t / alpha_s,
-beta = sigma_t^2 - a^2 sigma_s^2. Before index 0 stands clean data, alpha = 1 and sigma = 0.
+x_t = alpha_t x_0 + sigma_t eps. All formulas hold for any (alpha, sigma), variance-preserving or not. The
+step from the next cleaner index s to t is x_t = a x_s + N(0, beta), with a = alpha_t / alpha_s and
+beta = sigma_t^2 - a^2 sigma_s^2. The index before 0 is clean data: alpha = 1, sigma = 0.
 
 Dims: B batch, C channels, T timesteps; "..." is (H, W) for images or (F, H, W) for videos.
 """
@@ -18,7 +18,7 @@ from speedit_plugins.policies.schedule import NoiseSchedule
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A diagonal Gaussian: mean (B, C, ...), log_variance of the same shape or (B, 1, ...)."""
+    """A diagonal Gaussian: mean (B, C, ...), log_variance in the same shape or (B, 1, ...)."""
 
     mean: Tensor
     log_variance: Tensor
@@ -32,32 +32,33 @@ def gaussian_kl(first: Gaussian, second: Gaussian) -> Tensor:
 
 
 def discretized_log_likelihood(x: Tensor, model: Gaussian) -> Tensor:
-    """Log-probability in nats of the 8-bit level that x stands for, <= 0, shape (B, C, ...).
+    """Log-probability in nats of the 8-bit level x, <= 0, shape (B, C, ...).
 
-    The 256 levels on [-1, 1] own a bin of width 2/255 each; the outermost bins reach to infinity.
+    Each of the 256 levels on [-1, 1] has a bin of width 2/255; the outermost bins extend to infinity.
 
     Source: Ho et al. 2020, arXiv:2006.11239, equation 13.
     """
     inverse_std = torch.exp(-0.5 * model.log_variance)
     upper = (x - model.mean + 1 / 255) * inverse_std
     lower = (x - model.mean - 1 / 255) * inverse_std
-    # Phi(upper) - Phi(lower) cancels in the right tail; mirrored into the left one, the log-CDF keeps all its
-    # digits. The tanh formula that others put for Phi misses 45 % of the tail at four standard deviations.
+    # Phi(upper) - Phi(lower) cancels in the right tail. Mirrored into the left tail, the log-CDF is accurate.
+    # The tanh approximation of Phi in other code misses 45 % of the tail at four standard deviations.
     mirrored = lower > 0
     high = torch.special.log_ndtr(torch.where(mirrored, -lower, upper))
     low = torch.special.log_ndtr(torch.where(mirrored, -upper, lower))
     inside = high + torch.log(-torch.expm1(low - high))
     below, above = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-    # 0.999 lies between the outermost level and its neighbour, 1 - 2/255 = 0.992.
+    # 0.999 is between the outermost level, 1, and its neighbour, 1 - 2/255 = 0.992.
     return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessTables:
-    """Coefficients per index, each (T,): float64, but float32 on a device without it; timesteps int64.
+    """Coefficients per index, each (T,): float64 (float32 on devices without it); timesteps int64.
 
-    The posterior q(x_s | x_t, x_0) has mean posterior_x_0 * x_0 + posterior_x_t * x_t. Both log-variances
-    carry the posterior's of index 1 at index 0, where the true one is -inf; beta's own stands in log_beta.
+    The posterior q(x_s | x_t, x_0) has the mean posterior_x_0 * x_0 + posterior_x_t * x_t. The posterior's
+    log-variance at index 0 is -inf; posterior_log_variance and large_log_variance hold its value at index 1
+    there. log_beta is the unmodified log of beta.
     """
 
     alpha: Tensor
@@ -72,7 +73,7 @@ class ProcessTables:
 
     @classmethod
     def of(cls, schedule: NoiseSchedule) -> "ProcessTables":
-        """The tables of a schedule, on the CPU.
+        """Computes the tables of a schedule, on the CPU.
 
         Source: Ho et al. 2020, arXiv:2006.11239, equation 7, for general alpha and sigma.
 
@@ -105,7 +106,7 @@ class ProcessTables:
 
     def to(self, device: torch.device) -> "ProcessTables":
         """A copy on the device."""
-        # Metal has no float64; a coefficient is rounded once there, nothing accumulates.
+        # Metal has no float64. Each coefficient is rounded to float32 once, so errors do not accumulate.
         wide = torch.float32 if device.type == "mps" else torch.float64
         tables: list[Tensor] = [getattr(self, field.name) for field in fields(self)]
         return ProcessTables(*(x.to(device, wide if x.is_floating_point() else x.dtype) for x in tables))
@@ -116,9 +117,10 @@ Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Parametrisation:
-    """What a model predicts: target(alpha, sigma, x_0, eps), and the ways back from it.
+    """What a model predicts, and how to get x_0 and the noise back from it.
 
-    x_0 and noise are functions of (alpha, sigma, x_t, prediction); all tensors (B, C, ...) or broadcast.
+    `target` is a function of (alpha, sigma, x_0, eps); `x_0` and `noise` are functions of (alpha, sigma, x_t,
+    prediction). All tensors are (B, C, ...) or broadcast to it.
     """
 
     target: Formula
@@ -143,7 +145,7 @@ PARAMETRISATIONS: dict[str, Parametrisation] = {
         x_0=lambda a, s, x_t, p: (a * x_t - s * p) / (a**2 + s**2),
         noise=lambda a, s, x_t, p: (s * x_t + a * p) / (a**2 + s**2),
     ),
-    # The velocity of a straight path, eps - x_0; with x_t it determines both on any schedule.
+    # The velocity of a straight path, eps - x_0. Together with x_t it determines both, on any schedule.
     "flow": Parametrisation(
         target=lambda a, s, x_0, eps: eps - x_0,
         x_0=lambda a, s, x_t, p: (x_t - s * p) / (a + s),

@@ -1,20 +1,21 @@
-"""Which timesteps a respaced process keeps: the option that guided-diffusion, DiT and SpeeDiT share."""
+"""Respacing: the timesteps that a shortened process keeps, as in guided-diffusion, DiT and SpeeDiT."""
 
 from collections.abc import Sequence
 
 
 def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[int]:
-    """Indices that a respaced process keeps, rising, in [0, num_timesteps).
+    """Indices that a respaced process keeps, in rising order, in [0, num_timesteps).
 
     Source: the option timestep_respacing of openai/guided-diffusion.
 
     Args:
         num_timesteps: T before respacing.
-        sections: '' keeps all; 'N,M,...' or a sequence cuts [0, T) into equal parts and spreads N, M, ...
-            indices over them, ends included; 'ddimN' takes the integer stride that gives N indices.
+        sections: '' keeps all. 'N,M,...' or a sequence divides [0, T) into equal parts and spreads N, M, ...
+            indices over them, including both ends of each part. 'ddimN' uses the integer stride that gives N
+            indices.
 
     Raises:
-        ValueError: the text is none of these, or a part has fewer timesteps than asked for.
+        ValueError: `sections` is none of these, or a part has fewer timesteps than requested.
     """
     if not sections:
         return list(range(num_timesteps))
@@ -32,7 +33,7 @@ def space_timesteps(num_timesteps: int, sections: str | Sequence[int]) -> list[i
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
-            # Summed, not multiplied: ties then round as in the published respacing.
+            # Summed, not multiplied, so that ties round as in guided-diffusion.
             position += stride
         start += length
     return kept

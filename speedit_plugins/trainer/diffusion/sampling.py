@@ -1,15 +1,26 @@
-"""From noise to data, through diffusers' schedulers.
+"""Sampling: from noise to data, with the schedulers of diffusers.
 
-A sampler runs on a chain of its own: the schedule at the visited timesteps only, as rows 0 to N - 1. Each
-scheduler then steps from one row to the next, and no arithmetic on timesteps can miss a node: on the linspace
-999 ... 0, DDIMScheduler by itself subtracts the truncated stride 1000 // N and lands between two nodes.
+A scheduler sees a shortened schedule that has only the visited timesteps, as rows 0 to N - 1. It always steps
+from one row to the next, so it cannot miss a timestep. With the full schedule it can: for the timesteps
+linspace(999, 0), DDIMScheduler subtracts the truncated stride 1000 // N and lands between two of them.
 
-The model's prediction becomes x_0 here, for all samplers alike, and the schedulers get it as "sample": that
-makes one place for clamping (DDIMScheduler keeps the unclamped noise beside a clamped x_0, DPM-Solver has no
-clamp) and leaves no channel count to guess (DPM-Solver cuts learned-variance outputs at three channels).
+The model's prediction is converted to x_0 here, for all samplers, and schedulers get it as
+prediction_type="sample". This solves two problems:
 
-A rectified flow has samplers of its own: they step through the t of an even grid under the process's shift,
-from t = 1 to t = 0, and get the velocity, after a clamp the one that leads to the clamped x_0.
+- Clamping is done in one place. DDIMScheduler combines a clamped x_0 with the unclamped noise, and DPM-Solver
+  cannot clamp.
+- No scheduler has to guess the number of channels. DPM-Solver cuts outputs with learned variance at three.
+
+Samplers of a Gaussian process:
+
+- ddpm: ancestral sampling with the variance of the process;
+- ddim;
+- ddim_leading: ddim on the timesteps 0, T // N, 2 (T // N), ..., like the pipelines of diffusers;
+- ddim_leading_1: the same timesteps plus 1, like Stable Diffusion;
+- dpm_solver: DPM-Solver++ 2M.
+
+Samplers of a rectified flow are euler and heun (second order). They step from t = 1 to t = 0 on an even grid,
+shifted like the process, and get the velocity. If x_0 is clamped, they get the velocity that leads to it.
 
 Dims: B batch, C channels, N steps; "..." is (H, W) for images or (F, H, W) for videos.
 """
@@ -32,10 +43,10 @@ from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow, shifted
-from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 
-# What a model is told beside x and the timestep: labels (B,), or named tensors (B, ...).
+# model(x, timestep, condition) -> prediction. A condition is labels (B,) or named tensors (B, ...).
 Model = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
@@ -56,32 +67,32 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
     generator: torch.Generator | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
-    """Denoises to data: x_0 of shape (B, C, ...), float32 or wider, without gradients.
+    """Denoises noise to data: returns x_0 (B, C, ...), float32 or wider, without gradients.
 
     Args:
-        model: model(x (B, C, ...), timestep (B,), condition) -> prediction as the process asks for it; the
-            timestep is int64, of a rectified flow 1000 t in float32.
-        process: what the model was trained on, its schedule not respaced.
+        model: model(x, timestep, condition) -> prediction in the shape that the process needs. x is (B, C,
+            ...); timestep is (B,), int64, or for a rectified flow 1000 t in float32.
+        process: the process that the model was trained with, without respacing.
         noise: standard normal, shape (B, C, ...).
-        condition: (B, ...), or named tensors (B, ...), given to the model as it is.
-        null_condition: of the same names and shapes; read where `guidance_scale` is not 1.
-        sampler: ddpm (ancestral; variance as the process has it), ddim, ddim_leading (the same on the
-            timesteps 0, T // N, 2 (T // N), ... that diffusers' pipelines visit), ddim_leading_1 (1 more than
-            these, as Stable Diffusion's), or dpm_solver (DPM-Solver++ 2M); of a rectified flow euler, or heun
-            (second order).
-        num_steps: N, the calls of the model, but 2 N - 1 of heun, whose last step is Euler's; ddpm and ddim
-            visit T - 1, 0 and N - 2 between.
-        guidance_scale: s >= 0 in null + s (condition - null), on the mean channels; 1 is no guidance. The
+        condition: tensor or named tensors (B, ...), passed to the model unchanged.
+        null_condition: unconditional counterpart with the same names and shapes; needed if `guidance_scale`
+            is not 1.
+        sampler: ddpm, ddim, ddim_leading, ddim_leading_1 or dpm_solver; for a rectified flow euler or heun.
+        num_steps: N, the number of model calls; heun makes 2 N - 1 calls, as its last step is an Euler step.
+            ddpm and ddim visit T - 1, 0 and N - 2 timesteps between them.
+        guidance_scale: s >= 0 in null + s (condition - null), for the mean channels; 1 is no guidance. The
             variance channels are those of `condition`. Source: Ho & Salimans 2022, arXiv:2207.12598.
-        guidance_channels: guide the first few mean channels alone; 3 is what DiT's released samples use.
-        clip_sample: clamp x_0 to [-1, 1] at every call.
-        eta: noise of ddim, 0 (none) to 1 (as ancestral). Source: Song et al. 2021, arXiv:2010.02502, eq. 16.
-        generator: source of the noise added on the way; of noise's device, or of the CPU.
-        callback: told the number of steps done, 1 to N, and x (B, C, ...) after each.
+        guidance_channels: number of mean channels to guide, from the first; None guides all. DiT's released
+            samples use 3.
+        clip_sample: clamp x_0 to [-1, 1] at every model call.
+        eta: amount of noise in ddim, from 0 (none) to 1 (as in ddpm). Source: Song et al. 2021,
+            arXiv:2010.02502, eq. 16.
+        generator: source of the noise added during sampling; on noise's device or on the CPU.
+        callback: called after each step with the number of finished steps, 1 to N, and x (B, C, ...).
 
     Raises:
-        ValueError: an unknown sampler, one of the other kind of process, a value out of range, an option
-            without effect, or a process that cannot be sampled: respaced, not variance-preserving, or
+        ValueError: the sampler is unknown or does not fit the process, a value is out of range, an option has
+            no effect, or the process cannot be sampled: it is respaced, not variance-preserving, or predicts
             epsilon at zero SNR.
     """
     _check_guidance(guidance_scale, guidance_channels, noise, condition, null_condition)
@@ -96,7 +107,7 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
 
 @dataclass(frozen=True)
 class _Guided:
-    """The model under classifier-free guidance: x and timestep -> prediction, in the dtype of x."""
+    """The model with classifier-free guidance: (x, timestep) -> prediction in the dtype of x."""
 
     model: Model
     condition: Condition
@@ -109,7 +120,7 @@ class _Guided:
             return self.model(x, timestep, self.condition).to(x.dtype)
         both = _one_after_the_other(self.condition, self.null_condition)  # (2B, ...)
         prediction = self.model(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-        # Widened first: the scale multiplies the rounding of a half-precision difference.
+        # Widened first: otherwise the scale would amplify the rounding of a half-precision difference.
         given, null = prediction.to(x.dtype).chunk(2)
         guided = null + self.scale * (given - null)
         channels = x.shape[1] if self.channels is None else self.channels
@@ -151,9 +162,9 @@ def _chain(
 
 @dataclass(frozen=True, eq=False)
 class _GaussianChain:
-    """A diffusers scheduler on the visited timesteps alone, rows 0 (clean) to N - 1.
+    """A scheduler of diffusers on the visited timesteps only, rows 0 (clean) to N - 1.
 
-    options are what its `step` takes beside the prediction, the row and x.
+    `options` are additional arguments of the scheduler's `step`.
     """
 
     process: GaussianProcess
@@ -163,9 +174,9 @@ class _GaussianChain:
     reads_variance: bool = False
 
     def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
-        """X (B, C, ...) after each of the N steps, data after the last."""
+        """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for row, timestep in reversed(list(enumerate(self.schedule.timesteps.tolist()))):
-            # The process is not respaced: the timestep that the model embeds is also the process' index.
+            # Since the process is not respaced, the model's timestep is also the index in the process.
             index = torch.full(x.shape[:1], timestep, device=x.device)  # (B,)
             mean, variance = self.process.split(guided(x, index), x)
             x_0 = self.process.predicted_x_0(mean, x, index)
@@ -215,7 +226,7 @@ def _ddim_on(
 ) -> _GaussianChain:
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim needs eta in [0, 1], got {eta}")
-    # The chain ends on clean data, alpha-bar = 1, and not on the noise that timestep 0 still has.
+    # The last step ends at clean data, alpha-bar = 1, not at the small noise of timestep 0.
     scheduler = _scheduler(DDIMScheduler, schedule, clip_sample=False, set_alpha_to_one=True)
     return _GaussianChain(process, schedule, scheduler, {"eta": eta, "generator": generator})
 
@@ -225,13 +236,13 @@ def _dpm_solver(
 ) -> _GaussianChain:
     last = process.schedule.num_timesteps - 1
     _check_num_steps(num_steps, 1, last)
-    # The solver goes from its last node straight to sigma = 0, which takes the place of timestep 0.
+    # The solver goes from its last timestep straight to sigma = 0; timestep 0 is not visited.
     stride = last / num_steps
     schedule = process.schedule.respaced([round(node * stride) for node in range(1, num_steps + 1)])
     scheduler = _scheduler(
         DPMSolverMultistepScheduler,
         schedule,
-        # At zero SNR its sigma / alpha is infinite and the first step NaN; this floor is diffusers' own.
+        # At zero SNR, sigma / alpha is infinite and the first step NaN; diffusers uses the same floor.
         least_alphas_cumprod=2.0**-24,
         algorithm_type="dpmsolver++",
         solver_order=2,
@@ -254,7 +265,7 @@ _GAUSSIAN_SAMPLERS: dict[
 
 def _end_to_end(schedule: NoiseSchedule, num_steps: int) -> NoiseSchedule:
     _check_num_steps(num_steps, 2, schedule.num_timesteps)
-    # DiT's own respacing: 250 of 1000 are 0, 4, 8 ... 995, 999.
+    # DiT's respacing: 250 of 1000 are 0, 4, 8 ... 995, 999.
     return schedule.respaced(space_timesteps(schedule.num_timesteps, [num_steps]))
 
 
@@ -266,11 +277,12 @@ def _scheduler(
         num_train_timesteps=schedule.num_timesteps,
         trained_betas=(1 - schedule.alphas_cumprod / cleaner).tolist(),
         prediction_type="sample",
-        # The one spacing that visits every row in all three schedulers.
+        # The only spacing with which all three schedulers visit every row.
         timestep_spacing="trailing",
         **options,
     )
-    # diffusers multiplies 1 - beta up in float32, which leaves 1 - alpha-bar three digits at the clean end.
+    # diffusers computes the product of 1 - beta in float32. At the clean end that leaves three digits of
+    # 1 - alpha-bar.
     scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=least_alphas_cumprod)
     scheduler.set_timesteps(schedule.num_timesteps)
     return scheduler
@@ -278,7 +290,7 @@ def _scheduler(
 
 @dataclass(frozen=True, eq=False)
 class _FlowChain:
-    """A diffusers flow scheduler, and the t in (0, 1] of each call of the model; is_step: it ends a step."""
+    """A flow scheduler of diffusers with the t in (0, 1] of each model call; is_step marks ends of steps."""
 
     process: RectifiedFlow
     scheduler: Any
@@ -286,7 +298,7 @@ class _FlowChain:
     is_step: list[bool]
 
     def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
-        """X (B, C, ...) after each of the N steps, data after the last."""
+        """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for time, is_step in zip(self.times, self.is_step, strict=True):
             timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
             velocity = self.process.velocity(guided(x, timestep), x)
@@ -304,9 +316,9 @@ def _euler(process: RectifiedFlow, num_steps: int) -> _FlowChain:
 
 
 def _heun(process: RectifiedFlow, num_steps: int) -> _FlowChain:
-    # A single step would be Euler's.
+    # A single step would be an Euler step.
     nodes = _flow_nodes(process, num_steps, least=2)
-    # Each node between the ends is called twice: to correct the step that arrives and to begin the next.
+    # The model is called twice at each inner time: to correct the previous step and to begin the next one.
     twice = torch.cat([nodes[:1], nodes[1:-1].repeat_interleave(2)])  # (2 N - 1,)
     scheduler = _flow_scheduler(FlowMatchHeunDiscreteScheduler, num_steps, torch.cat([twice, nodes[-1:]]))
     return _FlowChain(process, scheduler, twice.tolist(), [False, True] * (num_steps - 1) + [True])
@@ -316,7 +328,7 @@ _FLOW_SAMPLERS: dict[str, Callable[[RectifiedFlow, int], _FlowChain]] = {"euler"
 
 
 def _flow_nodes(process: RectifiedFlow, num_steps: int, *, least: int) -> Tensor:
-    """N + 1 values of t from 1 to 0, float32 as the schedulers hold them."""
+    """N + 1 values of t from 1 to 0, in float32, the precision of the schedulers."""
     if num_steps < least:
         raise ValueError(f"num_steps needs to be >= {least}, got {num_steps}")
     even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
@@ -326,8 +338,8 @@ def _flow_nodes(process: RectifiedFlow, num_steps: int, *, least: int) -> Tensor
 def _flow_scheduler(kind: Any, num_steps: int, sigmas: Tensor) -> Any:
     scheduler = kind()
     scheduler.set_timesteps(num_steps)
-    # By itself the grid of diffusers ends its even part at t = 0.001, and Heun's takes no other one. With a
-    # begin index it counts the calls, and looks no timestep up.
+    # The default grid of diffusers ends at t = 0.001 before 0, and Heun's scheduler accepts no other grid, so
+    # it is replaced here. With a begin index, schedulers count calls instead of looking timesteps up.
     scheduler.sigmas = sigmas
     scheduler.set_begin_index(0)
     return scheduler
@@ -340,7 +352,7 @@ def _check_process(process: GaussianProcess) -> None:
             f"sampling needs a process without respacing, got {schedule.num_timesteps} of "
             f"{schedule.num_original} timesteps: build it with timestep_respacing='' and use num_steps"
         )
-    # The schedulers know alpha-bar alone: alpha^2 + sigma^2 = 1 is built into them.
+    # The schedulers store only alpha-bar and assume alpha^2 + sigma^2 = 1.
     if not torch.allclose(schedule.alpha**2 + schedule.sigma**2, torch.ones_like(schedule.alpha)):
         raise ValueError("sampling needs a variance-preserving schedule, got alpha^2 + sigma^2 other than 1")
     if process.prediction_type == "epsilon" and schedule.alpha[-1] == 0:

@@ -1,6 +1,7 @@
-"""What the figures need of a set of images, gathered batch by batch, and kept in a file for a reference.
+"""Collects what the metrics need from a set of images, batch by batch, and stores it for a reference set.
 
-50,000 images at 2,048 features: covariance 32 MiB, features 400 MB, probabilities of 1,008 classes 200 MB.
+Memory for 50,000 images with 2,048 features: covariance 32 MiB, features 400 MB, probabilities of 1,008
+classes 200 MB.
 
 Dims: N images, B of them in a batch, D features, S spatial features, K classes.
 """
@@ -19,15 +20,15 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor, read
 
-# A covariance of 4096 features takes 128 MiB in float64; usual feature spaces have at most 2048.
+# A covariance of 4096 features takes 128 MiB in float64; common feature spaces have at most 2048.
 MAX_FEATURES = 4096
-# Rows that enter a covariance at once: with a batch of 16 each update would cost as much as one of 1000.
+# Rows added to a covariance at once: an update with 16 rows would cost as much as one with 1000.
 FLUSH_ROWS = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
-    """Mean (D,) and covariance (D, D) of `num_samples` features; None where nobody said of how many."""
+    """Mean (D,) and covariance (D, D) of the features of `num_samples` images; None if unknown."""
 
     mean: Tensor
     covariance: Tensor
@@ -36,7 +37,11 @@ class FeatureMoments:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """Of N images, as far as it was asked for: Gaussians, features and probabilities float32 (N, ...)."""
+    """Statistics of N images; fields that were not requested are None.
+
+    `gaussian` and `spatial` are moments of the features and of the spatial features. `features` (N, D) and
+    `probabilities` (N, K) are float32.
+    """
 
     gaussian: FeatureMoments | None = None
     spatial: FeatureMoments | None = None
@@ -51,14 +56,16 @@ KINDS = (*GAUSSIANS, "features", "probabilities")
 def collect(
     batches: Iterable[Tensor], extractor: FeatureExtractor, *, num_samples: int, kinds: Collection[str]
 ) -> Collected:
-    """Goes once over a set of images, or videos where the extractor takes these.
+    """Computes the statistics of a set of images, or of videos if the extractor takes videos, in one pass.
 
     Args:
-        batches: uint8 (B, ...), `num_samples` in all; one is held at a time.
-        kinds: the fields of `Collected` that are wanted.
+        batches: uint8 (B, ...), with `num_samples` in total; one batch is held at a time.
+        extractor: computes the features.
+        num_samples: N.
+        kinds: the fields of `Collected` to fill.
 
     Raises:
-        ValueError: the extractor has not what is wanted, or has too many features for a covariance.
+        ValueError: the extractor cannot compute a field, or has too many features for a covariance.
     """
     sinks: dict[str, _Statistics | _Rows] = {
         kind: _Statistics(extractor.name) if kind in GAUSSIANS else _Rows(num_samples) for kind in kinds
@@ -72,14 +79,16 @@ def collect(
 
 
 def save_collected(path: Path, collected: Collected, *, features: str, fingerprint: str) -> None:
-    """Writes a file that `load_collected` reads; it appears complete or not at all.
+    """Writes a file for `load_collected`, atomically.
 
     Args:
-        features: what decides the features.
-        fingerprint: of the images.
+        path: the file.
+        collected: the statistics to store.
+        features: identity of the feature extractor.
+        fingerprint: fingerprint of the images.
 
     Raises:
-        OSError: it cannot be written; names it.
+        OSError: the file cannot be written; names it.
     """
     tensors: dict[str, Tensor] = {}
     words = {"features": features, "fingerprint": fingerprint}
@@ -94,13 +103,15 @@ def save_collected(path: Path, collected: Collected, *, features: str, fingerpri
 
 
 def load_collected(path: Path, *, features: str, fingerprint: str, kinds: Collection[str]) -> Collected:
-    """What `save_collected` wrote, of these kinds.
+    """Reads the fields `kinds` from a file of `save_collected`.
 
     Args:
-        features, fingerprint: what they must be.
+        path: the file.
+        features, fingerprint: the values that the file must have been saved with.
+        kinds: the fields of `Collected` to read.
 
     Raises:
-        ValueError: a damaged file, other features, other images, or a kind that it has not.
+        ValueError: the file is damaged, belongs to other features or images, or lacks a field.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,13 +120,13 @@ def load_collected(path: Path, *, features: str, fingerprint: str, kinds: Collec
                 {name: file.get_tensor(name) for name in list(file.keys())},
             )
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no file of reference statistics: {error}") from error
+        raise ValueError(f"'{path}' is damaged or not a file of reference statistics: {error}") from error
     wanted = {"features": features, "fingerprint": fingerprint}
     for what, value in wanted.items():
         if words.get(what) != value:
             raise ValueError(
                 f"'{path}' has statistics of other {'features' if what == 'features' else 'images'}: {what}"
-                f" {words.get(what)!r}, wanted {value!r}; give another reference_statistics, or delete it"
+                f" {words.get(what)!r}, wanted {value!r}; set another reference_statistics or delete the file"
             )
     found: dict[str, Any] = {}
     for kind in kinds:
@@ -126,13 +137,13 @@ def load_collected(path: Path, *, features: str, fingerprint: str, kinds: Collec
             found[kind] = tensors[kind]
         else:
             raise ValueError(
-                f"'{path}' was written for other metrics and has no {kind}; delete it to have it written anew"
+                f"'{path}' was written for other metrics and has no {kind}; delete it to compute it again"
             )
     return Collected(**found)
 
 
 class _Statistics:
-    """Features on their way into mean and covariance, in groups."""
+    """Accumulates mean and covariance of features, in groups of rows."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -145,7 +156,7 @@ class _Statistics:
             if dim > MAX_FEATURES:
                 raise ValueError(
                     f"features {self._name!r} have {dim} dimensions, wanted at most {MAX_FEATURES}:"
-                    f" their covariance would take {8 * dim**2 / 2**30:.0f} GiB; pixels@8 has few"
+                    f" their covariance would take {8 * dim**2 / 2**30:.0f} GiB; pixels@8 has fewer"
                 )
             self._statistics = FeatureStatistics(dim)
         self._waiting.append(features)
@@ -165,7 +176,7 @@ class _Statistics:
 
 
 class _Rows:
-    """Rows of all images, float32 (N, D), in memory that is taken once."""
+    """Collects rows of all images into one preallocated tensor, float32 (N, D)."""
 
     def __init__(self, num_samples: int) -> None:
         self._num_samples, self._filled = num_samples, 0

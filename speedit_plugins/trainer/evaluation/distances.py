@@ -1,4 +1,4 @@
-"""Distances between sets of images, measured on features, and the Inception Score.
+"""Distances between sets of images in a feature space, and the Inception Score.
 
 Dims: N images, B of them in a batch, D features, K classes.
 """
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of a kernel matrix held at once: 2048 x 2048 in float64 are 32 MiB.
+# Rows of a kernel matrix held at once: 2048 x 2048 values take 32 MiB in float64.
 CHUNK = 2048
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean of a figure over parts of the data, and the standard deviation between the parts."""
+    """Mean of a metric over parts of the data, and its standard deviation between the parts."""
 
     mean: float
     std: float
@@ -28,10 +28,11 @@ class Estimate:
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Squared Fréchet distance of two Gaussians, >= 0; on Inception features it is the FID.
+    """Squared Fréchet distance of two Gaussians, >= 0; with Inception features it is the FID.
 
-    |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1^1/2 cov2 cov1^1/2)^1/2), in float64. Covariances
-    estimated from few samples per feature bias it heavily upwards: compare at equal N only.
+    |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1^1/2 cov2 cov1^1/2)^1/2), in float64. It is strongly
+    biased upwards if the covariances were estimated from few samples per feature. Compare only distances with
+    equal N.
 
     Source: Dowson and Landau 1982, "The Fréchet distance between multivariate normal distributions".
 
@@ -40,7 +41,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         cov1, cov2: (D, D), symmetric and positive semi-definite; may be singular.
 
     Raises:
-        ValueError: shapes that do not match, values that are not finite, a matrix that is no covariance.
+        ValueError: shapes do not match, values are not finite, or a matrix is not a covariance.
     """
     mean1, mean2 = mean1.detach().double().cpu(), mean2.detach().double().cpu()
     if mean1.ndim != 1 or mean1.shape != mean2.shape:
@@ -49,8 +50,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     difference = mean1 - mean2
     if not torch.isfinite(difference).all():
         raise ValueError("the means must be finite, got NaN or infinity")
-    # With cov = F F^T the trace of the square root is the sum of the singular values of F1^T F2. They are
-    # exact to eps times the largest; square roots of the product's eigenvalues would lose half of the digits.
+    # With cov = F F^T, the trace of the square root is the sum of the singular values of F1^T F2. Their error
+    # is eps times the largest. Square roots of the product's eigenvalues would lose half of the digits.
     overlap = torch.linalg.svdvals(factor1.T @ factor2).sum()
     spread = factor1.square().sum() + factor2.square().sum()
     return max(0.0, float(difference.square().sum() + spread - 2.0 * overlap))
@@ -65,22 +66,22 @@ def kernel_distance(  # noqa: PLR0913 - flat, as the keys of a config are
     generator: torch.Generator,
     chunk: int = CHUNK,
 ) -> Estimate:
-    """Squared maximum mean discrepancy under the kernel (x y / D + 1)^3; on Inception features the KID.
+    """Squared maximum mean discrepancy with the kernel (x y / D + 1)^3; with Inception features, the KID.
 
-    The unbiased estimate, which may be negative, averaged over random subsets, in float64. Its expectation
-    does not depend on N: unlike the Fréchet distance it compares sets of different sizes.
+    The unbiased estimate, averaged over random subsets, in float64; it may be negative. Its expectation does
+    not depend on N, so unlike the Fréchet distance it can compare sets of different sizes.
 
     Source: Binkowski et al. 2018, "Demystifying MMD GANs", arXiv:1801.01401, section 4.
 
     Args:
         samples, reference: (N, D), each with its own N.
-        num_subsets: drawn without replacement from each side, >= 1.
-        subset_size: in [2, N] of the smaller side.
-        generator: draws the subsets.
-        chunk: rows of a kernel matrix held at once; it changes rounding alone.
+        num_subsets: number of subsets taken from each side, >= 1.
+        subset_size: size of a subset, sampled without replacement; in [2, N] of the smaller side.
+        generator: chooses the subsets.
+        chunk: rows of a kernel matrix held at once; affects only rounding.
 
     Raises:
-        ValueError: another shape, features that are not finite, or a number out of range.
+        ValueError: shapes do not match, features are not finite, or a number is out of range.
     """
     check_pair(samples, reference)
     most = min(len(samples), len(reference))
@@ -105,24 +106,24 @@ def kernel_distance(  # noqa: PLR0913 - flat, as the keys of a config are
 
 
 def inception_score(probabilities: Tensor, *, num_splits: int, generator: torch.Generator) -> Estimate:
-    """exp of the mean divergence KL(p(class | image) || p(class)), in [1, K], over random equal parts.
+    """exp of the mean of KL(p(class | image) || p(class)), in [1, K], over equal random parts of the images.
 
     Source: Salimans et al. 2016, "Improved techniques for training GANs", arXiv:1606.03498, section 4.
 
     Args:
-        probabilities: of each image's classes (N, K); rows sum to 1.
-        num_splits: parts of the images, in [1, N]; 10 in the paper.
-        generator: draws the parts, so that images sorted by class are no obstacle.
+        probabilities: class probabilities of each image (N, K); rows sum to 1.
+        num_splits: number of parts, in [1, N]; 10 in the paper.
+        generator: chooses the parts at random, since images may be sorted by class.
 
     Raises:
-        ValueError: rows that are no probabilities, or a number out of range.
+        ValueError: a row is not a distribution, or a number is out of range.
     """
     if probabilities.ndim != 2 or not 1 <= num_splits <= len(probabilities):
         raise ValueError(
             f"inception_score needs probabilities (N, K) and num_splits in [1, N], got"
             f" {tuple(probabilities.shape)} and {num_splits}"
         )
-    # 1e-3: what rows of a thousand classes in half precision may miss by.
+    # 1e-3 allows for half-precision probabilities of a thousand classes.
     if not ((probabilities.sum(dim=1) - 1.0).abs().max() <= 1e-3 and (probabilities >= 0).all()):
         raise ValueError("inception_score needs rows of values >= 0 that sum to 1")
     order = torch.randperm(len(probabilities), generator=generator)
@@ -130,7 +131,7 @@ def inception_score(probabilities: Tensor, *, num_splits: int, generator: torch.
     for rows in order.tensor_split(num_splits):
         part = probabilities[rows].double()
         marginal = part.mean(dim=0)
-        # Entropies, since p log p is 0 where p is.
+        # Computed by entropies, as entr(p) = -p log p is 0 at p = 0.
         divergence = torch.special.entr(marginal).sum() - torch.special.entr(part).sum(dim=1).mean()
         parts.append(math.exp(float(divergence)))
     return Estimate.of(parts)
@@ -154,10 +155,10 @@ class FeatureStatistics:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Takes in a batch of features (B, D), finite.
+        """Adds a batch of finite features (B, D).
 
         Raises:
-            ValueError: another shape, or a value that is not finite.
+            ValueError: the shape is another one, or a value is not finite.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must be (B, {self.dim}), got {tuple(features.shape)}")
@@ -170,21 +171,21 @@ class FeatureStatistics:
         mean = batch.mean(dim=0)
         centred = batch - mean
         shift = mean - self._mean
-        # Deviations from each batch's own mean: sums of raw squares cancel when the mean is large.
+        # Deviations from the batch's own mean: with raw squares, a large mean would cancel the digits.
         self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(batch) / total)
         self._mean += shift * (len(batch) / total)
         self.count = total
 
     @property
     def mean(self) -> Tensor:
-        """(D,) float64; at least one sample is needed."""
+        """Mean (D,), float64; raises ValueError without samples."""
         if self.count < 1:
             raise ValueError("the mean needs at least one sample, got none")
         return self._mean.clone()
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D) float64 with the divisor N - 1; at least two samples are needed."""
+        """Covariance (D, D), float64, with divisor N - 1; raises ValueError with fewer than two samples."""
         if self.count < 2:
             raise ValueError(f"the covariance needs at least two samples, got {self.count}")
         return self._scatter / (self.count - 1)
@@ -193,7 +194,7 @@ class FeatureStatistics:
 def feature_statistics(
     images: Tensor, extractor: Callable[[Tensor], Tensor], *, batch_size: int = 500
 ) -> FeatureStatistics:
-    """Statistics of extractor(images) over uint8 images (N, H, W, C), N >= 1, `batch_size` at a time."""
+    """Mean and covariance of extractor(images) for uint8 images (N, H, W, C), N >= 1, in batches."""
     if batch_size < 1:
         raise ValueError(f"feature_statistics needs batch_size >= 1, got {batch_size}")
     if len(images) == 0:
@@ -214,17 +215,17 @@ def check_pair(samples: Tensor, reference: Tensor) -> None:
             f"the features must both be (N, D), got {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
     for name, features in (("samples", samples), ("reference", reference)):
-        # In chunks, as all features of 50,000 images are not held a second time.
+        # In chunks, to avoid a second copy of the features of 50,000 images.
         if not all(part.isfinite().all() for part in features.split(CHUNK)):
             raise ValueError(f"the features must be finite, got NaN or infinity in {name}")
 
 
-# In chunks of row numbers, since a subset may be all there is, and twice that does not fit.
+# Row numbers in chunks. A subset may be the whole set, and a copy of it might not fit into memory.
 _Chunks = tuple[Tensor, ...]
 
 
 def _kernel_sum(x: Tensor, rows: _Chunks, y: Tensor, columns: _Chunks) -> float:
-    """Sum of the kernel over all pairs of these rows of x (N, D) and y."""
+    """Sum of the kernel over all pairs of the given rows of x (N, D) and y (N, D)."""
     total = 0.0
     for i in rows:
         some = x[i].double()
@@ -234,7 +235,7 @@ def _kernel_sum(x: Tensor, rows: _Chunks, y: Tensor, columns: _Chunks) -> float:
 
 
 def _diagonal_sum(x: Tensor, rows: _Chunks) -> float:
-    """Sum of the kernel of each row and itself."""
+    """Sum of the kernel of each given row with itself."""
     squares = torch.cat([x[i].double().square().sum(dim=1) for i in rows])
     return float((squares / x.shape[1] + 1.0).pow(3).sum())
 
@@ -247,7 +248,7 @@ def _factor(covariance: Tensor, dim: int) -> Tensor:
     if not torch.isfinite(covariance).all():
         raise ValueError("the covariance must be finite, got NaN or infinity")
     scale = float(covariance.abs().max())
-    # 1e-6: what a covariance computed in float32 over a thousand features may miss by.
+    # 1e-6 allows for covariances of a thousand features that were computed in float32.
     if float((covariance - covariance.T).abs().max()) > 1e-6 * scale:
         raise ValueError("the covariance must be symmetric")
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2.0)
@@ -255,7 +256,7 @@ def _factor(covariance: Tensor, dim: int) -> Tensor:
         raise ValueError(
             f"the covariance must be positive semi-definite, got eigenvalue {float(values.min()):.3g}"
         )
-    # Below rounding of the largest eigenvalue there is noise only, and its square root would not be small.
+    # Eigenvalues below the rounding error of the largest one are noise, whose square roots would matter.
     floor = dim * torch.finfo(torch.float64).eps * float(values.max().clamp(min=0.0))
     roots: Tensor = torch.where(values > floor, values, 0.0).sqrt()
     return vectors * roots

@@ -1,9 +1,9 @@
-"""Feature spaces in which sets of images are compared.
+"""Feature extractors: feature spaces in which sets of images are compared.
 
-An entry of FEATURES is built with its own options and, where it has parameters of these names, the whole
-reference set, `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None, and the `device` to run on. What
-comes back has a `name` and maps uint8 images (B, H, W, C) to float features (B, D); any extractor of this
-form plugs in. One that also has `read` gives what the sFID and the Inception Score need.
+The registry FEATURES builds an extractor from its options. If the builder has parameters of these names, it
+also gets the reference set, `images` uint8 (N, H, W, C) and `labels` int64 (N,) or None, and the `device` to
+run on. An extractor has a `name` and maps uint8 images (B, H, W, C) to float features (B, D). With a method
+`read`, as below, it can also serve the sFID and the Inception Score.
 
 Dims: N reference images, B images, H x W pixels, C channels, D features, S spatial features, K classes.
 """
@@ -20,7 +20,7 @@ from speedit_plugins.registry import FEATURES
 
 
 class FeatureExtractor(Protocol):
-    """Images in, features out; a distance is reported together with `name`."""
+    """Maps images to features; metrics are reported with its `name`."""
 
     name: str
 
@@ -29,7 +29,7 @@ class FeatureExtractor(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What a network says of images: features (B, D), a map's values (B, S), class probabilities (B, K)."""
+    """Outputs of a network: features (B, D), spatial features (B, S), class probabilities (B, K)."""
 
     features: Tensor
     spatial: Tensor | None = None
@@ -39,10 +39,10 @@ class Readings:
 def read(
     extractor: FeatureExtractor, images: Tensor, *, spatial: bool = False, probabilities: bool = False
 ) -> Readings:
-    """Features of images, with spatial features and class probabilities where they are asked for.
+    """Features of images and, on request, spatial features and class probabilities.
 
     Raises:
-        ValueError: the extractor has none.
+        ValueError: the extractor has no spatial features or no classes.
     """
     if not spatial and not probabilities:
         return Readings(extractor(images))
@@ -54,24 +54,24 @@ def read(
     )
     if spatial and found.spatial is None:
         raise ValueError(
-            f"sfid needs features with a spatial map, got {extractor.name}; wanted efficientnet-lite0 or"
+            f"sfid needs an extractor with a spatial map, got {extractor.name}; wanted efficientnet-lite0 or"
             " inception"
         )
     if probabilities and found.probabilities is None:
         raise ValueError(
-            f"inception_score needs features with classes, got {extractor.name}; wanted digit_classifier,"
+            f"inception_score needs an extractor with classes, got {extractor.name}; wanted digit_classifier,"
             " efficientnet-lite0 or inception"
         )
     return found
 
 
 class Pixels:
-    """Pixel values in [0, 1], averaged over a grid of pool x pool cells or as they are.
+    """Pixel values in [0, 1], optionally averaged over a grid of pool x pool cells.
 
-    The shape of the first images is the only one accepted.
+    All images must have the shape of the first ones.
 
     Args:
-        pool: cells a side, in [1, min(H, W)]; None keeps every pixel.
+        pool: cells per side, in [1, min(H, W)]; None keeps every pixel.
     """
 
     def __init__(self, *, pool: int | None = None) -> None:
@@ -102,19 +102,20 @@ def pixels_at_8() -> Pixels:
 
 
 class DigitClassifier:
-    """The 32 penultimate features of a small convolutional network, trained on the reference set when built.
+    """The 32 penultimate features of a small convolutional network that is trained on the reference set.
 
-    For small images with few classes, such as digits, where no pretrained network fits. The same arguments
-    give the same features to the bit on one machine; the global random state is neither read nor changed.
+    For small images with few classes, such as digits, for which no pretrained network is suitable. Training
+    takes place in the constructor. On one machine, equal arguments give bitwise equal features. The global
+    random state is neither used nor changed.
 
     Args:
         images: uint8 (N, H, W, C), N >= 10; images larger than 8 x 8 are averaged down to it.
         labels: int64 (N,), values 0..K-1 with K >= 2.
-        seed: decides the split, the initial weights and the order.
-        epochs: passes over the training part, >= 1.
+        seed: decides the held-out images, the initial weights and the order of training.
+        epochs: passes over the training images, >= 1.
 
     Attributes:
-        accuracy: share of right classes on the fifth of the reference set that was not trained on.
+        accuracy: accuracy on the held-out fifth of the reference set.
     """
 
     name = "digit_classifier"
@@ -124,8 +125,8 @@ class DigitClassifier:
         self.shape = _image_shape(images)
         if labels is None:
             raise ValueError(
-                "digit_classifier learns from labels, and its reference has none: wanted the dataset's own"
-                " images (reference: null), or other features"
+                "digit_classifier needs a reference with labels, got none: use the dataset as reference"
+                " (reference: null) or other features"
             )
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(
@@ -142,12 +143,12 @@ class DigitClassifier:
             raise ValueError(f"digit_classifier needs epochs >= 1, got {epochs}")
         generator = torch.Generator().manual_seed(seed)
         held_out, trained_on = _split(len(images), generator)
-        # The caller may well evaluate under no_grad or inference_mode; training needs neither.
+        # Training needs gradients, also if the caller is under no_grad or inference_mode.
         with torch.inference_mode(mode=False), torch.enable_grad():
             self._network = _Network(self.shape[2], self.dim, int(labels.max()) + 1, generator)
             values, targets = self._prepare(images), labels.cpu().clone()
             _train(self._network, values[trained_on], targets[trained_on], epochs, generator)
-        # The weights are the features; on another machine, or with other threads, training rounds otherwise.
+        # The weights identify the features: another machine or number of threads trains slightly others.
         digest = hashlib.sha256()
         for parameter in self._network.parameters():
             digest.update(parameter.detach().numpy().tobytes())
@@ -160,13 +161,13 @@ class DigitClassifier:
 
     @torch.no_grad()
     def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = False) -> Readings:
-        """Features (B, 32) and, where asked for, probabilities (B, K); it has no spatial map."""
+        """Features (B, 32) and, on request, probabilities (B, K); there is no spatial map."""
         features: Tensor = self._network.features(self._prepare(images))
         classes = self._network.head(features).softmax(dim=1) if probabilities else None
         return Readings(features, probabilities=classes)
 
     def classify(self, images: Tensor) -> Tensor:
-        """The likeliest class of each image, int64 (B,)."""
+        """The most likely class of each image, int64 (B,)."""
         probabilities = self.read(images, probabilities=True).probabilities
         assert probabilities is not None
         return probabilities.argmax(dim=1)
@@ -182,7 +183,7 @@ class _Network(nn.Module):
 
     def __init__(self, channels: int, width: int, num_classes: int, generator: torch.Generator) -> None:
         super().__init__()
-        # skip_init: the layers' own initialisation draws from the global generator.
+        # skip_init: the default initialisation would use the global generator.
         self.features = nn.Sequential(
             nn.utils.skip_init(nn.Conv2d, channels, 32, 3, padding=1),
             nn.SiLU(),
@@ -223,7 +224,7 @@ def _train(
 
 
 def _split(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of a random fifth, and of the rest."""
+    """Indices of a random fifth of the images, and of the rest."""
     order = torch.randperm(num_images, generator=generator)
     return order[: num_images // 5], order[num_images // 5 :]
 

@@ -1,4 +1,4 @@
-"""The figures of the phase test: metrics by name, and how a figure is called and said.
+"""The metrics of the phase `test`, and how their values are named and printed.
 
 Dims: D features.
 """
@@ -19,8 +19,11 @@ CLIP_SCORE = "clip_score"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number, and what it was made from; `num_reference` is None too where a file does not state it."""
+class MetricValue:
+    """One measured value, and what it was measured on.
+
+    `num_reference` is None without a reference, and also if a reference file does not state the number.
+    """
 
     name: str
     value: float
@@ -33,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sides:
-    """What metrics compare, and their options."""
+    """The two sets that metrics compare, and the options of the metrics."""
 
     samples: Collected
     reference: Collected
@@ -42,17 +45,20 @@ class Sides:
 
     @property
     def generator(self) -> torch.Generator:
-        """The same for each metric, whichever others there are."""
+        """A new generator with the same seed for each metric, so that metrics do not affect each other."""
         return torch.Generator().manual_seed(self.seed)
 
 
-# A label, a value, and what else a metric says.
+# Name, value and further details of each value that a metric yields.
 _Measured = Iterator[tuple[str, float, Mapping[str, float]]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The field of `Collected` that it reads, of both sides or of the samples alone, and its figures."""
+    """A metric: the field of `Collected` that it uses, and the function that measures it.
+
+    `has_reference` is False if it uses only the samples.
+    """
 
     kind: str
     measure: Callable[[Sides], _Measured]
@@ -79,10 +85,10 @@ def _kid(sides: Sides) -> _Measured:
     assert ours is not None
     assert theirs is not None
     size = min(sides.options.kid_subset_size, len(ours), len(theirs))
-    # Of whole sets every subset is the same.
+    # If a subset is the whole set, all subsets are equal.
     number = 1 if size == len(ours) == len(theirs) else sides.options.kid_subsets
     found = kernel_distance(ours, theirs, num_subsets=number, subset_size=size, generator=sides.generator)
-    # One subset has no deviation.
+    # One subset has no standard deviation.
     spread = {"std": found.std} if number > 1 else {}
     yield "kid", found.mean, {**spread, "num_subsets": number, "subset_size": size}
 
@@ -126,20 +132,23 @@ METRIC_OF = {
 def check_numbers(
     metrics: Collection[str], options: EvaluationConfig, *, num_samples: int, num_reference: int | None
 ) -> None:
-    """Returns where sets of these sizes have enough images for the metrics, before any is read.
+    """Checks that the sets have enough images for the metrics and their options.
 
     Args:
-        num_reference: None where no image of the reference is read.
+        metrics: names of the metrics.
+        options: options of the metrics.
+        num_samples: number of samples.
+        num_reference: number of reference images; None if none of them is needed.
 
     Raises:
-        ValueError: a set or an option that is too small or too large for the other.
+        ValueError: a set is too small, or an option is too large for the set.
     """
     least, beside = num_samples, f"{num_samples} samples"
     if num_reference is not None:
         least, beside = min(least, num_reference), f"{beside} and a reference of {num_reference}"
     needs_two = [name for name in metrics if METRICS[name].has_reference]
     if needs_two and least < 2:
-        raise ValueError(f"{needs_two[0]} needs two images or more of a set, got one")
+        raise ValueError(f"{needs_two[0]} needs at least two images in each set, got one")
     limits = [("score_splits", "inception_score", num_samples)]
     if num_reference is not None:
         limits += [
@@ -149,12 +158,15 @@ def check_numbers(
     for key, metric, most in limits:
         if metric in metrics and getattr(options, key) > most:
             raise ValueError(
-                f"evaluation.{key} needs to be at most {most} for {beside}, got {getattr(options, key)}"
+                f"evaluation.{key} must be at most {most} for {beside}, got {getattr(options, key)}"
             )
 
 
 def label_of(metric: str, extractor: FeatureExtractor) -> str:
-    """Plain where the network is the one that the name stands for, else with the features: fid[pixels@8]."""
+    """The reported name of a metric: with its features, such as fid[pixels@8].
+
+    With the network that a metric is defined on, the name is plain: fid with Inception, fvd with I3D.
+    """
     if isinstance(extractor, Inception):
         return metric
     if isinstance(extractor, I3d) and metric == "fid":
@@ -162,16 +174,16 @@ def label_of(metric: str, extractor: FeatureExtractor) -> str:
     return f"{metric}[{extractor.name}]"
 
 
-def line_of(figure: Figure) -> str:
-    """A figure as a person reads it, with its numbers, and a warning where they are small."""
-    spread = f" ± {figure.details['std']:.4f}" if "std" in figure.details else ""
-    numbers = f"{figure.num_samples} samples"
-    if figure.has_reference:
+def line_of(metric: MetricValue) -> str:
+    """A line to print: value, features and sizes of the sets, with a warning if they are small."""
+    spread = f" ± {metric.details['std']:.4f}" if "std" in metric.details else ""
+    numbers = f"{metric.num_samples} samples"
+    if metric.has_reference:
         numbers += (
-            f", {'unstated number of' if figure.num_reference is None else figure.num_reference} reference"
+            f", {'unstated number of' if metric.num_reference is None else metric.num_reference} reference"
         )
-    # The bias of a Fréchet distance falls with the number of samples per dimension; ten is a usual least.
-    dim = figure.details.get("feature_dim", 0)
-    least = min(figure.num_samples, figure.num_reference or figure.num_samples)
+    # The bias of a Fréchet distance falls with the samples per dimension; ten is a common minimum.
+    dim = metric.details.get("feature_dim", 0)
+    least = min(metric.num_samples, metric.num_reference or metric.num_samples)
     few = f"; few for {dim} dimensions: biased upwards" if least < 10 * dim else ""
-    return f"{figure.name}: {figure.value:.4f}{spread}  (features {figure.features}; {numbers}{few})"
+    return f"{metric.name}: {metric.value:.4f}{spread}  (features {metric.features}; {numbers}{few})"

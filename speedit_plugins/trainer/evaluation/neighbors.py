@@ -1,6 +1,6 @@
-"""How far samples lie among the reference, and the reference among samples, by nearest neighbours.
+"""Precision, recall, density and coverage of samples, computed with nearest neighbours.
 
-Distances are taken in float64 and in chunks, so that 50,000 x 50,000 of them fit in memory.
+Distances are computed in float64 and in chunks, as all 50,000 x 50,000 would not fit into memory.
 
 Dims: M samples, N reference images, D features.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from speedit_plugins.trainer.evaluation.distances import CHUNK, check_pair
 
-# Of the squared norms: what a squared distance of equal features may miss zero by, in float64, and more.
+# Tolerance relative to the squared norms: above the float64 error of the squared distance of equal features.
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Manifolds:
-    """Precision, recall and coverage in [0, 1], density >= 0 and about 1 for equal distributions."""
+    """Precision, recall and coverage are in [0, 1]. Density is >= 0, and about 1 for equal distributions."""
 
     precision: float
     recall: float
@@ -35,29 +35,31 @@ def manifolds(
     density_neighbors: int = 5,
     chunk: int = CHUNK,
 ) -> Manifolds:
-    """Precision and recall, density and coverage of samples among a reference.
+    """Precision, recall, density and coverage of samples with respect to a reference.
 
-    A ball around each image reaches to its k-th nearest other one of its own set. Precision is the share of
-    samples in a ball of the reference, recall the share of the reference in a ball of the samples. Density
-    counts the reference's balls around a sample, over k; coverage is the share of them with a sample in it.
-    A distance equal to the radius is inside.
+    Each image has a ball that reaches to its k-th nearest neighbour in its own set, boundary included.
 
-    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991 (precision, recall; k = 3 there); Naeem et al. 2020,
+    - Precision: fraction of samples inside at least one ball of the reference.
+    - Recall: fraction of reference images inside at least one ball of the samples.
+    - Density: mean number of reference balls that contain a sample, divided by k.
+    - Coverage: fraction of reference balls that contain at least one sample.
+
+    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991 (precision, recall; k = 3); Naeem et al. 2020,
     arXiv:2002.09797 (density, coverage; k = 5).
 
     Args:
         samples, reference: features (M, D) and (N, D), finite.
-        precision_neighbors: k of precision and recall, in [1, min(M, N)).
-        density_neighbors: k of density and coverage, in [1, N).
-        chunk: rows and columns of a block of distances; it changes rounding alone.
+        precision_neighbors: k for precision and recall, in [1, min(M, N)).
+        density_neighbors: k for density and coverage, in [1, N).
+        chunk: rows and columns of a block of distances; affects only rounding.
 
     Raises:
-        ValueError: another shape, features that are not finite, or a number out of range.
+        ValueError: shapes do not match, features are not finite, or a number is out of range.
     """
     check_pair(samples, reference)
     _check_neighbors(samples, reference, precision_neighbors, density_neighbors)
-    # Distances are the same from anywhere, and rounded least from the middle.
-    # In chunks: in float64 the whole is twice as large again.
+    # Subtracting the centre leaves distances unchanged and reduces rounding. It is computed in chunks, as a
+    # float64 copy of the whole set would take twice its memory.
     centre = sum(part.double().sum(dim=0) for part in reference.split(chunk)) / len(reference)
     (own,) = neighbor_distances(samples, [precision_neighbors], centre=centre, chunk=chunk)
     theirs, denser = neighbor_distances(
@@ -83,12 +85,13 @@ def manifolds(
 def neighbor_distances(
     features: Tensor, neighbors: Sequence[int], *, centre: Tensor, chunk: int = CHUNK
 ) -> list[Tensor]:
-    """Squared distances (N,), float64, from each row to its k-th nearest other row, for each k.
+    """Squared distances (N,), float64, from each row to its k-th nearest other row; one tensor per k.
 
     Args:
         features: (N, D).
-        neighbors: the k, each in [1, N).
-        centre: (D,) float64, subtracted first.
+        neighbors: values of k, each in [1, N).
+        centre: (D,) float64, subtracted first to reduce rounding.
+        chunk: rows and columns of a block of distances.
     """
     most = max(neighbors)
     nearest = torch.full((len(features), most), torch.inf, dtype=torch.float64)
@@ -96,14 +99,14 @@ def neighbor_distances(
         if rows == columns:
             distances.fill_diagonal_(torch.inf)
         else:
-            # The block on the other side of the diagonal is this one on its side.
+            # The mirrored block on the other side of the diagonal is the transpose of this one.
             nearest[columns] = _smallest(nearest[columns], distances.T)
         nearest[rows] = _smallest(nearest[rows], distances)
     return [nearest[:, k - 1].clone() for k in neighbors]
 
 
 def _smallest(kept: Tensor, found: Tensor) -> Tensor:
-    """The smallest numbers of each row of both, as many as are kept."""
+    """The smallest numbers in each row of `kept` and `found` together, as many as `kept` has."""
     fewer = found.topk(min(kept.shape[1], found.shape[1]), dim=1, largest=False).values
     return torch.cat([kept, fewer], dim=1).topk(kept.shape[1], dim=1, largest=False).values
 
@@ -117,10 +120,14 @@ def _blocks(
     slack: float = 0.0,
     is_upper: bool = False,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns, and the squared distances between them less `slack` times their squared norms.
+    """Yields (rows, columns, squared distances between them), block by block.
 
     Args:
-        is_upper: only on the diagonal and above it.
+        first, second: features (N, D).
+        centre: (D,), subtracted from both.
+        chunk: rows and columns of a block.
+        slack: distances are reduced by this fraction of the squared norms, to absorb rounding.
+        is_upper: yield only blocks on and above the diagonal.
     """
     for start in range(0, len(first), chunk):
         rows = slice(start, min(start + chunk, len(first)))
@@ -147,6 +154,6 @@ def _check_neighbors(
     ):
         if not 1 <= k < limit:
             raise ValueError(
-                f"{name} needs to be in [1, {limit}) for {len(samples)} samples and a reference of"
+                f"{name} must be in [1, {limit}) for {len(samples)} samples and a reference of"
                 f" {len(reference)}, got {k}"
             )

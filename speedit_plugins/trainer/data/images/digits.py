@@ -1,4 +1,4 @@
-"""The embedded dataset: real handwritten digits that need no download.
+"""A small dataset of real handwritten digits that needs no download.
 
 Dims: N images, C channels, H x W pixels.
 """
@@ -15,13 +15,13 @@ IMAGE_SIZES = (8, 16, 32)
 
 
 class Digits:
-    """1,797 handwritten digits of 8 x 8 pixels in ten classes, grey.
+    """1,797 grey images of handwritten digits, 8 x 8 pixels, ten classes.
 
     Source: scikit-learn's `load_digits`, the test part of the UCI set "Optical Recognition of Handwritten
-    Digits" (Alpaydin and Kaynak 1998). Its grey levels 0..16 map to [-1, 1].
+    Digits" (Alpaydin and Kaynak 1998). Its grey levels 0..16 are mapped to [-1, 1].
 
     Args:
-        image_size: 8, or 16 or 32 by bilinear interpolation.
+        image_size: 8; 16 and 32 are enlarged by bilinear interpolation.
     """
 
     num_classes = 10
@@ -44,21 +44,21 @@ class Digits:
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (1, H, W) in [-1, 1] and "label" int in [0, 10).
 
-        Digits are not augmented (a mirrored digit is another sign), so `generator` is not drawn from.
+        `generator` is not used: a mirrored digit is no longer that digit, so there is no augmentation.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Digits has {len(self)} images, got index {index}")
-        # A copy: a caller that writes into the sample must not change the dataset.
+        # A copy, so that a caller who modifies the sample does not change the dataset.
         return {"image": self.images[index].clone(), "label": int(self.labels[index])}
 
 
 def _read_digits() -> tuple[Tensor, Tensor]:
     """Grey levels in [0, 16], float32 (N, 1, 8, 8), and labels int64 (N,)."""
-    # Imported on use: scikit-learn takes a second to load and is an extra.
+    # Imported here because scikit-learn is optional and takes a second to load.
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        message = "Digits needs scikit-learn, which is not installed; pip install 'speedit-plugins[trainer]'"
+        message = "Digits needs scikit-learn: pip install 'speedit-plugins[trainer]'"
         raise ImportError(message) from error
     bunch = load_digits()
     grey = torch.as_tensor(bunch.images, dtype=torch.float32).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The embedded captioned images: emoji with their names, which need no download.
+"""A small dataset of captioned images that needs no download: emoji and their names.
 
 Dims: N images, H x W pixels.
 """
@@ -13,24 +13,25 @@ from torch.nn import functional
 
 from speedit_plugins.registry import DATASETS
 
-# Made by tools/build_emoji.py; its sources stand beside it in EMOJI_ATTRIBUTION.md.
+# Made by tools/build_emoji.py; EMOJI_ATTRIBUTION.md in the same folder lists its sources.
 SOURCE = Path(__file__).parents[1] / "assets" / "emoji_32.npz"
 SOURCE_SIZE = 32
 IMAGE_SIZES = (16, 32)
-# One in ten emoji is of the test split, from all over the source's order, which goes by subject.
+# The source orders emoji by subject: every tenth one goes to the test split, so that it covers all subjects.
 TEST_EVERY = 10
 SPLITS = ("all", "train", "test")
 
 
 class Emoji:
-    """1,911 emoji of 32 x 32 pixels over white, RGB, each with its name in plain lower-case words.
+    """1,911 RGB emoji of 32 x 32 pixels on white; the caption is the emoji's name in lower case.
 
-    Source: Twemoji's pictures with Unicode's names, such as "grinning face" and "flag: france"; in the order
-    of Unicode, and without variants of skin tone.
+    Source: Twemoji's images with Unicode's names, such as "grinning face" and "flag: france". They are in
+    Unicode's order, without skin-tone variants.
 
     Args:
-        image_size: 32, or 16 by averages of two by two pixels.
-        random_flip: mirror left to right with probability 1/2; names that tell left from right then lie.
+        image_size: 32; 16 averages each 2 x 2 pixels.
+        random_flip: mirror left to right with probability 1/2. Names that mention left or right then become
+            wrong for mirrored images.
         split: "all", "test" for every tenth image, "train" for the rest.
     """
 
@@ -70,7 +71,7 @@ class Emoji:
 
 
 def _read_emoji() -> tuple[Tensor, list[str]]:
-    """Pixels uint8 (N, 3, 32, 32) and N names."""
+    """Pixels, uint8 (N, 3, 32, 32), and N names."""
     with np.load(SOURCE, allow_pickle=False) as arrays:
         pixels = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
         return pixels, arrays["captions"].tolist()

@@ -1,4 +1,4 @@
-"""Images from a folder: with classes in the ImageNet layout, or without; of one size, or in buckets.
+"""Images from a folder, with or without classes, at one size or in aspect-ratio buckets.
 
 Dims: H x W pixels after the crop, N images.
 """
@@ -24,11 +24,11 @@ from speedit_plugins.trainer.data.strings import Strings
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ON_CORRUPT = ("raise", "skip")
-# Of TIFF, in pixels.
+# TIFF tags of the size in pixels.
 IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
-# EXIF orientations that swap height and width.
+# EXIF orientations that turn the image by 90 degrees.
 SIDEWAYS = (5, 6, 7, 8)
-# What Pillow's decoders raise on damaged data.
+# Errors that Pillow's decoders raise on damaged data.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -44,30 +44,33 @@ DECODE_ERRORS = (
 
 
 class ImageFolder:
-    """Images below `root`, centre-cropped as in ADM, in a fixed order: by class name, then by path.
+    """Images below `root`, centre-cropped as in ADM, sorted by class name and then by path.
 
-    With classes the layout is ImageNet's: one folder per class directly below `root`, labels in the order of
-    the sorted folder names; images may lie deeper in it. Without, every image at any depth counts and every
-    label is 0. Names that begin with a dot and files that are no images by their suffix are left out.
+    With classes, the layout is ImageNet's: one folder per class directly below `root`; images may be nested
+    deeper inside. Labels follow the sorted folder names. Without classes, all images at any depth are used
+    and every label is 0. Hidden names (a leading dot) and files without an image suffix are skipped.
 
-    With buckets, an image is scaled to cover the one of the nearest aspect ratio and cropped to it; this
-    reads the header of every file. `buckets` then holds the bucket of each image, int64 (N,), else None.
+    With buckets, an image goes to the bucket with the nearest aspect ratio. It is scaled to cover the bucket
+    and cropped to it. Creating the dataset then reads the header of every file. The attribute `buckets` holds
+    the bucket index of each image, int64 (N,); without buckets it is None.
 
     Args:
-        root: the folder; may itself be a link.
-        image_size: side of the square crop in pixels, >= 1. With buckets nothing is cropped to it: it is the
-            size of what an experiment samples.
-        class_cond: labels from folder names; False for an unconditional set.
+        root: the folder; may be a symbolic link.
+        image_size: side of the square crop in pixels, >= 1. With buckets it does not affect training; it is
+            the size of the images that an experiment samples.
+        class_cond: take labels from folder names; False for unconditional training.
         random_flip: mirror left to right with probability 1/2.
-        on_corrupt: "raise" names a damaged file; "skip" takes the next readable image, with that image's
-            label, and warns once per file. A file that the system fails to read (permission, disk) raises.
-            With buckets it is the next one of its bucket; a damaged header counts as that of a square.
+        on_corrupt: what to do with a damaged file. "raise" raises and names it. "skip" warns once per file
+            and uses the next readable image with its label instead, within the same bucket. A damaged header
+            counts as a square image. Failures of the system (permission, disk) always raise.
         follow_links: True allows symbolic links that lead out of `root`.
-        buckets: [height, width] of each, in pixels, of different aspect ratios; None crops to the square.
+        buckets: [height, width] of each bucket in pixels, all of different aspect ratios; None crops every
+            image to the square.
 
     Raises:
-        ValueError: no such folder, no images, a layout that does not fit `class_cond`, a link that leads out
-            of `root`, to nothing or in a circle, unusable buckets, with them a damaged header ("raise").
+        ValueError: the folder is missing or has no images; its layout does not fit `class_cond`; a link leads
+            out of `root`, to nothing or in a circle; buckets are invalid; or, with buckets and "raise", an
+            image header is damaged.
         OSError: with buckets, the system fails to read a file.
     """
 
@@ -92,11 +95,11 @@ class ImageFolder:
             raise ValueError(f"ImageFolder needs on_corrupt in {ON_CORRUPT}, got {on_corrupt!r}")
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise ValueError(f"ImageFolder needs a folder as root, got {self.root}, which is none")
+            raise ValueError(f"ImageFolder needs root to be a folder, got {self.root}")
         self.image_size = image_size
         self.random_flip = random_flip
         self.on_corrupt = on_corrupt
-        # Resolved once: a root that is a link stands for the folder it leads to.
+        # The root itself may be a link; only links below it are checked.
         walk = Walk(self.root.resolve(), follow_links=follow_links, suffixes=SUFFIXES)
         self.classes, paths, labels = _with_classes(walk) if class_cond else _without_classes(walk)
         self.num_classes = len(self.classes)
@@ -104,7 +107,7 @@ class ImageFolder:
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
         self.buckets = None if buckets is None else self._nearest_buckets()
-        # Shared memory, so that the workers and this process count each damaged file once.
+        # In shared memory, so that all workers together count each damaged file once.
         self._corrupt = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -112,11 +115,11 @@ class ImageFolder:
 
     @property
     def num_corrupt(self) -> int:
-        """Damaged files met so far, by all workers together."""
+        """Number of damaged files found so far by all workers."""
         return int(self._corrupt.sum())
 
     def path(self, index: int) -> Path:
-        """The file behind `index`."""
+        """Path of the image at `index`."""
         return Path(self._paths[index])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
@@ -125,13 +128,13 @@ class ImageFolder:
         `generator` decides the flip.
 
         Raises:
-            ValueError: a damaged file with on_corrupt="raise", or with "skip" no readable one at all (of its
-                bucket).
+            ValueError: the file is damaged and on_corrupt is "raise", or it is "skip" and no file (of this
+                bucket) is readable.
             OSError: the system fails to read the file.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} images, got index {index}")
-        # Drawn before the file is read: a damaged file does not move the stream.
+        # Decided before the file is read, so that a damaged file does not change later random numbers.
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         image, index = self._read(index)
         height, width = self._sides[0 if self.buckets is None else int(self.buckets[index])]
@@ -142,7 +145,7 @@ class ImageFolder:
         return {"image": scaled, "label": int(self.labels[index])}
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        """The image at `index`, or the next readable one of its bucket (cyclically), with its index."""
+        """The image at `index`, or the next readable one of the bucket (cyclically), and its index."""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             if self._corrupt[candidate] or not self._shares_bucket(index, candidate):
@@ -154,10 +157,10 @@ class ImageFolder:
                 if self.on_corrupt == "raise":
                     raise
                 self._corrupt[candidate] = True
-                warnings.warn(f"{error}; the next readable image takes its place", UserWarning, stacklevel=3)
+                warnings.warn(f"{error}; using the next readable image instead", UserWarning, stacklevel=3)
         where = f"below {self.root}"
         if self.buckets is not None:
-            where += f" of the bucket {list(self._sides[int(self.buckets[index])])}"
+            where += f" in the bucket {list(self._sides[int(self.buckets[index])])}"
         num_damaged = sum(self._shares_bucket(index, other) for other in range(len(self)))
         raise ValueError(
             f"{type(self).__name__} found no readable image: all {num_damaged} files {where} are damaged"
@@ -167,7 +170,7 @@ class ImageFolder:
         return self.buckets is None or bool(self.buckets[index] == self.buckets[other])
 
     def _nearest_buckets(self) -> Tensor:
-        """The bucket of each image by its header, int64 (N,)."""
+        """Bucket index of each image, from the size in its header, int64 (N,)."""
         ratios = torch.empty(len(self), dtype=torch.float64)
         for index in range(len(self)):
             try:
@@ -175,38 +178,38 @@ class ImageFolder:
             except ValueError:
                 if self.on_corrupt == "raise":
                     raise
-                # `load` warns of the file, and replaces it by one of this bucket.
+                # `load` will warn about this file and replace it with another one of the square's bucket.
                 height = width = self.image_size
             ratios[index] = height / width
         return nearest_buckets(ratios, self._sides)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright image in pixels, from the file's header alone.
+    """Height and width of the upright image in pixels; reads only the file's header.
 
     Raises:
-        ValueError: the header is damaged or of no image; names the file.
+        ValueError: the file is not an image or its header is damaged; names the file.
         OSError: the system fails to read the file.
     """
     with _naming_damage(path), Image.open(path) as image:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # Of the stored picture in every version: newer ones of Pillow give the upright size here.
+            # The stored size: `image.size` is already the upright one in newer versions of Pillow.
             width, height = image.tag_v2[IMAGE_WIDTH], image.tag_v2[IMAGE_LENGTH]
-        # The PNG plugin's own getexif decodes the picture, in search of a record behind it; one there is not
-        # seen here, which costs such a file the better bucket.
+        # PNG's own getexif decodes the whole image to find EXIF data stored after the pixels. This one does
+        # not: a PNG with EXIF data there may end up in a worse bucket.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """The file as an upright 8-bit RGB image of its own size.
+    """Reads a file as an upright 8-bit RGB image at its own size.
 
-    EXIF orientation is applied; transparency is laid over white, since the colour under it is arbitrary;
-    16-bit grey keeps its high byte's scale; an animation gives its first frame.
+    Applies the EXIF orientation. Transparent pixels are blended onto white, since the colour stored under
+    them is arbitrary. 16-bit grey is rescaled to 8 bits. An animation gives its first frame.
 
     Raises:
-        ValueError: the file is damaged or no image; names the file.
+        ValueError: the file is damaged or not an image; names the file.
         OSError: the system fails to read the file.
     """
     with _naming_damage(path), Image.open(path) as image:
@@ -215,24 +218,24 @@ def read_rgb(path: Path) -> Image.Image:
 
 @contextmanager
 def _naming_damage(path: Path) -> Iterator[None]:
-    """What a decoder raises inside, as a ValueError that names the file; a failing system as it is."""
+    """Turns decoding errors into a ValueError that names the file; errors of the system pass unchanged."""
     try:
         yield
     except DECODE_ERRORS as error:
-        # Pillow's own complaints carry no errno; one that does is a failing disk or a permission, not damage.
+        # An OSError with an errno comes from the system (disk, permission); Pillow's own ones have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"corrupt image {path}: {type(error).__name__}: {error}") from error
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The central rectangle of height x width pixels, scaled so that the image just covers it.
+    """Scales the image until it just covers height x width pixels, then crops the centre.
 
-    The image is halved by box averages while it then still covers it, brought to it by bicubic
-    interpolation, then cropped.
+    The image is first halved by box averaging for as long as it still covers the target, then resized to it
+    by bicubic interpolation.
 
     Source: the preprocessing of ADM, Dhariwal and Nichol 2021, arXiv:2105.05233 (openai/guided-diffusion),
-    which has squares alone.
+    extended from squares to rectangles.
     """
     columns, rows = image.size
     while columns >= 2 * width and rows >= 2 * height:
@@ -247,27 +250,27 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips at 255, which turns the picture white.
+        # 16-bit grey: Pillow's own conversion clips at 255, so nearly all pixels would become white.
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"grey levels {grey.min()}..{grey.max()}, wanted at most 16 bits")
+            raise ValueError(f"grey levels must fit in 16 bits, got {grey.min()}..{grey.max()}")
         image = Image.fromarray(np.round(grey / 257.0).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; wanted an 8-bit or 16-bit image")
+        raise ValueError("wanted an 8-bit or 16-bit image, got floating-point pixels, whose range is unknown")
     return image.convert("RGB")
 
 
 def _with_classes(walk: Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """Class names, paths and labels of the ImageNet layout."""
+    """Class names, paths and labels of a folder in the ImageNet layout."""
     folders, stray = walk.entries(str(walk.root))
     if stray:
         raise ValueError(
             f"class_cond=True needs one folder per class below {walk.root}, got an image directly in it: "
-            f"{stray[0]}; class_cond=False takes images of any depth without labels"
+            f"{stray[0]}; class_cond=False uses images at any depth, without labels"
         )
     if not folders:
         raise ValueError(f"class_cond=True needs one folder per class below {walk.root}, got no folder")
@@ -283,7 +286,7 @@ def _with_classes(walk: Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
 
 
 def _without_classes(walk: Walk) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """The same without class names; every label is 0."""
+    """No class names, all paths, and label 0 for each."""
     paths = list(walk.files(str(walk.root)))
     if not paths:
         raise ValueError(f"ImageFolder found no images below {walk.root} (suffixes: {', '.join(SUFFIXES)})")

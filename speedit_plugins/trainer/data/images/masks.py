@@ -1,4 +1,4 @@
-"""Random holes in images, to train filling them.
+"""Random masks for inpainting training.
 
 Dims: H x W pixels.
 """
@@ -13,15 +13,16 @@ from speedit_plugins.registry import MASKS
 
 
 class RandomMasks:
-    """Holes of a random form: a rectangle, or a chain of brush strokes.
+    """Masks that are a rectangle or a chain of brush strokes, at random.
 
-    Source of the two forms: Suvorov et al. 2021 (LaMa), arXiv:2109.07161, appendix.
+    Source of the two shapes: Suvorov et al. 2021 (LaMa), arXiv:2109.07161, appendix.
 
     Args:
-        box_prob: how often the hole is a rectangle, in [0, 1].
-        box_share: least and largest share of each side that a rectangle takes, in (0, 1].
-        num_strokes: most strokes of a chain, >= 1.
-        brush_share: least and largest width of a brush, as a share of the shorter side, in (0, 1].
+        box_prob: probability of a rectangle, in [0, 1].
+        box_share: smallest and largest height and width of a rectangle, as fractions of the image's, in
+            (0, 1].
+        num_strokes: largest number of strokes in a chain, >= 1.
+        brush_share: smallest and largest brush width, as fractions of the shorter image side, in (0, 1].
 
     Raises:
         ValueError: a value out of range.
@@ -48,7 +49,7 @@ class RandomMasks:
         self.box_share, self.brush_share = tuple(box_share), tuple(brush_share)
 
     def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """A mask (H, W), float32, on the generator's device: 1 in the hole, which is never empty, else 0."""
+        """A mask, float32 (H, W), on the generator's device: 1 in the hole, 0 elsewhere; never all 0."""
         uniform = torch.rand(5 + 2 * self.num_strokes + 2, generator=generator, device=generator.device)
         chances = uniform.tolist()
         if chances[0] < self.box_prob:
@@ -71,7 +72,7 @@ class RandomMasks:
 
     def _strokes(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
         low, high = self.brush_share
-        # At least more than sqrt(1/2), the farthest that a point lies from the nearest pixel: never empty.
+        # A point is at most sqrt(1/2) pixels from the nearest pixel; a larger radius always covers one.
         radius = max(0.75, min(height, width) * (low + (high - low) * chances[1]) / 2)
         count = 1 + math.floor(chances[2] * self.num_strokes)
         points = torch.tensor(chances[5 : 5 + 2 * (count + 1)], device=device).view(count + 1, 2)
@@ -82,7 +83,7 @@ class RandomMasks:
         hole = torch.zeros(height, width, dtype=torch.bool, device=device)
         for start, end in zip(points[:-1], points[1:], strict=True):
             along = end - start
-            # The place on the segment that is nearest to each pixel, in [0, 1].
+            # Nearest point on the segment for each pixel, as a fraction of its length.
             place = ((pixels - start) @ along / along.dot(along).clamp(min=1e-6)).clamp(0, 1)
             distance = (pixels - start - place.unsqueeze(-1) * along).norm(dim=-1)
             hole |= distance <= radius

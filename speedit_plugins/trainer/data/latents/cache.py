@@ -1,6 +1,6 @@
-"""Samples encoded once: the dataset of cached latents, and of the features of their captions.
+"""Dataset of latents and caption features that were encoded once and stored on disk.
 
-Dims: `B` samples, `C` latent channels, `h`, `w` edges of the latent, `L`, `D` tokens and width of a caption.
+Dims: `B` samples, `C` latent channels, `h` x `w` latent size, `L` caption tokens, `D` width of a token.
 """
 
 import os
@@ -19,33 +19,37 @@ from speedit_plugins.trainer.data.latents.shards import INDEX, TensorShards, rea
 LATENTS = ("latent_mean", "latent_std")
 FLIPPED = ("flipped_mean", "flipped_std")
 TEXT = ("text_tokens", "text_mask")
-# How many captions a sample has, in a cache where some have several.
+# Number of captions of a sample; stored only if some samples have several.
 TEXT_COUNT = "text_count"
 NULL_TEXT = "null_text.safetensors"
-# Largest deviation that is taken for rounding, as a share of the norm: bfloat16 keeps 8 bits, and layers of
-# such sums lose some hundredths; another encoder's features deviate by about the norm itself.
+# Largest difference that counts as rounding, relative to the norm. An encoder in bfloat16 (8 bits) errs by a
+# few hundredths; the features of another encoder differ by about the norm itself.
 NULL_TEXT_ROUNDING = 0.1
 
 
 class LatentCache:
-    """Latents that `tools/cache_latents.py` wrote: what the encoder would give for each image, scaled.
+    """Latents written by `tools/cache_latents.py`: the encoder's posterior of each image, already scaled.
 
-    Attributes: `num_classes` and `image_size` are those of the encoded dataset, `channels` is C,
-    `encoder_fingerprint` is `fingerprint()` of the encoder that wrote it, `null_text` the features of the
-    empty caption, "tokens" (1, L, D) and "mask" (1, L), or None of a cache without captions; `text_encoder`
-    is the config of what made them.
+    Attributes:
+        num_classes: number of classes of the encoded dataset.
+        image_size: side of the encoded images in pixels.
+        channels: C.
+        encoder_fingerprint: `fingerprint()` of the encoder that wrote the cache.
+        null_text: features of the empty caption, "tokens" (1, L, D) and "mask" (1, L); None without captions.
+        text_encoder: config of the encoder that made the caption features; None without captions.
 
     Args:
-        root: the folder.
-        image_size: side of the encoded images in pixels, to be checked; None takes the cache's.
-        class_cond: whether labels are classes, to be checked; None takes the cache's.
-        text: whether it has captions, to be checked; None takes what there is.
-        random_flip: the mirrored image's latents with probability 1/2; None where the cache has them.
-        verify: compare the sha256 of every shard, which reads all of them; sizes are always compared.
+        root: folder of the cache.
+        image_size: expected side of the encoded images in pixels; None accepts any.
+        class_cond: whether labels are expected to be classes; None accepts both.
+        text: whether the cache is expected to have captions; None accepts both.
+        random_flip: use the mirrored image's latents with probability 1/2; None does so if the cache has
+            them.
+        verify: compare the sha256 of every shard, which reads the whole cache. Sizes are always compared.
 
     Raises:
-        ValueError: no cache of latents, an unfinished one, a shard that is missing or damaged, another
-            `image_size` or `class_cond`, `random_flip` without mirrored images in it.
+        ValueError: there is no cache of latents, it is unfinished, a shard is missing or damaged, an
+            expectation is not met, or `random_flip` is True and the cache has no mirrored images.
     """
 
     def __init__(
@@ -63,25 +67,26 @@ class LatentCache:
         missing = set(LATENTS) - set(index.tensors)
         if missing:
             raise ValueError(
-                f"LatentCache needs {', '.join(sorted(missing))}, got {sorted(index.tensors)} in {root}"
+                f"LatentCache needs the tensors {', '.join(sorted(missing))}, got {sorted(index.tensors)}"
+                f" in {root}"
             )
         for key, value in (("image_size", image_size), ("class_cond", class_cond)):
             if value is not None and value != index.made_from[key]:
                 raise ValueError(
-                    f"the latents in {root} were made with {key} {index.made_from[key]}, got {key} {value}"
+                    f"the latents in {root} were made with {key} {index.made_from[key]}, wanted {key} {value}"
                 )
         has_text = TEXT[0] in index.tensors
         if text is not None and text != has_text:
-            found, wanted = ("captions" if has else "none" for has in (has_text, text))
-            raise ValueError(f"the cache in {root} was asked for captions: got {found}, wanted {wanted}")
+            found, wanted = ("captions" if has else "no captions" for has in (has_text, text))
+            raise ValueError(f"the cache in {root} has {found}, wanted {wanted}")
         self.null_text = _read_null_text(Path(root).expanduser(), index.made_from) if has_text else None
         self.text_encoder: dict[str, Any] | None = index.made_from.get("text_encoder")
         self._has_label, self._has_text = "label" in index.tensors, has_text
         self._has_several = TEXT_COUNT in index.tensors
         if random_flip and FLIPPED[0] not in index.tensors:
             raise ValueError(
-                f"random_flip=True needs mirrored images, got none in {root}; tools/cache_latents.py --flip"
-                " writes them"
+                f"random_flip=True needs latents of mirrored images, got none in {root}; write them with"
+                " tools/cache_latents.py --flip"
             )
         self.random_flip = FLIPPED[0] in index.tensors if random_flip is None else random_flip
         self.num_classes: int = index.made_from["num_classes"]
@@ -93,18 +98,20 @@ class LatentCache:
         return len(self._shards)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """One sample: "latent_mean" and "latent_std" float32 (C, h, w), and what it has of "label" int,
-        "text_tokens" float32 (L, D) and "text_mask" bool (L,).
+        """One sample: "latent_mean" and "latent_std", float32 (C, h, w).
 
-        `generator` decides the flip, then which of several captions, by the draws with which `ImageFolder`
-        and `ImageCaptions` decide them.
+        Depending on the cache it also has "label" int, and "text_tokens" float32 (L, D) with "text_mask" bool
+        (L,).
+
+        `generator` decides the flip, then which caption if there are several. It is used exactly as in
+        `ImageFolder` and `ImageCaptions`, so the choices are the same as without a cache.
         """
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         names = dict(zip(LATENTS, FLIPPED if flip else LATENTS, strict=True))
         if self._has_label:
             names["label"] = "label"
         if self._has_text:
-            names |= zip(TEXT, text_names(self._draw_caption(index, generator)), strict=True)
+            names |= zip(TEXT, text_names(self._pick_caption(index, generator)), strict=True)
         sample = self._shards.load(index, tuple(names.values()))
         found: dict[str, Any] = {}
         for name, stored in names.items():
@@ -112,16 +119,17 @@ class LatentCache:
             found[name] = int(value) if name == "label" else value if name == TEXT[1] else value.float()
         return found
 
-    def _draw_caption(self, index: int, generator: torch.Generator) -> int:
+    def _pick_caption(self, index: int, generator: torch.Generator) -> int:
         count = int(self._shards.load(index, (TEXT_COUNT,))[TEXT_COUNT]) if self._has_several else 1
         return int(torch.randint(count, (), generator=generator)) if count > 1 else 0
 
 
 def sample_latents(mean: Tensor, std: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """A sample (B, C, h, w) of each cached posterior: mean + std * noise.
+    """One sample of each cached posterior, (B, C, h, w): mean + std * noise.
 
-    For one `posterior` of the encoder, the same generators give what its `encode` gives, bit for bit. A cache
-    adds the rounding of its dtype, and of an encoder whose last bits depend on which images share its batch.
+    With the same generators and the same posterior, this equals the encoder's `encode` bit for bit. Latents
+    from a cache may still differ from freshly encoded ones: the cache's dtype rounds, and the last bits of
+    some encoders depend on which images share a batch.
 
     Args:
         mean: (B, C, h, w).
@@ -133,7 +141,7 @@ def sample_latents(mean: Tensor, std: Tensor, generators: Sequence[torch.Generat
     """
     if len(generators) != len(mean):
         raise ValueError(f"sample_latents needs one generator per sample, {len(mean)}, got {len(generators)}")
-    # Drawn where the generator lives, as diffusers does it.
+    # Generated on the generator's device, as in diffusers.
     noise = [
         torch.randn((1, *mean.shape[1:]), generator=each, device=each.device, dtype=mean.dtype)
         for each in generators
@@ -142,19 +150,19 @@ def sample_latents(mean: Tensor, std: Tensor, generators: Sequence[torch.Generat
 
 
 def text_names(number: int) -> tuple[str, str]:
-    """The cache's names of the features and the mask of a sample's caption `number`, from 0.
+    """Tensor names of the features and the mask of caption `number`, counted from 0.
 
-    A tensor for each: what is read of a sample is what is drawn.
+    Each caption has its own tensors, so that only the chosen caption is read from disk.
     """
     tokens, mask = TEXT
     return (f"{tokens}_{number}", f"{mask}_{number}") if number else TEXT
 
 
 def null_text_file(folder: Path, features: Mapping[str, Tensor]) -> bytes:
-    """What the file of the empty caption's features holds in the cache at `folder`, begun or not.
+    """Contents of the file with the empty caption's features, for the cache in `folder`.
 
-    What it has of them already stays where they say the same but for rounding: on another device, or in
-    another batch, an encoder gives other last bits, which make no other cache.
+    A file that is already there is kept if its features equal the new ones up to rounding. Another device or
+    batch size changes an encoder's last bits, and that alone must not make a cache count as a different one.
     """
     fresh = {name: value.cpu().contiguous() for name, value in features.items()}
     if (folder / INDEX).is_file():
@@ -167,7 +175,7 @@ def null_text_file(folder: Path, features: Mapping[str, Tensor]) -> bytes:
 def _read_null_text(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Tensor]:
     path = folder / NULL_TEXT
     if not _is_whole(path, made_from):
-        raise ValueError(f"the cache's {path} is missing or damaged; wanted the file that the index names")
+        raise ValueError(f"the cache's {path} is missing or damaged: its sha256 differs from the index")
     return load_file(path)
 
 

@@ -1,7 +1,8 @@
-"""Named tensors of many samples as shards on disk, written whole and read by sample.
+"""Stores named tensors of many samples in shards on disk and reads them back sample by sample.
 
-A folder holds `shard_00000.safetensors`, ... and `index.json`, which says what made them. The first dimension
-of every tensor in a shard is its samples. A file appears whole or not at all, the index after its shard.
+A folder holds `shard_00000.safetensors`, `shard_00001.safetensors`, ... and `index.json`. The index records
+what the contents were made from. The first dimension of every tensor in a shard is the sample. Files are
+written atomically, the index after the shard it lists.
 
 Dims: `B` samples.
 """
@@ -28,7 +29,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a folder, as it was written; `sha256` in hexadecimal."""
+    """One shard file as it was written; `sha256` is in hexadecimal."""
 
     file: str
     num_samples: int
@@ -38,14 +39,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What `index.json` says.
+    """Contents of `index.json`.
 
     Args:
-        made_from: plain JSON values that decide the contents.
-        num_samples: of the whole cache.
-        tensors: "dtype" and "shape" of one sample's tensors, by name; empty before the first shard.
-        shards: those that are done, in the order of their samples.
-        format: of the files, FORMAT.
+        made_from: JSON values that decide the contents: dataset, encoder, options.
+        num_samples: number of samples of the finished cache.
+        tensors: "dtype" and "shape" of each tensor of one sample, by name; empty before the first shard.
+        shards: finished shards, in order of their samples.
+        format: version of the file format, FORMAT.
     """
 
     made_from: dict[str, Any]
@@ -56,26 +57,27 @@ class ShardIndex:
 
     @property
     def num_done(self) -> int:
-        """Samples in the shards that are done."""
+        """Number of samples in finished shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the shards that are done."""
+        """Size of the finished shards."""
         return sum(shard.num_bytes for shard in self.shards)
 
 
 class TensorShards:
-    """Reads a finished folder of shards, mapped into memory when a sample of theirs is first asked for.
+    """Reads samples from a finished folder of shards.
 
-    Workers may inherit it by fork or get it pickled: they share the pages of the files, not copies.
+    A shard is memory-mapped when one of its samples is first read. Workers share the mapped pages, whether
+    they are forked or spawned.
 
     Args:
-        folder: with `index.json`.
-        verify: compare the sha256 of every shard; sizes are always compared.
+        folder: the folder with `index.json`.
+        verify: compare the sha256 of every shard, which reads them all. Sizes are always compared.
 
     Raises:
-        ValueError: no index, an unfinished cache, a shard that is missing or damaged.
+        ValueError: there is no index, the cache is unfinished, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -83,8 +85,8 @@ class TensorShards:
         self.index = read_index(self.folder)
         if self.index.num_done != self.index.num_samples:
             raise ValueError(
-                f"the cache in {self.folder} has {self.index.num_done} of {self.index.num_samples} samples;"
-                " the command that made it goes on where it stopped"
+                f"the cache in {self.folder} is unfinished: it has {self.index.num_done} of"
+                f" {self.index.num_samples} samples; run the command that made it again to finish it"
             )
         for shard in self.index.shards:
             check_shard(self.folder, shard, verify=verify)
@@ -95,35 +97,36 @@ class TensorShards:
         return self.index.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled tensor is a copy: whoever unpickles this maps the files itself.
+        # Pickling a mapped tensor would copy it; the receiving process maps the files itself.
         return {**self.__dict__, "_mapped": {}}
 
     def load(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Copies of one sample's tensors of these names, in the dtypes of the files.
+        """The tensors `names` of one sample, as copies, in the dtypes of the files.
 
         Raises:
-            IndexError: no such sample.
-            ValueError: its shard can no longer be read.
+            IndexError: `index` is out of range.
+            ValueError: the shard can no longer be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"the cache in {self.folder} has {len(self)} samples, got index {index}")
         number = bisect.bisect_right(self._ends, index)
         if number not in self._mapped:
             self._mapped[number] = _map(self.folder / self.index.shards[number].file)
-        row = index - self._ends[number]  # counted from the shard's end, as negative rows are
-        # Copies: the map is this process's own, and a write into it would stay.
+        row = index - self._ends[number]  # negative: counted from the end of the shard
+        # Copies, since a write into the mapped tensor would change later reads.
         return {name: self._mapped[number][name][row].clone() for name in names}
 
 
 def start_or_resume(folder: Path, *, made_from: Mapping[str, Any], num_samples: int) -> ShardIndex:
-    """The index of what is done in the folder: up to the last whole shard, nothing in a new folder.
+    """Opens a folder for writing and returns the index of the shards that are already finished and intact.
 
     Args:
-        folder: created where it is missing.
-        made_from: see `ShardIndex`, as for `num_samples`.
+        folder: created if it is missing.
+        made_from: see `ShardIndex`.
+        num_samples: see `ShardIndex`.
 
     Raises:
-        ValueError: the folder's cache is made from something else; the message says what differs.
+        ValueError: the folder holds a cache made from something else; the message lists the differences.
     """
     index = ShardIndex(json.loads(json.dumps(made_from)), num_samples, tensors={}, shards=())
     if not (folder / INDEX).exists():
@@ -136,34 +139,35 @@ def start_or_resume(folder: Path, *, made_from: Mapping[str, Any], num_samples: 
     )
     if differences:
         raise ValueError(
-            f"the cache in {folder} is made from something else: {'; '.join(differences)};"
-            " wanted another folder, or the old cache deleted"
+            f"the cache in {folder} was made from something else: {'; '.join(differences)};"
+            " use another folder or delete the old cache"
         )
     for number, shard in enumerate(found.shards):
         try:
             check_shard(folder, shard)
         except ValueError:
-            # What follows it is written again as well: the index lists shards without gaps.
+            # The shards after a damaged one are written again too: the index has no gaps.
             return replace(found, shards=found.shards[:number])
     return found
 
 
 def append_shard(folder: Path, index: ShardIndex, tensors: Mapping[str, Tensor]) -> ShardIndex:
-    """Writes the next shard and the index, each whole or not at all; the index with the shard in it.
+    """Writes the next shard, then the index, each atomically, and returns the new index.
 
     Args:
-        folder: the cache's.
-        index: of the shards before it.
-        tensors: (B, ...) each, with the names, dtypes and shapes of the shards before it.
+        folder: folder of the cache.
+        index: index of the shards written so far.
+        tensors: (B, ...) each; names, dtypes and shapes as in the earlier shards.
 
     Raises:
-        ValueError: tensors of unequal first dimension, unlike those before, or more than `num_samples`.
-        OSError: a file cannot be written; the shards before it stay as they are.
+        ValueError: the first dimensions differ, names, dtypes or shapes differ from earlier shards, or the
+            total would exceed `num_samples`.
+        OSError: a file cannot be written; earlier shards stay intact.
     """
     counts = {len(tensor) for tensor in tensors.values()}
     if len(counts) != 1 or not 0 < min(counts) <= index.num_samples - index.num_done:
         raise ValueError(
-            f"a shard needs tensors of one first dimension in 1..{index.num_samples - index.num_done},"
+            f"a shard needs tensors with one first dimension in 1..{index.num_samples - index.num_done},"
             f" got {sorted(counts)}"
         )
     layout = {
@@ -171,7 +175,7 @@ def append_shard(folder: Path, index: ShardIndex, tensors: Mapping[str, Tensor])
         for name, tensor in sorted(tensors.items())
     }
     if index.shards and layout != index.tensors:
-        raise ValueError(f"a shard needs tensors like those before, {index.tensors}, got {layout}")
+        raise ValueError(f"a shard needs the tensors of earlier shards, {index.tensors}, got {layout}")
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     file = f"shard_{len(index.shards):05d}.safetensors"
     write_whole(folder / file, content)
@@ -182,10 +186,10 @@ def append_shard(folder: Path, index: ShardIndex, tensors: Mapping[str, Tensor])
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """The index of a folder; the shards are not looked at.
+    """Reads the index of a folder without checking the shards.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another format.
+        ValueError: the index is missing, damaged or of another format.
     """
     path = folder / INDEX
     try:
@@ -201,7 +205,7 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def check_shard(folder: Path, shard: Shard, *, verify: bool = True) -> None:
-    """Raises ValueError unless the shard is there with its size and, with `verify`, its sha256."""
+    """Raises ValueError if the shard is missing or has another size or, with `verify`, another sha256."""
     path = folder / shard.file
     if not path.is_file():
         raise ValueError(f"the shard {path} is missing")
@@ -209,11 +213,11 @@ def check_shard(folder: Path, shard: Shard, *, verify: bool = True) -> None:
     if num_bytes != shard.num_bytes:
         raise ValueError(f"the shard {path} is damaged: wanted {shard.num_bytes} bytes, got {num_bytes}")
     if verify and sha256_of(path) != shard.sha256:
-        raise ValueError(f"the shard {path} is damaged: its sha256 is not that of {INDEX}")
+        raise ValueError(f"the shard {path} is damaged: its sha256 differs from the one in {INDEX}")
 
 
 def _map(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard; their values are read from the file when they are used."""
+    """The memory-mapped tensors of a shard; values are read from disk on first use."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -222,7 +226,7 @@ def _map(path: Path) -> dict[str, Tensor]:
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
-    """'key was X, got Y' for each value that differs, by dotted key."""
+    """One 'key was X, got Y' per value that differs, with dotted keys for nested values."""
     lines: list[str] = []
     for key in sorted({*found, *wanted}):
         old, new = (section.get(key, "nothing") for section in (found, wanted))

@@ -1,4 +1,4 @@
-"""Clips cut out of videos: what a set of video files, frame folders and images has in common.
+"""Cuts clips out of videos: the common part of the datasets of video files, frame folders and images.
 
 Dims: F frames, H x W pixels after the crop, N videos, K buckets.
 """
@@ -23,27 +23,27 @@ from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_frames, read_header
 
-# A GIF moves.
+# GIF is listed among the videos, since it may be animated.
 STILL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in VIDEO_SUFFIXES)
-# Of many videos that cannot be used, an error names so many.
+# An error message names at most this many unusable videos.
 NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which frames and pixels of a video make a sample.
+    """Which frames and pixels of a video become a sample.
 
     Args:
         num_frames: F, >= 1.
         image_size: side of the square crop in pixels, >= 1.
-        frame_interval: a sample takes each so many-th frame, >= 1.
-        random_start: its first frame is drawn; False takes the video's first.
+        frame_interval: a clip takes every frame_interval-th frame, >= 1.
+        random_start: a clip starts at a random frame; False starts at the first one.
         random_flip: mirror left to right with probability 1/2.
-        buckets: [num_frames, height, width] of each; then the two sizes above are only those of what an
-            experiment samples.
+        buckets: [num_frames, height, width] of each bucket. With buckets, `num_frames` and `image_size` do
+            not affect training; they are the size of the videos that an experiment samples.
 
     Raises:
-        ValueError: a value out of range, or an interval between the frames of single images.
+        ValueError: a value is out of range, or frame_interval > 1 and all clips have one frame.
     """
 
     num_frames: int
@@ -59,7 +59,7 @@ class Cut:
                 raise ValueError(f"videos need {name} >= 1, got {getattr(self, name)}")
         if self.buckets is not None and not _are_triples(self.buckets):
             raise ValueError(
-                "buckets of videos need a list of different [num_frames, height, width], each >= 1, got"
+                "buckets of videos must be a list of different [num_frames, height, width], each >= 1, got"
                 f" {self.buckets!r}"
             )
         if self.frame_interval > 1 and all(frames == 1 for frames, _, _ in self.shapes):
@@ -67,20 +67,20 @@ class Cut:
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """(F, H, W) of each bucket, or of every sample."""
+        """(F, H, W) of each bucket; without buckets, the one shape of all samples."""
         if self.buckets is None:
             return [(self.num_frames, self.image_size, self.image_size)]
         return [(frames, height, width) for frames, height, width in self.buckets]
 
     @property
     def spans(self) -> list[int]:
-        """Frames that a video needs for each of the shapes."""
+        """Number of frames that a video must have for each of `shapes`."""
         return [(frames - 1) * self.frame_interval + 1 for frames, _, _ in self.shapes]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A video and what is known of it before it is opened; `line` is its place in a table."""
+    """A video and what is known before it is opened; `line` is its line in a table."""
 
     path: str
     num_frames: int | None = None
@@ -90,25 +90,27 @@ class Entry:
 
 
 class Clips:
-    """Clips of videos, scaled to cover the wanted size and cropped to its centre, as images are.
+    """Clips of videos, scaled to cover the wanted size and centre-cropped, like images.
 
-    A video is a file, a folder of numbered images, or an image, which is a video of one frame. With buckets
-    it goes to the one of the nearest aspect ratio among those whose length it can fill, of equally near ones
-    to the longest; only images go to buckets of one frame, unless all are such. `buckets` then holds the
-    bucket of each video, int64 (N,), else None.
+    A video is a file, a folder of numbered images, or an image (a video of one frame).
+
+    With buckets, a video goes to the bucket with the nearest aspect ratio among those it is long enough for.
+    A tie goes to the bucket with the most frames. Only images go to buckets of one frame, unless all buckets
+    have one frame. The attribute `buckets` holds the bucket index of each video, int64 (N,); without buckets
+    it is None.
 
     Args:
-        entries: the videos; the frames of each are counted where the entry does not say, and with buckets
-            the size is read.
-        cut: what becomes of each.
-        on_corrupt: "raise" names a video that is missing, too short or damaged; "skip" warns of it once and
-            takes the next usable one of the same bucket, with that one's label or caption. One of which
-            some frames are damaged is replaced where a sample asks for these.
-        table: the file whose lines the entries are, for messages; None where there is none.
+        entries: the videos. An unknown number of frames is read from the file; with buckets, so is an
+            unknown size.
+        cut: how to cut samples out of videos.
+        on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
+            it. "skip" warns once and uses the next usable video of the same bucket instead, with that video's
+            label or caption. If only some frames are damaged, only samples with these frames are replaced.
+        table: the file that lists the entries, named in messages; None without one.
 
     Raises:
-        ValueError: an option out of range, no usable video, and with "raise" one that is missing, too short
-            or found damaged while its length or size is read.
+        ValueError: an option is out of range; no video is usable; or, with "raise", a video is missing, too
+            short, or damaged such that its length or size cannot be read.
         OSError: the system fails to read a file.
     """
 
@@ -125,14 +127,14 @@ class Clips:
         self._table = table
         self._paths = Strings([entry.path for entry in entries])
         self._lines = torch.tensor([entry.line for entry in entries])
-        # Shared memory, so that the workers and this process count each damaged file once.
+        # In shared memory, so that all workers together count each damaged file once.
         self._corrupt = torch.zeros(len(entries), dtype=torch.bool).share_memory_()
         lengths, ratios, faults = _measured(entries, with_sizes=cut.buckets is not None)
         chosen = _nearest_fitting(lengths, ratios, cut)
         for index in np.flatnonzero(chosen < 0).tolist():
             faults.setdefault(index, _too_short(entries[index], int(lengths[index]), cut))
         self._report(faults)
-        # 0 of what no sample can be cut from, however often it is tried.
+        # Length 0 marks videos that can never give a sample.
         self._lengths = torch.from_numpy(np.where(chosen < 0, 0, lengths))
         self._shapes = torch.from_numpy(self._placed(chosen, ratios))
         self.buckets = None if cut.buckets is None else self._shapes
@@ -142,25 +144,26 @@ class Clips:
 
     @property
     def num_corrupt(self) -> int:
-        """Unusable videos met so far, by all workers together."""
+        """Number of unusable videos found so far by all workers."""
         return int(self._corrupt.sum())
 
     def path(self, index: int) -> Path:
-        """The file or folder behind `index`."""
+        """Path of the file or folder at `index`."""
         return Path(self._paths[index])
 
     def clip(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """A clip float32 (3, F, H, W) in [-1, 1], and the index of the video that it is of.
+        """A clip, float32 (3, F, H, W) in [-1, 1], and the index of the video it was cut from.
 
-        `generator` decides the start, then the flip.
+        `generator` decides the first frame, then the flip.
 
         Raises:
-            ValueError: a damaged video with on_corrupt="raise", or with "skip" no usable one of its bucket.
+            ValueError: the video is damaged and on_corrupt is "raise", or it is "skip" and no video of this
+                bucket is usable.
             OSError: the system fails to read the file.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} videos, got index {index}")
-        # Drawn before the file is read: a damaged file does not move the stream.
+        # Decided before the file is read, so that a damaged file does not change later random numbers.
         start = 0.0
         if self._cut.random_start:
             start = float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -171,9 +174,10 @@ class Clips:
         return (video.flip(-1) if flip else video).contiguous(), index
 
     def _read(self, index: int, start: float) -> tuple[list[Image.Image], int]:
-        """Frames of the video at `index`, or of the next usable one of its bucket (cyclically); its index.
+        """Frames of the video at `index`, or of the bucket's next usable one (cyclically), and its index.
 
-        Damage met before does not count: the sample would depend on which ones were asked for earlier.
+        A damaged video is tried again each time. If it were skipped once known, a sample would depend on
+        which samples were loaded before.
         """
         shape = int(self._shapes[index])
         (frames, height, width), span = self._cut.shapes[shape], self._cut.spans[shape]
@@ -193,15 +197,15 @@ class Clips:
                     raise ValueError(message) from error
                 if not self._corrupt[candidate]:
                     self._corrupt[candidate] = True
-                    note = f"{message}; the next usable video takes its place"
+                    note = f"{message}; using the next usable video instead"
                     warnings.warn(note, UserWarning, stacklevel=4)
         raise ValueError(
-            f"{type(self).__name__} found no usable video of {frames} frames, {height} x {width}: all"
+            f"{type(self).__name__} found no usable video for {frames} frames of {height} x {width}: all"
             f" {int((self._shapes == shape).sum())} are missing, too short or damaged"
         )
 
     def _report(self, faults: dict[int, str]) -> None:
-        """Raises for videos that cannot be used, or with "skip" marks them and warns."""
+        """Raises if there are unusable videos; with "skip" marks them as corrupt and warns."""
         if not faults:
             return
         named = "; ".join(f"{self._place(index)}{faults[index]}" for index in sorted(faults)[:NUM_NAMED])
@@ -210,10 +214,10 @@ class Clips:
         if self.on_corrupt == "raise" or len(faults) == len(self):
             raise ValueError(f"{message} (on_corrupt={self.on_corrupt!r})")
         self._corrupt[list(faults)] = True
-        warnings.warn(f"{message}; the next usable ones take their place", UserWarning, stacklevel=4)
+        warnings.warn(f"{message}; using the next usable ones instead", UserWarning, stacklevel=4)
 
     def _placed(self, chosen: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """The shape of each video; of unusable ones the nearest that has usable ones to replace them."""
+        """Shape index of each video. An unusable video gets the nearest shape that some usable video has."""
         occupied = np.unique(chosen[chosen >= 0])
         known = np.array([height / width for _, height, width in self._cut.shapes])[occupied]
         nearest = np.abs(np.log(ratios)[:, None] - np.log(known)).argmin(axis=1)  # (N,)
@@ -225,15 +229,15 @@ class Clips:
 
 
 def frame_order(path: str) -> list[tuple[int, str]]:
-    """Sorts file names by the numbers in them: frame 2 comes before frame 10."""
+    """Sort key for file names with numbers in them: frame 2 comes before frame 10."""
     parts = re.split(r"([0-9]+)", os.path.basename(path))
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _measured(entries: Sequence[Entry], *, with_sizes: bool) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Frames of each video, int64 (N,), height over width, float64 (N,), and by index what is wrong.
+    """Number of frames int64 (N,), height / width float64 (N,), and an error message per unusable index.
 
-    Where something is, the frames are 0.
+    Unusable videos have 0 frames.
     """
     lengths = np.zeros(len(entries), dtype=np.int64)
     ratios = np.ones(len(entries))
@@ -253,9 +257,9 @@ def _measure(entry: Entry, *, with_size: bool) -> tuple[int, float]:
     is_still = _is_still(path)
     if not (is_still or path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES):
         known = ", ".join((*VIDEO_SUFFIXES, *STILL_SUFFIXES))
-        raise ValueError(f"{path} is no video by its suffix, wanted one of {known}, or a folder of frames")
+        raise ValueError(f"{path} has no video suffix, wanted one of {known}, or a folder of frames")
     if is_still and entry.num_frames not in (None, 1):
-        raise ValueError(f"{path} is an image, of 1 frame, got num_frames {entry.num_frames}")
+        raise ValueError(f"{path} is an image: wanted num_frames 1, got {entry.num_frames}")
     num_frames = 1 if is_still else entry.num_frames
     size = (entry.height, entry.width) if entry.height and entry.width else None
     if num_frames is None or (with_size and size is None):
@@ -268,22 +272,22 @@ def _measure(entry: Entry, *, with_size: bool) -> tuple[int, float]:
 
 
 def _too_short(entry: Entry, length: int, cut: Cut) -> str:
-    """What the shortest shape asks of a video that is shorter."""
+    """Error message for a video that is too short even for the shortest shape."""
     span, frames = min(zip(cut.spans, (frames for frames, _, _ in cut.shapes), strict=True))
-    says = "has" if entry.num_frames is None else "is stated to have"
+    says = "has" if entry.num_frames is None else "is listed with"
     interval = f"{frames} frames at an interval of {cut.frame_interval}"
-    return f"{entry.path} {says} {length} frames, wanted {span} or more ({interval})"
+    return f"{entry.path} {says} {length} frames, wanted at least {span} ({interval})"
 
 
 def _nearest_fitting(lengths: np.ndarray, ratios: np.ndarray, cut: Cut) -> np.ndarray:
-    """The shape of each video, int64 (N,); -1 where it has too few frames for all."""
+    """Shape index of each video, int64 (N,); -1 if it has too few frames for every shape."""
     shapes, spans = cut.shapes, np.array(cut.spans)
-    # The first of equally near ones is taken: the longest, then the widest.
+    # argmin takes the first of a tie: sorted so that the longest comes first, then the widest.
     order = np.array(sorted(range(len(shapes)), key=lambda k: (-shapes[k][0], shapes[k][1] / shapes[k][2])))
     single = np.array([frames == 1 for frames, _, _ in shapes])[order]
     fits = lengths[:, None] >= spans[order]  # (N, K)
     if not single.all():
-        # A video is not trained as a picture because a picture's bucket happens to have its form.
+        # A video must not be reduced to one frame just because an image bucket has its aspect ratio.
         fits &= ~single | (lengths == 1)[:, None]
     known = np.log([shapes[k][1] / shapes[k][2] for k in order])
     distance = np.where(fits, np.abs(np.log(ratios)[:, None] - known), np.inf)
@@ -309,7 +313,7 @@ def _frames_of(
     num_frames: int,
     each: Callable[[Image.Image], Image.Image],
 ) -> list[Image.Image]:
-    """`read_frames`, of a folder of frames or an image too."""
+    """Like `read_frames`, but also for a folder of frames or an image."""
     if not path.is_dir() and not _is_still(path):
         return read_frames(path, positions, num_frames=num_frames, each=each)
     frames = _frame_paths(path) if path.is_dir() else [path]
@@ -319,7 +323,7 @@ def _frames_of(
 
 
 def _frame_paths(folder: Path) -> list[Path]:
-    """The frames of a folder in the order of their numbers."""
+    """Paths of the frames in a folder, in numeric order."""
     names = (name for name in os.listdir(folder) if name.lower().endswith(STILL_SUFFIXES))
     frames = [folder / name for name in sorted(names, key=frame_order) if not name.startswith(".")]
     if not frames:
@@ -328,7 +332,7 @@ def _frame_paths(folder: Path) -> list[Path]:
 
 
 def _are_triples(buckets: Any) -> bool:
-    """A list of different triples of ints >= 1."""
+    """Whether `buckets` is a non-empty list of different triples of ints >= 1."""
     if not isinstance(buckets, Sequence) or not buckets or not all(isinstance(b, Sequence) for b in buckets):
         return False
     sides = [side for bucket in buckets for side in bucket]

@@ -1,4 +1,4 @@
-"""Video files by PyAV: exact frames out of them, and frames into them.
+"""Reads exact frames from video files and writes video files, with PyAV.
 
 Dims: F frames, H x W pixels, C colours.
 """
@@ -31,15 +31,15 @@ SUFFIXES = (
     ".webm",
     ".wmv",
 )
-# How x264's own guide names the setting at which eyes see no loss; 0 is lossless, 51 the worst.
+# x264's guide calls this quality visually lossless; 0 is lossless, 51 is the worst.
 MP4_OPTIONS = {"crf": "18"}
-# Frames of a shorter delay than two hundredths of a second are slowed down by browsers.
+# Browsers slow down GIFs whose frames are shorter than 2/100 s.
 MAX_GIF_FPS = 50
 
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """Frames of a video, and height and width of the upright ones in pixels."""
+    """Number of frames of a video, and the height and width of its upright frames in pixels."""
 
     num_frames: int
     height: int
@@ -48,7 +48,7 @@ class VideoHeader:
 
 @dataclass(frozen=True)
 class _Packet:
-    """A compressed frame: when it is shown and where to seek for it, in the stream's own unit."""
+    """A compressed frame: its display time and its seek time, in the stream's time unit."""
 
     shown: Any
     sought: Any
@@ -56,17 +56,17 @@ class _Packet:
 
 
 def real_clip() -> Path:
-    """Two seconds of Big Buck Bunny, 50 frames of 72 x 128; `assets/ATTRIBUTION.md` says whose it is."""
+    """Path of a two-second clip of Big Buck Bunny, 50 frames of 72 x 128; see `assets/ATTRIBUTION.md`."""
     return Path(__file__).parents[1] / "assets" / "big_buck_bunny.mp4"
 
 
 def read_header(path: Path) -> VideoHeader:
-    """Counts the frames and decodes the first one.
+    """Counts the frames and gets the size from the first one.
 
-    Reads the whole file: what containers state of their length is a guess, and some state nothing.
+    Reads the whole file, because the length stated in a container may be missing or only an estimate.
 
     Raises:
-        ValueError: damaged, or no video; names the file.
+        ValueError: the file is damaged or not a video; names the file.
         OSError: the system fails to read it.
     """
     with _opened(path) as (container, stream):
@@ -76,7 +76,7 @@ def read_header(path: Path) -> VideoHeader:
             if first is None:
                 first = next(iter(packet.decode()), None)
         if first is None:
-            raise ValueError(f"corrupt video {path}: not one frame of it can be decoded")
+            raise ValueError(f"corrupt video {path}: no frame can be decoded")
         width, height = _upright(first).size
         return VideoHeader(num_frames, height, width)
 
@@ -88,19 +88,20 @@ def read_frames(
     num_frames: int,
     each: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> list[Image.Image]:
-    """The frames at `positions`, upright 8-bit RGB: what decoding all and picking gives, at less cost.
+    """The frames at `positions` as upright 8-bit RGB images.
 
-    Decodes from the last key frame before the first position on. Where a file's times cannot be trusted it
-    decodes from the start. Pixels count as square.
+    The result is the same as decoding the whole file and picking frames, but costs less: decoding starts at
+    the last key frame before the first position. If the file's timestamps are unreliable, decoding starts at
+    the beginning. Pixels are treated as square.
 
     Args:
         path: the file.
-        positions: in the order of showing, from 0, ascending, < num_frames.
-        num_frames: at least so many the file must have.
-        each: what becomes of a frame as soon as it is decoded, so that large ones are not kept.
+        positions: frame numbers in display order, counted from 0, ascending, < num_frames.
+        num_frames: number of frames that the file must at least have.
+        each: applied to each frame right after it is decoded, so that large frames are not kept in memory.
 
     Raises:
-        ValueError: damaged, or fewer than `num_frames`; names the file.
+        ValueError: the file is damaged or has fewer than `num_frames` frames; names the file.
         OSError: the system fails to read it.
     """
     with _opened(path) as (container, stream):
@@ -119,18 +120,18 @@ def read_frames(
 
 
 def write_mp4(path: Path, frames: Tensor, *, fps: float) -> None:
-    """Writes H.264 that every browser plays; the file is there whole or not at all.
+    """Writes an H.264 video that every browser plays; the file is written atomically.
 
-    Half the colour resolution (yuv420p) needs even sides: an odd one grows by its last row or column.
+    The format (yuv420p) needs even sides. An odd side is extended by repeating its last row or column.
 
     Args:
-        path: its folder exists.
+        path: the folder must exist.
         frames: uint8 (F, H, W, C), C 1 or 3.
         fps: frames per second, > 0.
 
     Raises:
-        ValueError: frames or fps of another kind.
-        OSError: the system cannot write.
+        ValueError: frames of another shape or dtype, or fps out of range.
+        OSError: the file cannot be written.
     """
     _check(frames, fps, writer="write_mp4")
     av = _av()
@@ -140,12 +141,12 @@ def write_mp4(path: Path, frames: Tensor, *, fps: float) -> None:
     even = frames.cpu()[:, rows][:, :, columns].expand(-1, -1, -1, 3).contiguous()
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
-        # 1001 is the denominator of the broadcast rates, such as 24000/1001.
+        # Broadcast frame rates have the denominator 1001, such as 24000/1001.
         stream = container.add_stream(
             "libx264", rate=Fraction(fps).limit_denominator(1001), options=MP4_OPTIONS
         )
         stream.height, stream.width, stream.pix_fmt = len(rows), len(columns), "yuv420p"
-        # With more threads the bytes depend on their number.
+        # With several threads the written bytes would depend on their number.
         stream.codec_context.thread_count = 1
         for pixels in even.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -154,59 +155,58 @@ def write_mp4(path: Path, frames: Tensor, *, fps: float) -> None:
 
 
 def write_gif(path: Path, frames: Tensor, *, fps: float) -> None:
-    """Writes an endless GIF of up to 256 colours a frame; the file is there whole or not at all.
+    """Writes a looping GIF with up to 256 colours per frame; the file is written atomically.
 
-    GIF counts in hundredths of a second, to which a frame's time is rounded; equal frames in a row become
-    one that is shown longer.
+    Frame durations are rounded to 1/100 s, GIF's unit. Consecutive equal frames become one longer frame.
 
     Args:
-        path: its folder exists.
+        path: the folder must exist.
         frames: uint8 (F, H, W, C), C 1 or 3; grey is kept exactly.
         fps: frames per second, in (0, 50].
 
     Raises:
-        ValueError: frames or fps of another kind.
-        OSError: the system cannot write.
+        ValueError: frames of another shape or dtype, or fps out of range.
+        OSError: the file cannot be written.
     """
     _check(frames, fps, writer="write_gif")
     if fps > MAX_GIF_FPS:
-        raise ValueError(f"write_gif needs fps <= {MAX_GIF_FPS}, which is as fast as GIF plays, got {fps}")
-    pictures = [
+        raise ValueError(f"write_gif needs fps <= {MAX_GIF_FPS}, the fastest that GIF plays, got {fps}")
+    images = [
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         for pixels in frames.cpu().numpy()
     ]
     if frames.shape[-1] == 3:
-        # Without dither: its grain would flicker from frame to frame.
-        pictures = [picture.quantize(256, dither=Image.Dither.NONE) for picture in pictures]
+        # No dithering: its grain would flicker from frame to frame.
+        images = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
     content = io.BytesIO()
     milliseconds = 10 * round(100 / fps)
-    pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    images[0].save(content, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     write_whole(path, content.getvalue())
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """An open container and its first video stream; damage inside is a ValueError that names the file."""
+    """Opens a container and its first video stream; turns decoding errors into a ValueError with the path."""
     av = _av()
-    # Opened here, not by name: to FFmpeg a name may be a protocol, and the system's errors are Python's own.
+    # Given as an open file: FFmpeg may take a name for a URL, and Python reports system errors better.
     with path.open("rb") as file:
         try:
             with av.open(file) as container:
                 if not container.streams.video:
                     raise ValueError(f"corrupt video {path}: it has no video stream")
                 stream = container.streams.video[0]
-                # The loader's workers are the threads.
+                # The loader's workers already run in parallel.
                 stream.codec_context.thread_count = 1
                 yield container, stream
         except (av.FFmpegError, OSError) as error:
-            # In a damaged file FFmpeg may seek before the start; what else the system says is no damage.
+            # EINVAL: in a damaged file FFmpeg may seek before the start. Other system errors are no damage.
             if not isinstance(error, av.FFmpegError) and error.errno != errno.EINVAL:
                 raise
             raise ValueError(f"corrupt video {path}: {type(error).__name__}: {error.strerror}") from error
 
 
 def _is_shown(packet: Any) -> bool:
-    """Neither the mark of the file's end, nor cut away by an edit list."""
+    """Whether a packet is a displayed frame: not the end-of-file marker, nor removed by an edit list."""
     return packet.size > 0 and not packet.is_discard
 
 
@@ -217,9 +217,9 @@ def _sought(
     positions: Sequence[int],
     each: Callable[[Image.Image], Image.Image],
 ) -> list[Image.Image] | None:
-    """Frames by their times, from the key frame before them on; None where times do not lead to them."""
+    """Finds frames by display time, decoding from the key frame before them; None if that does not work."""
     times = sorted({packet.shown for packet in packets if packet.shown is not None})
-    # AVI knows no times of showing: with reordered frames they are made up.
+    # AVI stores no display times; with reordered frames FFmpeg makes them up.
     made_up = container.format.name == "avi" and stream.codec_context.has_b_frames
     if made_up or len(times) < len(packets):
         return None
@@ -230,7 +230,7 @@ def _sought(
     try:
         container.seek(keys[max(keys)], stream=stream)
     except _av().FFmpegError:
-        return None  # a container without seeking
+        return None  # the container does not support seeking
     found: list[Image.Image] = []
     for frame in container.decode(stream):
         if frame.pts is None or frame.pts > wanted[len(found)]:
@@ -249,7 +249,7 @@ def _counted(
     positions: Sequence[int],
     each: Callable[[Image.Image], Image.Image],
 ) -> list[Image.Image]:
-    """Frames by their numbers, from the start of the file on."""
+    """Finds frames by number, decoding from the start of the file."""
     found: list[Image.Image] = []
     for number, frame in enumerate(container.decode(stream)):
         if number == positions[len(found)]:
@@ -262,8 +262,8 @@ def _counted(
 
 
 def _upright(frame: Any) -> Image.Image:
-    """The frame as an RGB image, turned as the file's display matrix asks, by quarters."""
-    # Anticlockwise, for both.
+    """The frame as an RGB image, rotated in steps of 90 degrees as the file's display matrix says."""
+    # Both PyAV's rotation and PIL's transpose count anticlockwise.
     quarters = round(frame.rotation / 90) % 4
     turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
     image = frame.to_image()
@@ -285,10 +285,10 @@ def _check(frames: Tensor, fps: float, *, writer: str) -> None:
 
 
 def _av() -> Any:
-    # Imported on use: an extra, whose libraries take a while to load.
+    # Imported here because PyAV is optional and slow to load.
     try:
         import av
     except ImportError as error:
-        message = "videos need PyAV, which is not installed; pip install 'speedit-plugins[video]'"
+        message = "videos need PyAV: pip install 'speedit-plugins[video]'"
         raise ImportError(message) from error
     return av

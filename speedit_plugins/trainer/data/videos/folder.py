@@ -1,4 +1,4 @@
-"""Videos from a folder: files or folders of frames, with classes or without.
+"""Videos from a folder: video files or folders of frames, with or without classes.
 
 Dims: C = 3 colours, F frames, H x W pixels after the crop.
 """
@@ -16,38 +16,40 @@ from speedit_plugins.trainer.data.folders import Walk
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES, Clips, Cut, Entry
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 
-# How UCF101 names its files: v_ApplyEyeMakeup_g01_c01.avi.
+# File names of UCF101, such as v_ApplyEyeMakeup_g01_c01.avi.
 CLASS_IN_NAME = re.compile(r"v_(.+)_g\d+_c\d+")
 
 
 class VideoFolder(Clips):
-    """Clips of the videos below `root`, by class name, then by path: see `Clips`.
+    """Clips of the videos below `root`, sorted by class name and then by path; see `Clips`.
 
-    A video is a file, or a folder with numbered images and nothing else in it, a frame each. With classes
-    there is one folder per class directly below `root`, with videos of any depth; or the videos lie in `root`
-    itself under UCF101's names, v_CLASS_g01_c01.avi. Labels are in the order of the sorted class names.
-    Without, every video at any depth counts and every label is 0.
+    A video is a file, or a folder that holds only numbered images, one per frame. With classes, the layout is
+    one of two:
 
-    The frames of each file are counted at the start, which reads all of them.
+    - one folder per class directly below `root`; videos may be nested deeper inside;
+    - all videos directly in `root`, with UCF101's names: v_CLASS_g01_c01.avi.
+
+    Labels follow the sorted class names. Without classes, all videos at any depth are used and every label
+    is 0. Creating the dataset reads all files once to count their frames.
 
     Attributes: `classes`, `labels`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
 
     Args:
-        root: the folder; may itself be a link.
+        root: the folder; may be a symbolic link.
         image_size: side of the square crop in pixels, >= 1.
         num_frames: F, >= 1.
-        frame_interval: a clip takes each so many-th frame, >= 1.
-        random_start: a clip begins anywhere it fits; False takes the first frames.
-        class_cond: labels from the layout; False for an unconditional set.
-        on_corrupt: "raise" names a video that is too short or damaged; "skip" warns of it and takes the next
-            usable one, with that one's label.
+        frame_interval: a clip takes every frame_interval-th frame, >= 1.
+        random_start: a clip starts at a random frame; False starts at the first one.
+        class_cond: take labels from the layout; False for unconditional training.
+        on_corrupt: what to do with a video that is too short or damaged. "raise" raises and names it. "skip"
+            warns and uses the next usable video with its label instead.
         random_flip: mirror left to right with probability 1/2.
         follow_links: True allows symbolic links that lead out of `root`.
-        buckets: [num_frames, height, width] of each; None crops to the square.
+        buckets: [num_frames, height, width] of each bucket; None crops every video to the square.
 
     Raises:
-        ValueError: no such folder, no videos, a layout that does not fit, a link that leads out of `root`, to
-            nothing or in a circle; see `Clips` for the rest.
+        ValueError: the folder is missing or has no videos; its layout does not fit; a link leads out of
+            `root`, to nothing or in a circle; see `Clips` for more.
         OSError: the system fails to read a file.
     """
 
@@ -68,8 +70,8 @@ class VideoFolder(Clips):
         cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets)
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise ValueError(f"VideoFolder needs a folder as root, got {self.root}, which is none")
-        # Resolved once: a root that is a link stands for the folder it leads to.
+            raise ValueError(f"VideoFolder needs root to be a folder, got {self.root}")
+        # The root itself may be a link; only links below it are checked.
         walk = Walk(
             self.root.resolve(), follow_links=follow_links, suffixes=(*VIDEO_SUFFIXES, *STILL_SUFFIXES)
         )
@@ -87,10 +89,10 @@ class VideoFolder(Clips):
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1] and "label" int.
 
-        `generator` decides the start and the flip.
+        `generator` decides the first frame and the flip.
 
         Raises:
-            ValueError: a damaged video, see `Clips.clip`.
+            ValueError: the video is damaged; see `Clips.clip`.
             OSError: the system fails to read the file.
         """
         video, index = self.clip(index, generator)
@@ -98,11 +100,11 @@ class VideoFolder(Clips):
 
 
 def _with_classes(walk: Walk) -> Iterator[tuple[str, Entry]]:
-    """Class name and video of each, sorted."""
+    """Yields (class name, video), sorted."""
     folders, files = walk.entries(str(walk.root))
     if folders and files:
         raise ValueError(
-            f"class_cond=True needs one folder per class below {walk.root}, or files alone, got both:"
+            f"class_cond=True needs either one folder per class below {walk.root} or only files, got both:"
             f" {folders[0]} and {files[0]}"
         )
     if not folders and not files:
@@ -112,25 +114,25 @@ def _with_classes(walk: Walk) -> Iterator[tuple[str, Entry]]:
         if found is None:
             raise ValueError(
                 f"class_cond=True needs one folder per class below {walk.root}, or names such as"
-                f" v_CLASS_g01_c01.avi, got {file}; class_cond=False takes videos without labels"
+                f" v_CLASS_g01_c01.avi, got {file}; class_cond=False uses videos without labels"
             )
         yield found[1], Entry(file)
     for folder in folders:
         videos = list(_videos(walk, folder))
         if not videos or videos[0].path == folder:
             got = "frames directly in it" if videos else "nothing"
-            raise ValueError(f"the class folder {folder} needs videos or folders of frames, got {got}")
+            raise ValueError(f"the class folder {folder} needs video files or folders of frames, got {got}")
         yield from ((os.path.basename(folder), video) for video in videos)
 
 
 def _videos(walk: Walk, folder: str) -> Iterator[Entry]:
-    """Videos in `folder` and below, depth first, sorted; the folder itself where it holds frames."""
+    """Yields the videos in and below `folder`, sorted; a folder that holds frames is one video."""
     folders, files = walk.entries(folder)
     frames = [file for file in files if file.lower().endswith(STILL_SUFFIXES)]
     if frames:
         if len(frames) < len(files) or folders:
             other = next(path for path in (*folders, *files) if path not in frames)
-            raise ValueError(f"a folder of frames needs images alone, got {frames[0]} and {other}")
+            raise ValueError(f"a folder of frames may hold only images, got {frames[0]} and {other}")
         yield Entry(folder, num_frames=len(frames))
         return
     yield from map(Entry, files)

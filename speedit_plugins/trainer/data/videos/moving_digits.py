@@ -1,4 +1,4 @@
-"""Captioned videos that need no download: real handwritten digits that move over a dark ground.
+"""A dataset of captioned videos that needs no download: handwritten digits moving over a dark background.
 
 Dims: N videos, F frames, H x W pixels, S the side of a digit.
 """
@@ -15,21 +15,21 @@ from speedit_plugins.trainer.data.images.digits import Digits
 IMAGE_SIZES = (16, 32, 64)
 SPLITS = ("all", "train", "test")
 DIRECTIONS = ("left", "right", "up", "down")
-# Of a digit that `still_digits` gives: that of the source.
+# Side of a digit in the source, and of what `still_digits` returns.
 STILL_SIZE = 8
 DARK = -1.0
 
 
 class MovingDigits:
-    """1,797 handwritten digits, each of which crosses the frame in a straight line: grey videos.
+    """1,797 grey videos, each of one handwritten digit that crosses the frame in a straight line.
 
-    A digit takes half of the frame's side. In `num_frames` frames it goes from one border to the opposite
-    one, at positions rounded to whole pixels. The digits are those of `Digits`, in the source's order, which
-    goes by writers; its last fifth is the test split.
+    A digit's side is half the frame's side. It moves from one border to the opposite one within `num_frames`
+    frames, at positions rounded to whole pixels. The digits are those of `Digits`, in the source's order.
+    That order goes by writer, and its last fifth is the test split.
 
     Args:
-        image_size: 16, where the digits have their own 8 x 8 pixels; 32 or 64 with digits enlarged.
-        num_frames: frames of a video, >= 2.
+        image_size: 16, with digits at their original 8 x 8 pixels; 32 and 64 use enlarged digits.
+        num_frames: frames per video, >= 2.
         text: samples have a caption.
         class_cond: samples have the digit as their label.
         split: "all", "train" or "test".
@@ -69,7 +69,7 @@ class MovingDigits:
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (1, F, H, W) in [-1, 1], "caption", "label" int in [0, 10).
 
-        `generator` decides the direction, then the position across it.
+        `generator` decides the direction, then the position perpendicular to it.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"MovingDigits has {len(self)} videos, got index {index}")
@@ -89,44 +89,44 @@ class MovingDigits:
         return sample
 
     def _position(self, frame: int, direction: str, across: int) -> tuple[int, int]:
-        """Top and left of the digit in a frame, in pixels."""
+        """(top, left) of the digit in a frame, in pixels."""
         steps = self.num_frames - 1
         if direction in ("left", "up"):
             frame = steps - frame
-        # frame * way / steps, rounded without floats.
+        # frame * (image_size // 2) / steps, rounded in integer arithmetic.
         along = (frame * (self.image_size // 2) * 2 + steps) // (2 * steps)
         return (across, along) if direction in ("left", "right") else (along, across)
 
 
 def direction_of(video: Tensor) -> list[str]:
-    """Where the bright part of each video goes, of DIRECTIONS: the greater component of its mean velocity.
+    """Direction of motion of each video's bright part, one of DIRECTIONS.
 
-    Without any movement the answer means nothing.
+    It is the largest component of the mean velocity. For a video without motion the result is meaningless.
 
     Args:
         video: (N, 1, F, H, W) in [-1, 1].
     """
     centres = _centres(video)
     time = torch.arange(centres.shape[1], dtype=torch.float64, device=video.device)
-    # The least-squares slope of the position over time, but for its positive denominator.
+    # The least-squares slope of position over time, up to a positive factor.
     down, right = torch.einsum("f,nfd->nd", time - time.mean(), centres).unbind(1)
     numbers = torch.stack([-right, right, -down, down], dim=1).argmax(dim=1)
     return [DIRECTIONS[number] for number in numbers.tolist()]
 
 
 def still_digits(video: Tensor) -> Tensor:
-    """The digit of each video at rest in [-1, 1], (N, 1, 8, 8): cut out of every frame, the cuts averaged.
+    """The digit of each video without its motion, in [-1, 1], (N, 1, 8, 8).
 
-    A cut takes the place of half the frame's side that holds the most brightness; of equal ones, which a
-    digit with blank rows or columns has, the one in whose middle the centre of brightness lies. So a digit
-    loses nothing, but may come back shifted over its blank lines. Frames over 16 x 16 are box-averaged after
-    the cut.
+    Cuts the digit out of every frame and averages the cuts. A cut is the square with half the frame's side
+    that holds the most brightness. If a digit has blank rows or columns, several squares tie; the one centred
+    closest to the centre of brightness is taken. The digit is complete, but may be shifted over its blank
+    lines. Cuts from frames larger than 16 x 16 are box-averaged to 8 x 8.
 
     Args:
-        video: (N, 1, F, H, W) in [-1, 1], of the sizes of MovingDigits.
+        video: (N, 1, F, H, W) in [-1, 1], in one of MovingDigits' sizes.
 
     Raises:
-        ValueError: another size.
+        ValueError: another shape.
     """
     centres = _centres(video)  # (N, F, 2)
     size, side = video.shape[-1], video.shape[-1] // 2
@@ -134,17 +134,17 @@ def still_digits(video: Tensor) -> Tensor:
         raise ValueError(
             f"still_digits needs square frames with a side in {IMAGE_SIZES}, got {tuple(video.shape)}"
         )
-    # A dark border: at the frame's own, too, a cut may reach over a digit's blank lines.
+    # Pad with dark pixels: near the frame's border, the best cut may reach beyond it.
     border = side // 2
     padded = functional.pad(video[:, 0], (border,) * 4, value=DARK)  # (N, F, P, P)
-    # In float64 sums of the source's grey levels are exact, so that equal places are so in every frame.
+    # In float64, sums of the source's grey levels are exact: ties are exact ties in every frame.
     light = (padded.double() + 1.0) / 2.0
     held = functional.avg_pool2d(light, (side, 1), stride=1, divisor_override=1)
     held = functional.avg_pool2d(held, (1, side), stride=1, divisor_override=1)  # (N, F, K, K)
     num_places = held.shape[-1]
     middles = torch.arange(num_places, device=video.device) - border + (side - 1) / 2
     off_row, off_column = (centres.unsqueeze(-1) - middles).square().unbind(2)  # (N, F, K) each
-    # Far below one grey level, 1 / 16: it decides between equal places alone.
+    # Much smaller than one grey level, 1 / 16, so that it only breaks ties.
     held = held - 1e-3 * (STILL_SIZE / side) ** 2 * (off_row.unsqueeze(-1) + off_column.unsqueeze(-2))
     best = held.flatten(2).argmax(dim=2)[:, :, None, None]  # (N, F, 1, 1)
     within = torch.arange(side, device=video.device)
@@ -156,17 +156,15 @@ def still_digits(video: Tensor) -> Tensor:
 
 
 def _centres(video: Tensor) -> Tensor:
-    """The centre of brightness of each frame as row and column, in pixels, float64 (N, F, 2).
+    """Centre of brightness of each frame as (row, column) in pixels, float64 (N, F, 2).
 
-    What is darker than mid-grey has no weight, so that a ground that is not quite dark does not pull the
-    centre to the middle of the frame; that is also the centre of a frame without anything brighter.
+    Pixels darker than mid-grey have no weight; otherwise a background that is not quite dark would pull the
+    centre to the middle of the frame. A frame without brighter pixels has its centre in the middle.
     """
     if video.dim() != 5 or video.shape[1] != 1 or video.shape[2] < 2:
-        raise ValueError(
-            f"wanted grey videos (N, 1, F, H, W) of two frames or more, got {tuple(video.shape)}"
-        )
+        raise ValueError(f"wanted grey videos (N, 1, F, H, W) with F >= 2, got {tuple(video.shape)}")
     bright = video[:, 0].double().clamp(min=0.0)  # (N, F, H, W)
-    # Evenly grey where all is dark: no division by zero.
+    # An all-dark frame gets uniform weights, to avoid dividing by zero.
     bright = bright + (bright.sum(dim=(2, 3), keepdim=True) == 0)
     total = bright.sum(dim=(2, 3))
     axes = [torch.arange(length, dtype=torch.float64, device=video.device) for length in video.shape[3:]]

@@ -1,4 +1,4 @@
-"""Videos and images listed in a table, with captions or classes.
+"""Videos and images listed in a CSV table, with captions or classes.
 
 Dims: C = 3 colours, F frames, H x W pixels after the crop, N rows.
 """
@@ -16,38 +16,42 @@ from speedit_plugins.trainer.data.tables import read_table
 from speedit_plugins.trainer.data.videos.clips import Clips, Cut, Entry
 
 NUMBERS = ("num_frames", "height", "width", "fps")
-# What is larger is a slip, and may be more than an int64 holds.
+# Larger numbers in a table are mistakes and might not fit in int64.
 MOST = 2**31 - 1
 
 
 class VideoTable(Clips):
-    """Clips of the videos in a CSV file, as Open-Sora's tables are: see `Clips`.
+    """Clips of the videos listed in a CSV file, in Open-Sora's layout; see `Clips`.
 
-    Columns: `path`; `text`, the caption; `label`, the class; `num_frames`, `height`, `width`, which are read
-    from the file where column or value is missing (the sizes only with buckets). Others have no effect; of
-    `fps` the values are checked. A path may lead to a video, to an image, which is a video of one frame, or
-    to a folder of numbered images, a frame each.
+    Columns:
+
+    - `path`: a video file, an image (a video of one frame), or a folder of numbered images, one per frame;
+    - `text`: the caption;
+    - `label`: the class;
+    - `num_frames`, `height`, `width`: read from the video if the column or a value is missing. Height and
+      width are only needed with buckets;
+    - `fps`: its values are checked but not used. Other columns are ignored.
 
     Attributes: `classes`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
 
     Args:
-        table: the CSV file, in UTF-8, with a line of column names.
+        table: the CSV file in UTF-8; its first line has the column names.
         image_size: side of the square crop in pixels, >= 1.
         num_frames: F, >= 1.
-        frame_interval: a clip takes each so many-th frame, >= 1.
-        random_start: a clip begins anywhere it fits; False takes the first frames.
-        text: samples have captions, from the column `text`.
-        class_cond: samples have labels, from the column `label`: numbers in their order, names sorted.
-            Without both the label is 0.
-        root: where the paths begin; None takes the table's folder.
-        on_corrupt: "raise" names a video that is missing, too short or damaged; "skip" warns of it and takes
-            the next usable one, with that one's caption or label.
+        frame_interval: a clip takes every frame_interval-th frame, >= 1.
+        random_start: a clip starts at a random frame; False starts at the first one.
+        text: samples have a caption, from the column `text`.
+        class_cond: samples have a label, from the column `label`. Labels that are numbers are numbered first,
+            by value, then names in sorted order. If `text` is False too, every label is 0.
+        root: folder that paths are relative to; None uses the folder of the table.
+        on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
+            it. "skip" warns and uses the next usable video with its caption or label instead.
         random_flip: mirror left to right with probability 1/2.
-        buckets: [num_frames, height, width] of each; None crops to the square.
+        buckets: [num_frames, height, width] of each bucket; None crops every video to the square.
 
     Raises:
-        ValueError: no such table, a column that is missing, a value that is no number or empty, no rows; see
-            `Clips` for the rest.
+        ValueError: the table is missing or has no rows, a column is missing, a value is empty or not a
+            number; see `Clips` for more.
         OSError: the system fails to read a file.
     """
 
@@ -87,10 +91,10 @@ class VideoTable(Clips):
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1], and "caption" str, "label" int, or both.
 
-        `generator` decides the start and the flip.
+        `generator` decides the first frame and the flip.
 
         Raises:
-            ValueError: a damaged video, see `Clips.clip`.
+            ValueError: the video is damaged; see `Clips.clip`.
             OSError: the system fails to read the file.
         """
         video, index = self.clip(index, generator)
@@ -103,24 +107,24 @@ class VideoTable(Clips):
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a table: `line`, the wanted columns as text, and `NUMBERS` as such or None.
+    """The rows of a table as dicts: `line`, the wanted columns as text, and NUMBERS as numbers or None.
 
     Args:
-        path: a CSV file, as `read_table` reads it.
-        columns: those that the table must have, with a value in each row.
+        path: a CSV file for `read_table`.
+        columns: required columns; every row must have a value in them.
 
     Raises:
-        ValueError: no such file, a missing column, an empty or unusable value, no rows; names file, line
-            and column.
+        ValueError: the file is missing or has no rows, a column is missing, or a value is empty or invalid;
+            the message names file, line and column.
     """
     if not path.is_file():
-        raise ValueError(f"a table of videos needs a CSV file, got {path}, which is none")
+        raise ValueError(f"a table of videos must be a CSV file, got {path}")
     rows = [
         {"line": line, **_parsed(values, columns, f"{path}, line {line}")}
         for line, values in read_table(path, columns, optional=NUMBERS)
     ]
     if not rows:
-        raise ValueError(f"the table {path} has no rows, wanted one per video")
+        raise ValueError(f"the table {path} has no rows, wanted one row per video")
     return rows
 
 
@@ -130,18 +134,18 @@ def _parsed(row: Mapping[str, str], columns: Sequence[str], place: str) -> dict[
         values[name] = row[name]
         if not values[name]:
             raise ValueError(f"{place}, column {name}: got nothing, wanted a {name}")
-    # A NUL ends a path to the system.
+    # The operating system does not allow NUL in a path.
     if "\0" in values["path"]:
         raise ValueError(f"{place}, column path: got {values['path']!r}, wanted a path")
     for name in NUMBERS:
-        # A column with gaps is written by pandas as 51.0 and nan.
+        # pandas writes integer columns with gaps as 51.0 and nan.
         text = row.get(name, "")
         values[name] = None if text.lower() in ("", "nan") else _positive(text, name, place)
     return values
 
 
 def _positive(text: str, name: str, place: str) -> int | float:
-    """The number; of all columns but `fps` it is whole and at most `MOST`."""
+    """Parses a number > 0. All columns except `fps` need whole numbers up to `MOST`."""
     wanted = "a number > 0" if name == "fps" else f"a whole number > 0, at most {MOST}"
     try:
         number = float(text)
@@ -153,7 +157,7 @@ def _positive(text: str, name: str, place: str) -> int | float:
 
 
 def _classes(labels: Sequence[str]) -> tuple[str, ...]:
-    """The different labels: numbers first and by their size, then names sorted."""
+    """The distinct labels: numbers first, in numeric order, then names in sorted order."""
     return tuple(
         sorted(set(labels), key=lambda label: (int(label) if label.isdecimal() else float("inf"), label))
     )

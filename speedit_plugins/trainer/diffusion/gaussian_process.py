@@ -1,4 +1,4 @@
-"""The diffusion process of the trainer: noise a batch, and score a model's prediction per sample.
+"""The trainer's diffusion process: noises a batch and computes the loss of a model's prediction per sample.
 
 Dims: B batch, C channels, T timesteps; "..." is (H, W) for images or (F, H, W) for videos.
 """
@@ -25,9 +25,10 @@ from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """A corrupted batch: x_t, target, x_0 and noise of shape (B, C, ...), float32 or wider.
+    """A noised batch: x_t, target, x_0 and noise of shape (B, C, ...), float32 or wider.
 
-    index is the row of the schedule, (B,) int64; timestep the original one behind it, which the model embeds.
+    `index` is the row of the schedule, int64 (B,). `timestep` is the original timestep of that row (before
+    respacing), which the model embeds, (B,).
     """
 
     x_t: Tensor
@@ -40,7 +41,10 @@ class Noised:
 
 @dataclass(frozen=True, eq=False)
 class LossTerms:
-    """Per-sample terms, each (B,): loss to train on; mse unweighted; vb in bits per dim, 0 if not learned."""
+    """Per-sample terms, each (B,): the loss to train on, the unweighted mse, and vb in bits per dimension.
+
+    vb is 0 if the variance is not learned.
+    """
 
     loss: Tensor
     mse: Tensor
@@ -48,19 +52,19 @@ class LossTerms:
 
 
 class GaussianProcess:
-    """Corrupts data along a noise schedule and turns predictions into losses and denoising steps.
+    """Noises data along a noise schedule and turns predictions into losses and denoising steps.
 
     Args:
-        schedule: T >= 2 and a strictly falling SNR.
+        schedule: T >= 2 timesteps with strictly falling SNR.
         prediction_type: what the model's mean channels predict: epsilon, x0, v or flow.
-        learn_sigma: the model's second C channels place the log-variance of a denoising step between the
-            posterior's (-1) and log beta (+1), and are trained by the variational bound.
-            Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equations 15 and 16.
-        sigma_small: without `learn_sigma`, a denoising step has the posterior's variance instead of beta.
-        rescale_learned_sigmas: the bound counts T / 1000 of itself; in full otherwise, as in DiT.
+        learn_sigma: the model has C more channels for the variance. They interpolate the log-variance of a
+            denoising step between the posterior's (-1) and log beta (+1), and are trained by the variational
+            bound. Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equations 15 and 16.
+        sigma_small: without `learn_sigma`, denoising steps have the posterior's variance instead of beta.
+        rescale_learned_sigmas: multiply the bound by T / 1000; False takes it in full, as in DiT.
 
     Raises:
-        ValueError: an unknown prediction type, an option without effect, or an infinite bound.
+        ValueError: the prediction type is unknown, an option has no effect, or the bound would be infinite.
     """
 
     def __init__(
@@ -104,7 +108,8 @@ class GaussianProcess:
         Args:
             x_0: data or latents, floating point, shape (B, C, ...).
             draw: indices of shape (B,) on x_0's device.
-            noise: standard normal of x_0's shape; drawn from `generator` if absent.
+            noise: standard normal noise in x_0's shape; None generates it.
+            generator: source of generated noise.
 
         Raises:
             ValueError: a shape or dtype does not fit, or both `noise` and `generator` are given.
@@ -134,17 +139,19 @@ class GaussianProcess:
         )
 
     def loss(self, prediction: Tensor, noised: Noised, draw: TimestepDraw) -> LossTerms:
-        """Per-sample loss: weight * mse + vb, or weight * (mse + vb) where the draw's scope is "loss".
+        """Per-sample loss: weight * mse + vb, or weight * (mse + vb) if the draw's scope is "loss".
 
-        The bound trains the variance channels alone: the mean enters it detached.
+        The bound trains only the variance channels; the mean is detached.
 
         Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1.
 
         Args:
             prediction: (B, 2C, ...) with `learn_sigma`, mean channels first; (B, C, ...) without.
+            noised: the batch that `corrupt` returned.
+            draw: the policy's draw for this batch; its weight scales the loss.
 
         Raises:
-            ValueError: a prediction of another shape.
+            ValueError: the prediction has another shape.
         """
         mean, variance = self.split(prediction, noised.x_t)
         mse = _flat_mean((mean - noised.target) ** 2)  # (B,)
@@ -160,8 +167,8 @@ class GaussianProcess:
         truth = self.posterior(noised.x_0, noised.x_t, noised.index)
         model = self._step(mean, variance, noised.x_t, noised.index)
         nats = gaussian_kl(truth, model)
-        # The last step of the chain has no posterior to match: it is scored on the data themselves. A device
-        # would have to be waited for to learn whether it was drawn.
+        # At index 0 there is no posterior to match; the term is the likelihood of the data. On a GPU it is
+        # always computed, as finding out whether index 0 was drawn would make the host wait for the device.
         last_step = (noised.index == 0).reshape(-1, *[1] * (mean.ndim - 1))
         if last_step.device.type != "cpu" or last_step.any():
             nats = torch.where(last_step, -discretized_log_likelihood(noised.x_0, model), nats)
@@ -169,19 +176,19 @@ class GaussianProcess:
         return _flat_mean(nats) * (scale / math.log(2.0))  # (B,)
 
     def target(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """What the model's mean channels should say, shape (B, C, ...)."""
+        """The target of the model's mean channels, shape (B, C, ...)."""
         return self._parametrisation.target(*self._scales(index, x_0), x_0, noise)
 
     def predicted_x_0(self, mean: Tensor, x_t: Tensor, index: Tensor) -> Tensor:
-        """x_0 that the mean channels stand for, (B, C, ...); not finite for epsilon where the SNR is 0."""
+        """x_0 that follows from the mean channels, (B, C, ...); not finite for epsilon at zero SNR."""
         return self._parametrisation.x_0(*self._scales(index, x_t), x_t, mean)
 
     def predicted_noise(self, mean: Tensor, x_t: Tensor, index: Tensor) -> Tensor:
-        """Noise that the mean channels stand for, (B, C, ...)."""
+        """Noise that follows from the mean channels, (B, C, ...)."""
         return self._parametrisation.noise(*self._scales(index, x_t), x_t, mean)
 
     def posterior(self, x_0: Tensor, x_t: Tensor, index: Tensor) -> Gaussian:
-        """q(x_s | x_t, x_0), s the next cleaner index; the log-variance at index 0 is index 1's, not -inf.
+        """q(x_s | x_t, x_0) with s the next cleaner index. At index 0 the log-variance is that of index 1.
 
         Source: Ho et al. 2020, arXiv:2006.11239, equations 6 and 7.
         """
@@ -190,7 +197,7 @@ class GaussianProcess:
         return Gaussian(mean, _rows(tables.posterior_log_variance, index, x_t))
 
     def denoised(self, prediction: Tensor, x_t: Tensor, index: Tensor) -> Gaussian:
-        """The model's p(x_s | x_t), s the next cleaner index; prediction as in `loss`."""
+        """The model's p(x_s | x_t) with s the next cleaner index; prediction as in `loss`."""
         return self._step(*self.split(prediction, x_t), x_t, index)
 
     def _step(self, mean: Tensor, variance: Tensor | None, x_t: Tensor, index: Tensor) -> Gaussian:
@@ -208,7 +215,7 @@ class GaussianProcess:
         """Mean channels and, with `learn_sigma`, variance channels: (B, C, ...) each, float32 or wider.
 
         Raises:
-            ValueError: the prediction has not the shape that x_t and `learn_sigma` ask for.
+            ValueError: the prediction's shape does not fit x_t and `learn_sigma`.
         """
         B, C = x_t.shape[:2]
         wanted = (B, 2 * C if self.learn_sigma else C, *x_t.shape[2:])
@@ -219,7 +226,7 @@ class GaussianProcess:
         return prediction[:, :C], prediction[:, C:] if self.learn_sigma else None
 
     def tables(self, device: torch.device) -> ProcessTables:
-        """The coefficients per timestep, on the given device; copied there once."""
+        """The coefficient tables on the given device, copied there on first use."""
         if device not in self._tables:
             self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device]
@@ -239,12 +246,13 @@ def gaussian_process(
     sigma_small: bool = False,
     rescale_learned_sigmas: bool = False,
 ) -> GaussianProcess:
-    """A process by the option names of guided-diffusion, DiT and SpeeDiT, which their configs use.
+    """Builds a process from the option names in configs of guided-diffusion, DiT and SpeeDiT.
 
     Args:
-        noise_schedule: linear, scaled_linear or cosine (squaredcos_cap_v2 is its older name).
+        noise_schedule: linear, scaled_linear or cosine; squaredcos_cap_v2 is an older name of cosine.
         diffusion_steps: T before respacing.
-        timestep_respacing: see `space_timesteps`; the other options: see `GaussianProcess`.
+        timestep_respacing: see `space_timesteps`.
+        prediction_type, learn_sigma, sigma_small, rescale_learned_sigmas: see `GaussianProcess`.
     """
     if noise_schedule not in _SCHEDULES:
         raise ValueError(_unknown("noise_schedule", noise_schedule, _SCHEDULES))
@@ -273,7 +281,7 @@ def _unknown(option: str, got: str, known: Iterable[str]) -> str:
 
 
 def _widened(x: Tensor) -> Tensor:
-    # Half precision ends here: under autocast the loss is computed in float32.
+    # The loss is computed in float32 or wider, also under autocast.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -282,7 +290,7 @@ def _flat_mean(x: Tensor) -> Tensor:
 
 
 def _rows(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    # Rounded to the batch's dtype after the look-up, once.
+    # Looked up in the table's precision, then rounded once to the batch's dtype.
     return table[index].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))  # (B, 1, ...)
 
 

@@ -1,4 +1,4 @@
-"""The diffusion process against closed forms and independent derivations, in float64 where digits count."""
+"""Compares the diffusion process with closed forms and independent derivations."""
 
 import math
 
@@ -12,7 +12,7 @@ from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.registry import PROCESSES, build
 from speedit_plugins.trainer.diffusion.gaussian import ProcessTables
-from speedit_plugins.trainer.diffusion.process import GaussianProcess, Noised, gaussian_process
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess, Noised, gaussian_process
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
 
 IMAGE, VIDEO = (3, 2, 4, 4), (3, 2, 5, 4, 4)
@@ -41,7 +41,7 @@ def column(table: Tensor, index: Tensor, ndim: int = 4) -> Tensor:
 def posterior_by_bayes(
     schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q(x_s | x_t, x_0) as a product of two Gaussians in x_s; index > 0."""
+    """Mean and variance of q(x_s | x_t, x_0), the product of two Gaussians in x_s; needs index > 0."""
     alpha, sigma, before = schedule.alpha, schedule.sigma, index - 1
     scale = column(alpha, index, x_t.ndim) / column(alpha, before, x_t.ndim)
     prior_variance = column(sigma, before, x_t.ndim) ** 2
@@ -53,7 +53,7 @@ def posterior_by_bayes(
 
 @pytest.mark.parametrize("shape", [IMAGE, VIDEO])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_is_the_product_of_its_two_gaussians(name: str, shape: tuple[int, ...]) -> None:
+def test_posterior_follows_from_bayes_rule(name: str, shape: tuple[int, ...]) -> None:
     schedule = SCHEDULES[name]
     process = GaussianProcess(schedule, prediction_type="v")
     x_0, x_t = randn(shape, 0), randn(shape, 1)
@@ -66,34 +66,36 @@ def test_posterior_is_the_product_of_its_two_gaussians(name: str, shape: tuple[i
     assert_close(column(table, index, len(shape)), variance, rtol=1e-9, atol=0)
 
 
-def test_first_step_returns_the_data_without_variance() -> None:
+def test_the_posterior_at_index_0_is_the_data_without_variance() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     tables = process.tables(torch.device("cpu"))
     assert tables.posterior_variance[0] == 0
-    # Its logarithm would be -inf: the next index lends its own.
+    # Its logarithm would be -inf; the table has the value of index 1.
     assert tables.posterior_log_variance[0] == tables.posterior_log_variance[1]
     x_0, x_t = randn(IMAGE, 0), randn(IMAGE, 1)
-    # Only x_0 counts: coefficients beta / sigma^2 = 1 and 0, to the last digits of 1 - alpha-bar.
+    # The coefficients of x_0 and x_t are beta / sigma^2 = 1 and 0, up to the rounding of 1 - alpha-bar.
     assert_close(process.posterior(x_0, x_t, torch.zeros(3, dtype=torch.int64)).mean, x_0, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("shape", [IMAGE, VIDEO])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_target_leads_back_to_data_and_noise(name: str, prediction_type: str, shape: tuple[int, ...]) -> None:
+def test_the_target_determines_data_and_noise(
+    name: str, prediction_type: str, shape: tuple[int, ...]
+) -> None:
     schedule = SCHEDULES[name]
     process = GaussianProcess(schedule, prediction_type=prediction_type, learn_sigma=False)
     x_0, noise = randn(shape, 0), randn(shape, 1)
-    # Epsilon does not determine x_0 at zero SNR: the last row stays out there.
+    # At zero SNR, epsilon does not determine x_0: the last row is left out.
     last = schedule.num_timesteps - (2 if name == "zero_snr" and prediction_type == "epsilon" else 1)
     noised = process.corrupt(x_0, drawn([0, 1, last]), noise=noise)
     index = noised.index
-    # Division by alpha or sigma >= 0.006 costs two to three of float64's 16 digits.
+    # Dividing by alpha or sigma >= 0.006 costs two to three of float64's 16 digits.
     assert_close(process.predicted_x_0(noised.target, noised.x_t, index), x_0, rtol=0, atol=1e-11)
     assert_close(process.predicted_noise(noised.target, noised.x_t, index), noise, rtol=0, atol=1e-11)
 
 
-def test_targets_are_the_published_ones() -> None:
+def test_targets_equal_the_published_formulas() -> None:
     schedule = SCHEDULES["linear"]
     x_0, noise, index = randn(IMAGE, 0), randn(IMAGE, 1), torch.tensor([0, 500, 999])
     alpha, sigma = column(schedule.alpha, index), column(schedule.sigma, index)
@@ -103,7 +105,7 @@ def test_targets_are_the_published_ones() -> None:
         assert_close(process.target(x_0, noise, index), target, rtol=0, atol=1e-15)
 
 
-def test_corrupt_mixes_and_names_the_original_timesteps() -> None:
+def test_corrupt_mixes_data_and_noise_and_returns_original_timesteps() -> None:
     schedule = SCHEDULES["respaced"]
     process = GaussianProcess(schedule)
     x_0, noise = randn(IMAGE, 0), randn(IMAGE, 1)
@@ -114,7 +116,7 @@ def test_corrupt_mixes_and_names_the_original_timesteps() -> None:
     assert_close(noised.x_t, bar.sqrt() * x_0 + (1 - bar).sqrt() * noise, rtol=0, atol=1e-12)
 
 
-def test_corrupt_is_reproducible_and_unit_variance() -> None:
+def test_the_noise_is_reproducible_and_has_unit_variance() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     x_0 = torch.zeros(2, 4, 64, 64)
     first, again = (
@@ -126,7 +128,7 @@ def test_corrupt_is_reproducible_and_unit_variance() -> None:
 
 
 def bits_by_distributions(process: GaussianProcess, prediction: Tensor, noised: Noised) -> Tensor:
-    """The bound per sample with torch.distributions, for epsilon prediction and 0 < index."""
+    """The bound per sample in bits, with torch.distributions; for epsilon prediction and index > 0."""
     schedule, x_t, index = process.schedule, noised.x_t, noised.index
     C = x_t.shape[1]
     alpha, sigma = column(schedule.alpha, index), column(schedule.sigma, index)
@@ -159,19 +161,19 @@ def test_bound_at_the_first_index_is_the_likelihood_of_the_data() -> None:
     noised = process.corrupt(x_0, drawn([0]), noise=randn((1, 4, 1, 1), 0))
     prediction = torch.cat([randn((1, 4, 1, 1), 1), torch.full((1, 4, 1, 1), -1.0).double()], dim=1)
     mean = (noised.x_t - schedule.sigma[0] * prediction[:, :4]) / schedule.alpha[0]
-    # Variance channel -1: the posterior's variance, at index 0 that of index 1.
+    # Variance channel -1 is the posterior's variance; at index 0 it is that of index 1.
     bar = schedule.alphas_cumprod
     std = math.sqrt((1 - bar[0]) / (1 - bar[1]) * (1 - bar[1] / bar[0]))
     edges = torch.cat([x_0 - 1 / 255, x_0 + 1 / 255])
     edges[0, 0], edges[1, 3] = -math.inf, math.inf
     mass = Normal(mean, std).cdf(edges[1:]) - Normal(mean, std).cdf(edges[:1])
     expected = -mass.log2().mean((1, 2, 3))
-    # The CDFs themselves keep 1e-16 absolute of a mass above 1e-5.
+    # The CDFs are accurate to 1e-16, and the probability is above 1e-5.
     assert mass.min() > 1e-5
     assert_close(process.loss(prediction, noised, drawn([0])).vb, expected, rtol=1e-9, atol=0)
 
 
-def test_bound_of_a_perfect_model_is_what_its_variance_costs() -> None:
+def test_the_bound_with_a_perfect_mean_depends_only_on_the_variance() -> None:
     schedule = SCHEDULES["linear"]
     process = GaussianProcess(schedule)
     draw = drawn([1, 300, 999])
@@ -185,7 +187,7 @@ def test_bound_of_a_perfect_model_is_what_its_variance_costs() -> None:
         assert (terms.mse == 0).all()
 
 
-def test_bound_trains_the_variance_channels_alone() -> None:
+def test_the_bound_trains_only_the_variance_channels() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     draw = drawn([0, 1, 700])
     noised = process.corrupt(randn(IMAGE, 0), draw, noise=randn(IMAGE, 1))
@@ -199,7 +201,7 @@ def test_bound_trains_the_variance_channels_alone() -> None:
     assert_close(mse_gradient[:, :2], 2 * (prediction[:, :2] - noised.target).detach() / 32)
 
 
-def test_weight_multiplies_what_the_scope_says() -> None:
+def test_the_weight_multiplies_mse_or_loss_by_scope() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     noised = process.corrupt(randn(IMAGE, 0), drawn([0, 1, 700]), noise=randn(IMAGE, 1))
     prediction = randn((3, 4, 4, 4), 2)
@@ -218,7 +220,7 @@ def test_fixed_variance_has_no_bound() -> None:
     assert_close(terms.loss, 2 * (noised.noise**2).mean((1, 2, 3, 4)))
 
 
-def test_rescaled_bound_counts_t_over_a_thousand() -> None:
+def test_the_rescaled_bound_is_multiplied_by_t_over_a_thousand() -> None:
     schedule = NoiseSchedule.linear().respaced(space_timesteps(1000, "250"))
     noised = GaussianProcess(schedule).corrupt(randn(IMAGE, 0), drawn([0, 1, 249]), noise=randn(IMAGE, 1))
     full, rescaled = (
@@ -231,7 +233,7 @@ def test_rescaled_bound_counts_t_over_a_thousand() -> None:
     assert_close(rescaled.mse, full.mse, rtol=0, atol=0)
 
 
-def test_learned_range_ends_at_posterior_variance_and_beta() -> None:
+def test_the_learned_variance_ranges_from_the_posteriors_to_beta() -> None:
     schedule = SCHEDULES["linear"]
     process = GaussianProcess(schedule)
     index, x_t = torch.tensor([1, 300, 999]), randn(IMAGE, 0)
@@ -245,21 +247,21 @@ def test_learned_range_ends_at_posterior_variance_and_beta() -> None:
 
 
 @pytest.mark.parametrize("sigma_small", [False, True])
-def test_fixed_variance_is_beta_or_the_posterior(sigma_small: bool) -> None:
+def test_the_fixed_variance_is_beta_or_the_posteriors(sigma_small: bool) -> None:
     schedule = SCHEDULES["linear"]
     process = GaussianProcess(schedule, learn_sigma=False, sigma_small=sigma_small)
     x_t, index = randn(IMAGE, 0), torch.tensor([0, 1, 999])
     bar = schedule.alphas_cumprod
     beta = 1 - bar[1:] / bar[:-1]
     posterior = beta * (1 - bar[:-1]) / (1 - bar[1:])
-    # Row 0 of both takes the posterior variance of index 1 (IDDPM's clip).
+    # At index 0 both use the posterior variance of index 1 (the clip of IDDPM).
     wanted = [posterior[0], *((posterior if sigma_small else beta)[i - 1] for i in (1, 999))]
     got = process.denoised(x_t, x_t, index).log_variance.exp().flatten()
     assert_close(got, torch.stack(wanted), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["x0", "v", "flow"])
-def test_zero_terminal_snr_is_finite(prediction_type: str) -> None:
+def test_the_loss_is_finite_at_zero_terminal_snr(prediction_type: str) -> None:
     process = GaussianProcess(SCHEDULES["zero_snr"], prediction_type=prediction_type)
     draw = drawn([3, 3, 0])
     noised = process.corrupt(randn(IMAGE, 0).float(), draw, noise=randn(IMAGE, 1).float())
@@ -271,7 +273,7 @@ def test_zero_terminal_snr_is_finite(prediction_type: str) -> None:
     assert torch.isfinite(prediction.grad).all()
 
 
-def test_zero_terminal_snr_refuses_an_infinite_bound() -> None:
+def test_epsilon_with_an_infinite_bound_is_refused() -> None:
     with pytest.raises(ValueError, match=r"epsilon with learn_sigma needs SNR > 0.*predict v or x0"):
         GaussianProcess(SCHEDULES["zero_snr"])
     draw = drawn([3, 3, 0])
@@ -280,7 +282,7 @@ def test_zero_terminal_snr_refuses_an_infinite_bound() -> None:
     assert_close(process.loss(torch.zeros(IMAGE), noised, draw).loss, (noised.noise**2).mean((1, 2, 3)))
 
 
-def test_half_precision_inputs_are_scored_in_float32() -> None:
+def test_the_loss_of_half_precision_inputs_is_computed_in_float32() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     draw = drawn([0, 1, 700])
     x_0, prediction = randn(IMAGE, 0).bfloat16(), randn((3, 4, 4, 4), 2).bfloat16()
@@ -290,12 +292,12 @@ def test_half_precision_inputs_are_scored_in_float32() -> None:
     assert noised.x_t.dtype == terms.loss.dtype == torch.float32
     wide = process.corrupt(x_0.double(), draw, noise=noised.noise.double())
     expected = process.loss(prediction.double(), wide, draw)
-    # Float32 at x_t ~ 1 is 6e-8, over a standard deviation of 0.007 at t = 0: 1e-5 of a deviation.
+    # At t = 0, float32 rounds x_t ~ 1 by 6e-8, or 1e-5 of the standard deviation of 0.007.
     assert_close(terms.loss.double(), expected.loss, rtol=1e-4, atol=0)
 
 
 def test_corrupt_and_loss_never_wait_for_the_device() -> None:
-    # The meta device has no values: reading one back to the host raises there.
+    # Tensors on the meta device have no values: reading one back to the host raises.
     process = GaussianProcess(SCHEDULES["linear"])
     draw = TimestepDraw(
         torch.zeros(3, dtype=torch.int64, device="meta"),
@@ -308,7 +310,7 @@ def test_corrupt_and_loss_never_wait_for_the_device() -> None:
     assert process.tables(torch.device("meta")) is process.tables(torch.device("meta"))
 
 
-def test_config_builds_the_process_by_host_names() -> None:
+def test_the_registry_builds_the_process_by_host_option_names() -> None:
     config = {"type": "SpeeDiffusion", "timestep_respacing": "250", "noise_schedule": "squaredcos_cap_v2"}
     process = build(PROCESSES, config)
     assert isinstance(process, GaussianProcess)
@@ -320,7 +322,7 @@ def test_config_builds_the_process_by_host_names() -> None:
     assert (short.schedule.num_timesteps, short.prediction_type, short.sigma_small) == (100, "v", True)
 
 
-def test_errors_say_what_got_wanted() -> None:
+def test_bad_options_say_what_is_wanted() -> None:
     linear = SCHEDULES["linear"]
     with pytest.raises(ValueError, match="unknown prediction_type 'eps'.*known: epsilon, flow, v, x0"):
         GaussianProcess(linear, prediction_type="eps")
@@ -336,7 +338,7 @@ def test_errors_say_what_got_wanted() -> None:
         GaussianProcess(NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.5]))
 
 
-def test_shape_errors_say_what_got_wanted() -> None:
+def test_bad_shapes_say_what_is_wanted() -> None:
     process = GaussianProcess(SCHEDULES["linear"])
     x_0, draw = torch.zeros(IMAGE), drawn([0, 1, 2])
     with pytest.raises(ValueError, match=r"x_0 needs floating point.*got torch.uint8 \(3, 2, 4, 4\)"):
