@@ -1,8 +1,8 @@
-"""Checkpoints: folders that exist whole or not at all, written and read by all ranks together.
+"""Checkpoints: folders that are complete or absent, written and read by all ranks together.
 
 `checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
 optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
-config.yaml, and manifest.json with size and SHA-256 of each of them.
+config.yaml, and manifest.json with the size and SHA-256 of each file.
 """
 
 import json
@@ -29,19 +29,19 @@ _NAME = re.compile(r"step_(\d{7,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message names it and the last good one."""
+    """A checkpoint cannot be written or read. The message names it, and the last good one."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds; all but `moments` counts on rank 0 alone.
+    """What a checkpoint holds. Only rank 0's values are written, except for `moments`.
 
     Args:
         model: state dict of the model.
-        ema: the same with averaged weights.
+        ema: the state dict with averaged weights.
         state: plain values and tensors, at any depth.
         config: the run's config as YAML text.
-        moments: this rank's slices of the optimizer's state; read back whole, as 1-D tensors.
+        moments: this rank's slices of the optimizer's state.
     """
 
     model: Mapping[str, Tensor]
@@ -53,7 +53,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint as read; `moments` are whole flat tensors, each read when it is asked for."""
+    """A checkpoint that was read. `moments` are whole flat tensors, each read when it is asked for."""
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
@@ -71,19 +71,19 @@ def save(
     keep_every: int = 0,
     runtime: Runtime | None = None,
 ) -> Path:
-    """Writes `folder/step_<step>`; afterwards removes older checkpoints. Collective.
+    """Writes `folder/step_<step>`, then removes older checkpoints. Collective.
 
     Args:
-        keep_last: how many of the newest stay, >= 1.
-        keep_every: checkpoints of its multiples stay too; 0: of none.
-        runtime: None is a lone process.
+        keep_last: how many of the newest checkpoints to keep, >= 1.
+        keep_every: also keep checkpoints at multiples of this step; 0 keeps none of them.
+        runtime: None is a single process.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: on all ranks where one cannot write (disk full, folder not writable); earlier
-            checkpoints are as before.
+        CheckpointError: a rank cannot write (disk full, folder not writable). All ranks raise it, and earlier
+            checkpoints stay as they were.
     """
     runtime = runtime or Runtime()
     target = folder / f"step_{step:07d}"
@@ -111,10 +111,10 @@ def save(
 
 
 def load(path: Path) -> Saved:
-    """Reads the checkpoint folder `path`, which `damage` has found whole.
+    """Reads the checkpoint folder `path`; check it with `damage` first.
 
     Raises:
-        CheckpointError: no such folder, a file is missing or cannot be read.
+        CheckpointError: there is no such folder, or a file is missing or cannot be read.
     """
     missing = [name for name in (MODEL, EMA, STATE, CONFIG, MANIFEST) if not (path / name).is_file()]
     if missing:
@@ -136,10 +136,10 @@ def load(path: Path) -> Saved:
 def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, by size and hash; None if nothing is. Collective.
 
-    The ranks share the reading.
+    Each rank reads a part of the files.
 
     Args:
-        only: the one file to look at; None is all of them.
+        only: name of the only file to check; None checks all.
     """
     runtime = runtime or Runtime()
     found = [report for report in runtime.gather_objects(_own_damage(path, runtime, only)) if report]
@@ -149,9 +149,13 @@ def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = Non
 def newest_whole(
     found: Sequence[Path], runtime: Runtime | None = None, *, only: str | None = None
 ) -> Path | None:
-    """The first of the folders `newest_first` gave that is not damaged, None of none. Collective.
+    """The first of these checkpoints that is not damaged; None if there are none. Collective.
 
-    Damaged ones are said to be passed over; `only` as in `damage`.
+    Prints a line for each damaged one.
+
+    Args:
+        found: checkpoint folders, the newest first.
+        only: see `damage`.
 
     Raises:
         CheckpointError: all of them are damaged.
@@ -169,9 +173,9 @@ def newest_whole(
 
 
 class Moments(Mapping[str, Tensor]):
-    """Whole optimizer tensors by name, put together from the files of all ranks that saved.
+    """Whole optimizer tensors by name, assembled from the files of all ranks that saved.
 
-    Read one at a time: the moments of a large model do not fit beside it.
+    Each is read when it is asked for: the moments of a large model do not fit into memory beside it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,7 +189,7 @@ class Moments(Mapping[str, Tensor]):
                 self._places.setdefault(name, []).append((number, starts[name]))
 
     def __getitem__(self, name: str) -> Tensor:
-        # A scalar was written by every rank, at 0.
+        # Every rank wrote the scalars, with start 0.
         parts = {start: self._files[number].get_tensor(name) for number, start in self._places[name]}
         return torch.cat([parts[start] for start in sorted(parts)])
 
@@ -197,7 +201,7 @@ class Moments(Mapping[str, Tensor]):
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`; None where there is none."""
+    """The checkpoint of the highest step in `folder`; None if there is none."""
     found = newest_first(folder)
     return found[0] if found else None
 
@@ -219,11 +223,11 @@ def step_of(path: Path) -> int:
 
 
 def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list[Any]:
-    """What `action` returned on each rank; one that failed fails all of them."""
+    """What `action` returned on each rank. If it fails on one rank, all ranks raise."""
     result, failure = None, None
     try:
         result = action()
-    # Whatever it is: the other ranks wait to be told.
+    # Every kind of error, because the other ranks wait to hear of it.
     except Exception as error:
         failure = error
     said = runtime.gather_objects((result, None if failure is None else str(failure)))
@@ -242,7 +246,7 @@ def _fresh(partial: Path) -> None:
 
 
 def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
-    """Rank 0's files: those that exist once, and its own moments."""
+    """Writes rank 0's files: those that exist once, and its own moments."""
     for name, weights in ((MODEL, contents.model), (EMA, contents.ema)):
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
     torch.save(dict(contents.state), partial / STATE)
@@ -260,13 +264,13 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
 
 
 def _finished(path: Path) -> dict[str, Any]:
-    """Flushes a file to the disk; its size in bytes and hash, for the manifest."""
+    """Flushes a file to the disk. Returns its size in bytes and its hash, for the manifest."""
     flush(path)
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Callable[[], None]:
-    """The last act of a save: from here on the checkpoint exists."""
+    """A function that ends a save: after it the checkpoint exists."""
 
     def publish() -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -285,7 +289,7 @@ def _publisher(partial: Path, target: Path, manifest: Mapping[str, Any]) -> Call
 
 
 def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
-    """What is wrong with this rank's part of the files."""
+    """What is wrong with the files that this rank checks."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -307,18 +311,18 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
 def _remove_old(target: Path, keep_last: int, keep_every: int) -> None:
     folder = target.parent
     for later in (path for path in newest_first(folder) if step_of(path) > step_of(target)):
-        # A run only comes to lie behind a checkpoint that was damaged and passed over.
+        # A later checkpoint can only be one that was damaged, so that the run resumed from an earlier one.
         later.rename(later.with_suffix(".damaged"))
     for old in newest_first(folder)[keep_last:]:
         if not keep_every or step_of(old) % keep_every:
             _set_aside(old)
-    # Also what an interrupted save or removal of an earlier process left behind.
+    # Also leftovers of an earlier process that was interrupted while saving or removing.
     for leftover in (*folder.glob("step_*.old"), *folder.glob("step_*.tmp")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Renames a folder to be removed: a removal cut short must not leave what looks like a checkpoint."""
+    """Renames a folder before its removal, so that an interrupted one leaves nothing like a checkpoint."""
     if not path.exists():
         return None
     aside = path.with_suffix(".old")

@@ -1,8 +1,8 @@
-"""The folder of an experiment: what lies where.
+"""The folder of an experiment: the names of its files.
 
-`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (of
+`experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (for
 videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, and the config of each
-phase that ran; of the tools timestep_profile.json, timestep_profile.png and report.html.
+phase that ran. Tools write timestep_profile.json, timestep_profile.png and report.html.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_config(config: ExperimentConfig, phase: str) -> None:
 
 
 def say_where(folder: Path) -> None:
-    """Says where what exists of an experiment's results lies."""
+    """Prints the paths of an experiment's results that exist."""
     places = {
         "sample grid": folder / SAMPLES,
         "as video": (folder / SAMPLES).with_suffix(".mp4"),

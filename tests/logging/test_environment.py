@@ -15,7 +15,7 @@ def test_the_environment_has_versions_and_devices_and_no_name_of_the_host(tmp_pa
     text = (tmp_path / "environment.json").read_text()
     found = json.loads(text)
     assert found["torch"].startswith(torch.__version__.partition("+")[0])
-    # Another decoder may read other pixels.
+    # Recorded because another decoder may read other pixels.
     assert found["pillow"] == PIL.__version__
     assert found["python"] == platform.python_version()
     assert found["processes"] == "1"

@@ -17,7 +17,7 @@ TENSORBOARD, WANDB = "enable_tensorboard_log=true", "enable_wandb_log=true"
 
 
 class StandIn:
-    """The part of the package wandb that is called, without its service; keeps the calls."""
+    """The part of the package wandb that is called, without its service. It records the calls."""
 
     class Error(Exception):
         pass
@@ -135,7 +135,7 @@ def test_a_missing_key_is_an_error_that_names_the_ways_out(
 def test_a_missing_package_is_an_error_with_the_line_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What Python puts there for a module that cannot be imported.
+    # Python's own mark for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install 'speedit-plugins\[wandb\]'"):
         check_loggers(config_of(tmp_path, WANDB))

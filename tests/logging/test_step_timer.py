@@ -1,4 +1,5 @@
-import time
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def cpu_timer() -> StepTimer:
 # Powers of two, so that sums and quotients are exact.
 def test_a_summary_splits_the_wall_time_and_counts_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     timer, watch = cpu_timer(), Watch(monkeypatch)
-    watch.wait(50.0)  # before the first phase: building and resuming are no step
+    watch.wait(50.0)  # before the first phase: building and resuming do not count as steps
     for _ in range(2):
         for name, seconds in (("data", 0.25), ("forward", 0.5), ("forward", 0.5), ("backward", 1.0)):
             with timer.phase(name):
@@ -57,7 +58,7 @@ def test_a_summary_starts_anew_and_time_between_steps_is_other(monkeypatch: pyte
             watch.wait(1.0)
         timer.step_done(num_samples=1, num_tokens=1)
         row = timer.summary()
-        watch.wait(3.0)  # a checkpoint, after the line was logged
+        watch.wait(3.0)  # a checkpoint is written after the line was logged
     assert row["time_split"]["ema"] == 1.0
     assert row["time_split"]["other"] == 3.0
     assert row["steps_per_second"] == 0.25
@@ -82,19 +83,25 @@ def test_an_unknown_phase_is_refused_with_the_known_ones() -> None:
         cpu_timer().phase("forwards")
 
 
-def test_a_phase_costs_less_than_ten_microseconds() -> None:
-    timer = cpu_timer()
-    rounds = 20_000
-    started = time.perf_counter()
-    for _ in range(rounds):
-        with timer.phase("forward"):
-            pass
-    # Half a microsecond alone on a core; the room is for a machine that does other things too.
-    assert (time.perf_counter() - started) / rounds < 10e-6
+def test_a_phase_is_a_few_calls() -> None:
+    timer, calls = cpu_timer(), 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    with timer.phase("forward"):  # what happens at the first phase alone
+        pass
+    sys.setprofile(count)
+    with timer.phase("forward"):
+        pass
+    sys.setprofile(None)
+    # Six calls today, `setprofile` the last, some 0.1 us each. A step has a dozen phases.
+    assert calls <= 12
 
 
 class FakeEvent:
-    """A CUDA event of a device whose time is `now`, in seconds; readable only after a synchronisation."""
+    """A CUDA event on a device whose time is `now`, in seconds. Only a synchronisation makes it readable."""
 
     now = 0.0
     is_synchronised = False
@@ -140,13 +147,11 @@ def test_a_cuda_phase_lasts_as_long_as_its_kernels_and_not_as_their_launch() -> 
     timer, left = StepTimer(device), torch.randn(4096, 4096, device=device)
     left @ left  # loads the kernel
     torch.cuda.synchronize(device)
-    started = time.perf_counter()
     with timer.phase("forward"):
         for _ in range(50):
             left @ left
-    launched = time.perf_counter() - started
     timer.step_done(num_samples=1, num_tokens=1)
     row = timer.summary()
-    # 50 * 2 * 4096^3 FLOPs take 6.9 ms on 1 PFLOP/s, more than any device has in float32.
-    assert row["time_split"]["forward"] > max(5e-3, launched)
+    # 50 * 2 * 4096^3 FLOPs take 6.9 ms at 1 PFLOP/s. No device is that fast in float32.
+    assert row["time_split"]["forward"] > 5e-3
     assert 0 < row["time_split"]["forward"] <= row["seconds_per_step"] * 1.01

@@ -21,7 +21,7 @@ def small_dit(**options: Any) -> DiT:
     return DiT(8, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3, **options)
 
 
-# Gflops at 256 x 256 of the DiT paper, arXiv:2212.09748, which counts a multiply-add as one.
+# Gflops at 256 x 256 from the DiT paper, arXiv:2212.09748. The paper counts a multiply-add as one.
 @pytest.mark.parametrize(
     ("name", "gflops"),
     [("DiT-S/2", 6.06), ("DiT-B/2", 23.01), ("DiT-L/2", 80.71), ("DiT-XL/2", 118.64), ("DiT-XL/8", 7.39)],
@@ -30,12 +30,12 @@ def test_the_flops_are_three_times_those_of_the_paper(name: str, gflops: float) 
     with torch.device("meta"):
         model = build(MODELS, name)
     counted = training_flops(model, example_inputs(model, 1))
-    # The paper also counts what is no matrix product: norms and activations, below a hundredth of it.
+    # The paper also counts norms and activations, less than a hundredth of the total.
     assert counted == pytest.approx(3 * 2 * gflops * 1e9, rel=0.01)
 
 
-# Two in the forward pass, two by the weight where it is trained, two by the input where that needs them:
-# the second layer's, for the first layer's weight.
+# Each element of a weight costs 2 FLOPs in the forward pass, 2 for its gradient if it is trained, and 2 for
+# the gradient of its layer's input if an earlier layer is trained.
 @pytest.mark.parametrize(
     ("first", "second", "flops"),
     [
@@ -141,7 +141,7 @@ def test_no_half_precision_is_slower_than_full_and_no_pattern_shadows_another() 
 
 
 def test_utilisation_is_one_when_every_device_computes_at_its_peak() -> None:
-    # 4 devices of 8 FLOP/s, 2 FLOPs a sample: 16 samples per second are all they can do.
+    # 4 devices with 8 FLOP/s and 2 FLOPs per sample can do at most 16 samples per second.
     assert mfu(16.0, flops_per_sample=2.0, peak=8.0, num_devices=4) == 1.0
     assert mfu(4.0, flops_per_sample=2.0, peak=8.0, num_devices=4) == 0.25
 

@@ -49,7 +49,7 @@ def profiler_of(trainer: Trainer, inputs: ModelInputs) -> TimestepProfiler:
 
 
 def by_hand(trainer: Trainer, inputs: ModelInputs, index: Tensor) -> tuple[float, float, float]:
-    """Loss, mse and gradient norm of the model itself at the given timesteps."""
+    """Loss, mse and gradient norm at the given timesteps, computed from the model itself."""
     weight = trainer.policy.weight[index].float()
     draw = TimestepDraw(index, (index + 0.5) / 1000, weight, trainer.policy.scope)
     noised = trainer.process.corrupt(inputs.latents, draw, noise=inputs.noise)
@@ -75,22 +75,22 @@ def test_a_profile_is_loss_and_gradient_of_the_given_weights(tmp_path: Path, is_
     trainer = small_trainer(
         tmp_path, model__class_dropout_prob=0.0, model__gradient_checkpointing=is_checkpointed
     )
-    # The final layer starts at zero, where most gradients vanish.
+    # The final layer starts at zero, and then most gradients vanish.
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(trainer.model.final_layer.linear.weight, std=0.1, generator=generator)
     inputs = four_digits()
     own = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     other = {name: 1.1 * value for name, value in trainer.weights().items()}
     profile = profiler_of(trainer, inputs).measure(other, trainer.engine.untrained())
-    # Neither weights nor gradients of the model were touched.
+    # The model's weights and gradients are unchanged.
     assert_close(trainer.model.state_dict(), own, rtol=0, atol=0)
     assert all(p.grad is None for p in trainer.model.parameters())
 
     trainer.model.load_state_dict(other, strict=False)
-    # Four samples at even distances in fifty timesteps: 6.25, 18.75, 31.25, 43.75.
+    # Four samples at equal distances in fifty timesteps: 6.25, 18.75, 31.25, 43.75.
     for number in (0, 9, 19):
         loss, mse, norm = by_hand(trainer, inputs, 50 * number + torch.tensor([6, 18, 31, 43]))
-        # The same float32 operations, but for the order in which the norm adds up.
+        # The float32 operations are the same, except for the order of the norm's sum.
         found = (profile.loss[number], profile.mse[number], profile.grad_norm[number])
         assert_close(found, (loss, mse, norm), rtol=1e-5, atol=0)
 
@@ -103,7 +103,7 @@ def test_under_bf16_the_forward_pass_is_rounded_and_the_rest_is_not(tmp_path: Pa
         profiles.append(profiler_of(trainer, inputs).measure(trainer.weights(), trainer.engine.untrained()))
     full, half = profiles
     assert full.grad_norm != half.grad_norm
-    # bf16 keeps 8 bits, 0.4 %; the errors of two blocks add up.
+    # bf16 keeps 8 bits, 0.4 %, and the errors of two blocks add up.
     assert_close(half.grad_norm, full.grad_norm, rtol=0.05, atol=0)
 
 
@@ -148,7 +148,7 @@ def test_profiles_leave_the_training_as_it_is(tmp_path: Path, changes: dict[str,
 def test_a_profile_stands_in_the_first_line_from_each_multiple_on(tmp_path: Path) -> None:
     fit(tmp_path, profile_every=7)
     found = {row["step"]: "profile_loss" in row for row in read_metrics(tmp_path)}
-    # The multiples are 7 and 14; a line comes every five steps.
+    # Profiles are measured at steps 7 and 14. A line is logged every five steps.
     assert found == {5: False, 10: True, 15: True, 20: False}
 
 
@@ -187,12 +187,12 @@ def test_the_tool_says_what_is_missing_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main([str(tmp_path)]) == 2
-    assert f"{tmp_path} holds no training: there is no config_train.yaml" in capsys.readouterr().err
+    assert f"{tmp_path} has no training run: there is no config_train.yaml" in capsys.readouterr().err
     save_config(small_config(tmp_path), "train")
     assert tool.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path} holds no checkpoint yet" in error
+    assert f"{tmp_path} has no checkpoint yet" in error
     assert error.count("\n") == 1
     for override, own in (("compile=true", "compile=false"), ("sample_every=5", "sample_every=0")):
         assert tool.main([str(tmp_path), override]) == 2
-        assert f"has no effect: a profile is taken with {own}" in capsys.readouterr().err
+        assert f"has no effect: a profile is always measured with {own}" in capsys.readouterr().err

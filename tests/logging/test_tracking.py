@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.trainer.diffusion.process import LossTerms
+from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.logging.images import save_loss_curve
 from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES
 from speedit_plugins.trainer.logging.tracking import (
@@ -46,7 +46,7 @@ def test_the_corrected_mse_estimates_the_uniform_mean_for_every_policy(name: str
         law = policy.density_for(64)
         corrected.append((mse_of[draw.index] / (100 * law[draw.index])).mean())
     batches = torch.stack(corrected)
-    # Five standard errors of the mean of 500 batches, from their own spread.
+    # Five standard errors of the mean of 500 batches, estimated from their spread.
     tolerance = float(5 * batches.std() / math.sqrt(len(batches)))
     assert_close(seen.summary()["uniform_mse"], float(mse_of.mean()), atol=tolerance, rtol=0)
 
@@ -68,14 +68,14 @@ def test_means_and_bins_are_those_of_the_samples_and_a_summary_starts_anew() -> 
 def test_the_loss_of_a_range_of_timesteps_has_its_mean_and_standard_deviation() -> None:
     policy = build_policy("uniform", NoiseSchedule.linear(100))
     seen = window(policy, 4)
-    # Ranges of five timesteps: three samples in the first, in two batches, and one in the last.
+    # A range has five timesteps. Three samples in two batches are in the first range, one in the last.
     for index, loss in (([0, 4], [1.0, 2.0]), ([2, 99], [6.0, 7.0])):
         place, terms = torch.tensor(index), torch.tensor(loss)
         draw = TimestepDraw(place, place / 100, torch.ones(2))
         seen.add(draw, LossTerms(loss=terms, mse=0 * terms, vb=0 * terms))
     row = seen.summary()
     assert row["loss_per_timestep"] == [3.0, *[None] * (NUM_RANGES - 2), 7.0]
-    # Deviations of 1, 2 and 6 from their mean 3: 4, 1 and 9.
+    # 1, 2 and 6 have the mean 3 and the squared deviations 4, 1 and 9.
     spread = row["loss_std_per_timestep"]
     assert spread[0] == pytest.approx(math.sqrt(14 / 3))
     assert spread[1:] == [*[None] * (NUM_RANGES - 2), 0.0]
@@ -85,7 +85,7 @@ def test_the_loss_of_a_range_of_timesteps_has_its_mean_and_standard_deviation() 
 def test_ranks_that_add_up_their_sums_once_see_the_means_of_all_samples() -> None:
     policy = build_policy("speedit", NoiseSchedule.linear(100))
     draw = policy.draw(8, generator=torch.Generator().manual_seed(0))
-    # Small whole numbers, whose sums are exact in any order.
+    # Sums of small whole numbers are exact in any order.
     mse = torch.arange(1.0, 9.0)
     lone, first, second = (window(policy, 8) for _ in range(3))
     lone.add(draw, LossTerms(2 * mse, mse, mse - 1))
@@ -96,7 +96,7 @@ def test_ranks_that_add_up_their_sums_once_see_the_means_of_all_samples() -> Non
     second.summary(lambda sums: sent.append(sums.clone()))
     found, wanted = first.summary(lambda sums: sums.add_(sent[0])), lone.summary()
     assert len(sent) == 1
-    # The correction's quotients are rounded, so their sum depends on its order: float64 has 2e-16.
+    # The correction's quotients are rounded, so their sum depends on the order, by float64's 2e-16.
     assert_close(found.pop("uniform_mse"), wanted.pop("uniform_mse"), rtol=1e-14, atol=0)
     assert found == wanted
     assert math.isnan(first.summary()["loss"])
@@ -133,7 +133,7 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_damage_before_it_is_named(tm
 
 
 class Recorder:
-    """A logger that keeps what it is given."""
+    """A logger that keeps everything it gets."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -185,7 +185,7 @@ def test_every_line_is_json_also_where_a_number_is_none(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     row = {**ROW, "loss": math.nan, "grad_norm": -math.inf, "time_split": {"data": math.nan}}
-    # What older versions wrote.
+    # Older versions wrote this.
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "grad_norm": Infinity}\n')
     with Tracker(tmp_path, total_steps=2, start_step=1) as tracker:
         tracker.log(2, row)
@@ -215,12 +215,12 @@ def test_a_silent_tracker_takes_the_same_calls_and_writes_nothing(
 
 def test_peak_memory_on_the_cpu_is_the_most_that_was_ever_resident() -> None:
     device, size = torch.device("cpu"), 64 * 2**20
-    # The kernel counts in batches per thread, and may drop pages of mapped files meanwhile.
+    # The kernel counts in batches per thread, and may drop pages of mapped files in between.
     slack = size // 8
     before = peak_memory_bytes(device)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     assert before >= resident - slack
-    # A mapping of its own: the allocator may have resident pages to give again.
+    # A new mapping, because the allocator may reuse pages that are already resident.
     held = mmap.mmap(-1, before - resident + size)
     torch.frombuffer(held, dtype=torch.uint8).fill_(1)
     assert abs(peak_memory_bytes(device) - (before + size)) <= slack

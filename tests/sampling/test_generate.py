@@ -1,4 +1,4 @@
-"""What inference calls its results, and samples drawn in batches."""
+"""The names of inference's results, and samples drawn in batches."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from speedit_plugins.trainer.sampling.inpaint import draw_fills
 
 
 def generator_of(folder: Path, **changes: Any) -> SampleGenerator:
-    """Of an untrained model whose last layer is not zero, so that samples depend on class and noise."""
+    """A generator with an untrained model. Its last layer is not zero: samples depend on class and noise."""
     config = small_config(folder, "sample", **changes)
     trainer = small_trainer(folder, **{k: v for k, v in changes.items() if not k.startswith("inpaint_")})
     seeded = torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def infer(folder: Path, **changes: Any) -> int:
 
 
 def save_weights(folder: Path, seed: int) -> None:
-    """A step's folder with averaged and current weights."""
+    """Writes a step's folder with averaged and current weights."""
     folder.mkdir(parents=True)
     weights = small_trainer(folder).model.state_dict()
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def test_an_earlier_result_is_not_written_over(
     assert infer(tmp_path, ckpt_path=steps / "step_1") == 0
     folder = tmp_path / "inference" / "step_1_ddpm4_n3_cfg1_seed0"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "inference").rglob("*")}
-    # The averaged weights by another path are the same.
+    # Another path to the same averaged weights gives the same name.
     assert infer(tmp_path, ckpt_path=steps / "step_1" / "ema.safetensors") == 2
     assert f"inference would write over {folder}; move or delete it" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "inference").rglob("*")} == before
@@ -118,14 +118,14 @@ def test_an_interrupted_inference_has_no_finished_name(
             )
     name = "step_1_ddpm4_n3_cfg1_seed0"
     assert [path.name for path in (tmp_path / "inference").iterdir()] == [f"{name}.tmp"]
-    # The next one starts anew, and finishes.
+    # The next run starts anew and finishes.
     assert infer(tmp_path, ckpt_path=steps / "step_1") == 0
     assert {path.name for path in (tmp_path / "inference").iterdir()} == {name, f"{name}.npz"}
     assert len(list((tmp_path / "inference" / name).iterdir())) == 3
 
 
 class Counting(SampleGenerator):
-    """Notes how many samples each call draws."""
+    """Records how many samples each call draws."""
 
     def draw(self, condition: Any, num_samples: int, **options: Any) -> Tensor:
         self.__dict__.setdefault("sizes", []).append(num_samples)
@@ -139,7 +139,7 @@ def test_a_grid_is_drawn_in_batches(tmp_path: Path, batch_size: int, sizes: list
     conditions = grid_conditions(own.config, None)
     assert draw_grid(counting, conditions, tmp_path / "grid.png") == 8
     assert counting.__dict__["sizes"] == sizes
-    # Each batch is what `draw` gives for its conditions and stream.
+    # Each batch equals `draw` with its conditions and stream.
     rows, parts, start = torch.arange(8) % 2, [], 0
     for size in sizes:
         some = rows[start : start + size]

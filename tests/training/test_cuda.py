@@ -1,6 +1,6 @@
-"""What runs on a CUDA device: training, going on, sampling and features, against the CPU where both can.
+"""Training, resuming, sampling and features on a CUDA device, compared with the CPU where both can run.
 
-`pytest -m gpu` runs these; without it no test sees a CUDA device.
+`pytest -m gpu` runs these tests. Without it no test sees a CUDA device.
 """
 
 import json
@@ -21,7 +21,7 @@ from speedit_plugins.cli import main
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import FEATURES, build
-from speedit_plugins.trainer.diffusion.process import GaussianProcess
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.sampling import sample
 from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
@@ -36,14 +36,14 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    """The process group of one that the sharding plugins want, once for all tests here."""
+    """A process group of one process, as the sharding plugins need it, made once for all tests here."""
     pytest.importorskip("colossalai")
     yield launch(small_config(tmp_path_factory.mktemp("group"), plugin="zero2", device="cuda"))
     dist.destroy_process_group()
 
 
 def train(trainer: Trainer, num_steps: int) -> list[float]:
-    """Trains; the mean loss of each step."""
+    """Trains, and returns the mean loss of each step."""
     found, backward = [], trainer.engine.backward
 
     def seen(loss: Tensor) -> None:
@@ -65,12 +65,12 @@ def test_a_run_trains_goes_on_and_is_sampled_and_tested(tmp_path: Path, precisio
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert 0 < rows[-1]["loss"] < rows[0]["loss"]
-    # Of tensors alone: a process with CUDA in it is resident with more.
+    # The bound holds for tensors alone. A process that uses CUDA has more resident memory.
     assert before < rows[-1]["peak_memory_bytes"] < 2**28
     [drawn] = (tmp_path / "inference").glob("*.npz")
     assert len(np.load(drawn)["arr_0"]) == 32
-    figures = json.loads((tmp_path / "test.json").read_text())["figures"]
-    assert figures["fid[digit_classifier]"]["value"] > 0
+    metrics = json.loads((tmp_path / "test.json").read_text())["figures"]
+    assert metrics["fid[digit_classifier]"]["value"] > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,15 +83,15 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(tmp_path: Path, 
     rest = small_trainer(tmp_path / "half", **options)
     rest.restore(half.save())
     train(rest, 3)
-    # An embedding's gradients add up in no fixed order on a device: AdamW makes of a last bit up to a last
-    # bit's share of a step, 2e-3 long.
+    # On a device an embedding's gradients add up in no fixed order. AdamW can turn a difference in the last
+    # bit into that share of a step, and a step is 2e-3 long.
     assert_close(rest.averaged_weights(), whole.averaged_weights(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
     plain = train(small_trainer(tmp_path / "plain", device="cuda"), 4)
     compiled = train(small_trainer(tmp_path / "compiled", device="cuda", compile=True), 4)
-    # Fused kernels round elsewhere; products are TF32, of 2^-11, in both.
+    # Fused kernels round at other places. Products are TF32 in both, with a precision of 2^-11.
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
@@ -104,13 +104,13 @@ def test_sharded_plugins_train_as_a_lone_process_does(
     sharded = build_trainer(small_config(tmp_path / plugin, plugin=plugin, **options), lone_group)
     before = {name: value.clone() for name, value in alone.weights().items()}
     ours = train(sharded, 6)
-    # Sharded, weights and activations are bfloat16, 2^-8 = 0.4 %; alone, the products are.
+    # Sharded, weights and activations are bfloat16, 2^-8 = 0.4 %. Alone, only the products are.
     assert ours == pytest.approx(train(alone, 6), rel=0.02)
     assert sharded.window.summary(lone_group.sum)["loss"] == pytest.approx(sum(ours) / 6, rel=1e-3)
     expected, found = alone.weights(), sharded.weights()
     moved = sum((expected[name] - before[name]).square().sum() for name in before)
     apart = sum((expected[name] - found[name].to(CUDA)).square().sum() for name in before)
-    # Where a gradient is near 0 its rounding decides which way AdamW steps.
+    # Where a gradient is near 0, its rounding decides the direction of AdamW's step.
     assert apart < 0.1 * moved
 
 
@@ -126,7 +126,7 @@ def test_sharded_plugins_go_on_from_their_checkpoint(
     again = build_trainer(config, lone_group)
     again.restore(path)
     assert_close(again.averaged_weights(), expected, rtol=0, atol=0)
-    # Moments and step too: of lost ones the next steps would be of full length.
+    # Moments and step count are restored too. Without them the next steps would have full length.
     assert train(again, 3) == pytest.approx(train(trainer, 3), rel=1e-3)
 
 
@@ -150,7 +150,7 @@ def test_losses_are_those_of_the_cpu(prediction_type: str) -> None:
         found = process(prediction_type).loss(model(noised.x_t, noised.timestep, None), noised, draw)
         return found.loss.cpu(), found.mse.cpu(), found.vb.cpu()
 
-    # float32 through exp and log of the bound.
+    # The bound's exp and log, in float32.
     assert_close(terms(CUDA), terms(torch.device("cpu")), rtol=1e-4, atol=1e-5)
 
 
@@ -175,5 +175,5 @@ def test_features_are_those_of_the_cpu() -> None:
         )
         for name in ("cuda", "cpu")
     )
-    # Convolutions in TF32, of 2^-11 each, through 50 layers.
+    # 50 layers of convolutions in TF32, each with a precision of 2^-11.
     assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-3)

@@ -1,4 +1,4 @@
-"""The centre of a policy that follows the data: measured once, before training."""
+"""The centre of a policy that follows the data is measured once, before training."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def digits(*options: str) -> ExperimentConfig:
 def test_the_centre_is_that_of_the_data() -> None:
     config = centred(digits("diffusion.policy=spectral"), LONE)
     whole = DataSpectrum.of(Digits(image_size=config.image_size).images).log_snr_at()
-    # Of 1,797 digits 1,024 are measured, in the trainer's train split.
+    # The trainer measures 1,024 of the 1,797 digits, in its train split.
     assert config.diffusion.policy["mean"] == pytest.approx(whole, abs=0.1)
     assert not is_centred_by_data(config)
 
@@ -53,7 +53,7 @@ def test_a_given_centre_is_kept() -> None:
 def test_of_several_shapes_the_commonest_is_measured(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for number in range(48):
-        # A third is wide, black and white; the rest is tall and hardly varies.
+        # A third of the images are wide and black or white. The others are tall and hardly vary.
         is_wide, shade = number % 3 == 0, int(torch.randint(256, (), generator=generator))
         size, grey = ((16, 8), 255 * (shade // 128)) if is_wide else ((8, 16), 120 + shade // 16)
         Image.new("RGB", size, (grey,) * 3).save(tmp_path / f"{number:02d}.png")
@@ -85,7 +85,7 @@ def test_a_resumed_run_keeps_its_centre(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(data_centre, "_measured", lambda config, runtime: 9.0)
     train(digits(policy, "max_training_steps=2", *options))
     assert load_config(path, "train").diffusion.policy["mean"] == measured
-    # Of another policy there is none.
+    # Another policy has no centre.
     with pytest.raises(CheckpointError, match=r"diffusion.policy was .*'spectral'.*got .*'uniform'"):
         train(digits("diffusion.policy=uniform", *options, "max_training_steps=3"))
 

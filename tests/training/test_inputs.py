@@ -14,14 +14,14 @@ from speedit_plugins.trainer.inputs import (
     masked_latents,
     with_extra,
 )
-from speedit_plugins.trainer.models.pretrained import Pixels
+from speedit_plugins.trainer.models.autoencoder import Pixels
 
 CPU = torch.device("cpu")
 NULL = {"tokens": torch.full((1, 3, 2), -1.0), "mask": torch.tensor([[True, False, False]])}
 
 
 class Words:
-    """Every token of a caption is its length."""
+    """Encodes a caption as tokens that all equal its length."""
 
     width, max_length, num_cut = 2, 3, 0
 
@@ -34,7 +34,7 @@ class Words:
 
 
 class Halving:
-    """Latents are means of 2 x 2 pixels plus noise of the generators."""
+    """Its latents are means of 2 x 2 pixels plus noise from the generators."""
 
     channels, image_channels, downsample = 1, 1, 2
 
@@ -128,7 +128,7 @@ def test_frames_of_a_video_draw_one_after_the_other_from_its_generator() -> None
 
 
 class Counting(Halving):
-    """Keeps how many images it was given at once."""
+    """Records how many images each call gets."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
@@ -148,7 +148,7 @@ def test_an_encoder_has_a_limited_number_of_frames_at_once() -> None:
     latents = encode_video(counting, videos, generators(3))
     parts = [FRAMES_AT_ONCE, FRAMES_AT_ONCE, 3 * F - 2 * FRAMES_AT_ONCE]
     assert counting.counts == parts
-    # Means of four pixels: no frame's bits depend on those beside it.
+    # A latent is a mean of four pixels, so no frame's bits depend on other frames.
     whole = Halving().encode(videos.transpose(1, 2).flatten(0, 1))
     drawn = [torch.randn(1, 1, 1, 1, generator=each) for each in generators(3) for _ in range(F)]
     assert torch.equal(latents.transpose(1, 2).flatten(0, 1), whole + torch.cat(drawn))

@@ -1,11 +1,9 @@
-"""The phases through the installed command line, in processes of their own where signals are involved."""
+"""The phases through the installed command line. Tests with signals start processes of their own."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import arguments, small_config
+from processes import Job
+from runs import arguments, last_step, small_config
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
@@ -29,30 +28,16 @@ def speedit(phase: str, folder: Path, **changes: object) -> int:
     return main([*CONFIG, "-p", phase, *arguments(folder, **changes)])
 
 
-def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "tools/main.py",
-        *CONFIG,
-        "-p",
-        "train",
-        *arguments(folder, **changes),
-    ]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(folder: Path, **changes: object) -> Job:
+    return Job([sys.executable, "tools/main.py", *CONFIG, "-p", "train", *arguments(folder, **changes)])
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+def kill_after(seconds: float, folder: Path, **changes: object) -> None:
+    """Kills a run this long after its first save, in a step or in a later save, unless it has ended."""
+    before = checkpoint.newest(folder / "checkpoints")
+    with start(folder, **changes) as job:
+        job.until(lambda: checkpoint.newest(folder / "checkpoints") != before or job.has_ended)
+        time.sleep(seconds)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +54,7 @@ def test_train_says_where_its_results_lie(tmp_path: Path, capfd: pytest.CaptureF
     for name in ("loss.png", "metrics.jsonl", "checkpoints/step_0000020"):
         assert (tmp_path / name).exists()
         assert str(tmp_path / name) in out
-    # The progress bar's last line: steps, loss, rate and time left.
+    # The last line of the progress bar has steps, loss, rate and the time left.
     assert "20/20" in err
     assert "loss=" in err
     assert "step/s" in err or "s/step" in err
@@ -107,16 +92,16 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
     assert speedit("test", trained) == 0
-    figures = json.loads((trained / "test.json").read_text())["figures"]
+    metrics = json.loads((trained / "test.json").read_text())["figures"]
     names = ("fid", "kid", "precision", "recall", "density", "coverage")
-    assert list(figures) == [f"{name}[digit_classifier]" for name in names]
-    for figure in figures.values():
-        assert (figure["features"], figure["num_samples"], figure["num_reference"]) == (
+    assert list(metrics) == [f"{name}[digit_classifier]" for name in names]
+    for metric in metrics.values():
+        assert (metric["features"], metric["num_samples"], metric["num_reference"]) == (
             "digit_classifier",
             30,
             1797,
         )
-    assert figures["fid[digit_classifier]"]["value"] > 0
+    assert metrics["fid[digit_classifier]"]["value"] > 0
     out = capfd.readouterr().out
     assert "(features digit_classifier; 30 samples, 1797 reference; few for 32 dimensions" in out
 
@@ -126,11 +111,11 @@ def test_the_distance_of_a_set_to_itself_is_zero(trained: Path, tmp_path: Path) 
     write_npz(tmp_path / "same.npz", images)
     same = str(tmp_path / "same.npz")
     assert speedit("test", tmp_path, reference=same, samples=same, features="{type: pixels@8}") == 0
-    figures = json.loads((tmp_path / "test.json").read_text())["figures"]
-    # Rounding of an eigendecomposition in float64 of 64 dimensions.
-    assert abs(figures["fid[pixels@8]"]["value"]) < 1e-6
+    metrics = json.loads((tmp_path / "test.json").read_text())["figures"]
+    # Rounding of an eigendecomposition in float64 with 64 dimensions.
+    assert abs(metrics["fid[pixels@8]"]["value"]) < 1e-6
     for name in ("precision", "recall", "coverage"):
-        assert figures[f"{name}[pixels@8]"]["value"] == 1.0
+        assert metrics[f"{name}[pixels@8]"]["value"] == 1.0
 
 
 def test_an_official_checkpoint_and_a_safetensors_file_can_be_sampled(trained: Path, tmp_path: Path) -> None:
@@ -207,12 +192,11 @@ def test_resume_never_and_going_back_are_refused_where_they_would_lose_steps(
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start(tmp_path, max_training_steps=100_000, log_every=1)
-    wait_for(tmp_path / "metrics.jsonl", process)
-    time.sleep(1.0)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    with start(tmp_path, max_training_steps=100_000, log_every=1) as job:
+        job.until(lambda: last_step(tmp_path) >= 3)
+        job.process.send_signal(number)
+        output = job.end()
+    assert job.process.returncode == 0, output
     saved = checkpoint.newest(tmp_path / "checkpoints")
     assert saved is not None
     assert f"stopped by {number.name} after step {checkpoint.step_of(saved)}\n" in output
@@ -223,23 +207,12 @@ def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    changes = {"max_training_steps": 60, "ckpt_every": 3, "optimizer__max_grad_norm": 1.0}
-    whole = start(tmp_path / "whole", **changes)
-    assert whole.wait(timeout=120) == 0
+    changes: dict[str, object] = {"max_training_steps": 60, "ckpt_every": 3, "optimizer__max_grad_norm": 1.0}
+    assert speedit("train", tmp_path / "whole", **changes) == 0
     chance = random.Random(0)
     for _ in range(4):
-        process = start(tmp_path / "killed", **changes)
-        before = checkpoint.newest(tmp_path / "killed" / "checkpoints")
-        # At a random moment after it has made some way, saves included.
-        deadline = time.monotonic() + 60
-        while checkpoint.newest(tmp_path / "killed" / "checkpoints") == before and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.15))
-        process.kill()
-        process.communicate()
-    last = start(tmp_path / "killed", **changes)
-    assert last.wait(timeout=120) == 0
+        kill_after(chance.uniform(0, 0.15), tmp_path / "killed", **changes)
+    assert speedit("train", tmp_path / "killed", **changes) == 0
     expected = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step_0000060")
     found = checkpoint.load(tmp_path / "killed" / "checkpoints" / "step_0000060")
     for part in ("model", "ema", "moments"):

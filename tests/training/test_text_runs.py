@@ -37,7 +37,7 @@ def test_a_text_to_image_run_trains_samples_and_infers(tmp_path: Path) -> None:
     short = (*NARROW, "text_encoder.max_length=6")
     assert run("train", EMOJI, tmp_path, *short) == 0
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    # Of 1,911 names of emoji some have more than four words.
+    # Some of the 1,911 names of emoji have more than four words.
     assert rows[-1]["cut_captions"] > 0
     asked = ("sample_prompts=[red heart,a sun]", "samples_per_class=2")
     assert run("sample", EMOJI, tmp_path, *short, *asked) == 0
@@ -72,7 +72,7 @@ def test_a_text_to_video_run_trains_samples_and_infers(tmp_path: Path) -> None:
 
 
 def settled(folder: Path, phase: str) -> tuple[str, str, str]:
-    """The process, what it predicts and the sampler, of a phase that ran."""
+    """The process, the prediction type and the sampler of a phase that ran."""
     content = yaml.safe_load((folder / f"config_{phase}.yaml").read_text())
     diffusion, sampler = content["diffusion"], content["sampler"]
     return diffusion["type"], diffusion["prediction_type"], sampler["type"]
@@ -102,7 +102,7 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
     assert run("sample", DIGITS, tmp_path, *options, "sample_classes=[4]", *files) == 0
     grid = np.asarray(Image.open(tmp_path / "samples.png"))
     given, *fills = (grid[2:66, 2 + 66 * column : 66 + 66 * column].astype(int) for column in range(4))
-    # Cells are enlarged eight times by bicubic interpolation, which reaches two pixels: the corner is far.
+    # Bicubic interpolation enlarges cells eight times. It reaches two pixels, and the corner is further away.
     assert all(np.array_equal(fill[48:, :8], given[48:, :8]) for fill in fills)
     assert all(not np.array_equal(fill[16:40, 24:56], given[16:40, 24:56]) for fill in fills)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")

@@ -30,7 +30,7 @@ def fit(trainer: Trainer) -> None:
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
-    """All that decides the next step."""
+    """Everything that decides the next step."""
     return {
         "model": trainer.model.state_dict(),
         "ema": trainer.averaged_weights(),
@@ -100,7 +100,7 @@ def test_one_step_is_adamw_on_the_weighted_loss(tmp_path: Path) -> None:
     prediction = twin.model.train()(x_t, draw.index, batch["label"])
     mse = ((prediction[:, :1] - noise) ** 2).mean(dim=(1, 2, 3))
     gradient = torch.autograd.grad((draw.weight * mse).mean(), twin.model.final_layer.linear.weight)[0][:1]
-    # AdamW's first step is lr * sign(gradient), up to epsilon; rows 0, 2, ... are mean channels.
+    # AdamW's first step is lr * sign(gradient), up to epsilon. Rows 0, 2, ... are the mean channels.
     moved = trainer.model.final_layer.linear.weight[:1]
     large = gradient.abs() > 1e-4
     assert large.any()
@@ -112,7 +112,7 @@ def test_the_rate_warms_up_linearly_and_follows_the_schedule() -> None:
     rates = [learning_rate(options, step, 10) for step in range(6)]
     assert_close(rates, [0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
     cosine = replace(options, schedule="cosine", min_lr=0.002)
-    # Half way between warm-up and end a cosine is at the mean of its ends.
+    # Half way between warm-up and end, a cosine has the mean of its end values.
     assert_close([learning_rate(cosine, step, 10) for step in (3, 4, 7, 10)], [0.004, 0.004, 0.003, 0.002])
 
 
@@ -136,8 +136,8 @@ def test_accumulated_batches_equal_one_batch_of_all(tmp_path: Path, normalize: s
             trainer.optimizer_step()
     names = [name for name, _ in one.model.named_parameters() if "qkv.bias" not in name]
     found, expected = two.model.state_dict(), one.model.state_dict()
-    # The same images, timesteps and noise; sums of 32 float32 terms in two orders. The bias of the keys has a
-    # gradient of zero on paper, whose rounding AdamW blows up.
+    # Images, timesteps and noise are the same; 32 float32 terms are summed in two orders. The gradient of the
+    # keys' bias is zero in exact arithmetic, and AdamW blows up its rounding error, so it is left out.
     assert_close([found[n] for n in names], [expected[n] for n in names], rtol=0, atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_a_diverged_run_stops_saves_nothing_and_names_the_last_good_checkpoint(
     assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
     assert trainer.ema.num_updates == 0
     assert checkpoint.newest(tmp_path / "checkpoints") == good
-    # Its metrics are readable, and say nothing of a loss that was not measured.
+    # The metrics can be read, and have no row for a loss that was not measured.
     assert [row["skipped_steps"] for row in read_metrics(tmp_path)] == [1]
 
 
@@ -240,7 +240,7 @@ def test_the_saved_config_is_the_resolved_one(tmp_path: Path) -> None:
 
 
 def test_sampling_grids_leave_the_training_as_it_is(tmp_path: Path) -> None:
-    # Built one after the other: label dropout draws from torch's global generator, which building seeds.
+    # Built one after the other: building seeds torch's global generator, and label dropout draws from it.
     plain = small_trainer(tmp_path / "plain", max_training_steps=6)
     fit(plain)
     drawing = small_trainer(tmp_path / "drawing", max_training_steps=6, sample_every=2)
@@ -274,7 +274,7 @@ def test_a_learning_policy_is_scored_by_the_law_that_drew(tmp_path: Path) -> Non
         tmp_path, diffusion__policy=learning, diffusion__diffusion_steps=25, data__batch_size=256
     )
     trainer.optimizer_step()
-    # 256 draws fill the history of 25 timesteps: this step drew uniformly, the next one does not.
+    # 256 draws fill the history of 25 timesteps. This step drew uniformly; the next one does not.
     row = trainer.window.summary()
     assert_close(row["uniform_mse"], row["mse"])
     trainer.optimizer_step()
@@ -294,7 +294,7 @@ def test_a_compiled_model_trains_to_the_same_weights_and_its_checkpoint_fits_the
     path = compiled.save()
     names = [name for name, _ in plain.model.named_parameters() if "qkv.bias" not in name]
     found, expected = compiled.model.state_dict(), plain.model.state_dict()
-    # Fused kernels round in another order; three steps of 1e-3 each.
+    # Fused kernels round in another order. There are three steps of 1e-3 each.
     assert_close([found[n] for n in names], [expected[n] for n in names], rtol=0, atol=1e-4)
     assert compiled.model._compiled_call_impl is not None
     again = small_trainer(tmp_path, **options)

@@ -1,4 +1,4 @@
-"""What a run was trained with: versions, system and devices, as a file in its folder."""
+"""Writes the versions, system and devices of a training into its folder."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.version import __version__
 
 ENVIRONMENT = "environment.json"
-# What changes numbers or speed; av and pillow read the data.
+# Packages that change numbers or speed. av and pillow read the data.
 _PACKAGES = (
     "torch",
     "numpy",
@@ -29,8 +29,12 @@ _PACKAGES = (
 )
 
 
-def save_environment(folder: Path, runtime: Runtime) -> None:
-    """Writes `folder/environment.json`: text by name. No host or user name stands in it."""
+def save_environment(folder: Path, runtime: Runtime, *, linear_layers: str = "torch's products") -> None:
+    """Writes `folder/environment.json`: text by name. It holds no host or user name.
+
+    Args:
+        linear_layers: which kernels compute them, see `training/product_choice.py`.
+    """
     device = runtime.device
     is_cuda = device.type == "cuda"
     found = {
@@ -41,6 +45,7 @@ def save_environment(folder: Path, runtime: Runtime) -> None:
         "device": torch.cuda.get_device_name(device) if is_cuda else f"{os.cpu_count()} CPU cores",
         "processes": str(runtime.world_size),
         "threads": str(torch.get_num_threads()),
+        "linear layers": linear_layers,
     }
     if is_cuda:
         found["CUDA"] = str(torch.version.cuda)
@@ -48,7 +53,7 @@ def save_environment(folder: Path, runtime: Runtime) -> None:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions by the packages' names; without those that are not installed."""
+    """Versions of the installed ones among these packages, by name."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids, videos, and the loss curve.
+"""Image files of a run: sample grids, videos, and the loss curve.
 
 Dims: B samples, C channels, F frames, H x W pixels.
 """
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# Cells smaller than this are enlarged by a whole factor, smoothly: blocks hide an 8 x 8 digit from the eye.
+# Smaller cells are enlarged by a whole factor, smoothly: an 8 x 8 digit is hard to see in blocks.
 _MIN_CELL = 64
 
 
@@ -25,23 +25,23 @@ def to_uint8(samples: Tensor) -> npt.NDArray[np.uint8]:
 
 
 def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float) -> None:
-    """An image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3."""
+    """Writes an image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3."""
     if sample.ndim == 3:
         save_png(sample, stem.with_suffix(".png"))
         return
-    # Only runs with videos need its package.
+    # Imported here, because only runs with videos need its package.
     from speedit_plugins.trainer.data.videos.files import write_mp4
 
     write_mp4(stem.with_suffix(".mp4"), torch.from_numpy(sample), fps=frames_per_second)
 
 
 def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
-    """One uint8 image (H, W, C), C 1 or 3, as PNG."""
+    """Writes one uint8 image (H, W, C), C 1 or 3, as PNG."""
     _pillow(image).save(path)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
-    """Images (B, C, H, W) in [-1, 1] as one PNG, row by row, a line between cells, small ones enlarged.
+    """Writes images (B, C, H, W) in [-1, 1] as one PNG, row by row. Small images are enlarged.
 
     Args:
         titles: written above the columns, wrapped.
@@ -52,7 +52,7 @@ def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str]
 def save_videos(
     videos: Tensor, path: Path, *, columns: int, titles: Sequence[str] = (), frames_per_second: float
 ) -> None:
-    """Videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
+    """Writes videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
 
     The PNG has a row per video, up to eight frames of it from left to right, its title on the left.
     """
@@ -90,7 +90,7 @@ def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:
 
 
 def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """The grid (H, W, C) under a band with a title for each of its columns; as it is without titles."""
+    """The grid (H, W, C) below a band with a title for each column. Without titles the grid itself."""
     if not titles:
         return grid
     width, size = grid.shape[1] // columns, 10
@@ -106,7 +106,7 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
 
 
 def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """A white column (height, W, 3) with a title for each of as many equal rows."""
+    """A white column (height, W, 3) with one title per row; rows have equal heights."""
     size, width = 10, 2 * _MIN_CELL
     font = ImageFont.load_default(size)
     column = Image.new("RGB", (width, height), "white")
@@ -118,7 +118,7 @@ def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
 
 
 def _wrapped(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The title in as few lines as fit into this width in pixels; at least 4 letters stand in one."""
+    """The title in as few lines as fit into `width` pixels. A line has at least 4 letters."""
     lines = [title]
     for letters in range(len(title), 3, -1):
         if all(font.getlength(line) <= width for line in lines):
@@ -132,12 +132,12 @@ def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
 
 
 def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """The logged losses against the step as PNG: weighted loss, raw mse, and mse under uniform timesteps.
+    """Plots the logged losses against the step: weighted loss, raw mse, and mse under uniform timesteps.
 
     Args:
         rows: lines of metrics.jsonl, each with `step` and the losses.
-        path: the PNG file.
-        title: above the plot.
+        path: the PNG file to write.
+        title: title of the plot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

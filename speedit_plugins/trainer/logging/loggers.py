@@ -1,4 +1,4 @@
-"""Where curves are looked at: TensorBoard and Weights & Biases behind one interface."""
+"""TensorBoard and Weights & Biases behind one interface."""
 
 import os
 import uuid
@@ -16,14 +16,14 @@ _WITHOUT_KEY = ("offline", "disabled")
 
 
 class Logger(Protocol):
-    """Takes the finite scalars of a logged step, named as paths: "train/loss"."""
+    """Receives the finite scalars of a logged step. Names are paths: "train/loss"."""
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
     def close(self, *, is_failed: bool) -> None: ...
 
 
 def check_loggers(config: ExperimentConfig) -> None:
-    """Raises before anything slow what `open_loggers` would.
+    """Raises the errors of `open_loggers` early, before anything slow.
 
     Raises:
         ValueError: Weights & Biases is asked for without its package, or without a key where it needs one.
@@ -39,10 +39,10 @@ def check_loggers(config: ExperimentConfig) -> None:
 
 
 def open_loggers(config: ExperimentConfig, *, start_step: int) -> list[Logger]:
-    """The loggers that a config asks for, in `experiment_dir`; on rank 0 alone.
+    """The loggers that a config asks for, in `experiment_dir`. Call it on rank 0 only.
 
     Args:
-        start_step: where this run starts; what TensorBoard holds past it is no longer shown.
+        start_step: step at which this run starts. TensorBoard no longer shows later steps of earlier runs.
 
     Raises:
         ValueError: as `check_loggers`, or Weights & Biases refuses the run.
@@ -75,7 +75,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of Weights & Biases, one for an experiment's folder: a resumed training goes on in it.
+    """A run of Weights & Biases. An experiment's folder has one; a resumed training continues it.
 
     Raises:
         ValueError: Weights & Biases refuses the run, or cannot be reached.
@@ -91,7 +91,7 @@ class WandbLogger:
                 resume="allow",
                 dir=folder,
                 config=redact(asdict(config)),
-                # The command line, terminal and repository may hold what the redacted config does not.
+                # Command line, terminal and repository may contain secrets that are redacted in the config.
                 settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
             )
         except wandb.Error as error:
@@ -99,7 +99,7 @@ class WandbLogger:
                 f"enable_wandb_log: Weights & Biases refused the run: {error};"
                 " WANDB_MODE=offline works without it"
             ) from error
-        # A resumed run logs steps again that a crash cut off; W&B's own step only rises and would drop them.
+        # A run resumed after a crash logs some steps again. W&B's own step only rises and would drop them.
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -121,7 +121,7 @@ def _import_wandb() -> ModuleType:
 
 
 def _run_id(folder: Path) -> str:
-    """The id in the folder's file, which the first call writes."""
+    """The id in the folder's file. The first call writes the file."""
     path = folder / RUN_ID
     if not path.exists():
         path.write_text(uuid.uuid4().hex, encoding="utf-8")

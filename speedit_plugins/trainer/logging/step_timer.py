@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Times the phases of a training step."""
 
 from time import perf_counter
 from types import TracebackType
@@ -41,13 +41,13 @@ class StepTimer:
         return self._phases[name]
 
     def step_done(self, *, num_samples: int, num_tokens: int) -> None:
-        """Counts one optimizer step, and what all ranks together worked through in it."""
+        """Counts one optimizer step, with the samples and tokens of all ranks."""
         self._num_steps += 1
         self._num_samples += num_samples
         self._num_tokens += num_tokens
 
     def summary(self) -> dict[str, Any]:
-        """The steps since the last call, of which there is one at least; waits for a CUDA device.
+        """Times of the steps since the last call; at least one step is needed. Waits for a CUDA device.
 
         Returns:
             `steps_per_second`, `samples_per_second`, `tokens_per_second` and `seconds_per_step` of wall time,
@@ -74,7 +74,7 @@ class StepTimer:
 
 
 class _Phase(Protocol):
-    """One of PHASES: a context manager that is entered again and again."""
+    """One of PHASES: a context manager that can be entered repeatedly."""
 
     def __enter__(self) -> None: ...
     def __exit__(
@@ -112,7 +112,7 @@ class _CudaPhase:
         self._ends.append(self._mark())
 
     def take_seconds(self) -> float:
-        """The time since the last call, on a device that has come to the last event."""
+        """The time since the last call. The device must have reached the last event."""
         seconds = sum(
             start.elapsed_time(end) / 1000 for start, end in zip(self._starts, self._ends, strict=True)
         )

@@ -1,9 +1,8 @@
-"""How much of what its devices could compute a training uses: model FLOPs utilisation (MFU).
+"""Model FLOPs utilisation (MFU): the share of the devices' peak that a training uses.
 
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,12 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.models.attention import SelfAttention, sdpa
-from speedit_plugins.trainer.models.interface import example_inputs
+from speedit_plugins.trainer.models.interface import example_inputs, without_storage
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
-# A device's name without its maker, then its dense peaks in TFLOP/s, sums in fp32; None where it has no unit
-# for a format. A data sheet's number "with sparsity" is halved.
+# Device name without its maker, then dense peaks in TFLOP/s with fp32 sums. None: no unit for this format.
+# Numbers "with sparsity" of a data sheet are halved.
 _FORMATS = ("fp32", "tf32", "bf16", "fp16")
 _PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
     # NVIDIA V100 data sheet, January 2020.
@@ -57,7 +55,7 @@ _PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
 
 
 def mfu_of(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Callable[[float], float] | None:
-    """What turns samples per second of all ranks into MFU; None where the device's peak is unknown.
+    """A function from samples per second of all ranks to MFU; None if the device's peak is unknown.
 
     Args:
         model: as built: not yet wrapped, sharded or compiled.
@@ -73,7 +71,7 @@ def mfu_of(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Call
 
 
 def mfu(samples_per_second: float, *, flops_per_sample: float, peak: float, num_devices: int) -> float:
-    """Share in [0, 1] of the devices' peak that the model's own FLOPs make.
+    """Share in [0, 1] of the devices' peak: the model's own FLOPs over what they could compute.
 
     Args:
         samples_per_second: of all devices together.
@@ -96,11 +94,7 @@ def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
         model: called as `model(*inputs)`; neither computed with nor changed.
         inputs: of one sample, on the meta device.
     """
-    twin = _without_storage(model).eval()
-    for module in twin.modules():
-        if isinstance(module, SelfAttention):
-            # The counter knows torch's own kernel; every kernel computes the same.
-            module.kernel = sdpa
+    twin = without_storage(model).eval()
     counter = FlopCounterMode(display=False)
     with counter:
         twin(*inputs).sum().backward()
@@ -108,7 +102,7 @@ def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
 
 
 def peak_flops(device_name: str, precision: str, *, allow_tf32: bool) -> float | None:
-    """Dense peak of one device in FLOP/s; None for a device or number format that the table has not.
+    """Dense peak of one device in FLOP/s; None for a device or number format that is not in the table.
 
     Args:
         device_name: as `torch.cuda.get_device_name` says it. A part of a device (MIG) and a laptop's variant
@@ -124,16 +118,3 @@ def peak_flops(device_name: str, precision: str, *, allow_tf32: bool) -> float |
             teraflops = rates["tf32" if is_tf32 else precision]
             return None if teraflops is None else teraflops * 1e12
     return None
-
-
-def _without_storage(model: nn.Module) -> nn.Module:
-    """A copy with the shapes of every parameter and buffer, and no memory for any."""
-    tensors: dict[int, object] = {
-        id(parameter): nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-        for parameter in model.parameters()
-    }
-    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    # What the memo holds is taken for already copied.
-    return copy.deepcopy(model, tensors)

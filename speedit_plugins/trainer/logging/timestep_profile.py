@@ -1,4 +1,4 @@
-"""Loss and gradient norm per range of timesteps, measured on the same samples and noise each time.
+"""Measures loss and gradient norm per range of timesteps, always on the same samples and noise.
 
 Dims: T timesteps, B samples.
 """
@@ -20,21 +20,21 @@ NUM_RANGES = 20
 
 
 def range_of(index: Tensor, num_timesteps: int) -> Tensor:
-    """Which of `NUM_RANGES` equal ranges of the timesteps an index lies in, cleanest first; int64."""
+    """Number of the range of an index, int64 in [0, NUM_RANGES). Range 0 has the cleanest timesteps."""
     return index * NUM_RANGES // num_timesteps
 
 
 def timestep_ranges(num_timesteps: int) -> list[tuple[int, int]]:
-    """[first, end) index of each range of `range_of`; with T < NUM_RANGES some are empty."""
+    """[first, end) index of each range of `range_of`. Some are empty if T < NUM_RANGES."""
     edges = [-(-number * num_timesteps // NUM_RANGES) for number in range(NUM_RANGES + 1)]
     return list(zip(edges, edges[1:], strict=False))
 
 
 @dataclass(frozen=True)
 class TimestepProfile:
-    """Means over the samples per range, cleanest first; None for an empty range.
+    """Means over the samples, per range, the cleanest first; None for an empty range.
 
-    loss is what is minimised, mse is unweighted, grad_norm belongs to the gradient of the mean loss.
+    loss is weighted, mse is not. grad_norm is the norm of the gradient of the mean loss.
     """
 
     loss: list[float | None]
@@ -43,16 +43,16 @@ class TimestepProfile:
 
 
 class TimestepProfiler:
-    """Measures weights range by range, always on the same samples, noise and label dropout.
+    """Measures given weights in each range, always on the same samples, noise and label dropout.
 
-    Neither the training's random numbers nor its gradients are touched.
+    It changes neither the training's random numbers nor its gradients.
 
     Args:
-        model: the bare model; its own parameters are not read.
-        policy: weighs the losses, as it stands at each measurement.
-        inputs: of B samples, each noised to a timestep of every range.
-        precision: bf16 runs the forward pass in autocast. fp16 is measured in float32: its small gradients
-            would vanish without a loss scale.
+        model: the bare model. Its own parameters are not used.
+        policy: weights the losses, with its weights at the time of the measurement.
+        inputs: inputs of B samples. Each is noised to one timestep of every range.
+        precision: bf16 runs the forward pass in autocast. fp16 is measured in float32, because small
+            gradients would vanish without a loss scale.
     """
 
     def __init__(

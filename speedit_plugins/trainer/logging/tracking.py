@@ -1,4 +1,4 @@
-"""What a run says: progress bar, metrics.jsonl, loggers, and lines on the terminal.
+"""Metrics of a run: progress bar, metrics.jsonl and loggers.
 
 Dims: T timesteps, B batch.
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from speedit_plugins.files import write_whole
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.trainer.diffusion.process import LossTerms
+from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.logging.loggers import Logger
 from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES, range_of
 from speedit_plugins.trainer.results import METRICS
 from speedit_plugins.trainer.terminal import progress
 
-# Of mse_per_bin; divides the number of ranges.
+# Number of bins of mse_per_bin; it divides NUM_RANGES.
 NUM_BINS = 10
 
 
 class LossWindow:
-    """Means since the last summary, accumulated on the device: reading them is the only synchronisation.
+    """Mean losses since the last summary. They accumulate on the device; only a summary synchronises with it.
 
     `uniform_mse` is the mse importance-corrected to uniformly drawn timesteps, E[mse / (T p)]: the figure
     whose curves compare between policies.
@@ -41,7 +41,7 @@ class LossWindow:
     def __init__(self, policy: TimestepPolicy, *, batch_size: int, device: torch.device) -> None:
         self._policy = policy
         self._batch_size = batch_size
-        # In one tensor, so that ranks add it up in one call.
+        # One tensor, so that the ranks sum it in one call.
         self._sums = torch.zeros(4 + 4 * NUM_RANGES, dtype=torch.float64, device=device)
         self._totals = self._sums[:4]  # loss, mse, vb, corrected mse
         self._ranges = self._sums[4:].view(4, NUM_RANGES)  # count, mse, loss, squared loss
@@ -49,7 +49,7 @@ class LossWindow:
         self._table = torch.empty(0)
 
     def add(self, draw: TimestepDraw, terms: LossTerms) -> None:
-        """Adds the losses (B,) of one batch of this rank."""
+        """Adds the losses (B,) of one of this rank's batches."""
         loss, mse, vb = (term.detach().double() for term in (terms.loss, terms.mse, terms.vb))
         corrected = mse * self._correction(mse.device)[draw.index]
         self._totals += torch.stack([loss.sum(), mse.sum(), vb.sum(), corrected.sum()])
@@ -72,7 +72,7 @@ class LossWindow:
         counts, mse, loss, squares = sums[4:].view(4, NUM_RANGES)
         means = (sums[:4] / counts.sum()).tolist()  # 0 / 0 is NaN
         mean = loss / counts
-        # Rounding may leave a variance of 0 below it.
+        # Rounding may make a variance of 0 negative.
         deviation = (squares / counts - mean**2).clamp(min=0).sqrt()
         pooled = mse.view(NUM_BINS, -1).sum(1) / counts.view(NUM_BINS, -1).sum(1)
         return {
@@ -83,24 +83,24 @@ class LossWindow:
         }
 
     def _correction(self, device: torch.device) -> Tensor:
-        # An adaptive policy replaces its density when it changes; the object tells whether it did.
+        # An adaptive policy replaces the density object when it changes.
         if self._density is not self._policy.density:
             self._density = self._policy.density
             law = self._policy.density_for(self._batch_size)
-            # Where the law is 0 nothing is drawn, and the entry is never read.
+            # A timestep of probability 0 is never drawn, so its entry is never read.
             self._table = (1 / (len(law) * law.clamp(min=torch.finfo(law.dtype).tiny))).to(device)
         return self._table
 
 
 class Tracker:
-    """Writes one run's metrics into its folder and shows its progress, on rank 0; a context manager.
+    """Writes a run's metrics into its folder and shows its progress. A context manager for rank 0.
 
     Args:
         folder: the experiment's folder; `metrics.jsonl` is written there.
-        total_steps: where the progress bar ends.
-        start_step: where this run starts; lines of metrics.jsonl past it come from a run that was cut off
-            after its last checkpoint, and are dropped.
-        loggers: also take what is logged; closed here.
+        total_steps: last step of the progress bar.
+        start_step: step at which this run starts. Later lines of metrics.jsonl come from a run that was
+            cut off after its last checkpoint, and are dropped.
+        loggers: also receive what is logged. The tracker closes them.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class Tracker:
         self._bar.update()
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, its numbers to the loggers, the loss to the progress bar.
+        """Writes a line of metrics.jsonl, passes its numbers to the loggers, and shows the loss.
 
         Args:
-            step: training steps done.
-            row: `loss` and whatever else; values may be lists of numbers, or dicts of values.
+            step: number of training steps done.
+            row: `loss` and other metrics. Values may be lists of numbers, or dicts of values.
         """
         values = plain(row)
         try:
@@ -145,7 +145,7 @@ class Tracker:
         try:
             self._lines.close()
         except OSError as closing:
-            # It flushes again what a failed write left, whose error is on its way.
+            # Closing flushes again what a failed write left. Its error is being raised already.
             if error is None:
                 raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
         finally:
@@ -154,7 +154,7 @@ class Tracker:
 
 
 class SilentTracker(Tracker):
-    """A tracker of the ranks that neither write nor show anything."""
+    """The tracker of ranks that write and show nothing."""
 
     def __init__(self) -> None:
         pass
@@ -170,7 +170,7 @@ class SilentTracker(Tracker):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`, none without the file; a last line cut by a crash is left out."""
+    """The lines of `folder/metrics.jsonl`; empty without the file. A last line cut by a crash is left out."""
     path = folder / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
@@ -184,7 +184,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held at once: in tensors on a CUDA device, else resident in memory."""
+    """Peak memory of this process: tensors on a CUDA device, otherwise resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts in KiB.
@@ -192,7 +192,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _known(values: Tensor) -> list[float | None]:
-    """The values, with None for NaN: the mean of nothing."""
+    """The values, with None for NaN, the mean over no sample."""
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
@@ -205,7 +205,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A copy with None in place of every number that JSON has not: NaN and the infinities."""
+    """A copy with None for each number that JSON does not have: NaN and infinities."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -214,7 +214,7 @@ def plain(value: Any) -> Any:
 
 
 def _scalars(row: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:
-    """The numbers of a row by path: train/loss, train/time_split/data; of a list, mse_per_bin/0 and on."""
+    """The numbers of a row by path: train/loss, train/time_split/data, and mse_per_bin/0 for lists."""
     found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):

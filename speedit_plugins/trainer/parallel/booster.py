@@ -1,7 +1,7 @@
 """ColossalAI behind the engine's interface: its Booster with DDP, ZeRO 1 and 2, Gemini.
 
-The only file that knows ColossalAI; checkpoints are this project's own and need nothing of it. Tested against
-0.5.0, whose ZeRO runs on CPUs too once its accelerator has the few methods below.
+This is the only file that imports ColossalAI. Checkpoints are this project's own and do not need it. Tested
+with 0.5.0. Its ZeRO also runs on CPUs once its accelerator has the few methods below.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ INSTALLATION = "pip install 'speedit-plugins[colossal]' && pip install --no-deps
 
 
 def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Engine:
-    """The engine of `plugin`; a lone process of `ddp` needs no ColossalAI, and several can do without.
+    """The engine that the config's `plugin` names. `ddp` works without ColossalAI.
 
     Raises:
         ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks.
@@ -63,7 +63,7 @@ class BoostedReplica(Replica):
         from colossalai.booster import Booster
         from colossalai.booster.plugin import TorchDDPPlugin
 
-        # Its mixed precision knows no bf16: autocast and the loss scale are those of `Replica`.
+        # ColossalAI's mixed precision has no bf16, so autocast and the loss scale are those of `Replica`.
         self._booster = Booster(plugin=TorchDDPPlugin(gradient_as_bucket_view=True))
         boosted, self._boosted_optimizer, *_ = self._booster.boost(model, self.optimizer)
         return cast(nn.Module, boosted)
@@ -76,9 +76,9 @@ class BoostedReplica(Replica):
 
 
 class ZeroEngine:
-    """`plugin: zero1 | zero2`: masters and moments are sharded over the ranks, under zero2 gradients too.
+    """`plugin: zero1 | zero2`: master weights and moments are sharded; with zero2 gradients too.
 
-    Under bf16 and fp16 the model itself is held in that precision, as ColossalAI does it.
+    Under bf16 and fp16 ColossalAI casts the model itself to that precision.
     Source: Rajbhandari et al. 2020, arXiv:1910.02054.
     """
 
@@ -86,21 +86,21 @@ class ZeroEngine:
         self.module = model
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         weights = {name: p.detach().clone() for name, p in named.items()}
-        # Frozen tensors stay as they are, where the model is cast.
+        # Copies, since ColossalAI casts the model: frozen tensors are saved as they were.
         self._untrained = {k: v.detach().clone() for k, v in model.state_dict().items() if k not in named}
         self._max_norm = config.optimizer.max_grad_norm
         self._step_scale, self._is_held = 1.0, False
         self._boost(named, config, runtime)
         self.masters = self._masters(named)
-        # The masters were made from the cast model: they start from the weights as initialised.
+        # ColossalAI made the master weights from the cast model. Take the weights as initialised instead.
         self.load_weights(weights)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Nothing: the model holds its precision."""
+        """Does nothing: the model is in its precision already."""
         return nullcontext()
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Nothing: each backward pass adds to the shards, which is what keeps gradients sharded."""
+        """Does nothing: each backward pass adds to the sharded gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -113,7 +113,7 @@ class ZeroEngine:
         set_lr(self.optimizer, lr)
         if is_healthy:
             self._step_scale = self._scale()
-            # Stays None where fp16 overflows: the step ends before a norm is taken.
+            # Stays None if fp16 overflows, because the step then ends before it computes a norm.
             self._sharded._current_grad_norm = None
             self._sharded.step()
             norm = self._sharded._current_grad_norm
@@ -123,7 +123,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies whole parameters into model and masters, frozen tensors into what is saved too."""
+        """Copies whole parameters into model and master weights, and frozen tensors into what is saved."""
         own = self.module.state_dict()
         for name, value in weights.items():
             own[name].copy_(value)
@@ -132,20 +132,20 @@ class ZeroEngine:
         self._load_masters(weights)
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state, see `masters.load_optimizer`."""
+        """Sets the optimizer's state, see `master_weights.load_optimizer`."""
         load_optimizer(self.optimizer, self.masters, whole)
 
     def untrained(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters, in the precision they were built in."""
+        """Buffers and frozen parameters, in the precision in which they were built."""
         return self._untrained
 
     def scaler_state(self) -> dict[str, Any]:
-        """The loss scale of fp16 and the steps since it changed, alike in all engines; empty otherwise."""
+        """The loss scale of fp16 and the steps since it changed; empty in other precisions."""
         scaler = self._scaler()
         return {} if scaler is None else {"scale": float(scaler.scale), "growth_step": scaler._growth_step}
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
-        """Restores `scaler_state`; an empty one, of another precision, leaves the scale as it starts."""
+        """Restores `scaler_state`. An empty state, from another precision, leaves the initial scale."""
         scaler = self._scaler()
         if scaler is not None and state:
             scaler._scale.fill_(state["scale"])
@@ -173,7 +173,7 @@ class ZeroEngine:
         self._divide_by_the_scale_of_the_step(self._sharded.mixed_precision_mixin)
 
     def _keep_times(self) -> None:
-        """ColossalAI casts all inputs to the model's precision; in bfloat16 a time of 501.3 would be 500."""
+        """Keeps timesteps in float32. ColossalAI would cast them: a time of 501.3 is 500 in bfloat16."""
         cast_input = self.model.convert_fn
         if cast_input is not None:
             self.model.convert_fn = lambda item: item if _is_vector(item) else cast_input(item)
@@ -186,9 +186,9 @@ class ZeroEngine:
                 master.values.copy_(flat[master.start : master.start + len(master.values)])
 
     def _guard_masters(self) -> None:
-        """Lets the inner optimizer leave the masters alone where the step is to be skipped.
+        """Makes the inner optimizer leave the master weights alone if the step is to be skipped.
 
-        ColossalAI steps in any case, and one rank's NaN would reach every weight.
+        ColossalAI always steps, so one rank's NaN would reach every weight.
         """
         step = self.optimizer.step
 
@@ -199,13 +199,13 @@ class ZeroEngine:
         self.optimizer.step = guarded  # type: ignore[method-assign]  # the object is ours, its class is torch's
 
     def _divide_by_the_scale_of_the_step(self, mixin: Any) -> None:
-        """ColossalAI lets a scale grow before it divides by it: the step would be half as long."""
+        """Divides gradients by the scale of this step. ColossalAI takes the next, perhaps doubled."""
         if self._scaler() is None:
             return
         divide = mixin.get_grad_div_scale
 
         def by_the_scale_of_the_step() -> float:
-            divide()  # for the state it keeps
+            divide()  # updates its own state
             return self._step_scale
 
         mixin.get_grad_div_scale = by_the_scale_of_the_step
@@ -216,7 +216,7 @@ class ZeroEngine:
             shard = self._sharded.working_to_master_param[id(parameter)]
             size, rank = parameter.numel(), self._sharded.pid_to_grad_store[id(parameter)].local_rank
             start = min(size, rank * len(shard))
-            # The end of the last shard is padding.
+            # The last shard ends with padding.
             values = shard[: min(len(shard), size - start)]
             masters.append(Master(name, tuple(parameter.shape), start, values, shard, tuple(shard.shape)))
         return masters
@@ -231,7 +231,7 @@ class ZeroEngine:
 
 
 class GeminiEngine(ZeroEngine):
-    """`plugin: gemini`: weights, gradients, masters and moments live in sharded chunks. CUDA only.
+    """`plugin: gemini`: weights, gradients, master weights and moments are in sharded chunks. CUDA only.
 
     Source: Fang et al. 2022, arXiv:2108.05818.
     """
@@ -239,8 +239,8 @@ class GeminiEngine(ZeroEngine):
     def step(self, lr: float, *, is_healthy: bool) -> StepResult:
         """One optimizer step; see `Replica.step`.
 
-        Gradients may lie where the weights were, so that a skipped step too runs to its end, which puts the
-        masters back.
+        Gradients may use the memory of the weights. So a skipped step also runs to its end, where the weights
+        are copied back from the master weights.
         """
         set_lr(self.optimizer, lr)
         self._step_scale = self._scale()
@@ -250,21 +250,21 @@ class GeminiEngine(ZeroEngine):
         norm = self._sharded._current_grad_norm
         grad_norm = math.inf if norm is None or not is_healthy else float(norm) / self._step_scale
         self._sharded.zero_grad()
-        # Left set where ColossalAI ends an overflowing step early.
+        # ColossalAI leaves this set if it ends an overflowing step early.
         self._sharded.module.chunk_manager.accumulating_grads = False
         return StepResult(grad_norm, is_skipped=not math.isfinite(grad_norm))
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies whole parameters into chunks and masters, frozen tensors into what is saved too."""
+        """Copies whole parameters into chunks and master weights, and frozen tensors into what is saved."""
         self.model.load_state_dict(dict(weights), strict=False)
         for name in weights.keys() & self._untrained.keys():
             self._untrained[name].copy_(weights[name])
-        # What the chunks took went through the model's precision.
+        # The chunks rounded the weights to the model's precision; the master weights must not be rounded.
         self._load_masters(weights)
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state; this Adam counts its steps in plain ints."""
+        """Sets the optimizer's state. HybridAdam counts its steps in plain ints."""
         super().load_moments(whole)
         for state in self.optimizer.state.values():
             state[STEP] = int(state[STEP])
@@ -275,13 +275,13 @@ class GeminiEngine(ZeroEngine):
         from colossalai.nn.optimizer import HybridAdam
 
         options = config.optimizer
-        # Gemini hands its Adam the scale to divide gradients by, which torch's does not take.
+        # Gemini passes its Adam the loss scale. Torch's AdamW does not take one.
         self.optimizer = HybridAdam(
             list(named.values()), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
         )
         plugin = GeminiPlugin(
             precision=config.precision,
-            # The norm is only taken where something is clipped, and it decides whether a step is skipped.
+            # ColossalAI computes a norm only if it clips. The norm decides whether a step is skipped.
             max_norm=self._max_norm or math.inf,
             initial_scale=INITIAL_LOSS_SCALE,
             growth_interval=GROWTH_INTERVAL_STEPS,
@@ -313,15 +313,15 @@ class GeminiEngine(ZeroEngine):
 
 
 def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """A forward hook: the output as torch's own tensor.
+    """A forward hook: the output as a plain tensor.
 
-    Gemini's weights, and all that is computed from them, are ColoTensors, whose `a += b` adds to a copy of a.
+    Gemini's weights and everything computed from them are ColoTensors. Their `a += b` adds to a copy of a.
     """
     return output.as_subclass(Tensor)
 
 
 def _is_vector(item: Any) -> bool:
-    """Whether it has one value per sample."""
+    """Whether the input is a tensor with one value per sample."""
     return isinstance(item, Tensor) and item.ndim == 1
 
 
@@ -343,7 +343,7 @@ def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
 
 
 def _set_accelerator(device: torch.device) -> None:
-    """Tells ColossalAI which device to use, before anything of it asks."""
+    """Tells ColossalAI which device to use, before any part of it asks."""
     from colossalai.accelerator import set_accelerator
     from colossalai.accelerator.cpu_accelerator import CpuAccelerator
 
@@ -352,7 +352,7 @@ def _set_accelerator(device: torch.device) -> None:
         return
 
     class SynchronousCpu(CpuAccelerator):  # type: ignore[misc]  # ColossalAI has no types
-        """A CPU has no streams, and every operation is done when it returns."""
+        """A CPU has no streams, and an operation is done when it returns."""
 
         def synchronize(self, device: Any = None) -> None: ...
         def empty_cache(self) -> None: ...
@@ -369,7 +369,7 @@ def _set_accelerator(device: torch.device) -> None:
 
 @contextmanager
 def _any_device_allowed() -> Iterator[None]:
-    """Lets ZeRO be built on a CPU: its check wants a GPU, nothing else in it does."""
+    """Lets ZeRO be built on a CPU: only a check in it asks for a GPU."""
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     check = LowLevelZeroOptimizer._sanity_checks
@@ -381,7 +381,7 @@ def _any_device_allowed() -> Iterator[None]:
 
 
 def _import_quietly() -> None:
-    """Without ColossalAI's warnings: of optional packages for absent hardware, of older names of torch."""
+    """Imports ColossalAI without its warnings about absent hardware and older names of torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("colossalai.booster.plugin")

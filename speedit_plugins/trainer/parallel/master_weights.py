@@ -1,7 +1,7 @@
-"""The float32 masters of the trained parameters, cut into the slices that the ranks own.
+"""The float32 master weights of the trained parameters, in slices that the ranks own.
 
-EMA and checkpoints work on slices alone, so that they neither know the plugin nor the number of ranks. A
-replicated parameter is cut into equal slices, one per rank; a sharded one is owned where it lies.
+EMA and checkpoints see slices only, so they depend neither on the plugin nor on the number of ranks. A
+replicated parameter is cut into equal slices, one per rank. A sharded parameter's slice is the rank's shard.
 """
 
 import math
@@ -19,16 +19,16 @@ STEP = "step"
 
 @dataclass(frozen=True, eq=False)
 class Master:
-    """What this rank holds of one parameter.
+    """The part of one parameter that this rank holds, in float32.
 
     Args:
-        name: of the parameter in the model.
-        shape: of the whole parameter.
+        name: the parameter's name in the model.
+        shape: shape of the whole parameter.
         start: where `values` begin in the flattened parameter.
         values: float32, 1-D; a view, so that it follows the optimizer.
-        key: the tensor under which the optimizer keeps its state.
-        state_shape: of its moments; may be padded at the end.
-        is_replicated: every rank holds the whole of it.
+        key: the tensor that is the key of the optimizer's state.
+        state_shape: shape of the moments, perhaps with padding at the end.
+        is_replicated: whether every rank holds the whole parameter.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Master:
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What this rank owns of a flattened tensor: `values`, 1-D, from `start` on."""
+    """The part of a flattened tensor that this rank owns: 1-D `values`, the first at index `start`."""
 
     start: int
     values: Tensor
 
 
 def owned(masters: Sequence[Master], runtime: Runtime) -> dict[str, Slice]:
-    """This rank's slice of each master, a view; all slices of a parameter together are the whole of it."""
+    """This rank's slice of each parameter, as a view. The ranks' slices together are the whole parameter."""
     return {master.name: _own(master, master.values, runtime) for master in masters}
 
 
 def gather(
     slices: Mapping[str, Slice], shapes: Mapping[str, Sequence[int]], runtime: Runtime
 ) -> dict[str, Tensor]:
-    """The whole tensors by name on rank 0, empty elsewhere; on the CPU with several ranks. Collective."""
+    """Whole tensors by name on rank 0 (on the CPU, if ranks are several), nothing elsewhere. Collective."""
     if runtime.world_size == 1:
         return {name: part.values.view(tuple(shapes[name])) for name, part in slices.items()}
     places = runtime.gather_objects({name: (part.start, len(part.values)) for name, part in slices.items()})
@@ -77,11 +77,11 @@ def gather(
 def optimizer_slices(
     optimizer: torch.optim.Optimizer, masters: Sequence[Master], runtime: Runtime
 ) -> dict[str, Slice]:
-    """This rank's slice of each moment, "exp_avg/<parameter>"; the count "step/<parameter>" is whole."""
+    """This rank's slices of the moments, as "exp_avg/<parameter>". The count "step/<parameter>" is whole."""
     found = {}
     for master in masters:
-        # Empty before the first step, and for a parameter that never had a gradient; asked by `get`, since
-        # the optimizer's state makes an entry for whoever indexes it.
+        # There is no state before the first step, and none for a parameter without gradients. `get`, because
+        # indexing would create an entry.
         for kind, value in optimizer.state.get(master.key, {}).items():
             name = f"{kind}/{master.name}"
             if kind == STEP:
@@ -97,7 +97,7 @@ def load_optimizer(
     """Sets the optimizer's state from whole flat tensors by the names of `optimizer_slices`.
 
     Args:
-        whole: lazily read, one at a time.
+        whole: read lazily, one tensor at a time.
     """
     kinds: dict[str, list[str]] = {}
     for name in whole:
@@ -109,7 +109,7 @@ def load_optimizer(
         for kind in kinds.get(master.name, ()):
             flat = whole[f"{kind}/{master.name}"]
             if kind == STEP:
-                # AdamW's fused form counts on the parameter's device.
+                # Fused AdamW keeps the count on the parameter's device.
                 state[kind] = flat.reshape(()).to(master.values.device)
                 continue
             value = torch.zeros(math.prod(master.state_shape), device=master.values.device)
@@ -120,7 +120,7 @@ def load_optimizer(
 
 
 def _own(master: Master, held: Tensor, runtime: Runtime) -> Slice:
-    """The owned part of `held`, which begins at `master.start`."""
+    """The part of `held` that this rank owns. The first value of `held` has index `master.start`."""
     size = math.prod(master.shape)
     if not master.is_replicated:
         return Slice(master.start, held[: len(master.values)])

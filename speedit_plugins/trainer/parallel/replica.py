@@ -1,4 +1,4 @@
-"""A model that every rank holds whole: one process, or torch's DistributedDataParallel."""
+"""The engine for a model that every rank holds whole: one process, or DistributedDataParallel."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,14 +14,14 @@ from speedit_plugins.trainer.parallel.master_weights import Master, load_optimiz
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of the loss scale under fp16. Source: torch.amp.GradScaler's own defaults.
+# The loss scale under fp16. Source: torch.amp.GradScaler's own defaults.
 INITIAL_LOSS_SCALE = 2.0**16
 GROWTH_INTERVAL_STEPS = 2000
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of an optimizer step: gradient norm before clipping over all ranks, and whether the weights moved."""
+    """Result of an optimizer step: the global gradient norm before clipping, and whether it was skipped."""
 
     grad_norm: float
     is_skipped: bool
@@ -30,7 +30,7 @@ class StepResult:
 class Engine(Protocol):
     """Turns losses into steps. Every method is called by all ranks in the same order.
 
-    `model` is what forward passes go through, `module` the bare model with its parameters' names.
+    `model` runs the forward passes. `module` is the bare model, with the parameters' own names.
     """
 
     model: nn.Module
@@ -50,10 +50,10 @@ class Engine(Protocol):
 
 
 class Replica:
-    """The engine of `plugin: ddp` without ColossalAI, and of a lone process.
+    """The engine of a single process, and of `plugin: ddp` without ColossalAI.
 
-    Under bf16 and fp16 the forward pass runs in autocast; the parameters are their own float32 masters. fp16
-    scales the loss, and a step that overflows is skipped. Source: Micikevicius et al. 2018, arXiv:1710.03740.
+    Under bf16 and fp16 the forward pass runs in autocast, and the parameters stay float32. fp16 scales the
+    loss, and a step that overflows is skipped. Source: Micikevicius et al. 2018, arXiv:1710.03740.
 
     Args:
         model: on the runtime's device.
@@ -79,25 +79,25 @@ class Replica:
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that the forward pass runs in."""
+        """A context in which the forward pass runs in the config's precision."""
         dtype = AUTOCAST[self._precision]
         return torch.autocast(self._device_type, dtype, enabled=self._precision != "fp32")
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a batch: gradients are averaged over the ranks in the last one."""
+        """A context for one batch. Only the last batch of a step averages gradients over the ranks."""
         if is_last or self.model is self.module:
             return nullcontext()
         return self._no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss`, a scalar, to what the step has so far."""
+        """Adds the gradient of the scalar `loss` to the gradients of the step."""
         self._scaler.scale(loss).backward()
 
     def step(self, lr: float, *, is_healthy: bool) -> StepResult:
-        """One optimizer step with the gradients so far, and forgets them.
+        """Makes one optimizer step with the gradients so far, then clears them.
 
         Args:
-            is_healthy: False skips it, as a gradient norm does that is not finite. The same on all ranks.
+            is_healthy: False skips the step, as does a gradient norm that is not finite. Equal on all ranks.
         """
         set_lr(self.optimizer, lr)
         self._scaler.unscale_(self.optimizer)
@@ -114,27 +114,27 @@ class Replica:
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies whole parameters and buffers of the given names into the model."""
+        """Copies whole parameters and buffers into the model, by name."""
         own = self.module.state_dict()
         for name, value in weights.items():
             own[name].copy_(value)
 
     def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state, see `masters.load_optimizer`."""
+        """Sets the optimizer's state, see `master_weights.load_optimizer`."""
         load_optimizer(self.optimizer, self.masters, whole)
 
     def untrained(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters of the state dict, which no optimizer moves."""
+        """Buffers and frozen parameters of the state dict."""
         trained = {master.name for master in self.masters}
         return {name: value for name, value in self.module.state_dict().items() if name not in trained}
 
     def scaler_state(self) -> dict[str, Any]:
-        """The loss scale of fp16 and the steps since it changed, alike in all engines; empty otherwise."""
+        """The loss scale of fp16 and the steps since it changed; empty in other precisions."""
         state = self._scaler.state_dict()
         return {"scale": state["scale"], "growth_step": state["_growth_tracker"]} if state else {}
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
-        """Restores `scaler_state`; an empty one, of another precision, leaves the scale as it starts."""
+        """Restores `scaler_state`. An empty state, from another precision, leaves the initial scale."""
         if state and self._scaler.is_enabled():
             changed = {"scale": state["scale"], "_growth_tracker": state["growth_step"]}
             self._scaler.load_state_dict({**self._scaler.state_dict(), **changed})
@@ -150,13 +150,13 @@ class Replica:
 
 
 def build_optimizer(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, in torch's fused form."""
+    """Fused AdamW over the trained parameters."""
     return torch.optim.AdamW(
         parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
     )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+    """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

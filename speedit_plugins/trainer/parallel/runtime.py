@@ -1,6 +1,6 @@
-"""The processes of a run: which one this is, and how they agree.
+"""The processes of a run: which one this is, and how they exchange values.
 
-Only torch.distributed: what ColossalAI adds stands in booster.py.
+This file uses torch.distributed only; ColossalAI is in booster.py.
 """
 
 import os
@@ -18,14 +18,14 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process among `world_size`; a lone one without a process group by default.
+    """One process among `world_size`. The default is a single process without a process group.
 
-    Every method but `close` is a collective: each rank calls it, in the same order. With one process they
-    return at once.
+    Every method but `close` is a collective: all ranks call it, in the same order. With one process it
+    returns at once.
 
     Args:
-        rank: this process, in [0, world_size).
-        device: where its model and batches live.
+        rank: number of this process, in [0, world_size).
+        device: device of its model and batches.
     """
 
     rank: int = 0
@@ -34,24 +34,24 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes, logs and draws for all."""
+        """Whether this process is rank 0, which writes files, logs and samples for all."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Returns when every rank has called it."""
         self.maximum([0.0])
 
     def maximum(self, values: Sequence[float]) -> list[float]:
         """The largest of each value over the ranks."""
         if self.world_size == 1:
             return list(values)
-        # On the CPU, through gloo: nothing waits for the device.
+        # On the CPU, through gloo, so that nothing waits for the device.
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def sum(self, tensor: Tensor) -> None:
-        """Replaces `tensor` by its sum over the ranks."""
+        """Replaces the values of `tensor` by their sum over the ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
@@ -64,7 +64,7 @@ class Runtime:
         return items
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one shape, on rank 0; an empty list elsewhere."""
+        """The tensors of all ranks on rank 0, an empty list on others. All have one shape."""
         if self.world_size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
@@ -78,11 +78,11 @@ class Runtime:
 
 
 def launch(config: ExperimentConfig) -> Runtime:
-    """Joins the processes that torchrun or `colossalai run` started, or runs alone.
+    """Joins the processes that torchrun or `colossalai run` started, or runs as a single process.
 
     Raises:
-        ValueError: the environment of a launcher is incomplete, more processes than CUDA devices, or a batch
-            that the processes cannot share.
+        ValueError: a launcher's environment variables are incomplete, there are more processes than CUDA
+            devices, or the batch size is no multiple of the number of processes.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.batch_size % world_size:
@@ -99,16 +99,16 @@ def launch(config: ExperimentConfig) -> Runtime:
             raise ValueError(f"WORLD_SIZE={world_size} needs {', '.join(missing)} too; torchrun sets them")
         _join(device, config.distributed_timeout_seconds)
     elif config.plugin != "ddp":
-        # The sharded optimizers want a group, also of one.
+        # The sharded optimizers need a process group, even of one process.
         _join(device, config.distributed_timeout_seconds, is_alone=True)
     return Runtime(rank=rank, world_size=world_size, device=device)
 
 
 def build_device(config: ExperimentConfig) -> torch.device:
-    """The device of the run; `auto` is CUDA where there is one.
+    """The device of the run. `auto` is CUDA if there is a CUDA device.
 
     Raises:
-        ValueError: CUDA is asked for and absent.
+        ValueError: the config asks for CUDA and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda needs a CUDA device, got none; wanted auto or cpu on this machine")
@@ -128,7 +128,7 @@ def _own_cuda_device(local_rank: int) -> torch.device:
 
 
 def _join(device: torch.device, timeout_seconds: float, *, is_alone: bool = False) -> None:
-    # What is agreed on lies on the CPU, also beside NCCL.
+    # Values that ranks exchange are on the CPU, also beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if is_alone:

@@ -1,4 +1,4 @@
-"""What samples are drawn for: classes or prompts, with the names that a person knows them by."""
+"""The conditions of samples: classes or prompts, each with a name that a person can read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Named conditions: int64 `labels` of the names, or the names are prompts for `captions`, or none."""
+    """Named conditions: `labels` (int64, one per name), or prompts that `captions` encodes, or none."""
 
     names: tuple[str, ...] = ()
     labels: Tensor | None = None
     captions: CaptionSource | None = None
 
     def of(self, rows: Tensor, device: torch.device) -> Condition:
-        """The conditions of the names at rows (B,) int64, on the device; None where there are none."""
+        """The conditions of the names at `rows` (B,) int64, on the device; None without conditions."""
         if self.labels is not None:
             return self.labels[rows].to(device)
         if self.captions is None:
@@ -35,14 +35,14 @@ class Conditions:
 
 
 def grid_conditions(config: ExperimentConfig, captions: CaptionSource | None) -> Conditions:
-    """Those of a sample grid: `sample_classes`, or the prompts."""
+    """The conditions of a sample grid: `sample_classes`, or the prompts."""
     if config.num_classes:
         return _classes(config.sample_classes)
     return _prompted(config, captions)
 
 
 def all_conditions(config: ExperimentConfig, captions: CaptionSource | None) -> Conditions:
-    """Those of a large set of samples: every class, or the prompts."""
+    """The conditions of a large set of samples: every class, or the prompts."""
     if config.num_classes:
         return _classes(range(config.num_classes))
     return _prompted(config, captions)
@@ -51,12 +51,13 @@ def all_conditions(config: ExperimentConfig, captions: CaptionSource | None) -> 
 def build_captions(
     config: ExperimentConfig, dataset: SampleSource, device: torch.device
 ) -> CaptionSource | None:
-    """What encodes the dataset's captions: a table of them where they are few, else the text encoder.
+    """The encoder of the dataset's captions: a table if they are few, else the text encoder itself.
 
-    None where the config has no text encoder. Cached features need none, but for the prompts of grids.
+    None if the config has no text encoder. A cache of features needs the text encoder only for the prompts of
+    grids.
 
     Raises:
-        ValueError: the cache's captions are of another text encoder.
+        ValueError: another text encoder made the cached features.
     """
     if isinstance(dataset, LatentCache) and dataset.null_text is not None:
         if dataset.text_encoder != config.text_encoder:
@@ -77,7 +78,7 @@ def prompts(config: ExperimentConfig) -> list[str]:
     """The prompts of `sample_prompts`, or the lines of `prompts_file`.
 
     Raises:
-        ValueError: the file is not there, or has no prompt.
+        ValueError: there is no such file, or it has no prompt.
     """
     if config.prompts_file is None:
         return list(config.sample_prompts)
@@ -91,10 +92,10 @@ def prompts(config: ExperimentConfig) -> list[str]:
 
 
 def null_condition(model: nn.Module, condition: Condition) -> Condition:
-    """The condition of "no class" or of the empty caption for each sample; what is concatenated to x stays.
+    """The condition "no class" or "empty caption" for each sample. Channels concatenated to x stay.
 
     Raises:
-        ValueError: the model has learned none.
+        ValueError: the model was not trained with dropped conditions.
     """
     if condition is None or isinstance(condition, Tensor):
         label = cast(int | None, model.null_label)

@@ -1,4 +1,4 @@
-"""The phase test: figures that compare samples with a reference, each with its features and numbers.
+"""The phase `test`: metrics of samples, most against a reference. Each states its features and set sizes.
 
 Dims: N images or videos, F frames, H x W pixels, C channels, D features.
 """
@@ -31,7 +31,7 @@ from speedit_plugins.trainer.evaluation.metrics import (
     CLIP_SCORE,
     METRIC_OF,
     METRICS,
-    Figure,
+    MetricValue,
     Sides,
     check_numbers,
     label_of,
@@ -53,12 +53,12 @@ from speedit_plugins.trainer.terminal import progress, say
 
 
 def test(config: ExperimentConfig) -> int:
-    """Writes test.json with the figures of `evaluation.metrics`, and says them.
+    """Measures the metrics in `evaluation.metrics`, prints them and writes them to test.json.
 
-    The samples are an npz or a folder; the reference is one, or else the dataset of the experiment.
+    The samples are an npz or a folder. So is the reference; without one it is the dataset of the experiment.
 
     Raises:
-        ValueError: sets, features and metrics that do not fit each other, or an option without effect.
+        ValueError: sets, features and metrics do not fit each other, or an option has no effect.
     """
     _check_metrics(config.evaluation)
     _check_options(config)
@@ -67,15 +67,15 @@ def test(config: ExperimentConfig) -> int:
         config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
     )
     metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
-    # Before the others, which take longer: captions may be missing.
+    # First, because captions may be missing and the other metrics take longer.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
-    figures, source = _compared(config, samples, metrics) if metrics else ([], None)
-    figures += clip_scores
+    measured, source = _compared(config, samples, metrics) if metrics else ([], None)
+    measured += clip_scores
     results.save_config(config, "test")
-    # From anywhere to be found again.
-    _write(folder / results.TEST, figures, samples=str(Path(samples.source).absolute()), reference=source)
-    for figure in figures:
-        say(line_of(figure))
+    # An absolute path can be found from any folder.
+    _write(folder / results.TEST, measured, samples=str(Path(samples.source).absolute()), reference=source)
+    for metric in measured:
+        say(line_of(metric))
     say(f"  samples      {samples.source}")
     if source is not None:
         say(f"  reference    {source}")
@@ -85,8 +85,8 @@ def test(config: ExperimentConfig) -> int:
 
 def _compared(
     config: ExperimentConfig, samples: SampleSet, metrics: list[str]
-) -> tuple[list[Figure], str | None]:
-    """Figures on features, and what the reference is."""
+) -> tuple[list[MetricValue], str | None]:
+    """The metrics that need features, and the source of the reference, or None without one."""
     options = config.evaluation
     stated = _stated_statistics(config)
     wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
@@ -110,23 +110,25 @@ def _compared(
     theirs = replace(theirs, **cast(Any, {kind: stated[kind] for kind in wanted & stated.keys()}))
     ours = _collected("samples", samples, extractor, options, kinds)
     sides = Sides(ours, theirs, options, stream_seed(config.seed, LABEL_STREAM))
-    figures = []
+    measured = []
     for name in metrics:
         metric = METRICS[name]
         is_counted = metric.has_reference and metric.kind not in stated and reference is not None
         numbers = (len(samples), num_reference if is_counted else None)
         for label, value, details in metric.measure(sides):
             called = label_of(label, extractor)
-            figures.append(Figure(called, value, extractor.name, *numbers, metric.has_reference, details))
+            measured.append(
+                MetricValue(called, value, extractor.name, *numbers, metric.has_reference, details)
+            )
     if not wanted:
-        return figures, None
-    return figures, config.reference if reference is None else reference.source
+        return measured, None
+    return measured, config.reference if reference is None else reference.source
 
 
 def _try_out(
     samples: SampleSet, extractor: FeatureExtractor, kinds: set[str], stated: dict[str, FeatureMoments]
 ) -> None:
-    """Refuses features on two samples, before the work, that cannot tell what a metric needs."""
+    """Tries the features on two samples first, and refuses those that a metric cannot use."""
     few = next(samples.batches(2))
     found = collect([few], extractor, num_samples=len(few), kinds=kinds)
     for kind in kinds & stated.keys():
@@ -139,7 +141,7 @@ def _try_out(
 
 
 def _check_metrics(options: EvaluationConfig) -> None:
-    """Metrics that are known, each once."""
+    """Refuses unknown and repeated metrics, an empty list, and a CLIP score without a CLIP model."""
     known = (*METRICS, CLIP_SCORE)
     for name in options.metrics:
         if name not in known:
@@ -154,7 +156,7 @@ def _check_metrics(options: EvaluationConfig) -> None:
 
 
 def _check_options(config: ExperimentConfig) -> None:
-    """No option for a metric that is not asked for, and a place for what is to be written."""
+    """Refuses options that have no effect, and a file of statistics that cannot be written."""
     options, defaults = config.evaluation, EvaluationConfig()
     for key, metric in METRIC_OF.items():
         if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
@@ -171,7 +173,7 @@ def _check_options(config: ExperimentConfig) -> None:
 
 
 def _newest(folder: Path, of_videos: bool) -> Path:
-    """What inference wrote last: an npz of images, a folder of videos."""
+    """The newest output of inference: an npz of images or a folder of videos."""
     finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED]
     places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
     if not places:
@@ -193,7 +195,7 @@ def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
 
 
 def _stated_statistics(config: ExperimentConfig) -> dict[str, FeatureMoments]:
-    """Statistics that an npz of the reference brings, as ADM's do: of Inception, and of no other features."""
+    """The statistics in a reference's npz, as in ADM's. They are Inception's: other features take none."""
     path = config.reference
     if path is None or not Path(path).is_file() or config.features["type"] != Inception.name:
         return {}
@@ -201,20 +203,20 @@ def _stated_statistics(config: ExperimentConfig) -> dict[str, FeatureMoments]:
     found = {}
     for kind, key in (("gaussian", "mu"), ("spatial", "mu_s")):
         if key in keys:
-            # Of more images than the file holds, and it does not say of how many.
+            # They cover more images than the file holds, and the file does not say how many.
             found[kind] = FeatureMoments(*read_statistics(path, spatial=kind == "spatial"), None)
     return found
 
 
 def _trains_on_reference(config: ExperimentConfig) -> bool:
-    """Whether the features are built from the images of the reference."""
+    """Whether building the features needs the images of the reference."""
     check(FEATURES, config.features, images=None, labels=None, device=None)
     builder = FEATURES.module_dict[str(config.features["type"])]
     return "images" in inspect.signature(builder).parameters
 
 
 def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_video: bool) -> FeatureExtractor:
-    """What `features` names, on the run's device; on frames where videos are compared by an image network."""
+    """The extractor that `features` names, on the run's device. An image network sees a video's frames."""
     given: dict[str, Any] = {"device": build_device(config)}
     if _trains_on_reference(config):
         assert reference is not None
@@ -234,7 +236,7 @@ def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_vide
 def _collected_reference(
     options: EvaluationConfig, reference: SampleSet, extractor: FeatureExtractor, kinds: set[str]
 ) -> Collected:
-    """Of the reference, out of the file of `reference_statistics` where it is there, else written into it."""
+    """The reference's statistics: read from `reference_statistics` if the file exists, else written to it."""
     if options.reference_statistics is None:
         return _collected("reference", reference, extractor, options, kinds)
     path = Path(options.reference_statistics)
@@ -252,7 +254,7 @@ def _collected_reference(
 def _collected(
     name: str, images: SampleSet, extractor: FeatureExtractor, options: EvaluationConfig, kinds: set[str]
 ) -> Collected:
-    """`collect` under a progress bar."""
+    """`collect` with a progress bar."""
 
     def shown() -> Iterator[Tensor]:
         for batch in images.batches(options.batch_size):
@@ -266,10 +268,10 @@ def _collected(
             raise ValueError(f"{name}, {images.source}: {error}") from error
 
 
-def _clip_score(config: ExperimentConfig, samples: SampleSet) -> Figure:
-    """100 max(cosine, 0) of a sample and its caption, averaged; of a video, averaged over its frames.
+def _clip_score(config: ExperimentConfig, samples: SampleSet) -> MetricValue:
+    """100 max(cosine, 0) of a sample and its caption, averaged over samples, and over a video's frames.
 
-    Source: Hessel et al. 2021, arXiv:2104.08718, with the scale of 100 that is reported; Wu et al. 2021,
+    Source: Hessel et al. 2021, arXiv:2104.08718, with the usual factor of 100; Wu et al. 2021,
     arXiv:2104.14806 (frames).
     """
     options = config.evaluation
@@ -284,19 +286,19 @@ def _clip_score(config: ExperimentConfig, samples: SampleSet) -> Figure:
         scores = torch.stack([clip.similarity(images, texts).clamp(min=0.0) for images in frames])
         total += float(scores.mean(dim=0).double().sum())
         done += len(batch)
-    return Figure(f"{CLIP_SCORE}[{clip.name}]", 100.0 * total / len(samples), clip.name, len(samples))
+    return MetricValue(f"{CLIP_SCORE}[{clip.name}]", 100.0 * total / len(samples), clip.name, len(samples))
 
 
-def _write(path: Path, figures: list[Figure], *, samples: str, reference: str | None) -> None:
+def _write(path: Path, measured: list[MetricValue], *, samples: str, reference: str | None) -> None:
     rows = {
-        figure.name: {
-            "value": figure.value,
-            "features": figure.features,
-            "num_samples": figure.num_samples,
-            "num_reference": figure.num_reference,
-            **figure.details,
+        metric.name: {
+            "value": metric.value,
+            "features": metric.features,
+            "num_samples": metric.num_samples,
+            "num_reference": metric.num_reference,
+            **metric.details,
         }
-        for figure in figures
+        for metric in measured
     }
     content = {"figures": rows, "samples": samples, "reference": reference}
     write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())

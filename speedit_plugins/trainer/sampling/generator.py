@@ -18,8 +18,8 @@ from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.inputs import Encoder, decode_video
 from speedit_plugins.trainer.models.interface import input_shape
-from speedit_plugins.trainer.models.pretrained import load_weights
 from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.weights import load_weights
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
@@ -29,12 +29,12 @@ class SampleGenerator:
     """Draws images or videos as `sampler`, `guidance_scale` and `seed` of the config say.
 
     Args:
-        model: on the device that samples are drawn on.
-        process: not respaced.
-        encoder: decodes what the model draws.
+        model: on the device where samples are drawn.
+        process: the process without respacing.
+        encoder: decodes the model's latents.
 
     Raises:
-        ValueError: guidance that the model or the encoder's channels do not allow.
+        ValueError: the model or the encoder's channels do not allow the config's guidance.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class SampleGenerator:
         stream: int = 0,
         callback: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
-        """`num_samples` samples (B, C, [F,] H, W), about [-1, 1], a function of the seed and `stream`.
+        """`num_samples` samples (B, C, [F,] H, W), about [-1, 1]. They depend on the seed and `stream` only.
 
         Args:
-            condition: of B samples; None for an unconditional model.
-            weights: parameters by name in place of the model's own, such as an average of them.
-            stream: batches of one run draw from different streams, >= 0.
-            callback: told the number of sampling steps done, and x, after each.
+            condition: condition of the B samples; None for an unconditional model.
+            weights: parameters by name that replace the model's own, such as averaged weights.
+            stream: number of the random stream, >= 0; each batch of a run has its own.
+            callback: called after each sampling step with the number of steps done, and x.
         """
         seed = stream_seed(self.config.seed, IMAGE_STREAM, stream)
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -109,7 +109,8 @@ class SampleGenerator:
 
         Args:
             condition_of: the conditions at some of the rows, on the device.
-            weights, callback: see `draw`; steps are counted in each batch.
+            weights: as in `draw`.
+            callback: as in `draw`; steps are counted in each batch.
         """
         start = 0
         for some in rows.split(self.config.per_proc_batch_size):
@@ -128,7 +129,7 @@ class SampleGenerator:
 
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
-    """The generator with averaged weights, the text encoder, and where the weights come from."""
+    """The generator with averaged weights, the text encoder, and the path of the weights."""
     source = find_weights(config)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
@@ -140,10 +141,10 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
 
 
 def find_weights(config: ExperimentConfig) -> Path:
-    """`ckpt_path`, or the newest whole checkpoint's folder, which holds averaged weights.
+    """`ckpt_path`, or else the folder of the newest checkpoint that is not damaged.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is neither, or it has no averaged weights.
     """
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
     found = checkpoint.newest_first(checkpoints)

@@ -19,7 +19,7 @@ from speedit_plugins.trainer.terminal import progress, say
 
 
 def sample(config: ExperimentConfig) -> int:
-    """Draws the sample grid, a column per class or prompt, `samples_per_class` rows; videos move too."""
+    """Writes the sample grid: a column per class or prompt, `samples_per_class` rows. Returns 0."""
     folder = Path(config.experiment_dir)
     generator, captions, source = load_generator(config)
     conditions, path = grid_conditions(config, captions), folder / results.SAMPLES
@@ -44,12 +44,12 @@ def draw_grid(
     weights: Mapping[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
 ) -> int:
-    """Writes the grid of `samples_per_class` samples of each condition as PNG; returns how many samples.
+    """Writes a PNG with `samples_per_class` samples of each condition. Returns the number of samples.
 
-    Of videos the PNG shows frames from left to right, and the grid also moves, as MP4 and GIF beside it.
+    For videos the PNG shows frames from left to right. An MP4 and a GIF of the grid are written beside it.
 
     Args:
-        weights: see `SampleGenerator.draw`, as for `callback`.
+        weights, callback: see `SampleGenerator.draw`.
     """
     config = generator.config
     columns = len(conditions.names) or min(8, config.samples_per_class)
@@ -60,7 +60,7 @@ def draw_grid(
     )
     samples = torch.cat([batch.cpu() for batch in batches])
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A class is its column; a prompt has to be read.
+    # Classes are in order, so only prompts need titles.
     titles = conditions.names if conditions.captions is not None else ()
     if samples.ndim == 5:
         images.save_videos(
@@ -72,5 +72,5 @@ def draw_grid(
 
 
 def _grid_size(config: ExperimentConfig, conditions: Conditions) -> int:
-    """Samples of a grid, of which a model without conditions has one row."""
+    """Number of samples in a grid. Without conditions there are `samples_per_class`."""
     return config.samples_per_class * max(1, len(conditions.names))

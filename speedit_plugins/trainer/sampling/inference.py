@@ -25,13 +25,13 @@ from speedit_plugins.trainer.terminal import progress, say
 
 
 def inference(config: ExperimentConfig) -> int:
-    """Draws `num_samples` images of random classes or the prompts in turn: PNG files and one ADM-format npz.
+    """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
 
-    Videos become MP4 files. Prompts are written beside them, as captions.jsonl. The folder has its name when
-    it is whole.
+    Images become PNG files and one npz in ADM's format, videos become MP4 files. captions.jsonl beside them
+    has the prompts. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written under the same name.
+        ValueError: an earlier inference has written files of the same name.
     """
     source = find_weights(config)
     folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
@@ -64,8 +64,8 @@ def inference(config: ExperimentConfig) -> int:
 
 
 def _name(config: ExperimentConfig, source: Path) -> str:
-    """What decides the samples, as far as a name has room."""
-    # A checkpoint's folder stands for its average.
+    """A name for the samples, from the settings that decide them."""
+    # A checkpoint's folder means its averaged weights.
     parts = [source.name if source.is_dir() else source.stem]
     if source.name == checkpoint.EMA:
         parts = [source.absolute().parent.name]
@@ -80,7 +80,7 @@ def _name(config: ExperimentConfig, source: Path) -> str:
 
 
 def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, bar: Any) -> Iterator[Any]:
-    """Chunks of uint8 samples (B, [F,] H, W, C), each written to `folder` before it is given on."""
+    """Chunks of uint8 samples (B, [F,] H, W, C). Each is written to `folder` before it is yielded."""
     config = generator.config
     chooser = torch.Generator().manual_seed(stream_seed(config.seed, LABEL_STREAM))
     rows = torch.arange(config.num_samples) % max(1, len(conditions.names))

@@ -1,4 +1,4 @@
-"""The phase sample of a model trained with inpainting: fills the hole of a given image.
+"""The phase sample of an inpainting model: fills the hole in a given image.
 
 Dims: B fills, C channels of the image, H x W pixels.
 """
@@ -21,12 +21,12 @@ from speedit_plugins.trainer.sampling.generator import SampleGenerator
 
 
 def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -> int:
-    """Writes a grid as PNG: the image with its hole, then `samples_per_class` fills; a row per condition.
+    """Writes a PNG with a row per condition: the image with its hole, then `samples_per_class` fills.
 
-    What lies outside the hole is the given image itself.
+    Outside of the hole a fill is the given image, to the bit.
 
     Returns:
-        How many fills were drawn.
+        The number of fills.
 
     Raises:
         ValueError: the image or the mask cannot be read, their sizes differ, or the mask has no hole.
@@ -36,7 +36,7 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     num_rows, num_fills = max(1, len(conditions.names)), config.samples_per_class
     rows = torch.arange(num_rows).repeat_interleave(num_fills)
     originals = image.expand(len(rows), -1, -1, -1)
-    # Batches of fills take the streams below it.
+    # Batches of fills use the streams with smaller numbers.
     seed = stream_seed(config.seed, IMAGE_STREAM, len(rows))
     rest = masked_latents(
         generator.encoder, image, mask, [torch.Generator(generator.device).manual_seed(seed)]
@@ -57,7 +57,7 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
 
 
 def _image_and_mask(config: ExperimentConfig, generator: SampleGenerator) -> tuple[Tensor, Tensor]:
-    """The image (1, C, H, W) in [-1, 1] and its mask (1, 1, H, W), 1 in the hole, in the run's size."""
+    """The image (1, C, H, W) in [-1, 1] and its mask (1, 1, H, W), 1 in the hole, cropped to image_size."""
     assert config.inpaint_image is not None
     assert config.inpaint_mask is not None
     image, mask = (_read(Path(path)) for path in (config.inpaint_image, config.inpaint_mask))

@@ -1,4 +1,4 @@
-"""What test compares: images or videos of an npz, a folder or a dataset, read batch by batch.
+"""The sets that the phase test compares: images or videos of an npz, a folder or a dataset, read in batches.
 
 Dims: N images or videos, B of them in a batch, F frames (absent for images), H x W pixels, C channels.
 """
@@ -30,15 +30,15 @@ from speedit_plugins.trainer.evaluation.npz import npz_batches, npz_shape
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import CAPTIONS
 
-# Items spread over a set that stand for it: reading all of them costs as much as their features.
+# A fingerprint reads this many items, spread over the set: reading all costs as much as their features.
 FINGERPRINT_ITEMS = 256
 
 
 class SampleSet(Protocol):
-    """N images or videos; `source` says what they are, `captions_file` where their captions may be.
+    """N images or videos. `source` says what they are, `captions_file` where their captions may be.
 
-    `names` are the paths below the folder that they lie in, in the order of the samples; None of no folder.
-    `num_channels` is C, or None of files, which can be read in colour or, by `in_grey`, in shades of grey.
+    `names` are the paths of a folder's samples below the folder, in the order of the samples; None without a
+    folder. `num_channels` is C, or None for files that can be read in colour or, after `in_grey`, in grey.
     """
 
     source: str
@@ -64,7 +64,7 @@ class NpzSet:
     def __init__(self, path: Path) -> None:
         self.path, self.source = path, str(path)
         self._shape = npz_shape(path)
-        # Inference writes them beside its images.
+        # Inference writes the captions beside its images.
         self.captions_file: Path | None = path.with_suffix("") / CAPTIONS
 
     def __len__(self) -> int:
@@ -72,11 +72,11 @@ class NpzSet:
 
     @property
     def num_channels(self) -> int:
-        """C of its shape."""
+        """C, from the file's shape."""
         return self._shape[3]
 
     def in_grey(self) -> "NpzSet":
-        """Itself: its channels are what they are."""
+        """The same set: the channels of an npz are fixed."""
         return self
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
@@ -84,22 +84,22 @@ class NpzSet:
         yield from map(torch.from_numpy, npz_batches(self.path, batch_size))
 
     def labels(self) -> None:
-        """None: the format has no labels that could be relied on."""
+        """None: the format has no labels to rely on."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file in hexadecimal."""
+        """SHA-256 of the file, in hexadecimal."""
         return sha256_of(self.path)
 
 
 class ItemSet:
-    """Images or videos that are read one by one.
+    """Images or videos, each read by itself.
 
     Args:
-        source: what they are, to a person.
+        source: tells a person what they are.
         num_items: N.
-        read: the item of an index, uint8 ([F,] H, W, C); all of one shape.
-        read_grey: the same with one channel; None where the items have the channels that they have.
-        read_label: the label of an index; None where there are none.
+        read: reads the item at an index, uint8 ([F,] H, W, C); all have one shape.
+        read_grey: reads it with one channel; None if the channels are fixed.
+        read_label: reads the label at an index; None if there are no labels.
         names: see `SampleSet`.
     """
 
@@ -125,11 +125,11 @@ class ItemSet:
 
     @property
     def num_channels(self) -> int | None:
-        """C of the first item; None where they can be read in grey too."""
+        """C of the first item; None if the items can also be read in grey."""
         return self._read(0).shape[-1] if self._read_grey is None else None
 
     def in_grey(self) -> "ItemSet":
-        """The same items with one channel, where they can be read so, else itself."""
+        """The same items with one channel; the same set if its channels are fixed."""
         grey = copy.copy(self)
         grey._read, grey._read_grey = self._read_grey or self._read, None
         return grey
@@ -138,7 +138,7 @@ class ItemSet:
         """uint8 (B, [F,] H, W, C), in order.
 
         Raises:
-            ValueError: items of different shapes.
+            ValueError: items have different shapes.
         """
         first: torch.Size | None = None
         for start in range(0, len(self), batch_size):
@@ -153,13 +153,13 @@ class ItemSet:
             yield torch.stack(items)
 
     def labels(self) -> Tensor | None:
-        """int64 (N,); None where there are none."""
+        """int64 (N,); None if there are no labels."""
         if self._read_label is None:
             return None
         return torch.tensor([self._read_label(i) for i in range(len(self))])
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of N and of 256 items or fewer that are spread over the set."""
+        """SHA-256 of N and of at most 256 items, spread over the set, in hexadecimal."""
         digest = hashlib.sha256(f"{len(self)}".encode())
         step = -(-len(self) // FINGERPRINT_ITEMS)
         for i in range(0, len(self), step):
@@ -170,20 +170,20 @@ class ItemSet:
 
 
 def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
-    """The images of an npz, or the images or videos of a folder at any depth, by path; in colour.
+    """The images of an npz, or the images or videos at any depth of a folder, by path and in colour.
 
     Args:
-        key: of the config, for messages.
+        key: key of the config that messages name.
 
     Raises:
-        ValueError: neither is there, or a folder without either, or with both.
+        ValueError: the path is neither, or the folder has no images and no videos, or both.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{key} needs an npz or a folder, got {path}, which is not there")
     if not path.is_dir():
         return NpzSet(path)
-    # MP4 is what inference writes; read lazily, since only videos need PyAV.
+    # Inference writes MP4. Imported here, because only videos need PyAV.
     from speedit_plugins.trainer.data.videos.files import SUFFIXES, read_frames, read_header
 
     walk = Walk(path.resolve(), follow_links=False, suffixes=(*STILL_SUFFIXES, *SUFFIXES))
@@ -218,17 +218,17 @@ def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
 
 
 def alike(samples: SampleSet, reference: SampleSet) -> tuple[SampleSet, SampleSet]:
-    """Both, files in the shades of grey of the other side where that has no colours."""
+    """Both sets. If one has a single channel, files of the other are read in grey too."""
     if 1 in (samples.num_channels, reference.num_channels):
         return samples.in_grey(), reference.in_grey()
     return samples, reference
 
 
 def dataset_set(config: ExperimentConfig) -> ItemSet:
-    """The dataset of the experiment without random flips; what else a sample draws, its index decides.
+    """The experiment's dataset without random flips. Other draws for a sample depend on its index alone.
 
     Raises:
-        ValueError: cached latents, or samples of several sizes.
+        ValueError: the dataset has cached latents, or samples of several sizes.
     """
     dataset = build.build_dataset(config, augmented=False)
     if isinstance(dataset, LatentCache) or getattr(dataset, "buckets", None) is not None:
@@ -262,12 +262,13 @@ def dataset_set(config: ExperimentConfig) -> ItemSet:
 
 
 def read_captions(samples: SampleSet) -> list[str]:
-    """A caption of each sample, in the order of the samples, as inference wrote them beside these.
+    """The caption of each sample, in the samples' order, from the file that inference wrote beside them.
 
-    Those of a folder are told by the paths of its files; those of an npz, which has none, by their order.
+    A folder's samples are identified by file path, an npz's by position.
 
     Raises:
-        ValueError: there are none, not one a sample, a line is none, or those of an npz have another order.
+        ValueError: there is no file, not one caption per sample, a line that is no caption, or for an npz
+            another order.
         OSError: the system fails to read the file.
     """
     path = samples.captions_file

@@ -16,13 +16,11 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
-from speedit_plugins.trainer.models.pretrained import load_weights, read_checkpoint
 from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import build_captions, grid_conditions
-from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.grids import draw_grid
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.trainer import DrawGrid, Trainer, TrainingParts
 
@@ -30,11 +28,11 @@ from speedit_plugins.trainer.training.trainer import DrawGrid, Trainer, Training
 def build_trainer(
     config: ExperimentConfig, runtime: Runtime | None = None, *, weights: str | None = None
 ) -> Trainer:
-    """The trainer of a config, before its first step; seeds torch's global generator.
+    """The trainer of a config, before its first step. Seeds torch's global generator.
 
     Args:
-        runtime: None is a lone process.
-        weights: file or checkpoint folder that the model starts from, as `pretrained`.
+        runtime: None is a single process.
+        weights: file or checkpoint folder with the weights to start from, as the config's `pretrained`.
     """
     runtime = runtime or Runtime(device=build_device(config))
     # The same on all ranks, so that they build the same model.
@@ -99,6 +97,10 @@ def _grids(
     model: nn.Module, encoder: Encoder, captions: CaptionSource | None, config: ExperimentConfig
 ) -> DrawGrid:
     """What writes the sample grid of a step, with the averaged weights."""
+    # Here, since the samplers load diffusers: a third of what a training without grids would load.
+    from speedit_plugins.trainer.sampling.generator import SampleGenerator
+    from speedit_plugins.trainer.sampling.grids import draw_grid
+
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
     conditions = grid_conditions(config, captions)
 
@@ -119,8 +121,8 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
 
 def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
     source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # Another set of classes is the usual reason to fine-tune: label embeddings may differ. The empty caption
-    # is that of the run's own text encoder.
+    # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
+    # the run's own text encoder.
     named = (*model.state_dict(), *read_checkpoint(source))
     prefixes = ("y_embedder.", "null_tokens", "null_mask")
     excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]

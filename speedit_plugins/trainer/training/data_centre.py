@@ -1,4 +1,4 @@
-"""The centre of a policy that follows the data: measured before training, then part of the config."""
+"""Measures the centre of a policy that follows the data, before training; then it is part of the config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 
 NUM_SAMPLES = 1024
-# About as many are held as float32 and, of one shape, twice as float64: 1.25 GiB.
+# So many values take 1.25 GiB: once as float32, and twice as float64 for one shape.
 _MAX_VALUES = 2**26
 
 
@@ -28,7 +28,7 @@ class _UnknownCentreError(Exception):
 
 
 def is_centred_by_data(config: ExperimentConfig) -> bool:
-    """Whether the policy needs a centre that the config does not say."""
+    """Whether the policy needs a centre that is not in the config."""
 
     def unknown() -> DataSpectrum:
         raise _UnknownCentreError
@@ -43,13 +43,13 @@ def is_centred_by_data(config: ExperimentConfig) -> bool:
 
 
 def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = None) -> ExperimentConfig:
-    """The config with the centre of its policy, which is measured where it is needed and missing. Collective.
+    """The config with the centre of its policy, measured if it is needed and missing. Collective.
 
-    Rank 0 measures for all, on up to `NUM_SAMPLES` samples of the first epoch; of several shapes, on the one
-    that most of them have.
+    Rank 0 measures it on up to `NUM_SAMPLES` samples of the first epoch. If they have several shapes, those
+    of the most frequent shape count.
 
     Args:
-        resumed: checkpoint that training goes on from, whose centre is kept.
+        resumed: checkpoint from which the training continues. Its centre is kept.
     """
     if not is_centred_by_data(config):
         return config
@@ -61,7 +61,7 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
             mean = _kept(resumed)
         if mean is None:
             mean, source = _measured(config, runtime), "where half of the data's variance is explained"
-        # Without a minus before a zero.
+        # Adding 0.0 avoids "-0.00".
         say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
     mean = runtime.gather_objects(mean)[0]
     diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
@@ -77,7 +77,7 @@ def _with_mean(policy: Mapping[str, Any], mean: float) -> dict[str, Any]:
 
 
 def _kept(resumed: Path) -> float | None:
-    """The centre in a checkpoint's config; None where its policy has none, and is thus another."""
+    """The centre in a checkpoint's config; None if its policy has none."""
     saved = load_config(resumed / checkpoint.CONFIG, "train").diffusion.policy
     parts = saved.get("density", saved)
     return parts.get("mean") if isinstance(parts, Mapping) else None
@@ -85,7 +85,7 @@ def _kept(resumed: Path) -> float | None:
 
 def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
     inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
-    # As many at once as a rank encodes in training.
+    # The batch of one rank in training.
     batch_size = config.data.batch_size // runtime.world_size
     loader = ResumableLoader(
         build.build_dataset(config),
@@ -94,7 +94,7 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
-    # Buckets have other shapes, and with them other components.
+    # Samples of different buckets have different shapes, and different principal components.
     rows: dict[torch.Size, list[Tensor]] = {}
     num_samples, num_values = 0, 0
     while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
@@ -104,7 +104,7 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
         rows.setdefault(latents.shape[1:], []).append(latents)
         num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
     loader.close()
-    # The shape with the most samples speaks for all.
+    # The most frequent shape.
     most = max(rows, key=lambda shape: (len(rows[shape]), shape))
     try:
         return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()

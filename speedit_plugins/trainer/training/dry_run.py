@@ -1,4 +1,4 @@
-"""What a config amounts to: parameters, tokens and memory, without allocating the model."""
+"""What --dry-run prints: parameters, tokens and memory of a config."""
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,14 @@ def describe(config: ExperimentConfig) -> str:
 def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:
     """Bytes that autograd keeps between forward and backward of one batch, counted on the meta device.
 
-    Under bf16 and fp16 the whole model counts in it, which autocast does for all but the norms.
+    Under bf16 and fp16 the model counts as cast to that precision. Autocast keeps the norms in float32.
     """
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     model = model.to(dtype).train()
     storages: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        # Views share a storage; holding the tensor keeps its address from being given out again.
+        # Views share a storage. While the tensor is held, no other storage gets its address.
         storages[tensor.untyped_storage()._cdata] = tensor
         return tensor
 

@@ -9,13 +9,13 @@ from speedit_plugins.trainer.parallel.master_weights import Slice
 
 
 class Ema:
-    """fp32 moving average of this rank's slice of every trained parameter.
+    """float32 moving average of this rank's slice of every trained parameter.
 
     Args:
-        slices: views of the float32 masters, by parameter name.
+        slices: views of the float32 master weights, by parameter name.
         halflife_steps: updates after which a weight counts half; > 0. DiT's decay 0.9999 is 6931.
-        ramp: begin with the shorter memory (1 + n) / (10 + n) after n updates, so that early averages do not
-            hold the initialisation. Source: TensorFlow's ExponentialMovingAverage(num_updates).
+        ramp: limit the decay to (1 + n) / (10 + n) after n updates, so that early averages forget the
+            initialisation. Source: TensorFlow's ExponentialMovingAverage(num_updates).
     """
 
     def __init__(self, slices: Mapping[str, Slice], *, halflife_steps: float, ramp: bool = True) -> None:
@@ -41,7 +41,7 @@ class Ema:
         self.num_updates += 1
 
     def load(self, weights: Mapping[str, Tensor], num_updates: int) -> None:
-        """Restores from whole averaged tensors (of other names ignored), and the number of updates."""
+        """Restores from whole averaged tensors and the number of updates. Other names are ignored."""
         for name, part in self.slices.items():
             part.values.copy_(weights[name].reshape(-1)[part.start : part.start + len(part.values)])
         self.num_updates = num_updates

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Turns Ctrl-C and SIGTERM into a request to stop after the current step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is kept in `signal_name`.
+    """A context that stores the name of the first SIGINT or SIGTERM in `signal_name`.
 
     Args:
-        is_launched: the process is one of a launcher, which passes on a signal that a terminal has sent to
-            all already: later ones are ignored, and the launcher's own patience ends a process that hangs. Of
-            a lone process the second signal acts as usual.
+        is_launched: whether a launcher started the process. A terminal sends Ctrl-C to all processes, and
+            the launcher sends it again; so later signals are ignored, and the launcher ends a process that
+            hangs. In a single process the second signal acts as usual.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)

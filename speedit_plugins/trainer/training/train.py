@@ -1,10 +1,13 @@
-"""The phase train: join the other processes, build, resume, train, and say where the results lie."""
+"""The phase train: joins the other processes, builds, resumes, trains, and prints where the results are."""
 
 import gc
 import os
 from pathlib import Path
 
+import yaml
+
 from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.environment import save_environment
@@ -15,20 +18,21 @@ from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.product_choice import choose_products, describe
 from speedit_plugins.trainer.training.trainer import Trainer
 
 
 def train(config: ExperimentConfig) -> int:
-    """Trains to `max_training_steps`, going on from a checkpoint as `resume` says.
+    """Trains to `max_training_steps`, from a checkpoint if `resume` says so.
 
-    Every rank of a launcher calls it; rank 0 speaks and writes for all.
+    All ranks call it. Rank 0 prints and writes files for all.
     """
     check_loggers(config)
-    # Before anything slow, so that a signal during the start is not lost.
+    # Before anything slow, so that no signal during the start is lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
         _train(config, runtime, stop)
-        # What holds the process group must be gone before the group is: its destructors wait for peers.
+        # Objects that hold the process group wait for peers when they are destroyed, so destroy them first.
         gc.collect()
         runtime.barrier()
         runtime.close()
@@ -38,14 +42,19 @@ def train(config: ExperimentConfig) -> int:
 def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> None:
     folder = Path(config.experiment_dir)
     resumed = checkpoint_to_resume(config, runtime)
+    if resumed is not None:
+        # Before a name is looked up that one of the imports may have registered.
+        _check_imports(config, resumed)
     config = centred(config, runtime, resumed)
     trainer = build_trainer(config, runtime, weights=None if resumed else config.pretrained)
     if resumed is not None:
         trainer.restore(resumed)
+    else:
+        choose_products(trainer.model, config, runtime)
     started = trainer.step
     if runtime.is_main:
         results.save_config(config, "train")
-        save_environment(folder, runtime)
+        save_environment(folder, runtime, linear_layers=describe(trainer.model))
         _introduce(trainer, resumed)
     if started < config.max_training_steps:
         with _tracker(config, trainer) as tracker:
@@ -66,16 +75,16 @@ def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
 
 
 def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = None) -> Path | None:
-    """The checkpoint that `resume` names, its files verified; None for a fresh start. Collective.
+    """The checkpoint that `resume` asks for, with its files verified; None for a fresh start. Collective.
 
-    `auto` passes over damaged checkpoints, saying so, to the newest whole one.
+    `auto` takes the newest checkpoint that is not damaged, and prints a line for each damaged one.
 
     Raises:
         ValueError: steps of the run in `experiment_dir` would be lost.
-        CheckpointError: the named checkpoint is damaged, or under `auto` all of them are.
+        CheckpointError: the named checkpoint is damaged, or with `auto` all of them are.
     """
     runtime = runtime or Runtime()
-    # As rank 0 sees the folder.
+    # What rank 0 sees in the folder counts.
     found = runtime.gather_objects(
         checkpoint.newest_first(Path(config.experiment_dir) / results.CHECKPOINTS)
     )[0]
@@ -99,6 +108,14 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     if reason := checkpoint.damage(path, runtime):
         raise checkpoint.CheckpointError(f"checkpoint {path} is damaged: {reason}")
     return path
+
+
+def _check_imports(config: ExperimentConfig, resumed: Path) -> None:
+    saved = yaml.safe_load((resumed / checkpoint.CONFIG).read_text(encoding="utf-8"))
+    try:
+        check_same_imports(saved, config.custom_imports)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{resumed} cannot go on without its imports: {error}") from error
 
 
 def _introduce(trainer: Trainer, resumed: Path | None) -> None:

@@ -26,7 +26,7 @@ from speedit_plugins.trainer.data.loader import (
     ResumableLoader,
     stream_seed,
 )
-from speedit_plugins.trainer.diffusion.process import LossTerms
+from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
@@ -39,16 +39,17 @@ from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Ema
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a trainer is made of; all of it on the runtime's device.
+    """The objects that a trainer uses, all on the runtime's device.
 
-    `mfu` turns samples per second into model FLOPs utilisation, None where the device's peak is unknown;
-    `profiler` is what `profile_every` needs on rank 0.
+    `mfu` maps samples per second to model FLOPs utilisation; None if the device's peak is unknown. `profiler`
+    is needed on rank 0 for `profile_every`.
     """
 
     engine: Engine
@@ -62,16 +63,16 @@ class TrainingParts:
 
 
 class Trainer:
-    """Trains a model step by step; everything that decides the next step is in its checkpoint.
+    """Trains a model step by step. Its checkpoint has everything that decides the next step.
 
     Data order, timesteps and noise are functions of the seed, the step and the sample's position in the
-    step's global batch: a resumed run goes on with those of an uninterrupted one, on any number of ranks.
-    Label dropout, which the model draws, is one of seed, step and rank.
+    step's global batch. So a resumed run continues as an uninterrupted one would, on any number of ranks.
+    Label dropout is a function of seed, step and rank.
 
     Args:
-        parts: the objects that train.
-        config: the experiment, phase train.
-        draw_grid: on rank 0 called with the averaged weights and the step every `sample_every` steps.
+        parts: the objects that the trainer uses.
+        config: the experiment, checked for the phase train.
+        draw_grid: called on rank 0 every `sample_every` steps, with the averaged weights and the step.
 
     Raises:
         ValueError: `sample_every` without `draw_grid`, `profile_every` without a profiler.
@@ -107,10 +108,10 @@ class Trainer:
         self._timestep_generator = torch.Generator(self.device)
 
     def fit(self, tracker: Tracker, stop: StopRequest) -> None:
-        """Trains to `max_training_steps`, or until a rank was asked to stop; saves either way, at one step.
+        """Trains to `max_training_steps`, or until a rank is asked to stop. Both end with a checkpoint.
 
         Raises:
-            ValueError: too many steps in a row were skipped; nothing is saved then.
+            ValueError: too many steps in a row were skipped. Nothing is saved then.
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
@@ -123,22 +124,22 @@ class Trainer:
                 self._log(tracker, result)
             if self.step % self.config.ckpt_every == 0:
                 self.save()
-            # A grid takes many model calls: a pending stop does not wait for it.
+            # A grid takes many model calls, so a pending stop does not wait for it.
             if self._draw_grid is not None and not is_stopping and self.step % self.config.sample_every == 0:
                 self._draw(self._draw_grid)
         if self.step != self._saved_step:
             self.save()
 
     def optimizer_step(self, stop: StopRequest | None = None) -> tuple[StepResult, bool]:
-        """One optimizer step over `grad_accumulation` batches.
+        """Makes one optimizer step over `grad_accumulation` batches.
 
-        A loss or gradient norm that is not finite, on any rank, skips it on all of them.
+        If a loss or the gradient norm is not finite on any rank, all ranks skip the step.
 
         Returns:
-            The step's result, and whether any rank was asked to stop by then.
+            The step's result, and whether any rank was asked to stop.
 
         Raises:
-            ValueError: `max_skipped_steps` in a row were skipped.
+            ValueError: `max_skipped_steps` steps in a row were skipped.
         """
         self.policy.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
@@ -169,11 +170,11 @@ class Trainer:
         return result, bool(is_any_asked)
 
     def train_step(self, batch: Mapping[str, Tensor], draw: TimestepDraw) -> LossTerms:
-        """Forward and backward of one batch; the loss per sample.
+        """Runs forward and backward of one batch. Returns the losses per sample.
 
         Args:
-            batch: of the loader, see `BatchEncoder.encode`.
-            draw: its timesteps.
+            batch: a batch of the loader, see `BatchEncoder.encode`.
+            draw: the timesteps of its samples.
         """
         with self.timer.phase("encode"):
             given = self.inputs.encode(batch, self._generators)
@@ -188,19 +189,19 @@ class Trainer:
         return terms
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained parameter on rank 0, empty elsewhere; collective."""
+        """Every trained parameter on rank 0, nothing on other ranks. Collective."""
         return master_weights.gather(self._slices, self._shapes, self.runtime)
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The EMA of every trained parameter on rank 0, empty elsewhere; collective."""
+        """The EMA of every trained parameter on rank 0, nothing on other ranks. Collective."""
         return master_weights.gather(self.ema.slices, self._shapes, self.runtime)
 
     def save(self) -> Path:
-        """Writes a checkpoint of this step, and returns its folder; collective.
+        """Writes a checkpoint of this step and returns its folder. Collective.
 
         Raises:
             ValueError: a weight is not finite.
-            CheckpointError: it cannot be written; earlier ones are as before.
+            CheckpointError: it cannot be written. Earlier checkpoints stay as they were.
         """
         finite = torch.stack([part.values.isfinite().all() for part in self._slices.values()]).all()
         if self.runtime.maximum([float(not finite)])[0]:
@@ -220,6 +221,7 @@ class Trainer:
                 "loader": self.loader.state_dict(),
                 "policy": self.policy.state_dict(),
                 "scaler": self.engine.scaler_state(),
+                "products": saved_products(self.model),
             },
             config=to_yaml(self.config),
         )
@@ -235,15 +237,15 @@ class Trainer:
         return path
 
     def restore(self, path: Path) -> None:
-        """Continues from the checkpoint folder `path`, bit for bit on as many ranks as wrote it.
+        """Continues from the checkpoint folder `path`, to the bit if as many ranks wrote it.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of another model, policy, encoder or dataset.
+            CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
         saved = checkpoint.load(path)
         state = saved.state
         try:
-            # Both as they are saved: redacted, lists for tuples.
+            # Both in the form in which they are saved: secrets redacted, lists for tuples.
             check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
             _check_shapes(saved.model, self.model.state_dict())
             self.engine.load_weights(saved.model)
@@ -254,18 +256,20 @@ class Trainer:
             self.policy.load_state_dict(state["policy"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
+        # Checkpoints of before this choice have none: torch's products.
+        restore_products(self.model, state.get("products", {}), self.runtime)
         self.step = self._saved_step = state["step"]
         self._last_saved = path
         self.num_skipped = state["num_skipped"]
 
     def _draw_timesteps(self) -> TimestepDraw:
-        """Those of the whole step, the same on all ranks: a stratified draw spans the global batch."""
+        """The timesteps of the global batch, equal on all ranks: a stratified draw spans the global batch."""
         seed = stream_seed(self.config.seed, TIMESTEP_STREAM, self.step)
         generator = self._timestep_generator.manual_seed(seed)
         return self.policy.draw(self.batch_size, device=self.device, generator=generator)
 
     def _rows(self, timesteps: TimestepDraw, number: int) -> TimestepDraw:
-        """This rank's part of batch `number` of the step; seeds its samples' generators."""
+        """The draw of this rank's samples in batch `number` of the step. Seeds their generators."""
         num_rows = len(self._generators)
         first = number * self.config.data.batch_size + self.runtime.rank * num_rows
         for position, generator in enumerate(self._generators, start=first):
@@ -276,17 +280,17 @@ class Trainer:
         )
 
     def _tokens_of(self, latents: Tensor) -> int:
-        """Tokens of a batch, whose sides may differ from those the model is built for."""
+        """Number of tokens in a batch. Its sides may differ from those that the model was built for."""
         per_sample = cast(int, self.model.num_tokens) * latents[:, 0].numel()
         return per_sample // math.prod(input_shape(self.model)[1:])
 
     def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
-        """What follows from a step that moved the weights."""
+        """Updates EMA, metrics and policy after a step that moved the weights."""
         self._num_skipped_in_a_row = 0
         with self.timer.phase("ema"):
             self.ema.update()
         for draw, terms in seen:
-            # Scored by the law it was drawn from, before the policy learns from it.
+            # Before the policy learns from the losses: they are corrected by the density that drew them.
             self.window.add(draw, terms)
         index = torch.cat([draw.index for draw, _ in seen])
         self.policy.update(index, torch.cat([(terms.mse + terms.vb).detach() for _, terms in seen]))
@@ -318,7 +322,7 @@ class Trainer:
             row["cut_captions"] = self.inputs.num_cut_captions
         if self._mfu is not None:
             row["mfu"] = self._mfu(pace["samples_per_second"])
-        # The first line from a multiple of profile_every on.
+        # The first logged step at or after a multiple of profile_every.
         every = self.config.profile_every
         if every and self.step % every < self.config.log_every:
             row |= self._profile()
@@ -334,7 +338,7 @@ class Trainer:
     def _draw(self, draw_grid: DrawGrid) -> None:
         averages = self.averaged_weights()
         if self.runtime.is_main:
-            # Frozen tensors too: a plugin may have cast the model's own.
+            # With frozen tensors as they were saved, because a plugin may have cast those of the model.
             weights = {**self.engine.untrained(), **averages}
             draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
 
@@ -344,7 +348,7 @@ class Trainer:
 
 
 def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of the step after `step` done ones: linear warm-up, then constant or a cosine to min_lr.
+    """The learning rate after `step` steps: linear warm-up, then constant, or a cosine down to min_lr.
 
     Source of the cosine: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5 without restarts.
     """

@@ -17,7 +17,7 @@ from speedit_plugins.trainer.logging.images import (
 
 def test_uint8_is_the_rounded_affine_map_and_clamps() -> None:
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 127 / 127.5 - 1]).reshape(1, 1, 2, 3)
-    # (x + 1) * 127.5: -1 -> 0, 0 -> 127.5, which rounds to even 128, 1 -> 255.
+    # (x + 1) * 127.5: -1 -> 0, 0 -> 127.5 -> 128 (rounded to even), 1 -> 255.
     assert to_uint8(values).shape == (1, 2, 3, 1)
     assert to_uint8(values).ravel().tolist() == [0, 0, 128, 255, 255, 127]
 
@@ -26,7 +26,7 @@ def test_a_grid_holds_each_image_enlarged_in_reading_order(tmp_path: Path) -> No
     images = torch.tensor([-1.0, 1.0, 0.0]).reshape(3, 1, 1, 1).expand(3, 1, 32, 32)
     save_grid(images, tmp_path / "grid.png", columns=2)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    # Cells of 32 pixels are doubled to 64, with 2 pixels before, between and after: 2 rows, 2 columns.
+    # Cells of 32 pixels are doubled to 64, with 2 pixels before, between and after. 2 rows and 2 columns.
     assert grid.shape == (2 * 66 + 2, 2 * 66 + 2)
     assert (grid[2:66, 2:66] == 0).all()
     assert (grid[2:66, 68:132] == 255).all()
@@ -40,12 +40,12 @@ def test_colour_and_grey_images_are_written_as_they_are(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")).reshape(image.shape), image)
 
 
-def test_the_loss_curve_is_a_picture_of_the_logged_steps(tmp_path: Path) -> None:
+def test_the_loss_curve_is_an_image_of_the_logged_steps(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 1 / s, "mse": 2 / s, "uniform_mse": 3 / s} for s in (10, 20, 30)]
     save_loss_curve(rows, tmp_path / "loss.png", title="a run")
     drawn = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
     assert drawn.shape[0] > 300
-    # Three curves in three colours beside black text on white.
+    # Three curves in three colours, and black text on white.
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 3
 
 
@@ -56,7 +56,7 @@ def test_titles_stand_above_their_columns(tmp_path: Path) -> None:
     plain, titled = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "titled"))
     band = titled[: len(titled) - len(plain)]
     assert np.array_equal(titled[len(band) :], plain)
-    # Black on white, in several lines, over the second column alone.
+    # The title is black on white, has several lines, and is over the second column alone.
     assert (band[:, :66] == 255).all()
     rows_with_ink = (band[:, 66:] < 128).any(axis=(1, 2))
     assert np.count_nonzero(np.diff(rows_with_ink.astype(int)) == 1) > 1
@@ -69,15 +69,15 @@ def test_a_title_keeps_to_its_own_column(tmp_path: Path) -> None:
         columns=2,
         titles=["a handwritten 0 moving left", ""],
     )
-    picture = np.asarray(Image.open(tmp_path / "narrow.png"))
-    # Cells of 64 pixels with lines of 2 between them; the band ends where the grid's grey begins.
-    band = picture[: picture.shape[0] - (64 + 4)]
+    image = np.asarray(Image.open(tmp_path / "narrow.png"))
+    # Cells have 64 pixels, with lines of 2 between them. The title's band ends where the grid's grey begins.
+    band = image[: image.shape[0] - (64 + 4)]
     assert (band[:, :66] < 255).any()
     assert (band[:, 66:] == 255).all()
 
 
 def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) -> None:
-    # Video v is grey level 128 + 40 v at rest, but for its last frame, which is white.
+    # Video v has the constant grey level 128 + 40 v, except for a white last frame.
     videos = torch.zeros(2, 1, 4, 64, 64)
     videos[1] = 40 / 127.5
     videos[:, :, 3] = 1.0
@@ -87,13 +87,13 @@ def test_videos_become_a_moving_grid_and_a_row_of_frames_each(tmp_path: Path) ->
     assert (still[68:132, 2:66] == 168).all()
     assert (still[68:132, 200:264] == 255).all()
     with Image.open(tmp_path / "v.gif") as gif:
-        # The first three frames are equal, and shown as one.
+        # The first three frames are equal, so the GIF has them as one.
         gif.seek(gif.n_frames - 1)
         assert (np.asarray(gif.convert("L"))[2:66, 2:66] == 255).all()
     frames = read_frames(tmp_path / "v.mp4", range(4), num_frames=4)
     assert read_header(tmp_path / "v.mp4").num_frames == 4
     for f, frame in enumerate(frames):
-        # The middles of the two videos' cells, which compression keeps up to 2 levels.
+        # The middles of the two videos' cells. Compression keeps them within 2 levels.
         middles = np.asarray(frame.convert("L")).astype(int)[34, [34, 100]]
         assert np.abs(middles - ([255, 255] if f == 3 else [128, 168])).max() <= 2
 
