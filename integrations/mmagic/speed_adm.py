@@ -3,7 +3,7 @@
 _base_ = ["./adm_ddim250_8xb32_imagenet-64x64.py"]
 custom_imports = dict(imports=["speedit_plugins.hosts.mmagic"], allow_failed_imports=False)
 
-import mmagic.models  # noqa: E402 - mmengine reads a config whose _base_ stands after an import as another kind
+import mmagic.models  # noqa: E402 - with _base_ after an import, mmengine reads a config as another kind
 
 # mmagic 1.2's train_step reads two names that neither it nor mmengine defines.
 mmagic.models.AblatedDiffusionModel._parse_losses = mmagic.models.AblatedDiffusionModel.parse_losses

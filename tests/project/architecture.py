@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md that a parser can check: each is a function from a file to its findings."""
+"""The rules of CONTRIBUTING.md that a parser can check. Each rule maps a file to its findings."""
 
 import ast
 import io
@@ -18,23 +18,23 @@ PACKAGE = "speedit_plugins"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
-# Fences leave a good change room: each was set at least 15 % above what it counts.
+# Each limit was set at least 15 % above the count at the time, so that it leaves room for a good change.
 MAX_METHOD_LINES = 1100
 MAX_STEP_PATH_LINES = 1050
 
-# What is read to follow one training step from the loop to the loss, in reading order. Counted in lines of
-# code, so that leaving out documentation gains nothing.
+# The files to read, in this order, to follow one training step from the loop to the loss. The limit counts
+# lines of code, so leaving out documentation gains nothing.
 STEP_PATH = (
     "trainer/training/trainer.py",
     "trainer/inputs.py",
     "trainer/parallel/replica.py",
-    "trainer/diffusion/process.py",
+    "trainer/diffusion/gaussian_process.py",
     "trainer/diffusion/gaussian.py",
     "policies/policy.py",
 )
 
-# Which parts of the package a part may import, beside itself. A part is a module or folder at the top, or one
-# in trainer/.
+# The parts of the package that each part may import, besides itself. A part is a module or folder at the top
+# of the package, or one in trainer/.
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
 _FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config"}
@@ -67,32 +67,33 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": _SHARED | {"trainer/logging", "trainer/sampling", "trainer/training"},
 }
 
-# What runs hosts imports what they are made of.
+# Tools that run a host import the packages that the host is made of.
 _HOST_TOOLS = ("tools/*_training.py",)
-# Heavy or optional packages and the files that may import them, also inside a function: of the package, or a
-# path from the project's root.
+# Heavy or optional packages, and the files that may import them, even inside a function. A path is relative
+# to the package, or to the project's root.
 CONFINED: dict[str, tuple[str, ...]] = {
     "mmengine": ("hosts/*.py", "trainer/config/loading.py", *_HOST_TOOLS),
     "colossalai": ("trainer/parallel/booster.py",),
     "diffusers": (
-        "trainer/models/pretrained.py",
-        "trainer/models/backbones.py",
+        "trainer/models/autoencoder.py",
         "trainer/models/exported.py",
+        "trainer/models/text_conditioned/*.py",
         "trainer/diffusion/sampling.py",
         *_HOST_TOOLS,
     ),
-    "peft": ("trainer/models/backbones.py", *_HOST_TOOLS),
+    "peft": ("trainer/models/text_conditioned/unet.py", *_HOST_TOOLS),
     "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
+    "einops": ("trainer/*.py",),
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),
     "xformers": ("trainer/models/attention.py",),
-    "omegaconf": ("trainer/config/loading.py", "trainer/models/pretrained.py"),
+    "omegaconf": ("trainer/config/loading.py", "trainer/models/weights.py"),
 }
 
 _POLICY_NAMES = {"TimestepPolicy", "TimestepDraw", "build_policy"}
 _VAGUE_NAMES = {"util", "utils", "misc", "common", "helper", "helpers", "base"}
-# In two pieces, so that this file obeys its own rules.
+# The words are in two pieces, so that this file obeys its own rules.
 _LEFTOVER = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
 _MACHINE_PATH = re.compile(r"(?<![\w./])/(work|root|home|Users)(?![\w-])")
 _SUPPRESSION = re.compile(r"noqa(:\s*[A-Z]+\d+([,\s]+[A-Z]+\d+)*)?|type:\s*ignore(\[[\w\s,-]+\])?")
@@ -103,7 +104,7 @@ Rule = Callable[["Source"], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Source:
-    """A file: path from the project's root with forward slashes, and its text."""
+    """A text file. `path` is relative to the project's root, with forward slashes."""
 
     path: str
     text: str
@@ -118,7 +119,7 @@ class Source:
 
     @property
     def in_package(self) -> str:
-        """Path below the package, '' outside of it."""
+        """The path relative to the package, '' for a file outside of it."""
         return self.path.removeprefix(f"{PACKAGE}/") if self.path.startswith(f"{PACKAGE}/") else ""
 
     @property
@@ -128,14 +129,14 @@ class Source:
 
 
 def part_of(names: Sequence[str]) -> str:
-    """The part of a path below the package: `hosts` of hosts/flow, `trainer/data` of trainer/data/loader."""
+    """The part that a path belongs to: `hosts` for hosts/flow, `trainer/data` for trainer/data/loader."""
     return "/".join(names[: 2 if names[0] == "trainer" else 1])
 
 
 def imports(source: Source) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of each imported thing, also inside functions.
+    """(line, dotted name) of each import, also inside functions.
 
-    `from a.b import c` is a.b.c; import_module("a.b") is a.b; import_module(f"a.{name}") is a.*
+    `from a.b import c` gives a.b.c, `import_module("a.b")` gives a.b, `import_module(f"a.{name}")` gives a.*
     """
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
@@ -149,7 +150,7 @@ def imports(source: Source) -> Iterator[tuple[int, str]]:
 
 
 def _pattern(name: ast.expr) -> str:
-    """The text of a string expression, with * for what is filled in."""
+    """The text of a string expression, with * in place of each inserted value."""
     pieces = name.values if isinstance(name, ast.JoinedStr) else [name]
     return "".join(str(piece.value) if isinstance(piece, ast.Constant) else "*" for piece in pieces)
 
@@ -161,7 +162,7 @@ def functions(source: Source) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def code_lines(source: Source) -> int:
-    """Lines that are neither blank nor only a comment or a docstring."""
+    """Number of lines that are not blank, and not only a comment or docstring."""
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     silent |= {tokenize.ENDMARKER}
     code: set[int] = set()
@@ -191,7 +192,7 @@ def import_direction(source: Source) -> Iterator[Finding]:
 
 def method_imports_torch_only(source: Source) -> Iterator[Finding]:
     for line, name in imports(source):
-        # "*" is a module whose name is known at run time alone: the registry's front door.
+        # "*" is a module whose name is known only at run time: the registry imports modules of other people.
         if name.split(".")[0] not in {*sys.stdlib_module_names, "torch", PACKAGE, "*"}:
             yield line, f"the method imports {name}; it may import torch and the standard library"
 
@@ -204,7 +205,7 @@ def confined_package(source: Source) -> Iterator[Finding]:
 
 
 def sampling_without_policy(source: Source) -> Iterator[Finding]:
-    """The noise schedule is all of the method that sampling knows: policies are for training."""
+    """Sampling may import the noise schedule, and no other part of the method. Policies are for training."""
     for line, name in imports(source):
         if name.startswith(f"{PACKAGE}.policies") and not name.startswith(f"{PACKAGE}.policies.schedule."):
             yield line, f"sampling imports {name}"
@@ -231,7 +232,7 @@ def size(source: Source) -> Iterator[Finding]:
         given = function.args
         count = len([arg for arg in given.posonlyargs + given.args if arg.arg not in ("self", "cls")])
         count += len(given.kwonlyargs)
-        # Ruff counts them too; where its finding is silenced, with a reason, so is this one.
+        # Ruff has the same rule. A suppression of its finding, with a reason, counts here too.
         excused = "noqa: PLR0913" in source.text.splitlines()[function.lineno - 1]
         if count > MAX_ARGUMENTS and not excused:
             yield function.lineno, f"{function.name} has {count} arguments; wanted <= {MAX_ARGUMENTS}"
@@ -244,7 +245,7 @@ def no_print(source: Source) -> Iterator[Finding]:
 
 
 def no_pickle(source: Source) -> Iterator[Finding]:
-    """torch.load needs a literal weights_only=True; allow_pickle, if it stands there, a literal False."""
+    """torch.load needs a literal weights_only=True. allow_pickle, if given, needs a literal False."""
     bare = any(name == "torch.load" for _, name in imports(source))
     for node in ast.walk(source.tree):
         if not isinstance(node, ast.Call):
@@ -280,7 +281,7 @@ def public_docstrings(source: Source) -> Iterator[Finding]:
 
 
 def reasoned_suppression(source: Source) -> Iterator[Finding]:
-    """A comment that silences a tool says why: at least one word remains without the directive."""
+    """A comment that silences a tool gives a reason: at least one word besides the directive."""
     for token in source.tokens:
         reason, silenced = _SUPPRESSION.subn("", token.string)
         if token.type == tokenize.COMMENT and silenced and not re.search(r"[A-Za-z]{2,}", reason):
@@ -288,7 +289,7 @@ def reasoned_suppression(source: Source) -> Iterator[Finding]:
 
 
 def step_path_findings(sources: Sequence[Source], paths: Sequence[str] = STEP_PATH) -> list[str]:
-    """Missing files, too many lines, and files that no other file of the path imports."""
+    """Missing files of the step path, too many lines, and files that no other file of it imports."""
     found = {source.in_package: source for source in sources if source.in_package in paths}
     if missing := [path for path in paths if path not in found]:
         return [f"missing: {', '.join(missing)}"]
@@ -306,7 +307,7 @@ def step_path_findings(sources: Sequence[Source], paths: Sequence[str] = STEP_PA
 
 @cache
 def project_files() -> tuple[Path, ...]:
-    """Every file that is tracked or could be added; without git, what lies outside hidden folders."""
+    """Every file that git tracks or would add. Without git, every file outside hidden and built folders."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split(
@@ -321,7 +322,7 @@ def project_files() -> tuple[Path, ...]:
 
 @cache
 def project() -> tuple[Source, ...]:
-    """The text files among them."""
+    """The text files of the project."""
     sources = []
     for path in project_files():
         try:

@@ -1,0 +1,242 @@
+"""The Python blocks of the pages run, and their command lines parse, from the pages' own text.
+
+The blocks of a page share one namespace, in order. Where a block says "your model", STAND_INS has it. A block
+that needs somebody's whole code base has `<!-- not run: REASON -->` before it, and is counted.
+"""
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import conformance.imagen as imagen
+import diffusers
+import pytest
+import torch
+from flow_standins import RectifiedFlow, Transport
+from host_standins import PixArtDiffusion, create, create_points
+from markdown_blocks import ROOT, Block, blocks, page_id, pages
+
+from speedit_plugins import cli, launch
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.trainer.config.loading import load_config
+
+LINEAR = NoiseSchedule.linear()
+# Two of README.md, and OneTrainer's: the tests marked `hosts` run it. The number may fall.
+MAX_NOT_RUN = 3
+PAGES = [page for page in pages() if any(block.language == "python" for block in blocks(page))]
+
+
+def create_diffusion(timestep_respacing: str = "") -> Any:
+    """DiT's factory, and that of its kin."""
+    return create(respacing=timestep_respacing)
+
+
+def names_for_diffusers(_: ExitStack) -> dict[str, Any]:
+    """What a diffusers script has around the lines."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return {
+        **{
+            "bsz": 4,
+            "latents": torch.zeros(4, 1),
+            "model_pred": torch.ones(4, 1),
+            "target": torch.zeros(4, 1),
+        },
+        "noise_scheduler": diffusers.DDPMScheduler(),
+        "noise_scheduler_copy": scheduler,
+        "sigmas": torch.ones(4, 1, 1, 1),
+    }
+
+
+def names_for_flow_matching(_: ExitStack) -> dict[str, Any]:
+    """What its training loop has around the two lines."""
+    return {
+        **{"samples": torch.zeros(4, 2), "device": torch.device("cpu")},
+        **{"torch": torch, "x_t": torch.zeros(4, 2), "u_t": torch.zeros(4, 2), "conditioning": {}},
+        "skewed_timestep_sample": lambda n, device: torch.rand(n, device=device),
+        "model": lambda x, t, extra: x,
+    }
+
+
+class Anything:
+    """A config, or `self`: any attribute of it is one more."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+def names_for_imagen(stack: ExitStack) -> dict[str, Any]:
+    """imagen-pytorch's own class, over stand-ins of the packages that it imports."""
+    host, _ = stack.enter_context(imagen.installed())
+    return {"Imagen": lambda **_: host.make(), "unets": [], "options": {}}
+
+
+def of_dit(_: ExitStack) -> dict[str, Any]:
+    """The factory of DiT and its kin, and the object that it makes."""
+    return {"create_diffusion": create_diffusion, "diffusion": create_diffusion()}
+
+
+def of_sit(_: ExitStack) -> dict[str, Any]:
+    """SiT's factory, and the object that it makes."""
+    return {"create_transport": lambda *_: Transport(), "transport": Transport(), "args": Anything()}
+
+
+# Page -> names that its blocks take from the reader's own code.
+STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
+    "docs/index.md": of_dit,
+    "docs/questions.md": of_sit,
+    "integrations/diffusers/README.md": names_for_diffusers,
+    "integrations/dit/README.md": of_dit,
+    "integrations/dit_3d/README.md": lambda _: {
+        **{"GaussianDiffusion": lambda *_: create_points(), "self": Anything()}
+    },
+    "integrations/fast_dit/README.md": of_dit,
+    "integrations/flow_matching/README.md": names_for_flow_matching,
+    "integrations/guided_diffusion/README.md": of_dit,
+    "integrations/imagen_pytorch/README.md": names_for_imagen,
+    "integrations/latte/README.md": of_dit,
+    "integrations/lightning_dit/README.md": of_sit,
+    "integrations/mdt/README.md": of_dit,
+    "integrations/open_sora_plan/README.md": of_dit,
+    "integrations/opendit/README.md": of_dit,
+    "integrations/pixart_alpha/README.md": lambda _: {
+        **{"IDDPM": lambda *_: create(PixArtDiffusion), "config": Anything()}
+    },
+    "integrations/sit/README.md": of_sit,
+    "integrations/video_sys/README.md": lambda _: {"RFLOW": lambda **_: RectifiedFlow(), "options": {}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:log_snr_normal is centred:UserWarning")
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_blocks_of_a_page_run(page: Path) -> None:
+    with ExitStack() as stack:
+        names = STAND_INS.get(page_id(page), lambda _: {})(stack)
+        for block in blocks(page):
+            if block.language == "python" and not block.is_not_run:
+                # Lines before it are blank, so that a traceback has the page's own line numbers.
+                code = "\n" * (block.line - 1) + block.text
+                exec(compile(code, page_id(page), "exec"), names)
+
+
+def test_few_blocks_do_not_run() -> None:
+    marked = [f"{page_id(page)}:{block.line}" for page in PAGES for block in blocks(page) if block.is_not_run]
+    assert len(marked) <= MAX_NOT_RUN, marked
+
+
+def test_every_stand_in_is_for_a_page_with_blocks() -> None:
+    assert set(STAND_INS) <= {page_id(page) for page in PAGES}
+
+
+# Reports are of their day: a program that one was made with may be gone.
+COMMAND_PAGES = [page for page in pages() if "benchmarks" not in page.parts]
+SHELLS = ("", "bash", "sh", "console")
+
+
+def commands(block: Block) -> Iterator[str]:
+    """The command lines of a block, those that end in a backslash joined with the next one."""
+    for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
+        # A synopsis names what may be there, and is no command.
+        if line.strip() and not line.lstrip().startswith("#") and "[key=value" not in line:
+            yield line.strip()
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page_id(page)}:{block.line}: {command}")
+    for page in COMMAND_PAGES
+    for block in blocks(page)
+    if block.language in SHELLS
+    for command in commands(block)
+]
+
+
+class _ParsedError(BaseException):
+    """The arguments were read: enough, the program itself is not run."""
+
+
+def check_speedit(arguments: list[str]) -> None:
+    """Its arguments, and where the config is there its keys too."""
+    given = cli._parser().parse_intermixed_args(arguments)
+    if not given.config.startswith(("CONFIG", "my/", "outputs/")):
+        load_config(given.config, given.phase, given.overrides)
+
+
+def check_launcher(arguments: list[str]) -> None:
+    """Its arguments, and the policy that they name."""
+    given = launch._parser().parse_args(arguments)
+    config = launch._config(given.policy, given.set)
+    build_policy({key: 0.0 if value == "CENTRE" else value for key, value in config.items()}, LINEAR)
+
+
+def check_make(arguments: list[str]) -> None:
+    """Targets of the Makefile; a variable beside them is none."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in (argument for argument in arguments if "=" not in argument):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), f"no target {target}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """Extras of this project."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extras in re.findall(r"(?:^|\s)(?:\.|speedit-plugins)\[([\w,]+)\]", " ".join(arguments)):
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"no extra {extra}"
+
+
+def check_pytest(arguments: list[str]) -> None:
+    """Paths of tests."""
+    for path in (argument.partition("::")[0] for argument in arguments if argument.startswith("tests/")):
+        assert (ROOT / path).exists(), f"no {path}"
+
+
+def check_tool(path: str, arguments: list[str]) -> None:
+    """A program of tools/ that reads these arguments."""
+    assert (ROOT / path).is_file(), f"no program {path}"
+    program = import_module(Path(path).stem).main
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, method, _only(getattr(argparse.ArgumentParser, method)))
+        with pytest.raises(_ParsedError):
+            program(arguments)
+
+
+def _only(parse: Callable[..., Any]) -> Callable[..., NoReturn]:
+    """A parser's method that reads the arguments, or ends the program as it does, and goes no further."""
+
+    def parsed(*args: Any, **kwargs: Any) -> NoReturn:
+        parse(*args, **kwargs)
+        raise _ParsedError
+
+    return parsed
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "speedit": check_speedit,
+    "tools/main.py": check_speedit,
+    "speedit_plugins.launch": check_launcher,
+    "make": check_make,
+    "pip": check_pip,
+    "pytest": check_pytest,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_line_is_one_that_its_program_reads(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for part in command.split("&&"):
+        words = shlex.split(part, comments=True)
+        # Variables, torchrun and its options come before what is ours.
+        for i, word in enumerate(words):
+            if word in CHECKS:
+                CHECKS[word](words[i + 1 :])
+                break
+            if word.startswith("tools/"):
+                check_tool(word, words[i + 1 :])
+                break

@@ -1,0 +1,132 @@
+"""A small figure of each named policy, drawn from the policy itself: how often, and with what weight."""
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from inspect_policy import AREA_COLORS, LINE_COLORS, areas
+
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.spectrum import DataSpectrum
+
+Prepare = Callable[[TimestepPolicy], None]
+# A policy's two tables, and how the figure calls them.
+TABLES = {"density": "how often, uniform = 1", "weight": "weight"}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a policy is shown.
+
+    Args:
+        schedule: the noise schedule, by its constructor.
+        prediction_type: what the model predicts.
+        options: parameters that differ from the defaults.
+        states: label of a line -> what the policy has been told before it is drawn.
+        note: one line below the figure, of what it is shown on.
+    """
+
+    schedule: Callable[[], NoiseSchedule] = NoiseSchedule.linear
+    prediction_type: str = "epsilon"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    states: Mapping[str, Prepare] = field(default_factory=lambda: {"": lambda policy: None})
+    note: str = "Linear schedule."
+
+
+def _advanced(step: int) -> Prepare:
+    return lambda policy: policy.advance(step)
+
+
+def _told_losses(policy: TimestepPolicy) -> None:
+    """Losses that fall from 1 at the clean end to 0.02 at the noisy one, ten of each timestep."""
+    index = torch.arange(policy.schedule.num_timesteps).repeat(10)
+    policy.update(index, 0.02 + 0.98 * (1 - index / policy.schedule.num_timesteps) ** 4)
+
+
+_FLOW = View(NoiseSchedule.rectified_flow, "flow", note="Rectified flow.")
+_CENTRED = View(options={"mean": 0.0}, note="Linear schedule; data whose middle is at log-SNR 0.")
+VIEWS: dict[str, View] = {
+    "spectral": _CENTRED,
+    "spectral_fast": _CENTRED,
+    "spectral_flow": View(
+        NoiseSchedule.rectified_flow,
+        "flow",
+        {"mean": 0.0},
+        note="Rectified flow; data whose middle is at log-SNR 0.",
+    ),
+    "logit_normal": _FLOW,
+    "clts": View(
+        states={f"step {step:,}": _advanced(step) for step in (0, 25_000, 50_000)},
+        note="Linear schedule, at three steps of the training.",
+    ),
+    "loss_second_moment": View(
+        states={"": _told_losses},
+        note="Linear schedule; losses that fall from 1 at the clean end to 0.02 at the noisy end.",
+    ),
+}
+
+
+def view_of(name: str) -> View:
+    """How a policy is shown: on the linear schedule, unless VIEWS says otherwise."""
+    return VIEWS.get(name, View())
+
+
+def policy_figure(name: str, table: str) -> bytes:
+    """One table of a registered policy, its density or its weight, against the timestep, as SVG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    view = view_of(name)
+    schedule = view.schedule()
+    # The same file from the same policy: no random ids, no date.
+    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
+        figure, axis = plt.subplots(figsize=(3.7, 2.1), layout="constrained")
+        axis.set_title(TABLES[table], fontsize=9, loc="left")
+        _dress(axis, schedule)
+        for color, (label, prepare) in zip(LINE_COLORS, view.states.items(), strict=False):
+            policy = _built(name, view, schedule)
+            prepare(policy)
+            values = policy.weight if table == "weight" else schedule.num_timesteps * policy.density
+            axis.plot(values, color=color, linewidth=1.6, label=label)
+        axis.set_ylim(bottom=0, top=1.08 * axis.get_ylim()[1])
+        if len(view.states) > 1 and table == "density":
+            axis.legend(frameon=False, fontsize=8)
+        written = io.BytesIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return written.getvalue()
+
+
+def alternative_text(name: str, table: str) -> str:
+    """What a figure shows, for readers who do not see it."""
+    view = view_of(name)
+    policy = _built(name, view, view.schedule())
+    values = policy.weight if table == "weight" else len(policy.density) * policy.density
+    return f"{table} of {name}, between {float(values.min()):.2g} and {float(values.max()):.2g}"
+
+
+def _built(name: str, view: View, schedule: NoiseSchedule) -> TimestepPolicy:
+    config = {"type": name, **view.options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return build_policy(
+            config, schedule, view.prediction_type, data_spectrum=lambda: DataSpectrum(torch.ones(1))
+        )
+
+
+def _dress(axis: Any, schedule: NoiseSchedule) -> None:
+    for color, (first, end) in zip(AREA_COLORS, areas(schedule).values(), strict=True):
+        axis.axvspan(first, end, color=color, linewidth=0, zorder=0)
+    axis.set_xlim(0, schedule.num_timesteps)
+    axis.set_xlabel("timestep (0 is clean)", fontsize=8)
+    axis.grid(axis="y", color="#d0d0d0", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
