@@ -4,7 +4,7 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,video,eval,colossal,dev
+EXTRAS ?= trainer,video,eval,colossal,dev,docs
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
@@ -29,18 +29,21 @@ SMOKE_SAMPLE := sampler.num_steps=5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PIP_INSTALL := $(PIP) install $(if $(CI),--progress-bar off)
-# The 95 % fence stands in pyproject.toml.
-PYTEST := $(BIN)/python -m pytest --cov --cov-report=term
+# pyproject.toml has the fence of 95 % coverage.
+# Processes that take the tests file by file, in the order that tests/conftest.py gives; 0 is pytest itself.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 # Small tensors gain little from a second thread, and two threads wait for each other on a busy machine.
-demo smoke check test: export OMP_NUM_THREADS ?= 1
+demo docs smoke check test: export OMP_NUM_THREADS ?= 1
 # Models of some width gain from the second.
 demo-t2i demo-t2v: export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-t2i demo-t2v bench lint format types smoke check test clean
+.PHONY: help install demo demo-t2i demo-t2v bench lint format types docs smoke check test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,16 +77,21 @@ demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and G
 bench: install  ## what the policies save: training steps to equal quality, with plots (5 minutes on two cores)
 	$(BIN)/python benchmarks/convergence.py --out outputs/bench
 
-lint: install  ## ruff: rules and formatting
+lint: install  ## ruff: rules and formatting; habits of language
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_language.py
 
 format: install  ## rewrite files in the house format and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: install  ## mypy, strict for core, registry, diffusion and hosts
+types: install  ## mypy, strict for policies, registry, diffusion and hosts
 	$(BIN)/mypy
+
+docs: install  ## the documentation site in site/; a broken link or a missing reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo open site/index.html
 
 smoke: install  ## the main job at its smallest: 20 training steps and a sample grid
 	rm -rf $(SMOKE_DIR)
@@ -91,12 +99,12 @@ smoke: install  ## the main job at its smallest: 20 training steps and a sample 
 	$(BIN)/speedit -c $(DEMO_CONFIG) -p sample experiment_dir=$(SMOKE_DIR) $(SMOKE_SAMPLE)
 	test -s $(SMOKE_DIR)/samples.png -a -s $(SMOKE_DIR)/metrics.jsonl
 
-check: lint types smoke  ## everything but the slow tests
+check: lint types docs smoke  ## everything but the slow tests
 	$(PYTEST) -m 'not slow'
 
-test: lint types smoke  ## the whole check, as CI runs it
+test: lint types docs smoke  ## the whole check, as CI runs it
 	$(PYTEST)
 
 clean:  ## remove caches and builds; .venv and trained models in outputs/ stay
-	rm -rf build dist $(SMOKE_DIR) *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site $(SMOKE_DIR) *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

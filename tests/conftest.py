@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# Derandomised: a failing example fails for everybody, and a passing run is not luck.
-settings.register_profile("speedit", derandomize=True, deadline=None)
+# Derandomised: a failing example fails for everybody, and a passing run is not luck. Neither is a time that a
+# busy machine takes.
+settings.register_profile(
+    "speedit", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("speedit")
 
 
@@ -22,6 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
         # Before anything asks for a device: `device: auto` is the CPU, in the processes that tests start too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # The same on any number of cores, in the processes that tests start too. Tensors here are small.
+    threads = os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(threads))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: several processes, which take file after file, end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""The convergence benchmark: reading curves, and stacked training against lone training."""
+"""The convergence benchmark: reading of curves, and stacked training against single training."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ STEPS = [100, 200, 400, 800, 1600]
 
 
 def power_law(pace: float = 1.0) -> list[float]:
-    """A straight line in log step and log distance, run through `pace` times as fast."""
+    """A curve that is straight in log step and log distance, at `pace` times the speed."""
     return [1000 * (pace * step) ** -0.7 for step in STEPS]
 
 
@@ -30,7 +30,7 @@ def test_a_crossing_of_a_power_law_is_exact_between_evaluations(load: Callable[[
 
 def test_the_first_crossing_counts_of_a_curve_that_rises_again(load: Callable[[str], ModuleType]) -> None:
     found = load("crossing").first_crossing(STEPS, [16.0, 4.0, 9.0, 3.0, 1.0], 8.0)
-    # Halfway from 16 to 4 in log distance is halfway from 100 to 200 in log steps.
+    # Half way from 16 to 4 in log distance is half way from 100 to 200 in log steps.
     assert found.value == pytest.approx(100 * math.sqrt(2))
 
 
@@ -39,7 +39,7 @@ def test_a_level_outside_the_curve_gives_a_bound(load: Callable[[str], ModuleTyp
     curve = power_law()
     assert crossing.first_crossing(STEPS, curve, 100.0) == crossing.Reading(100.0, crossing.AT_MOST)
     assert crossing.first_crossing(STEPS, curve, 1.0) == crossing.Reading(1600.0, crossing.AT_LEAST)
-    # Steps that are a bound from below are a speed-up that is one from above.
+    # A lower bound on the steps is an upper bound on the speed-up.
     slow = [10 * distance for distance in curve]
     assert crossing.speed_up(STEPS, slow, curve, 800) == crossing.Reading(0.5, crossing.AT_MOST)
     assert crossing.speed_up(STEPS, curve, slow, 800) == crossing.Reading(8.0, crossing.AT_LEAST)
@@ -49,7 +49,7 @@ def test_samples_that_are_not_finite_have_not_reached_the_level(load: Callable[[
     crossing = load("crossing")
     assert crossing.first_crossing(STEPS, [math.inf, math.inf, 5, 4, 3], 5.0).value == 400
     assert crossing.first_crossing(STEPS, [math.inf] * 5, 5.0).bound == crossing.AT_LEAST
-    # Where the baseline's samples are not finite, any curve has come as far, from its start.
+    # If the baseline's samples are not finite, any curve gets as far from its start.
     assert crossing.first_crossing(STEPS, power_law(), math.inf).bound == crossing.AT_MOST
     assert crossing.speed_up(STEPS, [math.inf] * 5, [math.inf] * 5, 800).bound == crossing.AT_LEAST
     with pytest.raises(ValueError, match="level needs a distance > 0, got nan"):
@@ -73,11 +73,11 @@ def test_the_null_band_spans_what_the_baselines_give_each_other(load: Callable[[
     crossing = load("crossing")
     one = crossing.Reading(pytest.approx(1))
     assert crossing.null_band(STEPS, [power_law()] * 3, 800) == (one, one)
-    # Two seeds, one twice as fast: the ratios are 1/2 and 2, and quantiles lie on the line between them.
+    # One of the two seeds is twice as fast. The ratios are 1/2 and 2, and quantiles are on the line between.
     low, high = crossing.null_band(STEPS, [power_law(), power_law(2.0)], 800)
     assert low == crossing.Reading(pytest.approx(0.5 + 0.05 * 1.5))
     assert high == crossing.Reading(pytest.approx(0.5 + 0.95 * 1.5))
-    # At the last step the slower seed never comes to the distance of the faster one.
+    # The slower seed never reaches the distance that the faster one has at the last step.
     low, high = crossing.null_band(STEPS, [power_law(), power_law(2.0)], 1600)
     assert (low.bound, high.bound) == (crossing.AT_MOST, crossing.EXACT)
     assert crossing.null_band(STEPS, [power_law()], 800) is None
@@ -90,7 +90,7 @@ def test_the_bootstrap_interval_is_that_of_a_mean(load: Callable[[str], ModuleTy
     found = crossing.summary(readings)
     assert found == crossing.summary(readings), "the same seed draws the same resamples"
     assert found != crossing.summary(readings, seed=1)
-    # Of 400 values the mean is normal to a percent; a 2.5 % quantile of 10,000 draws is known to 4 %.
+    # A mean of 400 values is normal to a percent. A 2.5 % quantile of 10,000 draws is precise to 4 %.
     half_width = 1.96 * float(values.std()) / 20
     assert found.high - found.mean == pytest.approx(half_width, rel=0.06)
     assert found.mean - found.low == pytest.approx(half_width, rel=0.06)
@@ -121,7 +121,7 @@ def small_set(load: Callable[[str], ModuleType], dtype: torch.dtype = torch.floa
 
 
 def lone_run(load: Callable[[str], ModuleType], member: Any, data: Any, shape: Any, num_steps: int) -> Any:
-    """Loss at each step, and the weights, of an ordinary training loop around an ordinary DiT."""
+    """The losses of an ordinary training loop around an ordinary DiT, and its weights and their averages."""
     training = load("stacked_training")
     process = training.build_process("linear", member.prediction_type)
     policy = build_policy(member.policy, process.schedule, member.prediction_type)
@@ -161,7 +161,7 @@ def test_a_member_of_a_stack_equals_a_lone_run(
     losses = torch.stack([stack.train_step() for _ in range(6)], dim=1)  # (M, 6)
     for number, member in enumerate(members):
         lone_losses, weights, averages = lone_run(load, member, data, shape, 6)
-        # In float64 a gradient is off by 1e-16 at most, and Adam divides it by no less than 1e-8 of its own.
+        # In float64 a gradient is wrong by at most 1e-16, and Adam divides it by at least its epsilon, 1e-8.
         assert_close(losses[number], torch.tensor(lone_losses), atol=1e-8, rtol=0)
         for name, stacked in stack.parameters.items():
             assert_close(stacked[number], weights[name], atol=1e-8, rtol=0)
@@ -175,13 +175,13 @@ def test_a_stack_of_models_answers_as_each_of_them(load: Callable[[str], ModuleT
     models = [training.build_model(data, shape) for _ in range(3)]
     for model in models:
         for parameter in model.parameters():
-            # In place of the zeros that a model starts from.
+            # Some weights start at zero.
             torch.nn.init.normal_(parameter, std=0.3)
         model.pos_embed.data.copy_(models[0].pos_embed)
     x, timestep, label = torch.randn(6, 1, 8, 8), torch.arange(6) * 100, torch.arange(6) % 4
     stacked = load("stacked_dit").stacked(models)(x, timestep, label)
     apart = [models[i](x[2 * i : 2 * i + 2], timestep[2 * i :][:2], label[2 * i :][:2]) for i in range(3)]
-    # Float32 sums of up to 64 products in another order, over the outputs' size of about 10.
+    # Float32 sums of up to 64 products in another order. The outputs are about 10.
     assert_close(stacked, torch.cat(apart), atol=1e-4, rtol=0)
 
 
@@ -203,7 +203,7 @@ def test_members_of_a_seed_are_paired(load: Callable[[str], ModuleType]) -> None
     embedder = stack.parameters["t_embedder.mlp.0.weight"]
     assert not torch.equal(embedder[1], embedder[2])
     uniform, speed, other, _ = stack.draw_timesteps()
-    # Both are quantiles of their laws at the same uniform numbers, which `time` of the uniform policy is.
+    # Both draws are quantiles at the same uniform numbers. These numbers are the uniform policy's `time`.
     cumulative = build_policy("speed", NoiseSchedule.linear()).density.cumsum(0)
     assert torch.equal(speed.index, torch.searchsorted(cumulative, uniform.time.double()))
     assert not torch.equal(uniform.index, other.index)

@@ -1,4 +1,4 @@
-"""What the soak benchmark leaves behind; its trainings are replaced."""
+"""The files that the soak benchmark leaves behind. Its trainings are replaced."""
 
 import importlib
 import tempfile

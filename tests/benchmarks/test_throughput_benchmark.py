@@ -1,4 +1,4 @@
-"""The benchmark against peers: loading of hosts, arithmetic on known times, its parts at small shapes."""
+"""The benchmark against peers: loading hosts, arithmetic for known times, its parts at small shapes."""
 
 import importlib
 import json
@@ -51,7 +51,7 @@ class TestLoading:
                 "out_proj.bias": ours.proj.bias,
             }
         )
-        # Float32 sums of 12 products.
+        # Float32 sums of 12 products, in another order.
         assert_close(ours(x), theirs(x, x, x)[0], atol=1e-6, rtol=0)
         mlp = original.Mlp(12, 20, act_layer=nn.ReLU, drop=0.0)
         assert torch.equal(mlp(x), nn.Sequential(mlp.fc1, nn.ReLU(), mlp.fc2)(x))
@@ -87,7 +87,7 @@ class TestLoading:
 class TestArithmetic:
     @pytest.fixture
     def found(self, load: Load) -> Any:
-        """Ours takes 2 s of which 1 s is forward, a host 3 s in one round and 5 s in the other."""
+        """Ours takes 2 s, 1 s of it forward. The host takes 3 s in one round and 5 s in the other."""
         steps = load("training_steps")
         nothing = dict.fromkeys(steps.PHASES, (0.0, 0.0))
         ours = steps.Steps((2.0, 2.0), {**nothing, "forward": (1.0, 1.0), "draw": (0.01, 0.01)})
@@ -95,12 +95,12 @@ class TestArithmetic:
         return steps.Comparison(steps.Case("DiT-S/8", 4, 8), {"ours": ours, "host": host})
 
     def test_a_ratio_is_the_peers_seconds_over_ours(self, found: Any) -> None:
-        # 3 / 2 and 5 / 2.
+        # The ratios are 3 / 2 and 5 / 2.
         assert found.ratio("host").median == 2.0
         assert found.ratio("ours").median == 1.0
 
     def test_rest_is_what_the_phases_leave(self, found: Any) -> None:
-        assert found.sides["host"].split()["rest"] == 2.0  # of 1 and 3
+        assert found.sides["host"].split()["rest"] == 2.0  # the median of 1 and 3
 
     def test_the_table_says_whether_the_floor_holds(self, load: Load, found: Any) -> None:
         bench = load("throughput")
@@ -115,7 +115,7 @@ class TestArithmetic:
         both = steps.Comparison(found.case, {**found.sides, steps.COMPILED: twice_as_fast})
         text = load("throughput").steps_table(both, 3.0)
         assert "Floor 3.0: missed by ours, 2.000 against host." in text
-        # 3 / 1 and 5 / 1.
+        # The ratios are 3 / 1 and 5 / 1.
         assert "Floor 3.0: held by ours, compiled, 4.000 against host." in text
         assert "| host | 4.000 s | 1.00 | 2.000 (1.750, 2.250) | 4.000 (3.500, 4.500) |" in text
 
@@ -152,7 +152,7 @@ class TestParts:
         seconds, split = step()
         assert step.trainer.step == 1
         assert not torch.equal(before, step.trainer.model.final_layer.linear.weight)
-        # A clock that moves by 1 at each look: a phase lasts 1, the step at least all of them.
+        # The clock moves by 1 each time it is read. A phase lasts 1, the step at least as long as all phases.
         assert split == dict.fromkeys(steps.PHASES, 1)
         assert seconds > len(steps.PHASES)
 
@@ -161,7 +161,7 @@ class TestParts:
         x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
         case = steps.Case("DiT-S/8", 2, 8)
         plain, compiled = (steps.latent_trainer(case, x, y, is_compiled=each).model for each in (False, True))
-        # What `Module.compile` leaves behind; nothing is compiled before the first call.
+        # `Module.compile` sets this attribute. Nothing is compiled before the first call.
         assert plain._compiled_call_impl is None
         assert compiled._compiled_call_impl is not None
         weights = compiled.state_dict()
@@ -211,12 +211,12 @@ class TestParts:
 
 
 def assert_same_predictions(steps: ModuleType, parts: Any, case: Any) -> None:
-    """With our weights a host's model predicts as ours does: their steps cost the same work."""
+    """With our weights a host's model predicts what ours predicts, so their steps do the same work."""
     x, y, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([3, 700])
     ours = steps.OurStep(case, x, y, iter(range(10_000)).__next__).trainer.model.eval()
     parts.model.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        # float32, twelve blocks of weights of a standard deviation of 0.02.
+        # float32, twelve blocks whose weights have a standard deviation of 0.02.
         assert_close(parts.model.eval()(x, t, y), ours(x, t, y), atol=1e-4, rtol=0)
 
 
@@ -253,6 +253,6 @@ class TestHosts:
         if not (hosts / module.SPEED).is_dir():
             pytest.skip(f"no checkout {module.SPEED}")
         index, weight = module.speed_draw(hosts / module.SPEED)(64)
-        # Change-aware weights in [0.4, 0.6] below 700, and 1 from there; a float32 rounding of slack.
+        # Change-aware weights are in [0.4, 0.6] below 700, and 1 from there. 1e-6 allows float32 rounding.
         assert ((weight[index < 700] - 0.5).abs() <= 0.1 + 1e-6).all()
         assert (weight[index >= 700] == 1).all()

@@ -1,4 +1,4 @@
-"""The wrappers' benchmark: its arithmetic on known times, its small hosts in closed form, one tiny run."""
+"""The wrappers' benchmark: its arithmetic for known times, its small hosts in closed form, one tiny run."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def results(bench: ModuleType) -> Any:
-    """A host's step of 2 s, and a seam that adds 1, 3 and 5 ms to calls of 10 ms."""
+    """A host's step takes 2 s, and a seam adds 1, 3 and 5 ms to calls of 10 ms."""
     seam = bench.Timings((0.010,) * 3, (0.011, 0.015, 0.013))
     return bench.Results(
         steps=bench.Timings((2.0, 2.0, 2.0), (2.0, 2.2, 1.9)),
@@ -66,14 +66,14 @@ class TestArithmetic:
         assert timings.ratios == bench.Spread(1.5, 1.5, 1.5)
 
     def test_differences_are_taken_within_a_round(self, bench: ModuleType) -> None:
-        # A machine that slows down threefold: the difference of the medians would be 3 - 2 + 1 = 2 here.
+        # The machine slows down. The difference of the medians would be 4 - 2 = 2 here.
         timings = bench.Timings((1.0, 2.0, 4.0), (2.0, 4.0, 5.0))
         assert timings.added_seconds.median == 1.0
         assert timings.ratios.median == 2.0
 
     def test_a_share_is_a_part_of_the_hosts_step(self, results: Any) -> None:
         share = results.share(results.seams["known"])
-        # 2, 3 and 4 ms of 2 s; the differences of times near 0.01 carry a rounding of 2e-18 / 1e-3.
+        # 2, 3 and 4 ms of 2 s. Differences of times near 0.01 have a rounding error of 2e-18 / 1e-3.
         assert_close((share.low, share.median, share.high), (0.001, 0.0015, 0.002), rtol=1e-12, atol=0)
 
 
@@ -88,7 +88,7 @@ class TestReport:
         assert "less than 1 % to a DiT-S/8 step? Yes: the costliest adds 0.1500 %, 0.2000 %" in bench.answer(
             results
         )
-        # 15 ms in the median and 20.5 ms at the upper quartile, of 2 s.
+        # 15 ms of 2 s in the median, and 20.5 ms at the upper quartile.
         slow = bench.Timings((0.0, 0.0, 0.0), (0.010, 0.015, 0.026))
         told = bench.answer(replace(results, seams={**results.seams, "slow": slow}))
         assert "No: the costliest adds 0.7500 %, 1.0250 % at its upper quartile" in told
@@ -125,12 +125,12 @@ class TestSmallHosts:
         alpha_bar = NoiseSchedule.linear().alphas_cumprod
         row = alpha_bar[t].view(-1, 1, 1, 1)
         posterior = terms(-1.0)
-        # float32 against float64, values of order 1.
+        # float32 against float64, for values around 1.
         assert_close(seen[0].double(), row.sqrt() * x + (1 - row).sqrt() * noise, atol=1e-6, rtol=0)
         assert_close(posterior["mse"], torch.full((3,), 0.25), atol=1e-6, rtol=0)
-        # The posterior's own variance leaves no divergence.
+        # With the posterior's own variance the divergence is zero.
         assert torch.equal(posterior["vb"], torch.zeros(3))
-        # KL between variances beta-tilde and beta: (r - 1 - ln r) / 2 with r = beta-tilde / beta.
+        # KL of variances beta-tilde and beta: (r - 1 - ln r) / 2 with r = beta-tilde / beta.
         r = (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
         upper = terms(1.0)
         assert_close(upper["vb"].double(), (r - 1 - r.log()) / 2, atol=1e-6, rtol=0)
@@ -142,23 +142,23 @@ class TestSmallHosts:
         def exact(x_t: Any, t: Any) -> Any:
             return (x1 - x_t) / (1 - t.view(-1, 1, 1, 1))
 
-        # x_t carries 2e-16, divided by 1 - t, squared.
+        # x_t has a rounding error of 2e-16. The loss divides it by 1 - t and squares it.
         assert bench.SmallTransport().training_losses(exact, x1)["loss"].max() < 1e-20
 
     def test_both_take_a_policy(self, bench: ModuleType) -> None:
-        """A wrapper that were not in the way would be measured as free."""
+        """A wrapper that is not called would seem to cost nothing."""
         x, wide = torch.randn(8, 4, 2, 2), torch.randn(8, 8, 2, 2)
         diffusion = with_policy(bench.SmallDiffusion(), "speedit")
         terms = diffusion.training_losses(bench.costless(wide), x, torch.zeros(8, dtype=torch.long))
-        # P2's 1 / (1 + SNR) lies below 1.
+        # P2's weight 1 / (1 + SNR) is below 1.
         assert (terms["loss"] < terms["mse"] + terms["vb"]).all()
         transport = with_policy(bench.SmallTransport(), "speed")
         torch.manual_seed(1)
         unweighted = torch.randn_like(x).square().flatten(1).mean(1)
         torch.manual_seed(1)
-        # Without data and prediction, the error is the noise: the first thing that the host draws.
+        # With zero data and prediction the error is the noise, and the host draws the noise first.
         loss = transport.training_losses(bench.costless(0 * x), 0 * x)["loss"]
-        # SpeeD's weights lie in [0.4, 0.6]; a float32 rounding of slack.
+        # SpeeD's weights are in [0.4, 0.6]. 1e-6 allows float32 rounding.
         assert ((loss / unweighted - 0.5).abs() <= 0.1 + 1e-6).all()
         assert attachment_of(diffusion).num_calls == attachment_of(transport).num_calls == 1
 
@@ -171,7 +171,7 @@ class TestSmallHosts:
         host, ours = bench.script_steps(prediction, torch.ones(4, 4, 2, 2))
         host()
         ours()
-        # A squared error of 1 everywhere: our loss is the mean weight of the draw, in (0, 1) for P2.
+        # The squared error is 1 everywhere, so our loss is the draw's mean weight. P2's is in (0, 1).
         assert losses[0] == 1.0
         assert 0 < losses[1] < 1
 
@@ -181,6 +181,7 @@ class TestRun:
         self, bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path, threads = tmp_path / "report.md", torch.get_num_threads()
+        before = date.today()
         tiny = ["--rounds=1", "--repetitions=2", "--threads=1", "--batch=1", "--edge=8"]
         try:
             bench.main([*tiny, "--report", str(path)])
@@ -188,10 +189,11 @@ class TestRun:
             torch.set_num_threads(threads)
         printed, written = capsys.readouterr().out, path.read_text()
         rows = [line for line in printed.splitlines() if line.startswith("|")]
-        # Heading, rule and one row; heading, rule, the control and three seams.
+        # Heading, rule and one row; then heading, rule, the control and three seams.
         assert len(rows) == 9
         assert all(row in written for row in rows)
-        assert f"Date: {date.today().isoformat()}." in written
+        # Two days are possible, because midnight may pass during the test.
+        assert any(f"Date: {day.isoformat()}." in written for day in (before, date.today()))
 
     @pytest.mark.parametrize(
         ("argument", "value", "message"),
@@ -227,7 +229,7 @@ class TestRun:
             diffusion = bench.load(chosen)[1]()
             measured = bench.measure(chosen)
         finally:
-            # The host's package has a common name: it leaves with this test.
+            # The host's package has a common name, so the test removes it.
             for name in [name for name in sys.modules if name.split(".")[0] == "diffusion"]:
                 del sys.modules[name]
         assert (type(diffusion).__module__, diffusion.num_timesteps) == ("diffusion.respace", 1000)

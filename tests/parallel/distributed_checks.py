@@ -1,9 +1,9 @@
-"""Checks that need two real processes: run under torchrun by test_distributed.py, all in one launch.
+"""Runs the checks that need two real processes. test_distributed.py starts it once under torchrun.
 
-    torchrun --standalone --nproc_per_node 2 tests/distributed_checks.py OUT_FOLDER
+    torchrun --standalone --nproc_per_node 2 tests/parallel/distributed_checks.py OUT_FOLDER
 
-Every function `check_...` of the modules, or those named behind the folder, is called on both ranks with a
-folder of its own; rank 0 writes results.json, a list of failures (empty: passed) by name.
+Calls every function `check_...` of the modules, or those named after the folder, on both ranks, with a folder
+of its own. Rank 0 writes results.json: for each name a list of failures, empty if the check passed.
 """
 
 import json
@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-# torchrun starts this file by itself.
+# torchrun starts this file as a script.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import distributed_faults
 import distributed_numbers
 import distributed_tasks
+from distributed_runs import TIMEOUT_SECONDS
 from runs import small_config
 
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
@@ -37,7 +38,7 @@ TASKS = checks_of(distributed_tasks)
 def main() -> None:
     out = Path(sys.argv[1])
     wanted = sys.argv[2:] or [*CHECKS, *TASKS]
-    runtime = launch(small_config(out))
+    runtime = launch(small_config(out, distributed_timeout_seconds=TIMEOUT_SECONDS))
     results = {}
     for name, check in {**CHECKS, **TASKS}.items():
         if name not in wanted:
@@ -49,8 +50,9 @@ def main() -> None:
             failure = traceback.format_exc()
         failures = runtime.gather_objects(failure)
         results[name] = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-    if runtime.is_main:
-        (out / "results.json").write_text(json.dumps(results, indent=1))
+        if runtime.is_main:
+            # Written after each check, so that results are kept if the job ends early.
+            (out / "results.json").write_text(json.dumps(results, indent=1))
     runtime.close()
 
 

@@ -1,14 +1,19 @@
-"""What two ranks do when one of them fails, checked by distributed_checks.py."""
+"""Checks what two ranks do when one of them fails; run by distributed_checks.py."""
 
+import io
 import math
+import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from distributed_runs import PLUGINS, everything, message_of, steps, two_ranks
+import torch
+import torch.distributed as dist
+from distributed_runs import PLUGINS, TIMEOUT_SECONDS, everything, message_of, steps, two_ranks
 from runs import file_size_limit, small_config
 from torch.testing import assert_close
 
@@ -16,6 +21,7 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.training import train as train_phase
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.trainer import Trainer
 
@@ -38,7 +44,7 @@ def check_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(runtime: R
                 f" the last good checkpoint is {good}"
             )
             assert wanted in message_of(ValueError, trainer.optimizer_step)
-        # One good step in between begins a new count.
+        # One good step in between restarts the count.
         result, _ = trainer.optimizer_step()
         assert not result.is_skipped
         assert trainer._num_skipped_in_a_row == 0
@@ -65,7 +71,7 @@ def check_a_stop_asked_of_one_rank_stops_all_at_the_same_step(runtime: Runtime, 
     trainer = two_ranks(runtime, folder, max_training_steps=1000)
     stop = StopRequest()
     if runtime.rank == 1:
-        trainer.loader = Asking(trainer.loader, stop, after=3)  # type: ignore[assignment]  # stands in for one
+        trainer.loader = Asking(trainer.loader, stop, after=3)  # type: ignore[assignment]  # replaces one for the test
     trainer.fit(SilentTracker(), stop)
     assert runtime.gather_objects(trainer.step) == [3, 3]
     assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000003"
@@ -84,8 +90,37 @@ def check_a_full_disk_under_one_rank_fails_the_save_on_all_and_keeps_the_last(
     runtime.barrier()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000001"]
     assert checkpoint.damage(good, runtime) is None
-    # The run itself can go on, and save when there is room again.
+    # The run itself can continue, and saves once there is room again.
     assert steps(trainer, 1).save().name == "step_0000003"
+
+
+def check_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(
+    runtime: Runtime, folder: Path
+) -> None:
+    options = {"model__class_dropout_prob": 0.0, "ckpt_every": 2}
+    train_phase._train(small_config(folder, max_training_steps=4, **options), runtime, StopRequest())
+    newest = folder / "checkpoints" / "step_0000004"
+    if runtime.is_main:
+        shard = newest / "optimizer_00001_of_00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    runtime.barrier()
+    named = small_config(folder / "other", max_training_steps=6, resume=newest)
+    message = message_of(CheckpointError, lambda: train_phase._train(named, runtime, StopRequest()))
+    assert re.search(r"step_0000004 is damaged: optimizer_00001_of_00002.safetensors has \d+ bytes", message)
+    assert not (folder / "other" / "metrics.jsonl").exists()
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        train_phase._train(small_config(folder, max_training_steps=6, **options), runtime, StopRequest())
+    if runtime.is_main:
+        assert f"checkpoint {newest} is damaged" in said.getvalue()
+        assert f"going on from {folder / 'checkpoints' / 'step_0000002'}" in said.getvalue()
+    runtime.barrier()
+    assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000006"
+
+
+def check_ranks_wait_as_long_as_the_config_says(runtime: Runtime, folder: Path) -> None:
+    gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    assert gloo.options._timeout == timedelta(seconds=TIMEOUT_SECONDS)
 
 
 def check_a_folder_that_cannot_be_written_fails_on_all(runtime: Runtime, folder: Path) -> None:
@@ -102,7 +137,7 @@ def check_a_batch_that_ranks_cannot_share_is_refused(runtime: Runtime, folder: P
 
 
 class Asking:
-    """A loader in whose batch number `after` a signal arrives."""
+    """A loader during whose batch number `after` a signal arrives."""
 
     def __init__(self, loader: Any, stop: StopRequest, *, after: int) -> None:
         self._loader, self._stop, self._left = loader, stop, after
@@ -125,4 +160,4 @@ def poisoned(trainer: Trainer, *, only_rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.inputs.encoder.encode = encode  # type: ignore[method-assign]  # as it was
+        trainer.inputs.encoder.encode = encode  # type: ignore[method-assign]  # restored

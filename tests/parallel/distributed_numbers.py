@@ -1,4 +1,4 @@
-"""What two ranks compute, checked by distributed_checks.py: against one process, and after a resume."""
+"""Checks what two ranks compute, against one process and after a resume; run by distributed_checks.py."""
 
 import importlib.util
 from dataclasses import replace
@@ -33,7 +33,7 @@ def check_two_ranks_equal_one_process_with_both_half_batches(runtime: Runtime, f
     for plugin in PLUGINS:
         found = weights(steps(two_ranks(runtime, folder, plugin=plugin), 20))
         if runtime.is_main:
-            # float32, sums of gradients in two orders, 20 steps of at most lr = 1e-3 each.
+            # float32 gradients are summed in two orders. There are 20 steps of at most lr = 1e-3 each.
             assert_close(
                 found, expected, rtol=0, atol=1e-6, msg=lambda text, plugin=plugin: f"{plugin}: {text}"
             )
@@ -59,7 +59,7 @@ def check_accumulation_and_recomputation_on_two_ranks_equal_one_batch(runtime: R
 
 def check_the_datas_centre_is_that_of_one_process(runtime: Runtime, folder: Path) -> None:
     config = small_config(folder, diffusion__policy="spectral", data__batch_size=32)
-    # A rank reads half of a batch at a time: in the end the same samples.
+    # A rank reads half a batch at a time. In the end these are the same samples.
     expected = centred(replace(config, data=replace(config.data, batch_size=16)), Runtime())
     assert centred(config, runtime).diffusion.policy == expected.diffusion.policy
 
@@ -74,14 +74,14 @@ def check_a_compiled_model_trains_sharded(runtime: Runtime, folder: Path) -> Non
         weights(steps(two_ranks(runtime, folder, plugin="zero2", compile=is_compiled), 3))
         for is_compiled in (True, False)
     )
-    # Fused kernels round otherwise; three steps of AdamW at lr = 1e-3 amplify it below a step's length.
+    # Fused kernels round differently. Three AdamW steps at lr = 1e-3 amplify that to less than a step.
     assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def check_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runtime: Runtime, folder: Path) -> None:
     for plugin in PLUGINS:
         for precision in PRECISIONS:
-            # Dropout and accumulation too: their random numbers are part of the run.
+            # With dropout and accumulation, because their random numbers are part of the run.
             options = {
                 "plugin": plugin,
                 "precision": precision,
@@ -111,7 +111,7 @@ def check_any_checkpoint_goes_on_under_any_plugin_and_number_of_ranks(runtime: R
         place = folder / origin
         saver = alone(place) if origin == "alone" else two_ranks(runtime, place, plugin=origin)
         steps(saver, 4)
-        # A lone trainer in each process: one of them writes.
+        # Each process has a trainer of its own, and only one of them writes.
         path = (
             saver.save() if origin != "alone" or runtime.is_main else place / "checkpoints" / "step_0000004"
         )
@@ -183,10 +183,10 @@ def check_masters_under_bf16_are_saved_in_full(runtime: Runtime, folder: Path) -
         saved = checkpoint.load(path).model
         name = "blocks.0.mlp.fc1.weight"
         assert saved[name].dtype == torch.float32
-        # What bf16 would have rounded away is there.
+        # The saved weights have bits that bf16 would have rounded away.
         assert not torch.equal(saved[name], saved[name].bfloat16().float())
         assert_close(saved[name].bfloat16(), trainer.model.state_dict()[name], rtol=0, atol=0)
-        # A frozen table, which the plugin casts with the model.
+        # A frozen table. The plugin casts it with the model.
         fresh = alone(folder).model.state_dict()["pos_embed"]
         assert_close(saved["pos_embed"], fresh, rtol=0, atol=0)
 
@@ -207,7 +207,7 @@ def check_zero_shards_the_optimizer(runtime: Runtime, folder: Path) -> None:
         trainer = steps(two_ranks(runtime, folder, plugin=plugin), 1)
         state = trainer.engine.optimizer.state.values()
         held[plugin] = sum(value.nbytes for entry in state for value in entry.values() if value.ndim)
-    # Each parameter is padded to an even size, and none here is odd but the one of one pixel's bias.
+    # Each parameter is padded to an even size. Only one here is odd, the bias of a single pixel.
     for plugin in ("zero1", "zero2"):
         assert abs(held[plugin] / held["ddp"] - 0.5) < 1e-3, held
 
@@ -218,14 +218,14 @@ def check_stratified_timesteps_span_the_global_batch(runtime: Runtime, folder: P
     whole = trainer._draw_timesteps()
     mine = torch.cat([trainer._rows(whole, number).index for number in range(2)])
     index = torch.cat(runtime.gather_objects(mine))
-    # 32 samples of 1000 equally likely timesteps: one in each 32nd part.
+    # 32 samples over 1000 equally likely timesteps: one in each 32nd part.
     assert sorted((index * 32 // 1000).tolist()) == list(range(32))
 
 
 def check_metrics_are_those_of_all_ranks(runtime: Runtime, folder: Path) -> None:
     lone = steps(alone(folder), 3).window.summary()
     found = steps(two_ranks(runtime, folder), 3).window.summary(runtime.sum)
-    # float64 sums of float32 losses that differ by rounding.
+    # The sums are float64, of float32 losses that differ by rounding.
     for key in ("loss", "mse", "vb", "uniform_mse"):
         assert_close(found[key], lone[key], rtol=1e-5, atol=0)
     assert_close(found["mse_per_bin"], lone["mse_per_bin"], rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""Trainers of two ranks, or alone, for the checks of distributed_checks.py."""
+"""Trainers on two ranks, or on each rank by itself, for the checks that distributed_checks.py runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,11 @@ from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
+# Longer than the default, so that tests can tell them apart.
+TIMEOUT_SECONDS = 900.0
 PLUGINS = ("ddp", "zero1", "zero2")
-# The gradient of a key's bias is zero on paper: softmax does not see it. AdamW divides its rounding error by
-# the rounding error's own size, so two orders of summation go apart there at the learning rate's pace.
+# Softmax does not see a key's bias, so its gradient is zero in exact arithmetic. AdamW divides the rounding
+# error by its own size. So two orders of summation drift apart there, by the learning rate at each step.
 KEY_BIAS = ".attn.qkv.bias"
 
 
@@ -30,7 +32,7 @@ def two_ranks(runtime: Runtime, folder: Path, **changes: Any) -> Trainer:
 
 
 def alone(folder: Path, **changes: Any) -> Trainer:
-    """The same in each process by itself."""
+    """The same trainer in each process by itself."""
     return two_ranks(Runtime(), folder, **changes)
 
 
@@ -42,7 +44,7 @@ def steps(trainer: Trainer, count: int) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    """Whole masters on rank 0, with the key biases cut out."""
+    """The whole master weights on rank 0, without the key biases."""
     slices = master_weights.owned(trainer.engine.masters, trainer.runtime)
     shapes = {master.name: master.shape for master in trainer.engine.masters}
     return without_key_bias(master_weights.gather(slices, shapes, trainer.runtime))
@@ -60,7 +62,7 @@ def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
-    """All of this rank that decides the next step."""
+    """Everything on this rank that decides the next step."""
     parts = master_weights.owned(trainer.engine.masters, trainer.runtime)
     engine = trainer.engine
     moments = master_weights.optimizer_slices(engine.optimizer, engine.masters, trainer.runtime)

@@ -1,4 +1,4 @@
-"""Every task on two ranks, checked by distributed_checks.py: 20 steps, a resume bit for bit, samples."""
+"""Checks every task on two ranks: 20 steps, a resume bit for bit, samples; run by distributed_checks.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +55,7 @@ def check_images_among_videos(runtime: Runtime, folder: Path) -> None:
         "sample_prompts=[a rabbit]",
         "precision=fp32",
     )
-    # zero2 as the others, and ddp, which waits for a gradient of every parameter.
+    # zero2 as in the other tasks, and ddp, because it waits for a gradient of every parameter.
     for plugin in ("zero2", "ddp"):
         place = folder / plugin
         trained_resumed_and_sampled(

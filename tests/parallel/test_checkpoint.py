@@ -66,7 +66,7 @@ def test_multiples_of_keep_every_stay(tmp_path: Path) -> None:
 
 def test_moments_of_several_ranks_are_put_together_where_they_belong(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
-    # As two ranks write them, the second with one element less.
+    # Files as two ranks write them; the second has one element less.
     for rank, values in ((0, [0.0, 1.0, 2.0]), (1, [3.0, 4.0])):
         moments = {"exp_avg/a": Slice(3 * rank, torch.tensor(values)), "step/a": Slice(0, torch.ones(1))}
         part = Contents({}, {}, {}, "", moments)
@@ -81,7 +81,7 @@ def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_saves(tmp_pat
     checkpoint.save(tmp_path, 20, contents(), keep_last=3)
     damaged = checkpoint.save(tmp_path, 40, contents(), keep_last=3)
     (damaged / checkpoint.EMA).write_bytes(b"")
-    # Gone on from 20, and stopped before 40.
+    # The run resumed from step 20 and stopped before step 40.
     path = checkpoint.save(tmp_path, 25, contents(), keep_last=1)
     assert checkpoint.newest_whole(checkpoint.newest_first(tmp_path)) == path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000025", "step_0000040.damaged"]

@@ -1,12 +1,9 @@
-"""Two real processes: the checks of distributed_checks.py in one launch, and whole jobs that fail or stop."""
+"""Two real processes: one launch of distributed_checks.py, and whole jobs that fail or stop."""
 
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,56 +11,31 @@ from typing import Any
 import distributed_checks
 import pytest
 from PIL import Image
-from runs import arguments
+from processes import BIN, TORCHRUN, Job
+from runs import arguments, last_step, small_config
 
 from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.training import train as train_phase
 
 pytest.importorskip("colossalai", reason="needs ColossalAI; make install adds it")
-psutil = pytest.importorskip("psutil")
 
-BIN = Path(sys.executable).parent
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(command: Sequence[str | Path]) -> subprocess.Popen[str]:
-    """Two processes of one thread each, in a process group of their own."""
-    return subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # `colossalai run` looks torchrun up.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-    )
+MAIN = (*TORCHRUN, "tools/main.py")
+FAILING_MAIN = Path(__file__).with_name("failing_main.py")
 
 
-def train(folder: Path, launcher: Sequence[str] = TORCHRUN, **changes: Any) -> subprocess.Popen[str]:
+def train(folder: Path, launcher: Sequence[str | Path] = MAIN, **changes: Any) -> Job:
     config = ["-c", "configs/image/digits/speedit.yaml", "-p", "train"]
-    return launch([*launcher, "tools/main.py", *config, *arguments(folder, **changes)])
-
-
-def ranks_of(job: subprocess.Popen[str]) -> list[int]:
-    """Process ids of a running job's ranks, in rank order."""
-    children = psutil.Process(job.pid).children()
-    return [child.pid for child in sorted(children, key=lambda child: int(child.environ()["RANK"]))]
-
-
-def wait_for_step(folder: Path, job: subprocess.Popen[str], step: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(row["step"] >= step for row in read_metrics(folder)):
-        assert job.poll() is None, job.communicate()[0]
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.05)
+    # `colossalai run` looks for torchrun in PATH.
+    path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return Job([*launcher, *config, *arguments(folder, **changes)], path)
 
 
 def run_checks(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    job = launch([*TORCHRUN, Path(distributed_checks.__file__), folder, *names])
-    output = job.communicate(timeout=500)[0]
+    with Job([*TORCHRUN, distributed_checks.__file__, folder, *names]) as job:
+        output = job.end()
     assert (folder / "results.json").exists(), output
     found: dict[str, list[str]] = json.loads((folder / "results.json").read_text())
-    return found
+    return dict.fromkeys(names, [f"the job ended before:\n{output}"]) | found
 
 
 @pytest.fixture(scope="module")
@@ -92,46 +64,47 @@ def test_every_task_on_two_ranks(results_of_tasks: dict[str, list[str]], name: s
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_at_one_step_and_the_next_launch_goes_on(tmp_path: Path) -> None:
-    job = train(tmp_path, plugin="zero2", max_training_steps=100_000, log_every=1)
-    wait_for_step(tmp_path, job, 2)
-    job.send_signal(signal.SIGTERM)
-    output = job.communicate(timeout=90)[0]
+def test_sigterm_to_the_launcher_saves_at_one_step_and_the_next_launch_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with train(tmp_path, plugin="zero2", max_training_steps=100_000, log_every=1) as job:
+        job.until(lambda: last_step(tmp_path) >= 2)
+        job.process.send_signal(signal.SIGTERM)
+        output = job.end()
     stopped = re.search(r"stopped by SIGTERM after step (\d+)", output)
     assert stopped, output
     saved = checkpoint.newest(tmp_path / "checkpoints")
     assert saved is not None
     assert checkpoint.step_of(saved) == int(stopped[1])
     assert checkpoint.damage(saved) is None
-    again = train(tmp_path, plugin="ddp", max_training_steps=checkpoint.step_of(saved) + 2)
-    output = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, output
-    assert f"going on from {saved}" in output
+    # Resumes in one process here. The checks also resume with another plugin on two ranks.
+    config = small_config(tmp_path, plugin="ddp", max_training_steps=checkpoint.step_of(saved) + 2)
+    assert train_phase.train(config) == 0
+    assert f"going on from {saved}" in capfd.readouterr().out
+    assert last_step(tmp_path) == checkpoint.step_of(saved) + 2
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
-    job = train(tmp_path, max_training_steps=100_000, log_every=1)
-    wait_for_step(tmp_path, job, 2)
-    os.kill(ranks_of(job)[1], signal.SIGKILL)
-    start = time.monotonic()
-    output = job.communicate(timeout=60)[0]
-    assert job.returncode != 0
-    assert time.monotonic() - start < 45
+    # A job that waited for the timeout would wait for a day. torchrun has its default settings, as for users.
+    options = {"max_training_steps": 100_000, "distributed_timeout_seconds": 86_400}
+    with train(tmp_path, [*TORCHRUN[:4], FAILING_MAIN, "killed"], **options) as job:
+        output = job.end()
+    assert job.process.returncode != 0
     assert re.search(r"Root Cause.*rank +: 1 .*exitcode +: -9", output, re.DOTALL), output
 
 
 @pytest.mark.slow
 def test_a_silent_rank_ends_the_job_within_the_timeout(tmp_path: Path) -> None:
-    job = train(tmp_path, max_training_steps=100_000, log_every=1, distributed_timeout_seconds=5)
-    wait_for_step(tmp_path, job, 2)
-    stopped = ranks_of(job)[1]
-    os.kill(stopped, signal.SIGSTOP)
-    # torchrun gives a process that does not answer its SIGTERM 30 seconds.
-    output = job.communicate(timeout=60)[0]
-    assert job.returncode != 0
+    with train(tmp_path, [*TORCHRUN, FAILING_MAIN, "silent"], max_training_steps=100_000) as job:
+        job.until(lambda: "lost another process" in job.output)
+        # torchrun would do this after its timeout.
+        job.kill_rank(1)
+        output = job.end()
+    assert job.process.returncode != 0
     assert re.search(
-        r"speedit: rank 0: lost another process, which says why if it failed: .*[Tt]imed out", output
+        r"speedit: rank 0: lost another process; if it failed, its own message says why: .*[Tt]imed out",
+        output,
     ), output
 
 
@@ -148,9 +121,9 @@ def test_an_error_on_one_rank_is_said_once_and_is_the_jobs_root_cause(tmp_path: 
         "encoder": "{type: Pixels, channels: 3}",
         "model__in_channels": 3,
     }
-    job = train(tmp_path / "run", max_training_steps=1000, **data)
-    output = job.communicate(timeout=120)[0]
-    assert job.returncode != 0
+    with train(tmp_path / "run", max_training_steps=1000, **data) as job:
+        output = job.end()
+    assert job.process.returncode != 0
     said = re.findall(r"speedit: rank (\d): error: (corrupt image .*5\.png: .*)", output)
     assert len(said) == 1, output
     assert re.search(rf"Root Cause.*rank +: {said[0][0]} .*corrupt image", output, re.DOTALL), output
@@ -158,31 +131,14 @@ def test_an_error_on_one_rank_is_said_once_and_is_the_jobs_root_cause(tmp_path: 
 
 @pytest.mark.slow
 def test_colossalai_run_starts_it_too(tmp_path: Path) -> None:
-    launcher = [str(BIN / "colossalai"), "run", "--nproc_per_node", "2", "--master_port", "29517"]
-    job = train(tmp_path, launcher, plugin="zero1", max_training_steps=4)
-    output = job.communicate(timeout=180)[0]
+    # `standalone` takes a free port instead of the fixed default.
+    standalone = ["--nproc_per_node", "2", "--extra_launch_args", "standalone"]
+    launcher = [BIN / "colossalai", "run", *standalone, "tools/main.py"]
+    with train(tmp_path, launcher, plugin="zero1", max_training_steps=4) as job:
+        output = job.end()
     saved = tmp_path / "checkpoints" / "step_0000004"
     assert checkpoint.damage(saved) is None, output
     assert sorted(path.name for path in saved.glob("optimizer_*")) == [
         "optimizer_00000_of_00002.safetensors",
         "optimizer_00001_of_00002.safetensors",
     ]
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(tmp_path: Path) -> None:
-    first = train(tmp_path, max_training_steps=4, ckpt_every=2)
-    assert first.wait(timeout=120) == 0, first.communicate()[0]
-    newest = tmp_path / "checkpoints" / "step_0000004"
-    shard = newest / "optimizer_00001_of_00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    named = train(tmp_path / "other", max_training_steps=6, resume=newest)
-    output = named.communicate(timeout=120)[0]
-    assert named.returncode != 0
-    assert re.search(r"step_0000004 is damaged: optimizer_00001_of_00002.safetensors has \d+ bytes", output)
-    assert not (tmp_path / "other" / "metrics.jsonl").exists()
-    auto = train(tmp_path, max_training_steps=6)
-    output = auto.communicate(timeout=120)[0]
-    assert auto.returncode == 0, output
-    assert f"checkpoint {newest} is damaged" in output
-    assert f"going on from {tmp_path / 'checkpoints' / 'step_0000002'}" in output

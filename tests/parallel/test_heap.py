@@ -1,4 +1,4 @@
-"""Pages of freed blocks stay with the process."""
+"""The pages of freed blocks stay with the process."""
 
 import os
 import platform
@@ -9,8 +9,8 @@ import pytest
 
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
 
-# A block of 64 MiB, written and freed fifty times: page faults of the last twenty. The first ones of aligned
-# blocks may each leave the next too little.
+# Writes and frees a block of 64 MiB fifty times, and counts the page faults of the last twenty. The first
+# ones do not count: an aligned block may leave too little room for the next.
 FAULTS = """
 import resource, torch
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
@@ -29,7 +29,7 @@ def faults(*, is_kept: bool) -> int:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
     }
-    # A setting of something else leaves the thresholds free.
+    # A setting of something else does not fix the thresholds.
     environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=2"
     done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
     return int(done.stdout)
@@ -40,7 +40,7 @@ def faults(*, is_kept: bool) -> int:
     reason="another C library than glibc 2.35 or later",
 )
 def test_a_block_that_comes_back_costs_no_page_faults() -> None:
-    # Of pages of any size.
+    # The ratio holds for pages of any size.
     assert 20 * faults(is_kept=True) < faults(is_kept=False)
 
 

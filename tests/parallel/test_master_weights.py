@@ -46,7 +46,7 @@ def test_what_one_process_gathers_has_the_parameters_shape() -> None:
 
 
 def test_moments_go_to_a_padded_shard_and_come_back() -> None:
-    # Elements 3 and 4 of a parameter of five, held in a shard of three whose end is padding.
+    # Elements 3 and 4 of a parameter with five, in a shard of three that ends in padding.
     shard = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.AdamW([shard])
     master = Master("w", (5,), 3, shard.detach()[:2], shard, (3,))
@@ -65,7 +65,7 @@ def test_moments_go_to_a_padded_shard_and_come_back() -> None:
         "exp_avg_sq/w": (3, [4.0, 5.0]),
         "step/w": (0, [7.0]),
     }
-    # The optimizer can go on from it.
+    # The optimizer can continue from this state.
     shard.grad = torch.ones(3)
     optimizer.step()
     assert optimizer.state[shard]["step"] == 8

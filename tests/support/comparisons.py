@@ -1,4 +1,4 @@
-"""Sets of samples in files, and the phase test on them."""
+"""Sample sets in files, and runs of the phase test on them."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def noise(count: int, *shape: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def compare(folder: Path, *, config: str = DIGITS, **changes: Any) -> dict[str, Any]:
-    """The content of test.json."""
+    """Runs the phase test, and returns the content of test.json."""
     own = {"experiment_dir": folder, **changes}
     given = [f"{key.replace('__', '.')}={value}" for key, value in own.items()]
     assert main(["-c", config, "-p", "test", *given]) == 0
@@ -30,7 +30,7 @@ def compare(folder: Path, *, config: str = DIGITS, **changes: Any) -> dict[str, 
 
 
 def refusal(folder: Path, capfd: pytest.CaptureFixture[str], **changes: Any) -> str:
-    """What the program says when it refuses."""
+    """The error that the phase test writes to stderr when it refuses its arguments."""
     assert main(["-c", DIGITS, "-p", "test", *arguments(folder, **changes)]) == 2
     return capfd.readouterr().err
 

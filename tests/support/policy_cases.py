@@ -1,4 +1,4 @@
-"""Schedules and policy configs that the policy tests share.
+"""Schedules and policy configs shared by the policy tests.
 
 Dims: T timesteps.
 """
@@ -11,31 +11,31 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins import DataSpectrum, NoiseSchedule, TimestepPolicy, build_policy, registry
+from speedit_plugins.policies.adaptive import AdaptiveDensity
+from speedit_plugins.registry import DENSITIES, POLICIES
 
-POLICY_NAMES = (
-    "uniform",
-    "speedit",
-    "speedit_reference",
-    "speed",
-    "speed_reference",
-    "open_sora_speed",
-    "spectral",
-    "spectral_fast",
-    "spectral_flow",
-    "p2",
-    "min_snr",
-    "logit_normal",
-    "clts",
-    "loss_second_moment",
-)
-PAIRED = ("speedit_reference", "speed_reference", "open_sora_speed")
+
+def _part(name: str, part: str) -> str | None:
+    """The type of a named policy's density, weighting or draw. None if the recipe leaves the part out."""
+    recipe = registry.build(POLICIES, name, schedule=NoiseSchedule.linear())
+    return str(registry.options_of(recipe[part])["type"]) if part in recipe else None
+
+
+# From the registries, so that the tests of all policies include one that is added.
+POLICY_NAMES = tuple(POLICIES.module_dict)
+PAIRED = tuple(name for name in POLICY_NAMES if _part(name, "draw") == "paired")
 NOT_PAIRED = tuple(name for name in POLICY_NAMES if name not in PAIRED)
+_ADAPTIVE_DENSITIES = {
+    name
+    for name, builder in DENSITIES.module_dict.items()
+    if isinstance(builder, type) and issubclass(builder, AdaptiveDensity)
+}
+ADAPTIVE = tuple(name for name in POLICY_NAMES if _part(name, "density") in _ADAPTIVE_DENSITIES)
 
 
 def zero_terminal(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Shifts and scales sqrt(alpha-bar) so that it ends at 0: Lin et al. 2023, arXiv:2305.08891."""
+    """The schedule with sqrt(alpha-bar) shifted and scaled to end at 0: Lin et al. 2023, arXiv:2305.08891."""
     root = schedule.alphas_cumprod.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return NoiseSchedule.from_alphas_cumprod(root**2)
@@ -61,7 +61,7 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
 def build(
     config: str | dict[str, Any], schedule: NoiseSchedule, prediction_type: str = "epsilon"
 ) -> TimestepPolicy:
-    """`build_policy` for data of variance 1, without its warning that there is nothing to thin."""
+    """`build_policy` for data of variance 1, without the warning of a density that has nothing to thin."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="thinned draws every timestep equally often")
         return build_policy(config, schedule, prediction_type, data_spectrum=unit_variance)
@@ -72,7 +72,7 @@ def unit_variance() -> DataSpectrum:
 
 
 def every_policy(schedule: NoiseSchedule) -> Iterator[TimestepPolicy]:
-    """Each named policy, and its stratified form where there is one."""
+    """Each named policy, and its stratified form if it has one."""
     for name in POLICY_NAMES:
         yield build(name, schedule)
         if name in NOT_PAIRED:
@@ -84,7 +84,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def teach(policy: TimestepPolicy, losses: Tensor) -> None:
-    """Shows a learning policy the same loss (T,) ten times per timestep, which ends its warm-up."""
+    """Teaches a policy the losses (T,) ten times, so that every timestep has its full history."""
     index = torch.arange(len(losses))
     for _ in range(10):
         policy.update(index, losses)
@@ -92,7 +92,7 @@ def teach(policy: TimestepPolicy, losses: Tensor) -> None:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> NoiseSchedule:
-    """Every constructor, with small, odd and usual T; T >= 2."""
+    """Schedules from every constructor, with small, odd and usual T >= 2."""
     kind = draw(st.sampled_from(["linear", "scaled_linear", "cosine", "rectified_flow", "betas"]))
     if kind == "betas":
         betas = draw(st.lists(st.floats(1e-4, 0.3), min_size=2, max_size=40))
@@ -105,14 +105,14 @@ def schedules(draw: st.DrawFn) -> NoiseSchedule:
     change = draw(st.sampled_from(["none", "respaced", "zero terminal"]))
     if change == "respaced":
         indices = draw(st.sets(st.integers(0, T - 1), min_size=2, max_size=min(T, 50)))
-        # The first index stays: without one above the boundary there is no area to keep.
+        # Index 0 stays: `thinned` needs an index before the boundary.
         return schedule.respaced(sorted(indices | {0}))
     return zero_terminal(schedule) if change == "zero terminal" else schedule
 
 
 @st.composite
 def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
-    """Any named policy with valid parameters for T timesteps."""
+    """Configs of every named policy, with valid parameters for T timesteps."""
     name = draw(st.sampled_from(POLICY_NAMES))
     positive = st.floats(0.1, 20.0)
     parameters: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -127,7 +127,7 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
         "speed_reference": {"k": positive, "lam": st.floats(0.5, 1.0), "tau": st.none() | st.integers(1, T)},
         "spectral": {
             "mean": st.floats(-2.0, 2.0),
-            # Some schedules here have no timestep that is cleaner.
+            # Some of these schedules have no timestep cleaner than the centre.
             "clean_share": st.just(0.0),
             "std": st.floats(0.5, 3.0),
             "clean_std": st.none() | st.floats(0.5, 3.0),

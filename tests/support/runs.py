@@ -1,4 +1,4 @@
-"""A run small enough for a test: digits, a DiT of two narrow blocks, few timesteps to sample."""
+"""Runs small enough for a test: digits, a DiT with two narrow blocks, and few sampling steps."""
 
 import resource
 import signal
@@ -9,6 +9,7 @@ from typing import Any
 
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
@@ -26,24 +27,24 @@ SMALL = (
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
-    """`key=value` arguments of a small run in `folder`; dots in keys are written as two underscores."""
+    """`key=value` arguments of a small run in `folder`. Write a dot in a key as two underscores."""
     values = {"experiment_dir": str(folder), "max_training_steps": 20, **changes}
     return [*SMALL, *(f"{key.replace('__', '.')}={value}" for key, value in values.items())]
 
 
 def small_config(folder: Path, phase: str = "train", **changes: Any) -> ExperimentConfig:
-    """The checked config of a small run."""
+    """The config of a small run, checked."""
     return load_config("configs/image/digits/speedit.yaml", phase, arguments(folder, **changes))
 
 
 def small_trainer(folder: Path, **changes: Any) -> Trainer:
-    """A trainer before its first step."""
+    """A small trainer before its first step."""
     return build_trainer(small_config(folder, **changes))
 
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Writes past `num_bytes` fail with EFBIG, as on a full disk they fail with ENOSPC."""
+    """Inside the block, a file cannot grow past `num_bytes`: EFBIG, where a full disk gives ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -52,3 +53,9 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the run in `folder` has logged, 0 before the first."""
+    rows = read_metrics(folder)
+    return rows[-1]["step"] if rows else 0

@@ -1,4 +1,4 @@
-"""Tiny models of the hub's kinds, saved in the hub's layout."""
+"""Tiny models of the kinds on the hub, saved in the layout of the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ TEXT_WIDTH = 16
 
 
 def save_tokenizer(folder: Path, *, words: tuple[str, ...] = WORDS) -> None:
-    """Words by spaces; a caption ends with </s>."""
+    """Saves a tokenizer that splits at spaces and ends each caption with </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path, *, words: tuple[str, ...] = WORDS) -> None:
 
 
 def save_text_encoder(folder: Path, kind: str) -> None:
-    """An encoder of transformers of kind "t5", "clip", "bert" or "whole clip", `TEXT_WIDTH` wide."""
+    """Saves a text encoder of transformers, `TEXT_WIDTH` wide: "t5", "clip", "bert" or "whole clip"."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def save_text_encoder(folder: Path, kind: str) -> None:
         "clip": lambda: t.CLIPTextModel(
             t.CLIPTextConfig(**size, hidden_size=TEXT_WIDTH, eos_token_id=1, pad_token_id=0)
         ),
-        # With its image tower, as the hub has it.
+        # With the image tower, as CLIP is saved on the hub.
         "whole clip": lambda: t.CLIPModel(
             t.CLIPConfig(
                 text_config={**size, "hidden_size": TEXT_WIDTH, "eos_token_id": 1, "pad_token_id": 0},
@@ -50,7 +50,7 @@ def save_text_encoder(folder: Path, kind: str) -> None:
 
 
 def save_autoencoder(folder: Path, **options: Any) -> None:
-    """An `AutoencoderKL` that halves the sides once."""
+    """Saves an `AutoencoderKL` that halves the side lengths once."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -67,8 +67,10 @@ def save_autoencoder(folder: Path, **options: Any) -> None:
 
 
 def save_pipeline(folder: Path, kind: str) -> Path:
-    """The parts of a pipeline whose model is of kind "PixArt", "UNet" or "LatteT2V"."""
-    from speedit_plugins.trainer.models.backbones import latte_t2v, pixart, unet
+    """Saves the parts of a pipeline with the model "PixArt", "UNet" or "LatteT2V". Returns the folder."""
+    from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
+    from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
+    from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 
     save_tokenizer(folder / "tokenizer")
     save_text_encoder(folder / "text_encoder", "clip" if kind == "UNet" else "t5")
@@ -77,9 +79,9 @@ def save_pipeline(folder: Path, kind: str) -> Path:
     text = {"text_width": TEXT_WIDTH, "text_length": 8}
     size = {"num_layers": 1, "num_heads": 2, "head_dim": 16}
     models: dict[str, Any] = {
-        "PixArt": lambda: pixart(input_size=4, **size, **text),
-        "LatteT2V": lambda: latte_t2v(input_size=8, num_frames=3, **size, **text),
-        "UNet": lambda: unet(input_size=4, block_out_channels=(32, 32), layers_per_block=1, **text),
+        "PixArt": lambda: PixArt(input_size=4, **size, **text),
+        "LatteT2V": lambda: LatteT2V(input_size=8, num_frames=3, **size, **text),
+        "UNet": lambda: UNet(input_size=4, block_out_channels=(32, 32), layers_per_block=1, **text),
     }
     models[kind]().net.save_pretrained(folder / ("unet" if kind == "UNet" else "transformer"))
     return folder

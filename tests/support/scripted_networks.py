@@ -1,4 +1,4 @@
-"""Small TorchScript files with the call forms of StyleGAN's Inception file and of the FVD's I3D file."""
+"""Small TorchScript files that are called like StyleGAN's Inception file and like the I3D file of the FVD."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ CLASSES = 5
 
 
 class Mixed(nn.Module):
-    """Has a first convolution, as each of Inception's mixed layers, and something beside it."""
+    """A layer with a first convolution and a second branch, like each of Inception's mixed layers."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Mixed(nn.Module):
 
 
 class InceptionStandin(nn.Module):
-    """uint8 images (B, 3, H, W) to features or probabilities; resizes as TensorFlow 1 did."""
+    """Maps uint8 images (B, 3, H, W) to features or probabilities. Resizes as TensorFlow 1 did."""
 
     def __init__(
         self, mixed_name: str = "mixed_6", scale: float = 128.0, num_features: int = FEATURES
@@ -36,7 +36,7 @@ class InceptionStandin(nn.Module):
         self.output = nn.Linear(num_features, CLASSES)
 
     def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
-        # Pixel i of the result is at i H / 299 of the image: between its two neighbours there, rows first.
+        # Pixel i of the result interpolates the two image pixels around i H / 299. Rows come first.
         x = self.between(self.between(img.float(), 2), 3)
         features = self.layers((x - 128.0) / self.scale).flatten(1)
         if return_features:
@@ -57,7 +57,7 @@ class InceptionStandin(nn.Module):
 
 
 class I3dStandin(nn.Module):
-    """Float videos (B, 3, F, H, W) to what a test can foretell: means per colour, and of the last frame."""
+    """Maps float videos (B, 3, F, H, W) to the mean of each colour: of the video, and of its last frame."""
 
     def forward(
         self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
@@ -71,13 +71,13 @@ class I3dStandin(nn.Module):
 
 
 def save_script(module: nn.Module, path: Path) -> str:
-    """Scripts and saves it in evaluation mode; returns the path as a config has it."""
+    """Scripts the module in evaluation mode and saves it. Returns the path as a string, for a config."""
     torch.jit.script(module.eval()).save(str(path))
     return str(path)
 
 
 def save_inception(path: Path, mixed_name: str = "mixed_6", num_features: int = FEATURES) -> str:
-    """A file of `InceptionStandin` with fixed weights."""
+    """Saves an `InceptionStandin` with fixed weights. Returns the path as a string."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return save_script(InceptionStandin(mixed_name, num_features=num_features), path)

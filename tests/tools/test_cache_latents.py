@@ -1,4 +1,4 @@
-"""The tool from config to cache, and training batches from it against those of the images."""
+"""The tool from config to cache, and training batches from the cache against batches from the images."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.latents.cache import LatentCache, sample_latents
 from speedit_plugins.trainer.data.latents.shards import read_index
 from speedit_plugins.trainer.data.loader import ResumableLoader
-from speedit_plugins.trainer.models.pretrained import Autoencoder
+from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.text import TextEncoder
 from speedit_plugins.trainer.training.assembly import build_trainer
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "cache_latents.py"
 NUM_IMAGES = 11
 
-# Runs the tool in a process that kills itself when it renames a file for the n-th time.
+# Runs the tool in a process that kills itself at the n-th rename of a file.
 KILLED = """
 import os, runpy, signal, sys
 from pathlib import Path
@@ -50,7 +50,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("cache_latents", TOOL)
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
+    # `dataclass` looks the module up in `sys.modules`.
     sys.modules["cache_latents"] = module
     spec.loader.exec_module(module)
     return module
@@ -58,7 +58,7 @@ def tool() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config of a small autoencoder and a folder of images in three classes."""
+    """Writes a config with a small autoencoder, and a folder of images in three classes."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # A convolution's last bits may depend on the images that share its batch; half precision keeps 11 bits.
+    # A convolution's last bits may depend on the other images of the batch. Half precision keeps 11 bits.
     [("float32", {"atol": 1e-5, "rtol": 1e-5}), ("float16", {"atol": 1e-3, "rtol": 2**-10})],
 )
 def test_batches_from_the_cache_are_those_of_encoding_on_the_fly(
@@ -134,7 +134,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
     command = ["-c", str(config), "--shard-size", "4", "--batch-size", "3", "data.num_workers=1"]
     assert tool.main([*command, "--out", str(tmp_path / "whole")]) == 0
     killed = [*command, "--out", str(tmp_path / "killed")]
-    # Renames: the index of nothing, then shard and index in turn; the fourth is that of the second shard.
+    # The renames are an empty index, then shard and index in turn. The fourth is the second shard.
     run = subprocess.run(
         [sys.executable, "-c", KILLED, "4", when, str(TOOL), *killed],
         capture_output=True,
@@ -142,7 +142,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == -9, run.stderr
-    # The second shard lies beside a whole index of the first alone.
+    # The second shard is on disk, and the index is whole but has only the first.
     assert read_index(tmp_path / "killed").num_done == 4
     unlisted = "shard_00001.safetensors" + (".tmp" if when == "before" else "")
     assert set(files(tmp_path / "killed")) == {"index.json", "shard_00000.safetensors", unlisted}
@@ -183,7 +183,7 @@ def test_another_config_into_the_same_folder_is_refused_with_what_differs(
             given.append("data.dataset.class_cond=false")
         assert tool.main(given) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: the cache in {tmp_path} is made from something else: ")
+        assert error.startswith(f"error: the cache in {tmp_path} was made from something else: ")
         assert message in error
     assert files(tmp_path) == before
 
@@ -214,7 +214,7 @@ def test_a_damaged_image_is_named_or_skipped(
         with pytest.warns(UserWarning, match=f"corrupt image {damaged}"):
             assert tool.main(skipping) == 0
     cache = LatentCache(tmp_path / "skip")
-    # By path, class_1 has 1, 10, 4 and 7 at 4 to 7: the image after 4.png takes its place.
+    # Sorted by path, class_1 has 1, 10, 4 and 7 at the indices 4 to 7. The image after 4.png replaces it.
     taken, next_one = (cache.load(i, torch.Generator()) for i in (6, 7))
     assert_close(taken, next_one, atol=1e-5, rtol=1e-5)
 
@@ -225,9 +225,7 @@ def test_what_cannot_be_cached_is_refused(
     assert tool.main(["-c", str(config), "--out", str(tmp_path)]) == 0
     again = ["data.dataset.type=LatentCache", f"data.dataset.root={tmp_path}", "--out", str(tmp_path / "b")]
     assert tool.main(["-c", str(config), *again]) == 2
-    assert (
-        "made of images, got a dataset of ['label', 'latent_mean', 'latent_std']" in capsys.readouterr().err
-    )
+    assert "needs images, got a dataset of ['label', 'latent_mean', 'latent_std']" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool.main(["-c", str(config), "--shard-size", "0"])
     assert "wanted an int >= 1, got 0" in capsys.readouterr().err
@@ -257,7 +255,7 @@ def test_training_from_the_cache_follows_training_on_the_fly(
     tool: ModuleType, config: Path, tmp_path: Path, encoder: str
 ) -> None:
     pixels = ["encoder={type: Pixels}", "model.patch_size=4"] if encoder == "pixels" else []
-    # Mirrored images are drawn alike from both.
+    # Images and cache draw the same mirrored images.
     assert tool.main(["-c", str(config), "--out", str(tmp_path), "--flip", *pixels]) == 0
     losses = []
     for cached in ([], ["data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]):
@@ -265,7 +263,7 @@ def test_training_from_the_cache_follows_training_on_the_fly(
         for _ in range(3):
             assert not trainer.optimizer_step()[0].is_skipped
         losses.append(trainer.window.summary()["loss"])
-    # Convolutions round by their batch.
+    # Rounding of convolutions depends on the batch.
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -294,7 +292,7 @@ def test_a_text_run_from_the_cache_follows_the_run_without_it(
         for _ in range(3):
             trainer.optimizer_step()
         weights.append(dict(trainer.model.state_dict()))
-    # Pixels are cached as they are, and features of one table: the runs are one, to the bit.
+    # Pixels are cached unchanged, and features come from a table, so the runs are equal to the bit.
     assert_close(weights[0], weights[1], rtol=0, atol=0)
     assert weights[0]["null_mask"].sum() == 2  # the empty caption's two special tokens
     with pytest.raises(ValueError, match="text_encoder needs .*'max_length': 16.*got .*'max_length': 12"):
@@ -305,7 +303,7 @@ def test_a_text_run_from_the_cache_follows_the_run_without_it(
     (tmp_path / "cache" / "null_text.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"null_text.safetensors is missing or damaged"):
         build_trainer(load_config(config, "train", options))
-    # The same command again mends it, as it does shards.
+    # The same command again repairs it, as it repairs shards.
     assert tool.main(["-c", config, "--out", str(tmp_path / "cache"), *small]) == 0
     assert files(tmp_path / "cache") == whole
 
@@ -334,11 +332,11 @@ def test_of_several_captions_the_cache_gives_the_one_that_the_dataset_draws(
         one, other = next(live), next(cached)
         assert torch.equal(other["latent_mean"], one["image"])
         expected = encoder.encode(one["caption"])
-        # Its last bits depend on the captions that share a batch.
+        # The encoder's last bits depend on the other captions of the batch.
         assert_close(other["text_tokens"], expected["tokens"], atol=1e-5, rtol=1e-5)
         assert torch.equal(other["text_mask"], expected["mask"])
         seen.update(one["caption"])
-    # In four epochs more than one of an image is drawn.
+    # In four epochs some image gets more than one of its captions.
     assert len(seen) > NUM_IMAGES
 
 
@@ -363,7 +361,7 @@ def test_last_bits_of_the_empty_captions_features_make_no_other_cache(
     scaled(1 + 1e-5)
     assert tool.main(command) == 0
     assert files(tmp_path / "cache") == before
-    # Another encoder's are another cache's, as before.
+    # Another encoder needs another cache, as before.
     scaled(-1.0)
     assert tool.main(command) == 2
     assert "made from something else: null_text_sha256 was" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.pretrained import load_weights, read_checkpoint
+from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 
 SMALL = {"input_size": 4, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
 
@@ -92,7 +92,7 @@ def test_an_existing_target_is_kept_without_force(
     target.write_bytes(b"mine")
     assert tool.main([str(source), str(target)]) == 2
     assert target.read_bytes() == b"mine"
-    assert "exists; --force replaces it" in capsys.readouterr().err
+    assert "exists; use --force to replace it" in capsys.readouterr().err
     assert tool.main([str(source), str(target), "--force"]) == 0
     assert set(load_file(target)) == set(filled(1.0))
 
@@ -106,11 +106,11 @@ def test_a_failed_write_leaves_the_target_and_no_leftover(
 
     def full(_: object, path: Path) -> None:
         Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tool, "save_file", full)
     assert tool.main([str(source), str(target), "--force"]) == 2
-    assert capsys.readouterr().err == "convert_checkpoint: error: No space left on device\n"
+    assert capsys.readouterr().err.endswith(f"cannot write {target}: No space left on device\n")
     assert target.read_bytes() == b"mine"
     assert sorted(os.listdir(tmp_path)) == ["w.pt", "w.safetensors"]
 
@@ -125,9 +125,9 @@ def test_what_is_written_has_the_permissions_of_any_new_file(tool: ModuleType, t
 @pytest.mark.parametrize(
     ("source", "target", "options", "message"),
     [
-        ("w.pt", "x.pt", [], "needs a .pt or .pth and a .safetensors, got 'w.pt' and 'x.pt'"),
-        ("w.pt", "x.bin", [], "needs a .pt or .pth and a .safetensors"),
-        ("w.bin", "x.safetensors", [], "needs a .pt or .pth and a .safetensors"),
+        ("w.pt", "x.pt", [], "one .pt or .pth file and one .safetensors file, got 'w.pt' and 'x.pt'"),
+        ("w.pt", "x.bin", [], "needs one .pt or .pth file and one .safetensors file"),
+        ("w.bin", "x.safetensors", [], "needs one .pt or .pth file and one .safetensors file"),
         ("none.pt", "x.safetensors", [], "no checkpoint at"),
         ("w.safetensors", "x.pt", ["--prefer", "ema"], "--prefer ema has no effect"),
         ("w.pt", "x.safetensors", ["--wrap", "ema"], "--wrap ema has no effect"),

@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers draws from an exported folder, against the trainer's own sampler."""
+"""Samples of diffusers' pipelines from an exported folder, against the trainer's own sampler."""
 
 import runpy
 from pathlib import Path
@@ -14,10 +14,10 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.models.backbones import unet
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.exported import export_model
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -28,10 +28,10 @@ SEED = stream_seed(0, IMAGE_STREAM, 0)
 
 
 def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> list[str]:
-    """A checkpoint of a random model that has not one zero layer; the arguments that name it.
+    """Writes a checkpoint of a random model without a zero layer, and returns the arguments that name it.
 
     Args:
-        spread: of what is added to each of its weights.
+        spread: standard deviation of the noise that is added to each weight.
     """
     arguments = [f"experiment_dir={folder}", *options]
     trainer = build_trainer(load_config(config, "train", arguments))
@@ -47,7 +47,7 @@ def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> l
 
 
 def drawn(config: str, arguments: list[str]) -> Any:
-    """What `sample` draws for the first class or prompt, uint8."""
+    """The images that `sample` draws for the first class or prompt, uint8."""
     name = "ddim_leading_1" if "sd15" in config else "ddim_leading"
     sampler = [f"sampler.type={name}", f"sampler.num_steps={STEPS}"]
     loaded = load_config(config, "sample", [*arguments, *sampler])
@@ -62,7 +62,7 @@ def exported(config: str, arguments: list[str], folder: Path, **options: Any) ->
 
 
 def agree(one: Any, other: Any) -> bool:
-    # Both round to 8 bits, from sums in another order.
+    # Both round to 8 bits. Their sums have different orders.
     return np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
@@ -84,7 +84,7 @@ def dit_options(folder: Path) -> list[str]:
     ]
 
 
-# Enough for the class and the guidance to show in 8 bits.
+# Large enough for class and guidance to show in 8 bits.
 DIT_SPREAD = 0.2
 DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
 PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/latte_16x256.yaml"
@@ -92,7 +92,7 @@ DIGITS = "configs/image/digits/speedit.yaml"
 
 
 def drawn_by_dit_pipeline(folder: Path) -> Any:
-    """An image of class 2 in grey levels, float (H, W, C)."""
+    """An image of class 2, as grey levels, float (H, W, C)."""
     from diffusers import DiTPipeline
 
     found = DiTPipeline.from_pretrained(folder)(
@@ -112,7 +112,7 @@ def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     assert f"fitted to num_inference_steps={STEPS}." in said
     found = drawn_by_dit_pipeline(tmp_path / "out")
     assert agree(found, drawn(DIT, arguments))
-    # What the images would be blind to, they would not prove.
+    # The images must react to each setting, or their agreement would prove nothing.
     for change in ("guidance_scale=1.0", "sampler.guidance_channels=3", "sample_classes=[5]"):
         assert not agree(found, drawn(DIT, [*arguments, change])), change
     card = (tmp_path / "out" / "README.md").read_text()
@@ -132,7 +132,7 @@ def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path)
 
 
 def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
-    model = unet(
+    model = UNet(
         input_size=4,
         block_out_channels=(32, 32),
         layers_per_block=1,
@@ -153,7 +153,7 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
     model.net.enable_lora()
     net = export_model(model, num_steps=STEPS, num_timesteps=1000).net
     assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
-    # W x + B (A x) against (W + B A) x: float32 sums in another order.
+    # W x + B (A x) against (W + B A) x in float32, summed in another order.
     assert_close(model(*given), adapted, rtol=0, atol=1e-4)
 
 
@@ -190,10 +190,10 @@ def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
     ("kind", "text", "changes"),
     [
         ("PixArt", "t5", ()),
-        # The pipeline was written for T5, and takes what transformers has.
+        # The pipeline was written for T5, but takes any text encoder of transformers.
         ("PixArt", "bert", ()),
         ("UNet", "clip", ()),
-        # Merged adapters are in the pipeline's own weights.
+        # The pipeline's own weights include the adapters.
         ("UNet", "clip", ("model.lora_rank=2",)),
     ],
     ids=["PixArt", "PixArt with BERT", "UNet", "adapters"],
@@ -230,12 +230,12 @@ def test_a_text_to_image_pipeline_draws_what_the_sampler_draws(
 def test_a_text_to_video_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     from diffusers import LattePipeline
 
-    # Guided, diffusers' pipeline would read padding behind the empty caption, which training does not.
+    # With guidance diffusers' pipeline would read the empty caption's padding. Training never reads it.
     options = [*text_options(tmp_path, "LatteT2V", frames=3), "num_frames=3", "guidance_scale=1.0"]
     arguments = trained(tmp_path / "run", LATTE, *options)
     assert "Guided videos differ: " in exported(LATTE, [*arguments, "guidance_scale=4.0"], tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Guided videos differ: LattePipeline reads the padding" in card
+    assert "Guided videos differ: LattePipeline also reads the padding" in card
     assert f"num_inference_steps={STEPS} and guidance_scale=1\n" in card
     pipeline = LattePipeline.from_pretrained(tmp_path / "out")
     found = pipeline(
@@ -256,7 +256,7 @@ def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
     arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
-    with pytest.raises(ValueError, match="a pipeline decodes latents, got a model of pixels"):
+    with pytest.raises(ValueError, match="a pipeline needs latents, got a model of pixels"):
         exported(DIGITS, arguments, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     exported(DIGITS, arguments, tmp_path / "out", model_only=True)
@@ -288,7 +288,7 @@ def test_clamped_steps_of_the_scheduler_are_the_samplers_as_the_card_says(tmp_pa
             prediction = net(x, timestep=step.unsqueeze(0), class_labels=torch.tensor([3])).sample[:, :1]
             x = scheduler.step(prediction, step, x, use_clipped_model_output=is_clipped).prev_sample
         deviations[is_clipped] = float((x - expected).abs().max())
-    # Float32 rounding of ten steps, and of the fitted timestep layer.
+    # Float32 rounding over ten steps, and in the fitted timestep layer.
     assert deviations[True] < 1e-4
     assert deviations[False] > 0.05
 
@@ -319,7 +319,7 @@ def test_variance_channels_are_refused_where_the_pipeline_takes_none(tmp_path: P
 def test_clamped_sampling_has_no_pipeline(tmp_path: Path) -> None:
     arguments = [*trained(tmp_path / "run", DIT, *dit_options(tmp_path)), "sampler.clip_sample=true"]
     with pytest.raises(
-        ValueError, match="a pipeline with sampler.clip_sample clamps x_0 and leaves the noise"
+        ValueError, match="with sampler.clip_sample a pipeline clamps x_0 but keeps the predicted noise"
     ):
         exported(DIT, arguments, tmp_path / "out")
 
@@ -340,11 +340,11 @@ def test_what_fails_leaves_nothing(
 
 def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
     arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
-    with pytest.raises(ValueError, match="no pipeline of these models samples a RectifiedFlow"):
+    with pytest.raises(ValueError, match="no pipeline for these models samples a RectifiedFlow"):
         exported(DIGITS, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
     wide = DiT(8, 2, hidden_size=16, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=10)
     with pytest.raises(ValueError, match=r"DiTPipeline needs model.mlp_ratio 4, got 2"):
         export_model(wide, num_steps=STEPS, num_timesteps=1000)
     latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-    with pytest.raises(ValueError, match="no pipeline of diffusers is for Latte as it is"):
+    with pytest.raises(ValueError, match="diffusers has no pipeline for this Latte"):
         export_model(latte, num_steps=STEPS, num_timesteps=1000)

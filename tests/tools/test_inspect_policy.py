@@ -51,7 +51,7 @@ def test_the_command_as_documented(tmp_path: Path) -> None:
     assert speed["mean_weight"] == pytest.approx(0.4965, abs=5e-5)
     assert speed["scope"] == "mse"
     assert report["uniform"]["boundary_index"] is None
-    # A PNG begins with these eight bytes and its size stands at bytes 16 to 24.
+    # A PNG begins with these eight bytes, and bytes 16 to 24 are its size.
     head = figure.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
@@ -72,7 +72,7 @@ def test_tables_are_those_of_the_policies(tmp_path: Path) -> None:
         assert sum(row["importance"]) == pytest.approx(1.0)
         product = (policy.density * policy.weight / policy.mean_weight).tolist()
         assert row["importance"] == pytest.approx(product)
-        # The three areas part the schedule: their shares add up.
+        # The three areas divide the schedule, so their shares add up.
         ranges = [area["range"] for area in row["areas"].values()]
         assert [ranges[0][0], ranges[2][1]] == [0, 50]
         assert [ranges[0][1], ranges[1][1]] == [ranges[1][0], ranges[2][0]]
@@ -92,7 +92,7 @@ def test_areas_and_shares_of_linear(capsys: pytest.CaptureFixture[str]) -> None:
     assert areas["convergence"]["draws"] == pytest.approx(0.3)
     assert run("--policy", "speedit") == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("speedit "))
-    # 0.010 + 0.076, 0.211 + 0.616 + 0.015 and 0.072 of the importance, as published.
+    # The published importances: 0.010 + 0.076, 0.211 + 0.616 + 0.015 and 0.072.
     assert row.split()[:4] == ["speedit", "642", "0.5815", "8.6"]
     assert "84.2" in row
     assert "7.2" in row
@@ -155,7 +155,7 @@ def test_a_policy_by_its_parts_has_their_names(tmp_path: Path, capsys: pytest.Ca
     expected = build_policy(parts, NoiseSchedule.linear()).weight.tolist()
     assert json.loads(out.read_text())["logit_normal x p2"]["weight"] == expected
     assert run("--policy", "{density: [") == 2
-    assert "--policy needs a name or a mapping in YAML" in capsys.readouterr().err
+    assert "--policy needs a name or a YAML mapping" in capsys.readouterr().err
 
 
 def test_prediction_type_follows_the_schedule_or_the_option(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_notes_stand_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--policy", "speed", "clts", "--set", "speed.k=1") == 0
     printed = capsys.readouterr()
     assert "Note: thinned draws every timestep equally often: k = 1." in printed.out
-    assert "Note: clts follows the training and is shown as it starts." in printed.out
+    assert "Note: clts changes during training; shown is its initial state." in printed.out
     assert printed.err == ""
 
 

@@ -25,12 +25,12 @@ report: ModuleType = importlib.import_module("report")
 page: ModuleType = importlib.import_module("report_page")
 plots: ModuleType = importlib.import_module("report_plots")
 
-FIGURE = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
+METRIC = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
 VOID = {"meta", "img", "path", "rect", "circle", "image"}
 
 
 class Checked(HTMLParser):
-    """Keeps headings, text and addresses of a document whose tags must nest."""
+    """Collects headings, text and addresses of a document, and checks that its tags nest."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def test_a_report_is_one_file_without_scripts_or_outside_addresses(trained: Path
     style = (Path(page.__file__).with_name("report.css")).read_text()
     assert "url(" not in style
     assert "@import" not in style
-    # The name of the run is text, not markup.
+    # The run's name must appear as text, not as markup.
     assert "a <b>bold</b> & new run" in found.text
     assert "b" not in found.tags
 
@@ -101,7 +101,7 @@ def test_a_report_says_what_the_run_is_and_what_it_lacks(trained: Path) -> None:
     assert "20 of 20" in text
     assert "speedit: boundary 642 of 1000 timesteps, mean weight 0.5815" in text
     assert f"{rows[-1]['loss']:.4g}" in text
-    # 8.6, 84.2 and 7.2 % of the importance lie in the areas, as published.
+    # The areas have 8.6, 84.2 and 7.2 % of the importance, as published.
     assert "219 .. 69962.1 %84.2 %" in text
     assert "profile_every: 10" in text
     assert json.loads((trained / "environment.json").read_text())["torch"] in text
@@ -123,7 +123,7 @@ def test_the_parameters_are_those_that_training_announced(
 
 
 def test_what_later_phases_leave_is_shown(trained: Path) -> None:
-    content = {"figures": {"fid[digit_classifier]": FIGURE}, "samples": "drawn.npz", "reference": None}
+    content = {"figures": {"fid[digit_classifier]": METRIC}, "samples": "drawn.npz", "reference": None}
     (trained / "test.json").write_text(json.dumps(content))
     values = [0.5 + number for number in range(20)]
     ranges = [[50 * number, 50 * number + 50] for number in range(20)]
@@ -147,34 +147,34 @@ def test_what_later_phases_leave_is_shown(trained: Path) -> None:
 
 
 def test_what_is_older_than_the_newest_checkpoint_says_so(trained: Path) -> None:
-    image, drawn, figures = (trained / name for name in ("samples.png", "drawn.npz", "test.json"))
+    image, drawn, metrics = (trained / name for name in ("samples.png", "drawn.npz", "test.json"))
     Image.new("L", (4, 4)).save(image)
     drawn.write_text("")
-    figures.write_text(json.dumps({"figures": {"fid": FIGURE}, "samples": str(drawn), "reference": None}))
+    metrics.write_text(json.dumps({"figures": {"fid": METRIC}, "samples": str(drawn), "reference": None}))
     note = ", older than the checkpoint step_0000020"
     try:
         assert note not in written(trained).text
-        # The figures' own file may be new: test takes the samples that there are.
+        # test.json may be new although the samples are old: test measures the existing samples.
         for path in (image, drawn):
             os.utime(path, (0, 0))
         text = written(trained).text
     finally:
-        for path in (image, drawn, figures):
+        for path in (image, drawn, metrics):
             path.unlink()
-    assert f"samples.png, drawn by the phase sample{note}" in text
+    assert f"samples.png, written by the phase sample{note}" in text
     assert f"(300 samples{note})" in text
     assert f"drawn.npz{note}" in text
 
 
 def test_a_damaged_file_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = trained / "test.json"
+    metrics = trained / "test.json"
     try:
         for content, message in (("{", "Expecting property name"), ("[1]", "wanted an object, got list")):
-            figures.write_text(content)
+            metrics.write_text(content)
             assert report.main([str(trained)]) == 2
-            assert f"report: error: {figures} is damaged: {message}" in capsys.readouterr().err
+            assert f"report: error: {metrics} is damaged: {message}" in capsys.readouterr().err
     finally:
-        figures.unlink()
+        metrics.unlink()
 
 
 def test_a_run_without_a_logged_line_or_grid_is_reported(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_run_without_a_logged_line_or_grid_is_reported(tmp_path: Path) -> None
     assert "nothing logged yet" in text
     assert "metrics.jsonl has no line yet." in text
     assert "parameters unknown without a checkpoint" in text
-    assert "No grids were drawn in training" in text
+    assert "No sample grids were written during training" in text
     assert "No environment.json" in text
 
 
@@ -202,7 +202,7 @@ def test_of_many_grids_some_are_chosen_evenly_with_both_ends(tmp_path: Path) -> 
     for step in range(1, 34):
         Image.new("L", (4, 4)).save(tmp_path / "grids" / f"step_{step:07d}.png")
     text = written(tmp_path).text
-    assert "12 of 33 grids, evenly chosen." in text
+    assert "12 of 33 grids, evenly selected." in text
     found = [int(step) for step in re.findall(r"step (\d+)", text)]
     assert (found[0], found[-1], len(found)) == (1, 33, 12)
 
@@ -212,7 +212,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(
 ) -> None:
     assert report.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"report: error: {tmp_path} is no run: wanted the experiment_dir of a training" in error
+    assert f"report: error: {tmp_path} is not a run: wanted the experiment_dir of a training run" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -226,7 +226,7 @@ def test_the_file_may_lie_elsewhere(
     assert "--out needs a file in a folder that exists" in capsys.readouterr().err
 
 
-def picture_of(html: str) -> Image.Image:
+def image_of(html: str) -> Image.Image:
     (found,) = re.findall(r'(?:src|href)="data:image/\w+;base64,([^"]+)"', html)
     return Image.open(io.BytesIO(base64.b64decode(found)))
 
@@ -234,25 +234,25 @@ def picture_of(html: str) -> Image.Image:
 def test_a_moving_grid_is_embedded_as_it_is_and_a_wide_still_one_reduced(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
     Image.new("RGB", (2 * page.MAX_WIDTH, 100)).save(path)
-    assert picture_of(page.picture("wide", path)).size == (page.MAX_WIDTH, 50)
+    assert image_of(page.image("wide", path)).size == (page.MAX_WIDTH, 50)
     frames = np.zeros((3, 8, 8, 1), dtype=np.uint8)
     frames[1:] += np.array([100, 200], dtype=np.uint8).reshape(2, 1, 1, 1)
     write_gif(path.with_suffix(".gif"), torch.from_numpy(frames), fps=10)
-    moving: Any = picture_of(page.picture("moving", path))
+    moving: Any = image_of(page.image("moving", path))
     assert (moving.format, moving.n_frames) == ("GIF", 3)
 
 
 def test_points_lie_where_the_axes_say() -> None:
     line = plots.Line("line", [(0.0, 1.0), (5.0, None), (10.0, 100.0)])
     svg = plots.line_chart([line], x_label="x", y_label="y", is_log=True)
-    # A gap on both sides makes a point a dot: at the lower left and the upper right corner.
+    # A point with gaps on both sides becomes a dot. Here they are in the lower left and upper right corners.
     dots = re.findall(r'<circle class="dot c0" cx="([\d.]+)" cy="([\d.]+)"', svg)
     corners = [
         (plots.LEFT, plots.HEIGHT - plots.BOTTOM),
         (plots.WIDTH - plots.RIGHT, plots.TOP),
     ]
     assert [(float(x), float(y)) for x, y in dots] == corners
-    # 10 is half way between 1 and 100.
+    # On a logarithmic axis 10 is half way between 1 and 100.
     middle = (plots.TOP + plots.HEIGHT - plots.BOTTOM) / 2
     assert f'y="{middle + 4:.1f}">10</text>' in svg
 
@@ -289,7 +289,7 @@ def test_long_lines_are_thinned_to_means() -> None:
     (path,) = re.findall(r'<path class="line c0" d="M([^"]+)"', svg)
     heights = {point.split()[1] for point in path.split("L")}
     assert path.count("L") + 1 == plots.MAX_POINTS
-    # Zeros and ones in turn: every mean of four is a half.
+    # Zeros and ones alternate, so every mean of four is a half.
     assert len(heights) == 1
 
 
@@ -313,10 +313,10 @@ def test_a_band_ends_at_a_gap() -> None:
 def test_columns_of_a_heat_map_reach_from_the_step_before_to_their_own() -> None:
     steps = [50.0, 100.0, 150.0, 160.0]
     (row,) = plots._by_step(steps, [[step] for step in steps])
-    # A stretch is one step: the last column has ten of them.
+    # Each stretch has one step, but the last column has ten.
     expected = [50.0] * 50 + [100.0] * 50 + [150.0] * 50 + [160.0] * 10
     assert row.tolist() == expected
-    # Two steps in a stretch: their mean.
+    # A stretch with two steps shows their mean.
     (row,) = plots._by_step(range(1, 321), [[step] for step in range(1, 321)])
     assert row.tolist() == [2 * number + 1.5 for number in range(160)]
 
@@ -337,8 +337,8 @@ def test_a_heat_map_has_a_column_per_step_its_first_row_at_the_bottom() -> None:
     assert (pixels[:, :middle] == pixels[:, :1]).all()
     assert (pixels[:, middle:] == pixels[:, -1:]).all()
     pixels = pixels[:, [0, -1]]
-    # The least value has the darkest colour, the largest the lightest, and 10, half way between the
-    # logarithms of 1 and 100, the middle one.
+    # The smallest value has the darkest colour, the largest the lightest. 10 has the middle one: on a
+    # logarithmic scale it is half way between 1 and 100.
     assert tuple(pixels[1, 0, :3]) == plots.COLORS[0]
     assert tuple(pixels[0, 0, :3]) == plots.COLORS[-1]
     assert tuple(pixels[0, 1, :3]) == plots.COLORS[2]
@@ -349,7 +349,7 @@ def test_ticks_are_round_and_inside_the_range() -> None:
     axis = plots._Axis(0.0, 1.05, 0, 1)
     assert axis.ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert plots._Axis(1e-3, 10.0, 0, 1, is_log=True).ticks() == pytest.approx([1e-3, 1e-2, 0.1, 1, 10])
-    # Of a narrow logarithmic range, without two powers, the linear ones.
+    # A narrow logarithmic range has fewer than two powers of ten, so it takes linear ticks.
     narrow = plots._Axis(0.61, 0.69, 0, 1, is_log=True).ticks()
     assert all(0.61 <= tick <= 0.69 for tick in narrow)
     assert len(narrow) >= 3
