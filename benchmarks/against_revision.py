@@ -1,7 +1,7 @@
 """Training steps of this revision of the trainer against an earlier one, in turn in one run.
 
-Two worker processes, one per revision, build the same experiment; the parent lets one at a time make steps
-and compares medians. All of a step counts: data, draw, forward, backward, optimizer and average.
+Two worker processes, one per revision, build the same experiment. The parent lets one at a time make steps
+and compares medians. The whole step counts: data, draw, forward, backward, optimizer and average.
 
     git worktree add /tmp/before REVISION
     python benchmarks/against_revision.py --before /tmp/before [--rounds 15] [--steps 20] [key=value ...]
@@ -21,7 +21,7 @@ from spread import Spread
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/image/digits/speedit.yaml"
 
-# Runs in either revision: only names that both have.
+# Runs in both revisions, so it uses only names that both have.
 WORKER = """
 import sys, time, torch
 torch.set_num_threads(int(sys.argv[2]))
@@ -73,7 +73,7 @@ def _worker(root: Path, threads: int, overrides: list[str]) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        # Before an installed package of the same name.
+        # The revision's package comes before an installed one of the same name.
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)},
     )
 

@@ -1,9 +1,10 @@
 """How many training steps does a timestep policy save? Fréchet distance against step, paired over seeds.
 
 Trains a small class-conditional DiT once per policy and seed, many trainings as one model with stacked
-weights. Initialisation, data order and noise are those of the seed. At some steps the averaged weights draw
-samples, whose Fréchet distance to the data makes the curve of a training. The speed-up of a policy at horizon
-S is S over the steps that it needs to the distance which `uniform` has at S with the same seed.
+weights. The seed decides initialisation, data order and noise. At some steps the averaged weights draw
+samples. Their Fréchet distance to the data, over the steps, is the curve of a training. The speed-up of a
+policy at horizon S is S divided by the steps after which the policy reaches the distance that `uniform` has
+at S with the same seed.
 
     python benchmarks/convergence.py [--policies speedit speed] [--seeds 0 1 2 3 4] [--full] [--out DIR]
 
@@ -45,7 +46,7 @@ def main() -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     protocol, members = _protocol(arguments), _members(arguments)
     try:
-        # Before the minutes of training, not after.
+        # Checked before the minutes of training, not after.
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out needs a folder, got {arguments.out}: {error.strerror}") from error
@@ -84,10 +85,10 @@ def _members(arguments: argparse.Namespace) -> list[Member]:
 
 
 def _policies(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Row of the table -> policy: each one and, where asked for, the same with its losses normalised."""
+    """Table row -> policy. With --normalise-loss each policy has a second row, with its losses normalised."""
     plain: dict[str, dict[str, Any]] = {}
     for name in (BASELINE, *arguments.policies):
-        # The default's 50,000 steps are an eighth of the 400,000 that DiT-XL/2 is compared at; so is this.
+        # The default, 50,000 steps, is an eighth of the 400,000 at which DiT-XL/2 is compared.
         options = {"curriculum_steps": max(1, arguments.horizon // 8)} if name == "clts" else {}
         plain[name] = {"type": name, **options}
     if not arguments.normalise_loss:
@@ -100,7 +101,7 @@ def _normalised(name: str) -> str:
 
 
 def _over_normalised(results: Results, sampler: str) -> str:
-    """What is left of the normalised rows' speed-ups over the baseline normalised alike."""
+    """The speed-ups of the normalised rows over the baseline that is normalised too."""
     baseline = _normalised(BASELINE)
     lines = [f"Over {baseline!r} in place of {BASELINE!r}, {sampler}:"]
     for name in results.names():
@@ -135,36 +136,52 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The module's text as it stands, and each option's default."""
+    """Keeps the line breaks of the module's text, and adds each option's default."""
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     add = parser.add_argument
-    add("--policies", nargs="+", help=f"beside {BASELINE}; if not given: {' '.join(POLICIES)}")
+    add("--policies", nargs="+", help=f"policies beside {BASELINE}; if not given: {' '.join(POLICIES)}")
     add("--seeds", nargs="+", type=int, help="if not given: 0 to 4")
     add("--full", action="store_true", help="every registered policy, seeds 0 to 10")
-    add("--horizon", type=int, default=Protocol.horizon, help="step of the distance that is to be reached")
-    add("--steps", nargs="+", type=int, default=(), help="evaluations; (): 8 up to 1.25 of the horizon")
-    add("--samplers", nargs="+", help="ddim-25, ancestral-100, dpm-10; of a flow euler-25, heun-13")
+    add(
+        "--horizon",
+        type=int,
+        default=Protocol.horizon,
+        help="distance to reach: the baseline's at this step",
+    )
+    add(
+        "--steps",
+        nargs="+",
+        type=int,
+        default=(),
+        help="of the evaluations; (): 8 up to 1.25 of the horizon",
+    )
+    add("--samplers", nargs="+", help="ddim-25, ancestral-100, dpm-10; for a flow euler-25, heun-13")
     add("--no-clamp", action="store_true", help="the samplers do not clamp x_0")
-    add("--num-samples", type=int, default=Protocol.num_samples, help="of each evaluation")
+    add("--num-samples", type=int, default=Protocol.num_samples, help="samples at each evaluation")
     add("--features", default=Protocol.features, help="entry of FEATURES, such as pixels@8 without labels")
     add(
         "--data", default=Protocol.data, help="digits, an .npz, *-images-idx3-ubyte.gz, or a folder of images"
     )
-    add("--image-size", type=int, default=Protocol.image_size, help="pixels, scaled down to")
-    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS), help="of the noise")
+    add("--image-size", type=int, default=Protocol.image_size, help="images are scaled down to it, in pixels")
+    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS), help="noise schedule")
     add("--prediction", help="epsilon, x0 or v; if not given: epsilon, flow on a rectified flow")
-    add("--lr", type=float, default=Member.lr, help="of AdamW")
+    add("--lr", type=float, default=Member.lr, help="learning rate of AdamW")
     add("--normalise-loss", action="store_true", help="each policy a second time, with normalize=loss")
     add("--width", type=int, default=Shape.width, help="of the model")
     add("--depth", type=int, default=Shape.depth, help="blocks of the model")
     add("--heads", type=int, default=Shape.num_heads, help="of each attention")
     add("--patch", type=int, default=Shape.patch_size, help="pixels")
     add("--batch-size", type=int, default=Shape.batch_size, help="images of a step")
-    add("--workers", type=int, default=0, help="stacks that train at a time; 0: as many as torch has threads")
-    add("--out", type=Path, default=Path("outputs/convergence"), help="folder of what is written")
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        help="stacks that train at once; 0: as many as torch has threads",
+    )
+    add("--out", type=Path, default=Path("outputs/convergence"), help="folder for the results")
     arguments = parser.parse_args()
     if len(set(arguments.seeds or ())) < len(arguments.seeds or ()):
         parser.error(f"--seeds needs each once, got {' '.join(map(str, arguments.seeds))}")

@@ -1,4 +1,4 @@
-"""The plots of a convergence run: distance against step, and speed-up against the horizon it is read at.
+"""The plots of a convergence run: distance over step, and speed-up over horizon.
 
 python benchmarks/convergence_plots.py outputs/convergence/results.json
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from crossing import AT_LEAST, AT_MOST, EXACT, MIXED
 
-# Two lines of different policies are told apart by colour and marker.
+# Colour and marker tell the lines of different policies apart.
 _MARKERS = "osD^vP*Xp<>"
 
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes distance.png and speed_up.png of the first sampler, and those of others under their names."""
+    """Writes distance.png and speed_up.png of the first sampler, and files named by sampler of the others."""
     written = []
     for number, sampler in enumerate(found["by_sampler"]):
         suffix = f"-{sampler}" if number else ""
@@ -40,9 +40,9 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def figures(found: dict[str, Any], sampler: str) -> dict[str, Any]:
-    """The figures "distance" and "speed_up" of a sampler, matplotlib's, each with one pair of axes.
+    """The matplotlib figures "distance" and "speed_up" of a sampler, each with one pair of axes.
 
-    Of the baseline alone there is no speed-up.
+    With the baseline alone there is no figure "speed_up".
     """
     plots = {"distance": _distances}
     if len(found["by_sampler"][sampler]["speed_ups"]) > 1:
@@ -51,7 +51,7 @@ def figures(found: dict[str, Any], sampler: str) -> dict[str, Any]:
 
 
 def _figure(found: dict[str, Any], sampler: str, plot: Any) -> Any:
-    # Imported on use: matplotlib is an extra.
+    # Imported where it is used: matplotlib is an optional dependency.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def _figure(found: dict[str, Any], sampler: str, plot: Any) -> Any:
     axes.set_xticks(ticks, [str(step) for step in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    # Beside the axes: on a small plot any corner has curves.
+    # The legend is beside the axes, because on a small plot every corner has curves.
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -81,7 +81,7 @@ def _distances(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str,
         columns = [[v for v in column if v is not None] for column in zip(*curves, strict=True)]
         means = [math.exp(sum(map(math.log, c)) / len(c)) if c else math.nan for c in columns]
         axes.plot(steps, means, label=name, **style)
-        # More shades than these cannot be told apart.
+        # Nobody can tell more shades than these apart.
         if name == found["baseline"] or len(styles) <= 4:
             low, high = ([end(c) if c else math.nan for c in columns] for end in (min, max))
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -131,7 +131,7 @@ def _speed_ups(axes: Any, found: dict[str, Any], sampler: str, styles: dict[str,
 
 
 def _mark_bound(axes: Any, step: int, value: float, bound: str, colour: Any) -> None:
-    """An arrow to where the true value lies."""
+    """An arrow that points to where the true value lies."""
     if bound != EXACT:
         arrow = {AT_LEAST: "↑", AT_MOST: "↓", MIXED: "↕"}[bound]
         axes.annotate(arrow, (step, value), xytext=(4, -4), textcoords="offset points", color=colour)

@@ -1,6 +1,6 @@
 """The outcome of a convergence run as one JSON document, and its table.
 
-The document holds all that plots and tables are drawn from: the curves, the speed-ups at every horizon, the
+The document holds everything that plots and tables need: the curves, the speed-ups at every horizon, the
 bands, the options and the machine.
 """
 
@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "numpy", "diffusers", "scikit-learn")
 
 
 def document(results: Results, paces: Mapping[str, Pace], *, command: str, date: str) -> Document:
-    """Plain values, for JSON; None for distances of samples that are not finite and the band of one seed."""
+    """Plain values for JSON. Distances of samples that are not finite are None, and the band of one seed."""
     protocol = results.protocol
     return {
         "command": command,
@@ -48,7 +48,7 @@ def document(results: Results, paces: Mapping[str, Pace], *, command: str, date:
 
 
 def table(found: Document, sampler: str) -> str:
-    """Rows of Markdown, a policy each, at the protocol's horizon under one of its samplers."""
+    """A Markdown table with one row per policy, at the protocol's horizon and for one of its samplers."""
     horizon = found["protocol"]["horizon"]
     band = found["by_sampler"][sampler]["null_band"][str(horizon)]
     chance = "unknown" if band is None else " to ".join(_shown(end) for end in band)
@@ -68,7 +68,7 @@ def table(found: Document, sampler: str) -> str:
         pace = found["paces"][name]
         seconds = horizon / at["mean"] / pace["steps_per_second"]
         mark = at["bound"]
-        # Of one seed there is nothing to resample.
+        # One seed alone gives nothing to resample.
         interval = f"{mark}{at['low']:.2f}, {mark}{at['high']:.2f}" if at["num_seeds"] > 1 else "-"
         seeds = " ".join(_shown(reading) for reading in at["seeds"].values())
         lines.append(

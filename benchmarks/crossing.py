@@ -1,7 +1,7 @@
-"""How many steps one training curve needs to come as far as another, and what several seeds say of it.
+"""How many steps one training curve needs to get as far as another, over one seed and over several.
 
-A curve that is below the level at its first evaluation, or never is, has no crossing to read: it gives a
-bound, and what is computed from it is marked as one.
+Some curves are below the level at their first evaluation, and some never get there. Both have no crossing and
+give a bound instead. Every value computed from a bound is marked as a bound.
 """
 
 import math
@@ -13,13 +13,13 @@ from spread import quantiles
 
 AT_MOST, EXACT, AT_LEAST = "<=", "", ">="
 MIXED = "~"
-# Of one over a value with that bound.
+# The bound on 1 / value, for each bound on value.
 REVERSED = {AT_MOST: AT_LEAST, AT_LEAST: AT_MOST, EXACT: EXACT, MIXED: MIXED}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A number; with `bound` AT_MOST or AT_LEAST the end of a range; MIXED: made of bounds of both kinds."""
+    """A number. AT_MOST or AT_LEAST make it the end of a range; MIXED comes from bounds of both kinds."""
 
     value: float
     bound: str = EXACT
@@ -30,7 +30,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of several seeds: mean, ends of its bootstrap interval, median; bound as in `Reading`."""
+    """Several seeds: their mean, the ends of its bootstrap interval, the median; `bound` as in `Reading`."""
 
     mean: float
     low: float
@@ -44,8 +44,8 @@ def first_crossing(steps: Sequence[int], distances: Sequence[float], level: floa
     """Steps until the curve first reaches `level` > 0, interpolated in log steps and log distance.
 
     Args:
-        steps: of the evaluations, rising, > 0.
-        distances: at these steps, > 0; infinite where samples are not finite.
+        steps: steps of the evaluations, rising, > 0.
+        distances: distances at these steps, > 0; infinite where samples are not finite.
         level: distance to reach, > 0; an infinite one is reached at once.
     """
     if len(steps) != len(distances) or not steps:
@@ -66,7 +66,7 @@ def first_crossing(steps: Sequence[int], distances: Sequence[float], level: floa
 def speed_up(
     steps: Sequence[int], distances: Sequence[float], baseline: Sequence[float], horizon: int
 ) -> Reading:
-    """Horizon over the steps that the curve needs to the baseline's distance there; above 1 is faster."""
+    """Horizon / steps after which the curve reaches the baseline's distance there; above 1 is faster."""
     if horizon not in steps:
         raise ValueError(f"horizon needs one of the evaluated steps {list(steps)}, got {horizon}")
     reached = first_crossing(steps, distances, baseline[list(steps).index(horizon)])
@@ -74,7 +74,7 @@ def speed_up(
 
 
 def null_ratios(steps: Sequence[int], baselines: Sequence[Sequence[float]], horizon: int) -> list[Reading]:
-    """The speed-up of each baseline seed over each other one: what chance alone gives."""
+    """The speed-up of each baseline seed over every other one. This is what chance alone gives."""
     return [
         speed_up(steps, other, level, horizon)
         for i, level in enumerate(baselines)
@@ -86,15 +86,15 @@ def null_ratios(steps: Sequence[int], baselines: Sequence[Sequence[float]], hori
 def null_band(
     steps: Sequence[int], baselines: Sequence[Sequence[float]], horizon: int
 ) -> tuple[Reading, Reading] | None:
-    """The 5 % and 95 % quantiles of `null_ratios`, bounds where they are taken from bounds.
+    """The 5 % and 95 % quantiles of `null_ratios`. A quantile of bounds is marked as a bound.
 
-    None of one seed, which has no other.
+    None for a single seed: there is no other to compare it with.
     """
     ratios = null_ratios(steps, baselines, horizon)
     if not ratios:
         return None
     ends = quantiles([ratio.value for ratio in ratios], (0.05, 0.95))
-    # Bounds of one kind are the extreme values; the quantile lies between this one, from 0, and the next.
+    # Bounds of one kind are the extreme values. The quantile lies between this place and the next.
     place = math.floor(0.05 * (len(ratios) - 1))
     low, high = (
         Reading(end, bound if sum(r.bound == bound for r in ratios) > place else EXACT)
@@ -104,17 +104,17 @@ def null_band(
 
 
 def summary(readings: Sequence[Reading], *, num_resamples: int = 10_000, seed: int = 0) -> Summary:
-    """Mean over seeds, with the 95 % percentile bootstrap interval of it; a bound counts at its value.
+    """Mean over seeds with its 95 % percentile bootstrap interval. A bound counts as its value.
 
-    Of few values the interval is narrow: with normal noise it holds the true mean in 84 % of cases of 5 seeds
-    and in 91 % of 11.
+    With few seeds the interval is too narrow. Under normal noise it holds the true mean in 84 % of cases with
+    5 seeds and in 91 % with 11.
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
 
     Args:
-        readings: one a seed, at least one.
-        num_resamples: draws of as many seeds with replacement.
-        seed: of the draws: the same readings give the same interval.
+        readings: one per seed, at least one.
+        num_resamples: number of resamples; each draws as many seeds as there are, with replacement.
+        seed: seed of the resampling; the same readings give the same interval.
     """
     values = torch.tensor([reading.value for reading in readings], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -15,19 +15,19 @@ from spread import Spread
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.policies.build import build_policy
 
-# Those that the hosts' samplers answer to, and the package's own default.
+# Counterparts of the hosts' samplers, and the package's own default.
 POLICIES = ("uniform", "speed", "speedit", "loss_second_moment")
 Draw = Callable[[int], object]
 
 
 def measure(hosts: Path, batch_sizes: Sequence[int], repetitions: int) -> dict[int, dict[str, Spread]]:
-    """Seconds of a draw by batch size and sampler, all samplers in turn; those whose checkout is there."""
+    """Seconds of a draw by batch size and sampler, all in turn. Hosts without a checkout are left out."""
     draws = samplers(hosts)
     return {batch_size: _timed(draws, batch_size, repetitions) for batch_size in batch_sizes}
 
 
 def samplers(hosts: Path) -> dict[str, Draw]:
-    """B to timesteps and weights on the CPU, by name; ours first."""
+    """Functions by name that take B and draw timesteps and weights on the CPU; ours come first."""
     generator = torch.Generator().manual_seed(0)
     draws: dict[str, Draw] = {}
     for name in POLICIES:

@@ -1,9 +1,9 @@
 """Do generated videos show what their captions say? Moving digits, one training per timestep policy.
 
 Trains the moving-digits config once per policy, with the same seed, data order and noise, and at some steps
-draws videos of all 40 captions with the averaged weights. The direction is read from the movement of the
-centre of brightness; the digit from the cut-out digit by a classifier that is trained on real videos of the
-train split. Both are also read from real videos of the test split: what a perfect model would score.
+draws videos of all 40 captions with the averaged weights. The direction comes from the movement of the
+centre of brightness. The digit is cut out, and a classifier trained on real videos of the train split reads
+it. Real videos of the test split are scored too: they show what a perfect model would score.
 
     python benchmarks/faithfulness.py [--policies uniform speedit] [--steps 300 600] [--per-caption 4]
         [--seeds 0] [--json OUT] [key=value ...]
@@ -34,7 +34,7 @@ Score = Callable[[Tensor, list[str]], dict[str, float]]
 
 
 def main() -> None:
-    """Prints a line per policy, seed and step, beside the line of real videos."""
+    """Prints a line for real videos, and one for each policy, seed and step."""
     arguments = _arguments()
     score = _scorer(arguments.overrides)
     rows = [{"policy": "real test videos", **_score_of_real(score, arguments.overrides)}]
@@ -51,7 +51,7 @@ def main() -> None:
 def _trained(
     policy: str, seed: int, arguments: argparse.Namespace, score: Score
 ) -> Iterator[dict[str, object]]:
-    """One training's scores at the steps asked for."""
+    """The scores of one training at the given steps."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             *arguments.overrides,
@@ -90,7 +90,7 @@ def _drawn(generator: SampleGenerator, conditions: Conditions, weights: dict[str
 
 
 def _scorer(overrides: list[str]) -> Score:
-    """Shares of videos whose digit, direction and both are those of the caption."""
+    """Shares of videos that show the caption's digit, its direction, and both."""
     videos, captions = _real("train", overrides)
     labels = torch.tensor([_digit(caption) for caption in captions])
     classifier = DigitClassifier(torch.from_numpy(to_uint8(still_digits(videos))), labels)

@@ -20,7 +20,7 @@ from speedit_plugins.trainer.evaluation.npz import npz_keys, read_npz
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images float32 (N, C, H, W) in [-1, 1]; labels int64 (N,) in [0, num_classes), None and 0 without."""
+    """Images float32 (N, C, H, W) in [-1, 1]; labels int64 (N,) in [0, num_classes), or None."""
 
     images: Tensor
     labels: Tensor | None
@@ -28,17 +28,17 @@ class ImageSet:
 
 
 def load_image_set(data: str, image_size: int) -> ImageSet:
-    """The set that `data` names, as squares of `image_size` pixels.
+    """The set that `data` names, as square images with an edge of `image_size` pixels.
 
     Args:
-        data: "digits", the embedded set; an ADM-format .npz, with labels where it has `arr_1`; the images of
+        data: "digits", the embedded set; an ADM-format .npz, with labels if it has `arr_1`; the images of
             a set in the IDX format of MNIST and Fashion-MNIST, *-images-idx3-ubyte.gz, with its labels beside
-            it; or a folder of images, with one folder per class or without any.
-        image_size: pixels are averaged down to it; only digits are also enlarged.
+            it; or a folder of images, with one folder per class or none.
+        image_size: edge in pixels. Images are averaged down to it; only digits are also enlarged.
 
     Raises:
-        ValueError: no such data, a damaged file, images that are smaller or not square, or other than a label
-            >= 0 for each.
+        ValueError: there is no such data, a file is damaged, or an image is smaller, is not square or has no
+            label >= 0.
     """
     if data == "digits":
         digits = Digits(image_size=image_size)
@@ -68,7 +68,7 @@ def spread_labels(labels: Tensor, num_labels: int) -> Tensor:
 def _read_folder(path: Path, image_size: int) -> ImageSet:
     has_classes = any(entry.is_dir() for entry in path.iterdir())
     folder = ImageFolder(path, image_size=image_size, class_cond=has_classes, random_flip=False)
-    # Without flips nothing is drawn from it.
+    # Without flips this generator is never used.
     generator = torch.Generator()
     images = torch.stack([folder.load(index, generator)["image"] for index in range(len(folder))])
     return ImageSet(images, folder.labels if has_classes else None, folder.num_classes if has_classes else 0)

@@ -1,6 +1,6 @@
-"""Time of a training batch's latents: read from a cache, against decoding and encoding its images each time.
+"""Time to get a training batch's latents: read from a cache, or decode and encode the images each time.
 
-The encoder has the architecture of Stable Diffusion's, with random weights, which cost the same.
+The encoder has the architecture of Stable Diffusion's. Its weights are random: they cost the same.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ class Reading:
 
 
 def measure(*, image_size: int, batch: int, rounds: int, channels: Sequence[int] = SD_CHANNELS) -> Reading:
-    """Times batches of our loader and encoder, both ways in turn, after a round that is not counted."""
+    """Times batches of our loader and encoder, both ways in turn. The first round is not counted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = _experiment(folder, image_size=image_size, batch=batch, channels=channels)
@@ -48,13 +48,13 @@ def measure(*, image_size: int, batch: int, rounds: int, channels: Sequence[int]
         sides = [_batches(config), _batches(load_config(path, "train", cached))]
         timings = interleaved(*sides, rounds)
         images, latents = (side().cpu() for side in sides)
-        # Of the same batch, up to float16, in which the cache keeps means and standard deviations.
+        # Both are latents of the same batch. The cache keeps means and standard deviations in float16.
         torch.testing.assert_close(latents, images, atol=2e-3 * float(images.abs().max()), rtol=0)
         return Reading(image_size, batch, timings)
 
 
 def _batches(config: ExperimentConfig) -> Callable[[], Tensor]:
-    """What the trainer does for a batch of latents (B, C, h, w)."""
+    """A function that makes a batch of latents (B, C, h, w) as the trainer does."""
     trainer = build_trainer(config)
 
     def step() -> Tensor:
@@ -64,7 +64,7 @@ def _batches(config: ExperimentConfig) -> Callable[[], Tensor]:
 
 
 def _experiment(folder: Path, *, image_size: int, batch: int, channels: Sequence[int]) -> Path:
-    """A config of such an encoder and a folder of two batches of random images."""
+    """Writes a config with such an encoder, and a folder with two batches of random images."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -100,13 +100,13 @@ def _experiment(folder: Path, *, image_size: int, batch: int, channels: Sequence
 
 
 def _tool() -> ModuleType:
-    """`tools/cache_latents.py`."""
+    """The module `tools/cache_latents.py`."""
     path = Path(__file__).parent.parent / "tools" / "cache_latents.py"
     spec = importlib.util.spec_from_file_location("cache_latents", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
+    # `dataclass` looks the module up in `sys.modules`.
     sys.modules["cache_latents"] = module
     spec.loader.exec_module(module)
     return module

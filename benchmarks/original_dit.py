@@ -1,6 +1,6 @@
-"""Imports modules of a host's checkout without timm, and without what else their packages would import.
+"""Imports modules of a host's checkout without timm, and without other things their packages would import.
 
-timm's three layers are written here anew, with its parameter names and its order of operations: a convolution
+Three layers of timm are rewritten here, with its parameter names and its order of operations: a convolution
 for the patches, fused scaled-dot-product attention, and dropout layers at probability 0.
 """
 
@@ -24,7 +24,7 @@ CHECKOUT = "facebookresearch+DiT"
 
 
 def load_original(hosts: Path) -> ModuleType:
-    """The module `models` of the checkout `facebookresearch+DiT` in the folder `hosts`.
+    """Imports `models` from the checkout `facebookresearch+DiT` in the folder `hosts`.
 
     Raises:
         ValueError: there is no such checkout.
@@ -38,11 +38,11 @@ def load_original(hosts: Path) -> ModuleType:
 
 @contextmanager
 def importable(checkout: Path, *, bare: Sequence[str] = ()) -> Iterator[None]:
-    """Within the block, modules come from the checkout first; after it they are out of `sys.modules` again.
+    """Within the block, imports look in the checkout first; after it its modules leave `sys.modules` again.
 
     Args:
-        checkout: hosts give their modules the same few names: one checkout at a time.
-        bare: packages, dotted, whose `__init__` is not run: their modules can be imported one by one.
+        checkout: one checkout at a time, because hosts use the same few module names.
+        bare: dotted names of packages whose `__init__` is not run; their modules can be imported one by one.
     """
     names = {path.stem for path in checkout.iterdir()} | {"timm"}
     others = _taken_out(names)
@@ -61,9 +61,9 @@ def importable(checkout: Path, *, bare: Sequence[str] = ()) -> Iterator[None]:
 
 
 def script_function(script: Path, name: str) -> Callable[..., Any]:
-    """A function of a script that cannot be imported here, compiled from the file by itself.
+    """Compiles one function from the file of a script that cannot be imported here.
 
-    It sees torch, its `inf`, and OrderedDict.
+    The function sees torch, torch's `inf`, and OrderedDict.
 
     Raises:
         ValueError: the script has no such function at its top.
@@ -75,7 +75,7 @@ def script_function(script: Path, name: str) -> Callable[..., Any]:
     if not found:
         raise ValueError(f"{script} needs a function {name}, got none")
     scope: dict[str, Any] = {"torch": torch, "inf": torch.inf, "OrderedDict": OrderedDict}
-    # Its annotations may name what is not here.
+    # Annotations may name things that are not here.
     flags = __future__.annotations.compiler_flag
     exec(compile(ast.Module(found, []), str(script), "exec", flags=flags), scope)
     function: Callable[..., Any] = scope[name]
@@ -83,7 +83,7 @@ def script_function(script: Path, name: str) -> Callable[..., Any]:
 
 
 def _taken_out(names: set[str]) -> dict[str, ModuleType]:
-    """Removes the modules of these top names from `sys.modules`; what was removed."""
+    """Removes the modules below these top-level names from `sys.modules`, and returns them."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
 
 
@@ -97,7 +97,7 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 
 class PatchEmbed(nn.Module):
-    """Convolution over patches, flattened to (B, N, D)."""
+    """A convolution over patches; its result is flattened to (B, N, D)."""
 
     def __init__(
         self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True
@@ -113,7 +113,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Packed projection, heads to the front by a permutation, fused attention, output projection."""
+    """Packed projection, a permutation of the heads to the front, fused attention, output projection."""
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False) -> None:
         super().__init__()

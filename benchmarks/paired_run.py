@@ -1,7 +1,7 @@
 """Trains members as paired stacks, evaluates them at some steps, and reads speed-ups from their curves.
 
-Members of one seed share initialisation, data order and noise, that of samples too: a policy is compared with
-the baseline of the same seed.
+Members of one seed share initialisation, data order and noise, also the noise that samples start from. So a
+policy is compared with the baseline of the same seed.
 """
 
 import math
@@ -17,9 +17,9 @@ from image_sets import load_image_set
 from sample_quality import SampleQuality
 from stacked_training import Member, Shape, StackedTraining
 
-# Of the horizon: 160, 300, 500, 700, 1000, 1300, 1600 and 2000 steps at 1600.
+# Shares of the horizon. At 1600: 160, 300, 500, 700, 1000, 1300, 1600 and 2000 steps.
 EVALUATED = (0.1, 0.1875, 0.3125, 0.4375, 0.625, 0.8125, 1.0, 1.25)
-# Past it the weights of one more member only leave the cache earlier.
+# In a larger stack the weights no longer fit in the cache, so more members gain nothing.
 MAX_STACK = 8
 BASELINE = "uniform"
 
@@ -29,16 +29,16 @@ class Protocol:
     """What all members of a run share.
 
     Args:
-        horizon: S, steps at which the baseline's distance is the one to reach; one of `steps`.
-        steps: of the evaluations, rising; () takes `EVALUATED` of the horizon.
-        samplers: see `sample_quality.Sampler`; the first is the one that tables show.
-        num_samples: of each evaluation.
-        features: entry of FEATURES that distances are taken in.
+        horizon: S; the distance to reach is the baseline's after S steps. One of `steps`.
+        steps: steps of the evaluations, rising; () takes the shares `EVALUATED` of the horizon.
+        samplers: see `sample_quality.Sampler`; tables show the first.
+        num_samples: number of samples at each evaluation.
+        features: entry of FEATURES; distances are between these features.
         data: see `load_image_set`.
         image_size: edge of the images in pixels.
         schedule: linear, scaled_linear, cosine or rectified_flow.
-        shape: of a member's model and batch.
-        workers: stacks that train at a time, one thread each; 0 takes as many as torch has threads.
+        shape: shape of a member's model and batch.
+        workers: stacks that train at the same time, one thread each; 0 takes as many as torch has threads.
     """
 
     horizon: int = 1600
@@ -60,7 +60,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training: squared Fréchet distance at each evaluation, by sampler."""
+    """One training: its squared Fréchet distance at each evaluation, by sampler."""
 
     member: Member
     distances: Mapping[str, tuple[float, ...]]
@@ -68,7 +68,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """The curves of a run, in the order of its members; parameters of a member; seconds on the wall."""
+    """The curves of a run in the order of its members, the parameters of a member, and wall-clock seconds."""
 
     protocol: Protocol
     curves: tuple[Curve, ...]
@@ -80,14 +80,14 @@ class Results:
         return list(dict.fromkeys(curve.member.name for curve in self.curves))
 
     def distances(self, name: str, sampler: str = "") -> dict[int, tuple[float, ...]]:
-        """Distances at the evaluations by seed; sampler '' is the protocol's first."""
+        """Distances at the evaluations, by seed; sampler '' is the protocol's first."""
         sampler = sampler or self.protocol.samplers[0]
         return {c.member.seed: c.distances[sampler] for c in self.curves if c.member.name == name}
 
     def speed_ups(
         self, name: str, *, baseline: str = BASELINE, horizon: int = 0, sampler: str = ""
     ) -> dict[int, Reading]:
-        """Speed-up by seed over the baseline of the same seed; horizon 0 is the protocol's."""
+        """Speed-up by seed, over the baseline of the same seed; horizon 0 is the protocol's."""
         levels = self.distances(baseline, sampler)
         curves = self.distances(name, sampler)
         if not curves or not curves.keys() <= levels.keys():
@@ -107,7 +107,7 @@ class Results:
     def null_band(
         self, *, baseline: str = BASELINE, horizon: int = 0, sampler: str = ""
     ) -> tuple[Reading, Reading] | None:
-        """The range of nine in ten pairs of baseline seeds, one over the other; None of one seed."""
+        """The range of nine in ten speed-ups of one baseline seed over another; None for a single seed."""
         curves = list(self.distances(baseline, sampler).values())
         return null_band(self.protocol.evaluations, curves, horizon or self.protocol.horizon)
 
@@ -118,9 +118,9 @@ def run(
     """Trains and evaluates all members.
 
     Args:
-        members: of any policies, seeds, learning rates and prediction types, each name and seed once.
+        members: any policies, seeds, learning rates and prediction types; each pair of name and seed once.
         protocol: what they share.
-        say: told a line for each evaluation of a stack; None for silence.
+        say: called with a line at each evaluation of a stack; None for silence.
     """
     start = time.perf_counter()
     _check(members, protocol)
@@ -141,7 +141,7 @@ def run(
 
         return _train(stacks[number], quality, protocol.evaluations, report)
 
-    # An operation on a stack takes long enough to run beside another stack's: torch holds no lock within it.
+    # Threads are enough: operations on a stack take long, and torch releases Python's lock within them.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,13 +156,13 @@ def run(
 
 
 def stacks_of(members: Sequence[Member], workers: int) -> list[list[Member]]:
-    """Members of one learning rate and prediction type together, in equal parts of at most `MAX_STACK`."""
+    """Groups members by learning rate and prediction type, in equal parts of at most `MAX_STACK`."""
     groups: dict[tuple[float, str], list[Member]] = {}
     for member in members:
         groups.setdefault((member.lr, member.prediction_type), []).append(member)
     stacks = []
     for group in groups.values():
-        # As many as workers, or a multiple: none is left with nothing to do while the last one trains.
+        # One stack per worker, or a multiple of that, so that no worker idles while the last stack trains.
         num_stacks = min(len(group), workers * math.ceil(len(group) / (workers * MAX_STACK)))
         stacks += [group[number::num_stacks] for number in range(num_stacks)]
     return stacks

@@ -1,4 +1,4 @@
-"""What hosts train with, from their own files: model, diffusion object, draw, EMA.
+"""The parts hosts train with, taken from their own files: model, diffusion object, draw, EMA.
 
 Dims: B samples, T timesteps.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 GUIDED = "openai+guided-diffusion"
 SPEED = "NUS-HPC-AI-Lab+SpeeD"
-# The settings of its published SpeeD configs; its defaults leave sampling uniform and make weights negative.
+# From the reference's published configs. Its defaults leave sampling uniform and make weights negative.
 SPEED_OPTIONS = {"weighting": "ours", "sampling": "ours", "k": 5, "lam": 0.6, "tau": 700}
 SPEED_PACKAGES = ("speed", "speed.networks", "speed.networks.dit", "speed.networks.layers", "speed.diffusion")
 
@@ -42,19 +42,19 @@ class HostParts:
 
 @dataclass(frozen=True)
 class Host:
-    """A host by name and by its checkout's folder; `build` takes that folder, a model's name and options."""
+    """A host: its name and its checkout's folder. `build` takes that folder, a model's name and options."""
 
     name: str
     checkout: str
     build: Callable[[Path, str, Mapping[str, Any]], HostParts]
 
     def is_in(self, hosts: Path) -> bool:
-        """Whether the folder holds its checkout."""
+        """Whether the folder `hosts` holds its checkout."""
         return (hosts / self.checkout).is_dir()
 
 
 def dit_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
-    """Of facebookresearch/DiT and fast-DiT; options are those of the model."""
+    """The parts of facebookresearch/DiT and of fast-DiT; `options` go to the model."""
     with importable(checkout):
         model = importlib.import_module("models").DiT_models[name](**options)
         diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
@@ -64,7 +64,7 @@ def dit_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostPart
 
 
 def speed_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
-    """Of the SpeeD reference: its paired draw, and its weights on the squared error."""
+    """The parts of the SpeeD reference: its paired draw, and its weights on the squared error."""
     diffusion = speed_diffusion(checkout)
     with importable(checkout, bare=SPEED_PACKAGES):
         models = importlib.import_module("speed.networks.dit.dit").DiT_models
@@ -79,7 +79,7 @@ def speed_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostPa
 
 
 def latte_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
-    """Of Vchitect/Latte without classes: its script takes the gradients' norm, and at first clips none."""
+    """Vchitect/Latte's parts without classes. Its script takes the gradient norm; it clips none at first."""
     with importable(checkout, bare=("models",)):
         model = importlib.import_module("models.latte").Latte_models[name](extras=1, **options)
         diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
@@ -93,14 +93,14 @@ def latte_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostPa
 
 
 def speed_diffusion(checkout: Path) -> Any:
-    """The SpeeD reference's diffusion object, of its published settings."""
+    """The SpeeD reference's diffusion object, with its published settings."""
     with importable(checkout, bare=SPEED_PACKAGES):
         kind = importlib.import_module("speed.diffusion.speed").Speed_IDDPM
         return kind(timestep_respacing="", **SPEED_OPTIONS)
 
 
 def speed_draw(checkout: Path) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """The SpeeD reference's draw of B timesteps (B,), and its look-up of their weights (B,)."""
+    """The SpeeD reference's draw of B timesteps (B,), with its look-up of their weights (B,)."""
     diffusion = speed_diffusion(checkout)
     with importable(checkout, bare=SPEED_PACKAGES):
         extract = importlib.import_module("speed.diffusion.iddpm.gaussian_diffusion")._extract_into_tensor
@@ -117,7 +117,7 @@ def guided_draws(checkout: Path) -> dict[str, Callable[[int], tuple[Tensor, Tens
     with importable(checkout, bare=("guided_diffusion",)):
         resample = importlib.import_module("guided_diffusion.resample")
     diffusion = SimpleNamespace(num_timesteps=1000)
-    # A name that numpy no longer has.
+    # The host uses a name that numpy no longer has.
     with mock.patch.object(np, "int", int, create=True):
         learning = resample.LossSecondMomentResampler(diffusion)
     for _ in range(learning.history_per_term):
@@ -127,7 +127,7 @@ def guided_draws(checkout: Path) -> dict[str, Callable[[int], tuple[Tensor, Tens
 
 
 def _of_diffusion(diffusion: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Draw and losses of the scripts that draw uniformly themselves."""
+    """Draw and losses of scripts that draw uniformly themselves."""
 
     def draw(batch_size: int) -> Tensor:
         return torch.randint(0, diffusion.num_timesteps, (batch_size,))

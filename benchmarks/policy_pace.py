@@ -1,4 +1,4 @@
-"""What a policy costs in time: steps per second of a lone training, and what the policy takes of a step."""
+"""What a policy costs in time: steps per second of a single training, and the policy's part of a step."""
 
 import itertools
 import statistics
@@ -13,7 +13,7 @@ from stacked_training import Member, Shape, StackedTraining
 
 @dataclass(frozen=True)
 class Pace:
-    """Of a lone training on one thread: medians over rounds that time all policies in turn."""
+    """A single training on one thread: medians over rounds that time all policies in turn."""
 
     steps_per_second: float
     policy_microseconds: float
@@ -29,15 +29,15 @@ def paces(
     steps: int = 6,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Pace]:
-    """Pace by name, of one member each.
+    """The pace of each member, by its name.
 
-    The policy's part is its draw, with the weights, and what it does to follow the training.
+    The policy's part is its draw with the weights, and its update after the step.
 
     Args:
-        members: one of each name.
-        rounds: timings of each member; one more before them is not counted.
-        steps: training steps of a timing; the policy's part is timed 20 times as often.
-        clock: seconds.
+        members: each name once.
+        rounds: timings of each member; one more comes before them and is not counted.
+        steps: training steps in one timing; the policy's part is timed over 20 times as many.
+        clock: returns seconds.
     """
     trainings = {member.name: StackedTraining([member], data, schedule, shape) for member in members}
     for training in trainings.values():
@@ -47,7 +47,7 @@ def paces(
     torch.set_num_threads(1)
     try:
         for number in range(rounds + 1):
-            # In alternating order, so that a slow moment of the machine meets all.
+            # The order alternates, so that a slow moment of the machine slows all of them.
             for name in sorted(trainings, reverse=number % 2 == 1):
                 training = trainings[name]
                 whole = _seconds(training.train_step, steps, clock)
@@ -66,7 +66,7 @@ def paces(
 
 
 def _teach(training: StackedTraining) -> None:
-    # A policy that learns costs less until it has seen every timestep some times.
+    # A policy that learns costs less until it has seen every timestep several times.
     for policy in training.policies:
         index = torch.arange(policy.schedule.num_timesteps)
         for _ in range(10):
@@ -74,7 +74,7 @@ def _teach(training: StackedTraining) -> None:
 
 
 def _follower(training: StackedTraining) -> Callable[[], object]:
-    """What a training loop asks of the policy, once a step."""
+    """Calls the policy as a training loop does once per step."""
     (policy,), batch_size = training.policies, training.shape.batch_size
     generator, loss = torch.Generator(), torch.ones(batch_size)
     step = itertools.count(training.step)

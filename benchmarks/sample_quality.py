@@ -21,7 +21,7 @@ from speedit_plugins.trainer.logging.images import to_uint8
 from speedit_plugins.trainer.models.dit import DiT
 
 _SAMPLES = 3
-# What `sample` calls them.
+# The name of each sampler here -> its name for `sample`.
 _SAMPLERS = {"ddim": "ddim", "ancestral": "ddpm", "dpm": "dpm_solver", "euler": "euler", "heun": "heun"}
 _NAME = re.compile(r"(\w+)-(\d+)(-unclamped)?")
 
@@ -36,7 +36,7 @@ class Sampler:
 
     @classmethod
     def named(cls, name: str) -> "Sampler":
-        """Of "ddim-25", "ancestral-100-unclamped" and their kin; a ValueError for another text."""
+        """Reads a name such as "ddim-25" or "ancestral-100-unclamped"; any other text is a ValueError."""
         match = _NAME.fullmatch(name)
         if match is None or match[1] not in _SAMPLERS:
             kinds = ", ".join(_SAMPLERS)
@@ -47,13 +47,13 @@ class Sampler:
 
 
 class SampleQuality:
-    """Draws samples and compares them with the data, always with as many, and by the same features.
+    """Draws samples and compares them with the data, always the same number and by the same features.
 
     Args:
-        data: what is compared with; its labels, in their proportions, are what samples are drawn of.
+        data: the samples are compared with it, and drawn for its labels in their proportions.
         features: an entry of FEATURES, built from the data.
         samplers: names, see `Sampler`.
-        num_samples: N of each comparison.
+        num_samples: N in each comparison.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class SampleQuality:
         self._real = feature_statistics(real, self._extractor)
 
     def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, float]]:
-        """The distance of each member's samples under each sampler.
+        """The distance of each member's samples, by sampler.
 
-        Noise is that of the member's seed: the same for all members of it.
+        The member's seed decides the noise: it is the same for all members with that seed.
         """
         model = build_model(stack.data, stack.shape)
         positions = model.state_dict()
@@ -90,7 +90,7 @@ class SampleQuality:
         return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)
 
     def noise(self, seed: int) -> tuple[Tensor, torch.Generator]:
-        """What samples of the seed begin with, (N, C, H, W), and what their later noise is drawn from."""
+        """The noise (N, C, H, W) from which samples of a seed start, and the generator of later noise."""
         generator = torch.Generator().manual_seed(stream_seed(seed, _SAMPLES))
         return torch.randn(self._noise_shape, generator=generator), generator
 

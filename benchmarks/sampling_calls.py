@@ -1,7 +1,7 @@
-"""How few model calls give samples as good as those of the SpeeD reference's 250 ancestral steps, on digits.
+"""How few model calls give samples as good as the SpeeD reference's 250 ancestral steps, on digits.
 
-One small DiT is trained; then both sides sample it from the same noise: the reference by its own
-`p_sample_loop` on its schedule of 250 steps, ours with each sampler at falling numbers of calls.
+One small DiT is trained. Then both sides sample it from the same noise: the reference with its own
+`p_sample_loop` on its schedule of 250 steps, we with each sampler at falling numbers of calls.
 
 Dims: N samples.
 """
@@ -22,36 +22,36 @@ from stacked_training import Member, Shape, StackedTraining, build_model
 from torch import Tensor, nn
 
 REFERENCE_CALLS = 250
-# Of each sampler one call of the model per step.
+# Numbers of model calls to try. Each of these samplers calls the model once per step.
 CALLS: Mapping[str, tuple[int, ...]] = {
     "ancestral": (250, 100, 50, 25),
     "ddim": (100, 50, 25, 15, 10, 8, 6, 5, 4),
     "dpm": (100, 50, 25, 15, 10, 8, 6, 5, 4),
 }
-# Seed to samples (N, C, H, W).
+# Seed -> samples (N, C, H, W).
 Draw = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Squared Fréchet distance to the data by number of calls: one value for each noise."""
+    """Squared Fréchet distances to the data by number of calls, one value per noise."""
 
     reference: tuple[float, ...]
     ours: Mapping[str, Mapping[int, tuple[float, ...]]]
 
     @property
     def level(self) -> float:
-        """What counts as equal to the reference: its mean and one standard deviation between noises."""
+        """Up to this distance is as good as the reference: its mean plus a standard deviation over noises."""
         return statistics.mean(self.reference) + statistics.stdev(self.reference)
 
     def fewest(self, kind: str) -> int | None:
-        """Fewest calls of a sampler whose mean distance is at the level or below; None of no number tried."""
+        """Fewest calls for which a sampler's mean distance is at most the level; None if none gets there."""
         tried = self.ours[kind].items()
         return min((calls for calls, values in tried if statistics.mean(values) <= self.level), default=None)
 
 
 def measure(hosts: Path, *, num_steps: int, num_samples: int, num_noises: int) -> Distances:
-    """Trains for `num_steps`, then samples N images from each of at least two noises in every way."""
+    """Trains for `num_steps`, then samples N images from each noise in every way; at least two noises."""
     data = load_image_set("digits", 8)
     stack = StackedTraining([Member("speedit")], data, "linear", Shape())
     while stack.step < num_steps:
@@ -79,7 +79,7 @@ def _reference(checkout: Path, model: nn.Module, quality: SampleQuality) -> Draw
 
     def draw(seed: int) -> Tensor:
         noise, _ = quality.noise(seed)
-        # Its own later noise comes from the global generator.
+        # The reference draws its later noise from the global generator.
         torch.manual_seed(seed)
         return diffusion.p_sample_loop(
             model,

@@ -1,8 +1,8 @@
 """Two ranks that train together against two independent processes, interleaved in one run.
 
-Each of two one-thread processes holds one trainer per plugin, shared by both ranks, and one of its own with
-half the batch. Rounds time a step of each in turn, in alternating order, both processes at once; efficiency
-is the samples per second of the shared trainer over the sum of those of the two independent ones. The
+Each of two one-thread processes holds one trainer per plugin, shared by both ranks, and a trainer of its own
+with half the batch. Rounds time a step of each in turn, in alternating order, in both processes at once.
+Efficiency is the samples per second of the shared trainer over the sum of the two independent ones. The
 optimizer's bytes are counted on the tensors that each rank holds.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 benchmarks/scaling.py
@@ -31,7 +31,7 @@ LONE = "independent"
 
 
 class RandomImages:
-    """Normal pixels (3, edge, edge) of random classes: data that cost nothing."""
+    """Normally distributed pixels (3, edge, edge) of random classes: they cost no time to load."""
 
     num_classes = 1000
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step per trainer and round, of the slower process; one round warms up."""
+    """Seconds of a step by trainer and round, in the slower process. The first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for trainer in trainers.values():
         trainer.engine.model.train()
@@ -94,7 +94,7 @@ def _rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> 
             trainers[name].optimizer_step()
             own = time.perf_counter() - start
             times = [float(value) for value in runtime.gather_objects(own)]
-            # Independent processes do not wait for each other: their rates add up.
+            # Independent processes do not wait for each other, so their rates add up.
             taken = 2 / sum(1 / value for value in times) if name == LONE else max(times)
             if number:
                 seconds[name].append(taken)
@@ -112,7 +112,7 @@ def _report(
         return
     rows = {}
     for name in trainers:
-        # Both sides train 2 x batch samples in that time.
+        # Both sides train 2 x batch samples in a round.
         ratios = [lone / shared for lone, shared in zip(seconds[LONE], seconds[name], strict=True)]
         efficiency = Spread.of(ratios)
         rows[name] = {
@@ -145,7 +145,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--batch", type=int, default=8, help="samples per process")
-    parser.add_argument("--edge", type=int, default=32, help="of the images, in pixels")
+    parser.add_argument("--edge", type=int, default=32, help="edge of the images in pixels")
     parser.add_argument("--plugins", nargs="+", default=["ddp", "zero1", "zero2"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -1,9 +1,9 @@
-"""Kills a two-process training again and again, and compares what it ends with to an uninterrupted one.
+"""Kills a two-process training again and again, and compares its end with an uninterrupted run's.
 
-Each round launches the run under torchrun, picks a moment (during the start, between steps, or while a
-checkpoint is being written) and one of the ranks, and sends it SIGKILL. The next round goes on from the
-newest whole checkpoint. After the last kill the run finishes; its last checkpoint is compared with that of a
-run that was left alone, tensor by tensor, bit for bit.
+Each round launches the run under torchrun. It picks a moment (during the start, between steps, or while a
+checkpoint is being written) and a rank, and sends the rank SIGKILL. The next round resumes from the newest
+whole checkpoint. After the last kill the run finishes. Its last checkpoint is then compared bit for bit, for
+every tensor, with the checkpoint of a run that nobody disturbed.
 
     python benchmarks/soak.py [--kills 40] [--plugin zero2] [--precision fp32] [--json OUT] [key=value ...]
 """
@@ -32,7 +32,7 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.logging.tracking import read_metrics
 
 CONFIG = "configs/image/digits/speedit.yaml"
-# Steps of some 30 ms, a checkpoint about every second.
+# A step takes some 30 ms, and a checkpoint is written about every second.
 OPTIONS = (
     "model.hidden_size=64",
     "model.depth=2",
@@ -43,8 +43,8 @@ OPTIONS = (
     "enable_tensorboard_log=false",
 )
 MOMENTS = ("start", "step", "save")
-PATIENCE_SECONDS = 240
-START_SECONDS = 12.0  # of imports and building, on two cores
+HANG_SECONDS = 3600  # for a launch that hangs: one takes half a minute, a busy machine ten times that
+START_SECONDS = 12.0  # imports and building, on two cores
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Kill:
     """One launch that was killed.
 
     Args:
-        moment: what the kill was aimed at.
-        rank: which rank was killed.
-        newest_step: newest checkpoint on the disk at the launch, 0 for none; verified to be whole.
-        resumed_step: where the launch said it goes on; None if it was killed before it said so.
-        is_unfinished: whether a checkpoint was left half written.
+        moment: the moment the kill aimed at.
+        rank: the rank that was killed.
+        newest_step: newest checkpoint on disk at the launch, 0 for none; it is checked to be whole.
+        resumed_step: the step at which the launch said it resumes; None if it was killed before.
+        is_unfinished: whether the kill left a half-written checkpoint.
     """
 
     moment: str
@@ -67,12 +67,12 @@ class Kill:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the launch went on from another checkpoint than the newest."""
+        """Whether the launch resumed from another checkpoint than the newest."""
         return self.resumed_step not in (None, self.newest_step)
 
 
 def main() -> None:
-    """Prints a line per kill and the verdict; exit code 1 where the runs differ or a checkpoint was lost."""
+    """Prints a line per kill and the verdict; exit code 1 if the runs differ or a checkpoint was lost."""
     arguments = _arguments()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     options = [
@@ -100,12 +100,12 @@ def main() -> None:
 
 
 def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> list[Kill]:
-    """Trains to the end with `num_kills` kills on the way."""
+    """Trains to the end, with `num_kills` kills on the way."""
     chance = random.Random(seed)
     kills = []
     for number in range(num_kills):
         newest = _newest_step(folder)
-        # What an earlier kill left must not be taken for a save of this launch.
+        # Half-written files of an earlier kill must not count as a save of this launch.
         for leftover in (folder / "checkpoints").glob("*.tmp"):
             shutil.rmtree(leftover)
         job = _launch(folder, options)
@@ -115,7 +115,7 @@ def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> l
         if job.poll() is not None:
             raise SystemExit(f"the run ended by itself, before kill {number}:\n{job.communicate()[0]}")
         processes[rank].send_signal(signal.SIGKILL)
-        output = job.communicate(timeout=PATIENCE_SECONDS)[0]
+        output = job.communicate(timeout=HANG_SECONDS)[0]
         said = re.search(r"going on from .*step_(\d+)", output)
         is_unfinished = any((folder / "checkpoints").glob("*.tmp"))
         kills.append(Kill(moment, rank, newest, int(said[1]) if said else None, is_unfinished))
@@ -128,13 +128,13 @@ def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> l
 
 
 def _wait_for(moment: str, job: subprocess.Popen[str], folder: Path, chance: random.Random) -> None:
-    """Returns at a random time in that part of the launch."""
+    """Waits until a random time within that part of the launch."""
     begun = _last_logged(folder)
     _until(lambda: len(_ranks(job)) == 2, job)
     if moment == "start":
         time.sleep(chance.uniform(0, START_SECONDS))
         return
-    # The metrics are cut back to the checkpoint when training begins.
+    # When training begins it cuts the metrics back to the checkpoint.
     _until(lambda: _last_logged(folder) not in (None, begun), job)
     if moment == "step":
         time.sleep(chance.uniform(0, 2.0))
@@ -144,15 +144,15 @@ def _wait_for(moment: str, job: subprocess.Popen[str], folder: Path, chance: ran
 
 
 def _until(condition: Callable[[], bool], job: subprocess.Popen[str], *, pause_seconds: float = 0.02) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition() and job.poll() is None:
         if time.monotonic() > deadline:
-            raise SystemExit(f"nothing happened for {PATIENCE_SECONDS} s")
+            raise SystemExit(f"nothing happened for {HANG_SECONDS} s")
         time.sleep(pause_seconds)
 
 
 def _ranks(job: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """The job's training processes by rank."""
+    """The job's training processes, by rank."""
     found = {}
     try:
         for process in psutil.Process(job.pid).children():
@@ -170,7 +170,7 @@ def _last_logged(folder: Path) -> int | None:
 
 
 def _newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint; everything that is published must be whole."""
+    """Step of the newest checkpoint, 0 for none. Every published checkpoint must be whole."""
     found = checkpoint.newest_first(folder / "checkpoints")
     for path in found:
         if reason := checkpoint.damage(path):
@@ -179,7 +179,7 @@ def _newest_step(folder: Path) -> int:
 
 
 def _differences(*folders: Path) -> list[str]:
-    """Names of what differs between the last checkpoints of two runs."""
+    """Names of the tensors that differ between the last checkpoints of two runs."""
     found = [checkpoint.newest(folder / "checkpoints") for folder in folders]
     whole, killed = (checkpoint.load(path) for path in found if path is not None)
     names = ("model", "ema", "moments")
@@ -228,7 +228,7 @@ def _launch(folder: Path, options: list[str]) -> subprocess.Popen[str]:
 
 
 def _finish(job: subprocess.Popen[str]) -> str:
-    output = job.communicate(timeout=1800)[0]
+    output = job.communicate(timeout=HANG_SECONDS)[0]
     if job.returncode != 0:
         raise SystemExit(f"the run failed:\n{output}")
     return output

@@ -1,7 +1,7 @@
-"""Many DiTs of one shape as one model: a layer's weights of all members in one tensor, one product a layer.
+"""Many DiTs of one shape as one model: each layer has all members' weights in one tensor, and one product.
 
-What lies between the layers is the DiT's own code, on the members' batches one after the other. Attention and
-norms have no weights and see no members.
+Between the layers the DiT's own code runs on the members' batches, one after the other along the batch.
+Attention and norms have no weights, so members make no difference to them.
 
 Dims: `M` members, `B` rows of a member's batch, `N` tokens, `C` channels, `P` patch edge, `K` rows of a
 table, `I` and `O` features of a layer.
@@ -18,12 +18,12 @@ from speedit_plugins.trainer.models.dit import DiT, PatchEmbedder, patches_of
 
 
 def stacked(models: Sequence[DiT]) -> DiT:
-    """One model of inputs (M B, ...), member after member, whose every trained parameter is (M, ...).
+    """One model for inputs (M B, ...), member after member. Each of its trained parameters is (M, ...).
 
-    Each parameter keeps its name; positions, which are not trained, stay as they are in one model.
+    Each parameter keeps its name. Positions are not trained and stay as they are in a single model.
 
     Args:
-        models: of the same options, without label dropout, which would be drawn for all members together.
+        models: built with the same options, without label dropout, as one draw would be for all members.
     """
     embedder = models[0].y_embedder
     if embedder is not None and embedder.dropout_prob > 0:
@@ -34,12 +34,12 @@ def stacked(models: Sequence[DiT]) -> DiT:
 
 
 def member_weights(parameters: dict[str, Tensor], member: int) -> dict[str, Tensor]:
-    """What one member's DiT loads: views of its rows of the trained parameters (M, ...)."""
+    """The weights that one member's DiT loads: views of its rows of the trained parameters (M, ...)."""
     return {name: stack[member] for name, stack in parameters.items()}
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of each member: (M B, ..., I) -> (M B, ..., O)."""
+    """One linear layer per member: (M B, ..., I) -> (M B, ..., O)."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedPatches(nn.Module):
-    """A patch embedding of each member: (M B, C, H, W) -> (M B, N, O)."""
+    """One patch embedding per member: (M B, C, H, W) -> (M B, N, O)."""
 
     def __init__(self, embedders: Sequence[PatchEmbedder]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class StackedPatches(nn.Module):
 
 
 class StackedEmbedding(nn.Module):
-    """A table of K rows of each member: int64 (M B,) in [0, K) -> (M B, O)."""
+    """One table of K rows per member: int64 (M B,) in [0, K) -> (M B, O)."""
 
     def __init__(self, tables: Sequence[nn.Embedding]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class StackedEmbedding(nn.Module):
 
 
 def _replace_layers(whole: nn.Module, parts: Sequence[nn.Module]) -> None:
-    """Replaces, at any depth of `whole`, each layer with weights by that of the same place in all `parts`."""
+    """Replaces each layer of `whole` that has weights, at any depth, by the layers of all `parts` as one."""
     for name, child in list(whole.named_children()):
         children = [getattr(part, name) for part in parts]
         for kind, replacement in _STACKED.items():

@@ -1,7 +1,7 @@
-"""Trains the members of one stack side by side: same model and data, one timestep policy and seed each.
+"""Trains the members of one stack side by side: same model and data, each with its own policy and seed.
 
-Members of one seed share initialisation, data order and noise, whatever their policy or stack, and the
-uniform numbers that their timesteps are drawn from: they are paired.
+Members of one seed are paired, whatever their policy or stack: they share initialisation, data order, noise,
+and the uniform numbers from which their timesteps are drawn.
 
 Dims: `M` members, `B` batch of a member, `T` timesteps, `C` channels.
 """
@@ -22,15 +22,15 @@ from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.registry import PROCESSES, build
 from speedit_plugins.trainer.data.loader import stream_seed
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
-from speedit_plugins.trainer.diffusion.process import GaussianProcess, LossTerms
+from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess, LossTerms
 from speedit_plugins.trainer.models.dit import DiT
 
 Process = GaussianProcess | RectifiedFlow
 
-# Names of the streams of a seed; sampling has another.
+# Random streams of a seed; sampling uses another.
 _WEIGHTS, _BATCHES, _TIMESTEPS = range(3)
 _EMA_DECAY = 0.99
-# Samples of the data, spread over it, that a policy is centred by; up to twice as many.
+# Samples, spread over the data, that measure its centre; up to twice as many are taken.
 _MEASURED = 1000
 
 
@@ -39,11 +39,11 @@ class Member:
     """One training.
 
     Args:
-        policy: what `build_policy` takes, or a policy, of which each member trains with a copy.
-        seed: of initialisation, data order, noise and samples, >= 0.
+        policy: what `build_policy` takes, or a policy; the member trains with a copy of it.
+        seed: decides initialisation, data order, noise and samples; >= 0.
         lr: learning rate of AdamW.
         prediction_type: epsilon, x0 or v; flow on a rectified flow.
-        label: row of the table; '' makes one of the policy's name and what is unlike the defaults.
+        label: the member's row of the table; '' takes the policy's name and the options that are not default.
     """
 
     policy: str | Mapping[str, Any] | TimestepPolicy
@@ -54,7 +54,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """The label, or one made up."""
+        """The label, or the name made up for ''."""
         if self.label:
             return self.label
         if isinstance(self.policy, TimestepPolicy):
@@ -68,7 +68,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one member's model and batch look like."""
+    """The shape of one member's model and batch."""
 
     width: int = 48
     depth: int = 2
@@ -79,7 +79,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What goes with a schedule unless something else is asked for."""
+    """The defaults that go with a schedule."""
 
     prediction_type: str = "epsilon"
     sampler: str = "ddim-25"
@@ -97,8 +97,8 @@ def build_process(schedule: str, prediction_type: str) -> Process:
     """The process of a member, T = 1000, without learned variance.
 
     Args:
-        schedule: of `SETTINGS`.
-        prediction_type: of the model; flow on a rectified flow, and nowhere else.
+        schedule: a key of `SETTINGS`.
+        prediction_type: what the model predicts; flow on a rectified flow, and nowhere else.
     """
     is_flow = SETTINGS[schedule].prediction_type == "flow"
     if is_flow != (prediction_type == "flow"):
@@ -112,7 +112,7 @@ def build_process(schedule: str, prediction_type: str) -> Process:
 
 
 def build_model(data: ImageSet, shape: Shape) -> DiT:
-    """A member's model, drawn from torch's global generator."""
+    """A member's model; torch's global generator draws its weights."""
     return DiT(
         data.images.shape[-1],
         shape.patch_size,
@@ -127,7 +127,7 @@ def build_model(data: ImageSet, shape: Shape) -> DiT:
 
 
 def first_model(data: ImageSet, shape: Shape, seed: int) -> DiT:
-    """The model that every member of the seed starts from; seeds torch's global generator."""
+    """The model that every member of the seed starts from. Seeds torch's global generator."""
     torch.manual_seed(stream_seed(seed, _WEIGHTS))
     return build_model(data, shape)
 
@@ -135,13 +135,13 @@ def first_model(data: ImageSet, shape: Shape, seed: int) -> DiT:
 class StackedTraining:
     """Members of one learning rate and prediction type, trained by AdamW, with their averaged weights.
 
-    The average keeps min(0.99, (1 + n) / (10 + n)) of itself after n steps, a ramp like the trainer's.
+    After n steps the average keeps min(0.99, (1 + n) / (10 + n)) of itself, a ramp like the trainer's.
 
     Args:
         members: at least one.
-        data: what they train on.
+        data: the images they train on.
         schedule: see `build_process`.
-        shape: of each member.
+        shape: shape of each member.
     """
 
     def __init__(self, members: Sequence[Member], data: ImageSet, schedule: str, shape: Shape) -> None:
@@ -155,20 +155,20 @@ class StackedTraining:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
-        # Elementwise: each member's update is that of its own optimizer.
+        # AdamW works on each element alone, so each member is updated as by an optimizer of its own.
         self._optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=members[0].lr, weight_decay=0, fused=True
         )
 
     def train_step(self) -> Tensor:
-        """One step of every member; the mean weighted loss of each, (M,)."""
+        """Makes one step of every member; returns the mean weighted loss of each, (M,)."""
         draws = self.draw_timesteps()
         x_0, noise, labels = self._batches()
         draw = TimestepDraw(
             torch.cat([draw.index for draw in draws]),
             torch.cat([draw.time for draw in draws]),
             torch.cat([draw.weight for draw in draws]),
-        )  # without a learned variance both scopes are one
+        )  # without a learned variance both scopes are the same
         noised = self.process.corrupt(x_0, draw, noise=noise)
         terms = self.process.loss(self.model(noised.x_t, noised.timestep, labels), noised, draw)
         loss = terms.loss.view(len(self.members), -1).mean(dim=1)  # (M,)
@@ -181,7 +181,7 @@ class StackedTraining:
         return loss.detach()
 
     def draw_timesteps(self) -> list[TimestepDraw]:
-        """What each member's policy draws for this step, (B,) each."""
+        """The draw of each member's policy for this step, (B,) each."""
         draws = []
         for member, policy in zip(self.members, self.policies, strict=True):
             policy.advance(self.step)
@@ -190,17 +190,17 @@ class StackedTraining:
         return draws
 
     def learn(self, draws: Sequence[TimestepDraw], terms: LossTerms) -> None:
-        """Tells each member's policy its unweighted losses."""
+        """Gives each member's policy the member's unweighted losses."""
         losses = (terms.mse + terms.vb).detach().view(len(self.members), -1)
         for policy, draw, loss in zip(self.policies, draws, losses, strict=True):
             policy.update(draw.index, loss)
 
     def averaged_weights(self, member: int) -> dict[str, Tensor]:
-        """What the member's own DiT loads for sampling (views; positions are not in it)."""
+        """The weights that the member's DiT loads for sampling: views, without the positions."""
         return member_weights(self.averages, member)
 
     def _batches(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x_0 and noise (M B, C, H, W) and labels (M B,), drawn once a seed; None without classes."""
+        """x_0 and noise (M B, C, H, W) and labels (M B,), drawn once per seed; no classes: labels None."""
         seeds = {member.seed for member in self.members}
         drawn = {s: draw_batch(self.data, self.shape.batch_size, seed=s, step=self.step) for s in seeds}
         rows = torch.cat([drawn[member.seed][0] for member in self.members])
@@ -214,7 +214,7 @@ class StackedTraining:
 
 
 def draw_batch(data: ImageSet, batch_size: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Rows of the data (B,) that all members of the seed train on in this step, and noise (B, C, H, W)."""
+    """The data's rows (B,) on which all members of the seed train in this step, and noise (B, C, H, W)."""
     generator = torch.Generator().manual_seed(stream_seed(seed, _BATCHES, step))
     rows = torch.randint(len(data.images), (batch_size,), generator=generator)
     shape = (batch_size, *data.images.shape[1:])
@@ -222,12 +222,12 @@ def draw_batch(data: ImageSet, batch_size: int, *, seed: int, step: int) -> tupl
 
 
 def timestep_generator(seed: int, step: int) -> torch.Generator:
-    """What the policy of every member of the seed draws from in this step."""
+    """The generator from which the policies of all members of the seed draw in this step."""
     return torch.Generator().manual_seed(stream_seed(seed, _TIMESTEPS, step))
 
 
 def build_member_policy(member: Member, process: Process, data: ImageSet) -> TimestepPolicy:
-    """The policy that the member trains with, its own object; a ValueError for one of another schedule."""
+    """The policy object that this member alone trains with; ValueError if it has another schedule."""
     if isinstance(member.policy, TimestepPolicy):
         if not torch.equal(member.policy.schedule.snr, process.schedule.snr):
             given, wanted = member.policy.schedule, process.schedule

@@ -1,13 +1,13 @@
-"""Speed against peers, one run: training steps, the draw of timesteps, sampling, cached latents.
+"""Speed against peers in one run: training steps, the draw of timesteps, sampling, cached latents.
 
 steps     whole training steps of ours and of facebookresearch/DiT, fast-DiT and the SpeeD reference at three
-          image shapes, and of Latte at a small one of its own, in turn, with the time split
+          image shapes, and of Latte at a small shape of its own, in turn; the time is split into phases
 draw      a batch's timesteps and weights, against the samplers of SpeeD and guided-diffusion
-sampling  model calls for the distance of the SpeeD reference's 250 ancestral steps, on digits
+sampling  model calls to reach the distance of the SpeeD reference's 250 ancestral steps, on digits
 latents   a batch from the latent cache, against decoding and encoding its images
 
-Ratios are the peer's seconds over ours within a round: above 1, ours is faster. DIR holds checkouts named
-owner+name; a peer without one is named and left out.
+A ratio is the peer's seconds over ours within a round: above 1, ours is faster. DIR holds checkouts named
+owner+name. A peer without a checkout is left out, and the output names it.
 
     python benchmarks/throughput.py --hosts DIR [--rounds 5] [--threads 2] [--clock wall]
         [--compile] [--only steps draw sampling latents] [--json OUT]
@@ -33,22 +33,22 @@ from sampling_calls import Distances
 from spread import Spread
 from training_steps import OURS, Case, Comparison, compare
 
-# Processor time is not stretched by other programs, but counts threads that wait: for one thread.
+# Other programs do not stretch processor time. But it counts waiting threads too, so use it with one thread.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-# Each with the least ratio to every peer that it is meant to have.
+# Each case with its floor: the least ratio to every peer that it should have.
 IMAGE_CASES = ((Case("DiT-S/2", 8, 32), 1.0), (Case("DiT-B/4", 8, 32), 1.0), (Case("DiT-S/8", 32, 32), 1.1))
-# A video model has no image's shape: 8 frames of 64 tokens.
+# Videos of 8 frames with 64 tokens each.
 VIDEO_CASE = Case("Latte-S/2", 2, 16, num_frames=8)
 BATCH_SIZES = (8, 32)
-# The share of a step that its draw may take.
+# Share of a step that its draw may take.
 DRAW_LIMIT = 0.01
 
 
 @dataclass(frozen=True)
 class Options:
-    """The folder of the checkouts; rounds >= 1 of each timing that is long; the clock of the steps.
+    """The folder of the checkouts, the rounds (>= 1) of each long timing, and the clock of the steps.
 
-    With `with_compiled` our trainer takes part a second time, with `compile: true`; peers never compile.
+    `with_compiled` adds our trainer a second time, with `compile: true`. Peers never compile.
     """
 
     hosts: Path
@@ -63,14 +63,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured: a text to read, and plain values for JSON."""
+    """A measured part: a text to read, and plain values for JSON."""
 
     text: str
     values: Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints each part when it is done and, where asked, writes all values as JSON."""
+    """Prints each part when it is done. With --json it also writes all values."""
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
     options = Options(arguments.hosts, arguments.rounds, arguments.clock, with_compiled=arguments.compile)
@@ -88,12 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             values[name] = part.values
             print(f"\n{part.text}", flush=True)
             if arguments.json is not None:
-                # What is measured stays, whatever comes of the parts behind it.
+                # Written after each part, so that results stay if a later part fails.
                 arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
-    """The three image shapes and the video shape, each with the hosts that are there."""
+    """The three image shapes and the video shape, each against the hosts whose checkout is there."""
     texts, values = [], {}
     for case, floor in (*IMAGE_CASES, (VIDEO_CASE, None)):
         known = VIDEO_HOSTS if case.num_frames else IMAGE_HOSTS
@@ -109,7 +109,7 @@ def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
 
 
 def steps_table(found: Comparison, floor: float | None) -> str:
-    """A row per side: seconds, samples per second, ratios and their quartiles, split in milliseconds."""
+    """A row per side: seconds, samples per second, ratios with quartiles, and the split in milliseconds."""
     heads = ["", "step", "samples/s", *(f"over {name}" for name in found.ours), *found.sides[OURS].split()]
     lines = [f"{found.case}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, steps in found.sides.items():
@@ -131,7 +131,7 @@ def steps_table(found: Comparison, floor: float | None) -> str:
 
 
 def steps_values(found: Comparison) -> dict[str, Any]:
-    """Seconds of all rounds, medians of the split, and ratios, by side."""
+    """By side: the seconds of all rounds, the medians of the split, and the ratios."""
     return {
         "case": asdict(found.case),
         "sides": {
@@ -146,7 +146,7 @@ def steps_values(found: Comparison) -> dict[str, Any]:
 
 
 def measure_draw(options: Options, done: Mapping[str, Any]) -> Part:
-    """Each sampler's draw, and the share of our draw in our steps where these were measured before."""
+    """Each sampler's draw; also our draw's share of our steps, if the steps were measured before."""
     found = draw_cost.measure(options.hosts, BATCH_SIZES, options.repetitions)
     text, shares = draw_table(found), draw_shares(done.get("steps", {}))
     if shares:
@@ -161,7 +161,7 @@ def measure_draw(options: Options, done: Mapping[str, Any]) -> Part:
 
 
 def draw_table(found: Mapping[int, Mapping[str, Spread]]) -> str:
-    """A row per sampler, microseconds per batch size, with the ratio to our `speed`."""
+    """A row per sampler: microseconds by batch size, and the ratio to our `speed`."""
     heads = [f"batch {batch} | ratio to ours: speed" for batch in found]
     lines = [f"| sampler | {' | '.join(heads)} |", "|---" * (1 + 2 * len(found)) + "|"]
     for name in next(iter(found.values())):
@@ -174,13 +174,13 @@ def draw_table(found: Mapping[int, Mapping[str, Spread]]) -> str:
 
 
 def draw_shares(steps: Mapping[str, Any]) -> dict[str, float]:
-    """Median draw over median step of ours, by model; the draw as it is within the step."""
+    """Our median draw over our median step, by model. The draw is timed within the step."""
     sides = {name: values["sides"][OURS] for name, values in steps.items()}
     return {name: side["split"]["draw"] / Spread.of(side["seconds"]).median for name, side in sides.items()}
 
 
 def measure_sampling(options: Options, done: Mapping[str, Any]) -> Part:
-    """Needs the SpeeD reference, whose sampler is what ours are compared with."""
+    """Compares our samplers with the SpeeD reference's, so it needs the reference's checkout."""
     if not (options.hosts / SPEED).is_dir():
         return Part(f"sampling: left out, no checkout {SPEED}", {})
     found = sampling_calls.measure(
@@ -194,7 +194,7 @@ def measure_sampling(options: Options, done: Mapping[str, Any]) -> Part:
 
 
 def sampling_table(found: Distances) -> str:
-    """Distances by sampler and calls, and the fewest calls at the reference's level."""
+    """Distances by sampler and calls, and the fewest calls that reach the reference's level."""
     lines = ["| sampler | calls | distance | standard deviation |", "|---|---|---|---|"]
     rows = [("SpeeD reference, ancestral", sampling_calls.REFERENCE_CALLS, found.reference)]
     for kind, tried in found.ours.items():
@@ -215,7 +215,7 @@ def measure_latents(options: Options, done: Mapping[str, Any]) -> Part:
     """Batches of 8 images of 64 pixels."""
     found = latent_reading.measure(image_size=64, batch=8, rounds=options.rounds)
     images, cache = Spread.of(found.timings.host), Spread.of(found.timings.ours)
-    # Of the timings' two sides the cache is ours; their own ratio is its inverse.
+    # In these timings the cache is the side `ours`. `Timings` has its ratio the other way round.
     ratio = Spread.of([a / b for a, b in zip(found.timings.host, found.timings.ours, strict=True)])
     text = (
         f"A batch of {found.batch} images of {found.image_size} pixels: decoded and encoded "
@@ -234,7 +234,7 @@ PARTS: dict[str, Callable[[Options, Mapping[str, Any]], Part]] = {
 
 
 def _missing(hosts: Path) -> dict[str, str]:
-    """Checkouts that the folder has not, by the peer's name."""
+    """Peers whose checkout is not in the folder: their names and checkouts."""
     peers = {host.name: host.checkout for host in (*IMAGE_HOSTS, *VIDEO_HOSTS)}
     peers["guided-diffusion"] = GUIDED
     return {name: checkout for name, checkout in peers.items() if not (hosts / checkout).is_dir()}
@@ -245,14 +245,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", type=Path, required=True, help="folder of checkouts named owner+name")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--rounds", type=int, default=5, help="number of timed steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="of steps; cpu: one thread")
-    parser.add_argument("--compile", action="store_true", help="of steps: ours also with `compile: true`")
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="clock of the steps; cpu needs one thread"
+    )
+    parser.add_argument("--compile", action="store_true", help="also time ours with `compile: true` (steps)")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
     parser.add_argument("--json", type=Path, help="also write all values here")
     arguments = parser.parse_args(argv)
-    # Said before the minutes of measuring, not after.
+    # Checked before the minutes of measuring, not after.
     if arguments.rounds < 1 or arguments.threads < 1:
         parser.error(
             f"wanted rounds and threads >= 1, got --rounds {arguments.rounds} --threads {arguments.threads}"

@@ -1,8 +1,8 @@
 """Whole training steps of our trainer and of hosts, in turn, on the same weights, batch and threads.
 
-Ours is `Trainer.optimizer_step`: loader, draw, noise, forward, loss, backward, gradient norm, AdamW, EMA, the
-window of losses. A host's is the loop of its training script around its own model, diffusion object and EMA.
-All share a process, and with it what our trainer asks of the C allocator (`engine/heap.py`).
+Our step is `Trainer.optimizer_step`: loader, draw, noise, forward, loss, backward, gradient norm, AdamW, EMA,
+the window of losses. A host's step is the loop of its training script around its own model, diffusion object
+and EMA. All run in one process, so our trainer's setting of the C allocator (`parallel/heap.py`) acts on all.
 
 Dims: B samples, C channels, F frames (absent for images), h, w cells of a latent.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from speedit_plugins.registry import DATASETS, ENCODERS
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.training.assembly import build_trainer
+from speedit_plugins.trainer.training.product_choice import choose_products
 from speedit_plugins.trainer.training.trainer import Trainer
 
 OURS = "ours"
@@ -38,7 +39,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a batch of latents (B, C, [F,] edge, edge); 0 frames are images."""
+    """A model and its batch of latents (B, C, [F,] edge, edge); 0 frames means images."""
 
     model: str
     batch: int
@@ -52,13 +53,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of each timed step of one side, and of its phases; one index is one round."""
+    """Seconds of each timed step of one side, and of its phases. The index is the round."""
 
     seconds: tuple[float, ...]
     phases: Mapping[str, tuple[float, ...]]
 
     def split(self) -> Split:
-        """Median seconds of each phase; rest is what lies between them."""
+        """Median seconds of each phase; `rest` is the time outside the phases."""
         split = {name: Spread.of(values).median for name, values in self.phases.items()}
         rest = [
             whole - sum(values[number] for values in self.phases.values())
@@ -69,23 +70,23 @@ class Steps:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case: the steps of each side by name, ours first."""
+    """One case: the steps of each side, by name; ours come first."""
 
     case: Case
     sides: Mapping[str, Steps]
 
     @property
     def ours(self) -> list[str]:
-        """The sides that are our trainer."""
+        """The sides that run our trainer."""
         return [name for name in (OURS, COMPILED) if name in self.sides]
 
     def ratio(self, name: str, over: str = OURS) -> Spread:
-        """A side's seconds over those of ours within each round: above 1, ours is faster."""
+        """A side's seconds / ours, within each round: above 1, ours is faster."""
         pairs = zip(self.sides[name].seconds, self.sides[over].seconds, strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
 
     def least_ratio(self, over: str) -> tuple[float, str]:
-        """The median ratio of the peer that comes closest to a side of ours, and its name."""
+        """The median ratio and the name of the peer that comes closest to a side of ours."""
         return min((self.ratio(name, over).median, name) for name in self.sides if name not in self.ours)
 
 
@@ -98,17 +99,15 @@ def compare(
     clock: Clock = time.perf_counter,
     with_compiled: bool = False,
 ) -> Comparison:
-    """Times each side once per round, in alternating order, after a round that is not counted.
+    """Times each side once per round, in alternating order. The first round is not counted.
 
     Args:
-        hosts: whose checkouts lie in `folder`.
+        hosts: hosts whose checkouts are in `folder`.
         rounds: >= 1.
-        clock: seconds.
-        with_compiled: our trainer a second time, with `compile: true`; it compiles in the first round.
+        clock: returns seconds.
+        with_compiled: adds our trainer a second time, with `compile: true`; it compiles in the first round.
     """
-    torch.manual_seed(0)
-    x = torch.randn(case.batch, CHANNELS, *[case.num_frames] * bool(case.num_frames), case.edge, case.edge)
-    y = None if case.num_frames else torch.randint(0, NUM_CLASSES, (case.batch,))
+    x, y = batch_of(case)
     ours = OurStep(case, x, y, clock)
     steps: dict[str, Callable[[], tuple[float, Split]]] = {OURS: ours}
     if with_compiled:
@@ -128,7 +127,7 @@ def compare(
 
 
 class Stopwatch:
-    """Seconds by `clock` in named phases since they were last taken; stands in for a `StepTimer`."""
+    """Seconds in named phases since the last `take`, measured by `clock`; replaces a `StepTimer`."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -136,22 +135,22 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's time to a phase."""
+        """Adds the time of the block to a phase."""
         start = self._clock()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def step_done(self, **_: int) -> None:
-        """Nothing: steps are counted by who takes them."""
+        """Does nothing: the caller counts the steps."""
 
     def take(self) -> Split:
-        """Those of PHASES, all of which were entered; everything starts anew."""
+        """The seconds of PHASES, each of which must have been entered. Counting restarts at zero."""
         taken, self._seconds = self._seconds, {}
         return {name: taken[name] for name in PHASES}
 
 
 class OurStep:
-    """One step of our trainer: its seconds, and its phases'; loading and encoding are rest."""
+    """One step of our trainer: its seconds and those of its phases; loading and encoding count as rest."""
 
     def __init__(
         self, case: Case, x: Tensor, y: Tensor | None, clock: Clock, *, is_compiled: bool = False
@@ -159,14 +158,14 @@ class OurStep:
         self.trainer = latent_trainer(case, x, y, is_compiled=is_compiled)
         self.trainer.engine.model.train()
         self._clock, self._watch = clock, Stopwatch(clock)
-        self.trainer.timer = self._watch  # type: ignore[assignment]  # of the same phases, by any clock
+        self.trainer.timer = self._watch  # type: ignore[assignment]  # it has the same phases, with any clock
         draw = self.trainer._draw_timesteps
 
         def timed() -> Any:
             with self._watch.phase("draw"):
                 return draw()
 
-        self.trainer._draw_timesteps = timed  # type: ignore[method-assign]  # of this object
+        self.trainer._draw_timesteps = timed  # type: ignore[method-assign]  # for this object only
 
     def __call__(self) -> tuple[float, Split]:
         start = self._clock()
@@ -175,7 +174,7 @@ class OurStep:
 
 
 class HostStep:
-    """One step as the host's script takes it, with the optimizer that the script makes."""
+    """One step as the host's script makes it, with the script's optimizer."""
 
     def __init__(self, parts: HostParts, x: Tensor, y: Tensor | None, clock: Clock) -> None:
         self._parts, self._x, self._y = parts, x, y
@@ -201,13 +200,23 @@ class HostStep:
             self._optimizer.step()
         with watch.phase("ema"):
             parts.update_ema(self._ema, self._model)
-        # For its running mean.
+        # The script reads the loss for its running mean.
         loss.item()
         return self._clock() - start, watch.take()
 
 
+def batch_of(case: Case) -> tuple[Tensor, Tensor | None]:
+    """Latents for the case, and labels if they are images."""
+    torch.manual_seed(0)
+    x = torch.randn(case.batch, CHANNELS, *[case.num_frames] * bool(case.num_frames), case.edge, case.edge)
+    return x, None if case.num_frames else torch.randint(0, NUM_CLASSES, (case.batch,))
+
+
 def latent_trainer(case: Case, x: Tensor, y: Tensor | None, *, is_compiled: bool = False) -> Trainer:
-    """Our trainer of the case's model on one batch of latents in memory, every parameter drawn at random."""
+    """Our trainer for the case's model, on one batch of latents in memory, with random parameters.
+
+    The products of its linear layers are chosen as in a training.
+    """
     content = {
         "experiment_dir": "unwritten",
         "num_classes": 0 if y is None else NUM_CLASSES,
@@ -227,10 +236,11 @@ def latent_trainer(case: Case, x: Tensor, y: Tensor | None, *, is_compiled: bool
         path = Path(folder) / "case.yaml"
         path.write_text(json.dumps(content))
         trainer = build_trainer(load_config(path, "train"))
-    # In place of the zeros of the start: no operation sees a special value.
+    # Some layers start at zero. Random weights keep special values out of every operation.
     for parameter in trainer.model.parameters():
         nn.init.normal_(parameter, std=0.02)
     trainer.ema.load(dict(trainer.model.named_parameters()), 0)
+    choose_products(trainer.model, trainer.config, trainer.runtime)
     return trainer
 
 
@@ -247,13 +257,13 @@ class OneBatch:
         return len(self.x)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """The latents as an image or a video, and the label where there are labels."""
+        """The latents as an image or a video, with the label if there are labels."""
         sample: dict[str, Any] = {"image" if self.x.ndim == 4 else "video": self.x[index]}
         return sample if self.y is None else {**sample, "label": int(self.y[index])}
 
 
 class GivenLatents(nn.Module):
-    """An encoder of what is latents already."""
+    """An encoder for data that are latents already."""
 
     channels = image_channels = CHANNELS
     downsample = 1
@@ -268,7 +278,7 @@ class GivenLatents(nn.Module):
     decode = encode
 
     def fingerprint(self) -> str:
-        """What tells encoders apart."""
+        """A name that tells encoders apart."""
         return "given latents"
 
 

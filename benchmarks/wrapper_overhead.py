@@ -1,7 +1,7 @@
-"""What a policy adds to a DiT-S/8 training step: whole steps in turn, and each wrapper's own cost alone.
+"""What a policy adds to a DiT-S/8 training step: whole steps in turn, and each wrapper's cost by itself.
 
-The true cost lies below the noise of whole steps. So each seam is also timed with a model that costs nothing,
-as the difference between two adjacent calls, and that difference is set against the measured step.
+The true cost is smaller than the noise of whole steps. So each seam is also timed with a model that costs
+nothing. The difference between two adjacent calls is then divided by the time of the measured step.
 
     python benchmarks/wrapper_overhead.py [--rounds 15] [--repetitions 2000] [--threads 2]
         [--checkout DIR/facebookresearch+DiT] [--report OUT.md]
@@ -37,20 +37,20 @@ from speedit_plugins.trainer.models import dit  # noqa: F401 - registers the mod
 
 MODEL = "DiT-S/8"
 CHANNELS = 4
-# The share of a step that a wrapper may add.
+# Share of a step that a wrapper may add.
 LIMIT = 0.01
 
 Step = Callable[[], None]
-# Takes a step from its loss to its end.
+# Finishes a step from its loss on.
 Finish = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured; the numbers are >= 1, the edge of the latents a multiple of 8.
+    """What to measure. All numbers are >= 1; the edge of the latents is a multiple of 8.
 
-    `rounds` are whole steps of each side, `repetitions` calls of each side of a seam. `checkout` is a folder
-    of facebookresearch/DiT; None takes this package's model and `SmallDiffusion`.
+    `rounds` counts whole steps of each side, `repetitions` counts calls of each side of a seam. `checkout` is
+    a checkout of facebookresearch/DiT; None takes this package's model and `SmallDiffusion`.
     """
 
     rounds: int
@@ -63,37 +63,37 @@ class Options:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each round, the host's own and with a policy; one index is one round."""
+    """Seconds of the host alone and with a policy. The index is the round."""
 
     host: tuple[float, ...]
     ours: tuple[float, ...]
 
     @property
     def ratios(self) -> Spread:
-        """With the policy / without, within each round."""
+        """Seconds with the policy / without it, within each round."""
         return Spread.of([ours / host for host, ours in zip(self.host, self.ours, strict=True)])
 
     @property
     def added_seconds(self) -> Spread:
-        """With the policy - without, within each round."""
+        """Seconds with the policy - without it, within each round."""
         return Spread.of([ours - host for host, ours in zip(self.host, self.ours, strict=True)])
 
 
 @dataclass(frozen=True)
 class Results:
-    """Whole steps, the host timed against itself, and the seams by name."""
+    """The timings of whole steps, of the host against itself, and of the seams by name."""
 
     steps: Timings
     control: Timings
     seams: Mapping[str, Timings]
 
     def share(self, timings: Timings) -> Spread:
-        """What a seam adds, in parts of the host's median step."""
+        """What a seam adds, as a share of the host's median step."""
         return timings.added_seconds.times(1 / Spread.of(self.steps.host).median)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints both tables and, where asked, writes them as a dated report."""
+    """Prints both tables. With --report it also writes them as a dated report."""
     options, path = _arguments(argv)
     torch.set_num_threads(options.threads)
     results = measure(options)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: Options) -> Results:
-    """Times whole steps, then a control and each seam with a model that costs nothing."""
+    """Times whole steps, then a control and each seam, these with a model that costs nothing."""
     torch.manual_seed(0)
     model, create, label_name = load(options)
     shape = (options.batch, CHANNELS, options.edge, options.edge)
@@ -127,7 +127,7 @@ def measure(options: Options) -> Results:
         finish, answers = to_prediction(narrow), costless(narrow)
         return lambda: finish(transport.training_losses(answers, x)["loss"].mean())
 
-    # With and without variance channels.
+    # The predictions with and without variance channels.
     wide = torch.randn(options.batch, 2 * CHANNELS, options.edge, options.edge, requires_grad=True)
     narrow = torch.randn(shape, requires_grad=True)
     steps = interleaved(whole(create()), whole(with_policy(create(), "speedit")), options.rounds)
@@ -146,13 +146,14 @@ def measure(options: Options) -> Results:
 def interleaved(
     host: Step, ours: Step, rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> Timings:
-    """Times both steps in each of at least one round, after a round that is not counted.
+    """Times both steps in each round. One more round comes first and is not counted.
 
-    That round also builds the policy's tables, which happens once per training. `clock` returns seconds.
+    The first round also builds the policy's tables; a training does that once. `rounds` is >= 1, and `clock`
+    returns seconds.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
-        # A step meets the caches that the one before left: each side comes first in every second round.
+        # A step finds the caches as the one before left them. So each side comes first in every second round.
         for side in (0, 1) if number % 2 == 0 else (1, 0):
             start = clock()
             (host, ours)[side]()
@@ -163,7 +164,7 @@ def interleaved(
 def diffusion_step(
     diffusion: Any, model: Any, x: Tensor, model_kwargs: Mapping[str, Tensor], finish: Finish
 ) -> Step:
-    """The step of DiT's training script, whose own draw of t stays in where a policy draws again."""
+    """The step of DiT's training script. Its own draw of t remains, also if a policy draws again."""
 
     def step() -> None:
         t = torch.randint(0, diffusion.num_timesteps, (len(x),))
@@ -173,7 +174,7 @@ def diffusion_step(
 
 
 def script_steps(prediction: Tensor, target: Tensor) -> tuple[Step, Step]:
-    """The two lines of a diffusers script that `ScriptPolicy` replaces: the host's own, and ours."""
+    """The two lines of a diffusers script that `ScriptPolicy` replaces, as the host has them and as ours."""
     scheduler, seam, finish = DDPMScheduler(), ScriptPolicy("speedit"), to_prediction(prediction)
 
     def host() -> None:
@@ -188,12 +189,12 @@ def script_steps(prediction: Tensor, target: Tensor) -> tuple[Step, Step]:
 
 
 def costless(prediction: Tensor) -> Callable[..., Tensor]:
-    """A model that answers with a prepared tensor."""
+    """A model that returns a prepared tensor."""
     return lambda *_, **__: prediction
 
 
 def to_prediction(prediction: Tensor) -> Finish:
-    """The backward pass down to a model's answer: a wrapper adds nodes to it as well."""
+    """The backward pass down to the model's output. It is timed too, because a wrapper adds nodes to it."""
 
     def finish(loss: Tensor) -> None:
         torch.autograd.grad(loss, prediction)
@@ -202,10 +203,10 @@ def to_prediction(prediction: Tensor) -> Finish:
 
 
 class SmallDiffusion:
-    """DiT's object in small: `training_losses` on the linear schedule, T = 1000, with a learned variance.
+    """A small version of DiT's object: `training_losses`, linear schedule, T = 1000, with learned variance.
 
-    `vb` is the part of the variational bound that the variance has, the Kullback-Leibler divergence of two
-    normals with one mean. Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15.
+    `vb` is the variance's part of the variational bound: the Kullback-Leibler divergence of two normal
+    distributions with the same mean. Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15.
     """
 
     model_mean_type = "epsilon"
@@ -214,7 +215,7 @@ class SmallDiffusion:
         self.alphas_cumprod = NoiseSchedule.linear().alphas_cumprod
         self.num_timesteps = len(self.alphas_cumprod)
         before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
-        # ln(beta / posterior variance), which at index 0 is that of index 1: the true one is infinite.
+        # ln(beta / posterior variance). At index 0 it is infinite, so the value of index 1 replaces it.
         gap = ((1 - self.alphas_cumprod) / (1 - before)).log()
         gap[0] = gap[1]
         self._log_gap = gap.float()
@@ -236,19 +237,19 @@ class SmallDiffusion:
 
 
 class ICPlan:
-    """The straight path from noise at t = 0 to data at t = 1, under the name by which SiT's is known."""
+    """The straight path from noise at t = 0 to data at t = 1, under the name that SiT gives it."""
 
     def compute_alpha_t(self, t: Tensor) -> tuple[Tensor, int]:
-        """Scale of the data, and its derivative."""
+        """The factor of the data, and its derivative."""
         return t, 1
 
     def compute_sigma_t(self, t: Tensor) -> tuple[Tensor, int]:
-        """Scale of the noise, and its derivative."""
+        """The factor of the noise, and its derivative."""
         return 1 - t, -1
 
 
 class SmallTransport:
-    """SiT's transport in small: draws t and noise in `sample`, and predicts the velocity."""
+    """A small version of SiT's transport: draws t and noise in `sample`, and predicts the velocity."""
 
     model_type = SimpleNamespace(name="VELOCITY")
 
@@ -269,7 +270,7 @@ class SmallTransport:
 
 
 def load(options: Options) -> tuple[nn.Module, Callable[[], Any], str]:
-    """A DiT-S/8, what makes a diffusion object for it, and the name by which the model takes labels.
+    """A DiT-S/8, a factory of diffusion objects for it, and the name of the model's argument for labels.
 
     Raises:
         ValueError: `checkout` is no checkout of facebookresearch/DiT.
@@ -285,14 +286,14 @@ def load(options: Options) -> tuple[nn.Module, Callable[[], Any], str]:
         model = load_original(checkout.parent).DiT_models[MODEL](input_size=options.edge)
         sys.path.insert(0, str(checkout))
         create, label = partial(importlib.import_module("diffusion").create_diffusion, ""), "y"
-    # Random weights in place of the zeros of the start: no operation sees a special value.
+    # Some layers start at zero. Random weights keep special values out of every operation.
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model.train(), create, label
 
 
 def tables(results: Results) -> str:
-    """Two tables in markdown: whole steps, and what each seam adds."""
+    """Two Markdown tables: whole steps, and what each seam adds."""
     host, ours, ratio = Spread.of(results.steps.host), Spread.of(results.steps.ours), results.steps.ratios
     lines = [
         f"| {MODEL} step, host alone | with speedit | ratio within a round | quartiles |",
@@ -326,7 +327,7 @@ def answer(results: Results) -> str:
 
 
 def report(results: Results, options: Options, day: date) -> str:
-    """The report in markdown, dated."""
+    """The report in Markdown, with its date."""
     command = " ".join(f"--{name} {value}" for name, value in vars(options).items() if name != "checkout")
     host = "this package's model, and a small diffusion object with DiT's signatures"
     if options.checkout is not None:
@@ -358,10 +359,12 @@ SiT's signatures; the script is `torch.randint` and `F.mse_loss` against `Script
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[Options, Path | None]:
-    """The options, and where the report goes."""
+    """The options, and the path of the report."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timed whole steps of each side")
-    parser.add_argument("--repetitions", type=int, default=2000, help="timed calls of each side of a seam")
+    parser.add_argument("--rounds", type=int, default=15, help="number of timed whole steps of each side")
+    parser.add_argument(
+        "--repetitions", type=int, default=2000, help="number of timed calls of each side of a seam"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step")
     parser.add_argument("--edge", type=int, default=32, help="edge of the latents")
@@ -369,7 +372,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Options, Path | None]:
     parser.add_argument("--report", type=Path, help="also write a dated report here")
     values = vars(parser.parse_args(argv))
     path: Path | None = values.pop("report")
-    # Said before the minutes of measuring, not after.
+    # Checked before the minutes of measuring, not after.
     if wrong := [f"--{name} {value}" for name, value in values.items() if name != "checkout" and value < 1]:
         parser.error(f"wanted numbers >= 1, got {', '.join(wrong)}")
     if path is not None and not path.parent.is_dir():

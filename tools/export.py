@@ -1,16 +1,20 @@
-"""Writes a trained model as a diffusers pipeline that `from_pretrained` loads.
+"""Exports a trained model as a diffusers pipeline for `from_pretrained`.
 
     python tools/export.py -c image/imagenet_256/dit_xl2.yaml --out pipeline
     python tools/export.py -c text_to_image/emoji.yaml --out exported --model-only
 
-A DiT of classes becomes a DiTPipeline, PixArt a PixArtAlphaPipeline, LatteT2V a LattePipeline, UNet a
-StableDiffusionPipeline, each with a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ...: the sampler
-`ddim_leading`, of Stable Diffusion `ddim_leading_1`, draws the same images from the same noise, where the
-model card notes no difference. A pipeline needs latents: of a model that is trained on pixels only the model
-and the scheduler can be written, with --model-only.
+    DiT with classes  ->  DiTPipeline
+    PixArt            ->  PixArtAlphaPipeline
+    LatteT2V          ->  LattePipeline
+    UNet              ->  StableDiffusionPipeline
 
-Weights are the averaged ones, as safetensors, of the newest checkpoint in experiment_dir or of ckpt_path. The
-model card README.md has the config, the data and the last metrics.
+Each pipeline has a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ... Our sampler `ddim_leading`, or
+`ddim_leading_1` for Stable Diffusion, gives the same images from the same noise, except for differences that
+the model card lists. A pipeline needs latents: for a model of pixels only the model and the scheduler can be
+written, with --model-only.
+
+The weights are the averaged ones of the newest checkpoint in experiment_dir, or of ckpt_path, as safetensors.
+The model card README.md has the config, the data and the last metrics.
 """
 
 import argparse
@@ -25,6 +29,7 @@ from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.exported import (
     Exported,
     Pipeline,
@@ -33,21 +38,20 @@ from speedit_plugins.trainer.models.exported import (
     save_pipeline,
     save_scheduler,
 )
-from speedit_plugins.trainer.models.pretrained import Autoencoder
 from speedit_plugins.trainer.models.text import TextEncoder
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 
 CLIPPED_NOTE = (
-    "Sampling clamps x_0 (sampler.clip_sample): its steps are those of scheduler.step(...,"
+    "Sampling clamps x_0 (sampler.clip_sample). For the same steps, call scheduler.step(...,"
     " use_clipped_model_output=True)."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        config = load_config(arguments.config, "sample", arguments.overrides)
+        config = load_config(arguments.config, "sample", arguments.overrides, imports=arguments.imports)
         folder = arguments.out or Path(config.experiment_dir) / "pipeline"
         said = export(config, folder, model_only=arguments.model_only)
     except (ValueError, OSError) as error:
@@ -58,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) -> str:
-    """Writes the folder, whole or not at all; what it holds, in a few lines.
+    """Writes the folder, complete or not at all, and returns a short description of its content.
 
     Raises:
-        ValueError: the folder exists; a model that no pipeline is for, or whose pipeline would draw something
-            else; a pipeline of a model without latents.
+        ValueError: the folder exists, no pipeline fits the model, the pipeline would give other samples, or
+            the model has no latents and `model_only` is False.
     """
     if folder.exists():
         raise ValueError(f"--out needs a folder that does not exist, got {folder}")
@@ -120,19 +124,19 @@ def _write(
 def _check(config: ExperimentConfig, model_only: bool) -> None:
     if config.diffusion.is_flow:
         raise ValueError(
-            "no pipeline of these models samples a RectifiedFlow; wanted diffusion.type SpeeDiffusion"
+            "no pipeline for these models samples a RectifiedFlow; wanted diffusion.type SpeeDiffusion"
         )
     if config.inpainting is not None:
-        raise ValueError("a model of inpainting is not exported; wanted inpainting: null")
+        raise ValueError("inpainting models cannot be exported; wanted inpainting: null")
     if config.encoder["type"] == "Pixels" and not model_only:
         raise ValueError(
-            "a pipeline decodes latents, got a model of pixels (encoder: Pixels); --model-only writes the"
+            "a pipeline needs latents, got a model of pixels (encoder: Pixels); use --model-only to write the"
             " model and the scheduler"
         )
     if config.sampler.clip_sample and not model_only:
         raise ValueError(
-            "a pipeline with sampler.clip_sample clamps x_0 and leaves the noise as predicted, which sampling"
-            " does not; wanted false, or --model-only"
+            "with sampler.clip_sample a pipeline clamps x_0 but keeps the predicted noise, unlike our"
+            " sampling; wanted clip_sample false, or --model-only"
         )
 
 
@@ -183,7 +187,7 @@ from diffusers import {pipeline.name}
 
 pipeline = {pipeline.name}.from_pretrained(FOLDER).to("{device}")
 # With this generator, num_inference_steps={config.sampler.num_steps} and guidance_scale={scale:g}
-# it draws what `speedit -p sample {changes}` draws.
+# the images equal those of `speedit -p sample {changes}`.
 generator = torch.Generator("{device}").manual_seed({seed})
 ```
 """
@@ -193,10 +197,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("-c", "--config", required=True, help="of the training")
+    parser.add_argument("-c", "--config", required=True, help="config of the training run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: pipeline/ in experiment_dir")
-    parser.add_argument("--model-only", action="store_true", help="the model and the scheduler, no pipeline")
+    parser.add_argument("--model-only", action="store_true", help="write only the model and the scheduler")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers what the config names; may be given several times",
+    )
     return parser
 
 

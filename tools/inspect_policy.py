@@ -1,4 +1,4 @@
-"""What a timestep policy does on a noise schedule, in numbers, words and a figure.
+"""Shows what a timestep policy does on a noise schedule, in numbers, words and a plot.
 
     python tools/inspect_policy.py --policy speedit speed uniform --schedule linear --timesteps 1000 \\
         --json out.json --plot out.png
@@ -26,6 +26,7 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.schedule import PREDICTION_TYPES
 from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.registry import import_modules
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
@@ -33,20 +34,21 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "rectified_flow": NoiseSchedule.rectified_flow,
 }
-# Label of the y-axis -> name of a line -> its value at each timestep.
+# Label of the y-axis -> name of a line -> the line's value at each timestep.
 Panels = Mapping[str, Mapping[str, Sequence[float | None]]]
 
 AREAS = ("acceleration", "deceleration", "convergence")
 AREA_COLORS = ("#e8eef7", "#f7f7f7", "#fbeee3")
-# Okabe and Ito's palette: told apart with any kind of colour vision.
+# Okabe and Ito's palette, distinguishable with any kind of colour vision.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit status, 2 for a wrong argument with one line on stderr."""
+    """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     try:
         args = _parser().parse_args(argv)
-        # A warning about a policy belongs to the report, not to a source line.
+        import_modules(args.imports, source="--import")
+        # Warnings about a policy are printed in the report, without a source line.
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
             schedule, policies = _build(args)
@@ -55,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in dict.fromkeys(str(note.message) for note in notes):
             print(_wrap(f"Note: {line}."))
         for name in (name for name, policy in policies.items() if _follows_training(policy)):
-            print(_wrap(f"Note: {name} follows the training and is shown as it starts."))
+            print(_wrap(f"Note: {name} changes during training; shown is its initial state."))
         if args.plot is not None:
             plot(args.plot, args.schedule, schedule, report)
-            print(f"figure: {args.plot}")
+            print(f"plot: {args.plot}")
         if args.json is not None:
             write_json(args.json, report)
             print(f"tables: {args.json}")
@@ -69,18 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(schedule: NoiseSchedule, policies: dict[str, TimestepPolicy]) -> dict[str, dict[str, Any]]:
-    """Tables and shares of each policy as plain values.
+    """Tables and area shares of each policy, as plain values for JSON.
 
     Returns:
         Per policy: density, weight and importance (density * weight, normalised), each a list of T numbers;
-        boundary_index, mean_weight, scope; and per area of the schedule its range [first, end), share of the
-        draws and share of the importance.
+        boundary_index, mean_weight and scope; and per area of the schedule its range [first, end), its share
+        of the draws and its share of the importance.
     """
     return {name: _describe_one(schedule, policy) for name, policy in policies.items()}
 
 
 def areas(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
-    """[first, end) index of the three areas; the last one is empty where no SNR is below 1/143."""
+    """[first, end) indices of the three areas; the last one is empty if no SNR is below 1/143."""
     convergence = schedule.convergence_index()
     acceleration = min(schedule.acceleration_index, convergence)
     edges = (0, acceleration, convergence, schedule.num_timesteps)
@@ -88,23 +90,23 @@ def areas(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
 
 
 def gain(schedule: NoiseSchedule) -> str:
-    """In words: what dropping samples of the convergence area can save at most, T / tau as k -> infinity."""
+    """Explains how much skipping samples of the convergence area can save: T / tau for k -> infinity."""
     T, tau = schedule.num_timesteps, schedule.convergence_index()
     if tau in (0, T):
         which = "Every" if tau == 0 else "No"
-        return f"{which} timestep has an SNR below 1/143: no area to thin, so nothing to gain by thinning."
+        return f"{which} timestep has an SNR below 1/143, so drawing such timesteps less often gains nothing."
     ceiling = T / tau
     verdict = "almost nothing" if ceiling < 1.05 else "little" if ceiling < 1.15 else "a real saving"
     at_default = 5 * T / (T + 4 * tau)
     return (
-        f"Gain from dropping convergence samples alone: {verdict}. At most {ceiling:.4g}x, T / tau ="
-        f" {T} / {tau}, if none of them were drawn (k -> infinity); {at_default:.4g}x at k = 5."
-        " Anything beyond comes from the weights and from where else the density moves its draws."
+        f"Gain from drawing fewer convergence samples: {verdict}. At most {ceiling:.4g}x, T / tau ="
+        f" {T} / {tau}, if none of them are drawn (k -> infinity); {at_default:.4g}x at k = 5."
+        " Larger gains must come from the weights or from a density that favours other timesteps."
     )
 
 
 def summary(name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> str:
-    """The report for a terminal: areas, one row per policy, and what there is to gain."""
+    """The report for a terminal: the areas, one row per policy, and the possible gain."""
     lines = [f"Schedule {name}, T = {schedule.num_timesteps}"]
     for area, (first, end) in areas(schedule).items():
         if first == end:
@@ -127,7 +129,7 @@ def summary(name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]
 
 
 def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> None:
-    """Writes the figure: density, weight and importance against the timestep; see `save_figure`."""
+    """Plots density, weight and importance against the timestep; see `save_figure`."""
     T = schedule.num_timesteps
     rows = (
         ("density", T, "density\n(uniform = 1)"),
@@ -143,13 +145,16 @@ def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[
 
 
 def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels) -> None:
-    """Writes panels one above the other against the timestep, the schedule's areas shaded.
+    """Writes a figure with one panel above the other, all against the timestep, with shaded schedule areas.
 
     Args:
-        panels: by the label of their y-axis lines by name, each a value per timestep, None for a gap.
+        path: the file; its suffix decides the format.
+        title: title of the figure.
+        schedule: decides the shaded areas.
+        panels: lines by name for each y-axis label; a line has one value per timestep, None for a gap.
 
     Raises:
-        ValueError: the file cannot be written, or its name ends in a format that matplotlib does not write.
+        ValueError: the file cannot be written, or matplotlib does not support its format.
     """
     import matplotlib as mpl
 
@@ -168,7 +173,7 @@ def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels)
     axes[-1].set_xlim(0, T)
     figure.suptitle(title, fontsize=14, fontweight="bold")
     handles, labels = axes[0].get_legend_handles_labels()
-    # About a hundred letters of this size are as wide as the figure, the keys of four columns among them.
+    # About a hundred letters of this size fit into the width of the figure, including the legend's keys.
     labels = [textwrap.fill(label, 88) for label in labels]
     longest = max(len(line) for label in labels for line in label.splitlines())
     columns = len(labels) if len(labels) <= 4 else min(4, math.ceil(len(labels) / 2))
@@ -183,7 +188,7 @@ def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes all of it, or leaves what stood there.
+    """Writes a JSON file atomically.
 
     Raises:
         ValueError: the file cannot be written.
@@ -205,12 +210,20 @@ _POLICY_HELP = "registered names, or mappings such as '{density: logit_normal, w
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="inspect_policy", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--policy", nargs="+", required=True, metavar="NAME", help=_POLICY_HELP)
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers policies or their parts; may be given several times",
+    )
     parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="linear")
     parser.add_argument("--timesteps", type=int, default=1000, metavar="T")
     parser.add_argument(
         "--prediction-type",
         choices=PREDICTION_TYPES,
-        help="what the model predicts; flow on rectified_flow and epsilon elsewhere if not given",
+        help="what the model predicts (default: flow for rectified_flow, else epsilon)",
     )
     parser.add_argument(
         "--set",
@@ -218,10 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="[POLICY.]KEY=VALUE",
-        help="a parameter of all policies, or of one",
+        help="set a parameter of all policies, or of one",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figure here (.png, .svg, .pdf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a plot to this file (.png, .svg, .pdf)"
+    )
     return parser
 
 
@@ -232,7 +247,7 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
     for text in args.policy:
         name, config = _named(text)
         if configs.setdefault(name, config) != config:
-            # Of another policy of that name; the text as it was typed tells them apart.
+            # Another policy has the same name: use the text as typed to distinguish them.
             configs[text] = config
     for setting in args.set:
         names, key, value = _parse_setting(setting, list(configs))
@@ -247,13 +262,16 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
 
 
 def _named(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and config of a policy: a registered name, or a mapping in YAML, which its type or parts name."""
+    """Name and config of a policy, given as a registered name or as a YAML mapping.
+
+    A mapping is named after its type or its parts.
+    """
     if not text.lstrip().startswith("{"):
         return text, {"type": text}
     try:
         config = dict(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"--policy needs a name or a mapping in YAML, got {text!r}: {error}") from error
+        raise ValueError(f"--policy needs a name or a YAML mapping, got {text!r}: {error}") from error
     parts = [config[key] for key in ("type", "density", "weighting") if key in config]
     names = [str(part.get("type")) if isinstance(part, dict) else str(part) for part in parts]
     return " x ".join(names), config
@@ -261,14 +279,14 @@ def _named(text: str) -> tuple[str, dict[str, Any]]:
 
 def _unit_variance() -> DataSpectrum:
     warnings.warn(
-        "a policy without mean, which the data would set, is shown as for data of variance 1",
+        "a policy without mean takes it from the data; shown is its state for data of variance 1",
         stacklevel=2,
     )
     return DataSpectrum(torch.ones(1))
 
 
 def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, Any]:
-    """Which policies, which key, which value a `[POLICY.]KEY=VALUE` means."""
+    """The policies, the key and the value that a `[POLICY.]KEY=VALUE` sets."""
     target, equals, text = setting.partition("=")
     policy, dot, key = target.rpartition(".")
     if not equals or not key:
@@ -278,8 +296,8 @@ def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, A
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set needs a value in YAML, got {setting!r}: {error}") from error
-    # To YAML 1e-3 is a text.
+        raise ValueError(f"--set needs a YAML value, got {setting!r}: {error}") from error
+    # YAML reads 1e-3 as a string.
     with contextlib.suppress(ValueError):
         value = float(value) if isinstance(value, str) else value
     return [policy] if dot else policies, key, value
@@ -291,7 +309,7 @@ def _follows_training(policy: TimestepPolicy) -> bool:
 
 def _describe_one(schedule: NoiseSchedule, policy: TimestepPolicy) -> dict[str, Any]:
     importance = policy.density * policy.weight
-    # Weights may vanish everywhere; then no timestep has a share.
+    # If all weights are 0, no timestep has a share.
     importance = importance / importance.sum() if importance.sum() > 0 else importance
 
     def shares(first: int, end: int) -> dict[str, Any]:
@@ -320,7 +338,7 @@ def _wrap(text: str) -> str:
 
 
 def _line_style(i: int) -> dict[str, Any]:
-    """Lines that lie on one another stay visible: later ones are thinner and dashed."""
+    """Makes overlapping lines visible: later ones are thinner and dashed."""
     dashes = (
         "-",
         (0, (6, 2)),
@@ -349,7 +367,7 @@ def _name_areas(axis: Any, schedule: NoiseSchedule) -> None:
     for area, (first, end) in areas(schedule).items():
         if first == end:
             continue
-        # A narrow area has no room for its name: it leans on the edge of the figure.
+        # A narrow area has no room for its name, so the name starts or ends at the area's edge.
         narrow = end - first < 0.12 * T
         place, align = ((first + end) / 2, "center") if not narrow else (end, "right" if end == T else "left")
         axis.text(

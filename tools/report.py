@@ -1,10 +1,10 @@
-"""A run in one HTML file: curves, samples over time, policy, config, environment.
+"""Reports a training run in one HTML file: curves, samples over time, policy, config, environment.
 
     python tools/report.py outputs/digits/speedit
     python tools/report.py RUN_DIR --out FILE
 
-The file holds everything it shows: it needs no network and no JavaScript. It is made from what the run has
-left in its experiment_dir; what is not there is said to be missing. A run that goes on can be looked at too.
+The file contains everything it shows and needs neither network nor JavaScript. It is made from the files in
+the run's experiment_dir, and says which of them are missing. The run need not be finished.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MAX_GRIDS = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     arguments = _parser().parse_args(argv)
     path = arguments.out or arguments.run / "report.html"
     try:
@@ -66,7 +66,7 @@ def report(run: Run) -> str:
 
 
 def summary(run: Run) -> dict[str, str]:
-    """The run in a few lines; '-' for what it has not left."""
+    """The most important facts of the run; '-' if one is unknown."""
     config, last = run.config, run.rows[-1] if run.rows else {}
     skipped = f", {last['skipped_steps']} skipped" if last.get("skipped_steps") else ""
     trained = _num_trained(run.checkpoint)
@@ -92,14 +92,14 @@ def summary(run: Run) -> dict[str, str]:
         "peak memory": _gib(last.get("peak_memory_bytes")),
         "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
         **{
-            name: f"{_short(figure['value'])} ({figure['num_samples']:,} samples{run.figures_age})"
-            for name, figure in run.figures.items()
+            name: f"{_short(metric['value'])} ({metric['num_samples']:,} samples{run.metrics_age})"
+            for name, metric in run.test_metrics.items()
         },
     }
 
 
 def curves(run: Run) -> str:
-    """Losses, gradient norm, learning rate and speed against the step."""
+    """Charts of losses, gradient norm, learning rate and speed by step."""
     if not run.rows:
         return html.paragraph(f"{METRICS} has no line yet.", is_quiet=True)
     losses = {
@@ -126,7 +126,7 @@ def curves(run: Run) -> str:
 
 
 def by_timestep(run: Run) -> str:
-    """Heat maps over the training, the spread at its last line, and the measured profile of a checkpoint."""
+    """Heat maps by step and timestep, the last logged losses, and the measured profile of a checkpoint."""
     schedule = run.policy.schedule
     charts = [
         _heat_map(run, "loss_per_timestep", "Loss at the drawn timesteps"),
@@ -136,8 +136,8 @@ def by_timestep(run: Run) -> str:
     ]
     notes = [
         html.paragraph(
-            "0 is clean, T is noise. Heat maps show means over twenty equal ranges of the timesteps;"
-            " shaded are the areas of the schedule, as below.",
+            "0 is clean, T is noise. Heat maps show means over twenty equal ranges of timesteps."
+            " Line charts are shaded by the areas of the schedule, as below.",
             is_quiet=True,
         )
     ]
@@ -146,7 +146,7 @@ def by_timestep(run: Run) -> str:
     if not run.series("profile_grad_norm"):
         notes.append(
             html.paragraph(
-                "The gradient norm per timestep was not logged: profile_every is 0, or was not reached.",
+                "The gradient norm per timestep was not logged: profile_every is 0 or was not reached.",
                 is_quiet=True,
             )
         )
@@ -163,27 +163,27 @@ def by_timestep(run: Run) -> str:
 
 
 def samples(run: Run) -> str:
-    """The grids drawn in training, evenly chosen where there are many, and the final ones."""
+    """The sample grids written during training, evenly selected if there are many, and the final one."""
     grids = sorted((run.folder / results.GRIDS).glob("step_*.png"))
     count = min(MAX_GRIDS, len(grids))
     chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
-    shown = [html.picture(f"step {int(path.stem.removeprefix('step_')):,}", path) for path in chosen]
+    shown = [html.image(f"step {int(path.stem.removeprefix('step_')):,}", path) for path in chosen]
     notes = []
     if not grids:
-        notes.append("No grids were drawn in training: sample_every is 0, or was not reached.")
+        notes.append("No sample grids were written during training: sample_every is 0 or was not reached.")
     elif count < len(grids):
-        notes.append(f"{count} of {len(grids)} grids, evenly chosen.")
+        notes.append(f"{count} of {len(grids)} grids, evenly selected.")
     final = run.folder / results.SAMPLES
     if final.is_file():
-        caption = f"{final.name}, drawn by the phase sample{run.age(final)}"
-        shown.append(html.picture(caption, final))
+        caption = f"{final.name}, written by the phase sample{run.age(final)}"
+        shown.append(html.image(caption, final))
     else:
         notes.append(f"No {final.name}: the phase sample was not run.")
     return "".join(html.paragraph(note, is_quiet=True) for note in notes) + html.group("samples", shown)
 
 
 def policy_plots(run: Run) -> str:
-    """Density, weight and importance over the timesteps, and the shares of the schedule's areas."""
+    """Charts of density, weight and importance by timestep, and the shares of the schedule's areas."""
     policy, schedule = run.policy, run.policy.schedule
     tables = describe(schedule, {policy.name: policy})[policy.name]
     T = schedule.num_timesteps
@@ -212,32 +212,32 @@ def policy_plots(run: Run) -> str:
 
 
 def evaluation(run: Run) -> str:
-    """The figures of the phase test, each with its features and numbers."""
+    """Table of the metrics of the phase test, with their features and the sizes of the sets."""
     found = run.json(results.TEST)
     if found is None:
         return html.paragraph(f"No {results.TEST}: the phase test was not run.", is_quiet=True)
-    if not run.figures:
+    if not run.test_metrics:
         return html.paragraph(
-            f"{results.TEST} is of an older version: run the phase test again.", is_quiet=True
+            f"{results.TEST} was written by an older version: run the phase test again.", is_quiet=True
         )
     rows = [
         (
             name,
-            _short(figure["value"]),
-            str(figure["features"]),
-            f"{figure['num_samples']:,}",
-            "-" if figure["num_reference"] is None else f"{figure['num_reference']:,}",
+            _short(metric["value"]),
+            str(metric["features"]),
+            f"{metric['num_samples']:,}",
+            "-" if metric["num_reference"] is None else f"{metric['num_reference']:,}",
         )
-        for name, figure in run.figures.items()
+        for name, metric in run.test_metrics.items()
     ]
-    sources = {"samples": f"{found['samples']}{run.figures_age}"}
+    sources = {"samples": f"{found['samples']}{run.metrics_age}"}
     if found["reference"] is not None:
         sources["reference"] = str(found["reference"])
-    return html.table(("figure", "value", "features", "samples", "reference"), rows) + html.facts(sources)
+    return html.table(("metric", "value", "features", "samples", "reference"), rows) + html.facts(sources)
 
 
 def environment(run: Run) -> str:
-    """What the newest start of the training found around it."""
+    """Table of the environment at the latest start of the training."""
     found = run.json(ENVIRONMENT)
     if found is None:
         return html.paragraph(f"No {ENVIRONMENT}: the run was started by an older version.", is_quiet=True)
@@ -261,7 +261,7 @@ def _heat_map(run: Run, key: str, title: str) -> str:
 
 
 def _last_losses(run: Run, schedule: NoiseSchedule) -> str:
-    """Mean and spread over the samples of the last logged line."""
+    """Chart of the mean and standard deviation of the loss per timestep, from the last logged line."""
     means, deviations = run.series("loss_per_timestep"), run.series("loss_std_per_timestep")
     if not means or not deviations:
         return ""
@@ -283,7 +283,7 @@ def _spans(schedule: NoiseSchedule) -> list[Span]:
 
 
 def _num_trained(path: Path | None) -> int | None:
-    """Trained parameters, counted in the optimizer's first moments; None without a checkpoint of them."""
+    """Number of trained parameters, counted in the optimizer's first moments; None if there are none."""
     total = 0
     for part in [] if path is None else path.glob("optimizer_*.safetensors"):
         with safe_open(part, framework="pt") as tensors:
@@ -293,7 +293,7 @@ def _num_trained(path: Path | None) -> int | None:
 
 
 def _seconds(run: Run) -> float | None:
-    """Wall time of the logged steps; None where no line says it."""
+    """Wall time of the logged steps; None if no line has it."""
     steps = [0, *(row["step"] for row in run.rows)]
     pairs = [(row, row["step"] - before) for row, before in zip(run.rows, steps, strict=False)]
     timed = [row["seconds_per_step"] * count for row, count in pairs if row.get("seconds_per_step")]
@@ -325,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the experiment_dir of a training")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="experiment_dir of a training run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN_DIR/report.html")
     return parser
 

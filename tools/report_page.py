@@ -1,4 +1,4 @@
-"""The HTML of a report: one file without scripts or links, light or dark as the reader's browser."""
+"""Builds the HTML of a report: one file without scripts or links, in the browser's light or dark theme."""
 
 import base64
 import io
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-# About the width of the page.
+# About the width of the page, in pixels.
 MAX_WIDTH = 1140
 STYLE = Path(__file__).with_name("report.css")
 
 
 def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
-    """The whole document; sections are HTML by their headings, in order."""
+    """The whole document. `sections` maps headings to their HTML, in order."""
     body = "".join(
         f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections.items()
     )
@@ -27,18 +27,18 @@ def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
 
 
 def paragraph(text: str, *, is_quiet: bool = False) -> str:
-    """Text as a paragraph; quiet ones say what is missing or explain."""
+    """A paragraph; quiet ones are for explanations and missing parts."""
     return f"<p{' class=quiet' if is_quiet else ''}>{escape(text)}</p>"
 
 
 def facts(rows: Mapping[str, str]) -> str:
-    """A table of names and texts."""
+    """A table with two columns, names and texts."""
     cells = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
     return f"<table>{''.join(cells)}</table>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names the row and whose others hold numbers."""
+    """A table whose first column is the row's name and whose other columns are numbers."""
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     lines = [
         f"<tr><th>{escape(first)}</th>"
@@ -50,7 +50,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def chart(title: str, svg: str, *, labels: Sequence[str] = ()) -> str:
-    """A framed chart; with `labels` a key to its lines. '' of a chart without content."""
+    """A framed chart, with `labels` as its legend; '' if `svg` is empty."""
     if not svg:
         return ""
     keys = "".join(
@@ -61,8 +61,8 @@ def chart(title: str, svg: str, *, labels: Sequence[str] = ()) -> str:
     return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
 
 
-def picture(caption: str, path: Path) -> str:
-    """A PNG file, or the GIF beside it, which moves; a still one wider than `MAX_WIDTH` is reduced to it."""
+def image(caption: str, path: Path) -> str:
+    """A PNG file, reduced to `MAX_WIDTH`. A GIF of the same name is used unchanged instead."""
     moving = path.with_suffix(".gif")
     uri = data_uri("image/gif", moving.read_bytes()) if moving.is_file() else _still(path)
     text = escape(caption)
@@ -70,17 +70,17 @@ def picture(caption: str, path: Path) -> str:
 
 
 def group(kind: str, figures: Sequence[str]) -> str:
-    """Figures side by side where there is room; kind is charts or samples."""
+    """Places figures side by side if there is room; `kind` is "charts" or "samples"."""
     return f'<div class="{kind}">{"".join(figures)}</div>'
 
 
 def folded(summary: str, text: str) -> str:
-    """Preformatted text that opens on a click."""
+    """Preformatted text that is folded until the reader clicks on it."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """A file's content as an address that holds it."""
+    """A data URI with the content of a file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

@@ -1,6 +1,6 @@
-"""Charts as inline SVG that follows the page's theme: lines, and a heat map.
+"""Draws line charts and heat maps as inline SVG in the colours of the page's theme.
 
-Colours are CSS classes of `report_page.py`: c0, c1, ... for lines, a0 to a2 for areas.
+Colours are CSS classes of report.css: c0, c1, ... for lines, a0 to a2 for areas.
 """
 
 import io
@@ -17,10 +17,10 @@ from report_page import data_uri
 
 WIDTH, HEIGHT = 560, 290
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 22, 44
-# More than a line has pixels; a table over the usual T = 1000 is shown as it is.
+# More points than a chart has pixels. Tables with the usual T = 1000 are drawn unchanged.
 MAX_POINTS = 1000
 NUM_COLUMNS = 160
-# Five anchors of viridis, which rises evenly in lightness. Source: van der Walt and Smith 2015, CC0.
+# Five colours of viridis, whose lightness rises evenly. Source: van der Walt and Smith 2015, CC0.
 COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 Point = tuple[float, float | None]
@@ -29,9 +29,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Line:
-    """Points of rising x; None as y is a gap, and so is what is not finite.
+    """Points with rising x. A y that is None or not finite is a gap.
 
-    `band` has a lower and an upper y per point, shaded.
+    `band` has a lower and an upper y for each point; the area between them is shaded.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the x-axis, shaded, with its name above."""
+    """A shaded range of the x-axis, with its name above."""
 
     label: str
     start: float
@@ -50,7 +50,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps [low, high], high > low, to the pixels from `start` to `end`."""
+    """Maps values in [low, high], high > low, to pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -83,12 +83,14 @@ def line_chart(
     spans: Sequence[Span] = (),
     x_range: tuple[float, float] | None = None,
 ) -> str:
-    """Lines in one frame, as SVG; '' where no line has a point to show.
+    """A line chart as SVG; '' if no line has a point to show.
 
     Args:
-        is_log: the y-axis is logarithmic; values <= 0 are gaps. A linear one begins at 0.
-        spans: areas behind the lines.
-        x_range: of the x-axis; None is that of the points.
+        lines: the lines, in order of their colours.
+        x_label, y_label: labels of the axes.
+        is_log: use a logarithmic y-axis; values <= 0 are then gaps. A linear axis starts at 0.
+        spans: shaded ranges behind the lines.
+        x_range: range of the x-axis; None uses that of the points.
     """
     shown = [_thinned(_with_gaps(line, is_log=is_log)) for line in lines]
     values = [y for line in shown for _, y in line.points if y is not None]
@@ -115,12 +117,13 @@ def heat_map(
     y_label: str,
     value_label: str,
 ) -> str:
-    """Positive values as colours on a logarithmic scale, a column per step; '' without a value.
+    """A heat map of positive values, with logarithmic colours, as SVG; '' if there is no value.
 
     Args:
-        steps: rising; a column reaches from the step before to its own.
-        columns: of one length, lowest row first; None stays empty.
-        y_range: what the rows span.
+        steps: x of each column, rising; a column extends from the previous step to its own.
+        columns: values per step, lowest row first, all of one length; None is left empty.
+        y_range: range of the y-axis.
+        x_label, y_label, value_label: labels of the axes and of the values.
     """
     table = _by_step(steps, columns)  # (rows, columns)
     known = table[np.isfinite(table)]
@@ -132,12 +135,12 @@ def heat_map(
     y = _Axis(*y_range, HEIGHT - BOTTOM, TOP)
     scale = _Axis(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
     place = x.end + 12
-    picture = _image(_colored(np.log(table), math.log(low), math.log(high))[::-1])
+    cells = _image(_colored(np.log(table), math.log(low), math.log(high))[::-1])
     ramp = _image(_colored(np.linspace(0, 1, 64)[:, None], 0, 1)[::-1])
     parts = [
-        _picture(picture, x.start, TOP, x.end - x.start, y.start - TOP),
+        _placed(cells, x.start, TOP, x.end - x.start, y.start - TOP),
         _frame(x, y, x_label, y_label, has_grid=False),
-        _picture(ramp, place, TOP, bar, y.start - TOP),
+        _placed(ramp, place, TOP, bar, y.start - TOP),
     ]
     parts += [
         f'<text x="{place + bar + 5:.0f}" y="{scale(tick) + 4:.1f}">{tick:.4g}</text>'
@@ -147,7 +150,7 @@ def heat_map(
 
 
 def staircase(ranges: Sequence[tuple[int, int]], values: Sequence[float | None]) -> list[Point]:
-    """Points of a line that is level on each [first, end); empty ranges are left out."""
+    """Points of a line that is constant on each range [first, end); empty ranges are skipped."""
     spans = zip(ranges, values, strict=True)
     return [(x, value) for (first, end), value in spans if first < end for x in (first, end)]
 
@@ -182,14 +185,14 @@ def _span(span: Span, x: _Axis, number: int) -> str:
     start, width = x(span.start), x(span.end) - x(span.start)
     height, middle = HEIGHT - BOTTOM - TOP, start + width / 2
     drawn = f'<rect class="a{number}" x="{start:.1f}" y="{TOP}" width="{width:.1f}" height="{height}"/>'
-    # About six pixels a letter: a narrow area has no room for its name.
+    # A letter takes about six pixels; a narrow area has no room for its name.
     if width > 6 * len(span.label):
         drawn += f'<text class="mid area" x="{middle:.1f}" y="{TOP - 6}">{escape(span.label)}</text>'
     return drawn
 
 
 def _drawn(line: Line, x: _Axis, y: _Axis, number: int) -> str:
-    """Pieces between gaps; a lone point is a dot."""
+    """Draws a line in pieces between gaps; a single point is a dot."""
     parts = []
     for piece in _pieces(line.points):
         if len(piece) == 1:
@@ -214,7 +217,7 @@ def _band(line: Line, x: _Axis, y: _Axis, number: int) -> str:
 
 
 def _pieces(points: Sequence[tuple[float, Value | None]]) -> list[list[tuple[float, Value]]]:
-    """Stretches of points without a gap."""
+    """Splits points at gaps."""
     pieces: list[list[tuple[float, Value]]] = [[]]
     for place, value in points:
         if value is None:
@@ -225,7 +228,7 @@ def _pieces(points: Sequence[tuple[float, Value | None]]) -> list[list[tuple[flo
 
 
 def _thinned(line: Line) -> Line:
-    """At most `MAX_POINTS` points: means over equal numbers of neighbours, x at the last of them."""
+    """Reduces a line to at most `MAX_POINTS` points: means of groups of neighbours, at the group's last x."""
     size = -(-len(line.points) // MAX_POINTS)
     if size <= 1:
         return line
@@ -238,7 +241,7 @@ def _thinned(line: Line) -> Line:
 
 
 def _with_gaps(line: Line, *, is_log: bool) -> Line:
-    """The line with None for every y that has no place on the axis."""
+    """Replaces every y that cannot be shown on the axis by None."""
     least = 0.0 if is_log else -math.inf
     points = [(x, y if y is not None and least < y < math.inf else None) for x, y in line.points]
     band = [
@@ -248,7 +251,7 @@ def _with_gaps(line: Line, *, is_log: bool) -> Line:
 
 
 def _widened(low: float, high: float, *, is_log: bool = False) -> tuple[float, float]:
-    """The range, or around a single value one that has some width."""
+    """The range [low, high]; if it is a single value, a wider range around it."""
     if high > low:
         return low, high
     if is_log:
@@ -258,7 +261,7 @@ def _widened(low: float, high: float, *, is_log: bool = False) -> tuple[float, f
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten; with 2 and 5 between where they are few, and every other one where they are many."""
+    """Powers of ten in the range; if few, also 2 and 5 times these; if many, only every n-th one."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, (last - first) // 6)
     factors = (1, 2, 5) if last - first <= 2 else (1,)
@@ -267,20 +270,21 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """Short: 0, 0.05, 2e-05, 1200, 400k."""
+    """A short form of a number: 0, 0.05, 2e-05, 1200, 400k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.6g}"
 
 
 def _by_step(steps: Sequence[float], columns: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    """Means (rows, NUM_COLUMNS) over equal stretches from 0 to the last step; NaN where nothing is known."""
+    """Means over NUM_COLUMNS equal intervals from 0 to the last step, (rows, NUM_COLUMNS); NaN if unknown."""
     values = np.array([[v or math.nan for v in column] for column in columns], dtype=np.float64)
     ends = np.arange(NUM_COLUMNS + 1) * steps[-1] / NUM_COLUMNS
     table = np.full((values.shape[1], NUM_COLUMNS), math.nan)
-    # A column of values reaches from the step before to its own: of those that overlap a stretch ...
-    firsts = np.searchsorted(steps, ends[:-1], side="right")  # ... the first ends behind its beginning,
-    lasts = np.searchsorted(steps, ends[1:], side="left")  # and the last not before its end.
+    # A column of values extends from the previous step to its own. These are the columns that overlap each
+    # interval: the first one ends after the interval's start, the last one ends at or after its end.
+    firsts = np.searchsorted(steps, ends[:-1], side="right")
+    lasts = np.searchsorted(steps, ends[1:], side="left")
     for number, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         group = values[first : last + 1]
         known = np.isfinite(group)
@@ -290,7 +294,7 @@ def _by_step(steps: Sequence[float], columns: Sequence[Sequence[float | None]]) 
 
 
 def _colored(values: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.uint8]:
-    """RGBA (rows, columns, 4) of values between low and high; NaN is transparent."""
+    """Colours of values between low and high, RGBA (rows, columns, 4); NaN is transparent."""
     share = np.nan_to_num((values - low) / (high - low)).clip(0, 1)
     anchors = np.linspace(0, 1, len(COLORS))
     channels = [np.interp(share, anchors, [color[i] for color in COLORS]) for i in range(3)]
@@ -304,6 +308,6 @@ def _image(pixels: npt.NDArray[np.uint8]) -> str:
     return data_uri("image/png", content.getvalue())
 
 
-def _picture(uri: str, left: float, top: float, width: float, height: float) -> str:
+def _placed(uri: str, left: float, top: float, width: float, height: float) -> str:
     place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
     return f'<image class="cells" {place} preserveAspectRatio="none" href="{uri}"/>'

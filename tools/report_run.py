@@ -1,4 +1,4 @@
-"""What a training has left in its experiment_dir, for the report."""
+"""Reads the files in the experiment_dir of a training run, for the report."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ CONFIG = "config_train.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """What an experiment_dir holds; each part is read when it is asked for."""
+    """The contents of an experiment_dir; parts are read when first used."""
 
     folder: Path
     config: ExperimentConfig
@@ -32,7 +32,7 @@ class Run:
 
     @cached_property
     def policy(self) -> TimestepPolicy:
-        """The policy as the newest checkpoint has it."""
+        """The timestep policy, in the state of the newest checkpoint."""
         process = build.build_process(self.config, respaced=True)
         policy = build.build_timestep_policy(self.config, process)
         if self.checkpoint is not None:
@@ -41,30 +41,30 @@ class Run:
         return policy
 
     @cached_property
-    def figures(self) -> dict[str, dict[str, Any]]:
-        """What the phase test measured, by name; empty where it was not run."""
+    def test_metrics(self) -> dict[str, dict[str, Any]]:
+        """Metrics of the phase test by name; empty if it was not run."""
         found = self.json(results.TEST)
         return found["figures"] if found is not None and "figures" in found else {}
 
     def age(self, path: Path) -> str:
-        """Of what a later phase drew: that training has gone on since; '' where it has not, or may not."""
+        """A remark if a file of a later phase is older than the newest checkpoint, else ''."""
         newest = self.checkpoint
         if newest is None or not path.exists() or newest.stat().st_mtime <= path.stat().st_mtime:
             return ""
         return f", older than the checkpoint {newest.name}"
 
     @property
-    def figures_age(self) -> str:
-        """The `age` of the samples that the phase test compared."""
+    def metrics_age(self) -> str:
+        """The `age` of the samples that the phase test measured."""
         found = self.json(results.TEST)
         samples = None if found is None else found.get("samples")
         return "" if samples is None else self.age(Path(samples))
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Contents of a JSON file of the run; None without it.
+        """Contents of a JSON file of the run; None if it does not exist.
 
         Raises:
-            ValueError: it is none of this program.
+            ValueError: the file is not JSON, or not an object.
         """
         path = self.folder / name
         if not path.is_file():
@@ -78,17 +78,17 @@ class Run:
         return found
 
     def series(self, key: str) -> list[Point]:
-        """(step, value) of each logged line that has the key."""
+        """(step, value) for each logged line that has the key."""
         return [(row["step"], row[key]) for row in self.rows if key in row]
 
 
 def open_run(folder: Path) -> Run:
-    """The run in a folder.
+    """Opens the run in a folder.
 
     Raises:
-        ValueError: no training wrote there, or its files cannot be read.
+        ValueError: the folder is not the experiment_dir of a training run, or its files cannot be read.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} is no run: wanted the experiment_dir of a training, which holds {CONFIG}")
+        raise ValueError(f"{folder} is not a run: wanted the experiment_dir of a training run, with {CONFIG}")
     return Run(folder, load_config(path, "train"), read_metrics(folder))

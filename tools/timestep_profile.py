@@ -1,11 +1,11 @@
-"""Loss and gradient norm of a trained model per range of timesteps.
+"""Measures loss and gradient norm of a trained model per range of timesteps.
 
     python tools/timestep_profile.py outputs/digits/speedit --weights ema
     python tools/timestep_profile.py RUN_DIR --checkpoint RUN_DIR/checkpoints/step_0000400 data.batch_size=256
 
-One batch of training data, with the same noise, is taken to timesteps of each of twenty equal ranges. The
-loss is the training's, weighted by the run's policy; the mse is unweighted; the gradient norm is that of the
-batch's mean loss. Writes timestep_profile.json and .png into RUN_DIR.
+One batch of training data, with the same noise, is noised to timesteps in each of twenty equal ranges. The
+loss is the training loss, weighted by the run's policy; the mse is unweighted; the gradient norm is that of
+the mean loss over the batch. Writes timestep_profile.json and timestep_profile.png into RUN_DIR.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.training.assembly import build_trainer
 
 PROFILE = "timestep_profile.json"
-# A run of several processes is measured in one, without what it needs beside its weights.
+# Runs on several processes are measured in one; their other options are switched off.
 _ALONE = {"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"}
 _PANELS = {
     "loss": "loss\n(weight × mse + vb)",
@@ -35,7 +35,7 @@ _PANELS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         report = measure(
@@ -56,32 +56,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     run: Path, *, weights: str = "model", source: Path | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measures a run's checkpoint and writes the tables and the figure into its folder.
+    """Measures a checkpoint of a run and writes tables and a plot into the run's folder.
 
     Args:
-        run: the folder of a training.
-        weights: "model", or "ema" for their average.
-        source: a checkpoint's folder; None is the newest whole one of the run.
-        overrides: `key=value`, over the run's own config.
+        run: folder of a training run.
+        weights: "model", or "ema" for the averaged weights.
+        source: folder of a checkpoint; None uses the newest complete one of the run.
+        overrides: `key=value` changes to the run's config.
 
     Returns:
-        What is written: step, weights, policy, num_samples, ranges as [first, end) indices, and per range
-        loss, mse and grad_norm, None where the range is empty or the value not finite.
+        The content of the JSON file: step, weights, policy, num_samples, ranges as [first, end) indices, and
+        per range loss, mse and grad_norm. A value is None if the range is empty or the value is not finite.
 
     Raises:
-        ValueError: the folder holds no training or no checkpoint, the config does not fit it, or an override
-            of what this sets.
+        ValueError: the folder has no training run or no checkpoint, the config does not fit the checkpoint,
+            or an override changes a key that this function sets.
     """
     for key in (argument.partition("=")[0] for argument in overrides):
         if key in _ALONE:
-            raise ValueError(f"{key} has no effect: a profile is taken with {key}={_ALONE[key]}")
+            raise ValueError(f"{key} has no effect: a profile is always measured with {key}={_ALONE[key]}")
     path = run / "config_train.yaml"
     if not path.is_file():
-        raise ValueError(f"{run} holds no training: there is no {path.name}")
+        raise ValueError(f"{run} has no training run: there is no {path.name}")
     config = load_config(path, "train", [*overrides, *map("=".join, _ALONE.items())])
     found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
     if found is None:
-        raise ValueError(f"{run} holds no checkpoint yet")
+        raise ValueError(f"{run} has no checkpoint yet")
     trainer = build_trainer(config)
     trainer.restore(found)
     assert trainer.profiler is not None
@@ -103,7 +103,7 @@ def measure(
         label: {line: [value for value, span in zip(report[key], ranges, strict=True) for _ in range(*span)]}
         for key, label in _PANELS.items()
     }
-    title = f"{config.experiment_name or run.name}: what the timesteps teach, policy {trainer.policy.name}"
+    title = f"{config.experiment_name or run.name}: profile by timestep, policy {trainer.policy.name}"
     save_figure((run / PROFILE).with_suffix(".png"), title, schedule, panels)
     return report
 
@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the experiment_dir of a training")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for speedit")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="experiment_dir of a training run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--weights", choices=("model", "ema"), default="model", help="default: %(default)s")
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="default: the newest of the run")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="default: the newest one")
     return parser
 
 
