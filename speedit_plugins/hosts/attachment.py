@@ -133,8 +133,6 @@ class Attachment:
         self.generator = generator
         self.num_calls = 0
         self._weight = TableOnDevices()
-        # Whether the host's loss is mse + vb to the bit; None until the first call.
-        self.is_sum: bool | None = None
         # What a seam keeps while a training call runs; see `under_way`.
         self.call: Any = None
 
@@ -198,14 +196,8 @@ class Attachment:
         loss, mse, rest = terms["loss"], terms["mse"], terms.get("vb")
         for term in (loss, mse):
             _check_per_sample(term, draw)
-        weight = draw.weight.to(loss.dtype)
         self.policy.update(draw.index, loss.detach())
-        if self.is_sum is None:
-            self.is_sum = torch.equal(loss, mse if rest is None else mse + rest)
-        if self.is_sum:
-            return {**terms, "loss": weight * mse if rest is None else weight * mse + rest}
-        # The host's loss has more terms or other factors: it changes by what the weight changes of the mse.
-        return {**terms, "loss": loss + (weight - 1) * mse}
+        return {**terms, "loss": _weighted_mse(loss, mse, rest, draw.weight.to(loss.dtype))}
 
     def weighted_whole(self, loss: Tensor, draw: TimestepDraw) -> Tensor:
         """The whole of a host's loss (B,) times the draw's weights, in its dtype.
@@ -231,6 +223,40 @@ def under_way(attachment: Any, call: Call) -> Iterator[Call]:
 def scaled(error: Tensor, weight: Tensor) -> Tensor:
     """Errors (B, ...) times the weight (B,) of each sample, in the dtype of the errors."""
     return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
+
+
+def _weighted_mse(loss: Tensor, mse: Tensor, rest: Tensor | None, weight: Tensor) -> Tensor:
+    """A host's loss (B,) with its share of the mse (B,) times the weight (B,); its other terms stay.
+
+    Args:
+        loss: the host's; the mse, times any factor, plus any other terms.
+        mse: the term that is weighed.
+        rest: the variational term `vb` (B,), if there is one.
+        weight: of each sample.
+
+    Raises:
+        ValueError: the loss has a gradient, and the mse has no part in it.
+    """
+    factor = _share(loss, mse)
+    # Sample by sample, so that nothing waits for the device. Where the host's loss is this sum to the bit, no
+    # difference rounds a small weight away. Elsewhere the loss changes by what the weight changes of the mse.
+    plain, weighed = (mse, weight * mse) if rest is None else (mse + rest, weight * mse + rest)
+    return torch.where(loss == factor * plain, factor * weighed, loss + factor * (weight - 1) * mse)
+
+
+def _share(loss: Tensor, mse: Tensor) -> Tensor:
+    """The factor (B,) that the mse (B,) has in a loss (B,) now: the derivative of the one by the other."""
+    if not loss.requires_grad:
+        return torch.ones_like(loss)
+    factor = None
+    if mse.requires_grad:
+        (factor,) = torch.autograd.grad(loss.sum(), mse, retain_graph=True, allow_unused=True)
+    if factor is None:
+        raise ValueError(
+            "the host's loss is not made of the tensor that it reports as mse (a detached copy?), so the mse"
+            " in it cannot be weighed; wanted a policy of scope 'loss'"
+        )
+    return factor.to(loss.dtype)
 
 
 def _check_per_sample(loss: Tensor, draw: TimestepDraw) -> None:

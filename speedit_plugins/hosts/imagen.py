@@ -2,7 +2,7 @@
 
 There our time replaces it, and the host's `loss_fn` weighs each sample. Each unet of the cascade has a noise
 schedule of its own, and so a policy of its own. The noise of the low-resolution conditioning stays the
-host's. Outside training mode everything does.
+host's. Outside training mode and without gradients everything does.
 
 Dims: T timesteps, B batch.
 """
@@ -110,7 +110,7 @@ def imagen_methods(host_class: type) -> Mapping[str, Any]:
 
     def p_losses(self: Any, unet: Any, x_start: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
         own: Callable[..., Tensor] = hosts_method(self, host_class, imagen_methods, "p_losses")
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return own(unet, x_start, times, **kwargs)
         cascade: CascadeAttachment = attachment_of(self)
         number = next(n for n, s in enumerate(self.noise_schedulers) if s is kwargs["noise_scheduler"])

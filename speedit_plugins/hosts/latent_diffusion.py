@@ -64,7 +64,8 @@ class _WeighedErrors:
 class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
     """Comes before a host's class in the order of methods: a policy draws t and weighs the training loss.
 
-    In eval mode everything is the host's, so that a monitored val/loss can be compared between policies.
+    In eval mode and without gradients everything is the host's, so that a monitored val/loss can be compared
+    between policies.
 
     Args:
         policy: see `build_policy`; it may be a config of OmegaConf.
@@ -109,7 +110,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         Raises:
             ValueError: the host's loss is not made of these two terms.
         """
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             plain: tuple[Tensor, dict[str, Tensor]] = super().p_losses(*args, **kwargs)
             return plain
         bound = self._signature.bind(self, *args, **kwargs)
@@ -136,10 +137,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         self, loss: Tensor, terms: Mapping[str, Tensor], errors: _WeighedErrors
     ) -> tuple[Tensor, dict[str, Tensor]]:
         attachment, draw = self._speedit_attachment, errors.draw
-        # In the first call only: a comparison waits for the device.
-        if attachment.is_sum is None:
-            self._confirm(loss, terms, errors)
-            attachment.is_sum = True
+        self._confirm(loss, terms, errors)
         error = _per_sample(errors.plain[0])  # (B,)
         factor = self.lvlb_weights[draw.index]
         vlb = (factor * error).mean()
@@ -167,7 +165,10 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         else:
             # LatentDiffusion has a constant `logvar` in its first term, so its errors are compared.
             pairs.append((errors.plain[0].mean(), errors.plain[1].mean()))
-        if not all(torch.allclose(theirs, ours, equal_nan=True) for theirs, ours in pairs):
+        # In every call: the terms of a host's loss may change in the course of a training. One comparison of
+        # all pairs waits for the device once.
+        theirs, ours = (torch.stack([each.detach() for each in side]) for side in zip(*pairs, strict=True))
+        if not torch.allclose(theirs, ours, equal_nan=True):
             raise ValueError(
                 f"{self.host_class.__name__}.p_losses does not sum l_simple_weight * loss_simple and"
                 " original_elbo_weight * loss_vlb of one error at the policy's t: it has no place for weights"

@@ -88,7 +88,7 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
                 `sample`.
             x_0: images (B, C, H, W), floating point.
             t: int64 (B,) in [0, T) for the plain mse, as in an evaluation; None lets the policy draw and
-                weigh.
+                weigh. Without gradients None is uniform t and the plain mse.
             noise: of x_0's shape; None takes it from the device's global generator.
 
         Raises:
@@ -97,7 +97,9 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
         _check_images(x_0)
         attachment = self._speedit_attachment
         draw = None
-        if t is None:
+        if t is None and not torch.is_grad_enabled():
+            t = torch.randint(self.num_train_timesteps, (len(x_0),), device=x_0.device)
+        elif t is None:
             # Only its length and its device matter.
             draw = attachment.draw(torch.empty(len(x_0), device=x_0.device))
             t = draw.index

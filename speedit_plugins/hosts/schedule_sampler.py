@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,11 +85,16 @@ class PolicySampler:
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Timesteps int64 (B,), and the factors float32 (B,) by which the host multiplies its whole loss.
 
+        Without gradients, as in a validation, these are the host's: uniform timesteps from numpy's global
+        generator, and factors of 1.
+
         Raises:
             ValueError: the loss of the first batch was not weighed: the host calls another loss.
         """
+        if not torch.is_grad_enabled():
+            return _hosts_uniform(len(self.policy.density), batch_size, device)
         is_unweighed = self._attachment is not None and not self._attachment.num_calls
-        if is_unweighed and self.num_samples and torch.is_grad_enabled():
+        if is_unweighed and self.num_samples:
             raise ValueError(
                 f"the host drew twice and never called training_losses, where {self.policy.name!r} weighs"
                 " the mse; wanted a policy of scope 'loss' or a constant weighting"
@@ -144,6 +150,12 @@ def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:
     terms = diffusion.training_losses(silent, x_0, index, noise=torch.ones_like(x_0))
     mse: Tensor = terms["mse"]
     return mse
+
+
+def _hosts_uniform(T: int, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Uniform timesteps (B,) and weights of 1, from the same random numbers as the host's uniform sampler."""
+    drawn = np.random.choice(T, size=(batch_size,), p=np.full(T, 1 / T))  # noqa: NPY002 - as the host
+    return torch.from_numpy(drawn).long().to(device), torch.ones(batch_size, device=device).float()
 
 
 def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:

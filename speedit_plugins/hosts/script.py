@@ -4,7 +4,8 @@
     timesteps = seam.timesteps(noise_scheduler, bsz, latents.device)  # in place of torch.randint(...)
     loss = seam.mse_loss(model_pred.float(), target.float())  # in place of F.mse_loss(..., reduction="mean")
 
-The launcher makes these two edits in an unmodified script (`script_edits`).
+The launcher makes these two edits in an unmodified script (`script_edits`). Without gradients, as in a
+validation, both are what the script had: uniform timesteps and the plain squared error.
 
 Dims: B batch.
 """
@@ -23,6 +24,7 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
     scaled,
 )
+from speedit_plugins.hosts.noising import watch_noising
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -74,7 +76,7 @@ class ScriptPolicy:
         if self._scheduler is None:
             raise ValueError(
                 "the script makes its loss before the policy drew timesteps: it draws them elsewhere (a"
-                " timestep bias, a density of its own)"
+                " timestep bias, a density of its own), or under torch.no_grad()"
             )
         # A script may set what the model predicts after its first draw (--prediction_type).
         stated = self._prediction_type or prediction_type_of(self._scheduler)
@@ -85,8 +87,9 @@ class ScriptPolicy:
     def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
         """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
-        After the first draw the scheduler's `add_noise` is watched for one call. It raises a ValueError if
-        the script has changed its timesteps in between.
+        After each draw the scheduler's `add_noise` is watched for one call. It raises a ValueError
+        if the script has changed its timesteps in between. Without gradients the timesteps are uniform, from
+        the device's global generator, and nothing is counted or watched.
 
         Args:
             noise_scheduler: one of diffusers with `alphas_cumprod`; rows of that table are the timesteps that
@@ -98,14 +101,15 @@ class ScriptPolicy:
             ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
         """
         check_scheduler(noise_scheduler)
+        if not torch.is_grad_enabled():
+            return torch.randint(0, len(noise_scheduler.alphas_cumprod), (batch_size,), device=device)
         if noise_scheduler is not self._scheduler:
             self._scheduler, self._built = noise_scheduler, None
         self.policy.advance(self.num_draws)
         self.num_draws += 1
         self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
         self._drawn = self.policy, self.policy.weight
-        if self.num_draws == 1:
-            _watch_once(noise_scheduler, self._index)
+        watch_noising(noise_scheduler, self._index)
         return self._index
 
     def mse_loss(
@@ -116,7 +120,7 @@ class ScriptPolicy:
         *,
         part: tuple[int, int] = (0, 1),
     ) -> Tensor:
-        """The squared error of a batch, with the weights of its timesteps.
+        """The squared error of a batch, with the weights of its timesteps. Without gradients it has none.
 
         Args:
             prediction: (B, ...), the rows for which the last timesteps were drawn.
@@ -132,6 +136,8 @@ class ScriptPolicy:
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
+        if not torch.is_grad_enabled():
+            return functional.mse_loss(prediction, target, reduction=reduction)
         policy, index = self.policy, self._rows(len(prediction), part)
         if self._on_use is not None:
             self._on_use(policy)
@@ -150,7 +156,9 @@ class ScriptPolicy:
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
     def refuse_weights(self, weighing: str, remedy: str) -> None:
-        """Raises ValueError if the policy has weights, for a script that weighs its loss itself."""
+        """Raises ValueError if the policy has weights, for a script that weighs its training loss itself."""
+        if not torch.is_grad_enabled():
+            return
         refuse_double_weights(self.policy, weighing, remedy)
 
     def _rows(self, num_rows: int, part: tuple[int, int]) -> Tensor:
@@ -183,22 +191,3 @@ def check_scheduler(noise_scheduler: Any) -> None:
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
             " timestep. For flow matching, call policy.draw (integrations/diffusers); EDM has nothing to gain"
         )
-
-
-def _watch_once(noise_scheduler: Any, index: Tensor) -> None:
-    """Makes the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,)."""
-    own = getattr(noise_scheduler, "add_noise", None)
-    if own is None:
-        return
-
-    def add_noise(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Any:
-        del noise_scheduler.add_noise
-        if timesteps.shape != index.shape or not torch.equal(timesteps.to(index), index):
-            raise ValueError(
-                "the script noises at other timesteps than the policy drew: it changes them in between, or"
-                f" repeats them; drew {index.tolist()[:8]}, got {timesteps.tolist()[:8]}"
-            )
-        return own(original_samples, noise, timesteps)
-
-    # It is on the instance alone, and its first call removes it: sampling is untouched.
-    noise_scheduler.add_noise = add_noise

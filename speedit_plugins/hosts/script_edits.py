@@ -64,9 +64,13 @@ class ScriptCalls:
     ) -> Tensor:
         """Timesteps (B,) in place of `torch.randint(low, high, size, device=device)`.
 
+        Without gradients they are those of that call.
+
         Raises:
             ValueError: the script draws from part of the timesteps, in another shape, or with other options.
         """
+        if not torch.is_grad_enabled():
+            return torch.randint(low, high, size, device=device, **others)
         check_scheduler(noise_scheduler)
         unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
         if unknown:

@@ -223,13 +223,8 @@ class TimestepPolicy:
             raise ValueError(
                 f"density and weight need shape {tuple(self.schedule.alpha.shape)}, got {shapes}"
             )
-        if not (torch.isfinite(self.weight).all() and (self.weight >= 0).all()):
-            raise ValueError(
-                f"policy {self.name!r} needs finite weights >= 0, got a minimum of {self.weight.min():g}"
-            )
+        _check_weights(self.weight, self.density, self.name)
         if self._normalize:
-            if not self.mean_weight > 0:
-                raise ValueError(f"normalize needs a mean weight > 0, got {self.mean_weight:g}")
             self.weight = self.weight / self.mean_weight
         self._tables: dict[torch.device, _DeviceTables] = {}
 
@@ -251,3 +246,18 @@ class TimestepPolicy:
         order = torch.randperm(batch_size, device=device, generator=generator)
         # The sum can round up to batch_size. A quantile of 1 would be past the last index.
         return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
+
+
+def _check_weights(weight: Tensor, density: Tensor, name: str) -> None:
+    """Raises ValueError unless a loss can be weighed by this table (T,), in the float32 that draws return."""
+    used = weight.float()
+    if not (torch.isfinite(used).all() and (used >= 0).all()):
+        raise ValueError(
+            f"policy {name!r} needs weights >= 0 that are finite in float32, got {weight.min():g} to"
+            f" {weight.max():g}"
+        )
+    if not (used[density > 0] > 0).any():
+        raise ValueError(
+            f"policy {name!r} needs a weight > 0 in float32 at some timestep that it draws, got at most"
+            f" {weight[density > 0].max():g}: nothing would be trained"
+        )

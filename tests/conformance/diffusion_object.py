@@ -13,7 +13,7 @@ from torch import Tensor
 from conformance import points
 from conformance.models import SmallModel
 from conformance.points import on, refused
-from conformance.seam import POLICY, Batch, Seam, Terms
+from conformance.seam import POLICY, Batch, Seam, Terms, seeded
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of
 from speedit_plugins.hosts.diffusion_object import steered_methods
 from speedit_plugins.hosts.entry import with_policy
@@ -100,8 +100,35 @@ def missing_seam_is_refused(seam: ObjectSeam) -> None:
     refused(lambda: with_policy(bare, POLICY), "has no seam: looked for a method training_losses")
 
 
+def each_call_is_weighed_by_itself(seam: ObjectSeam) -> None:
+    """Point 2, of a host whose loss gets another term, and then another factor, in later steps."""
+    host = seam.make()
+    plain, changes = type(host), {"factor": 1.0, "extra": 0.0}
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        terms = getattr(plain, seam.method)(self, *args, **kwargs)
+        if isinstance(terms, Tensor):
+            return changes["factor"] * terms
+        return {**terms, "loss": changes["factor"] * terms["loss"] + changes["extra"]}
+
+    host.__class__ = type(plain.__name__, (plain,), {seam.method: changed})
+    host = with_policy(host, POLICY, generator=seeded())
+    policy, generator = seam.policy(), seeded()
+    for factor, extra in ((1.0, 0.0), (1.0, 7.0), (0.5, 0.0), (0.5, 7.0), (1.0, 0.0)):
+        changes.update(factor=factor, extra=extra)
+        terms = seam.train(host, seam.model(host), seam.batch())
+        draw = policy.draw(seam.shape[0], generator=generator)
+        assert terms.mse is not None, "the host's mse is not known"
+        if not terms.reported:  # p_losses returns the weighted loss alone
+            continue
+        wanted = factor * (draw.weight * terms.mse + terms.vb) + extra
+        error = float(((terms.loss - wanted).abs() / wanted.abs()).max().detach())
+        assert error <= 1e-6, f"loss * {factor} + {extra} in a later step: off by {error:.1e} relative"
+
+
 ObjectSeam.contract = points.COMMON | {
     1: (on([{"respacing": ""}, {"respacing": "50"}], points.draws_are_seen),),
+    2: (*points.COMMON[2], each_call_is_weighed_by_itself),
     4: (on([{"respacing": "5"}], points.sampling_is_untouched),),
     5: (*points.COMMON[5], attributes_reach_the_host),
     6: (missing_seam_is_refused,),

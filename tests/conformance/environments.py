@@ -1,5 +1,6 @@
 """Circumstances of a training run in which the plugin has to work: point 8 of the contract."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,11 @@ from torch import nn
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A gloo group of this process alone, unless there is a group already."""
+    """A gloo group of this process alone, unless there is a group already.
+
+    The caller keeps no DDP model of it. One that outlives its group frees it, and waits for gloo's threads
+    while it holds Python's lock, for which such a thread may wait in turn: now and then that hangs.
+    """
     if dist.is_initialized():
         yield
         return
@@ -18,6 +23,7 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -34,10 +40,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def wrapped_models(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    """The model in torch.compile and in DistributedDataParallel; all have the same parameters."""
+    """The model in torch.compile and in DistributedDataParallel; all have the same parameters.
+
+    The caller keeps none of them, see `process_group`.
+    """
     with process_group():
         # Without this, a model that was compiled for many shapes would run uncompiled from here on.
         torch.compiler.reset()
         # Dynamo traces. Its "eager" backend calls the same kernels, so results are the same to the bit.
         compiled = torch.compile(model, backend="eager")
-        yield {"compiled": compiled, "DDP": nn.parallel.DistributedDataParallel(model)}
+        models = {"compiled": compiled, "DDP": nn.parallel.DistributedDataParallel(model)}
+        del compiled
+        try:
+            yield models
+        finally:
+            models.clear()

@@ -108,9 +108,10 @@ class ImagenSeam(Seam):
         sample: Tensor = host.sample(text_embeds=torch.ones(1, *TEXT[1:]), use_tqdm=False)
         return sample
 
-    def evaluating(self, host: Any) -> AbstractContextManager[Any]:
+    def evaluations(self, host: Any) -> Iterator[AbstractContextManager[Any]]:
+        yield torch.no_grad()
         host.eval()
-        return nullcontext()
+        yield nullcontext()
 
     def is_idle(self, host: Any) -> bool:
         return bool(attachment_of(host).parts[0].num_calls == 0)
@@ -171,8 +172,9 @@ def ddp_trains_alike(seam: ImagenSeam) -> None:
     first = trained(seam)
     with process_group():
         host = seam.attached(POLICY, seeded())
-        wrapped = nn.parallel.DistributedDataParallel(seam.model(host))
-        same(seam.train(host, wrapped, seam.batch()), first.terms, "under DDP")
+        # No name for the wrapped model, so that it ends before the group does.
+        terms = seam.train(host, nn.parallel.DistributedDataParallel(seam.model(host)), seam.batch())
+        same(terms, first.terms, "under DDP")
 
 
 def bfloat16_reaches_every_time(seam: ImagenSeam) -> None:

@@ -4,7 +4,7 @@ Dims: B batch, C channels.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,7 @@ from conformance import points
 from conformance.environments import wrapped_models
 from conformance.models import ConditionedUnet
 from conformance.points import on, refused, same
-from conformance.seam import POLICY, Batch, Seam, Terms, seeded, trained
+from conformance.seam import POLICY, Batch, Seam, Step, Terms, seeded, trained
 from conformance.stand_ins import StandIns
 from speedit_plugins.hosts.attachment import attachment_of
 
@@ -147,9 +147,10 @@ class LatentSeam(Seam):
         sample: Tensor = host.p_sample_loop(*conditioning, SHAPE)
         return sample
 
-    def evaluating(self, host: Any) -> AbstractContextManager[Any]:
+    def evaluations(self, host: Any) -> Iterator[AbstractContextManager[Any]]:
+        yield torch.no_grad()
         host.eval()
-        return nullcontext()
+        yield nullcontext()
 
 
 def lightning_modules() -> dict[str, ModuleType]:
@@ -214,21 +215,24 @@ def wrapped_modules_train_alike(seam: LatentSeam) -> None:
     """Point 8: with the whole module wrapped, and with its unet compiled."""
     step = trained(seam)
     host, unet = step.host, step.model
-    others: dict[str, Callable[..., Any]]
     with wrapped_models(host) as others:
-        for kind, other in others.items():
-            unet.scale.grad = None
-            attachment_of(host).generator = seeded()
-            batch = seam.batch()
-            terms = seam._terms(host, other(*seam.inputs(batch), noise=batch[1]))
-            same(terms, step.terms, kind)
-            terms.loss.backward()
-            assert unet.scale.grad is not None, f"{kind}: no gradient"
+        for kind in tuple(others):
+            _trains_alike(seam, step, others[kind], kind)
     host.model.diffusion_model = torch.compile(unet, backend="eager")
     attachment_of(host).generator = seeded()
     same(seam.train(host, unet, seam.batch()), step.terms, "with a compiled unet")
     assert len(unet.seen) == 4, f"wanted 4 steps of the unet, got {len(unet.seen)}"
     assert all(torch.equal(seen, step.draw.index) for seen in unet.seen), "the model saw another t"
+
+
+def _trains_alike(seam: LatentSeam, step: Step, other: Callable[..., Any], kind: str) -> None:
+    step.model.scale.grad = None
+    attachment_of(step.host).generator = seeded()
+    batch = seam.batch()
+    terms = seam._terms(step.host, other(*seam.inputs(batch), noise=batch[1]))
+    same(terms, step.terms, kind)
+    terms.loss.backward()
+    assert step.model.scale.grad is not None, f"{kind}: no gradient"
 
 
 # Few timesteps keep sampling short.

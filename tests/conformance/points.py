@@ -118,17 +118,19 @@ def uniform_is_the_host(seam: Seam) -> None:
 
 def evaluations_are_the_hosts(seam: Seam) -> None:
     """Point 3 in a validation, with any policy: no draw, no weights, no step of a curriculum."""
-    seen: list[Tensor] = []
-    terms: list[Terms] = []
-    for host in (seam.make(), seam.attached()):
-        model = seam.model(host)
-        torch.manual_seed(4)
-        with seam.evaluating(host):
-            terms.append(seam.train(host, model, seam.batch()))
-        seen += model.seen[-1:]
-    assert torch.equal(*seen), f"the host evaluates at {seen[0]}, with a policy at {seen[1]}"
-    same(terms[1], terms[0])
-    assert seam.is_idle(host), "the evaluation counted as training"
+    plain, ours = seam.make(), seam.attached()
+    for contexts in zip(seam.evaluations(plain), seam.evaluations(ours), strict=True):
+        seen: list[Tensor] = []
+        terms: list[Terms] = []
+        for host, evaluating in zip((plain, ours), contexts, strict=True):
+            model = seam.model(host)
+            torch.manual_seed(4)
+            with evaluating:
+                terms.append(seam.train(host, model, seam.batch()))
+            seen += model.seen[-1:]
+        assert torch.equal(*seen), f"the host evaluates at {seen[0]}, with a policy at {seen[1]}"
+        same(terms[1], terms[0])
+        assert seam.is_idle(ours), "the evaluation counted as training"
 
 
 def sampling_is_untouched(seam: Seam) -> None:
@@ -194,12 +196,9 @@ def wrapped_models_train_alike(seam: Seam) -> None:
     wanted = gradient(first.model)
     model = seam.model(first.host)
     with wrapped_models(model) as others:
-        for name, other in others.items():
+        for name in tuple(others):
             model.zero_grad()
-            torch.manual_seed(7)
-            terms = seam.train(seam.attached(POLICY, seeded()), other, seam.batch())
-            same(terms, first.terms, name)
-            terms.loss.mean().backward()
+            _trains_alike(seam, first, others[name], name)
             found = gradient(model)
             assert found is not None, f"{name}: no gradient"
             assert wanted is not None and torch.equal(found, wanted), f"{name}: another gradient"  # noqa: PT018 - one fact
@@ -243,6 +242,14 @@ def _weighted(step: Step, plain: Terms) -> Tensor:
     weight = step.draw.weight.to(plain.mse.dtype)
     direct = weight * plain.mse + (weight if step.draw.scope == "loss" else 1) * plain.vb
     return direct if step.terms.loss.dim() else direct.mean()
+
+
+def _trains_alike(seam: Seam, first: Step, other: Any, name: str) -> None:
+    """Makes the first step again with another model, up to its gradients. Keeps nothing of that model."""
+    torch.manual_seed(7)
+    terms = seam.train(seam.attached(POLICY, seeded()), other, seam.batch())
+    same(terms, first.terms, name)
+    terms.loss.mean().backward()
 
 
 def _copies(host: Any, *, can_pickle: bool) -> Iterator[Any]:

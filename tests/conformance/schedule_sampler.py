@@ -8,6 +8,7 @@ Dims: B batch.
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,9 +74,22 @@ def second_sampler_is_refused(seam: SamplerSeam) -> None:
     assert type(without_policy(ours)) is type(plain), f"left as {type(ours)}"
 
 
+def evaluations_are_uniform(seam: SamplerSeam) -> None:
+    """Point 3: without gradients the timesteps are those of the host's uniform sampler, with weights of 1."""
+    sampler, size, T = seam.attached().sampler, seam.shape[0], len(seam.policy().density)
+    np.random.seed(4)  # noqa: NPY002 - the host draws from this generator
+    wanted = np.random.choice(T, size=(size,), p=np.ones(T) / T)  # noqa: NPY002 - as the host
+    np.random.seed(4)  # noqa: NPY002 - as the host
+    with torch.no_grad():
+        t, weights = sampler.sample(size, "cpu")
+    assert t.tolist() == wanted.tolist(), f"drew {t}, the host draws {wanted}"
+    assert torch.equal(weights, torch.ones(size)), f"weights {weights}"
+    assert sampler.num_samples == 0, "the evaluation counted as training"
+
+
 SamplerSeam.contract = points.COMMON | {
     1: (points.draws_are_seen, sampler_gives_the_policys_t),
-    3: (points.uniform_is_the_host,),
+    3: (points.uniform_is_the_host, evaluations_are_uniform),
     4: (on([{"respacing": "5"}], points.sampling_is_untouched),),
     5: (sampler_is_the_hosts,),
     6: (missing_seam_is_refused,),

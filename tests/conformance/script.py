@@ -119,6 +119,9 @@ class ScriptSeam(Seam):
         host: Run = trained(self).host
         return host
 
+    def is_idle(self, host: Run) -> bool:
+        return host.policy is not None and host.policy.num_draws == 0
+
     def is_unused(self, host: Run) -> bool:
         return host.policy is not None and host.policy.num_draws == 1
 
@@ -181,9 +184,21 @@ def other_schedulers_are_refused(seam: ScriptSeam) -> None:
     )
     names = {CALLS: ScriptCalls(ScriptPolicy()), "noise_scheduler": seam.make().noise_scheduler}
     refused(lambda: exec(compile(edited(ast.parse(edm))[0], "script", "exec"), names), "EDM style")
-    changed = step_of(ScriptPolicy(), SCRIPT.replace("timesteps.long()", "timesteps.clamp(max=2)"))
-    scheduler = seam.make().noise_scheduler
-    refused(lambda: changed(scheduler, SmallModel(), *seam.batch()), "at other timesteps")
+
+
+def every_step_is_watched(seam: ScriptSeam) -> None:
+    """Point 1, of a script that changes its timesteps from the third step on; and a validation in between."""
+    text = SCRIPT.replace("timesteps.long()", "timesteps.long() if len(latents) < 6 else timesteps // 2")
+    step, scheduler = step_of(ScriptPolicy(), text), seam.make().noise_scheduler
+    few = tuple(each[:4] for each in seam.batch())
+    for _ in range(2):
+        step(scheduler, SmallModel(), *few)
+    with torch.no_grad():
+        step(scheduler, SmallModel(), *seam.batch())
+    refused(lambda: step(scheduler, SmallModel(), *seam.batch()), "at other timesteps")
+    # The refused step was not finished: a policy made anew goes on with the same scheduler.
+    step_of(ScriptPolicy())(scheduler, SmallModel(), *seam.batch())
+    assert type(scheduler) is type(seam.make().noise_scheduler), "the scheduler has another class"
 
 
 def weights_are_not_doubled(seam: ScriptSeam) -> None:
@@ -196,8 +211,9 @@ STATING_V = [{"prediction_type": "v_prediction"}]
 # A policy without weights leaves the script's own Min-SNR on.
 MIN_SNR: list[dict[str, Any]] = [{"snr_gamma": None}, {"snr_gamma": 5.0}]
 ScriptSeam.contract = points.COMMON | {
+    1: (points.draws_are_seen, every_step_is_watched),
     2: (on(STATING_V, points.loss_is_weighted),),
-    3: (on(MIN_SNR, points.uniform_is_the_host),),
+    3: (on(MIN_SNR, points.uniform_is_the_host), on(MIN_SNR, points.evaluations_are_the_hosts)),
     4: (points.sampling_is_untouched, scheduler_stays),
     5: (policy_copies,),
     6: (other_schedulers_are_refused,),

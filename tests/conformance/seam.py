@@ -8,7 +8,7 @@ Dims: B batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -117,9 +117,9 @@ class Seam(ABC):
         """Whether the model saw the t (B,) of a draw."""
         return torch.equal(seen.to(draw.index.dtype), draw.index)
 
-    def evaluating(self, host: Any) -> AbstractContextManager[Any]:
-        """A context in which the host computes a loss as in a validation."""
-        return torch.no_grad()
+    def evaluations(self, host: Any) -> Iterator[AbstractContextManager[Any]]:
+        """Contexts in which the host computes a loss as in a validation."""
+        yield torch.no_grad()
 
     def idle(self) -> Any:
         """A host's object with a policy, made to sample."""

@@ -40,15 +40,15 @@ class TestTheContractCanFail:
             check(ObjectSeam(lambda r: create(Redrawing, r), IMAGES))
 
     def test_a_scaled_mse_breaks_point_2(self) -> None:
-        class Reported(SpacedDiffusion):
-            """Reports twice the error that its loss contains."""
+        class Doubled(SpacedDiffusion):
+            """Trains on twice the error that it reports."""
 
             def terms(self, answer: Any, noise: Any, t: Any) -> Any:
                 terms = super().terms(answer, noise, t)
-                return {**terms, "mse": 2 * terms["mse"]}
+                return {**terms, "loss": 2 * terms["loss"]}
 
         with pytest.raises(AssertionError, match=r"point 2, loss_is_weighted: loss misses w \* mse \+ vb"):
-            check(ObjectSeam(lambda r: create(Reported, r), IMAGES))
+            check(ObjectSeam(lambda r: create(Doubled, r), IMAGES))
 
 
 @pytest.mark.hosts

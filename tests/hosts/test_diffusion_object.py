@@ -259,3 +259,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="pass prediction_type"):
             with_policy(diffusion)
         assert is_attached(with_policy(diffusion, "min_snr", prediction_type="x0"))
+
+
+def test_a_reported_mse_that_is_no_part_of_the_loss_is_refused() -> None:
+    class Detached(SpacedDiffusion):
+        def terms(self, answer: Any, noise: Any, t: Any) -> Any:
+            found = super().terms(answer, noise, t)
+            return {**found, "mse": found["mse"].detach()}
+
+    diffusion = with_policy(create(Detached), "speedit")
+    with pytest.raises(ValueError, match="not made of the tensor that it reports as mse"):
+        terms(diffusion, SmallModel(1))

@@ -94,12 +94,17 @@ class TestConfig:
 @pytest.mark.usefixtures("_host")
 class TestTraining:
     def test_seen_t_follows_the_policy(self) -> None:
-        model, n = NamedUnet(), 20_000
+        model, n, scheduler = NamedUnet(), 20_000, build()
+        scheduler.training_loss(model, torch.zeros(n, 1, 1, 1))
         with torch.no_grad():
-            build().training_loss(model, torch.zeros(n, 1, 1, 1))
-        share = float((model.seen[0] >= 642).double().mean())
-        # The mass of t >= 642 of the linear schedule's speedit density; 4 sigma of a binomial frequency.
-        assert abs(share - 0.0509) < 4 * math.sqrt(0.0509 * 0.9491 / n)
+            loss = scheduler.training_loss(model, torch.zeros(n, 1, 1, 1), noise=torch.ones(n, 1, 1, 1))
+        # The mass of t >= 642 of the linear schedule's speedit density, and without gradients of a uniform
+        # one; 4 sigma of a binomial frequency.
+        for seen, mass in zip(model.seen, (0.0509, 0.358), strict=True):
+            share = float((seen >= 642).double().mean())
+            assert abs(share - mass) < 4 * math.sqrt(mass * (1 - mass) / n)
+        assert_close(loss["loss"], (model.answers[1] - 1).square().mean())
+        assert scheduler._speedit_attachment.num_calls == 1
 
     def test_a_learning_policy_learns_from_unweighted_losses(self) -> None:
         scheduler = build(policy="loss_second_moment", num_train_timesteps=2, trained_betas=[0.1, 0.2])

@@ -1,6 +1,8 @@
 """Seam D: the contract with diffusers' own schedulers, and what the two edits find and refuse."""
 
 import ast
+import copy
+import pickle
 from typing import Any
 
 import diffusers
@@ -215,3 +217,45 @@ def test_the_policy_is_told_of_once() -> None:
     for _ in range(2):
         step(diffusers.DDPMScheduler(), lambda x, t: x, torch.ones(2, 1, 1, 1), torch.ones(2, 1, 1, 1))
     assert used == ["speed"]
+
+
+class TestWatchedScheduler:
+    def test_a_copy_made_between_draw_and_noising_is_the_hosts(self) -> None:
+        scheduler = diffusers.DDPMScheduler()
+        index = seam().timesteps(scheduler, 4)
+        for each in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):  # noqa: S301 - made here
+            assert type(each) is diffusers.DDPMScheduler
+        x = torch.zeros(4, 1)
+        scheduler.add_noise(x, x, index)
+        assert type(scheduler) is diffusers.DDPMScheduler
+        assert "add_noise" not in vars(scheduler)
+
+    def test_timesteps_changed_in_place_are_refused(self) -> None:
+        scheduler, x = diffusers.DDPMScheduler(), torch.zeros(4, 1)
+        index = seam().timesteps(scheduler, 4)
+        index //= 2
+        with pytest.raises(ValueError, match="writes to the timesteps that the policy drew"):
+            scheduler.add_noise(x, x, index)
+
+    def test_without_gradients_a_draw_is_the_scripts_own(self) -> None:
+        calls, scheduler = ScriptCalls(seam()), diffusers.DDPMScheduler()
+        with torch.no_grad():
+            drawn = calls.randint(scheduler, 0, 500, (2, 3), generator=torch.Generator().manual_seed(1))
+        assert torch.equal(drawn, torch.randint(0, 500, (2, 3), generator=torch.Generator().manual_seed(1)))
+
+    def test_a_validation_between_draw_and_loss(self) -> None:
+        own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
+        index = own.timesteps(scheduler, 4)
+        with torch.no_grad():
+            own.timesteps(scheduler, 2)
+            assert own.mse_loss(x[:2], 0 * x[:2]) == 1
+        weight = build_policy("speedit", from_diffusers(scheduler)).weight.float()[index]
+        assert_close(own.mse_loss(x, 0 * x), weight.mean())
+        assert own.num_draws == 1
+
+    def test_a_draw_without_gradients_for_a_loss_with_them_is_refused(self) -> None:
+        own, x = seam(), torch.ones(4, 3)
+        with torch.no_grad():
+            own.timesteps(diffusers.DDPMScheduler(), 4)
+        with pytest.raises(ValueError, match=r"or under torch\.no_grad"):
+            own.mse_loss(x, 0 * x)

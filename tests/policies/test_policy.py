@@ -322,18 +322,25 @@ def test_a_paired_draw_cannot_be_stratified(name: str) -> None:
         ),
         (
             lambda: TimestepPolicy(LINEAR, uniform(LINEAR), lambda density: -constant(LINEAR), name="mine"),
-            "policy 'mine' needs finite weights >= 0, got a minimum of -1",
+            "policy 'mine' needs weights >= 0 that are finite in float32, got -1 to -1",
         ),
         (
             lambda: TimestepPolicy(LINEAR, uniform(LINEAR), lambda density: constant(LINEAR) * float("nan")),
-            "needs finite weights",
+            "that are finite in float32",
         ),
         (
             lambda: TimestepPolicy(
                 LINEAR, uniform(LINEAR), lambda density: constant(LINEAR) * 0, normalize=True
             ),
-            "normalize needs a mean weight > 0, got 0",
+            "needs a weight > 0 in float32 at some timestep that it draws, got at most 0: nothing would be",
         ),
+        # float64 tables that float32 draws would turn into inf, or into 0.
+        (
+            lambda: build_policy({"type": "p2", "k": 1e-300}, NoiseSchedule.from_alphas_cumprod([0.5, 0.0])),
+            "that are finite in float32, got 1 to 1e\\+300",
+        ),
+        (lambda: build_policy({"type": "p2", "k": 1e50}, LINEAR), "got at most 1e-50: nothing"),
+        (lambda: build_policy({"type": "p2", "gamma": float("inf")}, LINEAR), "got at most 0: nothing"),
         (
             lambda: TimestepPolicy(
                 LINEAR,
