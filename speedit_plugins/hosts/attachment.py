@@ -176,8 +176,8 @@ class Attachment:
             draw: of this step.
 
         Raises:
-            ValueError: the terms are something else, the loss is that of the whole batch, or there is no mse
-                and the policy weighs the mse.
+            ValueError: the terms are something else, the loss is that of the whole batch, or the policy
+                weighs the mse, and there is none or the loss is not made of it.
         """
         if isinstance(terms, Tensor):
             return self.weighted_whole(terms, draw)
@@ -196,8 +196,9 @@ class Attachment:
         loss, mse, rest = terms["loss"], terms["mse"], terms.get("vb")
         for term in (loss, mse):
             _check_per_sample(term, draw)
+        weighted = _weighted_mse(loss, mse, rest, draw.weight.to(loss.dtype))
         self.policy.update(draw.index, loss.detach())
-        return {**terms, "loss": _weighted_mse(loss, mse, rest, draw.weight.to(loss.dtype))}
+        return {**terms, "loss": weighted}
 
     def weighted_whole(self, loss: Tensor, draw: TimestepDraw) -> Tensor:
         """The whole of a host's loss (B,) times the draw's weights, in its dtype.
@@ -208,6 +209,31 @@ class Attachment:
         _check_per_sample(loss, draw)
         self.policy.update(draw.index, loss.detach())
         return draw.weight.to(loss.dtype) * loss
+
+
+class LastDraw:
+    """Whether a loss belongs to a draw of the policy, for hosts that draw and make their loss separately."""
+
+    def __init__(self) -> None:
+        self._is_used = True
+        self._is_hosts = False
+
+    def drawn(self) -> None:
+        """The policy has drawn. What comes next is its loss, or an evaluation."""
+        self._is_used = self._is_hosts = False
+
+    def drawn_by_host(self) -> None:
+        """The host has drawn without gradients: for an evaluation, if a draw still waits for its loss."""
+        self._is_hosts = self._is_used
+
+    def used(self) -> None:
+        """A loss with gradients is made. Raises ValueError if the host drew its timesteps."""
+        if self._is_hosts:
+            raise ValueError(
+                "the timesteps of this loss were drawn under torch.no_grad(), where the policy draws nothing:"
+                " draw them with gradients enabled"
+            )
+        self._is_used = True
 
 
 @contextlib.contextmanager
@@ -238,14 +264,32 @@ def _weighted_mse(loss: Tensor, mse: Tensor, rest: Tensor | None, weight: Tensor
         ValueError: the loss has a gradient, and the mse has no part in it.
     """
     factor = _share(loss, mse)
-    # Sample by sample, so that nothing waits for the device. Where the host's loss is this sum to the bit, no
-    # difference rounds a small weight away. Elsewhere the loss changes by what the weight changes of the mse.
-    plain, weighed = (mse, weight * mse) if rest is None else (mse + rest, weight * mse + rest)
-    return torch.where(loss == factor * plain, factor * weighed, loss + factor * (weight - 1) * mse)
+    with torch.no_grad():
+        plain, weighed = (mse, weight * mse) if rest is None else (mse + rest, weight * mse + rest)
+        # If the loss is this sum to the bit, it is made again from its terms, since a difference would round
+        # a small weight away. This is decided for each sample: the CPU need not wait for the device.
+        value = torch.where(loss == factor * plain, factor * weighed, loss + factor * (weight - 1) * mse)
+    if not loss.requires_grad:
+        return value
+    # The gradient goes through the host's own loss, since a term that is 0 now has one too.
+    mse.register_hook(lambda gradient: weight.to(gradient.dtype) * gradient)  # type: ignore[no-untyped-call]  # torch's
+    return cast(Tensor, _WithValue.apply(loss, value))  # type: ignore[no-untyped-call]  # torch's
+
+
+class _WithValue(torch.autograd.Function):
+    """A value (B,) with the gradient of a host's loss (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def _share(loss: Tensor, mse: Tensor) -> Tensor:
-    """The factor (B,) that the mse (B,) has in a loss (B,) now: the derivative of the one by the other."""
+    """The derivative (B,) of a loss (B,) by the mse (B,): its factor. 1 if the loss has no gradient."""
     if not loss.requires_grad:
         return torch.ones_like(loss)
     factor = None

@@ -165,8 +165,8 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         else:
             # LatentDiffusion has a constant `logvar` in its first term, so its errors are compared.
             pairs.append((errors.plain[0].mean(), errors.plain[1].mean()))
-        # In every call: the terms of a host's loss may change in the course of a training. One comparison of
-        # all pairs waits for the device once.
+        # In every call, since a host may change its loss during training. All pairs are compared at once, so
+        # the CPU waits once.
         theirs, ours = (torch.stack([each.detach() for each in side]) for side in zip(*pairs, strict=True))
         if not torch.allclose(theirs, ours, equal_nan=True):
             raise ValueError(

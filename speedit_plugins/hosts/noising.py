@@ -1,51 +1,76 @@
-"""Watches that a script noises at the timesteps that its policy drew, in every step.
+"""Checks that a script noises at the timesteps that its policy drew.
 
-Between the draw and the script's `add_noise` the noise scheduler has a subclass of its own class. The first
-`add_noise` with gradients gives it its own class back. A copy made in between has the scheduler's own class.
+From the draw to the script's `add_noise`, the noise scheduler has a subclass of its own class. Copies of it
+have its own class.
 
 Dims: B batch.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-# The timesteps (B,) that each watched scheduler is to noise at, and their version: who writes to a tensor in
-# place raises it.
-_awaited: "WeakKeyDictionary[Any, tuple[Tensor, int]]" = WeakKeyDictionary()
+
+@dataclass
+class _Awaited:
+    """The timesteps (B,) that the next `add_noise` must get.
+
+    Args:
+        index: the timesteps.
+        version: of that tensor; a write in place raises it.
+        others: timesteps that `add_noise` got without gradients in the meantime.
+    """
+
+    index: Tensor
+    version: int
+    others: Tensor | None = None
+
+
+# Not on the scheduler: its copies and pickles would carry it.
+_awaited: "WeakKeyDictionary[Any, _Awaited]" = WeakKeyDictionary()
 
 
 def watch_noising(noise_scheduler: Any, index: Tensor) -> None:
     """Makes the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,).
 
-    A scheduler that is watched already awaits these from now on. One without `add_noise` stays as it is.
+    Other timesteps without gradients are those of a validation, and pass. A scheduler that is watched already
+    awaits these from now on. One without `add_noise` stays as it is.
     """
     if not hasattr(noise_scheduler, "add_noise"):
         return
-    _awaited[noise_scheduler] = index, index._version
+    _awaited[noise_scheduler] = _Awaited(index, index._version)
     own_class: type = type(noise_scheduler)
     if not hasattr(own_class, "watched_class"):
         noise_scheduler.__class__ = _watched(own_class)
 
 
+def confirm_noising(noise_scheduler: Any) -> None:
+    """Raises ValueError if this scheduler got only other timesteps since the draw. For the draw's loss."""
+    awaited = _awaited.get(noise_scheduler)
+    if awaited is not None and awaited.others is not None:
+        raise _other_timesteps(awaited.index, awaited.others)
+
+
 @functools.cache
 def _watched(own_class: type) -> type:
-    def add_noise(self: Any, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Any:
-        # Without gradients this is a validation's, or an img2img sampler's.
-        if torch.is_grad_enabled():
-            self.__class__ = own_class
-            _check(timesteps, *_awaited.pop(self))
-        return own_class.add_noise(self, original_samples, noise, timesteps)  # type: ignore[attr-defined]  # of diffusers
+    def add_noise(self: Any) -> Any:
+        # A script may have put an `add_noise` of its own on the object. A property comes before that.
+        own = vars(self).get("add_noise", getattr(super(_watched(own_class), self), "add_noise", None))
+        return functools.partial(_noised, self, own_class, own)
+
+    def put_add_noise(self: Any, own: Any) -> None:
+        vars(self)["add_noise"] = own
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return object.__new__, (own_class,), self.__dict__
 
     members = {
         "watched_class": own_class,
-        "add_noise": add_noise,
+        "add_noise": property(add_noise, put_add_noise),
         "__reduce_ex__": reduce,
         "__module__": own_class.__module__,
         "__doc__": own_class.__doc__,
@@ -53,14 +78,42 @@ def _watched(own_class: type) -> type:
     return type(own_class.__name__, (own_class,), members)
 
 
-def _check(timesteps: Tensor, index: Tensor, version: int) -> None:
-    # If it is the same tensor and nobody wrote to it, the CPU need not wait for the device.
-    if timesteps is index and timesteps._version == version:
-        return
-    if timesteps.shape != index.shape or not torch.equal(timesteps.to(index), index):
-        raise ValueError(
-            "the script noises at other timesteps than the policy drew: it changes them in between, or"
-            f" repeats them; drew {index.tolist()[:8]}, got {timesteps.tolist()[:8]}"
-        )
-    if index._version != version:
+def _noised(
+    scheduler: Any,
+    own_class: type,
+    add_noise: Any,
+    original_samples: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    *others: Any,
+    **options: Any,
+) -> Any:
+    awaited = _awaited.get(scheduler)
+    # A script may keep this function for longer than the scheduler is watched.
+    if awaited is not None:
+        if torch.is_grad_enabled() or _are(timesteps, awaited.index):
+            scheduler.__class__ = own_class
+            del _awaited[scheduler]
+            _check(timesteps, awaited)
+        else:
+            awaited.others = timesteps
+    return add_noise(original_samples, noise, timesteps, *others, **options)
+
+
+def _check(timesteps: Tensor, awaited: _Awaited) -> None:
+    if not _are(timesteps, awaited.index):
+        raise _other_timesteps(awaited.index, timesteps)
+    if awaited.index._version != awaited.version:
         raise ValueError("the script writes to the timesteps that the policy drew: take a copy of them")
+
+
+def _are(timesteps: Tensor, index: Tensor) -> bool:
+    # If it is the same tensor, the CPU need not wait for the device.
+    return timesteps is index or (timesteps.shape == index.shape and torch.equal(timesteps.to(index), index))
+
+
+def _other_timesteps(index: Tensor, timesteps: Tensor) -> ValueError:
+    return ValueError(
+        "the script noises at other timesteps than the policy drew: it changes them in between, or repeats"
+        f" them; drew {index.tolist()[:8]}, got {timesteps.tolist()[:8]}"
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, attach, is_constant, refuse_attached
+from speedit_plugins.hosts.attachment import Attachment, LastDraw, attach, is_constant, refuse_attached
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -86,12 +86,15 @@ class PolicySampler:
         """Timesteps int64 (B,), and the factors float32 (B,) by which the host multiplies its whole loss.
 
         Without gradients, as in a validation, these are the host's: uniform timesteps from numpy's global
-        generator, and factors of 1.
+        generator, and factors of 1. So draw with gradients enabled in training. A policy of scope "mse"
+        refuses the training loss of a draw without.
 
         Raises:
             ValueError: the loss of the first batch was not weighed: the host calls another loss.
         """
         if not torch.is_grad_enabled():
+            if self._attachment is not None:
+                self._attachment.last_draw.drawn_by_host()
             return _hosts_uniform(len(self.policy.density), batch_size, device)
         is_unweighed = self._attachment is not None and not self._attachment.num_calls
         if is_unweighed and self.num_samples:
@@ -99,6 +102,8 @@ class PolicySampler:
                 f"the host drew twice and never called training_losses, where {self.policy.name!r} weighs"
                 " the mse; wanted a policy of scope 'loss' or a constant weighting"
             )
+        if self._attachment is not None:
+            self._attachment.last_draw.drawn()
         self.policy.advance(self.num_samples)
         self.num_samples += 1
         draw = self.policy.draw(batch_size, device=device, generator=self._generator)
@@ -124,8 +129,13 @@ class PolicySampler:
 class GivenTimesteps(Attachment):
     """Weighs the loss at the t that the host passes; draws nothing."""
 
+    def __init__(self, policy: TimestepPolicy) -> None:
+        super().__init__(policy)
+        self.last_draw = LastDraw()
+
     def draw(self, t: Tensor) -> TimestepDraw:
-        """The host's own t (B,), with our weights (B,)."""
+        """The host's own t (B,), with our weights (B,). Raises ValueError if the sampler did not draw it."""
+        self.last_draw.used()
         self.num_calls += 1
         index = t.long()
         return self.at(index, (index + 0.5) / len(self.policy.weight))
@@ -155,7 +165,9 @@ def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:
 def _hosts_uniform(T: int, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Uniform timesteps (B,) and weights of 1, from the same random numbers as the host's uniform sampler."""
     drawn = np.random.choice(T, size=(batch_size,), p=np.full(T, 1 / T))  # noqa: NPY002 - as the host
-    return torch.from_numpy(drawn).long().to(device), torch.ones(batch_size, device=device).float()
+    return torch.from_numpy(drawn).long().to(device), torch.ones(
+        batch_size, dtype=torch.float32, device=device
+    )
 
 
 def _warn_if_weighted(diffusion: Any, policy: TimestepPolicy) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.hosts.attachment import (
+    LastDraw,
     TableOnDevices,
     draws_pairs,
     is_constant,
     refuse_double_weights,
     scaled,
 )
-from speedit_plugins.hosts.noising import watch_noising
+from speedit_plugins.hosts.noising import confirm_noising, watch_noising
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -64,6 +65,7 @@ class ScriptPolicy:
         self._index: Tensor | None = None
         self._drawn: tuple[TimestepPolicy | None, Tensor] = None, torch.empty(0)
         self._weight = TableOnDevices()
+        self._last_draw = LastDraw()
         self.num_draws = 0
 
     @property
@@ -87,9 +89,9 @@ class ScriptPolicy:
     def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
         """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
-        After each draw the scheduler's `add_noise` is watched for one call. It raises a ValueError
-        if the script has changed its timesteps in between. Without gradients the timesteps are uniform, from
-        the device's global generator, and nothing is counted or watched.
+        After each draw the scheduler's next `add_noise` raises a ValueError if the script has changed its
+        timesteps in between. Without gradients the timesteps are uniform, from the device's global generator,
+        and nothing is counted.
 
         Args:
             noise_scheduler: one of diffusers with `alphas_cumprod`; rows of that table are the timesteps that
@@ -102,6 +104,7 @@ class ScriptPolicy:
         """
         check_scheduler(noise_scheduler)
         if not torch.is_grad_enabled():
+            self.drawn_by_script()
             return torch.randint(0, len(noise_scheduler.alphas_cumprod), (batch_size,), device=device)
         if noise_scheduler is not self._scheduler:
             self._scheduler, self._built = noise_scheduler, None
@@ -109,8 +112,13 @@ class ScriptPolicy:
         self.num_draws += 1
         self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
         self._drawn = self.policy, self.policy.weight
+        self._last_draw.drawn()
         watch_noising(noise_scheduler, self._index)
         return self._index
+
+    def drawn_by_script(self) -> None:
+        """Notes that the script drew without gradients. A training loss for that draw is refused."""
+        self._last_draw.drawn_by_host()
 
     def mse_loss(
         self,
@@ -131,14 +139,16 @@ class ScriptPolicy:
                 chunk i.
 
         Raises:
-            ValueError: no timesteps were drawn, they were drawn for another number of rows, or in pairs for a
-                batch that is split.
+            ValueError: no timesteps were drawn with gradients, they were drawn for another number of rows, or
+                in pairs for a batch that is split, or the batch was noised at others.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction)
         policy, index = self.policy, self._rows(len(prediction), part)
+        self._last_draw.used()
+        confirm_noising(self._scheduler)
         if self._on_use is not None:
             self._on_use(policy)
             self._on_use = None
@@ -155,9 +165,16 @@ class ScriptPolicy:
         weight = self._weight.at(table, index)
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
-    def refuse_weights(self, weighing: str, remedy: str) -> None:
-        """Raises ValueError if the policy has weights, for a script that weighs its training loss itself."""
-        if not torch.is_grad_enabled():
+    def refuse_weights(self, weighing: str, remedy: str, timesteps: Tensor | None = None) -> None:
+        """Raises ValueError if the policy has weights, for a script that weighs its training loss itself.
+
+        Args:
+            weighing: the beginning of the message: who weighs, and by what.
+            remedy: how to switch the script's weights off.
+            timesteps: for which the script makes its weights (B,). It may make them without gradients; others
+                than the policy's are then those of a validation.
+        """
+        if not torch.is_grad_enabled() and (timesteps is None or timesteps is not self._index):
             return
         refuse_double_weights(self.policy, weighing, remedy)
 

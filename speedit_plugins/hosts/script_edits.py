@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
 
@@ -59,7 +60,7 @@ class ScriptCalls:
         high: int,
         size: tuple[int, ...],
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **others: Any,
     ) -> Tensor:
         """Timesteps (B,) in place of `torch.randint(low, high, size, device=device)`.
@@ -70,6 +71,7 @@ class ScriptCalls:
             ValueError: the script draws from part of the timesteps, in another shape, or with other options.
         """
         if not torch.is_grad_enabled():
+            self._seam.drawn_by_script()
             return torch.randint(low, high, size, device=device, **others)
         check_scheduler(noise_scheduler)
         unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
@@ -83,17 +85,25 @@ class ScriptCalls:
                 f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
                 " timesteps in shape (B,)"
             )
-        return self._seam.timesteps(noise_scheduler, size[0], device)
+        return self._seam.timesteps(noise_scheduler, size[0], device or "cpu")
 
-    def refused_index(self, noise_scheduler: Any, *_: Any, **__: Any) -> Tensor:
-        """Raises ValueError: an EDM-style script looks up a sigma by this draw, so it is no timestep."""
+    def refused_index(self, noise_scheduler: Any, *drawn: Any, **options: Any) -> Tensor:
+        """Raises ValueError: an EDM-style script looks up a sigma by this draw, so it is no timestep.
+
+        Without gradients it is the script's own `torch.randint(*drawn, **options)`.
+        """
+        if not torch.is_grad_enabled():
+            own: Tensor = torch.randint(*drawn, **options)
+            return own
         raise ValueError(
             f"the script draws an index into the sigmas of {type(noise_scheduler).__name__} (EDM style), not"
             " a timestep of its schedule: leave out --do_edm_style_training"
         )
 
     def mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean", **others: Any) -> Tensor:
-        """The script's squared error, weighed."""
+        """The script's squared error, weighed. Without gradients it is as the script has it."""
+        if not torch.is_grad_enabled():
+            return functional.mse_loss(prediction, target, reduction=reduction, **others)
         if others:
             raise ValueError(f"mse_loss with {sorted(others)} is not known here")
         return self._seam.mse_loss(prediction, target, reduction)
@@ -107,7 +117,7 @@ class ScriptCalls:
         self._seam.refuse_weights(
             "the script multiplies its squared error by weights", "let it predict the noise"
         )
-        return self._seam.mse_loss(prediction, target, reduction)
+        return self.mse_loss(prediction, target, reduction)
 
     def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The script's signal-to-noise ratios, of which it makes Min-SNR weights.
@@ -115,7 +125,8 @@ class ScriptCalls:
         Raises:
             ValueError: the policy has weights too.
         """
-        self._seam.refuse_weights("the script weighs its loss by Min-SNR", "drop --snr_gamma")
+        timesteps = kwargs.get("timesteps", args[1] if len(args) > 1 else None)
+        self._seam.refuse_weights("the script weighs its loss by Min-SNR", "drop --snr_gamma", timesteps)
         return own(*args, **kwargs)
 
 

@@ -52,7 +52,8 @@ class TimestepPolicy:
     Args:
         schedule: the noise schedule that the model is trained on.
         density: a fixed `Density`, or an `AdaptiveDensity`.
-        weighting: function from the density table (T,) to the weight table (T,), finite and >= 0.
+        weighting: function from the density table (T,) to the weight table (T,): finite and >= 0 in float32,
+            and > 0 at some timestep that is drawn.
         draw: independent draws (`Iid`, the default) or `Paired` ones.
         name: the policy's name in error messages and reports.
         scope: what the weight multiplies, see `TimestepDraw`.
@@ -223,9 +224,10 @@ class TimestepPolicy:
             raise ValueError(
                 f"density and weight need shape {tuple(self.schedule.alpha.shape)}, got {shapes}"
             )
-        _check_weights(self.weight, self.density, self.name)
-        if self._normalize:
+        if self._normalize and self.mean_weight > 0:
             self.weight = self.weight / self.mean_weight
+        # After the division, since draws return this table.
+        _check_weights(self.weight, self.density, self.name)
         self._tables: dict[torch.device, _DeviceTables] = {}
 
     def _tables_on(self, device: torch.device) -> _DeviceTables:

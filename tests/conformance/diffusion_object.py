@@ -101,29 +101,35 @@ def missing_seam_is_refused(seam: ObjectSeam) -> None:
 
 
 def each_call_is_weighed_by_itself(seam: ObjectSeam) -> None:
-    """Point 2, of a host whose loss gets another term, and then another factor, in later steps."""
+    """Point 2, of a host whose loss gets another term, and then another factor, in later steps.
+
+    The term is a parameter, which has a gradient also while it is 0. A loss without terms is weighed whole.
+    """
     host = seam.make()
-    plain, changes = type(host), {"factor": 1.0, "extra": 0.0}
+    plain, changes, extra = type(host), {"factor": 1.0}, torch.zeros((), requires_grad=True)
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
         terms = getattr(plain, seam.method)(self, *args, **kwargs)
         if isinstance(terms, Tensor):
+            changes["whole"] = terms.detach()
             return changes["factor"] * terms
-        return {**terms, "loss": changes["factor"] * terms["loss"] + changes["extra"]}
+        return {**terms, "loss": changes["factor"] * terms["loss"] + extra}
 
     host.__class__ = type(plain.__name__, (plain,), {seam.method: changed})
     host = with_policy(host, POLICY, generator=seeded())
     policy, generator = seam.policy(), seeded()
-    for factor, extra in ((1.0, 0.0), (1.0, 7.0), (0.5, 0.0), (0.5, 7.0), (1.0, 0.0)):
-        changes.update(factor=factor, extra=extra)
+    for factor, value in ((1.0, 0.0), (1.0, 7.0), (0.5, 0.0), (0.5, 7.0), (1.0, 0.0)):
+        changes["factor"], extra.data, extra.grad = factor, torch.tensor(value), None
         terms = seam.train(host, seam.model(host), seam.batch())
         draw = policy.draw(seam.shape[0], generator=generator)
         assert terms.mse is not None, "the host's mse is not known"
-        if not terms.reported:  # p_losses returns the weighted loss alone
-            continue
-        wanted = factor * (draw.weight * terms.mse + terms.vb) + extra
+        wanted = factor * draw.weight * changes.get("whole", terms.mse)
+        if "whole" not in changes:
+            wanted = wanted + factor * terms.vb + value
+            terms.loss.sum().backward()
+            assert extra.grad == seam.shape[0], f"a term of value {value} has the gradient {extra.grad}"
         error = float(((terms.loss - wanted).abs() / wanted.abs()).max().detach())
-        assert error <= 1e-6, f"loss * {factor} + {extra} in a later step: off by {error:.1e} relative"
+        assert error <= 1e-6, f"loss * {factor} + {value} in a later step: off by {error:.1e} relative"
 
 
 ObjectSeam.contract = points.COMMON | {

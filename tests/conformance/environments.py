@@ -13,8 +13,8 @@ from torch import nn
 def process_group() -> Iterator[None]:
     """A gloo group of this process alone, unless there is a group already.
 
-    The caller keeps no DDP model of it. One that outlives its group frees it, and waits for gloo's threads
-    while it holds Python's lock, for which such a thread may wait in turn: now and then that hangs.
+    The caller keeps no DDP model of it. A model that outlives its group frees the group while it holds
+    Python's lock. Gloo's threads may need that lock, so this can hang.
     """
     if dist.is_initialized():
         yield

@@ -156,3 +156,17 @@ def test_one_t_serves_two_losses() -> None:
     assert torch.equal(first["loss"], second["loss"])
     assert isinstance(sampler, ScheduleSampler)
     assert type(without_policy(diffusion)) is MaskedDiffusion
+
+
+def test_a_training_loss_of_a_draw_without_gradients_is_refused() -> None:
+    diffusion = create()
+    sampler, x = schedule_sampler(diffusion, "speedit"), torch.zeros(IMAGES)
+    t, _ = sampler.sample(len(x), "cpu")
+    with torch.no_grad():
+        diffusion.training_losses(model, x, sampler.sample(len(x), "cpu")[0])
+    # The validation in between has left the first draw to its loss.
+    diffusion.training_losses(model, x, t)
+    with torch.no_grad():
+        t, _ = sampler.sample(len(x), "cpu")
+    with pytest.raises(ValueError, match=r"drawn under torch\.no_grad\(\)"):
+        diffusion.training_losses(model, x, t)

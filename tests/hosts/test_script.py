@@ -259,3 +259,47 @@ class TestWatchedScheduler:
             own.timesteps(diffusers.DDPMScheduler(), 4)
         with pytest.raises(ValueError, match=r"or under torch\.no_grad"):
             own.mse_loss(x, 0 * x)
+
+    def test_a_later_draw_without_gradients_for_a_loss_with_them_is_refused(self) -> None:
+        own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
+        own.timesteps(scheduler, 4)
+        own.mse_loss(x, 0 * x)
+        with torch.no_grad():
+            own.timesteps(scheduler, 4)
+        with pytest.raises(ValueError, match=r"drawn under torch\.no_grad\(\)"):
+            own.mse_loss(x, 0 * x)
+
+    def test_noising_without_gradients_in_a_training_step(self) -> None:
+        own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
+        for change in (0, 1):
+            index = own.timesteps(scheduler, 4)
+            with torch.no_grad():
+                scheduler.add_noise(x, x, index // (1 + change))
+            if not change:
+                own.mse_loss(x, 0 * x)
+        with pytest.raises(ValueError, match="noises at other timesteps"):
+            own.mse_loss(x, 0 * x)
+
+    def test_a_noising_of_the_scripts_own_is_watched(self) -> None:
+        own, scheduler, x, given = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3), []
+        scheduler.add_noise = lambda *args, **options: given.append(options)
+        scheduler.add_noise(x, x, own.timesteps(scheduler, 4), offset=0.1)
+        assert given == [{"offset": 0.1}]
+        own.timesteps(scheduler, 4)
+        with pytest.raises(ValueError, match="noises at other timesteps"):
+            scheduler.add_noise(x, x, torch.full((4,), 3))
+
+    def test_min_snr_without_gradients_in_a_training_step(self) -> None:
+        own, scheduler = seam(), diffusers.DDPMScheduler()
+        index, calls = own.timesteps(scheduler, 4), ScriptCalls(own)
+        with torch.no_grad():
+            calls.compute_snr(lambda *_: index, scheduler, index.clone())
+            with pytest.raises(ValueError, match="drop --snr_gamma"):
+                calls.compute_snr(lambda *_: index, scheduler, index)
+
+    def test_without_gradients_every_call_is_the_scripts_own(self) -> None:
+        calls, x = ScriptCalls(seam()), torch.ones(4, 3)
+        with torch.no_grad():
+            assert calls.mse_loss(x, 0 * x, "sum") == 12
+            assert calls.scaled_mse_loss(x, 0 * x, "sum") == 12
+            assert calls.refused_index(diffusers.EDMEulerScheduler(), 0, 1, (2,)).tolist() == [0, 0]

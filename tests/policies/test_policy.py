@@ -309,6 +309,12 @@ def test_a_paired_draw_cannot_be_stratified(name: str) -> None:
         build_policy({"type": name, "stratified": True}, LINEAR)
 
 
+@pytest.mark.parametrize("scale", [1e-50, 1e50])
+def test_normalize_makes_weights_of_any_size_usable(scale: float) -> None:
+    policy = TimestepPolicy(LINEAR, uniform(LINEAR), lambda density: scale * constant(LINEAR), normalize=True)
+    assert_close(policy.draw(4).weight, torch.ones(4))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
