@@ -6,7 +6,7 @@ makes its loss, and so the place where a policy goes in.
 The object's new class is a subclass of the host's own. It is made once per class, and it replaces the methods
 of the seam. Everything else is the host's: `isinstance` holds, and sampling is untouched.
 
-Dims: T timesteps, B batch.
+Dims: T timesteps, B batch, F frames.
 """
 
 import contextlib
@@ -17,6 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
+from speedit_plugins.hosts.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 # Makes the methods that replace those of a host's class. It is a function of a module, since an object with a
@@ -78,11 +81,6 @@ def refuse_attached(host: Any) -> None:
         )
 
 
-def is_constant(weight: Tensor) -> bool:
-    """Whether a table (T,) has one value for every timestep."""
-    return bool((weight == weight[0]).all())
-
-
 def refuse_double_weights(policy: TimestepPolicy, weighing: str, remedy: str) -> None:
     """Raises ValueError if the policy has weights, for a host that weighs its loss already.
 
@@ -118,29 +116,43 @@ def draws_pairs(policy: TimestepPolicy) -> bool:
     return not torch.equal(policy.density_for(1), policy.density)
 
 
-class Attachment:
-    """What is added to an object: the policy, and a count of the object's training calls.
+class PolicyHolder:
+    """Has a `policy`, and keeps its state by `state_dict` and `load_state_dict`."""
+
+
+class Attachment(PolicyHolder):
+    """What is added to an object: the policy, and the random numbers of its draws.
 
     Args:
         policy: draws and weighs; or a function that builds it, called at the first use.
-        generator: for the draws; None is the device's global one.
+        stream: of random numbers; None is one for each data-parallel rank, see `DrawStream`.
     """
 
     def __init__(
-        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], generator: torch.Generator | None = None
+        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], stream: DrawStream | None = None
     ) -> None:
         self._source = policy
-        self.generator = generator
-        self.num_calls = 0
+        self.stream = stream if stream is not None else DrawStream()
+        self._waiting_state: Mapping[str, Any] | None = None
         self._weight = TableOnDevices()
+        self._recent = RecentCalls()
         # What a seam keeps while a training call runs; see `under_way`.
         self.call: Any = None
+        if self.is_built:
+            self.stream.check(self.policy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy waits for no backward pass."""
+        return {**self.__dict__, "_recent": RecentCalls()}
 
     @property
     def policy(self) -> TimestepPolicy:
         """What draws and weighs; built now if it is not yet."""
         if not isinstance(self._source, TimestepPolicy):
             self._source = self._source()
+            self.stream.check(self._source)
+            if self._waiting_state is not None:
+                self._source.load_state_dict(self._waiting_state)
         return self._source
 
     @property
@@ -148,15 +160,52 @@ class Attachment:
         """Whether the policy's tables exist."""
         return isinstance(self._source, TimestepPolicy)
 
-    def advance(self) -> None:
-        """Counts a training call. Each call is one step of a curriculum."""
-        self.policy.advance(self.num_calls)
-        self.num_calls += 1
+    @property
+    def num_calls(self) -> int:
+        """The number of training calls, of all objects with this policy."""
+        return self.policy.num_steps if self.is_built else 0
 
-    def draw(self, t: Tensor) -> TimestepDraw:
-        """The draw that replaces the host's t (B,), on its device."""
-        self.advance()
-        return self.policy.draw(len(t), device=t.device, generator=self.generator)
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state; empty if it is not built yet, and none was loaded."""
+        return self.policy.state_dict() if self.is_built else dict(self._waiting_state or {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, now or when the policy is built.
+
+        Raises:
+            ValueError: the state is of another policy.
+        """
+        if self.is_built and state:
+            self.policy.load_state_dict(state)
+        elif state:
+            self._waiting_state = state
+
+    def draw(self, t: Tensor, data: Tensor | None = None) -> TimestepDraw:
+        """The draw that replaces the host's t, in its shape and on its device.
+
+        It is a training step of the policy, unless a checkpoint computes a call again: that call had a draw.
+
+        Args:
+            t: (B,); or (B, F) if each frame has a t of its own. Frames with one t get one.
+            data: of the batch, by which a call that is computed again is known.
+
+        Raises:
+            ValueError: t is no tensor, or has no dimension.
+        """
+        if not isinstance(t, Tensor) or t.dim() == 0:
+            got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise ValueError(
+                f"the host's timesteps have to be a tensor (B,), or (B, F) with one for each frame; got {got}"
+            )
+        if is_recomputing():
+            recomputed: TimestepDraw = self._recent.of_recomputed(t, data)
+            return recomputed
+        self.policy.advance()
+        per_sample = t.dim() == 1 or is_shared(t)
+        flat = self.stream.draw(self.policy, len(t) if per_sample else t.numel(), t.device)
+        draw = flat if t.dim() == 1 else _shaped(flat, t.shape)
+        self._recent.add(draw, t, data)
+        return draw
 
     def at(self, index: Tensor, time: Tensor) -> TimestepDraw:
         """Timesteps that the host chose itself, with the policy's weights (B,).
@@ -194,10 +243,10 @@ class Attachment:
                 " wanted a policy of scope 'loss'"
             )
         loss, mse, rest = terms["loss"], terms["mse"], terms.get("vb")
-        for term in (loss, mse):
-            _check_per_sample(term, draw)
-        weighted = _weighted_mse(loss, mse, rest, draw.weight.to(loss.dtype))
-        self.policy.update(draw.index, loss.detach())
+        draw = draw_for_loss(draw, loss, self.policy)
+        draw_for_loss(draw, mse, self.policy)
+        weighted = weighted_mse(loss, mse, rest, draw.weight.to(loss.dtype))
+        self.learn(draw, loss)
         return {**terms, "loss": weighted}
 
     def weighted_whole(self, loss: Tensor, draw: TimestepDraw) -> Tensor:
@@ -206,9 +255,17 @@ class Attachment:
         Raises:
             ValueError: the loss has another shape.
         """
-        _check_per_sample(loss, draw)
-        self.policy.update(draw.index, loss.detach())
+        draw = draw_for_loss(draw, loss, self.policy)
+        self.learn(draw, loss)
         return draw.weight.to(loss.dtype) * loss
+
+    def learn(self, draw: TimestepDraw, loss: Tensor) -> None:
+        """Teaches a learning policy the losses of a draw, in its shape: those that the host minimises.
+
+        What a checkpoint computes again is known already.
+        """
+        if not is_recomputing():
+            self.policy.update(draw.index.flatten(), loss.detach().flatten())
 
 
 class LastDraw:
@@ -217,6 +274,7 @@ class LastDraw:
     def __init__(self) -> None:
         self._is_used = True
         self._is_hosts = False
+        self.num_used = 0
 
     def drawn(self) -> None:
         """The policy has drawn. What comes next is its loss, or an evaluation."""
@@ -234,6 +292,7 @@ class LastDraw:
                 " draw them with gradients enabled"
             )
         self._is_used = True
+        self.num_used += 1
 
 
 @contextlib.contextmanager
@@ -246,69 +305,12 @@ def under_way(attachment: Any, call: Call) -> Iterator[Call]:
         attachment.call = None
 
 
-def scaled(error: Tensor, weight: Tensor) -> Tensor:
-    """Errors (B, ...) times the weight (B,) of each sample, in the dtype of the errors."""
-    return weight.to(error.dtype).view(-1, *[1] * (error.dim() - 1)) * error
-
-
-def _weighted_mse(loss: Tensor, mse: Tensor, rest: Tensor | None, weight: Tensor) -> Tensor:
-    """A host's loss (B,) with its share of the mse (B,) times the weight (B,); its other terms stay.
-
-    Args:
-        loss: the host's; the mse, times any factor, plus any other terms.
-        mse: the term that is weighed.
-        rest: the variational term `vb` (B,), if there is one.
-        weight: of each sample.
-
-    Raises:
-        ValueError: the loss has a gradient, and the mse has no part in it.
-    """
-    factor = _share(loss, mse)
-    with torch.no_grad():
-        plain, weighed = (mse, weight * mse) if rest is None else (mse + rest, weight * mse + rest)
-        # If the loss is this sum to the bit, it is made again from its terms, since a difference would round
-        # a small weight away. This is decided for each sample: the CPU need not wait for the device.
-        value = torch.where(loss == factor * plain, factor * weighed, loss + factor * (weight - 1) * mse)
-    if not loss.requires_grad:
-        return value
-    # The gradient goes through the host's own loss, since a term that is 0 now has one too.
-    mse.register_hook(lambda gradient: weight.to(gradient.dtype) * gradient)  # type: ignore[no-untyped-call]  # torch's
-    return cast(Tensor, _WithValue.apply(loss, value))  # type: ignore[no-untyped-call]  # torch's
-
-
-class _WithValue(torch.autograd.Function):
-    """A value (B,) with the gradient of a host's loss (B,)."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _share(loss: Tensor, mse: Tensor) -> Tensor:
-    """The derivative (B,) of a loss (B,) by the mse (B,): its factor. 1 if the loss has no gradient."""
-    if not loss.requires_grad:
-        return torch.ones_like(loss)
-    factor = None
-    if mse.requires_grad:
-        (factor,) = torch.autograd.grad(loss.sum(), mse, retain_graph=True, allow_unused=True)
-    if factor is None:
-        raise ValueError(
-            "the host's loss is not made of the tensor that it reports as mse (a detached copy?), so the mse"
-            " in it cannot be weighed; wanted a policy of scope 'loss'"
-        )
-    return factor.to(loss.dtype)
-
-
-def _check_per_sample(loss: Tensor, draw: TimestepDraw) -> None:
-    if loss.shape != draw.index.shape:
-        raise ValueError(
-            f"the host's loss has shape {tuple(loss.shape)}, wanted one for each sample,"
-            f" {tuple(draw.index.shape)}: the mean of a batch cannot be weighed by sample"
-        )
+def _shaped(draw: TimestepDraw, shape: torch.Size) -> TimestepDraw:
+    """A draw in the shape of the host's t (B, ...): of all its values, or of B samples whose frames share."""
+    if len(draw.index) == shape.numel():
+        return draw.map(lambda each: each.view(shape))
+    column = (-1, *[1] * (len(shape) - 1))
+    return draw.map(lambda each: each.view(column).expand(shape))
 
 
 class TableOnDevices:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from speedit_plugins.hosts.attachment import (
     Attachment,
@@ -20,6 +21,8 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
 )
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -29,8 +32,12 @@ METHODS = ("training_losses", "training_losses_diffusers", "p_losses")
 TIMESTEP_NAMES = ("t", "timestep")
 # A host's table may be a float32 product of a thousand factors. Two schedules differ by more than this.
 SNR_TOLERANCE = 0.01
-# Packages that compute two losses in a step, of the masked and of the whole input, at one t.
-_SHARED_TIMESTEPS = ("masked_diffusion",)
+# Packages whose trainers use the t of their schedule sampler outside of the loss too, and for what.
+_SAMPLED = {
+    "masked_diffusion": "trains two losses at one t",
+    "guided_diffusion": "logs its losses by the t of its schedule sampler",
+    "improved_diffusion": "logs its losses by the t of its schedule sampler",
+}
 
 
 def fits(host: Any) -> bool:
@@ -42,19 +49,20 @@ def wrapped(
     host: Any,
     policy: str | Config | TimestepPolicy,
     prediction_type: str | None,
-    generator: torch.Generator | None,
+    stream: DrawStream,
 ) -> Any:
     """The host's object with a policy; see `with_policy`."""
     refuse_other_seams(host)
-    return attach(host, Attachment(policy_for(host, policy, prediction_type), generator), steered_methods)
+    return attach(host, Attachment(policy_for(host, policy, prediction_type), stream), steered_methods)
 
 
 def refuse_other_seams(host: Any) -> None:
     """Raises ValueError if a policy goes in elsewhere for the object's host; the message says where."""
-    if type(host).__module__.split(".")[0] in _SHARED_TIMESTEPS:
+    reason = _SAMPLED.get(type(host).__module__.split(".")[0])
+    if reason is not None:
         raise ValueError(
-            f"{type(host).__module__} trains two losses at one t, and with a draw in training_losses each"
-            " would have its own: use speedit_plugins.hosts.schedule_sampler.schedule_sampler"
+            f"{type(host).__module__} {reason}, and a draw in training_losses would be another: use"
+            " speedit_plugins.hosts.schedule_sampler.schedule_sampler"
         )
     if hasattr(host, "parameterization") and hasattr(host, "l_simple_weight"):
         raise ValueError(
@@ -124,14 +132,15 @@ def _steered(host_class: type, method: str, timestep: tuple[int, str]) -> Callab
     @functools.wraps(getattr(host_class, method))
     def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, steered_methods, method)
-        # Without gradients this is an evaluation, at the t that the host chose.
-        if not torch.is_grad_enabled():
+        # An evaluation is at the t that the host chose.
+        if not is_training():
             return own(*args, **kwargs)
         attachment: Attachment = attachment_of(self)
         given = list(args)
         # `position` counts self.
         t = kwargs[name] if name in kwargs else given[position - 1]
-        draw = attachment.draw(t)
+        others = (each for each in [*given, *kwargs.values()] if isinstance(each, Tensor) and each is not t)
+        draw = attachment.draw(t, next(others, None))
         if name in kwargs:
             kwargs[name] = draw.index.to(t.dtype)
         else:

@@ -9,6 +9,7 @@ import torch
 
 from speedit_plugins.hosts import diffusion_object, flow_object, imagen
 from speedit_plugins.hosts.attachment import refuse_attached, without_policy
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
 
@@ -24,6 +25,8 @@ def with_policy(
     *,
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,
+    ranks_alike: int | None = None,
+    num_strata: int | None = None,
 ) -> Any:
     """Puts a timestep policy into a host's object. Returns the same object; `without_policy` takes it out.
 
@@ -61,22 +64,27 @@ def with_policy(
         policy: see `build_policy`; or a policy that is built already, for this object's number of timesteps
             (a flow and an Imagen have a continuous t and take any number).
         prediction_type: what the model predicts; None reads it from the object.
-        generator: for the draws, on the device of t; None is that device's global one, as the host draws. A
-            flow draws its t itself: there the generator decides which of them are refused.
+        generator: for the draws, on the device of t; None is a stream of its own for each data-parallel rank
+            (`DrawStream`). The host's global generator stays as it is.
+        ranks_alike: how many consecutive ranks draw alike, as a tensor- or sequence-parallel group has to.
+            None is the host's own group, if it tells one, or 1. The number of processes: all draw alike.
+        num_strata: N. Each N timesteps in a row, over ranks and micro-batches, have one of each of N equally
+            likely strata of the policy. None draws independently.
 
     Raises:
         ValueError: the object has no such method, or has a policy already; the policy is for another T or
-            schedule, draws pairs or strata for a flow, or has weights and so has the host; or
-            `prediction_type` is given beside a built policy.
+            schedule, draws pairs or strata for a flow, or has weights and so has the host;
+            `prediction_type` is given beside a built policy; or an option of the draws has no effect.
     """
     refuse_attached(diffusion)
     if prediction_type is not None and isinstance(policy, TimestepPolicy):
         raise ValueError(
             f"the policy {policy.name!r} is built for a prediction type already: leave out prediction_type"
         )
+    stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
     for seam in _SEAMS:
         if seam.fits(diffusion):
-            return seam.wrapped(diffusion, policy, prediction_type, generator)
+            return seam.wrapped(diffusion, policy, prediction_type, stream)
     raise ValueError(no_seam(diffusion))
 
 

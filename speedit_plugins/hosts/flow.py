@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, TableOnDevices, is_constant
+from speedit_plugins.hosts.attachment import Attachment, TableOnDevices
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
+from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
@@ -154,38 +157,57 @@ class FlowAttachment(Attachment):
     """
 
     def __init__(
-        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], generator: torch.Generator | None = None
+        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], stream: DrawStream | None = None
     ) -> None:
-        super().__init__(policy, generator)
+        super().__init__(policy, stream)
+        refuse_strata(self.stream)
         self._acceptance = TableOnDevices(_relative_to_largest)
         # The draw of the training call that runs now.
         self._draw: TimestepDraw | None = None
 
-    def draw_from(self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def draw_from(
+        self,
+        hosts_draw: Callable[[], Tensor],
+        time_of: Callable[[Tensor], Tensor],
+        *,
+        t: Tensor | None = None,
+        data: Tensor,
+    ) -> Tensor:
         """The host's t (B,), thinned, in its dtype. `weighted_call` weighs the loss of this draw.
 
         Args:
-            hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call.
+            hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call. It draws from
+                the host's global generators, which are this stream's meanwhile.
             time_of: turns such t into time in [0, 1], 1 is noise.
+            t: what the host has drawn in this call; None if it has not.
+            data: of the batch, on the device that trains. With t, it tells which call is computed again.
 
         Raises:
             ValueError: see `draw_by_rejection`.
         """
-        self.advance()
+        if is_recomputing():
+            t, self._draw = self._recent.of_recomputed(t, data)
+            return t
+        self.policy.advance()
+        with self.stream.hosts_generators(self.policy.num_steps - 1, data.device):
+            thinned, self._draw = self._thinned(hosts_draw, time_of)
+        self._recent.add((thinned, self._draw), t, data)
+        return thinned
+
+    def _thinned(
+        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, TimestepDraw]:
         T = len(self.policy.density)
 
         def bins(t: Tensor) -> Tensor:
             return (time_of(t).float() * T).long().clamp(0, T - 1)
 
-        # A flat density keeps every draw. Without a coin the random state stays the host's.
+        # A flat density keeps every draw.
         if is_constant(self.policy.density):
             t = hosts_draw()
         else:
-            t = draw_by_rejection(
-                hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(t)), self.generator
-            )
-        self._draw = self.at(bins(t), time_of(t).float())
-        return t
+            t = draw_by_rejection(hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(t)))
+        return t, self.at(bins(t), time_of(t).float())
 
     def weighted_call(self, train: Callable[[], Any]) -> Any:
         """The terms of a host's training call, with weights in the loss (B,) for the t drawn during it.
@@ -204,6 +226,55 @@ class FlowAttachment(Attachment):
                 " work are SiT, LightningDiT, VideoSys 2.0 and Open-Sora 1.2 and 1.3"
             )
         return {**terms, "loss": self.weighted_whole(terms["loss"], draw)}
+
+
+class ThinningAttachment:
+    """A `FlowThinning` for a host that draws a continuous t itself, and a count of the training calls.
+
+    Args:
+        thinning: of the host's draws.
+        stream: of random numbers, see `DrawStream`.
+    """
+
+    def __init__(self, thinning: FlowThinning, stream: DrawStream) -> None:
+        refuse_strata(stream)
+        self.thinning = thinning
+        self.stream = stream
+        self.num_calls = 0
+        self._recent = RecentCalls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy waits for no backward pass."""
+        return {**self.__dict__, "_recent": RecentCalls()}
+
+    def draw(
+        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor], data: Tensor
+    ) -> Tensor:
+        """The host's t (B,), thinned; see `FlowAttachment.draw_from`."""
+        if is_recomputing():
+            recomputed: Tensor = self._recent.of_recomputed(None, data)
+            return recomputed
+        with self.stream.hosts_generators(self.num_calls, data.device):
+            t = self.thinning.draw(hosts_draw, time_of=time_of)
+        self.num_calls += 1
+        self._recent.add(t, None, data)
+        return t
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of training calls."""
+        return {"num_steps": self.num_calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError for the state of a policy."""
+        if state.keys() != {"num_steps"}:
+            raise ValueError(f"a thinned flow has the state num_steps alone, got {sorted(state)}")
+        self.num_calls = int(state["num_steps"])
+
+
+def refuse_strata(stream: DrawStream) -> None:
+    """Raises ValueError if draws in strata are asked of a host that draws its timesteps itself."""
+    if stream.num_strata is not None:
+        raise ValueError("num_strata has no effect on a flow host, whose own draws are refused one by one")
 
 
 def _relative_to_largest(density: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
     refuse_given_weights,
 )
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.flow import FlowAttachment
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -60,10 +62,10 @@ def wrapped(
     host: Any,
     policy: str | Config | TimestepPolicy,
     prediction_type: str | None,
-    generator: torch.Generator | None,
+    stream: DrawStream,
 ) -> Any:
     """The host's object with a policy; see `with_policy`."""
-    return attach_flow(host, FlowAttachment(policy_for(host, policy, prediction_type), generator))
+    return attach_flow(host, FlowAttachment(policy_for(host, policy, prediction_type), stream))
 
 
 def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
@@ -172,8 +174,8 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
         own = hosts_method(self, host_class, rectified_flow_methods, "training_losses")
         given = bound.arguments
         refuse_given_weights(given)
-        # Without gradients this is an evaluation, and the host's own.
-        if given.get("t") is not None or not torch.is_grad_enabled():
+        # An evaluation is the host's own.
+        if given.get("t") is not None or not is_training():
             return own(*args, **kwargs)
         attachment, num_timesteps = attachment_of(self), self.num_timesteps
 
@@ -186,6 +188,7 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
             given["t"] = attachment.draw_from(
                 lambda: draw_hosts_t(self.scheduler, given["x_start"], model_arguments_of(given)),
                 time_of,
+                data=given["x_start"],
             )
             return own(*bound.args[1:], **bound.kwargs)
 
@@ -205,23 +208,24 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
     def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, transport_methods, "sample")
         drawn, bound = own(*args, **kwargs), sample_signature.bind(self, *args, **kwargs)
-        if bound.arguments.get("sp_timesteps") is not None or not torch.is_grad_enabled():
+        if bound.arguments.get("sp_timesteps") is not None or not is_training():
             return drawn
-        # The first t was drawn with the noise. Further ones are drawn for rows of one pixel.
-        first, x1 = [drawn[0]], bound.arguments["x1"]
+        # The host has drawn a t with the noise. Those of the policy are drawn for rows of one pixel.
+        x1: Tensor = bound.arguments["x1"]
         bound.arguments["x1"] = x1.new_empty(len(x1), 1)
 
         def hosts_draw() -> Tensor:
-            t: Tensor = first.pop() if first else own(*bound.args[1:], **bound.kwargs)[0]
+            t: Tensor = own(*bound.args[1:], **bound.kwargs)[0]
             return t
 
         attachment: FlowAttachment = attachment_of(self)
-        return (attachment.draw_from(hosts_draw, lambda t: 1 - t), *drawn[1:])
+        t = attachment.draw_from(hosts_draw, lambda t: 1 - t, t=drawn[0], data=x1)
+        return (t, *drawn[1:])
 
     def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = hosts_method(self, host_class, transport_methods, "training_losses")
         is_given = loss_signature.bind(self, *args, **kwargs).arguments.get("sp_timesteps") is not None
-        if is_given or not torch.is_grad_enabled():
+        if is_given or not is_training():
             return own(*args, **kwargs)
         return attachment_of(self).weighted_call(lambda: own(*args, **kwargs))
 

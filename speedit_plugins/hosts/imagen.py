@@ -20,12 +20,14 @@ from speedit_plugins.hosts.attachment import (
     attachment_of,
     hosts_method,
     refuse_double_weights,
-    scaled,
     under_way,
 )
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import is_recomputing, is_training
 from speedit_plugins.hosts.schedules import binned
+from speedit_plugins.hosts.weighted_loss import scaled
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
@@ -39,7 +41,7 @@ def wrapped(
     host: Any,
     policy: str | Config | TimestepPolicy,
     prediction_type: str | None,
-    generator: torch.Generator | None,
+    stream: DrawStream,
 ) -> Any:
     """The host's object with a policy for each of its unets; see `with_policy`.
 
@@ -74,7 +76,7 @@ def wrapped(
         if gamma is not None:
             weighing = f"unet {number} of this Imagen weighs its loss by Min-SNR (gamma {gamma})"
             refuse_double_weights(built, weighing, "make it with min_snr_loss_weight=False")
-        parts.append(Attachment(built, generator))
+        parts.append(Attachment(built, stream.salted(number)))
     return attach(host, CascadeAttachment(parts), imagen_methods)
 
 
@@ -98,11 +100,11 @@ class CascadeAttachment:
 
     Args:
         parts: one attachment for each unet.
-        call: the unet's attachment and draw while a training call runs; see `under_way`.
+        call: the weights (B,) of the draw while a training call runs; see `under_way`.
     """
 
     parts: list[Attachment]
-    call: tuple[Attachment, TimestepDraw] | None = None
+    call: Tensor | None = None
 
 
 def imagen_methods(host_class: type) -> Mapping[str, Any]:
@@ -110,28 +112,34 @@ def imagen_methods(host_class: type) -> Mapping[str, Any]:
 
     def p_losses(self: Any, unet: Any, x_start: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
         own: Callable[..., Tensor] = hosts_method(self, host_class, imagen_methods, "p_losses")
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and is_training()):
             return own(unet, x_start, times, **kwargs)
         cascade: CascadeAttachment = attachment_of(self)
         number = next(n for n, s in enumerate(self.noise_schedulers) if s is kwargs["noise_scheduler"])
         part = cascade.parts[number]
-        draw = part.draw(times)
-        with under_way(cascade, (part, draw)):
-            return own(unet, x_start, draw.time.to(times.dtype), **kwargs)
+        draw = part.draw(times, x_start)
+        # The host may multiply the errors by factors of its own, such as the SNR. The gradients of the loss
+        # by the weights tell the loss that it minimises.
+        learns = part.policy.learns and torch.is_grad_enabled() and not is_recomputing()
+        weight = draw.weight.clone().requires_grad_(learns)
+        with under_way(cascade, weight):
+            loss = own(unet, x_start, draw.time.to(times.dtype), **kwargs)
+        if learns:
+            (minimised,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            part.learn(draw, minimised * len(weight))
+        return loss
 
     def loss_fn(self: Any) -> Callable[..., Tensor]:
         own: Callable[..., Tensor] = self.__dict__["loss_fn"]
         cascade: CascadeAttachment = attachment_of(self)
-        return own if cascade.call is None else _weighing(own, *cascade.call)
+        return own if cascade.call is None else _weighing(own, cascade.call)
 
     # Python looks at a property before the instance's own attribute of that name, so that one stays as it is.
     return {"p_losses": p_losses, "loss_fn": property(loss_fn)}
 
 
-def _weighing(own: Callable[..., Tensor], part: Attachment, draw: TimestepDraw) -> Callable[..., Tensor]:
+def _weighing(own: Callable[..., Tensor], weight: Tensor) -> Callable[..., Tensor]:
     def weighed(prediction: Tensor, target: Tensor, *, reduction: str) -> Tensor:
-        losses = own(prediction, target, reduction=reduction)
-        part.policy.update(draw.index, losses.detach().flatten(1).mean(1))
-        return scaled(losses, draw.weight)
+        return scaled(own(prediction, target, reduction=reduction), weight)
 
     return weighed

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, scaled, under_way
+from speedit_plugins.hosts.attachment import Attachment, under_way
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.hosts.state import load_policy_state, policy_state
+from speedit_plugins.hosts.weighted_loss import scaled
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config, nearest
 
 _HOST = "ldm.models.diffusion.ddpm"
-# The checkpoint keeps the policy's state and the number of training calls under this key.
+# The checkpoint keeps the policy's state under this key.
 CHECKPOINT_KEY = "speedit_plugins"
 _TERMS = ("train/loss_simple", "train/loss_vlb", "train/loss")
 
@@ -69,6 +73,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
 
     Args:
         policy: see `build_policy`; it may be a config of OmegaConf.
+        ranks_alike, num_strata: see `with_policy`.
         args, kwargs: of the host's class.
 
     Raises:
@@ -80,7 +85,14 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
     host_class: type
     _signature: inspect.Signature
 
-    def __init__(self, *args: Any, policy: str | Config = "speedit", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        policy: str | Config = "speedit",
+        ranks_alike: int | None = None,
+        num_strata: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.learn_logvar:
             raise ValueError(
@@ -95,7 +107,9 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
             )
         # The host's constructor has registered the schedule by now.
         built = build_policy(_plain(policy), schedule_of(self), prediction_type_of(self))
-        self._speedit_attachment = Attachment(built)
+        self._speedit_attachment = Attachment(
+            built, DrawStream(ranks_alike=ranks_alike, num_strata=num_strata)
+        )
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -110,12 +124,12 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         Raises:
             ValueError: the host's loss is not made of these two terms.
         """
-        if not (self.training and torch.is_grad_enabled()):
+        if not (self.training and is_training()):
             plain: tuple[Tensor, dict[str, Tensor]] = super().p_losses(*args, **kwargs)
             return plain
         bound = self._signature.bind(self, *args, **kwargs)
         t, attachment = bound.arguments["t"], self._speedit_attachment
-        draw = attachment.draw(t)
+        draw = attachment.draw(t, bound.arguments["x_start"])
         bound.arguments["t"] = draw.index.to(t.dtype)
         with under_way(attachment, _WeighedErrors(draw)) as errors:
             loss, terms = super().p_losses(*bound.args[1:], **bound.kwargs)
@@ -145,8 +159,8 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
             # DDPM in pixel space makes both terms of one error: the unweighted variational term is made here.
             loss = terms["train/loss_simple"] * self.l_simple_weight + self.original_elbo_weight * vlb
         # A learning policy balances the loss that the host would have without it.
-        whole = self.l_simple_weight * error + self.original_elbo_weight * factor * error
-        attachment.policy.update(draw.index, whole.detach())
+        simple = self.l_simple_weight * error / _variance(self, draw.index)
+        attachment.learn(draw, simple + self.original_elbo_weight * factor * error)
         return loss, {**terms, **dict(zip(_TERMS, (error.mean(), vlb, loss), strict=True))}
 
     def _confirm(self, loss: Tensor, terms: Mapping[str, Tensor], errors: _WeighedErrors) -> None:
@@ -175,16 +189,12 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: adds the policy's state and the number of training calls."""
+        """Lightning's hook: adds the policy's state."""
         # Lightning has the hook. A host that is a bare module may not have it.
         hook = getattr(super(), "on_save_checkpoint", None)
         if hook is not None:
             hook(checkpoint)
-        attachment = self._speedit_attachment
-        checkpoint[CHECKPOINT_KEY] = {
-            "policy": attachment.policy.state_dict(),
-            "num_calls": attachment.num_calls,
-        }
+        checkpoint[CHECKPOINT_KEY] = policy_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook: restores what was saved. After a checkpoint of the host alone the policy is new.
@@ -196,9 +206,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
         if hook is not None:
             hook(checkpoint)
         if CHECKPOINT_KEY in checkpoint:
-            state, attachment = checkpoint[CHECKPOINT_KEY], self._speedit_attachment
-            attachment.policy.load_state_dict(state["policy"])
-            attachment.num_calls = int(state["num_calls"])
+            load_policy_state(self, checkpoint[CHECKPOINT_KEY])
 
 
 def __getattr__(name: str) -> Any:
@@ -226,6 +234,15 @@ def __getattr__(name: str) -> Any:
 def _per_sample(error: Tensor) -> Tensor:
     """Means (B,) of an error (B, C, H, W), by the host's own operation."""
     return error.mean(dim=list(range(1, error.dim())))
+
+
+def _variance(host: Any, index: Tensor) -> Tensor | float:
+    """The constant by which LatentDiffusion divides its error at timesteps (B,); DDPM does not."""
+    log_variance = getattr(host, "logvar", None)
+    if not isinstance(log_variance, Tensor):
+        return 1.0
+    # Some versions keep this table on the CPU.
+    return log_variance.to(index.device)[index].exp()
 
 
 def _plain(config: Any) -> Any:

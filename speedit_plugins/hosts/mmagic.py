@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -44,6 +46,7 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
 
     Args:
         policy: see `build_policy`.
+        ranks_alike, num_strata: see `with_policy`.
         options: of the host's scheduler.
 
     Raises:
@@ -54,7 +57,14 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
     # What `is_attached` and `without_policy` look for.
     host_class = EditDDPMScheduler
 
-    def __init__(self, *, policy: str | Config = "speedit", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        policy: str | Config = "speedit",
+        ranks_alike: int | None = None,
+        num_strata: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         if self.variance_type in _LEARNED_VARIANCES:
             raise ValueError(
@@ -68,11 +78,14 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
                 f" num_train_timesteps={self.num_train_timesteps} of them"
             )
         # The host samples with `predict_epsilon=True` and has no option for it.
-        self._speedit_attachment = _Training(build_policy(policy, schedule_of(self), "epsilon"))
+        self._speedit_attachment = _Training(
+            build_policy(policy, schedule_of(self), "epsilon"),
+            DrawStream(ranks_alike=ranks_alike, num_strata=num_strata),
+        )
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weighs. The host's checkpoints do not keep its `state_dict`."""
+        """What draws and weighs. The host's checkpoints do not keep its state, see `policy_state`."""
         return self._speedit_attachment.policy
 
     def sample_timestep(self) -> None:
@@ -97,11 +110,11 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
         _check_images(x_0)
         attachment = self._speedit_attachment
         draw = None
-        if t is None and not torch.is_grad_enabled():
+        if t is None and not is_training():
             t = torch.randint(self.num_train_timesteps, (len(x_0),), device=x_0.device)
         elif t is None:
             # Only its length and its device matter.
-            draw = attachment.draw(torch.empty(len(x_0), device=x_0.device))
+            draw = attachment.draw(torch.zeros(len(x_0), device=x_0.device), x_0)
             t = draw.index
         else:
             _check_timesteps(t, x_0, self.num_train_timesteps)
@@ -121,8 +134,8 @@ class _Training(Attachment):
     The host's own `add_noise` cannot noise a batch: it multiplies a numpy array by a tensor, and raises.
     """
 
-    def __init__(self, policy: TimestepPolicy) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: TimestepPolicy, stream: DrawStream) -> None:
+        super().__init__(policy, stream)
         self._scales: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def noised(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class _Awaited:
-    """The timesteps (B,) that the next `add_noise` must get.
+    """The timesteps (B,) of a draw, which some `add_noise` must get.
 
     Args:
         index: the timesteps.
@@ -30,29 +30,33 @@ class _Awaited:
     others: Tensor | None = None
 
 
-# Not on the scheduler: its copies and pickles would carry it.
-_awaited: "WeakKeyDictionary[Any, _Awaited]" = WeakKeyDictionary()
+# By scheduler, in the order of the draws. Not on the scheduler: its copies and pickles would carry it.
+_awaited: "WeakKeyDictionary[Any, list[_Awaited]]" = WeakKeyDictionary()
+# A script that stops before its `add_noise`, time and again, leaves no more draws than this.
+_MAX_AWAITED = 64
 
 
 def watch_noising(noise_scheduler: Any, index: Tensor) -> None:
-    """Makes the next `add_noise` of this scheduler raise ValueError unless it gets these timesteps (B,).
+    """Makes an `add_noise` of this scheduler raise ValueError unless it gets the timesteps (B,) of a draw.
 
-    Other timesteps without gradients are those of a validation, and pass. A scheduler that is watched already
-    awaits these from now on. One without `add_noise` stays as it is.
+    Several draws may wait; these are one of them now. Other timesteps without gradients are those of a
+    validation, and pass. A scheduler without `add_noise` stays as it is.
     """
     if not hasattr(noise_scheduler, "add_noise"):
         return
-    _awaited[noise_scheduler] = _Awaited(index, index._version)
+    waiting = _awaited.setdefault(noise_scheduler, [])
+    waiting.append(_Awaited(index, index._version))
+    del waiting[:-_MAX_AWAITED]
     own_class: type = type(noise_scheduler)
     if not hasattr(own_class, "watched_class"):
         noise_scheduler.__class__ = _watched(own_class)
 
 
-def confirm_noising(noise_scheduler: Any) -> None:
-    """Raises ValueError if this scheduler got only other timesteps since the draw. For the draw's loss."""
-    awaited = _awaited.get(noise_scheduler)
-    if awaited is not None and awaited.others is not None:
-        raise _other_timesteps(awaited.index, awaited.others)
+def confirm_noising(noise_scheduler: Any, index: Tensor) -> None:
+    """Raises ValueError if this scheduler got only other timesteps since a draw (B,). For the draw's loss."""
+    for awaited in _awaited.get(noise_scheduler, []):
+        if awaited.index is index and awaited.others is not None:
+            raise _other_timesteps(awaited.index, awaited.others)
 
 
 @functools.cache
@@ -88,15 +92,20 @@ def _noised(
     *others: Any,
     **options: Any,
 ) -> Any:
-    awaited = _awaited.get(scheduler)
     # A script may keep this function for longer than the scheduler is watched.
-    if awaited is not None:
-        if torch.is_grad_enabled() or _are(timesteps, awaited.index):
+    waiting = _awaited.get(scheduler, [])
+    newest_first = reversed(range(len(waiting)))
+    number = next((n for n in newest_first if _are(timesteps, waiting[n].index)), None)
+    if waiting and number is None and not torch.is_grad_enabled():
+        waiting[-1].others = timesteps
+    elif waiting:
+        # Draws before this one wait no longer: their step ended early.
+        awaited = waiting[-1 if number is None else number]
+        del waiting[: waiting.index(awaited) + 1]
+        if not waiting:
             scheduler.__class__ = own_class
             del _awaited[scheduler]
-            _check(timesteps, awaited)
-        else:
-            awaited.others = timesteps
+        _check(timesteps, awaited)
     return add_noise(original_samples, noise, timesteps, *others, **options)
 
 

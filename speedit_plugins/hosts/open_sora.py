@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, under_way
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -55,6 +57,8 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
     Args:
         policy: see `build_policy`. A respaced object is made for sampling: it builds its policy when it first
             trains.
+        ranks_alike, num_strata: see `with_policy`. By default the ranks of the host's sequence-parallel group
+            draw alike.
         options: of the host's IDDPM; `timestep_respacing=""` means none in every version.
 
     Raises:
@@ -64,20 +68,29 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
     # What `is_attached` and `without_policy` look for.
     host_class = IDDPM
 
-    def __init__(self, *, policy: str | Config = "speedit", **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        policy: str | Config = "speedit",
+        ranks_alike: int | None = None,
+        num_strata: int | None = None,
+        **options: Any,
+    ) -> None:
         # The host's training configs say ""; beside num_sampling_steps it wants None.
         if options.get("timestep_respacing") == "":
             options["timestep_respacing"] = None
         super().__init__(**options)
         self._policy_config = policy
-        self._speedit_attachment: Attachment | None = None
+        self._speedit_attachment = Attachment(
+            self._build_policy, DrawStream(ranks_alike=ranks_alike, num_strata=num_strata)
+        )
         if self.num_timesteps == self.original_num_steps:
-            self._attach()
+            self._speedit_attachment.policy  # noqa: B018 - built now, so that a bad one raises here
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weighs. The host's checkpoints do not keep its `state_dict`."""
-        return self._attach().policy
+        """What draws and weighs. The host's checkpoints do not keep its state, see `policy_state`."""
+        return self._speedit_attachment.policy
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's loss terms at our t, each (B,), with the weights in `loss`. Arguments are the host's.
@@ -87,14 +100,14 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         Raises:
             ValueError: `weights` is given, or the policy weighs the mse and the host's loss has none.
         """
-        if not torch.is_grad_enabled():
+        if not is_training():
             return super().training_losses(model, x_start, *args, **kwargs)
         bound = _TRAINING_LOSSES.bind(self, model, x_start, *args, **kwargs)
         refuse_given_weights(bound.arguments)
         if isinstance(bound.arguments.get("t"), Tensor):
             # Our t is written into this copy; the trainer's tensor stays as it is.
             bound.arguments["t"] = bound.arguments["t"].clone()
-        attachment, filled = self._attach(), _FilledTimestep(model)
+        attachment, filled = self._speedit_attachment, _FilledTimestep(model)
         with under_way(attachment, filled):
             terms = super().training_losses(*bound.args[1:], **bound.kwargs)
         return attachment.weighted(terms, filled.confirmed())
@@ -103,7 +116,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         """The host's noised sample. The first call in a training step writes our t into the host's."""
         filled = self._filled
         if filled is not None and filled.draw is None:
-            filled.fill(t, self._attach().draw)
+            filled.fill(t, lambda t: self._speedit_attachment.draw(t, x_start))
         return super().q_sample(x_start, t, *args, **kwargs)
 
     def _wrap_model(self, model: Any) -> Any:
@@ -115,14 +128,12 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
 
     @property
     def _filled(self) -> "_FilledTimestep | None":
-        attachment = self._speedit_attachment
+        # The host's constructor may call a method that looks here.
+        attachment: Attachment | None = getattr(self, "_speedit_attachment", None)
         return None if attachment is None else attachment.call
 
-    def _attach(self) -> Attachment:
-        if self._speedit_attachment is None:
-            policy = build_policy(self._policy_config, schedule_of(self), prediction_type_of(self))
-            self._speedit_attachment = Attachment(policy)
-        return self._speedit_attachment
+    def _build_policy(self) -> TimestepPolicy:
+        return build_policy(self._policy_config, schedule_of(self), prediction_type_of(self))
 
 
 class _FilledTimestep:

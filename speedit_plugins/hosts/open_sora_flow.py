@@ -9,12 +9,13 @@ import inspect
 from importlib import import_module
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_given_weights
-from speedit_plugins.hosts.flow import FlowThinning
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.flow import FlowThinning, ThinningAttachment
 from speedit_plugins.hosts.flow_object import draw_hosts_t, model_arguments_of
+from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
 RFLOW: Any = import_module("opensora.schedulers").RFLOW
@@ -35,6 +36,7 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
         snr_boundary: see `FlowThinning`.
         lam: largest of the change-aware weights; None weighs nothing. "auto" is 0.6, or None if the host
             draws logit-normal t: these prefer the same middle times already.
+        ranks_alike: see `with_policy`. By default the ranks of the host's sequence-parallel group draw alike.
         options: of the host's RFLOW.
 
     Raises:
@@ -50,6 +52,7 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
         k: float = 5.0,
         snr_boundary: float = CONVERGENCE_SNR,
         lam: float | None | Literal["auto"] = "auto",
+        ranks_alike: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -57,12 +60,14 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
             if lam != "auto":
                 raise ValueError(f"lam needs a number, None or 'auto', got {lam!r}")
             lam = None if options.get("sample_method") == "logit-normal" else 0.6
-        self._speedit_attachment = FlowThinning(k, snr_boundary, lam)
+        self._speedit_attachment = ThinningAttachment(
+            FlowThinning(k, snr_boundary, lam), DrawStream(ranks_alike=ranks_alike)
+        )
 
     @property
     def thinning(self) -> FlowThinning:
         """What thins the host's draws and weighs its loss."""
-        return self._speedit_attachment
+        return self._speedit_attachment.thinning
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's loss terms, each (B,), at thinned draws, with the weights in `loss`.
@@ -74,11 +79,12 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
         given = bound.arguments
         refuse_given_weights(given, "SpeeDFlow has its own", "drop weights, or set lam")
         # Without gradients this is an evaluation, and the host's own.
-        if given.get("t") is not None or not torch.is_grad_enabled():
+        if given.get("t") is not None or not is_training():
             return super().training_losses(*bound.args[1:], **bound.kwargs)
-        t = self.thinning.draw(
+        t = self._speedit_attachment.draw(
             lambda: draw_hosts_t(self.scheduler, x_start, model_arguments_of(given)),
-            time_of=lambda t: t / self.num_timesteps,
+            lambda t: t / self.num_timesteps,
+            x_start,
         )
         given["t"] = t
         terms = super().training_losses(*bound.args[1:], **bound.kwargs)

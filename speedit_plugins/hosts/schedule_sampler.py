@@ -8,7 +8,7 @@ Dims: T timesteps, B batch.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, LastDraw, attach, is_constant, refuse_attached
+from speedit_plugins.hosts.attachment import Attachment, LastDraw, PolicyHolder, attach, refuse_attached
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.recomputation import is_recomputing
+from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
 
@@ -30,6 +33,8 @@ def schedule_sampler(
     host_class: type = object,
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,
+    ranks_alike: int | None = None,
+    num_strata: int | None = None,
 ) -> "PolicySampler":
     """A schedule sampler that draws by a policy. Weights of the mse go into the diffusion object.
 
@@ -40,7 +45,7 @@ def schedule_sampler(
             host that reports losses to its LossAwareSampler alone takes that, for a policy of scope "loss"
             that learns.
         prediction_type: what the model predicts; None reads it from the object.
-        generator: for the draws; None is the device's global one.
+        generator, ranks_alike, num_strata: of the draws, see `with_policy`.
 
     Raises:
         ValueError: the object has a policy already (it would draw again), has no `training_losses` that takes
@@ -58,29 +63,36 @@ def schedule_sampler(
     if policy.scope == "mse":
         attachment = GivenTimesteps(policy)
         attach(diffusion, attachment, steered_methods)
-    sampler: PolicySampler = _sampler_class(host_class)(policy, attachment, generator)
+    stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
+    stream.check(policy)
+    sampler: PolicySampler = _sampler_class(host_class)(policy, attachment, stream)
     return sampler
 
 
-class PolicySampler:
+class PolicySampler(PolicyHolder):
     """The sampler that the host calls; `schedule_sampler` makes it.
 
     Args:
         policy: draws; it weighs here if its scope is "loss".
         attachment: weighs in the diffusion object if the policy's scope is "mse", else None.
-        generator: for the draws; None is the device's global one.
+        stream: of random numbers for the draws.
     """
 
     def __init__(
-        self,
-        policy: TimestepPolicy,
-        attachment: "GivenTimesteps | None",
-        generator: torch.Generator | None = None,
+        self, policy: TimestepPolicy, attachment: "GivenTimesteps | None", stream: DrawStream
     ) -> None:
         self.policy = policy
-        self.num_samples = 0
         self._attachment = attachment
-        self._generator = generator
+        self._stream = stream
+        self._num_drawn = self._num_told = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state."""
+        return self.policy.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned. Raises ValueError for the state of another policy."""
+        self.policy.load_state_dict(state)
 
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Timesteps int64 (B,), and the factors float32 (B,) by which the host multiplies its whole loss.
@@ -90,24 +102,33 @@ class PolicySampler:
         refuses the training loss of a draw without.
 
         Raises:
-            ValueError: the loss of the first batch was not weighed: the host calls another loss.
+            ValueError: the loss of the first batch was not weighed: the host calls another loss. Or the
+                policy learns from losses, and the host did not tell that of the first batch.
         """
         if not torch.is_grad_enabled():
             if self._attachment is not None:
                 self._attachment.last_draw.drawn_by_host()
             return _hosts_uniform(len(self.policy.density), batch_size, device)
-        is_unweighed = self._attachment is not None and not self._attachment.num_calls
-        if is_unweighed and self.num_samples:
+        if self._num_drawn:
+            self._check_loss_of_first()
+        if self._attachment is not None:
+            self._attachment.last_draw.drawn()
+        self.policy.advance()
+        self._num_drawn += 1
+        draw = self._stream.draw(self.policy, batch_size, device)
+        return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
+
+    def _check_loss_of_first(self) -> None:
+        if self._attachment is not None and not self._attachment.last_draw.num_used:
             raise ValueError(
                 f"the host drew twice and never called training_losses, where {self.policy.name!r} weighs"
                 " the mse; wanted a policy of scope 'loss' or a constant weighting"
             )
-        if self._attachment is not None:
-            self._attachment.last_draw.drawn()
-        self.policy.advance(self.num_samples)
-        self.num_samples += 1
-        draw = self.policy.draw(batch_size, device=device, generator=self._generator)
-        return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
+        if self._attachment is None and self.policy.learns and not self._num_told:
+            raise ValueError(
+                f"the host drew twice and told no loss, from which {self.policy.name!r} learns: guided-"
+                "diffusion and MDT tell theirs to their LossAwareSampler alone; pass it as host_class"
+            )
 
     def weights(self) -> Any:
         """How often each timestep is drawn, numpy (T,). The host's base class demands this method.
@@ -120,6 +141,7 @@ class PolicySampler:
         """Tells a learning policy of scope "loss" the host's losses (B,). In scope "mse" the object does."""
         if self._attachment is None:
             self.policy.update(local_ts, local_losses.detach())
+            self._num_told += 1
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """The same for lists. The host's base class demands it; our policies gather the ranks themselves."""
@@ -133,12 +155,16 @@ class GivenTimesteps(Attachment):
         super().__init__(policy)
         self.last_draw = LastDraw()
 
-    def draw(self, t: Tensor) -> TimestepDraw:
+    def draw(self, t: Tensor, data: Tensor | None = None) -> TimestepDraw:
         """The host's own t (B,), with our weights (B,). Raises ValueError if the sampler did not draw it."""
+        if is_recomputing():
+            recomputed: TimestepDraw = self._recent.of_recomputed(t, data)
+            return recomputed
         self.last_draw.used()
-        self.num_calls += 1
         index = t.long()
-        return self.at(index, (index + 0.5) / len(self.policy.weight))
+        draw = self.at(index, (index + 0.5) / len(self.policy.weight))
+        self._recent.add(draw, t, data)
+        return draw
 
 
 def built_in_weights(diffusion: Any, index: Tensor) -> Tensor:

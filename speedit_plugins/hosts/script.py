@@ -10,7 +10,9 @@ validation, both are what the script had: uniform timesteps and the plain square
 Dims: B batch.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,27 +21,41 @@ from torch.nn import functional
 
 from speedit_plugins.hosts.attachment import (
     LastDraw,
+    PolicyHolder,
     TableOnDevices,
     draws_pairs,
-    is_constant,
     refuse_double_weights,
-    scaled,
 )
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
+from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
+# So many draws may wait for their losses at a time.
+_MAX_WAITING = 64
 
-class ScriptPolicy:
+
+@dataclass
+class _Drawn:
+    """The timesteps (B,) of a draw, the policy then, its weights (T,) then, and whether a loss was made."""
+
+    index: Tensor
+    policy: TimestepPolicy
+    weight: Tensor
+    has_loss: bool = False
+
+
+class ScriptPolicy(PolicyHolder):
     """Draws timesteps for a script and weighs its squared errors.
 
     Args:
         policy: see `build_policy`. It is built for the noise scheduler of the first draw.
         prediction_type: what the model predicts; None reads it from the noise scheduler.
-        generator: for the draws; None is the device's global one.
+        generator, ranks_alike, num_strata: of the draws, see `with_policy`.
         on_use: called with the policy when the first loss is weighed.
 
     Raises:
@@ -52,21 +68,22 @@ class ScriptPolicy:
         *,
         prediction_type: str | None = None,
         generator: torch.Generator | None = None,
+        ranks_alike: int | None = None,
+        num_strata: int | None = None,
         on_use: Callable[[TimestepPolicy], None] | None = None,
     ) -> None:
         # Raises now, not at the first draw, if a name or a parameter is wrong.
-        build_policy(policy, NoiseSchedule.linear(), prediction_type or "epsilon")
+        self._stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
+        self._stream.check(build_policy(policy, NoiseSchedule.linear(), prediction_type or "epsilon"))
         self._config = policy
         self._prediction_type = prediction_type
-        self._generator = generator
         self._on_use = on_use
         self._scheduler: Any = None
         self._built: tuple[TimestepPolicy, str] | None = None
-        self._index: Tensor | None = None
-        self._drawn: tuple[TimestepPolicy | None, Tensor] = None, torch.empty(0)
+        self._waiting_state: Mapping[str, Any] | None = None
+        self._drawn: deque[_Drawn] = deque(maxlen=_MAX_WAITING)
         self._weight = TableOnDevices()
         self._last_draw = LastDraw()
-        self.num_draws = 0
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -83,10 +100,40 @@ class ScriptPolicy:
         # A script may set what the model predicts after its first draw (--prediction_type).
         stated = self._prediction_type or prediction_type_of(self._scheduler)
         if self._built is None or self._built[1] != stated:
+            state = self.state_dict()
             self._built = build_policy(self._config, from_diffusers(self._scheduler), stated), stated
+            self.load_state_dict(state)
         return self._built[0]
 
-    def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state; empty before the first draw. accelerate's `register_for_checkpointing` asks it.
+
+        Example:
+            >>> ScriptPolicy("clts").state_dict()
+            {}
+        """
+        return dict(self._waiting_state or {}) if self._built is None else self._built[0].state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, now or at the first draw.
+
+        Raises:
+            ValueError: the state is of another policy.
+        """
+        if not state:
+            return
+        if self._built is None:
+            self._waiting_state = state
+        else:
+            self._built[0].load_state_dict(state)
+
+    def timesteps(
+        self,
+        noise_scheduler: Any,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
         After each draw the scheduler's next `add_noise` raises a ValueError if the script has changed its
@@ -98,6 +145,7 @@ class ScriptPolicy:
                 its `add_noise` and the model take.
             batch_size: B, >= 1.
             device: where the timesteps are drawn.
+            generator: for this draw alone; None is that of the constructor.
 
         Raises:
             ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
@@ -105,16 +153,19 @@ class ScriptPolicy:
         check_scheduler(noise_scheduler)
         if not torch.is_grad_enabled():
             self.drawn_by_script()
-            return torch.randint(0, len(noise_scheduler.alphas_cumprod), (batch_size,), device=device)
+            rows = len(noise_scheduler.alphas_cumprod)
+            return torch.randint(0, rows, (batch_size,), device=device, generator=generator)
         if noise_scheduler is not self._scheduler:
+            self._waiting_state = self.state_dict()
             self._scheduler, self._built = noise_scheduler, None
-        self.policy.advance(self.num_draws)
-        self.num_draws += 1
-        self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
-        self._drawn = self.policy, self.policy.weight
+        policy = self.policy
+        policy.advance()
+        stream = self._stream if generator is None else DrawStream(generator)
+        index = stream.draw(policy, batch_size, device).index
+        self._drawn.append(_Drawn(index, policy, policy.weight))
         self._last_draw.drawn()
-        watch_noising(noise_scheduler, self._index)
-        return self._index
+        watch_noising(noise_scheduler, index)
+        return index
 
     def drawn_by_script(self) -> None:
         """Notes that the script drew without gradients. A training loss for that draw is refused."""
@@ -127,35 +178,38 @@ class ScriptPolicy:
         reduction: Literal["mean", "none"] = "mean",
         *,
         part: tuple[int, int] = (0, 1),
+        timesteps: Tensor | None = None,
     ) -> Tensor:
         """The squared error of a batch, with the weights of its timesteps. Without gradients it has none.
 
         Args:
-            prediction: (B, ...), the rows for which the last timesteps were drawn.
+            prediction: (B, ...), the rows for which timesteps were drawn.
             target: the same shape.
             reduction: "mean" is a scalar, the mean of weight * mse over the samples; "none" has the shape of
                 the input.
             part: (i, n) if the script splits its batch by `chunk(n)`, as for prior preservation, and this is
                 chunk i.
+            timesteps: (B,) of the draw for this batch. None is the one draw since the last loss.
 
         Raises:
-            ValueError: no timesteps were drawn with gradients, they were drawn for another number of rows, or
-                in pairs for a batch that is split, or the batch was noised at others.
+            ValueError: no timesteps were drawn with gradients, or several since the last loss; they were
+                drawn for another number of rows, or in pairs for a batch that is split; or the batch was
+                noised at others.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction)
-        policy, index = self.policy, self._rows(len(prediction), part)
+        policy, drawn = self.policy, self._drawn_for(timesteps)
+        index = self._rows(drawn.index, len(prediction), part)
         self._last_draw.used()
-        confirm_noising(self._scheduler)
+        confirm_noising(self._scheduler, drawn.index)
         if self._on_use is not None:
             self._on_use(policy)
             self._on_use = None
-        if self._drawn[0] is not policy:
-            self._drawn = policy, policy.weight
-        # The table at the draw, for every part of the batch: an update may have changed the policy's.
-        table = self._drawn[1]
+        # An update may change the policy's weights between the parts of a batch; the draw has those before.
+        table = drawn.weight if drawn.policy is policy else policy.weight
+        drawn.policy, drawn.weight = policy, table
         error = functional.mse_loss(prediction, target, reduction="none")
         per_sample = error.flatten(1).mean(1)
         policy.update(index, per_sample.detach())
@@ -165,8 +219,12 @@ class ScriptPolicy:
         weight = self._weight.at(table, index)
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
+    def has_drawn(self, timesteps: Any) -> bool:
+        """Whether these are the timesteps (B,) of one of the last draws."""
+        return any(_are(each.index, timesteps) for each in self._drawn)
+
     def refuse_weights(self, weighing: str, remedy: str, timesteps: Tensor | None = None) -> None:
-        """Raises ValueError if the policy has weights, for a script that weighs its training loss itself.
+        """Raises ValueError if the policy weighs or learns, for a script that weighs its training loss.
 
         Args:
             weighing: the beginning of the message: who weighs, and by what.
@@ -174,14 +232,39 @@ class ScriptPolicy:
             timesteps: for which the script makes its weights (B,). It may make them without gradients; others
                 than the policy's are then those of a validation.
         """
-        if not torch.is_grad_enabled() and (timesteps is None or timesteps is not self._index):
+        if not torch.is_grad_enabled() and (timesteps is None or not self.has_drawn(timesteps)):
             return
         refuse_double_weights(self.policy, weighing, remedy)
+        if self.policy.learns:
+            raise ValueError(
+                f"{weighing}, after {self.policy.name!r} has learned from the plain error, which is not the"
+                f" loss that is minimised: {remedy}, or take a policy that does not learn"
+            )
 
-    def _rows(self, num_rows: int, part: tuple[int, int]) -> Tensor:
+    def _drawn_for(self, timesteps: Tensor | None) -> _Drawn:
+        """The draw that a loss belongs to. It and all before it have had their losses then."""
+        waiting = [each for each in self._drawn if not each.has_loss]
+        if timesteps is not None:
+            found = [each for each in reversed(self._drawn) if _are(each.index, timesteps)]
+            if not found:
+                raise ValueError("the policy did not draw the timesteps that are passed to mse_loss")
+            drawn = found[0]
+        elif len(waiting) > 1:
+            raise ValueError(
+                f"{len(waiting)} draws wait for their losses, and mse_loss cannot tell to which of them this"
+                " loss belongs: pass timesteps=timesteps, as they were drawn"
+            )
+        else:
+            drawn = self._drawn[-1]
+        for each in self._drawn:
+            each.has_loss = True
+            if each is drawn:
+                break
+        return drawn
+
+    def _rows(self, index: Tensor, num_rows: int, part: tuple[int, int]) -> Tensor:
         """The timesteps of one chunk of the batch, checked against its rows."""
         number, num_parts = part
-        assert self._index is not None  # there is a policy, so there was a draw
         if not 0 <= number < num_parts:
             raise ValueError(f"part needs (i, n) with 0 <= i < n, got {part}")
         if num_parts > 1 and draws_pairs(self.policy):
@@ -190,7 +273,7 @@ class ScriptPolicy:
                 " splits its batch into halves (prior preservation): take a policy with independent draws,"
                 " such as 'speedit'"
             )
-        chunk = self._index.chunk(num_parts)[number]
+        chunk = index.chunk(num_parts)[number]
         if len(chunk) != num_rows:
             raise ValueError(
                 f"the loss is made of {num_rows} rows, and {len(chunk)} timesteps were drawn: a script that"
@@ -208,3 +291,11 @@ def check_scheduler(noise_scheduler: Any) -> None:
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
             " timestep. For flow matching, call policy.draw (integrations/diffusers); EDM has nothing to gain"
         )
+
+
+def _are(index: Tensor, timesteps: Any) -> bool:
+    """Whether these are the timesteps of a draw. If it is the same tensor, the CPU need not wait."""
+    if timesteps is index:
+        return True
+    is_alike = isinstance(timesteps, Tensor) and timesteps.shape == index.shape
+    return is_alike and torch.equal(timesteps.to(index), index)

@@ -62,6 +62,11 @@ class LossNormalizedPolicy(TimestepPolicy):
         self._mean_loss: float | None = None
         super().__init__(schedule, density, weighting, **options)
 
+    @property
+    def learns(self) -> bool:
+        """Always: the divisor follows the losses."""
+        return True
+
     def update(self, index: Tensor, loss: Tensor) -> None:
         """Learns from the unweighted losses (B,) of one step at their indices (B,). Waits for the device."""
         rows = gather_losses(index, loss).double()

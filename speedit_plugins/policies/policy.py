@@ -35,6 +35,10 @@ class TimestepDraw:
     weight: Tensor
     scope: Scope = "mse"
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TimestepDraw":
+        """The draw with each of its tensors changed, such as their shape."""
+        return TimestepDraw(change(self.index), change(self.time), change(self.weight), self.scope)
+
 
 @dataclass(frozen=True, eq=False)
 class _DeviceTables:
@@ -47,7 +51,8 @@ class TimestepPolicy:
     """A density and a weight for every timestep, and draws that follow them.
 
     `density` and `weight` are the two tables, float64 (T,). For paired draws, `density` is the limit of large
-    batches. `build_policy` makes a policy from a config.
+    batches. `num_steps` is the number of training steps begun so far, and part of the state. `build_policy`
+    makes a policy from a config.
 
     Args:
         schedule: the noise schedule that the model is trained on.
@@ -96,6 +101,7 @@ class TimestepPolicy:
         self._weighting = weighting
         self.stratified = stratified
         self._normalize = normalize
+        self.num_steps = 0
         self._rebuild()
 
     def draw(
@@ -123,13 +129,29 @@ class TimestepPolicy:
         if batch_size < 1:
             raise ValueError(f"draw needs batch_size >= 1, got {batch_size}")
         target = torch.device(device)
-        place = torch.device("cpu") if target.type == "mps" else target
+        place = drawing_device(target)
         if generator is not None and generator.device.type != place.type:
             raise ValueError(
                 f"draw on {target} needs a generator on {place.type}, got one on {generator.device}"
             )
-        tables = self._tables_on(place)
-        quantile = self._quantiles(batch_size, place, generator)
+        return self.draw_at(self._quantiles(batch_size, place, generator), device=target)
+
+    def draw_at(self, quantile: Tensor, *, device: torch.device | str = "cpu") -> TimestepDraw:
+        """Timesteps and weights on `device`, at random numbers of the caller, such as those of strata.
+
+        Args:
+            quantile: float64 in [0, 1), shape (B,), on `drawing_device(device)`: the cumulative probability
+                at which each timestep lies.
+            device: device of the returned tensors.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy("uniform", NoiseSchedule.linear(1000))
+            >>> policy.draw_at(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).index.tolist()
+            [250, 500, 750]
+        """
+        target = torch.device(device)
+        tables = self._tables_on(quantile.device)
         index = torch.searchsorted(tables.upper, quantile, right=True)
         # The quantile's position inside its bin is uniform too, so the jitter needs no second random number.
         density = tables.density[index]
@@ -149,6 +171,11 @@ class TimestepPolicy:
         if batch_size < 1:
             raise ValueError(f"density_for needs batch_size >= 1, got {batch_size}")
         return self._pairing.marginal(self._base.table, batch_size)
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` changes the policy."""
+        return self._adaptive is not None and type(self._adaptive).update is not AdaptiveDensity.update
 
     @property
     def boundary_index(self) -> int | None:
@@ -179,8 +206,11 @@ class TimestepPolicy:
         if self._adaptive is not None and self._adaptive.update(index, loss):
             self._rebuild()
 
-    def advance(self, step: int) -> None:
-        """Moves a curriculum to this number of finished training steps, >= 0. Other policies ignore it.
+    def advance(self, step: int | None = None) -> None:
+        """Begins a training step: moves a curriculum to this number of finished ones. Others only count.
+
+        Args:
+            step: >= 0; None is `num_steps`, the step after the one that was begun last.
 
         Example:
             >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -189,13 +219,19 @@ class TimestepPolicy:
             >>> policy.density.round(decimals=2).tolist()
             [0.2, 0.41, 0.3, 0.08]
         """
+        step = self.num_steps if step is None else step
+        self.num_steps = step + 1
         if self._adaptive is not None and self._adaptive.advance(step):
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs: name, T, and the state of an adaptive density."""
-        state = {} if self._adaptive is None else self._adaptive.state_dict()
-        return {"name": self.name, "num_timesteps": self.schedule.num_timesteps, "density": state}
+        """The state that a resumed run needs: name, T, the steps begun, the state of an adaptive density."""
+        return {
+            "name": self.name,
+            "num_timesteps": self.schedule.num_timesteps,
+            "num_steps": self.num_steps,
+            "density": {} if self._adaptive is None else self._adaptive.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
@@ -204,12 +240,15 @@ class TimestepPolicy:
             ValueError: the state is from a policy with another name, T or `normalize`.
         """
         own = self.state_dict()
+        # Older states have no count: their trainer passes the step to `advance`.
+        state = {"num_steps": 0, **state}
         if state.keys() != own.keys() or any(state[key] != own[key] for key in ("name", "num_timesteps")):
             raise ValueError(
                 f"policy state needs policy {own['name']!r} with T = {own['num_timesteps']},"
                 f" got {state['name']!r} with T = {state['num_timesteps']}; it needs the keys {[*own]},"
                 f" got {[*state]}"
             )
+        self.num_steps = int(state["num_steps"])
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
             self._rebuild()
@@ -248,6 +287,12 @@ class TimestepPolicy:
         order = torch.randperm(batch_size, device=device, generator=generator)
         # The sum can round up to batch_size. A quantile of 1 would be past the last index.
         return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
+
+
+def drawing_device(device: torch.device | str) -> torch.device:
+    """Where the random numbers for draws on a device are made: there, or the CPU for mps (no float64)."""
+    target = torch.device(device)
+    return torch.device("cpu") if target.type == "mps" else target
 
 
 def _check_weights(weight: Tensor, density: Tensor, name: str) -> None:

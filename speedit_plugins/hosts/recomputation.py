@@ -1,0 +1,97 @@
+"""Calls inside `torch.utils.checkpoint`, which computes a part of a step twice.
+
+With `use_reentrant=True` the first computation runs without gradients, as an evaluation does. The second one
+runs in the backward pass. It has to see the draw of the first, and is no training call of its own.
+
+Dims: B batch.
+"""
+
+import sys
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+# So many training calls may wait for their backward pass: the micro-batches of one pass.
+_MAX_WAITING = 64
+
+
+def is_training() -> bool:
+    """Whether the loss that is made now is trained on, and not that of an evaluation."""
+    return torch.is_grad_enabled() or is_first_of_two()
+
+
+def is_first_of_two() -> bool:
+    """Whether this runs without gradients because a checkpoint computes it again in the backward pass."""
+    if torch.is_grad_enabled():
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        # torch's checkpoint, and those of DeepSpeed and Megatron, are functions with a `forward(ctx, ...)`.
+        context = frame.f_locals.get("ctx") if frame.f_code.co_name == "forward" else None
+        # Without edges the checkpoint itself was called without gradients.
+        if isinstance(context, BackwardCFunction) and context.next_functions:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_recomputing() -> bool:
+    """Whether this runs in a backward pass: a checkpoint computes a part of its step again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A training call: the host's t and data as it got them, and what was drawn for it."""
+
+    t: Tensor | None
+    place: tuple[int, torch.Size] | None
+    drawn: Any
+
+
+class RecentCalls:
+    """What was drawn in the last training calls, for their recomputations."""
+
+    def __init__(self) -> None:
+        self._calls: deque[_Call] = deque(maxlen=_MAX_WAITING)
+
+    def add(self, drawn: Any, t: Tensor | None, data: Tensor | None) -> None:
+        """Keeps what was drawn for a call.
+
+        Args:
+            drawn: anything.
+            t: the host's timesteps, any shape; None if the host drew none.
+            data: of the batch; only its place in memory is kept.
+        """
+        self._calls.append(_Call(t, _place(data), drawn))
+
+    def of_recomputed(self, t: Tensor | None, data: Tensor | None) -> Any:
+        """What was drawn for the call that is computed again now.
+
+        Raises:
+            ValueError: no call had these timesteps.
+        """
+        same_t = [call for call in reversed(self._calls) if _are_equal(call.t, t)]
+        # A batch that waits for its backward pass keeps its memory, so the newest call with it is the one.
+        same_data = [call for call in same_t if call.place == _place(data)]
+        found = same_data or (same_t if t is not None else [])
+        if not found:
+            raise ValueError(
+                "torch.utils.checkpoint computes a training call again, and no call had these timesteps:"
+                " draw them outside of the checkpoint, or leave preserve_rng_state on"
+            )
+        return found[0].drawn
+
+
+def _place(data: Tensor | None) -> tuple[int, torch.Size] | None:
+    return None if data is None else (data.data_ptr(), data.shape)
+
+
+def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and torch.equal(first, second)
