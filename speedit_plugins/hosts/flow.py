@@ -248,17 +248,19 @@ class ThinningAttachment:
         return {**self.__dict__, "_recent": RecentCalls()}
 
     def draw(
-        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor], data: Tensor
+        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor], t: Tensor, data: Tensor
     ) -> Tensor:
-        """The host's t (B,), thinned; see `FlowAttachment.draw_from`."""
+        """The host's t (B,), thinned; see `FlowAttachment.draw_from`. With k = 1 it is the given one."""
         if is_recomputing():
-            recomputed: Tensor = self._recent.of_recomputed(None, data)
+            recomputed: Tensor = self._recent.of_recomputed(t, data)
             return recomputed
-        with self.stream.hosts_generators(self.num_calls, data.device):
-            t = self.thinning.draw(hosts_draw, time_of=time_of)
+        thinned = t
+        if self.thinning.k > 1:
+            with self.stream.hosts_generators(self.num_calls, data.device):
+                thinned = self.thinning.draw(hosts_draw, time_of=time_of)
         self.num_calls += 1
-        self._recent.add(t, None, data)
-        return t
+        self._recent.add(thinned, t, data)
+        return thinned
 
     def state_dict(self) -> dict[str, Any]:
         """The number of training calls."""

@@ -9,6 +9,7 @@ Dims: T timesteps, B batch.
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -160,6 +161,22 @@ def draw_hosts_t(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tenso
     )
 
 
+def checked(t: Tensor) -> Tensor:
+    """What a rectified flow has drawn (B,).
+
+    Warns:
+        UserWarning: all of it is 0, once: Open-Sora's timestep transform rounds few frames down to none.
+    """
+    if t.is_floating_point() and not t.any():
+        warnings.warn(
+            "the host's rectified flow draws t = 0 alone, which is data without noise: its timestep transform"
+            " does so for 2 to 16 frames (Open-Sora, issue 601); train on 17 or more, on 1, or without"
+            " use_timestep_transform",
+            stacklevel=4,
+        )
+    return t
+
+
 def model_arguments_of(arguments: Mapping[str, Any]) -> Any:
     """The model's arguments among those of a rectified flow's `training_losses`, or None."""
     return next((arguments[name] for name in _MODEL_ARGUMENTS if name in arguments), None)
@@ -185,11 +202,13 @@ def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]
             return time
 
         def trained() -> Any:
-            given["t"] = attachment.draw_from(
-                lambda: draw_hosts_t(self.scheduler, given["x_start"], model_arguments_of(given)),
-                time_of,
-                data=given["x_start"],
-            )
+            x_start = given["x_start"]
+
+            def hosts_draw() -> Tensor:
+                return draw_hosts_t(self.scheduler, x_start, model_arguments_of(given))
+
+            # The host's own draw is dropped. After it, its noise is what it would be without a policy.
+            given["t"] = attachment.draw_from(hosts_draw, time_of, t=checked(hosts_draw()), data=x_start)
             return own(*bound.args[1:], **bound.kwargs)
 
         return attachment.weighted_call(trained)

@@ -14,7 +14,7 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import refuse_given_weights
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.flow import FlowThinning, ThinningAttachment
-from speedit_plugins.hosts.flow_object import draw_hosts_t, model_arguments_of
+from speedit_plugins.hosts.flow_object import checked, draw_hosts_t, model_arguments_of
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
@@ -81,11 +81,13 @@ class SpeeDFlow(RFLOW):  # type: ignore[misc]  # the host has no types
         # Without gradients this is an evaluation, and the host's own.
         if given.get("t") is not None or not is_training():
             return super().training_losses(*bound.args[1:], **bound.kwargs)
-        t = self._speedit_attachment.draw(
-            lambda: draw_hosts_t(self.scheduler, x_start, model_arguments_of(given)),
-            lambda t: t / self.num_timesteps,
-            x_start,
-        )
+
+        def hosts_draw() -> Tensor:
+            return draw_hosts_t(self.scheduler, x_start, model_arguments_of(given))
+
+        # The host's own draw. After it, its noise is what it would be without us.
+        own = checked(hosts_draw())
+        t = self._speedit_attachment.draw(hosts_draw, lambda t: t / self.num_timesteps, own, x_start)
         given["t"] = t
         terms = super().training_losses(*bound.args[1:], **bound.kwargs)
         if self.thinning.lam is None:

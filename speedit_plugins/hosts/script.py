@@ -160,6 +160,9 @@ class ScriptPolicy(PolicyHolder):
             self._scheduler, self._built = noise_scheduler, None
         policy = self.policy
         policy.advance()
+        if generator is None:
+            # The script's own draw is dropped. After it, its noise is what it would be without a policy.
+            torch.randint(0, policy.schedule.num_timesteps, (batch_size,), device=device)
         stream = self._stream if generator is None else DrawStream(generator)
         index = stream.draw(policy, batch_size, device).index
         self._drawn.append(_Drawn(index, policy, policy.weight))
@@ -232,7 +235,8 @@ class ScriptPolicy(PolicyHolder):
             timesteps: for which the script makes its weights (B,). It may make them without gradients; others
                 than the policy's are then those of a validation.
         """
-        if not torch.is_grad_enabled() and (timesteps is None or not self.has_drawn(timesteps)):
+        is_ours = any(each.index is timesteps for each in self._drawn)
+        if not torch.is_grad_enabled() and not is_ours:
             return
         refuse_double_weights(self.policy, weighing, remedy)
         if self.policy.learns:

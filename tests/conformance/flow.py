@@ -127,17 +127,6 @@ def weighed_t_is_seen(seam: FlowSeam) -> None:
     assert worst < 4, f"the t seen are {worst:.1f} sigma off the policy"
 
 
-def uniform_keeps_the_hosts_draw(seam: FlowSeam) -> None:
-    """Point 3: the host's own draw, noise and loss from the same seed."""
-    x, results = seam.batch()[0], []
-    for host in (seam.make(), with_policy(seam.make(), "uniform")):
-        torch.manual_seed(3)
-        model = seam.model(host)
-        results.append((host.training_losses(model, x)["loss"], model.seen[0]))
-    assert torch.equal(results[0][1], results[1][1]), "another t"
-    assert torch.equal(results[0][0], results[1][0]), "another loss"
-
-
 def members_are_the_hosts(seam: FlowSeam) -> None:
     """Point 5."""
     plain = seam.make()
@@ -170,7 +159,6 @@ def bfloat16_keeps_the_law(seam: FlowSeam) -> None:
 
 FlowSeam.contract = points.COMMON | {
     1: (weighed_t_is_seen,),
-    3: (*points.COMMON[3], uniform_keeps_the_hosts_draw),
     5: (*points.COMMON[5], members_are_the_hosts),
     6: (missing_seam_is_refused,),
     8: (points.wrapped_models_train_alike, bfloat16_keeps_the_law),

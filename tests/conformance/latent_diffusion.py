@@ -24,6 +24,7 @@ from conformance.points import on, refused, same
 from conformance.seam import POLICY, Batch, Seam, Step, Terms, seeded, trained
 from conformance.stand_ins import StandIns
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 
 HOST = "ldm.models.diffusion.ddpm"
 PLUGIN = "speedit_plugins.hosts.latent_diffusion"
@@ -105,7 +106,7 @@ class LatentSeam(Seam):
 
     def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Any:
         model = self.make(policy=policy)
-        attachment_of(model).generator = generator
+        attachment_of(model).stream = DrawStream(generator)
         return model
 
     def model(self, host: Any, dtype: torch.dtype = torch.float32) -> ConditionedUnet:
@@ -219,7 +220,7 @@ def wrapped_modules_train_alike(seam: LatentSeam) -> None:
         for kind in tuple(others):
             _trains_alike(seam, step, others[kind], kind)
     host.model.diffusion_model = torch.compile(unet, backend="eager")
-    attachment_of(host).generator = seeded()
+    attachment_of(host).stream = DrawStream(seeded())
     same(seam.train(host, unet, seam.batch()), step.terms, "with a compiled unet")
     assert len(unet.seen) == 4, f"wanted 4 steps of the unet, got {len(unet.seen)}"
     assert all(torch.equal(seen, step.draw.index) for seen in unet.seen), "the model saw another t"
@@ -227,7 +228,7 @@ def wrapped_modules_train_alike(seam: LatentSeam) -> None:
 
 def _trains_alike(seam: LatentSeam, step: Step, other: Callable[..., Any], kind: str) -> None:
     step.model.scale.grad = None
-    attachment_of(step.host).generator = seeded()
+    attachment_of(step.host).stream = DrawStream(seeded())
     batch = seam.batch()
     terms = seam._terms(step.host, other(*seam.inputs(batch), noise=batch[1]))
     same(terms, step.terms, kind)

@@ -25,6 +25,7 @@ from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, replayed, trained
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.policy import TimestepPolicy
 
 PLUGIN = "speedit_plugins.hosts.mmagic"
@@ -49,7 +50,7 @@ class MmagicSeam(Seam):
 
     def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Any:
         scheduler = build(policy=policy, **self.options)
-        attachment_of(scheduler).generator = generator
+        attachment_of(scheduler).stream = DrawStream(generator)
         return scheduler
 
     def model(self, host: Any, dtype: torch.dtype = torch.float32) -> NamedUnet:

@@ -24,6 +24,7 @@ from conformance.models import SmallModel, TextEncoder
 from conformance.points import on, refused
 from conformance.seam import ATTACHED, POLICY, Batch, Seam, Terms, replayed, trained
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
@@ -94,7 +95,7 @@ class OpenSoraSeam(Seam):
         if generator is not None:
             # A respaced object has no policy, and no place for a generator, before the first use.
             assert isinstance(scheduler.policy, TimestepPolicy)
-            attachment_of(scheduler).generator = generator
+            attachment_of(scheduler).stream = DrawStream(generator)
         return scheduler
 
     def model(self, host: Any, dtype: torch.dtype = torch.float32) -> SmallModel:
@@ -129,7 +130,7 @@ class OpenSoraSeam(Seam):
         return self.build(timestep_respacing="")
 
     def is_unused(self, host: Any) -> bool:
-        return host._speedit_attachment is None
+        return not attachment_of(host).is_built
 
 
 def masks(seam: OpenSoraSeam) -> list[OpenSoraSeam]:

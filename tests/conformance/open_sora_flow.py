@@ -21,6 +21,7 @@ from conformance.models import SmallModel
 from conformance.open_sora import OpenSoraSeam
 from conformance.points import refused
 from conformance.seam import Batch, Seam, Terms
+from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.policies.policy import TimestepDraw
 
 # SNR = ((1 - t) / t)^2 = 1 / 143.
@@ -58,8 +59,7 @@ class SpeeDFlowSeam(Seam):
         return self.host.sample(host)
 
     def is_idle(self, host: Any) -> bool:
-        # It counts nothing.
-        return True
+        return bool(attachment_of(host).num_calls == 0)
 
     def arguments(self, **values: Any) -> dict[str, Any]:
         """The model's arguments, as the host's version names them."""

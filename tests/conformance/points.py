@@ -133,6 +133,18 @@ def evaluations_are_the_hosts(seam: Seam) -> None:
         assert seam.is_idle(ours), "the evaluation counted as training"
 
 
+def random_numbers_are_the_hosts(seam: Seam) -> None:
+    """Point 3: after training steps the global generator is where it would be, so the noise is the host's."""
+    for policy in ("uniform", POLICY):
+        states = []
+        for host in (seam.make(), seam.attached(policy)):
+            torch.manual_seed(3)
+            for _ in range(2):
+                seam.train(host, seam.model(host), seam.batch())
+            states.append(torch.get_rng_state())
+        assert torch.equal(*states), f"{policy} draws from the host's global generator"
+
+
 def sampling_is_untouched(seam: Seam) -> None:
     """Point 4."""
     samples = []
@@ -227,7 +239,7 @@ def same(ours: Terms, theirs: Terms, what: str = "") -> None:
 COMMON: dict[int, tuple[Check, ...]] = {
     1: (draws_are_seen,),
     2: (loss_is_weighted,),
-    3: (uniform_is_the_host, evaluations_are_the_hosts),
+    3: (uniform_is_the_host, evaluations_are_the_hosts, random_numbers_are_the_hosts),
     4: (sampling_is_untouched,),
     5: (object_is_the_hosts, copies_train_alike),
     6: (),

@@ -23,6 +23,7 @@ from conformance import points
 from conformance.models import SmallModel
 from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, trained
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
@@ -120,10 +121,10 @@ class ScriptSeam(Seam):
         return host
 
     def is_idle(self, host: Run) -> bool:
-        return host.policy is not None and host.policy.num_draws == 0
+        return host.policy is not None and host.policy.state_dict().get("num_steps", 0) == 0
 
     def is_unused(self, host: Run) -> bool:
-        return host.policy is not None and host.policy.num_draws == 1
+        return host.policy is not None and host.policy.state_dict()["num_steps"] == 1
 
 
 V_OF_ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -162,13 +163,13 @@ def policy_copies(seam: ScriptSeam) -> None:
     """Point 5: a policy in use can be copied and pickled. A copy draws what the original would."""
     host = trained(seam).host
     # A torch.Generator does not pickle.
-    host.policy._generator = None
+    host.policy._stream = DrawStream()
     pickled = pickle.dumps(host.policy)
     drawn = []
     for each in (host.policy, copy.deepcopy(host.policy), pickle.loads(pickled)):  # noqa: S301 - made here
         torch.manual_seed(3)
         drawn.append(each.timesteps(host.noise_scheduler, 6))
-        assert each.num_draws == 2, "another number of draws"
+        assert each.policy.num_steps == 2, "another number of draws"
     assert all(torch.equal(drawn[0], index) for index in drawn), "another draw"
 
 

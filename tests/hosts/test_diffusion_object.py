@@ -205,7 +205,7 @@ class TestErrors:
             def terms(self, answer: Any, noise: Any, t: Any) -> Any:
                 return {name: term.mean() for name, term in super().terms(answer, noise, t).items()}
 
-        message = r"loss has shape \(\), wanted one for each sample, \(6,\): the mean of a batch cannot be"
+        message = r"loss has shape \(\), wanted one value for each drawn t, \(6,\): neither the mean"
         for policy in ("speedit", "loss_second_moment"):
             with pytest.raises(ValueError, match=message):
                 terms(with_policy(create(Mean), policy), SmallModel(1))

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 
 SPEED_YAML = Path(__file__).parents[2] / "integrations/latent_diffusion/speed.yaml"
 CHECKOUTS = ("CompVis+latent-diffusion", "CompVis+stable-diffusion", "Stability-AI+stablediffusion")
@@ -48,7 +49,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 def step_of(model: Any, generator: torch.Generator | None = None, t: Any = None) -> Any:
     """Loss and terms of one step, at the t that the host draws or is given."""
     if generator is not None:
-        attachment_of(model).generator = generator
+        attachment_of(model).stream = DrawStream(generator)
     x, c, noise = batch()
     inputs = (x, c) if hasattr(model, "cond_stage_key") else (x,)
     return model(*inputs, noise=noise) if t is None else model.p_losses(*inputs, t, noise=noise)
@@ -179,13 +180,15 @@ class TestTraining:
 
     def test_each_training_call_is_a_step_of_a_curriculum(self, ddpm: ModuleType) -> None:
         model = made(ddpm, "LatentDiffusion", {"type": "clts", "curriculum_steps": 4})
-        steps: list[int] = []
-        model.policy.advance = steps.append
         for _ in range(3):
             step_of(model)
         step_of(model.eval())
         step_of(model.train())
-        assert steps == [0, 1, 2, 3]
+        assert model.policy.state_dict() == {
+            **model.policy.state_dict(),
+            "num_steps": 4,
+            "density": {"step": 3},
+        }
 
     def test_the_weights_multiply_before_the_constant_of_logvar(self, ddpm: ModuleType) -> None:
         options = {"logvar_init": 0.5, "original_elbo_weight": 0.0}
@@ -200,7 +203,7 @@ class TestTraining:
         model, (x, c, noise), t = made(ddpm, "LatentDiffusion", "p2"), batch(), torch.arange(SHAPE[0])
         losses = []
         for args, kwargs in (((x, c, t, noise), {}), ((x,), {"t": t, "cond": c, "noise": noise})):
-            attachment_of(model).generator = seeded()
+            attachment_of(model).stream = DrawStream(seeded())
             losses.append(model.p_losses(*args, **kwargs)[0])
         assert torch.equal(*losses)
         with pytest.raises(TypeError, match="missing a required argument: 't'"):

@@ -117,11 +117,10 @@ class TestTraining:
         assert_close(loss, (model.answers[0] - 1).square().mean((1, 2, 3)))
 
     def test_each_call_is_a_step_of_a_curriculum(self) -> None:
-        scheduler, steps = build(), []
-        scheduler.policy.advance = steps.append
+        scheduler = build(policy="clts")
         for _ in range(3):
             scheduler.training_loss(NamedUnet(), torch.zeros(2, 1, 1, 1))
-        assert steps == [0, 1, 2]
+        assert scheduler.policy.state_dict()["density"] == {"step": 2}
 
     def test_a_given_t_is_kept_and_moves_no_policy(self) -> None:
         scheduler, model, t = build(), NamedUnet(), torch.tensor([0, 999])

@@ -251,7 +251,7 @@ class TestWatchedScheduler:
             assert own.mse_loss(x[:2], 0 * x[:2]) == 1
         weight = build_policy("speedit", from_diffusers(scheduler)).weight.float()[index]
         assert_close(own.mse_loss(x, 0 * x), weight.mean())
-        assert own.num_draws == 1
+        assert own.policy.num_steps == 1
 
     def test_a_draw_without_gradients_for_a_loss_with_them_is_refused(self) -> None:
         own, x = seam(), torch.ones(4, 3)
