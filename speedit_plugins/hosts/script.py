@@ -86,18 +86,26 @@ class ScriptPolicy:
             self._built = build_policy(self._config, from_diffusers(self._scheduler), stated), stated
         return self._built[0]
 
-    def timesteps(self, noise_scheduler: Any, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
+    def timesteps(
+        self,
+        noise_scheduler: Any,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
         After each draw the scheduler's next `add_noise` raises a ValueError if the script has changed its
-        timesteps in between. Without gradients the timesteps are uniform, from the device's global generator,
-        and nothing is counted.
+        timesteps in between. Without gradients the timesteps are uniform, from `generator` or the device's
+        global one, and nothing is counted.
 
         Args:
             noise_scheduler: one of diffusers with `alphas_cumprod`; rows of that table are the timesteps that
                 its `add_noise` and the model take.
             batch_size: B, >= 1.
             device: where the timesteps are drawn.
+            generator: for this draw; None is the constructor's.
 
         Raises:
             ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
@@ -105,12 +113,14 @@ class ScriptPolicy:
         check_scheduler(noise_scheduler)
         if not torch.is_grad_enabled():
             self.drawn_by_script()
-            return torch.randint(0, len(noise_scheduler.alphas_cumprod), (batch_size,), device=device)
+            high = len(noise_scheduler.alphas_cumprod)
+            return torch.randint(0, high, (batch_size,), device=device, generator=generator)
         if noise_scheduler is not self._scheduler:
             self._scheduler, self._built = noise_scheduler, None
         self.policy.advance(self.num_draws)
         self.num_draws += 1
-        self._index = self.policy.draw(batch_size, device=device, generator=self._generator).index
+        source = self._generator if generator is None else generator
+        self._index = self.policy.draw(batch_size, device=device, generator=source).index
         self._drawn = self.policy, self.policy.weight
         self._last_draw.drawn()
         watch_noising(noise_scheduler, self._index)

@@ -1,6 +1,6 @@
 """The two edits of seam D, made in a parsed script: where it draws timesteps, and where it makes its loss.
 
-Only calls in the script itself change: `torch.randint` over a noise scheduler's `num_train_timesteps`,
+Only calls in the script itself change: `torch.randint` that draws for a noise scheduler (`script_draws`),
 `mse_loss`, and the `compute_snr` of Min-SNR weights. Line numbers stay.
 
 Dims: B batch.
@@ -17,23 +17,44 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
+from speedit_plugins.hosts.script_draws import called, schedulers_of_draws
 
 # The name under which the edited script finds its `ScriptCalls`.
 CALLS = "_speedit_calls"
-_NUM_TIMESTEPS = "num_train_timesteps"
 
 
 @dataclass
 class Sites:
-    """Line numbers of the calls in a script: its draws of timesteps, and its squared errors."""
+    """Line numbers of the calls in a script.
+
+    Args:
+        draws: of timesteps, for a noise scheduler.
+        losses: squared errors.
+        other_draws: of integers; what for is not known.
+    """
 
     draws: list[int] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
+    other_draws: list[int] = field(default_factory=list)
 
     @property
     def are_a_seam(self) -> bool:
         """Whether the script has both."""
         return bool(self.draws and self.losses)
+
+    def shortfall(self) -> str:
+        """For a message: which draws are there, and what they lack to be a seam. "" if there are none."""
+        if self.draws:
+            return (
+                f"it draws timesteps (line {_listed(self.draws)}) and makes no F.mse_loss to weigh, see"
+                " integrations/diffusers for the edit by hand; "
+            )
+        if self.other_draws:
+            return (
+                f"its torch.randint (line {_listed(self.other_draws)}) is not edited: it needs a name that"
+                " one noise scheduler's add_noise gets unchanged in the same function; "
+            )
+        return ""
 
 
 def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
@@ -42,8 +63,9 @@ def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
     Args:
         tree: of the script; it is not changed. It comes back if the script lacks one of the two.
     """
-    editor = _Editor(tree)
-    changed = ast.fix_missing_locations(editor.visit(copy.deepcopy(tree)))
+    copied = copy.deepcopy(tree)
+    editor = _Editor(copied)
+    changed = ast.fix_missing_locations(editor.visit(copied))
     return (changed if editor.sites.are_a_seam else tree), editor.sites
 
 
@@ -56,24 +78,24 @@ class ScriptCalls:
     def randint(
         self,
         noise_scheduler: Any,
-        low: int,
-        high: int,
-        size: tuple[int, ...],
-        *,
+        *drawn: Any,
         device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
         **others: Any,
     ) -> Tensor:
-        """Timesteps (B,) in place of `torch.randint(low, high, size, device=device)`.
+        """Timesteps (B,) in place of `torch.randint(*drawn, device=device, generator=generator, **others)`.
 
-        Without gradients they are those of that call.
+        The policy draws from the script's generator. Without gradients the timesteps are those of that call.
 
         Raises:
             ValueError: the script draws from part of the timesteps, in another shape, or with other options.
         """
         if not torch.is_grad_enabled():
             self._seam.drawn_by_script()
-            return torch.randint(low, high, size, device=device, **others)
+            own: Tensor = torch.randint(*drawn, device=device, generator=generator, **others)
+            return own
         check_scheduler(noise_scheduler)
+        low, high, size = _bounds_and_size(drawn, others)
         unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
         if unknown:
             raise ValueError(
@@ -85,7 +107,7 @@ class ScriptCalls:
                 f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
                 " timesteps in shape (B,)"
             )
-        return self._seam.timesteps(noise_scheduler, size[0], device or "cpu")
+        return self._seam.timesteps(noise_scheduler, size[0], device or "cpu", generator=generator)
 
     def refused_index(self, noise_scheduler: Any, *drawn: Any, **options: Any) -> Tensor:
         """Raises ValueError: an EDM-style script looks up a sigma by this draw, so it is no timestep.
@@ -133,6 +155,7 @@ class ScriptCalls:
 class _Editor(ast.NodeTransformer):
     def __init__(self, tree: ast.Module) -> None:
         self.sites = Sites()
+        self._schedulers = schedulers_of_draws(tree)
         # A drawn number is an index if the script looks up sigmas, or the scheduler's timesteps, by it.
         self._index_names = {
             name.id
@@ -162,17 +185,25 @@ class _Editor(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replaces a draw, a squared error or an SNR. Every other call stays."""
         is_scaled = self._is_scaled and _is_per_element(node)
+        scheduler = self._schedulers.get(node)
+        is_draw = node in self._schedulers
         node = self._visited(node)
-        name, scheduler = _called(node), _scheduler_drawn_for(node)
-        if scheduler is not None:
-            self.sites.draws.append(node.lineno)
-            return _call(node, "refused_index" if self._is_index else "randint", scheduler)
+        if is_draw:
+            return self._drawn(node, scheduler)
+        name = called(node)
         if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
             self.sites.losses.append(node.lineno)
             return _call(node, "scaled_mse_loss" if is_scaled else "mse_loss")
         if name == "compute_snr":
             return _call(node, "compute_snr", node.func)
         return node
+
+    def _drawn(self, node: ast.Call, scheduler: ast.expr | None) -> ast.Call:
+        if scheduler is None:
+            self.sites.other_draws.append(node.lineno)
+            return node
+        self.sites.draws.append(node.lineno)
+        return _call(node, "refused_index" if self._is_index else "randint", copy.deepcopy(scheduler))
 
     def _assigned(self, node: Any, targets: list[ast.expr]) -> ast.AST:
         names = {target.id for target in targets if isinstance(target, ast.Name)}
@@ -201,20 +232,22 @@ def _is_lookup(node: ast.AST) -> bool:
     )
 
 
-def _called(node: ast.Call) -> str:
-    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+def _listed(lines: list[int]) -> str:
+    return ", ".join(map(str, lines))
 
 
-def _scheduler_drawn_for(node: ast.Call) -> ast.expr | None:
-    """`S` in `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config` or with `high=`."""
-    if _called(node) != "torch.randint":
-        return None
-    named = [keyword.value for keyword in node.keywords if keyword.arg == "high"]
-    high = next(iter([*node.args[1:2], *named]), None)
-    if not (isinstance(high, ast.Attribute) and high.attr == _NUM_TIMESTEPS):
-        return None
-    owner = high.value
-    return owner.value if isinstance(owner, ast.Attribute) and owner.attr == "config" else owner
+def _bounds_and_size(drawn: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, int, Any]:
+    """`low`, `high` and `size` of a call of `torch.randint`, whose `low` may be left out.
+
+    Args:
+        drawn: its arguments by position.
+        named: its arguments by name. Those three are taken out.
+    """
+    bounds = list(drawn)
+    size = named.pop("size") if "size" in named else bounds.pop()
+    high = named.pop("high") if "high" in named else bounds.pop()
+    low = named.pop("low", 0) if not bounds else bounds.pop()
+    return low, high, size
 
 
 def _call(node: ast.Call, method: str, *first: ast.expr) -> ast.Call:
