@@ -1,8 +1,11 @@
 """Runs an unmodified training script of a host with a timestep policy in it.
 
-    python -m speedit_plugins.launch --policy speed --set k=5 train.py <the host's own arguments>
-    python -m speedit_plugins.launch --import my_package.policies --policy mine train.py
+    speedit-launch --policy speed --set k=5 train.py <the host's own arguments>
+    speedit-launch --policy speed --set weighting=constant train.py
+    speedit-launch --import my_package.policies --policy mine train.py
     torchrun --nproc_per_node 8 -m speedit_plugins.launch train.py <the host's own arguments>
+
+`speedit-launch` is `python -m speedit_plugins.launch`.
 
 A policy goes in at the host's seam: the place where its code draws timesteps and makes its loss. A known host
 makes its diffusion object or its schedule sampler by a function, and the launcher replaces that function when
@@ -11,7 +14,6 @@ as it is. In a script that draws timesteps itself, as diffusers' do, the draw an
 is parsed.
 """
 
-import argparse
 import ast
 import builtins
 import os
@@ -44,20 +46,17 @@ from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, Sites, edited
+from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
+from speedit_plugins.launch_options import PROGRAM, LaunchError, NoSeamError, advice, parser, policy_config
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
-from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config, import_modules, is_raised_here
 
 USER_ERROR = 2
 _MARK = "_speedit_launched"
 # What is reported if a script defines the class itself.
 SCRIPT_CLASS = f"a class with {SCRIPT_METHOD} in the script (DiT-3D)"
-
-
-class LaunchError(Exception):
-    """An error that the user can mend. Its message is one line."""
 
 
 @dataclass
@@ -87,8 +86,8 @@ class Launch:
 
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use. Rank 0 reports the first one."""
-        if self.num_attached == 0 and os.environ.get("RANK", "0") == "0":
-            _report(f"{hosts}, seam {seam}, policy {policy}")
+        if self.num_attached == 0 and _is_rank_0():
+            _write(f"{PROGRAM}: {hosts}, seam {seam}, policy {policy}")
         self.num_attached += 1
 
 
@@ -115,35 +114,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes the process's own.
 
     Returns:
-        0, or 2 with one line on stderr: after a user's error, or if nothing trained with the policy. The
-        script's own exceptions and exit codes pass through.
+        0, or 2 with one line on stderr: after a user's error, or if nothing trained with the policy. If the
+        script has no place for the policy, lines on what to do follow. The script's own exceptions and exit
+        codes pass through.
     """
+    launch: Launch | None = None
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = parser().parse_args(argv)
         import_modules(arguments.imports, source="--import")
-        launch = Launch(_config(arguments.policy, arguments.set), arguments.prediction_type)
+        launch = Launch(policy_config(arguments.policy, arguments.set), arguments.prediction_type)
         build_policy(launch.config, NoiseSchedule.linear(), launch.prediction_type or "epsilon")
         tree = parsed(arguments.script)
         run(launch, tree, [arguments.script, *arguments.arguments])
+        if not launch.num_attached:
+            raise NoSeamError(_untrained(launch))
     except (LaunchError, ValueError) as error:
         # A host's own ValueError keeps its traceback.
         if isinstance(error, ValueError) and not is_raised_here(error):
             raise
-        _report(f"error: {' '.join(str(error).split())}")
-        return USER_ERROR
-    if not launch.num_attached:
-        _report(f"error: {_untrained(launch)}")
+        _write(f"{PROGRAM}: error: {' '.join(str(error).split())}")
+        if launch is not None and isinstance(error, NoSeamError) and _is_rank_0():
+            _write(advice(launch.config))
         return USER_ERROR
     return 0
 
 
-def _report(text: str) -> None:
-    """Writes one line to stderr, clear of a progress bar of the script."""
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _write(text: str) -> None:
+    """Writes lines to stderr, clear of a progress bar of the script."""
     bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if bar is not None:
-        bar.write(f"speedit: {text}", file=sys.stderr)
+        bar.write(text, file=sys.stderr)
     else:
-        sys.stderr.write(f"speedit: {text}\n")
+        sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
@@ -154,7 +160,8 @@ def parsed(script: str) -> ast.Module:
     DiT-3D's `p_losses`, or draws timesteps of a noise scheduler and makes a squared error.
 
     Raises:
-        LaunchError: there is no script, it is not Python, or it has no seam.
+        LaunchError: there is no script, or it is not Python.
+        NoSeamError: it has no seam. The message has the lines of its draws.
     """
     path = Path(script)
     if not path.is_file():
@@ -166,18 +173,8 @@ def parsed(script: str) -> ast.Module:
     changed, sites = edited(tree)
     folders = [str(path.resolve().parent), *sys.path[1:]]
     if not (sites.are_a_seam or reaches_a_factory(tree, folders) or defines(tree, SCRIPT_METHOD)):
-        raise LaunchError(f"{script} has no seam: {_drawn_only(sites)}looked for {looked_for()}")
+        raise NoSeamError(f"{script} has no seam: {sites.shortfall()}looked for {looked_for()}")
     return changed
-
-
-def _drawn_only(sites: Sites) -> str:
-    if not sites.draws:
-        return ""
-    lines = ", ".join(map(str, sites.draws))
-    return (
-        f"it draws timesteps (line {lines}) and makes no F.mse_loss to weigh, see integrations/diffusers for"
-        " the edit by hand; "
-    )
 
 
 def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
@@ -296,7 +293,7 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     if flow_object.fits(host):
         return flow_object.attach_flow(host, FlowAttachment(source))
     if not diffusion_object.fits(host):
-        raise LaunchError(no_seam(host))
+        raise NoSeamError(no_seam(host))
     return attach(host, Attachment(source), diffusion_object.steered_methods)
 
 
@@ -331,7 +328,7 @@ def _refused_spawn(*_: Any, **__: Any) -> NoReturn:
 def _guard(launch: Launch) -> Callable[..., None]:
     def before_step(*_: Any) -> None:
         if not launch.num_attached:
-            raise LaunchError(_untrained(launch))
+            raise NoSeamError(_untrained(launch))
 
     return before_step
 
@@ -339,56 +336,6 @@ def _guard(launch: Launch) -> Callable[..., None]:
 def _untrained(launch: Launch) -> str:
     found = f"found {', '.join(dict.fromkeys(launch.found))}, but " if launch.found else ""
     return f"{found}no training loss went through the policy; looked for {looked_for()}"
-
-
-def _config(policy: str, settings: Sequence[str]) -> dict[str, Any]:
-    config: dict[str, Any] = {"type": policy}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not (key and equals):
-            raise LaunchError(f"--set needs KEY=VALUE, got {setting!r}")
-        config[key] = _value(text)
-    return config
-
-
-def _value(text: str) -> bool | int | float | str | None:
-    """The value of true, false, null or a number such as 1e-3; any other text as it is."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if text.lower() == "null":
-        return None
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises LaunchError instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(f"{message}; see python -m speedit_plugins.launch --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m speedit_plugins.launch",
-        description="Run a host's unmodified training script with a timestep policy in it.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--policy", default="speedit", help="a registered policy (default: %(default)s)")
-    modules: Any = {"action": "append", "default": [], "metavar": "MODULE"}
-    parser.add_argument("--import", dest="imports", help="import it for the policies it registers", **modules)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the policy"
-    )
-    told = "what the model predicts, if the host does not say"
-    parser.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=told)
-    parser.add_argument("script", help="the host's training script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
-    return parser
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def check_in_process(host: Host, hosts: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
     if script := result.pop("launch", ""):
         launched = _launch(script, hosts / host.folder)
-        lines = [line for line in launched.stderr.splitlines() if line.startswith("speedit: ")]
+        lines = [line for line in launched.stderr.splitlines() if line.startswith("speedit-launch: ")]
         result["launcher"] = lines[0] if lines else ""
         if launched.returncode or len(lines) != 1:
             result["error"] = result["error"] or f"launcher: {_last_line(launched)}"

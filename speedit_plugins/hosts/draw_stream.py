@@ -119,18 +119,30 @@ class DrawStream:
             raise ValueError(f"num_strata needs a policy with independent draws, and {policy.name!r} {how}")
 
     def draw(
-        self, policy: TimestepPolicy, batch_size: int, device: torch.device | str = "cpu"
+        self,
+        policy: TimestepPolicy,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
     ) -> TimestepDraw:
-        """The draw (B,) of the training step that the policy has begun, on a device."""
+        """The draw (B,) of the training step that the policy has begun, on a device.
+
+        Args:
+            policy: draws.
+            batch_size: B, >= 1.
+            device: of the returned tensors.
+            seed: of the host; None is `torch.initial_seed()`. A stream with a generator does not use it.
+        """
         if self.generator is not None:
             return policy.draw(batch_size, device=device, generator=self.generator)
         self.check(policy)
         step, place, here = policy.num_steps - 1, drawing_device(device), replica(self.ranks_alike)
-        generator = _seeded(place, torch.initial_seed(), self._salt, here.rank, step)
+        seed = torch.initial_seed() if seed is None else seed
+        generator = _seeded(place, seed, self._salt, here.rank, step)
         if self.num_strata is None:
             return policy.draw(batch_size, device=device, generator=generator)
         first = (step * here.size + here.rank) * batch_size
-        strata = torch.cat(list(self._strata(first, batch_size, place, here)))
+        strata = torch.cat(list(self._strata(first, batch_size, place, self._seed_of_all(seed, place, here))))
         quantile = torch.rand(batch_size, dtype=torch.float64, device=place, generator=generator)
         # The sum can round up to N. A quantile of 1 would be past the last timestep.
         quantile = ((strata + quantile) / self.num_strata).clamp(max=1 - 2**-53)
@@ -160,21 +172,19 @@ class DrawStream:
                     torch.cuda.manual_seed(seed)
             yield
 
-    def _strata(self, first: int, batch_size: int, place: torch.device, here: Replica) -> Iterator[Tensor]:
+    def _strata(self, first: int, batch_size: int, place: torch.device, seed: int) -> Iterator[Tensor]:
         """Strata of the timesteps `first` to `first + B - 1` of all that are drawn, in pieces."""
         N, last = self.num_strata or 1, first + batch_size
-        common = self._seed_of_all(place, here)
         for block in range(first // N, math.ceil(last / N)):
-            order = torch.randperm(N, device=place, generator=_seeded(place, common, self._salt, block))
+            order = torch.randperm(N, device=place, generator=_seeded(place, seed, self._salt, block))
             yield order[max(first - block * N, 0) : last - block * N]
 
-    def _seed_of_all(self, place: torch.device, here: Replica) -> int:
+    def _seed_of_all(self, seed: int, place: torch.device, here: Replica) -> int:
         """One seed for all ranks, since a host may seed each by itself: that of the first rank."""
         if here.size == 1:
-            return torch.initial_seed()
+            return seed
         if self._common_seed is None:
-            seed = torch.initial_seed() % 2**62
-            row = torch.tensor([seed], dtype=torch.int64, device=place)
+            row = torch.tensor([seed % 2**62], dtype=torch.int64, device=place)
             dist.broadcast(row, src=0)
             self._common_seed = int(row)
         return self._common_seed

@@ -56,13 +56,19 @@ def defines(tree: ast.Module, function: str) -> bool:
     return any(isinstance(node, ast.FunctionDef) and node.name == function for node in ast.walk(tree))
 
 
+def known_hosts() -> dict[str, str]:
+    """What the launcher looks for in a script, for each group of hosts."""
+    return {
+        **{f.hosts: f"{f.module}.{' or '.join(f.functions)}" for f in FACTORIES},
+        "DiT-3D": f"a class with {SCRIPT_METHOD} in the script itself",
+        "diffusers": "F.mse_loss in the script itself, and torch.randint(0, noise_scheduler.config.num_train_"
+        "timesteps, ...) or another torch.randint whose timesteps one noise scheduler's add_noise gets",
+    }
+
+
 def looked_for() -> str:
     """What the launcher looks for in a script, for messages."""
-    places = [f"{f.module}.{' or '.join(f.functions)} ({f.hosts})" for f in FACTORIES]
-    return (
-        f"{'; '.join(places)}; in the script itself, a class with {SCRIPT_METHOD} (DiT-3D), or"
-        " torch.randint(0, noise_scheduler.config.num_train_timesteps, ...) and F.mse_loss (diffusers)"
-    )
+    return "; ".join(f"{place} ({hosts})" for hosts, place in known_hosts().items())
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:

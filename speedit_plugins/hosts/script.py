@@ -132,20 +132,21 @@ class ScriptPolicy(PolicyHolder):
         noise_scheduler: Any,
         batch_size: int,
         device: torch.device | str = "cpu",
+        *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Timesteps int64 (B,) at which a batch is noised and trained. `mse_loss` weighs for them.
 
         After each draw the scheduler's next `add_noise` raises a ValueError if the script has changed its
-        timesteps in between. Without gradients the timesteps are uniform, from the device's global generator,
-        and nothing is counted.
+        timesteps in between. Without gradients the timesteps are uniform, from `generator` or the device's
+        global one, and nothing is counted.
 
         Args:
             noise_scheduler: one of diffusers with `alphas_cumprod`; rows of that table are the timesteps that
                 its `add_noise` and the model take.
             batch_size: B, >= 1.
             device: where the timesteps are drawn.
-            generator: for this draw alone; None is that of the constructor.
+            generator: of the script's own draw. Its seed takes the place of `torch.initial_seed`.
 
         Raises:
             ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
@@ -160,11 +161,11 @@ class ScriptPolicy(PolicyHolder):
             self._scheduler, self._built = noise_scheduler, None
         policy = self.policy
         policy.advance()
-        if generator is None:
-            # The script's own draw is dropped. After it, its noise is what it would be without a policy.
-            torch.randint(0, policy.schedule.num_timesteps, (batch_size,), device=device)
-        stream = self._stream if generator is None else DrawStream(generator)
-        index = stream.draw(policy, batch_size, device).index
+        # The script's own draw is dropped. After it, its noise is what it would be without a policy.
+        high = policy.schedule.num_timesteps
+        torch.randint(0, high, (batch_size,), device=device, generator=generator)
+        seed = None if generator is None else generator.initial_seed()
+        index = self._stream.draw(policy, batch_size, device, seed).index
         self._drawn.append(_Drawn(index, policy, policy.weight))
         self._last_draw.drawn()
         watch_noising(noise_scheduler, index)
@@ -224,7 +225,10 @@ class ScriptPolicy(PolicyHolder):
 
     def has_drawn(self, timesteps: Any) -> bool:
         """Whether these are the timesteps (B,) of one of the last draws."""
-        return any(_are(each.index, timesteps) for each in self._drawn)
+        if any(each.index is timesteps for each in self._drawn):
+            return True
+        # Values are compared for draws without a loss alone, since the CPU waits for the device.
+        return any(_are(each.index, timesteps) for each in self._drawn if not each.has_loss)
 
     def refuse_weights(self, weighing: str, remedy: str, timesteps: Tensor | None = None) -> None:
         """Raises ValueError if the policy weighs or learns, for a script that weighs its training loss.

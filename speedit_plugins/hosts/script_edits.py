@@ -1,6 +1,6 @@
 """The two edits of seam D, made in a parsed script: where it draws timesteps, and where it makes its loss.
 
-Only calls in the script itself change: `torch.randint` over a noise scheduler's `num_train_timesteps`,
+Only calls in the script itself change: `torch.randint` that draws for a noise scheduler (`script_draws`),
 `mse_loss`, and the `compute_snr` of Min-SNR weights. Line numbers stay.
 
 Dims: B batch.
@@ -17,23 +17,45 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
+from speedit_plugins.hosts.script_draws import called, schedulers_of_draws
+from speedit_plugins.hosts.state_file import keep_in_checkpoints
 
 # The name under which the edited script finds its `ScriptCalls`.
 CALLS = "_speedit_calls"
-_NUM_TIMESTEPS = "num_train_timesteps"
 
 
 @dataclass
 class Sites:
-    """Line numbers of the calls in a script: its draws of timesteps, and its squared errors."""
+    """Line numbers of the calls in a script.
+
+    Args:
+        draws: of timesteps, for a noise scheduler.
+        losses: squared errors.
+        other_draws: of integers; what for is not known.
+    """
 
     draws: list[int] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
+    other_draws: list[int] = field(default_factory=list)
 
     @property
     def are_a_seam(self) -> bool:
         """Whether the script has both."""
         return bool(self.draws and self.losses)
+
+    def shortfall(self) -> str:
+        """For a message: which draws are there, and what they lack to be a seam. "" if there are none."""
+        if self.draws:
+            return (
+                f"it draws timesteps (line {_listed(self.draws)}) and makes no F.mse_loss to weigh, see"
+                " integrations/diffusers for the edit by hand; "
+            )
+        if self.other_draws:
+            return (
+                f"its torch.randint (line {_listed(self.other_draws)}) is not edited: it needs a name that"
+                " one noise scheduler's add_noise gets unchanged in the same function; "
+            )
+        return ""
 
 
 def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
@@ -42,38 +64,46 @@ def edited(tree: ast.Module) -> tuple[ast.Module, Sites]:
     Args:
         tree: of the script; it is not changed. It comes back if the script lacks one of the two.
     """
-    editor = _Editor(tree)
-    changed = ast.fix_missing_locations(editor.visit(copy.deepcopy(tree)))
+    copied = copy.deepcopy(tree)
+    editor = _Editor(copied)
+    changed = ast.fix_missing_locations(editor.visit(copied))
     return (changed if editor.sites.are_a_seam else tree), editor.sites
 
 
 class ScriptCalls:
-    """What the edited script calls, with the script's own arguments. A `ScriptPolicy` draws and weighs."""
+    """What the edited script calls, with the script's own arguments. A `ScriptPolicy` draws and weighs.
 
-    def __init__(self, seam: ScriptPolicy) -> None:
+    Args:
+        seam: draws and weighs.
+        keeps_state: whether checkpoints of accelerate keep the policy's state.
+    """
+
+    def __init__(self, seam: ScriptPolicy, *, keeps_state: bool = True) -> None:
         self._seam = seam
+        self._keeps_state = keeps_state
 
     def randint(
         self,
         noise_scheduler: Any,
-        low: int,
-        high: int,
-        size: tuple[int, ...],
-        *,
+        *drawn: Any,
         device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
         **others: Any,
     ) -> Tensor:
-        """Timesteps (B,) in place of `torch.randint(low, high, size, device=device)`.
+        """Timesteps (B,) in place of `torch.randint(*drawn, device=device, generator=generator, **others)`.
 
-        Without gradients they are those of that call.
+        The seed of the script's generator is that of the policy's draws. Without gradients the timesteps are
+        those of that call.
 
         Raises:
             ValueError: the script draws from part of the timesteps, in another shape, or with other options.
         """
         if not torch.is_grad_enabled():
             self._seam.drawn_by_script()
-            return torch.randint(low, high, size, device=device, **others)
+            own: Tensor = torch.randint(*drawn, device=device, generator=generator, **others)
+            return own
         check_scheduler(noise_scheduler)
+        low, high, size = _bounds_and_size(drawn, others)
         unknown = {name: value for name, value in others.items() if (name, value) != ("dtype", torch.int64)}
         if unknown:
             raise ValueError(
@@ -85,7 +115,7 @@ class ScriptCalls:
                 f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
                 " timesteps in shape (B,)"
             )
-        return self._seam.timesteps(noise_scheduler, size[0], device or "cpu")
+        return self._seam.timesteps(noise_scheduler, size[0], device or "cpu", generator=generator)
 
     def refused_index(self, noise_scheduler: Any, *drawn: Any, **options: Any) -> Tensor:
         """Raises ValueError: an EDM-style script looks up a sigma by this draw, so it is no timestep.
@@ -100,15 +130,38 @@ class ScriptCalls:
             " a timestep of its schedule: leave out --do_edm_style_training"
         )
 
-    def mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean", **others: Any) -> Tensor:
-        """The script's squared error, weighed. Without gradients it is as the script has it."""
+    def accelerator(self, made: Any) -> Any:
+        """The script's accelerator. Its checkpoints keep the policy's state too, unless a file does."""
+        if self._keeps_state:
+            keep_in_checkpoints(made, self._seam)
+        return made
+
+    def mse_loss(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        reduction: Any = "mean",
+        *,
+        drawn: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        """The script's squared error, weighed. Without gradients it is as the script has it.
+
+        Args:
+            prediction, target, reduction, others: of the script.
+            drawn: the value of the name to which the script assigned its draw, as it is now.
+        """
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction, **others)
         if others:
             raise ValueError(f"mse_loss with {sorted(others)} is not known here")
-        return self._seam.mse_loss(prediction, target, reduction)
+        # A script may have changed them for its model since.
+        timesteps = drawn if self._seam.has_drawn(drawn) else None
+        return self._seam.mse_loss(prediction, target, reduction, timesteps=timesteps)
 
-    def scaled_mse_loss(self, prediction: Tensor, target: Tensor, reduction: Any = "mean") -> Tensor:
+    def scaled_mse_loss(
+        self, prediction: Tensor, target: Tensor, reduction: Any = "mean", *, drawn: Any = None
+    ) -> Tensor:
         """A squared error that the script multiplies by weights of its own.
 
         Raises:
@@ -117,7 +170,7 @@ class ScriptCalls:
         self._seam.refuse_weights(
             "the script multiplies its squared error by weights", "let it predict the noise"
         )
-        return self.mse_loss(prediction, target, reduction)
+        return self.mse_loss(prediction, target, reduction, drawn=drawn)
 
     def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The script's signal-to-noise ratios, of which it makes Min-SNR weights.
@@ -133,6 +186,7 @@ class ScriptCalls:
 class _Editor(ast.NodeTransformer):
     def __init__(self, tree: ast.Module) -> None:
         self.sites = Sites()
+        self._schedulers = schedulers_of_draws(tree)
         # A drawn number is an index if the script looks up sigmas, or the scheduler's timesteps, by it.
         self._index_names = {
             name.id
@@ -143,6 +197,15 @@ class _Editor(ast.NodeTransformer):
         }
         self._is_index = False
         self._is_scaled = False
+        # The name to which the function that is visited, or one around it, assigned its last draw.
+        self._drawn_name: str | None = None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Forgets the draws of a function after its end."""
+        before = self._drawn_name
+        node = self._visited(node)
+        self._drawn_name = before
+        return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         """Notes whether a draw in this assignment gets the name of an index."""
@@ -162,23 +225,38 @@ class _Editor(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replaces a draw, a squared error or an SNR. Every other call stays."""
         is_scaled = self._is_scaled and _is_per_element(node)
+        scheduler = self._schedulers.get(node)
+        is_draw = node in self._schedulers
         node = self._visited(node)
-        name, scheduler = _called(node), _scheduler_drawn_for(node)
-        if scheduler is not None:
-            self.sites.draws.append(node.lineno)
-            return _call(node, "refused_index" if self._is_index else "randint", scheduler)
+        if is_draw:
+            return self._drawn(node, scheduler)
+        name = called(node)
         if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
             self.sites.losses.append(node.lineno)
+            if self._drawn_name is not None:
+                node.keywords.append(ast.keyword("drawn", ast.Name(self._drawn_name, ast.Load())))
             return _call(node, "scaled_mse_loss" if is_scaled else "mse_loss")
+        if name in ("Accelerator", "accelerate.Accelerator"):
+            return ast.copy_location(_bare_call("accelerator", [node], []), node)
         if name == "compute_snr":
             return _call(node, "compute_snr", node.func)
         return node
 
+    def _drawn(self, node: ast.Call, scheduler: ast.expr | None) -> ast.Call:
+        if scheduler is None:
+            self.sites.other_draws.append(node.lineno)
+            return node
+        self.sites.draws.append(node.lineno)
+        return _call(node, "refused_index" if self._is_index else "randint", copy.deepcopy(scheduler))
+
     def _assigned(self, node: Any, targets: list[ast.expr]) -> ast.AST:
         names = {target.id for target in targets if isinstance(target, ast.Name)}
+        num_draws = len(self.sites.draws)
         self._is_index = bool(names & self._index_names)
         node = self._visited(node)
         self._is_index = False
+        if len(self.sites.draws) > num_draws:
+            self._drawn_name = next(iter(names), None)
         return cast(ast.AST, node)
 
     def _visited(self, node: Any) -> Any:
@@ -201,22 +279,28 @@ def _is_lookup(node: ast.AST) -> bool:
     )
 
 
-def _called(node: ast.Call) -> str:
-    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+def _listed(lines: list[int]) -> str:
+    return ", ".join(map(str, lines))
 
 
-def _scheduler_drawn_for(node: ast.Call) -> ast.expr | None:
-    """`S` in `torch.randint(0, S.config.num_train_timesteps, ...)`, also without `config` or with `high=`."""
-    if _called(node) != "torch.randint":
-        return None
-    named = [keyword.value for keyword in node.keywords if keyword.arg == "high"]
-    high = next(iter([*node.args[1:2], *named]), None)
-    if not (isinstance(high, ast.Attribute) and high.attr == _NUM_TIMESTEPS):
-        return None
-    owner = high.value
-    return owner.value if isinstance(owner, ast.Attribute) and owner.attr == "config" else owner
+def _bounds_and_size(drawn: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, int, Any]:
+    """`low`, `high` and `size` of a call of `torch.randint`, whose `low` may be left out.
+
+    Args:
+        drawn: its arguments by position.
+        named: its arguments by name. Those three are taken out.
+    """
+    bounds = list(drawn)
+    size = named.pop("size") if "size" in named else bounds.pop()
+    high = named.pop("high") if "high" in named else bounds.pop()
+    low = named.pop("low", 0) if not bounds else bounds.pop()
+    return low, high, size
 
 
 def _call(node: ast.Call, method: str, *first: ast.expr) -> ast.Call:
+    return ast.copy_location(_bare_call(method, [*first, *node.args], node.keywords), node)
+
+
+def _bare_call(method: str, arguments: list[ast.expr], keywords: list[ast.keyword]) -> ast.Call:
     function = ast.Attribute(ast.Name(CALLS, ast.Load()), method, ast.Load())
-    return ast.copy_location(ast.Call(function, [*first, *node.args], node.keywords), node)
+    return ast.Call(function, arguments, keywords)

@@ -1,5 +1,6 @@
 """Builds a timestep policy from a config."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,9 @@ def build_policy(
     Args:
         config: a registered name, `"speed"`; a name with parameters, `dict(type="speed", k=3.0)`; or parts,
             `dict(density=..., weighting=..., draw=..., scope=...)`. Density, weighting and draw are again
-            names or mappings with `type`. The config may also have these options:
+            names or mappings with `type`. Beside a name a part replaces the name's own part,
+            `dict(type="speed", weighting="constant")`; without `type` it changes parameters of it. Parameters
+            of the named policy come before parts and options of the same name. The options:
 
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
@@ -51,7 +54,8 @@ def build_policy(
             not give its `mean`.
 
     Raises:
-        ValueError: an unknown name or parameter (the message lists the known ones), or a bad value.
+        ValueError: an unknown name or parameter (the message lists the known ones), a bad value, or one that
+            a part leaves without effect.
 
     Example:
         >>> schedule = NoiseSchedule.linear(1000)
@@ -61,16 +65,11 @@ def build_policy(
         >>> parts = {"density": "logit_normal", "weighting": {"type": "p2", "gamma": 0.5}}
         >>> build_policy(parts, schedule).draw(4).index.shape
         torch.Size([4])
+        >>> print(build_policy({"type": "speed", "weighting": "constant"}, schedule))
+        speed with weighting constant: boundary 700 of 1000 timesteps, mean weight 1.0000
     """
     weightings.check_prediction_type(prediction_type)
-    if not isinstance(schedule, NoiseSchedule):
-        raise ValueError(
-            f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
-        )
-    if not isinstance(config, str | Mapping):
-        raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
-    if not (data_spectrum is None or callable(data_spectrum)):
-        raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
+    _check_arguments(config, schedule, data_spectrum)
     name, parts, common = _name_parts_and_options(config, schedule)
     check_type("policy stratified", common.get("stratified", False), bool)
     kind, common["normalize"] = _normalized(common.get("normalize", False))
@@ -86,18 +85,68 @@ def build_policy(
     )
 
 
+def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
+        )
+    if not isinstance(config, str | Mapping):
+        raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
+    if not (data_spectrum is None or callable(data_spectrum)):
+        raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
+
+
 def _name_parts_and_options(
     config: str | Config, schedule: NoiseSchedule
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The policy's name, its parts, and the options that every policy takes. A name becomes its recipe."""
-    parts = options_of(config)
-    common = {key: parts.pop(key) for key in _COMMON_KEYS if key in parts}
-    if "type" not in parts:
-        return "custom", parts, common
-    name = parts["type"]
-    parts = build(POLICIES, parts, schedule=schedule, also=_COMMON_KEYS)
+    options = options_of(config)
+    if "type" not in options:
+        common = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
+        return "custom", options, common
+    name = str(options["type"])
+    own = _parameters(name)
+    common = {key: options.pop(key) for key in _COMMON_KEYS if key in options and key not in own}
+    given = {key: options.pop(key) for key in _PART_KEYS if key in options and key not in own}
+    parts = _with_parts(_recipe(options, schedule), given)
+    if given:
+        _check_effects(options, given, schedule)
+        name = f"{name} with {', '.join(f'{key} {_name_of(parts[key])}' for key in given)}"
     # The config's options win over those of the recipe.
     return name, parts, {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
+
+
+def _check_effects(options: Config, given: Config, schedule: NoiseSchedule) -> None:
+    """Raises ValueError if a named policy's parameter only changes what a config's parts replace."""
+    name, recipe = str(options["type"]), _recipe(options, schedule)
+    for key, parameter in _parameters(name).items():
+        if key not in options or parameter.default is inspect.Parameter.empty:
+            continue
+        without = _recipe({k: value for k, value in options.items() if k != key}, schedule)
+        if without != recipe and _with_parts(without, given) == _with_parts(recipe, given):
+            raise ValueError(
+                f"policy {name!r}: {key} has no effect beside {' and '.join(given)}: leave one of them out"
+            )
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+    """The recipe's own parameters; none if nothing is registered under this name."""
+    recipe = POLICIES.get(name)
+    return {} if recipe is None else inspect.signature(recipe).parameters
+
+
+def _recipe(options: Config, schedule: NoiseSchedule) -> dict[str, Any]:
+    parts: dict[str, Any] = build(POLICIES, options, schedule=schedule, also=(*_PART_KEYS, *_COMMON_KEYS))
+    return dict(parts)
+
+
+def _with_parts(recipe: Config, given: Config) -> dict[str, Any]:
+    """A recipe with a config's parts. One without `type` only changes parameters of the recipe's part."""
+    parts = {"draw": "iid", **recipe}
+    for key, part in given.items():
+        changes = isinstance(part, Mapping) and "type" not in part and key in parts
+        parts[key] = {**options_of(parts[key]), **part} if changes else part
+    return parts
 
 
 def _check_parts(parts: Mapping[str, Any]) -> None:

@@ -154,6 +154,14 @@ def test_another_type_replaces_the_section(minimal: Path) -> None:
     assert load_config(leaf, "train", ["diffusion.policy=uniform"]).diffusion.policy == {"type": "uniform"}
     same = load_config(leaf, "train", ["diffusion.policy.type=speed", "diffusion.policy.lam=0.7"])
     assert same.diffusion.policy == {"type": "speed", "k": 3, "lam": 0.7}
+    # A part alone is one of the named policy.
+    part = load_config(leaf, "train", ["diffusion.policy.weighting=constant"])
+    assert part.diffusion.policy == {"type": "speed", "k": 3, "weighting": "constant"}
+    both = ["diffusion.policy.weighting=constant", "diffusion.policy.density=uniform"]
+    assert load_config(leaf, "train", both).diffusion.policy == {
+        "weighting": "constant",
+        "density": "uniform",
+    }
     parts = "diffusion.policy={density: {type: uniform}, weighting: {type: p2}}"
     composed = {"density": {"type": "uniform"}, "weighting": {"type": "p2"}}
     assert load_config(leaf, "train", [parts]).diffusion.policy == composed

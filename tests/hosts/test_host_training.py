@@ -47,7 +47,7 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout, done.stderr
     # A progress bar may come before the launcher's words in the same line.
-    lines = re.findall(r"speedit: [^\r\n]*", done.stderr)
+    lines = re.findall(r"speedit-launch: [^\r\n]*", done.stderr)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), lines
 
 
@@ -90,7 +90,7 @@ class TestDiffusersScripts:
         code, result, lines = self.run(script, tmp_path)
         assert code == 0
         assert len(lines) == 1
-        assert lines[0].startswith("speedit: diffusers script, seam D, policy speedit: ")
+        assert lines[0].startswith("speedit-launch: diffusers script, seam D, policy speedit: ")
         assert result["draws"] == diffusers_training.BATCH * diffusers_training.NUM_STEPS
         assert result["worst_sigma"] < 4
         assert result["sigma_from_uniform"] > 4

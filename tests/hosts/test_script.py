@@ -70,11 +70,35 @@ class TestEdits:
             calls.randint(scheduler, 0, 500, (2,))
         with pytest.raises(ValueError, match=r"in shape \(2, 3\), wanted all 1000 timesteps in shape \(B,\)"):
             calls.randint(scheduler, 0, 1000, (2, 3))
-        with pytest.raises(ValueError, match=r"draws its timesteps with \['generator'\]"):
-            calls.randint(scheduler, 0, 1000, (2,), generator=torch.Generator())
+        with pytest.raises(ValueError, match=r"draws its timesteps with \['pin_memory'\]"):
+            calls.randint(scheduler, 0, 1000, (2,), pin_memory=True)
         with pytest.raises(ValueError, match="EDMEulerScheduler has no alphas_cumprod"):
             calls.randint(diffusers.EDMEulerScheduler(), 0, 1000, (2,))
         assert calls.randint(scheduler, 0, 1000, (2,), dtype=torch.int64).shape == (2,)
+
+    def test_every_form_of_the_call(self) -> None:
+        calls, scheduler = ScriptCalls(seam()), diffusers.DDPMScheduler()
+        forms: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = (
+            ((0, 1000, (2,)), {}),
+            ((1000, (2,)), {}),
+            ((0,), {"high": 1000, "size": (2,)}),
+            ((1000,), {"size": (2,)}),
+            ((), {"low": 0, "high": 1000, "size": [2]}),
+        )
+        for drawn, named in forms:
+            assert torch.randint(*drawn, **named).shape == (2,)
+            assert calls.randint(scheduler, *drawn, **named).shape == (2,)
+
+    def test_the_seed_of_the_scripts_generator_is_that_of_the_draws(self) -> None:
+        scheduler, drawn = diffusers.DDPMScheduler(), []
+        for seed in (3, 3, 4):
+            generator, own = (torch.Generator().manual_seed(seed) for _ in range(2))
+            calls = ScriptCalls(ScriptPolicy("speed"))
+            drawn.append(calls.randint(scheduler, 0, 1000, (64,), generator=generator))
+            torch.randint(0, 1000, (64,), generator=own)
+            assert torch.equal(generator.get_state(), own.get_state())
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
 
     @pytest.mark.parametrize(
         "draw",

@@ -46,7 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "policies": _GROUND,
     "hosts": _METHOD,
-    "launch": _METHOD | {"hosts"},
+    # The launcher in two parts: the command line, and the run of a host's script.
+    "launch_options": _METHOD | {"hosts"},
+    "launch": _METHOD | {"hosts", "launch_options"},
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
@@ -88,7 +90,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),
     "xformers": ("trainer/models/attention.py",),
-    "omegaconf": ("trainer/config/loading.py", "trainer/models/weights.py"),
+    # The launcher reads a policy from YAML where the host has omegaconf.
+    "omegaconf": ("launch_options.py", "trainer/config/loading.py", "trainer/models/weights.py"),
 }
 
 _POLICY_NAMES = {"TimestepPolicy", "TimestepDraw", "build_policy"}

@@ -196,7 +196,7 @@ def test_the_launcher_takes_a_policy_from_the_hosts_own_checkout(site: Path, tmp
     tests = [ROOT / "tests", ROOT / "tests/standins", ROOT / "tools"]
     done = run([*launcher, "train.py"], tmp_path, site, *tests)
     assert done.returncode == 0, done.stderr
-    assert "speedit: DiT, fast-DiT, Latte, seam B, policy ours: " in done.stderr
+    assert "speedit-launch: DiT, fast-DiT, Latte, seam B, policy ours: " in done.stderr
 
 
 FAILING = {
@@ -235,14 +235,14 @@ def test_an_import_that_fails_is_one_line(
     (failing / "mine.yaml").write_text(f"{config}\ncustom_imports: [{name}]\n")
     by_flag, by_config = f"cannot import --import {name!r}", f"custom_imports: cannot import module {name!r}"
     doors = (
-        (by_flag, lambda: main([*DIGITS, "--import", name])),
-        (by_flag, lambda: launch.main(["--import", name, "train.py"])),
-        (by_config, lambda: main(["-c", "mine.yaml", "-p", "train"])),
+        ("speedit", by_flag, lambda: main([*DIGITS, "--import", name])),
+        ("speedit-launch", by_flag, lambda: launch.main(["--import", name, "train.py"])),
+        ("speedit", by_config, lambda: main(["-c", "mine.yaml", "-p", "train"])),
     )
-    for door, start in doors:
+    for program, door, start in doors:
         assert start() == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"speedit: error: {door}: {reason}")
+        assert error.startswith(f"{program}: error: {door}: {reason}")
         assert error.count("\n") == 1
     assert error.endswith(f"(in {failing}/mine.yaml)\n")
 

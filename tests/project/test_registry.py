@@ -68,6 +68,52 @@ def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
         assert torch.equal(policy.density_for(3), by_name.density_for(3))
 
 
+class TestPartsOfANamedPolicy:
+    def test_a_part_replaces_the_recipes(self) -> None:
+        policy = build_policy({"type": "speed", "k": 3.0, "weighting": "constant"}, LINEAR)
+        assert torch.equal(policy.density, build_policy({"type": "speed", "k": 3.0}, LINEAR).density)
+        assert torch.equal(policy.weight, torch.ones_like(policy.weight))
+        assert policy.name == "speed with weighting constant"
+
+    def test_without_a_type_it_changes_parameters(self) -> None:
+        by_part = build_policy({"type": "speedit", "weighting": {"gamma": 0.5}}, LINEAR)
+        assert torch.equal(by_part.weight, build_policy({"type": "speedit", "gamma": 0.5}, LINEAR).weight)
+
+    def test_draw_and_scope(self) -> None:
+        policy = build_policy({"type": "uniform", "draw": "paired", "scope": "loss"}, LINEAR)
+        assert policy.scope == "loss"
+        assert torch.equal(
+            policy.density_for(4),
+            build_policy(
+                {"density": "uniform", "weighting": "constant", "draw": "paired"}, LINEAR
+            ).density_for(4),
+        )
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"type": "speed", "k": 3.0, "density": "uniform"},
+            {"type": "p2", "k": 3.0, "weighting": {"k": 2.0}},
+        ],
+    )
+    def test_a_parameter_of_the_replaced_part_is_refused(self, config: Any) -> None:
+        with pytest.raises(ValueError, match=f"policy '{config['type']}': k has no effect beside "):
+            build_policy(config, LINEAR)
+
+    def test_a_recipes_own_parameter_comes_first(self) -> None:
+        def weighed(*, weighting: str = "half", stratified: int = 0) -> dict[str, Any]:
+            assert stratified == 2
+            return {"density": "uniform", "weighting": {"half": "p2"}.get(weighting, "constant")}
+
+        POLICIES.register_module(name="weighed", module=weighed)
+        try:
+            policy = build_policy({"type": "weighed", "weighting": "half", "stratified": 2}, LINEAR)
+        finally:
+            POLICIES.module_dict.pop("weighed")
+        assert torch.equal(policy.weight, build_policy("p2", LINEAR).weight)
+        assert not policy.stratified
+
+
 @pytest.mark.parametrize("density", sorted(DENSITIES.module_dict))
 @pytest.mark.parametrize("weighting", sorted(WEIGHTINGS.module_dict))
 @pytest.mark.parametrize("draw", sorted(DRAWS.module_dict))
@@ -202,8 +248,9 @@ def test_nearest_names_the_closest_or_nothing() -> None:
         ("speedi", r"unknown policy 'speedi'; did you mean 'speedit'\?; known: .*clts, "),
         ({"type": "speed", "kk": 5.0}, r"policy 'speed' has no parameter 'kk'; did you mean 'k'\?; known: "),
         ({"type": "speed", "lamb": 0.6}, r"'lamb'; did you mean 'lam'\?"),
-        ({"type": "speed", "normalise": True}, r"did you mean 'normalize'\?; known: equivalent_to, k, lam,"),
-        ({"type": "uniform", "density": "thinned"}, r"policy 'uniform' has no parameter 'density'"),
+        ({"type": "speed", "normalise": True}, r"did you mean 'normalize'\?; known: density, draw, equi"),
+        ({"type": "uniform", "density": "thined"}, r"unknown density 'thined'; did you mean 'thinned'\?"),
+        ({"type": "speed", "weighting": {"gamma": 2}}, r"weighting 'change_aware' has no parameter 'gamma'"),
         ({0: 1}, r"the keys of a config need to be names, got 0 in \{0: 1\}"),
         ({"density": {"type": "thinned", 1: 2}, "weighting": "p2"}, r"need to be names, got 1 in"),
         ({"density": "uniform", "weighting": {"type": ["p2"]}}, r"unknown weighting \"\['p2'\]\""),

@@ -21,7 +21,7 @@ from flow_standins import RectifiedFlow, Transport
 from host_standins import PixArtDiffusion, create, create_points
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
 
-from speedit_plugins import cli, launch
+from speedit_plugins import cli, launch_options
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.trainer.config.loading import load_config
@@ -170,8 +170,8 @@ def check_speedit(arguments: list[str]) -> None:
 
 def check_launcher(arguments: list[str]) -> None:
     """Its arguments, and the policy that they name."""
-    given = launch._parser().parse_args(arguments)
-    config = launch._config(given.policy, given.set)
+    given = launch_options.parser().parse_args(arguments)
+    config = launch_options.policy_config(given.policy, given.set)
     build_policy({key: 0.0 if value == "CENTRE" else value for key, value in config.items()}, LINEAR)
 
 
@@ -220,6 +220,7 @@ def _only(parse: Callable[..., Any]) -> Callable[..., NoReturn]:
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "speedit": check_speedit,
     "tools/main.py": check_speedit,
+    "speedit-launch": check_launcher,
     "speedit_plugins.launch": check_launcher,
     "make": check_make,
     "pip": check_pip,

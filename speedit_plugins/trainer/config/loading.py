@@ -22,7 +22,7 @@ from speedit_plugins.registry import import_modules
 from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.custom_imports import import_stated, listed
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
-from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, POLICY_PARTS, ExperimentConfig, settled
+from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
 from speedit_plugins.trainer.config.validation import ConfigError, build_section, check_keys, join
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
@@ -309,7 +309,8 @@ def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
 def _changes_type(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> bool:
     if path == "diffusion.policy" and ("type" in old) != ("type" in new):
         named, composed = (old, new) if "type" in old else (new, old)
-        return "type" in named and not POLICY_PARTS.isdisjoint(composed)
+        # One part alone is no policy: it replaces that part of the named one.
+        return "type" in named and {"density", "weighting"} <= set(composed)
     return "type" in old and "type" in new and old["type"] != new["type"]
 
 

@@ -45,8 +45,6 @@ PATHS = (
     "reference",
     "samples",
 )
-# A policy has a `type`, or these parts.
-POLICY_PARTS = frozenset({"density", "weighting", "draw", "scope"})
 
 
 def _limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:

@@ -1,0 +1,123 @@
+"""The state of policies in files: one of the launcher's own, or one in each checkpoint of accelerate."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from speedit_plugins.files import write_whole
+from speedit_plugins.hosts.attachment import PolicyHolder
+
+# In a checkpoint's folder.
+CHECKPOINT_FILE = "speedit_policy.pt"
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a state, whole or not at all.
+
+    Args:
+        path: of the file.
+        state: plain values and tensors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a file that `write_state` wrote; its tensors are on the CPU.
+
+    Raises:
+        ValueError: the file is no such file, or damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, KeyError) as error:
+        raise ValueError(f"{path} is no state of a policy, or damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no state of a policy: it has {type(state).__name__}")
+    return state
+
+
+def keep_in_checkpoints(accelerator: Any, holder: Any) -> None:
+    """Makes `save_state` and `load_state` of an accelerator write and read a policy's state too.
+
+    A checkpoint without one, of a training before, leaves the policy as it is.
+
+    Args:
+        accelerator: of accelerate.
+        holder: has `state_dict` and `load_state_dict`.
+    """
+
+    def save(models: Any, weights: Any, folder: str) -> None:
+        if accelerator.is_main_process:
+            write_state(Path(folder) / CHECKPOINT_FILE, holder.state_dict())
+
+    def load(models: Any, folder: str) -> None:
+        path = Path(folder) / CHECKPOINT_FILE
+        if path.is_file():
+            holder.load_state_dict(read_state(path))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+class StateFile:
+    """One file for the state of all policies of a launched script, in the order in which they were made.
+
+    Args:
+        path: of the file. If there is one, its states go to the policies as they are made.
+        every: optimizer steps between two writings, >= 1.
+        config: of the policy, as text. A file of another one is refused.
+        writes: whether this process writes; with several ranks the first does.
+
+    Raises:
+        ValueError: `every` < 1, the file is damaged, or is of another policy.
+        OSError: the file cannot be read, or its folder is missing.
+    """
+
+    def __init__(self, path: Path, every: int, config: str, *, writes: bool) -> None:
+        if every < 1:
+            raise ValueError(f"--state-every needs at least 1 step, got {every}")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {path.parent} for --state {path.name}")
+        self._path, self._every, self._config, self._writes = path, every, config, writes
+        self._holders: list[PolicyHolder] = []
+        self._states: list[dict[str, Any]] = []
+        self._num_steps = 0
+        if path.is_file():
+            found = read_state(path)
+            if found.get("config") != config:
+                raise ValueError(f"{path} has the state of policy {found.get('config')}, not of {config}")
+            self._states = list(found["states"])
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the file was there."""
+        return bool(self._states)
+
+    def add(self, holder: Any) -> None:
+        """A policy is made: it gets its state, if the file had one, and is kept from now on."""
+        number = len(self._holders)
+        self._holders.append(holder)
+        if number < len(self._states):
+            holder.load_state_dict(self._states[number])
+
+    def step_done(self) -> None:
+        """An optimizer has made a step."""
+        self._num_steps += 1
+        if self._num_steps % self._every == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the states now, in the process that writes, if there are any."""
+        states: list[Any] = [holder.state_dict() for holder in self._holders]  # type: ignore[attr-defined]
+        if self._writes and any(states):
+            write_state(self._path, {"config": self._config, "states": states})
