@@ -111,6 +111,7 @@ def _write(
     options = {
         "num_timesteps": config.diffusion.diffusion_steps,
         "noise_schedule": config.diffusion.noise_schedule,
+        "zero_terminal_snr": config.diffusion.zero_terminal_snr,
         "prediction_type": config.diffusion.prediction_type,
         "clip_sample": config.sampler.clip_sample,
     }

@@ -72,6 +72,7 @@ def summary(run: Run) -> dict[str, str]:
     trained = _num_trained(run.checkpoint)
     process = config.diffusion.type
     process += f", {config.diffusion.noise_schedule}" if config.diffusion.noise_schedule else ""
+    process += ", zero terminal SNR" if config.diffusion.zero_terminal_snr else ""
     pace = [value for key in ("steps_per_second", "samples_per_second") for value in [_median(run, key)]]
     return {
         "steps": f"{last.get('step', 0):,} of {config.max_training_steps:,}{skipped}",

@@ -3,7 +3,7 @@
 Dims: T timesteps.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,17 +62,18 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     """The training schedule of a diffusers scheduler; index 0 is the cleanest.
 
     Args:
-        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index; or one
-            with a table of `sigmas` not yet set to inference steps, whose row r is our index T - 1 - r. The
-            sigmas are those of flow matching (x_t = (1 - sigma) x_0 + sigma eps) or of EDM (x_t = sigma_data
-            x_0 + sigma eps).
+        noise_scheduler: one with `alphas_cumprod` (DDPM and its kin), whose timestep is our index, and whose
+            last SNR is 0 with `rescale_betas_zero_snr`; or one with a table of `sigmas` not yet set to
+            inference steps, whose row r is our index T - 1 - r. The sigmas are those of flow matching (x_t =
+            (1 - sigma) x_0 + sigma eps) or of EDM (x_t = sigma_data x_0 + sigma eps).
 
     Raises:
-        ValueError: the scheduler has no such table (masked tokens, continuous time), or is set to inference.
+        ValueError: the scheduler has no such table (masked tokens, continuous time), is set to inference, or
+            samples a flow (`use_flow_sigmas`) that its `alphas_cumprod` does not describe.
     """
-    if getattr(noise_scheduler, "alphas_cumprod", None) is not None:
-        return NoiseSchedule.from_alphas_cumprod(noise_scheduler.alphas_cumprod)
     config = getattr(noise_scheduler, "config", {})
+    if getattr(noise_scheduler, "alphas_cumprod", None) is not None:
+        return _of_ddpm_family(noise_scheduler, config if isinstance(config, Mapping) else {})
     sigmas = getattr(noise_scheduler, "sigmas", None)
     is_flow = "FlowMatch" in type(noise_scheduler).__name__
     if sigmas is None or not (is_flow or "sigma_max" in config):
@@ -92,6 +93,19 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
         )
     alpha = 1 - sigma if is_flow else torch.full_like(sigma, config.get("sigma_data", 1.0))
     return NoiseSchedule(alpha, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
+
+
+def _of_ddpm_family(noise_scheduler: Any, config: Mapping[str, Any]) -> NoiseSchedule:
+    if config.get("use_flow_sigmas"):
+        raise ValueError(
+            f"{_name(noise_scheduler)} with use_flow_sigmas samples a flow, and its alphas_cumprod is another"
+            " schedule: pass the scheduler of the training, such as FlowMatchEulerDiscreteScheduler"
+        )
+    table = torch.as_tensor(noise_scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").clone()
+    if config.get("rescale_betas_zero_snr"):
+        # Some schedulers store 2^-24 there in place of 0, and the timestep before it may be below that.
+        table[-1] = 0
+    return NoiseSchedule.from_alphas_cumprod(table)
 
 
 def prediction_type_of(host: Any) -> str:

@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from speedit_plugins.policies import weightings
 from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.policy import TimestepPolicy
-from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.registry import (
     DENSITIES,
@@ -31,7 +32,7 @@ _PART_KEYS = ("density", "weighting", "draw", "scope")
 def build_policy(
     config: str | Config,
     schedule: NoiseSchedule,
-    prediction_type: str = "epsilon",
+    prediction_type: str | None = None,
     *,
     data_spectrum: Callable[[], DataSpectrum] | None = None,
 ) -> TimestepPolicy:
@@ -49,13 +50,15 @@ def build_policy(
             - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
               converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
         schedule: the noise schedule that the model is trained on.
-        prediction_type: what the model predicts: epsilon, x0, v or flow.
+        prediction_type: what the model predicts: epsilon, x0, v or flow. None is epsilon on a
+            variance-preserving schedule and flow on a rectified flow. Only converted weights depend on it.
         data_spectrum: returns the spectrum of the data. Called only if a density needs it and the config does
             not give its `mean`.
 
     Raises:
         ValueError: an unknown name or parameter (the message lists the known ones), a bad value, or one that
-            a part leaves without effect.
+            a part leaves without effect; or weights to convert without a `prediction_type`, on a schedule
+            that is neither of these two.
 
     Example:
         >>> schedule = NoiseSchedule.linear(1000)
@@ -68,7 +71,8 @@ def build_policy(
         >>> print(build_policy({"type": "speed", "weighting": "constant"}, schedule))
         speed with weighting constant: boundary 700 of 1000 timesteps, mean weight 1.0000
     """
-    weightings.check_prediction_type(prediction_type)
+    if prediction_type is not None:
+        weightings.check_prediction_type(prediction_type)
     _check_arguments(config, schedule, data_spectrum)
     name, parts, common = _name_parts_and_options(config, schedule)
     check_type("policy stratified", common.get("stratified", False), bool)
@@ -172,7 +176,11 @@ class _Weighting:
     """The function from the density table (T,) to the weights (T,) that a weighting config describes."""
 
     def __init__(
-        self, config: str | Config, schedule: NoiseSchedule, prediction_type: str, equivalent_to: str | None
+        self,
+        config: str | Config,
+        schedule: NoiseSchedule,
+        prediction_type: str | None,
+        equivalent_to: str | None,
     ) -> None:
         if equivalent_to not in (None, "host", "epsilon"):
             raise ValueError(f"equivalent_to needs 'host' or 'epsilon', got {equivalent_to!r}")
@@ -184,14 +192,27 @@ class _Weighting:
             )
         self._config = config
         self._schedule = schedule
-        self._prediction_type = prediction_type
-        self._converts = always or equivalent_to == "epsilon"
+        self._converts_for: str | None = None
+        if always or equivalent_to == "epsilon":
+            self._converts_for = prediction_type or _usual_prediction_type(schedule)
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
-        if self._converts:
-            return weightings.epsilon_equivalent(weight, self._schedule, self._prediction_type)
-        return weight
+        if self._converts_for is None:
+            return weight
+        return weightings.epsilon_equivalent(weight, self._schedule, self._converts_for)
+
+
+def _usual_prediction_type(schedule: NoiseSchedule) -> str:
+    """What models usually predict on this schedule."""
+    if schedule.is_variance_preserving:
+        return "epsilon"
+    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
+        return "flow"
+    raise ValueError(
+        f"weights converted from the epsilon loss need prediction_type on {schedule!r}, which is neither"
+        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
+    )
 
 
 def _name_of(config: Any) -> str:

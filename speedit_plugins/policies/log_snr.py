@@ -29,7 +29,8 @@ def log_snr_normal(
     """Density in which log-SNR follows a split normal distribution around mean + shift.
 
     A split normal is continuous and has one standard deviation on each side of its mode. It is cut at the
-    schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours.
+    schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours. A timestep with
+    SNR 0 has no log-SNR. It gets 1 / T, as in uniform draws, because sampling begins there.
 
     Args:
         data_spectrum: returns the spectrum of the data. Called only if `mean` is None.
@@ -40,8 +41,9 @@ def log_snr_normal(
         clean_share: share of the draws, in [0, 1), spread evenly over the timesteps cleaner than the mode.
 
     Raises:
-        ValueError: a parameter out of range, neither `mean` nor `data_spectrum`, T < 2, no timestep with any
-            mass, or a `clean_share` without a timestep cleaner than the mode.
+        ValueError: a parameter out of range, neither `mean` nor `data_spectrum`, fewer than two timesteps
+            with SNR > 0, no timestep with any mass, or a `clean_share` without a timestep cleaner than the
+            mode.
 
     Warns:
         UserWarning: the mode is outside the schedule's range of log-SNR.
@@ -55,8 +57,9 @@ def log_snr_normal(
     _check_centre_and_widths(mean, shift, std, clean_std)
     if not 0 <= clean_share < 1:
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
-    if schedule.num_timesteps < 2:
-        raise ValueError(f"log_snr_normal needs T >= 2, got T = {schedule.num_timesteps}")
+    log_snr = schedule.log_snr[schedule.snr > 0]
+    if len(log_snr) < 2:
+        raise ValueError(f"log_snr_normal needs T >= 2, got T = {len(log_snr)} with SNR > 0")
     # Last, because reading the data may take a while.
     if mean is None:
         if data_spectrum is None:
@@ -66,16 +69,21 @@ def log_snr_normal(
             )
         mean = data_spectrum().log_snr_at()
     centre = mean + shift
-    log_snr = schedule.log_snr
-    normal = _split_normal(log_snr, centre, std, std if clean_std is None else clean_std)
-    if not clean_share:
-        return normal
+    law = _split_normal(log_snr, centre, std, std if clean_std is None else clean_std)
+    if clean_share:
+        law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
+    table = torch.full_like(schedule.alpha, 1 / schedule.num_timesteps)
+    table[: len(log_snr)] = law * (len(log_snr) / schedule.num_timesteps)
+    return Density(table)
+
+
+def _evenly_above(log_snr: Tensor, centre: float) -> Tensor:
     cleaner = (log_snr > centre).double()
     if not cleaner.any():
         raise ValueError(
             f"log_snr_normal with a clean_share needs timesteps cleaner than log-SNR {centre:.2f}, got none"
         )
-    return Density((1 - clean_share) * normal.table + clean_share * cleaner / cleaner.sum())
+    return cleaner / cleaner.sum()
 
 
 def _check_centre_and_widths(mean: float | None, shift: float, std: float, clean_std: float | None) -> None:
@@ -87,8 +95,8 @@ def _check_centre_and_widths(mean: float | None, shift: float, std: float, clean
         )
 
 
-def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: float) -> Density:
-    """Mass (T,) of a split normal between the midpoints to each timestep's neighbours; log_snr (T,) falls."""
+def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: float) -> Tensor:
+    """Shares (T,) of a split normal law between the midpoints to the neighbours; log_snr (T,) falls."""
     edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,)
     widths = torch.full_like(edges, clean_std).masked_fill(edges < mode, noisy_std)
     z = (edges - mode) / widths
@@ -108,7 +116,7 @@ def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: flo
             f" {log_snr[0]:.2f}: was the mean measured on samples scaled as the model sees them?",
             stacklevel=3,
         )
-    return Density(mass)
+    return mass / mass.sum()
 
 
 DENSITIES.register_module(name="log_snr_normal", module=log_snr_normal)

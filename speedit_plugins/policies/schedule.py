@@ -244,6 +244,29 @@ class NoiseSchedule:
             )
         return NoiseSchedule(self.alpha[keep], self.sigma[keep], self.timesteps[keep], self.num_original)
 
+    def zero_terminal_snr(self) -> "NoiseSchedule":
+        """The schedule with SNR 0 at its end: sqrt(alpha-bar) is shifted and scaled, its first value kept.
+
+        A model of epsilon cannot be sampled on it, because noise alone does not determine x_0. Call this
+        before `respaced`.
+        Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1.
+
+        Raises:
+            ValueError: the schedule is not variance-preserving, or its first and last SNR are equal.
+
+        Example:
+            >>> schedule = NoiseSchedule.from_alphas_cumprod([0.81, 0.25, 0.01])  # roots 0.9, 0.5 and 0.1
+            >>> schedule.zero_terminal_snr().alpha.round(decimals=6).tolist()
+            [0.9, 0.45, 0.0]
+        """
+        if not self.is_variance_preserving:
+            raise ValueError("zero_terminal_snr needs a variance-preserving schedule, got one that is not")
+        root = self.alphas_cumprod.sqrt()
+        if root[0] == root[-1]:
+            raise ValueError("zero_terminal_snr needs an SNR that falls, got the same at both ends")
+        shifted = (root - root[-1]) / (root[0] - root[-1]) * root[0]
+        return NoiseSchedule.from_alphas_cumprod(shifted**2, self.timesteps, self.num_original)
+
     def __repr__(self) -> str:
         return f"NoiseSchedule(T = {self.num_timesteps}, SNR {self.snr[0]:.3g} to {self.snr[-1]:.3g})"
 
@@ -251,6 +274,11 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         """T, the number of indices that can be drawn."""
         return self.alpha.numel()
+
+    @cached_property
+    def is_variance_preserving(self) -> bool:
+        """Whether alpha^2 + sigma^2 = 1 at every index, as in DDPM."""
+        return torch.allclose(self.alpha**2 + self.sigma**2, torch.ones_like(self.alpha))
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:

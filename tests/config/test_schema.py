@@ -113,6 +113,16 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
             ["sample_every=5", "sample_classes=[1]", "diffusion.timestep_respacing=250"],
             "sample_every: a respaced training process draws no grids; wanted 0",
         ),
+        (
+            "train",
+            ["diffusion.zero_terminal_snr=true"],
+            "diffusion.zero_terminal_snr: noise alone does not determine x_0; wanted prediction_type v or x0",
+        ),
+        (
+            "train",
+            ["diffusion={type: RectifiedFlow, zero_terminal_snr: true}"],
+            "diffusion.zero_terminal_snr: has no effect with diffusion.type RectifiedFlow",
+        ),
         ("tain", [], "phase needs one of train, inference, sample, test, got 'tain'"),
     ],
 )

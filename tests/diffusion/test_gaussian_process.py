@@ -318,6 +318,10 @@ def test_the_registry_builds_the_process_by_host_option_names() -> None:
     kept = process.schedule.timesteps
     assert_close(process.schedule.alphas_cumprod, NoiseSchedule.cosine().alphas_cumprod[kept])
     assert (process.learn_sigma, process.prediction_type) == (True, "epsilon")
+    options = {"zero_terminal_snr": True, "prediction_type": "v", "timestep_respacing": "10"}
+    dark = gaussian_process(noise_schedule="cosine", **options).schedule
+    assert torch.equal(dark.alpha, NoiseSchedule.cosine().zero_terminal_snr().alpha[dark.timesteps])
+    assert float(dark.alpha[-1]) == 0
     short = gaussian_process(diffusion_steps=100, prediction_type="v", learn_sigma=False, sigma_small=True)
     assert (short.schedule.num_timesteps, short.prediction_type, short.sigma_small) == (100, "v", True)
 
@@ -328,6 +332,8 @@ def test_bad_options_say_what_is_wanted() -> None:
         GaussianProcess(linear, prediction_type="eps")
     with pytest.raises(ValueError, match="unknown noise_schedule 'liner'; did you mean 'linear'"):
         gaussian_process(noise_schedule="liner")
+    with pytest.raises(ValueError, match="zero_terminal_snr needs prediction_type v or x0, got epsilon"):
+        gaussian_process(zero_terminal_snr=True, learn_sigma=False)
     with pytest.raises(ValueError, match="sigma_small sets the fixed variance: it needs learn_sigma=False"):
         GaussianProcess(linear, sigma_small=True)
     with pytest.raises(ValueError, match="rescale_learned_sigmas scales the bound"):

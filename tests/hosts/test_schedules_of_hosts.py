@@ -1,6 +1,7 @@
 """What is read from a host's own object: its noise schedule and its prediction type."""
 
 import enum
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,11 +78,31 @@ class TestFromDiffusers:
         # EDM's sigma_data.
         assert bool((schedule.alpha == 0.5).all())
 
-    def test_a_terminal_snr_of_zero(self) -> None:
-        scheduler = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
-        schedule = from_diffusers(scheduler)
-        assert float(schedule.snr[-1]) < 1e-7
-        assert torch.isfinite(build_policy("min_snr", schedule, "v").weight).all()
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' own numpy calls
+    @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+    def test_a_terminal_snr_of_zero(self, betas: str) -> None:
+        options = {"beta_schedule": betas, "rescale_betas_zero_snr": True}
+        kinds = (getattr(diffusers.schedulers, name) for name in dir(diffusers.schedulers))
+        read = set()
+        for kind in kinds:
+            # The other options of these schedulers concern their inference steps.
+            if "rescale_betas_zero_snr" in inspect.signature(getattr(kind, "__init__", kind)).parameters:
+                scheduler = kind(**options)
+                expected = torch.as_tensor(scheduler.alphas_cumprod).double()
+                schedule = from_diffusers(scheduler)
+                # Rounding of alpha^2 / (alpha^2 + sigma^2).
+                assert torch.allclose(schedule.alphas_cumprod[:-1], expected[:-1], rtol=1e-12, atol=0)
+                assert float(schedule.snr[-1]) == 0
+                assert torch.isfinite(build_policy("min_snr", schedule, "v").weight).all()
+                read.add(kind.__name__)
+        # These four have 2^-24 in place of 0.
+        stems = ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
+        assert {f"{stem}Scheduler" for stem in stems} < read
+
+    def test_a_sampler_of_flows_does_not_have_the_schedule_of_the_training(self) -> None:
+        scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        with pytest.raises(ValueError, match="use_flow_sigmas .* pass the scheduler of the training"):
+            from_diffusers(scheduler)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' own numpy calls
     def test_every_scheduler_with_a_table_of_noise_levels(self) -> None:

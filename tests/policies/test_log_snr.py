@@ -39,11 +39,16 @@ def test_both_tails_keep_their_mass() -> None:
     )
 
 
-def test_a_zero_terminal_end_has_no_mass() -> None:
-    schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, 0.0])
-    table = log_snr_normal(schedule, mean=0.0).table
-    assert float(table[-1]) == 0.0
-    assert (table[:-1] > 0).all()
+def test_noise_alone_is_drawn_as_often_as_by_uniform_draws() -> None:
+    signal, schedule = (NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1, *end]) for end in ([], [0.0]))
+    for share in (0.0, 0.2):
+        law, table = (log_snr_normal(s, mean=0.0, clean_share=share).table for s in (signal, schedule))
+        torch.testing.assert_close(table[:-1], 0.75 * law)
+        assert float(table[-1]) == pytest.approx(0.25)
+    flow = NoiseSchedule(1 - (t := torch.arange(1, 1001).double() / 1000), t, torch.arange(1000), 1000)
+    for name in ("spectral", "spectral_fast", "spectral_flow"):
+        policy = build_policy({"type": name, "mean": 0.0}, flow)
+        assert float(policy.density[-1]) == pytest.approx(0.001)
 
 
 def test_p2_weights_have_mean_one_half_about_equal_signal_and_noise() -> None:

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import SCHEDULES, schedules, zero_terminal
@@ -222,6 +223,26 @@ def test_boundaries_never_leave_the_schedule(schedule: NoiseSchedule, threshold:
     assert (schedule.snr[tau:] < snr).all()
 
 
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+def test_rescaling_to_zero_terminal_snr_is_that_of_diffusers(kind: str) -> None:
+    schedule = getattr(NoiseSchedule, kind)()
+    rescaled = schedule.zero_terminal_snr()
+    bars = schedule.alphas_cumprod
+    betas = 1 - bars / torch.cat([float64(1.0), bars[:-1]])
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    # Products of 1000 factors, in float64.
+    assert_close(rescaled.alphas_cumprod, expected, rtol=1e-11, atol=1e-15)
+    assert float(rescaled.alpha[-1]) == 0.0
+    assert float(rescaled.alpha[0]) == pytest.approx(float(schedule.alpha[0]), rel=1e-15)
+    # What ends at 0 already stays as it is.
+    assert_close(rescaled.zero_terminal_snr().alpha, rescaled.alpha)
+
+
+def test_rescaling_keeps_the_timesteps_of_a_respaced_schedule() -> None:
+    kept = NoiseSchedule.linear().respaced([3, 500, 900]).zero_terminal_snr()
+    assert (kept.timesteps.tolist(), kept.num_original) == ([3, 500, 900], 1000)
+
+
 def test_zero_terminal_snr_is_allowed() -> None:
     schedule = zero_terminal(NoiseSchedule.scaled_linear())
     assert float(schedule.snr[-1]) == 0.0
@@ -254,6 +275,8 @@ def test_zero_terminal_snr_is_allowed() -> None:
         (lambda: NoiseSchedule.linear().respaced([0, 1000]), r"indices in \[0, 1000\), got \[0, 1000\]"),
         (lambda: NoiseSchedule.linear().respaced([5, 3]), "the SNR needs to fall"),
         (lambda: NoiseSchedule.linear().convergence_index(0.0), "SNR boundary needs to be > 0, got 0.0"),
+        (lambda: NoiseSchedule.rectified_flow().zero_terminal_snr(), "a variance-preserving schedule"),
+        (lambda: NoiseSchedule.cosine(1).zero_terminal_snr(), "an SNR that falls, got the same at both ends"),
         (lambda: NoiseSchedule.rectified_flow(1).acceleration_index, "needs T >= 2, got T = 1"),
         (
             lambda: NoiseSchedule(float64(-1.0), float64(1.0), torch.arange(1), 1),

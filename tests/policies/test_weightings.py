@@ -119,6 +119,25 @@ def test_min_snr_per_prediction_type() -> None:
     assert_close(build_policy("min_snr", flow, "flow").weight, weight)
 
 
+def test_without_a_prediction_type_a_rectified_flow_predicts_its_velocity() -> None:
+    straight = NoiseSchedule.rectified_flow(50)
+    for config in ("min_snr", {"type": "speed", "equivalent_to": "epsilon"}):
+        for schedule, usual in ((straight, "flow"), (LINEAR, "epsilon")):
+            given = build_policy(config, schedule, usual)
+            assert torch.equal(build_policy(config, schedule).weight, given.weight)
+        by_epsilon = build_policy(config, straight, "epsilon").weight
+        assert_close(by_epsilon * straight.alpha**2, build_policy(config, straight).weight)
+
+
+def test_on_other_schedules_converted_weights_need_a_prediction_type() -> None:
+    # EDM: noise is added to data of standard deviation 1/2.
+    added = NoiseSchedule(float64(0.5, 0.5), float64(0.1, 9.0), torch.arange(2), 2)
+    with pytest.raises(ValueError, match="need prediction_type on NoiseSchedule.* wanted one of epsilon, x0"):
+        build_policy("min_snr", added)
+    assert_close(build_policy("min_snr", added, "x0").weight, added.snr.clamp(max=5.0))
+    assert_close(build_policy("p2", added).weight, 1 / (1 + added.snr))
+
+
 def test_min_snr_of_v_on_stable_diffusions_schedule() -> None:
     weight = build_policy("min_snr", NoiseSchedule.scaled_linear(), "v").weight
     assert weight[[0, 500, 999]].tolist() == pytest.approx([0.004, 0.276, 0.005], abs=5e-4)

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.diffusion.gaussian_process import gaussian_process
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.exported import export_model
+from speedit_plugins.trainer.models.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
@@ -301,6 +302,15 @@ def test_a_unet_alone_has_the_schedule_of_its_pipeline(tmp_path: Path) -> None:
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
     scheduler.set_timesteps(STEPS)
     assert scheduler.timesteps.tolist() == [1 + 100 * step for step in reversed(range(STEPS))]
+
+
+@pytest.mark.parametrize("is_rescaled", [False, True])
+def test_the_exported_scheduler_has_the_schedule_of_the_training(is_rescaled: bool, tmp_path: Path) -> None:
+    options = {"noise_schedule": "linear", "prediction_type": "v", "zero_terminal_snr": is_rescaled}
+    scheduler = save_scheduler(tmp_path, num_timesteps=100, clip_sample=False, **options)
+    process = gaussian_process(diffusion_steps=100, **options)
+    # diffusers multiplies 100 float32 factors.
+    assert_close(scheduler.alphas_cumprod.double(), process.schedule.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
 def test_variance_channels_are_refused_where_the_pipeline_takes_none(tmp_path: Path) -> None:

@@ -115,6 +115,9 @@ def _check_process(diffusion: DiffusionConfig) -> None:
         if diffusion.prediction_type == "flow":
             raise ConfigError("diffusion.prediction_type", f"flow is what diffusion.type {FLOW} predicts")
         defaults = {entry.name: entry.default for entry in fields(DiffusionConfig)}
+        if diffusion.zero_terminal_snr and diffusion.prediction_type == "epsilon":
+            problem = "noise alone does not determine x_0; wanted prediction_type v or x0, got epsilon"
+            raise ConfigError("diffusion.zero_terminal_snr", problem)
         foreign = [key for key in FLOW_KEYS if getattr(diffusion, key) != defaults[key]]
     if foreign:
         raise ConfigError(f"diffusion.{foreign[0]}", f"has no effect with diffusion.type {diffusion.type}")

@@ -29,6 +29,7 @@ GAUSSIAN_KEYS = (
     "prediction_type",
     "learn_sigma",
     "noise_schedule",
+    "zero_terminal_snr",
     "timestep_respacing",
     "sigma_small",
     "rescale_learned_sigmas",
@@ -77,6 +78,9 @@ class DiffusionConfig:
     `RectifiedFlow` has none, and null is false there."""
     noise_schedule: str | None = None
     """`linear`, `scaled_linear` or `cosine`. null is linear; a flow has none."""
+    zero_terminal_snr: bool = False
+    """Rescales the noise schedule so that its last timestep is noise alone. It needs prediction_type v or x0.
+    Sample with `ddpm`, `ddim` or `dpm_solver`: the `ddim_leading` samplers begin before that timestep."""
     timestep_respacing: str = ""
     """Trains on these timesteps only, such as `250` or `ddim50`. For sampling see `sampler.num_steps`."""
     sigma_small: bool = False

@@ -239,6 +239,7 @@ class GaussianProcess:
 def gaussian_process(
     *,
     noise_schedule: str = "linear",
+    zero_terminal_snr: bool = False,
     diffusion_steps: int = 1000,
     timestep_respacing: str | Sequence[int] = "",
     prediction_type: str = "epsilon",
@@ -250,13 +251,23 @@ def gaussian_process(
 
     Args:
         noise_schedule: linear, scaled_linear or cosine; squaredcos_cap_v2 is an older name of cosine.
+        zero_terminal_snr: rescale the schedule, see `NoiseSchedule.zero_terminal_snr`.
         diffusion_steps: T before respacing.
         timestep_respacing: see `space_timesteps`.
         prediction_type, learn_sigma, sigma_small, rescale_learned_sigmas: see `GaussianProcess`.
+
+    Raises:
+        ValueError: an unknown name, or `zero_terminal_snr` for a model of epsilon.
     """
     if noise_schedule not in _SCHEDULES:
         raise ValueError(_unknown("noise_schedule", noise_schedule, _SCHEDULES))
     schedule = _SCHEDULES[noise_schedule](diffusion_steps)
+    if zero_terminal_snr:
+        if prediction_type == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr needs prediction_type v or x0, got epsilon: noise alone does not give x_0"
+            )
+        schedule = schedule.zero_terminal_snr()
     if timestep_respacing:
         schedule = schedule.respaced(space_timesteps(diffusion_steps, timestep_respacing))
     return GaussianProcess(

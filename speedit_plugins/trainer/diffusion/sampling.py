@@ -242,8 +242,9 @@ def _dpm_solver(
     scheduler = _scheduler(
         DPMSolverMultistepScheduler,
         schedule,
-        # At zero SNR, sigma / alpha is infinite and the first step NaN; diffusers uses the same floor.
-        least_alphas_cumprod=2.0**-24,
+        # At zero SNR, sigma / alpha is infinite and the first step NaN. diffusers takes 2^-24 there, but
+        # schedules go lower: cosine ends at 2^-29. With 2^-100, (sigma / alpha)^2 still fits into float32.
+        zero_alphas_cumprod=2.0**-100,
         algorithm_type="dpmsolver++",
         solver_order=2,
         solver_type="midpoint",
@@ -270,7 +271,7 @@ def _end_to_end(schedule: NoiseSchedule, num_steps: int) -> NoiseSchedule:
 
 
 def _scheduler(
-    kind: Any, schedule: NoiseSchedule, *, least_alphas_cumprod: float = 0.0, **options: Any
+    kind: Any, schedule: NoiseSchedule, *, zero_alphas_cumprod: float = 0.0, **options: Any
 ) -> Any:
     cleaner = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:-1]])
     scheduler = kind(
@@ -283,7 +284,8 @@ def _scheduler(
     )
     # diffusers computes the product of 1 - beta in float32. At the clean end that leaves three digits of
     # 1 - alpha-bar.
-    scheduler.alphas_cumprod = schedule.alphas_cumprod.clamp(min=least_alphas_cumprod)
+    table = schedule.alphas_cumprod
+    scheduler.alphas_cumprod = table.masked_fill(table == 0, zero_alphas_cumprod)
     scheduler.set_timesteps(schedule.num_timesteps)
     return scheduler
 
@@ -353,7 +355,7 @@ def _check_process(process: GaussianProcess) -> None:
             f"{schedule.num_original} timesteps: build it with timestep_respacing='' and use num_steps"
         )
     # The schedulers store only alpha-bar and assume alpha^2 + sigma^2 = 1.
-    if not torch.allclose(schedule.alpha**2 + schedule.sigma**2, torch.ones_like(schedule.alpha)):
+    if not schedule.is_variance_preserving:
         raise ValueError("sampling needs a variance-preserving schedule, got alpha^2 + sigma^2 other than 1")
     if process.prediction_type == "epsilon" and schedule.alpha[-1] == 0:
         raise ValueError("sampling epsilon needs SNR > 0, got 0 at the last timestep: predict v or x0")

@@ -155,6 +155,7 @@ def save_scheduler(
     *,
     num_timesteps: int,
     noise_schedule: str | None,
+    zero_terminal_snr: bool = False,
     prediction_type: str | None,
     clip_sample: bool,
     steps_offset: int = 0,
@@ -165,6 +166,7 @@ def save_scheduler(
         folder: where `save_pretrained` writes.
         num_timesteps: T of the process.
         noise_schedule: name of the schedule, as in the config.
+        zero_terminal_snr: the process's schedule was rescaled to SNR 0 at its end.
         prediction_type: "epsilon", "x0" or "v".
         clip_sample: clamp the predicted x_0. The scheduler then equals the sampler if its steps are called as
             `step(..., use_clipped_model_output=True)`; otherwise it keeps the noise as predicted.
@@ -184,6 +186,7 @@ def save_scheduler(
         set_alpha_to_one=True,
         steps_offset=steps_offset,
         timestep_spacing="leading",
+        rescale_betas_zero_snr=zero_terminal_snr,
         **options,
     )
     scheduler.save_pretrained(folder)
