@@ -16,7 +16,7 @@ is parsed.
 
 import ast
 import builtins
-import os
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +29,11 @@ from types import ModuleType
 from typing import Any, NoReturn, cast
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from speedit_plugins.hosts import diffusion_object, flow_object
-from speedit_plugins.hosts.attachment import Attachment, attach, is_attached
+from speedit_plugins.hosts.attachment import Attachment, PolicyHolder, attach, attachment_of, is_attached
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
@@ -47,7 +48,18 @@ from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
-from speedit_plugins.launch_options import PROGRAM, LaunchError, NoSeamError, advice, parser, policy_config
+from speedit_plugins.hosts.state_file import StateFile
+from speedit_plugins.launch_options import (
+    PROGRAM,
+    STATE_EVERY,
+    LaunchError,
+    NoSeamError,
+    advice,
+    is_rank_0,
+    parser,
+    policy_config,
+    write,
+)
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
@@ -66,12 +78,17 @@ class Launch:
     Args:
         config: of the policy.
         prediction_type: what the model predicts, if the host does not say.
+        ranks_alike, num_strata: of the draws, see `with_policy`.
+        state: the file that keeps the policies' states; None if the host's own checkpoints do, or nothing.
         num_attached: how many objects and samplers train with the policy so far.
         found: hosts whose functions were replaced.
     """
 
     config: Config
     prediction_type: str | None = None
+    ranks_alike: int | None = None
+    num_strata: int | None = None
+    state: StateFile | None = None
     num_attached: int = 0
     found: list[str] = field(default_factory=list)
 
@@ -82,12 +99,26 @@ class Launch:
         def announce(policy: TimestepPolicy) -> None:
             self.announce("diffusers script", "D", policy)
 
-        return ScriptCalls(ScriptPolicy(self.config, prediction_type=self.prediction_type, on_use=announce))
+        seam = ScriptPolicy(
+            self.config, prediction_type=self.prediction_type, on_use=announce, **self.draw_options
+        )
+        self.keep(seam)
+        return ScriptCalls(seam, keeps_state=self.state is None)
+
+    @property
+    def draw_options(self) -> dict[str, Any]:
+        """The options of `DrawStream`."""
+        return {"ranks_alike": self.ranks_alike, "num_strata": self.num_strata}
+
+    def keep(self, holder: PolicyHolder) -> None:
+        """Restores a policy's state, and keeps it in the file from now on, if there is one."""
+        if self.state is not None:
+            self.state.add(holder)
 
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use. Rank 0 reports the first one."""
-        if self.num_attached == 0 and _is_rank_0():
-            _write(f"{PROGRAM}: {hosts}, seam {seam}, policy {policy}")
+        if self.num_attached == 0 and is_rank_0():
+            write(f"{PROGRAM}: {hosts}, seam {seam}, policy {policy}")
         self.num_attached += 1
 
 
@@ -122,35 +153,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         import_modules(arguments.imports, source="--import")
-        launch = Launch(policy_config(arguments.policy, arguments.set), arguments.prediction_type)
-        build_policy(launch.config, NoiseSchedule.linear(), launch.prediction_type or "epsilon")
+        launch = _launch(arguments)
         tree = parsed(arguments.script)
         run(launch, tree, [arguments.script, *arguments.arguments])
         if not launch.num_attached:
             raise NoSeamError(_untrained(launch))
-    except (LaunchError, ValueError) as error:
-        # A host's own ValueError keeps its traceback.
-        if isinstance(error, ValueError) and not is_raised_here(error):
+    except (LaunchError, ValueError, OSError) as error:
+        # A host's own errors keep their traceback.
+        if not isinstance(error, LaunchError) and not is_raised_here(error):
             raise
-        _write(f"{PROGRAM}: error: {' '.join(str(error).split())}")
-        if launch is not None and isinstance(error, NoSeamError) and _is_rank_0():
-            _write(advice(launch.config))
+        write(f"{PROGRAM}: error: {' '.join(str(error).split())}")
+        if launch is not None and isinstance(error, NoSeamError) and is_rank_0():
+            write(advice(launch.config))
         return USER_ERROR
     return 0
 
 
-def _is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _launch(arguments: Any) -> Launch:
+    """The state of a run at its start. Raises LaunchError or ValueError for options that do not fit."""
+    config = policy_config(arguments.policy, arguments.set)
+    options = {"ranks_alike": arguments.ranks_alike, "num_strata": arguments.num_strata}
+    policy = build_policy(config, NoiseSchedule.linear(), arguments.prediction_type or "epsilon")
+    DrawStream(**options).check(policy)
+    return Launch(config, arguments.prediction_type, **options, state=_state_file(arguments, config))
 
 
-def _write(text: str) -> None:
-    """Writes lines to stderr, clear of a progress bar of the script."""
-    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if bar is not None:
-        bar.write(text, file=sys.stderr)
-    else:
-        sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+def _state_file(arguments: Any, config: Config) -> StateFile | None:
+    path, every = arguments.state, arguments.state_every
+    if path is None:
+        if every is not None:
+            raise LaunchError("--state-every has no effect without --state FILE")
+        return None
+    text = json.dumps(config, sort_keys=True, default=str)
+    every = STATE_EVERY if every is None else every
+    return StateFile(Path(path), every, text, writes=is_rank_0())
 
 
 def parsed(script: str) -> ast.Module:
@@ -189,7 +225,10 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
     build_class, old_argv, path = builtins.__build_class__, sys.argv, list(sys.path)
     main_module = sys.modules["__main__"]
     spawn = getattr(torch.multiprocessing, "spawn")  # noqa: B009 - mypy: a name that torch does not export
-    guard = register_optimizer_step_pre_hook(_guard(launch))
+    hooks = [register_optimizer_step_pre_hook(_guard(launch))]
+    state = launch.state
+    if state is not None:
+        hooks.append(register_optimizer_step_post_hook(lambda *_: state.step_done()))
     for factory in FACTORIES:
         # --import may name a module of the host: the host's own are in already when the finder comes.
         if factory.module in sys.modules:
@@ -208,7 +247,10 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
         if leaving.code not in (None, 0):
             raise
     finally:
-        guard.remove()
+        for hook in hooks:
+            hook.remove()
+        if state is not None:
+            state.write()
         setattr(builtins, "__build_class__", build_class)  # noqa: B010 - as above
         setattr(torch.multiprocessing, "spawn", spawn)  # noqa: B010 - as above
         sys.meta_path.remove(finder)
@@ -278,7 +320,9 @@ def _sampler_factory(
             launch.config,
             host_class=getattr(module, base),
             prediction_type=launch.prediction_type,
+            **launch.draw_options,
         )
+        launch.keep(sampler)
         launch.announce(factory.hosts, "C", sampler.policy)
         return sampler
 
@@ -288,13 +332,16 @@ def _sampler_factory(
 def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     if is_attached(host):
         return host
-    source = DeferredPolicy(launch, hosts, host)
+    source, stream = DeferredPolicy(launch, hosts, host), DrawStream(**launch.draw_options)
     diffusion_object.refuse_other_seams(host)
     if flow_object.fits(host):
-        return flow_object.attach_flow(host, FlowAttachment(source))
-    if not diffusion_object.fits(host):
+        flow_object.attach_flow(host, FlowAttachment(source, stream))
+    elif diffusion_object.fits(host):
+        attach(host, Attachment(source, stream), diffusion_object.steered_methods)
+    else:
         raise NoSeamError(no_seam(host))
-    return attach(host, Attachment(source), diffusion_object.steered_methods)
+    launch.keep(attachment_of(host))
+    return host
 
 
 def _class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:

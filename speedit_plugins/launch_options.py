@@ -8,6 +8,8 @@
 import argparse
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,7 @@ from speedit_plugins.registry import (
 # The console script's name, at the start of every line that the launcher writes.
 PROGRAM = "speedit-launch"
 DEFAULT_POLICY = "speedit"
+STATE_EVERY = 1000
 _SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -72,6 +75,32 @@ def parser() -> argparse.ArgumentParser:
     )
     told = "what the model predicts, if the host does not say"
     options.add_argument("--prediction-type", choices=PREDICTION_TYPES, help=told)
+    options.add_argument(
+        "--state",
+        metavar="FILE",
+        help="keep the policies' state (steps, what they learned) in this file, and restore it at the start;"
+        " without it, scripts with accelerate keep it in their own checkpoints",
+    )
+    options.add_argument(
+        "--state-every",
+        type=int,
+        metavar="STEPS",
+        help="optimizer steps between two writings of --state; it is written at the end too (default:"
+        f" {STATE_EVERY})",
+    )
+    options.add_argument(
+        "--ranks-alike",
+        type=int,
+        metavar="RANKS",
+        help="how many consecutive ranks draw the same timesteps, such as the size of a sequence-parallel"
+        " group; default: the host's own groups, or 1",
+    )
+    options.add_argument(
+        "--num-strata",
+        type=int,
+        metavar="N",
+        help="spread each N timesteps, over ranks and micro-batches, over N equally likely strata",
+    )
     options.add_argument("script", help="the host's training script")
     options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     return options
@@ -106,6 +135,21 @@ def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]
     if policy is None and "type" not in config and not {"density", "weighting"} <= set(config):
         return {"type": DEFAULT_POLICY, **config}
     return config
+
+
+def is_rank_0() -> bool:
+    """Whether this process is the first of all that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write(text: str) -> None:
+    """Writes lines to stderr, clear of a progress bar of the script."""
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if bar is not None:
+        bar.write(text, file=sys.stderr)
+    else:
+        sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def advice(config: Config) -> str:

@@ -1,0 +1,262 @@
+"""Points 9 to 11: what holds through a whole training, and not only in its first steps.
+
+ 9. Draws, weights and losses follow an independent computation, through validations, a step that fails, and
+    an interruption with a resume. A curriculum and weights that learn are a part of it.
+10. What `torch.utils.checkpoint` computes again sees the draw of its forward pass, and counts once.
+11. Data-parallel ranks draw differently, ranks of one group alike.
+
+Dims: B batch, T timesteps.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from conformance.seam import Batch, Seam, Terms
+from speedit_plugins.hosts import draw_stream
+from speedit_plugins.hosts.draw_stream import Replica
+from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
+from speedit_plugins.policies.policy import TimestepDraw
+
+Table = NDArray[np.float64]
+SEED = 11
+CURRICULUM_STEPS = 150
+# A density that moves, weights that differ, and a divisor that learns.
+LIVELY = {
+    "density": {"type": "clts", "curriculum_steps": CURRICULUM_STEPS},
+    "weighting": {"type": "p2", "gamma": 0.5},
+    "normalize": "loss",
+}
+TOLERANCE = 2e-7
+
+
+class Expected:
+    """An independent computation of `LIVELY`: its tables, its divisor, and the draws of a rank.
+
+    Args:
+        snr: of the host's schedule, (T,).
+        rank: of this process.
+    """
+
+    def __init__(self, snr: Table, rank: int = 0, salt: int = 0) -> None:
+        self._snr, self._rank, self._salt = snr, rank, salt
+        self.step = 0
+        self._mean_loss: float | None = None
+
+    def begin(self) -> None:
+        """A training call: the curriculum moves to the number of those before."""
+        T = len(self._snr)
+        t = np.arange(T)
+        bell = np.exp(-(((t - 0.3 * T) / (0.25 * T)) ** 2) / 2)
+        c = min(1.0, self.step / CURRICULUM_STEPS)
+        self.density: Table = (1 - c) / T + c * bell / bell.sum()
+        relative = (1 + self._snr) ** -0.5
+        self.relative: Table = relative / (self.density * relative).sum()
+        self.weight: Table = self.relative / (self._mean_loss or 1.0)
+        self.step += 1
+
+    def drawn(self, batch_size: int) -> Tensor:
+        """The timesteps (B,) of this step: the inverse of the cumulative density at seeded numbers."""
+        parts = ",".join(map(str, (SEED, self._salt, self._rank, self.step - 1))).encode()
+        seed = int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big") // 2
+        generator = torch.Generator().manual_seed(seed)
+        quantile = torch.rand(batch_size, dtype=torch.float64, generator=generator).numpy()
+        upper = np.cumsum(self.density)
+        return torch.from_numpy(np.searchsorted(upper / upper[-1], quantile, side="right"))
+
+    def learn(self, index: Table, loss: Table) -> None:
+        """The divisor follows the losses of all ranks."""
+        mean = float((self.relative[index.astype(int)] * loss).mean())
+        self._mean_loss = 0.95 * (mean if self._mean_loss is None else self._mean_loss) + 0.05 * mean
+
+
+def whole_training(
+    seam: Seam, num_steps: int, *, rank: int = 0, gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> None:
+    """Point 9: every step of a training has the expected t, weight and loss.
+
+    Args:
+        seam: of the host.
+        num_steps: a validation comes before each fifth, a failing step in the first quarter, and in the middle
+            the training is interrupted and goes on with new objects.
+        rank: of this process.
+        gather: rows of this rank to rows of all ranks.
+    """
+    torch.manual_seed(SEED)
+    host = seam.attached(LIVELY)
+    model, expected = seam.model(host), None
+    with seeds_kept():
+        for step in range(num_steps):
+            if step == num_steps // 4:
+                _fail(seam, host, model, expected)
+            if step == num_steps // 2:
+                host, model = _resumed(seam, host, model)
+            if step % 5 == 0 and rank == 0:
+                _validate(seam, host, model)
+            batch = _batch(seam, 1000 * rank + step)
+            terms = seam.train(host, model, batch)
+            if expected is None:
+                expected = Expected(policy_of(seam.holder(host)).schedule.snr.numpy(), rank, seam.salt)
+            expected.begin()
+            _check(seam, (host, model, terms, batch), expected, gather, f"step {step}")
+            _descend(model, terms)
+
+
+def training_holds(seam: Seam) -> None:
+    """Point 9, in few steps."""
+    whole_training(seam, 12)
+
+
+def recomputation_is_one_call(seam: Seam) -> None:
+    """Point 10: two micro-batches wait for one backward pass; its order is the reverse of theirs."""
+    for is_reentrant in (False, True):
+        found = []
+        for is_checkpointed in (False, True):
+            torch.manual_seed(SEED)
+            host = seam.attached(LIVELY)
+            model = seam.model(host)
+            losses = []
+            for number in (1, 2):
+                x, noise = _batch(seam, number)
+
+                def loss_of(x: Tensor, noise: Tensor = noise, host: Any = host, model: Any = model) -> Tensor:
+                    return seam.train(host, model, (x, noise)).loss.sum()
+
+                x.requires_grad_()
+                with seeds_kept():
+                    options = {"use_reentrant": is_reentrant}
+                    losses.append(checkpoint(loss_of, x, **options) if is_checkpointed else loss_of(x))
+            with seeds_kept():
+                sum(losses).backward()  # type: ignore[union-attr]
+            gradients = [each.grad for each in model.parameters() if each.grad is not None]
+            seen = [t for t in model.seen if len(t) == len(x)]
+            state = policy_state(seam.holder(host))["policies"][0]
+            found.append((losses, gradients, seen, state))
+        (losses, gradients, seen, state), (theirs, their_gradients, their_seen, their_state) = found
+        assert all(map(torch.equal, losses, theirs)), f"reentrant={is_reentrant}: another loss"
+        assert state == their_state, f"reentrant={is_reentrant}: the policy's state is {their_state}"
+        calls = len(seen)
+        assert len(their_seen) == 2 * calls, f"the model was called {len(their_seen)} times"
+        again = their_seen[calls:]
+        assert {tuple(t.tolist()) for t in again} == {tuple(t.tolist()) for t in seen}, "another t again"
+        for mine, wanted in zip(their_gradients, gradients, strict=True):
+            assert torch.allclose(mine, wanted, rtol=1e-5, atol=1e-8), f"reentrant={is_reentrant}: gradient"
+
+
+def ranks_draw_differently(seam: Seam) -> None:
+    """Point 11: with one seed for all."""
+    seen = []
+    for replica in (Replica(0, 2), Replica(1, 2), Replica(1, 2)):
+        with mock.patch.object(draw_stream, "replica", lambda _, replica=replica: replica):
+            torch.manual_seed(SEED)
+            host = seam.attached()
+            model = seam.model(host)
+            seam.train(host, model, seam.batch())
+            seen.append(model.seen[-1])
+    assert not torch.equal(seen[0], seen[1]), "two ranks drew the same timesteps"
+    assert torch.equal(seen[1], seen[2]), "ranks of one group drew different timesteps"
+
+
+@contextmanager
+def seeds_kept() -> Iterator[None]:
+    """A seam may seed the global generator for its own data; the host's seed stays as it was at its start."""
+    with mock.patch.object(torch, "initial_seed", lambda: SEED):
+        yield
+
+
+def _batch(seam: Seam, number: int) -> Batch:
+    x, noise = seam.batch()
+    generator = torch.Generator().manual_seed(number)
+    scale = torch.rand(len(x), generator=generator).view(-1, *[1] * (x.dim() - 1))
+    return x * scale, noise
+
+
+def _validate(seam: Seam, host: Any, model: Any) -> None:
+    before = str(policy_state(seam.holder(host)))
+    with torch.no_grad():
+        seam.train(host, model, _batch(seam, 0))
+    assert str(policy_state(seam.holder(host))) == before, "a validation changed the policy's state"
+
+
+def _fail(seam: Seam, host: Any, model: Any, expected: Expected | None) -> None:
+    """A step that stops in the model, as when memory runs out. It has had its draw."""
+    if not seam.survives_failures:
+        return
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with mock.patch.object(model, "forward", failing):
+        try:
+            seam.train(host, model, seam.batch())
+        except MemoryError:
+            pass
+        else:
+            raise AssertionError("the model was not called")
+    assert expected is not None, "no step before"
+    expected.begin()
+
+
+def _resumed(seam: Seam, host: Any, model: Any) -> tuple[Any, Any]:
+    """New objects of a new process, with the state from a checkpoint."""
+    file = io.BytesIO()
+    torch.save(policy_state(seam.holder(host)), file)
+    file.seek(0)
+    weights = model.state_dict()
+    host = seam.attached(LIVELY)
+    model = seam.model(host)
+    model.load_state_dict(weights)
+    load_policy_state(seam.holder(host), torch.load(file, weights_only=True))
+    return host, model
+
+
+def _check(
+    seam: Seam,
+    trained: tuple[Any, Any, Terms, Batch],
+    expected: Expected,
+    gather: Callable[[Tensor], Tensor],
+    where: str,
+) -> None:
+    host, model, terms, batch = trained
+    policy = policy_of(seam.holder(host))
+    index = seam.drawn_index(host, model)
+    if index is None:
+        index = expected.drawn(len(batch[0]))
+    time = (index + 0.5) / len(expected.weight)
+    draw = TimestepDraw(index, time, torch.from_numpy(expected.weight)[index], policy.scope)
+    t = seam.seen_t(host, draw, model)
+    plain = seam.plain()
+    with torch.no_grad(), mock.patch.object(torch, "is_grad_enabled", lambda: True):
+        theirs = seam.train(plain, seam.twin(plain, model), batch, t)
+    assert theirs.mse is not None, "the host's mse is not known"
+    mse, rest = theirs.mse.double(), torch.as_tensor(theirs.vb, dtype=torch.float64)
+    wanted = draw.weight * mse + rest
+    wanted = wanted if terms.loss.dim() else wanted.mean()
+    error = float(((terms.loss.detach() - wanted).abs() / wanted.abs()).max())
+    assert error <= TOLERANCE, f"{where}: the loss misses w * mse + vb by {error:.1e} relative"
+    learned = (mse + rest).expand(len(index))
+    rows = gather(torch.stack([index.double(), learned.float().double()], dim=1)).numpy()
+    expected.learn(rows[:, 0], rows[:, 1])
+
+
+def _descend(model: Any, terms: Terms) -> None:
+    """A step of gradient descent, so that the losses fall."""
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    gradients = torch.autograd.grad(terms.loss.mean(), parameters, allow_unused=True)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter -= 0.05 * gradient.clamp(-1, 1)
+
+
+__all__ = ["ranks_draw_differently", "recomputation_is_one_call", "replace", "training_holds", "whole_training"]
