@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.flow import FlowThinning
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.schedule import NoiseSchedule
 
 INTEGRATIONS = Path(__file__).parents[2] / "integrations"
 READMES = sorted(INTEGRATIONS.glob("*/README.md"))
@@ -111,7 +113,15 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
 @pytest.mark.hosts
 def test_the_line_of_flow_matching() -> None:
     path = checkout("facebookresearch+flow_matching") / "examples/image/training/train_loop.py"
-    draw, loss = code_blocks("flow_matching")[:2]
+    draw, loss, other = code_blocks("flow_matching")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    text = (INTEGRATIONS / "flow_matching" / "README.md").read_text(encoding="utf-8")
+    first, last, loss_line = (
+        int(n) - 1 for n in re.findall(r"`:(\d+)(?:-(\d+))?`.*?`:(\d+)`", text, re.DOTALL)[0]
+    )
+    assert lines[first] == "if args.skewed_timesteps:"
+    assert lines[last].startswith("t = torch.torch.rand(")
+    assert lines[loss_line].startswith("loss = torch.pow(model(")
     laws = (function_of(path, "skewed_timestep_sample"), lambda n, device: torch.rand(n, device=device))
     torch.manual_seed(0)
     for law in laws:
@@ -125,6 +135,13 @@ def test_the_line_of_flow_matching() -> None:
     names["flow"] = FlowThinning(k=5, lam=0.6)
     exec(loss, names)
     assert torch.allclose(names["loss"], names["flow"].weight(1 - t).mean())
+    # Any other policy draws for itself: the same draw, seen from the other end of the time.
+    torch.manual_seed(3)
+    exec(other, names)
+    policy = build_policy("speedit", NoiseSchedule.rectified_flow(1000), "flow")
+    wanted = policy.draw(N, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(names["t"], 1 - wanted.time)
+    assert torch.equal(names["draw"].weight, wanted.weight)
 
 
 @pytest.mark.hosts
