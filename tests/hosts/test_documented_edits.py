@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.flow import FlowThinning
-from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.schedule import NoiseSchedule
 
 INTEGRATIONS = Path(__file__).parents[2] / "integrations"
 READMES = sorted(INTEGRATIONS.glob("*/README.md"))
@@ -70,43 +71,21 @@ class TestReadmes:
         assert f"({readme.parent.name}/README.md)" in table
 
 
-def test_sd3_draws_by_a_policy_at_the_scripts_sigmas() -> None:
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    policy = build_policy("speed", from_diffusers(scheduler), "flow")
-    # The last three lines of the block; above them the policy is built.
-    lines = code_blocks("diffusers")[1].splitlines()[-3:]
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    names: dict[str, Any] = {"policy": policy, "bsz": N}
-    exec("\n".join(lines[:2]), names)
-    draw, indices = names["draw"], names["indices"]
-    names["sigmas"] = scheduler.sigmas[indices].view(-1, 1, 1, 1)
-    exec(lines[2], names)
-    assert torch.equal(names["weighting"].flatten(), draw.weight)
-    assert names["weighting"].shape == (N, 1, 1, 1)
-    sigmas = scheduler.sigmas[indices].double()
-    # The script reads the row that the policy drew, in float32.
-    assert torch.allclose(sigmas, policy.schedule.sigma[draw.index], atol=1e-6)
-    # With shift 3, 0.2 of uniform draws are past the boundary. One bin is 0.001 wide.
-    uniform = scheduler.sigmas[torch.randint(0, 1000, (N,), generator=generator)]
-    assert is_thinned(uniform > BOUNDARY, sigmas > BOUNDARY)
-
-
 def test_sd3_keeps_its_law_thinned_by_sigma() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     own = import_module("diffusers.training_utils").compute_density_for_timestep_sampling
+    text = (INTEGRATIONS / "diffusers" / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(u = FlowThinning.+)`", text)
 
-    def draw() -> Tensor:
+    def draw(*_: Any) -> Tensor:
         u: Tensor = own("logit_normal", N, logit_mean=0.0, logit_std=1.0)
         return u
 
-    def sigma_of(u: Tensor) -> Tensor:
-        sigma: Tensor = scheduler.sigmas[(u * 1000).long()]
-        return sigma
-
     torch.manual_seed(0)
-    u = FlowThinning().draw(draw, time_of=sigma_of)
-    assert is_thinned(sigma_of(draw()) > BOUNDARY, sigma_of(u) > BOUNDARY)
+    names: dict[str, Any] = {"FlowThinning": FlowThinning, "noise_scheduler_copy": scheduler}
+    exec(line, names | {"compute_density_for_timestep_sampling": draw}, names)
+    before, after = (scheduler.sigmas[(u * 1000).long()] for u in (draw(), names["u"]))
+    assert is_thinned(before > BOUNDARY, after > BOUNDARY)
 
 
 @pytest.mark.hosts
@@ -134,7 +113,15 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
 @pytest.mark.hosts
 def test_the_line_of_flow_matching() -> None:
     path = checkout("facebookresearch+flow_matching") / "examples/image/training/train_loop.py"
-    draw, loss = code_blocks("flow_matching")[:2]
+    draw, loss, other = code_blocks("flow_matching")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    text = (INTEGRATIONS / "flow_matching" / "README.md").read_text(encoding="utf-8")
+    first, last, loss_line = (
+        int(n) - 1 for n in re.findall(r"`:(\d+)(?:-(\d+))?`.*?`:(\d+)`", text, re.DOTALL)[0]
+    )
+    assert lines[first] == "if args.skewed_timesteps:"
+    assert lines[last].startswith("t = torch.torch.rand(")
+    assert lines[loss_line].startswith("loss = torch.pow(model(")
     laws = (function_of(path, "skewed_timestep_sample"), lambda n, device: torch.rand(n, device=device))
     torch.manual_seed(0)
     for law in laws:
@@ -148,6 +135,13 @@ def test_the_line_of_flow_matching() -> None:
     names["flow"] = FlowThinning(k=5, lam=0.6)
     exec(loss, names)
     assert torch.allclose(names["loss"], names["flow"].weight(1 - t).mean())
+    # Any other policy draws for itself: the same draw, seen from the other end of the time.
+    torch.manual_seed(3)
+    exec(other, names)
+    policy = build_policy("speedit", NoiseSchedule.rectified_flow(1000), "flow")
+    wanted = policy.draw(N, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(names["t"], 1 - wanted.time)
+    assert torch.equal(names["draw"].weight, wanted.weight)
 
 
 @pytest.mark.hosts

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import conformance.imagen as imagen
@@ -39,17 +40,15 @@ def create_diffusion(timestep_respacing: str = "") -> Any:
 
 def names_for_diffusers(_: ExitStack) -> dict[str, Any]:
     """What a diffusers script has around the lines."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    training = import_module("diffusers.training_utils")
+    halves = {f"{name}_prior": torch.ones(2, 1) for name in ("model_pred", "target")}
     return {
-        **{
-            "bsz": 4,
-            "latents": torch.zeros(4, 1),
-            "model_pred": torch.ones(4, 1),
-            "target": torch.zeros(4, 1),
-        },
+        **{"bsz": 2, "latents": torch.zeros(2, 1), "indices": torch.zeros(4, dtype=torch.int64)},
+        **{"model_pred": torch.ones(2, 1), "target": torch.zeros(2, 1), **halves},
+        "args": SimpleNamespace(weighting_scheme="none", with_prior_preservation=True),
+        "compute_loss_weighting_for_sd3": training.compute_loss_weighting_for_sd3,
         "noise_scheduler": diffusers.DDPMScheduler(),
-        "noise_scheduler_copy": scheduler,
-        "sigmas": torch.ones(4, 1, 1, 1),
+        "noise_scheduler_copy": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
 
 
