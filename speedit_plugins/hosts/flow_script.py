@@ -17,18 +17,20 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import (
     LastDraw,
+    PolicyHolder,
     TableOnDevices,
     draws_pairs,
-    is_constant,
     refuse_double_weights,
 )
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.schedules import from_diffusers
+from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
 
 
-class FlowScript:
+class FlowScript(PolicyHolder):
     """Draws rows of a flow-matching scheduler for a script, and weighs its squared errors.
 
     Example:
@@ -50,7 +52,7 @@ class FlowScript:
         weighting: the script's own weights as a function of sigma (T,); None if it has none.
         num_parts: into how many parts the script splits its batch by `chunk` before it makes its losses: 2
             with prior preservation.
-        generator: for the draws; None is the global one of the device on which the script draws.
+        generator, ranks_alike, num_strata: of the draws, see `with_policy`.
 
     Raises:
         ValueError: the policy is bad, has weights and so has the script, or draws pairs for a batch that is
@@ -66,6 +68,8 @@ class FlowScript:
         weighting: Callable[[Tensor], Tensor] | None = None,
         num_parts: int = 1,
         generator: torch.Generator | None = None,
+        ranks_alike: int | None = None,
+        num_strata: int | None = None,
     ) -> None:
         schedule = from_diffusers(noise_scheduler)
         if not torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.sigma)):
@@ -90,12 +94,12 @@ class FlowScript:
             )
         self._weight = TableOnDevices()
         self._num_parts = num_parts
-        self._generator = generator
+        self._stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
+        self._stream.check(self.policy)
         self._draw: TimestepDraw | None = None
         # Of the last draw, by whomever: its index, (B,).
         self._index: Tensor | None = None
         self._last_draw = LastDraw()
-        self.num_draws = 0
 
     @classmethod
     def from_args(
@@ -105,15 +109,16 @@ class FlowScript:
         args: Any,
         weighting: Callable[[str, Tensor], Tensor],
         *,
-        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> "FlowScript":
         """The same for the options of one of diffusers' DreamBooth scripts.
 
         Args:
-            policy, noise_scheduler, generator: see `FlowScript`.
+            policy, noise_scheduler: see `FlowScript`.
             args: the script's options `weighting_scheme` and `with_prior_preservation`; and
                 `precondition_outputs`, if it has that.
             weighting: diffusers' `compute_loss_weighting_for_sd3`.
+            options: of the draws, see `FlowScript`.
 
         Raises:
             ValueError: see `FlowScript`.
@@ -125,7 +130,7 @@ class FlowScript:
             prediction_type="x0" if getattr(args, "precondition_outputs", False) else "flow",
             weighting=lambda sigma: weighting(args.weighting_scheme, sigma),
             num_parts=2 if args.with_prior_preservation else 1,
-            generator=generator,
+            **options,
         )
 
     def indices(self, own: Tensor) -> Tensor:
@@ -141,9 +146,8 @@ class FlowScript:
             self._last_draw.drawn_by_host()
             self._index = last_row - own
             return own
-        self.policy.advance(self.num_draws)
-        self.num_draws += 1
-        self._draw = self.policy.draw(len(own), device=own.device, generator=self._generator)
+        self.policy.advance()
+        self._draw = self._stream.draw(self.policy, len(own), own.device)
         self._index = self._draw.index
         self._last_draw.drawn()
         return last_row - self._index
@@ -175,13 +179,13 @@ class FlowScript:
         weight = self._weight.at(self._own_weight, rows).to(error.device)
         if draw is not None:
             # The weights at the draw, for every part of the batch: an update may change the policy's.
+            self.policy.update(rows.to(error.device), (weight * error).detach())
             weight = weight * self._chunk(draw.weight, len(error), part).to(error.device)
-            self.policy.update(rows.to(error.device), error.detach())
         return (weight * error).mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the policy's state, and the number of draws with gradients."""
-        return {"policy": self.policy.state_dict(), "num_draws": self.num_draws}
+        """The policy's state. accelerate's `register_for_checkpointing` asks it."""
+        return self.policy.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
@@ -189,8 +193,7 @@ class FlowScript:
         Raises:
             ValueError: the state is from another policy.
         """
-        self.policy.load_state_dict(state["policy"])
-        self.num_draws = state["num_draws"]
+        self.policy.load_state_dict(state)
 
     def _chunk(self, values: Tensor, num_rows: int, part: int) -> Tensor:
         """Those of the values (B,) that belong to one part of the batch, checked against its rows."""

@@ -297,7 +297,7 @@ def check_scheduler(noise_scheduler: Any) -> None:
     if getattr(noise_scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-            " timestep. For flow matching, call policy.draw (integrations/diffusers); EDM has nothing to gain"
+            " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has nothing to gain"
         )
 
 

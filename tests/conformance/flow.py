@@ -69,6 +69,9 @@ class FlowSeam(Seam):
         index = (time * len(tables.weight)).long().clamp(max=len(tables.weight) - 1)
         return TimestepDraw(index, time, tables.weight.float()[index], tables.scope)
 
+    def chosen(self, host: Any, model: Any) -> Tensor:
+        return self.drawn(host, POLICY, model).index
+
     def hosts_t(self, draw: TimestepDraw, model: Any) -> Tensor:
         t: Tensor = model.seen[-1]
         return t

@@ -43,6 +43,8 @@ class ImagenSeam(Seam):
     package: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = IMAGES
+    # The number of the unet.
+    salt = 1
 
     def make(self, **options: Any) -> Any:
         """An Imagen, without Min-SNR unless the options say otherwise."""

@@ -45,6 +45,9 @@ class SamplerSeam(ObjectSeam):
         assert all(torch.equal(terms[0].loss, each.loss) for each in terms), "losses of one step differ"
         return replace(terms[0], loss=terms[0].loss * weights)
 
+    def holder(self, host: Any) -> Any:
+        return host.sampler
+
     def idle(self) -> Any:
         return self.attached("uniform")
 

@@ -107,6 +107,9 @@ class ScriptSeam(Seam):
         # If the last SNR is 0, Min-SNR is 0 / 0 there. Two runs agree if both are nan.
         return Terms(loss.nan_to_num(nan=-1.0), mse=mse)
 
+    def holder(self, host: Run) -> Any:
+        return host.policy
+
     def sample(self, host: Run) -> Tensor:
         scheduler = host.noise_scheduler
         scheduler.set_timesteps(3)

@@ -59,6 +59,8 @@ class Seam(ABC):
     policies: tuple[Any, ...] = (POLICY,)
     # How often a training step calls the model.
     num_losses = 1
+    # Tells the random numbers of this seam's draws from those of others, see `DrawStream`.
+    salt = 0
     # Attributes that an object has with a policy only.
     added = ATTACHED
 
@@ -116,6 +118,24 @@ class Seam(ABC):
     def sees(self, host: Any, draw: TimestepDraw, seen: Tensor) -> bool:
         """Whether the model saw the t (B,) of a draw."""
         return torch.equal(seen.to(draw.index.dtype), draw.index)
+
+    def holder(self, host: Any) -> Any:
+        """What has the policy and its state: the host's object, or what the plugin put beside it."""
+        return host
+
+    def plain(self) -> Any:
+        """The host's object without a policy, or with one that leaves a given t alone."""
+        return self.make()
+
+    def twin(self, plain: Any, model: Any) -> Any:
+        """What that object trains, with the weights of another model."""
+        twin = self.model(plain)
+        twin.load_state_dict(model.state_dict())
+        return twin
+
+    def chosen(self, host: Any, model: Any) -> Tensor | None:
+        """The bins (B,) of the last t, if the host draws it itself; None if the policy does."""
+        return None
 
     def evaluations(self, host: Any) -> Iterator[AbstractContextManager[Any]]:
         """Contexts in which the host computes a loss as in a validation."""

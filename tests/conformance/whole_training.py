@@ -12,7 +12,6 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -65,14 +64,18 @@ class Expected:
         self.weight: Table = self.relative / (self._mean_loss or 1.0)
         self.step += 1
 
-    def drawn(self, batch_size: int) -> Tensor:
-        """The timesteps (B,) of this step: the inverse of the cumulative density at seeded numbers."""
+    def drawn(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The timesteps (B,) of this step, and their times: the inverse of the cumulative density."""
         parts = ",".join(map(str, (SEED, self._salt, self._rank, self.step - 1))).encode()
         seed = int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big") // 2
         generator = torch.Generator().manual_seed(seed)
         quantile = torch.rand(batch_size, dtype=torch.float64, generator=generator).numpy()
         upper = np.cumsum(self.density)
-        return torch.from_numpy(np.searchsorted(upper / upper[-1], quantile, side="right"))
+        upper /= upper[-1]
+        index = np.searchsorted(upper, quantile, side="right")
+        inside = (quantile - upper[index] + self.density[index]) / self.density[index]
+        time = (index + inside.clip(0, 1)) / len(upper)
+        return torch.from_numpy(index), torch.from_numpy(time).float()
 
     def learn(self, index: Table, loss: Table) -> None:
         """The divisor follows the losses of all ranks."""
@@ -190,8 +193,6 @@ def _validate(seam: Seam, host: Any, model: Any) -> None:
 
 def _fail(seam: Seam, host: Any, model: Any, expected: Expected | None) -> None:
     """A step that stops in the model, as when memory runs out. It has had its draw."""
-    if not seam.survives_failures:
-        return
 
     def failing(*_: Any, **__: Any) -> Any:
         raise MemoryError
@@ -229,15 +230,17 @@ def _check(
 ) -> None:
     host, model, terms, batch = trained
     policy = policy_of(seam.holder(host))
-    index = seam.drawn_index(host, model)
+    index = seam.chosen(host, model)
     if index is None:
-        index = expected.drawn(len(batch[0]))
-    time = (index + 0.5) / len(expected.weight)
+        index, time = expected.drawn(len(batch[0]))
+    else:
+        time = index.float()
     draw = TimestepDraw(index, time, torch.from_numpy(expected.weight)[index], policy.scope)
-    t = seam.seen_t(host, draw, model)
-    plain = seam.plain()
-    with torch.no_grad(), mock.patch.object(torch, "is_grad_enabled", lambda: True):
-        theirs = seam.train(plain, seam.twin(plain, model), batch, t)
+    t, plain = seam.hosts_t(draw, model), seam.plain()
+    assert seam.sees(host, draw, model.seen[-1]) or seam.chosen(host, model) is not None, (
+        f"{where}: another t"
+    )
+    theirs = seam.train(plain, seam.twin(plain, model), batch, t)
     assert theirs.mse is not None, "the host's mse is not known"
     mse, rest = theirs.mse.double(), torch.as_tensor(theirs.vb, dtype=torch.float64)
     wanted = draw.weight * mse + rest
@@ -257,6 +260,3 @@ def _descend(model: Any, terms: Terms) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter -= 0.05 * gradient.clamp(-1, 1)
-
-
-__all__ = ["ranks_draw_differently", "recomputation_is_one_call", "replace", "training_holds", "whole_training"]
