@@ -23,6 +23,7 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.recomputation import refuse_drawing_again
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.build import build_policy
@@ -108,7 +109,6 @@ class FlowScript(PolicyHolder):
         noise_scheduler: Any,
         args: Any,
         weighting: Callable[[str, Tensor], Tensor],
-        *,
         **options: Any,
     ) -> "FlowScript":
         """The same for the options of one of diffusers' DreamBooth scripts.
@@ -146,6 +146,7 @@ class FlowScript(PolicyHolder):
             self._last_draw.drawn_by_host()
             self._index = last_row - own
             return own
+        refuse_drawing_again()
         self.policy.advance()
         self._draw = self._stream.draw(self.policy, len(own), own.device)
         self._index = self._draw.index

@@ -44,6 +44,15 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def refuse_drawing_again() -> None:
+    """Raises ValueError in a recomputation, for a draw that has no loss of its own to be known by."""
+    if is_recomputing():
+        raise ValueError(
+            "torch.utils.checkpoint computes the draw of the timesteps again, and would train at others: draw"
+            " them outside of the checkpoint"
+        )
+
+
 @dataclass(frozen=True)
 class _Call:
     """A training call: the host's t and data as it got them, and what was drawn for it."""

@@ -20,7 +20,7 @@ from speedit_plugins.hosts.attachment import Attachment, LastDraw, PolicyHolder,
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import no_seam
-from speedit_plugins.hosts.recomputation import is_recomputing
+from speedit_plugins.hosts.recomputation import is_recomputing, refuse_drawing_again
 from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
@@ -109,11 +109,12 @@ class PolicySampler(PolicyHolder):
             if self._attachment is not None:
                 self._attachment.last_draw.drawn_by_host()
             return _hosts_uniform(len(self.policy.density), batch_size, device)
+        refuse_drawing_again()
         if self._num_drawn:
             self._check_loss_of_first()
-        if self._attachment is not None:
-            self._attachment.last_draw.drawn()
         self.policy.advance()
+        if self._attachment is not None:
+            self._attachment.drawn()
         self._num_drawn += 1
         draw = self._stream.draw(self.policy, batch_size, device)
         return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
@@ -154,6 +155,12 @@ class GivenTimesteps(Attachment):
     def __init__(self, policy: TimestepPolicy) -> None:
         super().__init__(policy)
         self.last_draw = LastDraw()
+        self._drawn_weight = policy.weight
+
+    def drawn(self) -> None:
+        """The sampler has drawn. All losses of this draw have the weights as they are now."""
+        self.last_draw.drawn()
+        self._drawn_weight = self.policy.weight
 
     def draw(self, t: Tensor, data: Tensor | None = None) -> TimestepDraw:
         """The host's own t (B,), with our weights (B,). Raises ValueError if the sampler did not draw it."""
@@ -162,7 +169,8 @@ class GivenTimesteps(Attachment):
             return recomputed
         self.last_draw.used()
         index = t.long()
-        draw = self.at(index, (index + 0.5) / len(self.policy.weight))
+        weight = self._weight.at(self._drawn_weight, index)
+        draw = TimestepDraw(index, (index + 0.5) / len(self._drawn_weight), weight, self.policy.scope)
         self._recent.add(draw, t, data)
         return draw
 

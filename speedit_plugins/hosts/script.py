@@ -28,6 +28,7 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
+from speedit_plugins.hosts.recomputation import refuse_drawing_again
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.build import build_policy
@@ -156,6 +157,7 @@ class ScriptPolicy(PolicyHolder):
             self.drawn_by_script()
             rows = len(noise_scheduler.alphas_cumprod)
             return torch.randint(0, rows, (batch_size,), device=device, generator=generator)
+        refuse_drawing_again()
         if noise_scheduler is not self._scheduler:
             self._waiting_state = self.state_dict()
             self._scheduler, self._built = noise_scheduler, None
@@ -297,7 +299,8 @@ def check_scheduler(noise_scheduler: Any) -> None:
     if getattr(noise_scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-            " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has nothing to gain"
+            " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has"
+            " nothing to gain"
         )
 
 

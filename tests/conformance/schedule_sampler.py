@@ -31,6 +31,7 @@ class SamplerSeam(ObjectSeam):
 
     sampler_class: type = object
     num_losses: int = 1
+    draws_in_the_call = False
 
     def attached(self, policy: Any = POLICY, generator: torch.Generator | None = None) -> Any:
         host = self.make()

@@ -84,6 +84,7 @@ class ScriptSeam(Seam):
     snr_gamma: float | None = None
     shape: tuple[int, ...] = (6, 4, 4, 4)
     policies: tuple[Any, ...] = (POLICY, "min_snr")
+    draws_in_the_call = False
 
     def make(self) -> Run:
         return Run(getattr(import_module("diffusers"), self.name)(**self.options))

@@ -59,6 +59,8 @@ class Seam(ABC):
     policies: tuple[Any, ...] = (POLICY,)
     # How often a training step calls the model.
     num_losses = 1
+    # Whether a training call draws too; if not, a call before it does.
+    draws_in_the_call = True
     # Tells the random numbers of this seam's draws from those of others, see `DrawStream`.
     salt = 0
     # Attributes that an object has with a policy only.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from conformance.points import refused
 from conformance.seam import Batch, Seam, Terms
 from speedit_plugins.hosts import draw_stream
 from speedit_plugins.hosts.draw_stream import Replica
@@ -90,8 +91,8 @@ def whole_training(
 
     Args:
         seam: of the host.
-        num_steps: a validation comes before each fifth, a failing step in the first quarter, and in the middle
-            the training is interrupted and goes on with new objects.
+        num_steps: a validation comes before each fifth, a failing step in the first quarter, and in the
+            middle the training is interrupted and goes on with new objects.
         rank: of this process.
         gather: rows of this rank to rows of all ranks.
     """
@@ -122,6 +123,9 @@ def training_holds(seam: Seam) -> None:
 
 def recomputation_is_one_call(seam: Seam) -> None:
     """Point 10: two micro-batches wait for one backward pass; its order is the reverse of theirs."""
+    if not seam.draws_in_the_call:
+        _drawing_again_is_refused(seam)
+        return
     for is_reentrant in (False, True):
         found = []
         for is_checkpointed in (False, True):
@@ -156,6 +160,15 @@ def recomputation_is_one_call(seam: Seam) -> None:
             assert torch.allclose(mine, wanted, rtol=1e-5, atol=1e-8), f"reentrant={is_reentrant}: gradient"
 
 
+def _drawing_again_is_refused(seam: Seam) -> None:
+    host = seam.attached()
+    model, (x, noise) = seam.model(host), seam.batch()
+    loss = checkpoint(
+        lambda x: seam.train(host, model, (x, noise)).loss.mean(), x.requires_grad_(), use_reentrant=False
+    )
+    refused(loss.backward, "computes the draw of the timesteps again")
+
+
 def ranks_draw_differently(seam: Seam) -> None:
     """Point 11: with one seed for all."""
     seen = []
@@ -173,7 +186,7 @@ def ranks_draw_differently(seam: Seam) -> None:
 @contextmanager
 def seeds_kept() -> Iterator[None]:
     """A seam may seed the global generator for its own data; the host's seed stays as it was at its start."""
-    with mock.patch.object(torch, "initial_seed", lambda: SEED):
+    with mock.patch.object(torch, "initial_seed", return_value=SEED):
         yield
 
 
@@ -237,19 +250,19 @@ def _check(
         time = index.float()
     draw = TimestepDraw(index, time, torch.from_numpy(expected.weight)[index], policy.scope)
     t, plain = seam.hosts_t(draw, model), seam.plain()
-    assert seam.sees(host, draw, model.seen[-1]) or seam.chosen(host, model) is not None, (
-        f"{where}: another t"
-    )
+    is_ours = seam.chosen(host, model) is None
+    assert not is_ours or seam.sees(host, draw, model.seen[-1]), f"{where}: another t"
     theirs = seam.train(plain, seam.twin(plain, model), batch, t)
     assert theirs.mse is not None, "the host's mse is not known"
-    mse, rest = theirs.mse.double(), torch.as_tensor(theirs.vb, dtype=torch.float64)
+    mse, rest = theirs.mse.detach().double(), torch.as_tensor(theirs.vb).detach().double()
     wanted = draw.weight * mse + rest
     wanted = wanted if terms.loss.dim() else wanted.mean()
     error = float(((terms.loss.detach() - wanted).abs() / wanted.abs()).max())
     assert error <= TOLERANCE, f"{where}: the loss misses w * mse + vb by {error:.1e} relative"
-    learned = (mse + rest).expand(len(index))
-    rows = gather(torch.stack([index.double(), learned.float().double()], dim=1)).numpy()
-    expected.learn(rows[:, 0], rows[:, 1])
+    learned = (mse + rest).float().double()
+    rows = gather(torch.stack([index.double(), learned], dim=1)).numpy()
+    for _ in range(seam.num_losses):
+        expected.learn(rows[:, 0], rows[:, 1])
 
 
 def _descend(model: Any, terms: Terms) -> None:
