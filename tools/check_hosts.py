@@ -22,6 +22,7 @@ from typing import Any
 # The contract is part of the test suite.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from conformance import whole_training
 from conformance.flow import FlowSeam
 from conformance.hosts import HOSTS, SAMPLER, Host
 from conformance.points import check
@@ -36,7 +37,9 @@ sys.path.remove(TESTS)
 
 # Only a host that hangs takes this long: it is ten times what the slowest one takes.
 LIMIT_SECONDS = 600
-HEADER = f"{'host':22} seam  points           launcher  stand-ins"
+# Training steps of point 9.
+NUM_STEPS = 200
+HEADER = f"{'host':22} seam  points                     launcher  stand-ins"
 
 # It does what the hosts' scripts do: they import a function, make an object, and take a training step.
 SCRIPT = """
@@ -94,6 +97,7 @@ def check_one(host: Host, hosts: Path) -> dict[str, Any]:
     stand_ins, replaced = StandIns(host.stand_ins), StandIns(host.replaced)
     sys.meta_path[:] = [replaced, *sys.meta_path, stand_ins]
     sys.path.insert(0, str(checkout))
+    whole_training.NUM_STEPS = NUM_STEPS
     result = nothing_known(host)
     further: list[str] = []
     with warnings.catch_warnings(record=True) as notes:
@@ -168,7 +172,7 @@ def lines_of(result: dict[str, Any]) -> str:
     points = " ".join(map(str, result["points"])) or "-"
     launcher = "ok" if result["launcher"] and not result["error"] else "-"
     stand_ins = ", ".join(result["stand_ins"]) or "none"
-    lines = [f"{result['host']:22} {result['seam']:5} {points:16} {launcher:9} {stand_ins}"]
+    lines = [f"{result['host']:22} {result['seam']:5} {points:26} {launcher:9} {stand_ins}"]
     lines.extend(f"    warns: {warning}" for warning in result["warnings"])
     if result["error"]:
         lines.append(f"    FAILED: {result['error']}")

@@ -23,7 +23,7 @@ from speedit_plugins.hosts.attachment import (
     under_way,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import is_recomputing, is_training
+from speedit_plugins.hosts.recomputation import is_first_of_two, is_recomputing, is_training
 from speedit_plugins.hosts.schedules import binned
 from speedit_plugins.hosts.weighted_loss import scaled
 from speedit_plugins.policies.build import build_policy
@@ -120,11 +120,16 @@ def imagen_methods(host_class: type) -> Mapping[str, Any]:
         draw = part.draw(times, x_start)
         # The host may multiply the errors by factors of its own, such as the SNR. The gradients of the loss
         # by the weights tell the loss that it minimises.
-        learns = part.policy.learns and torch.is_grad_enabled() and not is_recomputing()
+        learns = part.policy.learns
+        if learns and is_first_of_two():
+            raise ValueError(
+                f"{part.policy.name!r} learns from the loss of each sample, which cannot be found without"
+                " gradients: call torch.utils.checkpoint with use_reentrant=False"
+            )
         weight = draw.weight.clone().requires_grad_(learns)
         with under_way(cascade, weight):
             loss = own(unet, x_start, draw.time.to(times.dtype), **kwargs)
-        if learns:
+        if learns and not is_recomputing():
             (minimised,) = torch.autograd.grad(loss, weight, retain_graph=True)
             part.learn(draw, minimised * len(weight))
         return loss

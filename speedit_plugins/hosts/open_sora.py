@@ -116,7 +116,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         """The host's noised sample. The first call in a training step writes our t into the host's."""
         filled = self._filled
         if filled is not None and filled.draw is None:
-            filled.fill(t, lambda t: self._speedit_attachment.draw(t, x_start))
+            filled.fill(t, lambda t: self._speedit_attachment.draw(t.clone(), x_start))
         return super().q_sample(x_start, t, *args, **kwargs)
 
     def _wrap_model(self, model: Any) -> Any:

@@ -43,6 +43,8 @@ class ImagenSeam(Seam):
     package: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = IMAGES
+    # This host cannot tell what a policy learns without gradients.
+    reentrant_policy: Any = POLICY
     # The number of the unet.
     salt = 1
 

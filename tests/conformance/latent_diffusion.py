@@ -243,5 +243,6 @@ LatentSeam.contract = {
     2: (on(errors_of, points.loss_is_weighted),),
     4: (on(SHORT, points.sampling_is_untouched),),
     6: (missing_seam_is_refused,),
+    **{point: tuple(on(KINDS, check) for check in points.COMMON[point]) for point in (9, 10, 11)},
     8: (on(KINDS, wrapped_modules_train_alike), on(KINDS, points.bfloat16_reaches_every_timestep)),
 }

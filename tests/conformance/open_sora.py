@@ -278,7 +278,11 @@ OpenSoraSeam.contract = points.COMMON | {
         weight_is_one_minus_alpha_bar,
         on(RESPACED, kl_losses_train_with_scope_loss),
     ),
-    3: (on(masks, points.uniform_is_the_host), points.evaluations_are_the_hosts),
+    3: (
+        on(masks, points.uniform_is_the_host),
+        points.evaluations_are_the_hosts,
+        points.random_numbers_are_the_hosts,
+    ),
     4: (on(SAMPLING, points.sampling_is_untouched), on(SAMPLING, training_after_sampling_changes_nothing)),
     5: (*points.COMMON[5], other_registrations_stay, hosts_own_speed_is_undisturbed),
     6: (config_builds, policy_options_reach_the_policy, bad_configs_are_refused),

@@ -21,7 +21,9 @@ from conformance.models import SmallModel
 from conformance.open_sora import OpenSoraSeam
 from conformance.points import refused
 from conformance.seam import Batch, Seam, Terms
+from conformance.whole_training import seeds_kept
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
 from speedit_plugins.policies.policy import TimestepDraw
 
 # SNR = ((1 - t) / t)^2 = 1 / 143.
@@ -195,10 +197,38 @@ def bfloat16_keeps_the_law(seam: SpeeDFlowSeam) -> None:
     assert abs(share - 0.0164) < 4 * math.sqrt(0.0164 / 20_000) + 1 / 256, share
 
 
+def resumed_draws_go_on(seam: SpeeDFlowSeam) -> None:
+    """Point 9: its state is the number of training calls."""
+    seen: list[list[Tensor]] = []
+    for steps in ((3,), (1, 2)):
+        state, drawn = None, []
+        for num_steps in steps:
+            torch.manual_seed(0)
+            host = seam.attached()
+            if state is not None:
+                load_policy_state(host, state)
+            for _ in range(num_steps):
+                model = seam.model(host)
+                with seeds_kept():
+                    seam.train(host, model, seam.batch())
+                drawn += model.seen
+            state = policy_state(host)
+        seen.append(drawn)
+    assert all(map(torch.equal, *seen)), "another t after the resume"
+    assert not torch.equal(seen[0][0], seen[0][1]), "each step has the same t"
+    refused(lambda: policy_of(host), "thins its own draws")
+
+
 SpeeDFlowSeam.contract = points.COMMON | {
     1: (convergence_area_is_k_times_rarer, callers_t_is_kept),
     2: (loss_is_the_hosts_weighted, logit_normal_is_not_weighted, masks_are_the_hosts),
-    3: (k_one_is_the_hosts_training, points.evaluations_are_the_hosts, train_call_of_1_3),
+    3: (
+        k_one_is_the_hosts_training,
+        points.evaluations_are_the_hosts,
+        points.random_numbers_are_the_hosts,
+        train_call_of_1_3,
+    ),
     6: (bad_options_are_refused,),
     8: (points.wrapped_models_train_alike, bfloat16_keeps_the_law),
+    9: (resumed_draws_go_on,),
 }

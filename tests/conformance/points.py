@@ -1,4 +1,4 @@
-"""The contract: eight points that the plugin keeps in every host. Each is written once, for all seams.
+"""The contract: eleven points that the plugin keeps in every host. Each is written once, for all seams.
 
 1. The model sees the t that was drawn.
 2. Reported loss = weight[t] * mse + vb, within 2e-7 relative, 1e-12 in float64; other terms stay as they are.
@@ -9,8 +9,9 @@
 7. A second policy is refused, and without the policy the object is as before.
 8. A compiled model and one under DDP train alike. With a bfloat16 default dtype every timestep is reached.
 
-`COMMON` lists the checks of each point. The file of a seam says how its hosts are made, trained and sampled
-from, and adds or replaces checks. Point 6 is different for every seam.
+Points 9 to 11 are those of a whole training, see whole_training.py. `COMMON` lists the checks
+of each point. The file of a seam says how its hosts are made, trained and sampled from, and adds or replaces
+checks. Point 6 is different for every seam.
 """
 
 import copy
@@ -24,7 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from conformance.environments import default_dtype, wrapped_models
-from conformance.seam import POLICY, Check, Contract, Seam, Step, Terms, gradient, replayed, seeded, trained
+from conformance.seam import (
+    POLICY,
+    Check,
+    Contract,
+    Seam,
+    Step,
+    Terms,
+    gradient,
+    refused,
+    replayed,
+    seeded,
+    trained,
+)
+from conformance.whole_training import ranks_draw_differently, recomputation_is_one_call, training_holds
 from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy
 
@@ -65,16 +79,6 @@ def on(settings: Iterable[Fields] | Callable[[Any], Iterable[Any]], check: Check
             check(each)
 
     return holds
-
-
-def refused(action: Callable[[], object], wanted: str, error: type[Exception] = ValueError) -> None:
-    """Raises AssertionError unless an action raises this type of error with this text in its message."""
-    message = "nothing"
-    try:
-        action()
-    except error as raised:
-        message = str(raised)
-    assert wanted in message, f"wanted an error with {wanted!r}, got {message}"
 
 
 def draws_are_seen(seam: Seam) -> None:
@@ -245,6 +249,9 @@ COMMON: dict[int, tuple[Check, ...]] = {
     6: (),
     7: (wrapping_ends, host_trains_as_before),
     8: (wrapped_models_train_alike, bfloat16_reaches_every_timestep),
+    9: (training_holds,),
+    10: (recomputation_is_one_call,),
+    11: (ranks_draw_differently,),
 }
 
 

@@ -218,7 +218,11 @@ MIN_SNR: list[dict[str, Any]] = [{"snr_gamma": None}, {"snr_gamma": 5.0}]
 ScriptSeam.contract = points.COMMON | {
     1: (points.draws_are_seen, every_step_is_watched),
     2: (on(STATING_V, points.loss_is_weighted),),
-    3: (on(MIN_SNR, points.uniform_is_the_host), on(MIN_SNR, points.evaluations_are_the_hosts)),
+    3: (
+        on(MIN_SNR, points.uniform_is_the_host),
+        on(MIN_SNR, points.evaluations_are_the_hosts),
+        points.random_numbers_are_the_hosts,
+    ),
     4: (points.sampling_is_untouched, scheduler_stays),
     5: (policy_copies,),
     6: (other_schedulers_are_refused,),

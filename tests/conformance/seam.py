@@ -61,6 +61,8 @@ class Seam(ABC):
     num_losses = 1
     # Whether a training call draws too; if not, a call before it does.
     draws_in_the_call = True
+    # The policy under checkpoint(use_reentrant=True); None is one that learns.
+    reentrant_policy: Any = None
     # Tells the random numbers of this seam's draws from those of others, see `DrawStream`.
     salt = 0
     # Attributes that an object has with a policy only.
@@ -194,3 +196,13 @@ def gradient(model: nn.Module) -> Tensor | None:
     """The gradients of a model's parameters in one row; None if there are none."""
     found = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
     return torch.cat(found) if found else None
+
+
+def refused(action: Callable[[], object], wanted: str, error: type[Exception] = ValueError) -> None:
+    """Raises AssertionError unless an action raises this type of error with this text in its message."""
+    message = "nothing"
+    try:
+        action()
+    except error as raised:
+        message = str(raised)
+    assert wanted in message, f"wanted an error with {wanted!r}, got {message}"

@@ -28,7 +28,7 @@ VIDEOS = torch.zeros(6, 4, 2, 4, 4)
 
 @pytest.mark.parametrize("name", SEAMS)
 def test_the_contract_holds_on_stand_ins(name: str) -> None:
-    assert check(SEAMS[name]) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert check(SEAMS[name]) == list(range(1, 12))
 
 
 class TestTheContractCanFail:
