@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from conformance.mmagic import PLUGIN
+from conformance.seam import seeded
 from conformance.stand_ins import StandIns
+from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 
 # Packages that the checkout imports, and its scheduler, unet and ADM do not use.
 STAND_INS = (
@@ -47,10 +50,10 @@ def check_train_step() -> None:
     losses = []
     for _ in range(3):
         images = model.data_preprocessor(copy.deepcopy(data), True)["inputs"]
-        torch.manual_seed(1)
+        _seed(model)
         expected = model.diffusion_scheduler.training_loss(model.unet, images, None)["loss"]
         before = [value.clone() for value in model.unet.parameters()]
-        torch.manual_seed(1)
+        _seed(model)
         logged = model.train_step(copy.deepcopy(data), wrapper)["loss"]
         assert torch.equal(logged, expected), f"train_step logs {logged}, the policy's loss is {expected}"
         moved = [not torch.equal(*pair) for pair in zip(before, model.unet.parameters(), strict=True)]
@@ -59,6 +62,12 @@ def check_train_step() -> None:
     # Three steps of descent with the same batch, t and noise.
     assert losses == sorted(losses, reverse=True), f"the loss does not fall: {losses}"
     assert faults == ["_parse_losses", "with_ema_denoising"], f"train_step lacks {faults}"
+
+
+def _seed(model: Any) -> None:
+    """The same t and noise in the next step as in the last."""
+    torch.manual_seed(1)
+    attachment_of(model.diffusion_scheduler).stream = DrawStream(seeded())
 
 
 def _mended(model: Any, step: Callable[[], object]) -> list[str]:

@@ -17,9 +17,10 @@ from host_standins import (
     create_points,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import speedit_plugins
-from speedit_plugins import NoiseSchedule, build_policy, with_policy
+from speedit_plugins import NoiseSchedule, build_policy, policy_of, with_policy
 from speedit_plugins.hosts import entry
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.diffusion_object import steered_methods
@@ -81,12 +82,38 @@ class TestDraws:
         assert torch.equal(ours["loss"], terms(create(), model, t)["loss"])
         assert attachment_of(diffusion).num_calls == 0
 
-    def test_by_default_the_global_generator_draws(self) -> None:
+    def test_by_default_draws_follow_the_hosts_seed(self) -> None:
         first, second = SmallModel(1), SmallModel(1)
         for model in (first, second):
             torch.manual_seed(11)
             terms(with_policy(create()), model)
         assert torch.equal(first.seen[0], second.seen[0])
+
+    def test_a_call_that_is_computed_again_without_its_seed_is_refused(self) -> None:
+        diffusion, x = with_policy(create()), torch.zeros(IMAGES)
+
+        def loss_of(x: Tensor) -> Tensor:
+            t = torch.randint(1000, (len(x),))
+            return diffusion.training_losses(SmallModel(1), x + 1, t)["loss"].sum()
+
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        loss = checkpoint(loss_of, x.requires_grad_(), **options)
+        with pytest.raises(ValueError, match="no call had these timesteps: draw them outside"):
+            loss.backward()
+
+    def test_a_loss_that_is_not_the_mse_in_a_reentrant_checkpoint_is_refused(self) -> None:
+        class Doubled(SpacedDiffusion):
+            def terms(self, answer: Any, noise: Any, t: Any) -> Any:
+                terms = super().terms(answer, noise, t)
+                return {**terms, "loss": 2 * terms["loss"]}
+
+        diffusion = with_policy(create(Doubled))
+        with pytest.raises(ValueError, match="call checkpoint with use_reentrant=False"):
+            checkpoint(
+                lambda x: diffusion.training_losses(SmallModel(1), x, ZEROS)["loss"].sum(),
+                torch.zeros(IMAGES, requires_grad=True),
+                use_reentrant=True,
+            )
 
     def test_a_curriculum_advances_with_the_calls(self) -> None:
         policy = dict(type="clts", curriculum_steps=2)
@@ -182,7 +209,69 @@ class TestModels:
         assert torch.allclose(*results, rtol=1e-5)
 
 
+class PerFrame:
+    """A host whose t may be (B, F), and whose loss is one for each frame, or for each sample."""
+
+    alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+    model_mean_type = "epsilon"
+
+    def __init__(self, *, is_mean: bool) -> None:
+        self.is_mean = is_mean
+
+    def training_losses(self, model: Any, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        self.seen = t
+        mse = x**2
+        mse = mse.mean(1) if self.is_mean else mse
+        return {"mse": mse, "loss": mse}
+
+
+FRAMES = torch.tensor([[1, 2, 3, 4]] * 6)
+ONES = torch.ones(6, 4)
+
+
+class TestShapesOfT:
+    def trained(self, t: Any, policy: Any = "speedit", *, is_mean: bool = True) -> tuple[PerFrame, Tensor]:
+        host = with_policy(PerFrame(is_mean=is_mean), policy)
+        return host, host.training_losses(None, ONES, t)["loss"]
+
+    def test_each_frame_has_a_draw_and_a_weight(self) -> None:
+        host, loss = self.trained(FRAMES, is_mean=False)
+        assert host.seen.shape == (6, 4)
+        assert len(host.seen.unique()) > 4
+        assert torch.equal(loss, policy_of(host).weight.float()[host.seen])
+
+    @pytest.mark.parametrize("t", [FRAMES[:, :1], FRAMES[:, :1].expand(6, 4)], ids=["B, 1", "shared"])
+    def test_frames_that_share_a_t_have_one_draw(self, t: Tensor) -> None:
+        host, loss = self.trained(t)
+        assert host.seen.shape == t.shape
+        assert bool((host.seen == host.seen[:, :1]).all())
+        assert len(host.seen[:, 0].unique()) > 1
+        assert torch.equal(loss, policy_of(host).weight.float()[host.seen[:, 0]])
+
+    def test_one_loss_for_frames_of_several_weights_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"shape \(6,\), wanted one value for each drawn t, \(6, 4\)"):
+            self.trained(FRAMES)
+        for policy in ("loss_second_moment", {"type": "uniform", "normalize": "loss"}):
+            with pytest.raises(ValueError, match="wanted one value for each drawn t"):
+                self.trained(FRAMES, policy)
+        host, loss = self.trained(FRAMES, "logit_normal")
+        assert len(host.seen.unique()) > 4
+        assert torch.equal(loss, torch.ones(6))
+
+    @pytest.mark.parametrize(
+        ("t", "got"), [(torch.tensor(3), r"got shape \(\)"), ([1] * 6, "got a list"), (3, "got a int")]
+    )
+    def test_what_is_no_batch_of_timesteps_is_refused(self, t: Any, got: str) -> None:
+        with pytest.raises(ValueError, match=got):
+            self.trained(t)
+
+
 class TestErrors:
+    def test_guided_diffusion_has_its_sampler(self) -> None:
+        guided = type("GaussianDiffusion", (SpacedDiffusion,), {"__module__": "guided_diffusion.respace"})
+        with pytest.raises(ValueError, match="logs its losses by the t of its schedule sampler"):
+            with_policy(create(guided))
+
     def test_a_policy_for_another_schedule(self) -> None:
         policy = build_policy("speedit", NoiseSchedule.linear(500))
         with pytest.raises(ValueError, match="built for T = 500, got a diffusion object with 1000 timesteps"):

@@ -7,7 +7,7 @@ import torch
 from conformance.imagen import IMAGES, STAND_INS, TEXT, ImagenSeam, installed
 from conformance.points import check
 
-from speedit_plugins import NoiseSchedule, build_policy, with_policy
+from speedit_plugins import NoiseSchedule, build_policy, policy_of, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.imagen import schedule_of_unet
 
@@ -64,6 +64,21 @@ class TestPolicies:
         loss = imagen(torch.rand(IMAGES), text_embeds=torch.randn(TEXT))
         # The history is empty, so every weight 1 / (T p) is 1.
         assert torch.allclose(told[0][1].mean(), loss.detach())
+
+    @pytest.mark.parametrize("objective", ["noise", "v", "x_start"])
+    def test_the_loss_that_is_minimised_is_normalised(self, host: ImagenSeam, objective: str) -> None:
+        # The host multiplies the errors by 1, SNR / (1 + SNR) or SNR after its loss function.
+        imagen = with_policy(host.make(pred_objectives=objective), {"type": "uniform", "normalize": "loss"})
+        policy = policy_of(imagen)
+
+        def loss_of_a_step() -> float:
+            return float(imagen(torch.rand(IMAGES), text_embeds=torch.randn(TEXT)).detach())
+
+        divisor = loss_of_a_step()
+        assert policy.state_dict()["mean_loss"] == pytest.approx(divisor, rel=1e-5)
+        # The loss is the minimised one over the divisor.
+        divisor += 0.05 * (loss_of_a_step() * divisor - divisor)
+        assert policy.state_dict()["mean_loss"] == pytest.approx(divisor, rel=1e-5)
 
     def test_min_snr_beside_a_policy_that_only_draws(self, host: ImagenSeam) -> None:
         policy = dict(density="logit_normal", weighting="constant")

@@ -1,6 +1,7 @@
 """Open-Sora 1.0 to 1.3: the contract on stand-ins of each version, and hosts that break it."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -74,6 +75,19 @@ def test_a_model_that_is_not_called_raises(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(gaussian, "training_losses", lambda *_, **__: {"loss": torch.zeros(1)})
         with pytest.raises(ValueError, match="did not call q_sample and then the model"):
             host.train(scheduler, SmallModel(1), host.batch())
+
+
+def test_a_transform_that_leaves_t_at_0_is_told(flow_host: OpenSoraSeam) -> None:
+    seam = SpeeDFlowSeam(flow_host)
+    scheduler = seam.attached(use_timestep_transform=True)
+    for num_frames, is_told in ((16, True), (17, False), (1, False)):
+        frames = {**seam.pixels(6)}
+        arguments = next(iter(frames.values()))
+        arguments["num_frames"] = torch.full((6,), float(num_frames))
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            seam.step(scheduler, **frames)
+        assert any("draws t = 0 alone" in str(note.message) for note in notes) == is_told, num_frames
 
 
 def test_a_flow_that_does_not_add_noise_raises(monkeypatch: pytest.MonkeyPatch) -> None:

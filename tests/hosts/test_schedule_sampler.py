@@ -15,6 +15,7 @@ from host_standins import (
     create,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.entry import with_policy, without_policy
@@ -121,6 +122,33 @@ class TestLearning:
         sampler.update_with_all_losses(t.tolist(), [2.0] * 6)
         after = sampler.policy.state_dict()["density"]
         assert str(before) != str(after)
+
+    def test_a_sampler_that_is_told_no_loss_is_refused(self) -> None:
+        # The host tells its losses to its LossAwareSampler alone.
+        sampler = schedule_sampler(create(), "loss_second_moment")
+        sampler.sample(6, "cpu")
+        with pytest.raises(ValueError, match="told no loss, from which 'loss_second_moment' learns"):
+            sampler.sample(6, "cpu")
+
+    def test_losses_that_are_computed_again_have_their_weights(self) -> None:
+        diffusion = create()
+        sampler = schedule_sampler(diffusion, {"type": "speedit", "normalize": "loss"})
+        states, losses = [], []
+        for is_reentrant in (False, True):
+            t, _ = sampler.sample(6, "cpu")
+            x = torch.randn(IMAGES, requires_grad=True)
+
+            def loss_of(x: torch.Tensor, t: torch.Tensor = t) -> torch.Tensor:
+                losses.append(diffusion.training_losses(model, x, t, noise=torch.ones(IMAGES))["loss"])
+                return losses[-1].sum()
+
+            with set_checkpoint_early_stop(False):
+                loss = checkpoint(loss_of, x, use_reentrant=is_reentrant)
+                states.append(str(sampler.policy.state_dict()))
+                loss.backward()
+            assert str(sampler.policy.state_dict()) == states[-1]
+            assert torch.equal(losses[-1], losses[-2])
+        assert states[0] != states[1]
 
     def test_in_scope_mse_the_object_reports_them(self) -> None:
         diffusion = create()

@@ -267,6 +267,35 @@ class TestWatchedScheduler:
             drawn = calls.randint(scheduler, 0, 500, (2, 3), generator=torch.Generator().manual_seed(1))
         assert torch.equal(drawn, torch.randint(0, 500, (2, 3), generator=torch.Generator().manual_seed(1)))
 
+    def test_two_draws_before_two_losses(self) -> None:
+        own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
+        first, second = (own.timesteps(scheduler, 4) for _ in range(2))
+        for index in (first, second):
+            scheduler.add_noise(x, x, index)
+        assert type(scheduler) is diffusers.DDPMScheduler
+        with pytest.raises(ValueError, match="2 draws wait for their losses.*pass timesteps=timesteps"):
+            own.mse_loss(x, 0 * x)
+        weight = own.policy.weight.float()
+        for index in (first, second.clone()):
+            assert_close(own.mse_loss(x, 0 * x, timesteps=index), weight[index].mean())
+        with pytest.raises(ValueError, match="did not draw the timesteps"):
+            own.mse_loss(x, 0 * x, timesteps=torch.zeros(4, dtype=torch.int64))
+
+    def test_a_script_that_is_edited_tells_its_draws(self) -> None:
+        calls, scheduler = ScriptCalls(seam()), diffusers.DDPMScheduler()
+        x, source = torch.ones(4, 3), "t = torch.randint(0, s.config.num_train_timesteps, (4,))\n" * 2
+        tree, sites = edited(ast.parse(source + "x = s.add_noise(x, x, t)\nloss = F.mse_loss(x, 0 * x)\n"))
+        names = {CALLS: calls, "s": scheduler, "x": x}
+        exec(compile(tree, "script", "exec"), names)
+        assert sites.draws == [1, 2]
+        assert "drawn=t" in ast.unparse(tree)
+
+    def test_min_snr_beside_a_policy_that_learns_is_refused(self) -> None:
+        own = seam({"type": "uniform", "normalize": "loss"})
+        own.timesteps(diffusers.DDPMScheduler(), 4)
+        with pytest.raises(ValueError, match="not the loss that is minimised: drop --snr_gamma"):
+            ScriptCalls(own).compute_snr(lambda *_: None, None, None)
+
     def test_a_validation_between_draw_and_loss(self) -> None:
         own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
         index = own.timesteps(scheduler, 4)

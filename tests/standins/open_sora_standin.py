@@ -243,6 +243,9 @@ def _iddpm_class(spaced: type, version: str) -> type:
 
 def _shifted(t: Tensor, args: Any, num_timesteps: int) -> Tensor:
     ratio = (args["height"] * args["width"]).float().sqrt() / 512
+    # Latent frames of the host's VAE: 2 to 16 frames are none.
+    frames = args["num_frames"]
+    ratio = ratio * (torch.ones_like(frames) if frames[0] == 1 else frames // 17 * 5).sqrt()
     t = t / num_timesteps
     return ratio * t / (1 + (ratio - 1) * t) * num_timesteps
 
