@@ -85,8 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "--state-every",
         type=int,
         metavar="STEPS",
-        help="optimizer steps between two writings of --state; it is written at the end too (default:"
-        f" {STATE_EVERY})",
+        help=f"optimizer steps between writings of --state, beside that at the end; default: {STATE_EVERY}",
     )
     options.add_argument(
         "--ranks-alike",
@@ -99,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--num-strata",
         type=int,
         metavar="N",
-        help="spread each N timesteps, over ranks and micro-batches, over N equally likely strata",
+        help="each N timesteps, over ranks and micro-batches, are of N equally likely strata",
     )
     options.add_argument("script", help="the host's training script")
     options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")

@@ -41,18 +41,12 @@ def with_policy(
         ...     alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
         ...     model_mean_type = "epsilon"
         ...     def training_losses(self, model, x_start, t):
-        ...         mse = (model(x_start, t) ** 2).mean(1)
+        ...         mse = (model(x_start, t) ** 2.0).mean(1)
         ...         return {"mse": mse, "loss": mse}
         >>> diffusion = with_policy(Diffusion(), "speed", generator=torch.Generator().manual_seed(0))
-        >>> seen = []  # the t that reach the model
-        >>> def model(x, t):
-        ...     seen.append(t)
-        ...     return x
-        >>> terms = diffusion.training_losses(model, torch.ones(3, 2), torch.zeros(3, dtype=torch.int64))
-        >>> seen
-        [tensor([965, 704, 457])]
-        >>> terms["loss"]  # each mse is 1, so these are the weights of "speed" at these t
-        tensor([0.5167, 0.5333, 0.5333])
+        >>> host_t = torch.zeros(3, dtype=torch.int64)
+        >>> diffusion.training_losses(lambda x, t: t.view(3, 1), torch.ones(3, 2), host_t)["mse"].sqrt()
+        tensor([965., 704., 457.])
 
     Args:
         diffusion: the host's object, one of
@@ -61,8 +55,7 @@ def with_policy(
             a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3),
             whose own draws of t are thinned by the policy's density;
             an `Imagen` of imagen-pytorch.
-        policy: see `build_policy`; or a policy that is built already, for this object's number of timesteps
-            (a flow and an Imagen have a continuous t and take any number).
+        policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
         prediction_type: what the model predicts; None reads it from the object.
         generator: for the draws, on the device of t; None is a stream of its own for each data-parallel rank
             (`DrawStream`). The host's global generator stays as it is.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.hosts.attachment import PolicyHolder
 
 # In a checkpoint's folder.
 CHECKPOINT_FILE = "speedit_policy.pt"
@@ -89,7 +88,7 @@ class StateFile:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"no folder {path.parent} for --state {path.name}")
         self._path, self._every, self._config, self._writes = path, every, config, writes
-        self._holders: list[PolicyHolder] = []
+        self._holders: list[Any] = []
         self._states: list[dict[str, Any]] = []
         self._num_steps = 0
         if path.is_file():
@@ -118,6 +117,6 @@ class StateFile:
 
     def write(self) -> None:
         """Writes the states now, in the process that writes, if there are any."""
-        states: list[Any] = [holder.state_dict() for holder in self._holders]  # type: ignore[attr-defined]
+        states: list[Any] = [holder.state_dict() for holder in self._holders]
         if self._writes and any(states):
             write_state(self._path, {"config": self._config, "states": states})

@@ -16,6 +16,7 @@ from conformance.flow import NUM_DRAWS, FlowSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam, trained
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -77,9 +78,9 @@ class Documented:
         exec(block_of(self.page), names | {"args": _Options(), "config": _Options()}, names)
         if isinstance(self.seam, SamplerSeam):
             host.sampler = names["schedule_sampler"]
-            host.sampler._generator = generator
+            host.sampler._stream = DrawStream(generator)
         for attachment in getattr(attachment_of(host), "parts", [attachment_of(host)]):
-            attachment.generator = generator
+            attachment.stream = DrawStream(generator)
         return host
 
 

@@ -30,6 +30,7 @@ from mmengine.config import Config
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -65,7 +66,7 @@ class FromOpenSoraPage(OpenSoraSeam):
     def attached(self, policy: Any = "speedit", generator: torch.Generator | None = None) -> Any:
         config = merged("open_sora", 'scheduler = dict(type="iddpm", timestep_respacing="")')
         scheduler = import_module("opensora.registry").build_module(config.scheduler, self.registry)
-        attachment_of(scheduler).generator = generator
+        attachment_of(scheduler).stream = DrawStream(generator)
         return scheduler
 
 
@@ -77,7 +78,7 @@ class FromMmagicPage(MmagicSeam):
         config = merged("mmagic", f"model = dict(diffusion_scheduler={scheduler})")
         registry = import_module("mmagic.registry").DIFFUSION_SCHEDULERS
         scheduler = registry.build(config.model.diffusion_scheduler)
-        attachment_of(scheduler).generator = generator
+        attachment_of(scheduler).stream = DrawStream(generator)
         return scheduler
 
 
@@ -117,9 +118,9 @@ def test_the_lines_of_a_diffusers_script_draw_and_weigh() -> None:
     torch.manual_seed(3)
     exec(first, names)
     # 1,000 steps of beta from 1e-4 to 0.02, the scheduler's defaults.
-    policy = build_policy("speedit", NoiseSchedule.linear(1000))
-    index = policy.draw(8, generator=torch.Generator().manual_seed(3)).index
-    assert torch.equal(names["timesteps"], index)
+    policy, index = build_policy("speedit", NoiseSchedule.linear(1000)), names["timesteps"]
+    policy.advance()
+    assert torch.equal(index, DrawStream().draw(policy, 8).index)
     # float32: the scheduler's table, and a mean of 8 terms.
     assert_close(
         names["loss"].double(), (policy.weight[index] * error.double() ** 2).mean(), rtol=1e-5, atol=0

@@ -72,7 +72,7 @@ def test_without_gradients_draw_and_loss_are_the_scripts() -> None:
         loss = weighing.mse_loss(prediction, target)
         assert_close(loss.double(), (cosmap(ROWS) * error).mean(), rtol=1e-6, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert drawing.num_draws == 0
+    assert drawing.policy.num_steps == 0
     with pytest.raises(ValueError, match="drawn under torch.no_grad"):
         drawing.mse_loss(prediction, target)
     # An evaluation between a draw and its loss changes nothing.
@@ -97,7 +97,7 @@ def test_every_part_has_the_weights_of_the_draw_and_teaches_the_policy() -> None
     copy = seam({"type": "uniform", "normalize": "loss"})
     copy.load_state_dict(drawing.state_dict())
     assert torch.equal(copy.policy.weight, drawing.policy.weight)
-    assert copy.num_draws == 1
+    assert copy.policy.num_steps == 1
     with pytest.raises(ValueError, match="policy state needs policy 'speed'"):
         seam("speed").load_state_dict(drawing.state_dict())
 

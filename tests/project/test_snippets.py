@@ -25,6 +25,7 @@ from markdown_blocks import ROOT, Block, blocks, page_id, pages
 from speedit_plugins import cli, launch_options
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.registry import DENSITIES, POLICIES, WEIGHTINGS
 from speedit_plugins.trainer.config.loading import load_config
 
 LINEAR = NoiseSchedule.linear()
@@ -114,6 +115,16 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:log_snr_normal is centred:UserWarning")
+@pytest.fixture(autouse=True, scope="module")
+def _registries_end_as_they_begin() -> Iterator[None]:
+    """A page registers a density, and further lines of it name that."""
+    known = [(each.module_dict, dict(each.module_dict)) for each in (DENSITIES, POLICIES, WEIGHTINGS)]
+    yield
+    for registered, before in known:
+        registered.clear()
+        registered.update(before)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_the_blocks_of_a_page_run(page: Path) -> None:
     with ExitStack() as stack:
