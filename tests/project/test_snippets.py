@@ -114,7 +114,6 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:log_snr_normal is centred:UserWarning")
 @pytest.fixture(autouse=True, scope="module")
 def _registries_end_as_they_begin() -> Iterator[None]:
     """A page registers a density, and further lines of it name that."""
@@ -125,6 +124,7 @@ def _registries_end_as_they_begin() -> Iterator[None]:
         registered.update(before)
 
 
+@pytest.mark.filterwarnings("ignore:log_snr_normal is centred:UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_the_blocks_of_a_page_run(page: Path) -> None:
     with ExitStack() as stack:
