@@ -43,7 +43,7 @@ def check_train_step() -> None:
     import_module("mmengine.registry").init_default_scope("mmagic")
     torch.manual_seed(0)
     model = registry.MODELS.build(ADM)
-    optim = {"denoising": {"optimizer": {"type": "SGD", "lr": 1.0}, "modules": "unet"}}
+    optim = {"denoising": {"optimizer": {"type": "SGD", "lr": 0.1}, "modules": "unet"}}
     wrapper = engine.optimizers.MultiOptimWrapperConstructor(optim)(model)
     data = {"inputs": [torch.randint(0, 256, (3, 32, 32)).float() for _ in range(4)], "data_samples": None}
     faults = _mended(model, lambda: model.train_step(copy.deepcopy(data), wrapper))
