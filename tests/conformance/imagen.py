@@ -45,6 +45,8 @@ class ImagenSeam(Seam):
     shape: tuple[int, ...] = IMAGES
     # This host cannot tell what a policy learns without gradients.
     reentrant_policy: Any = POLICY
+    # Its loss is a mean, whose own rounding in float32 is as large as the tolerance.
+    dtype = torch.float64
     # The number of the unet.
     salt = 1
 
@@ -106,7 +108,7 @@ class ImagenSeam(Seam):
         return draw.time
 
     def sees(self, host: Any, draw: TimestepDraw, seen: Tensor) -> bool:
-        return torch.equal(seen, host.noise_schedulers[0].get_condition(draw.time))
+        return torch.equal(seen, host.noise_schedulers[0].get_condition(draw.time.to(seen.dtype)))
 
     def sample(self, host: Any) -> Tensor:
         sample: Tensor = host.sample(text_embeds=torch.ones(1, *TEXT[1:]), use_tqdm=False)

@@ -78,6 +78,8 @@ class LatentSeam(Seam):
     options: Mapping[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = SHAPE
     policies: tuple[Any, ...] = (POLICY, WHOLE)
+    # Its loss is a mean, whose own rounding in float32 is as large as the tolerance.
+    dtype = torch.float64
 
     @property
     def is_latent(self) -> bool:

@@ -61,6 +61,8 @@ class Seam(ABC):
     num_losses = 1
     # Whether a training call draws too; if not, a call before it does.
     draws_in_the_call = True
+    # Of data and model in a whole training.
+    dtype = torch.float32
     # The policy under checkpoint(use_reentrant=True); None is one that learns.
     reentrant_policy: Any = None
     # Tells the random numbers of this seam's draws from those of others, see `DrawStream`.
@@ -133,7 +135,7 @@ class Seam(ABC):
 
     def twin(self, plain: Any, model: Any) -> Any:
         """What that object trains, with the weights of another model."""
-        twin = self.model(plain)
+        twin = self.model(plain, self.dtype)
         twin.load_state_dict(model.state_dict())
         return twin
 

@@ -99,7 +99,7 @@ def whole_training(
     """
     torch.manual_seed(SEED)
     host = seam.attached(LIVELY)
-    model, expected = seam.model(host), None
+    model, expected = seam.model(host, seam.dtype), None
     with seeds_kept():
         for step in range(num_steps):
             if step == num_steps // 4:
@@ -146,7 +146,7 @@ def _two_calls(seam: Seam, policy: Any, **options: bool) -> tuple[list[Tensor], 
     """Losses, gradients, t and state of two training calls, in a checkpoint if there are options for it."""
     torch.manual_seed(SEED)
     host, losses = seam.attached(policy), []
-    model = seam.model(host)
+    model = seam.model(host, seam.dtype)
     with seeds_kept():
         for x, noise in (_batch(seam, 1), _batch(seam, 2)):
 
@@ -192,9 +192,9 @@ def seeds_kept() -> Iterator[None]:
 
 
 def _batch(seam: Seam, number: int) -> Batch:
-    x, noise = seam.batch()
+    x, noise = seam.batch(seam.dtype)
     generator = torch.Generator().manual_seed(number)
-    scale = torch.rand(len(x), generator=generator).view(-1, *[1] * (x.dim() - 1))
+    scale = torch.rand(len(x), generator=generator, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
     return x * scale, noise
 
 
@@ -213,7 +213,7 @@ def _fail(seam: Seam, host: Any, model: Any, expected: Expected | None) -> None:
 
     with mock.patch.object(model, "forward", failing):
         try:
-            seam.train(host, model, seam.batch())
+            seam.train(host, model, _batch(seam, 0))
         except MemoryError:
             pass
         else:
@@ -229,7 +229,7 @@ def _resumed(seam: Seam, host: Any, model: Any) -> tuple[Any, Any]:
     file.seek(0)
     weights = model.state_dict()
     host = seam.attached(LIVELY)
-    model = seam.model(host)
+    model = seam.model(host, seam.dtype)
     model.load_state_dict(weights)
     load_policy_state(seam.holder(host), torch.load(file, weights_only=True))
     return host, model

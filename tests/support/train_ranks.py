@@ -1,12 +1,20 @@
 """Trains each stand-in of a host on two ranks, for 200 steps: point 9 of the contract. Prints what holds."""
 
 import sys
+from collections.abc import Iterator
 
 import flow_standins
 import host_standins
+import latent_diffusion_standin
+import mmagic_standin
+import open_sora_standin
 import torch
 import torch.distributed as dist
-from conformance import script
+from conformance import imagen, script
+from conformance.latent_diffusion import LatentSeam
+from conformance.mmagic import MmagicSeam
+from conformance.open_sora import OpenSoraSeam
+from conformance.seam import Seam
 from conformance.whole_training import whole_training
 from torch import Tensor
 
@@ -36,15 +44,26 @@ def check_strata() -> None:
         assert sorted(strata.tolist()) == list(range(8)), strata
 
 
+def seams() -> Iterator[tuple[str, Seam]]:
+    """Every seam, with a name."""
+    yield from {**host_standins.SEAMS, **flow_standins.SEAMS}.items()
+    yield "script", script.SEAMS[0]
+    for version in ("1.1.0", "1.2.0"):
+        with open_sora_standin.installed(version):
+            yield f"open_sora {version}", OpenSoraSeam(version)
+    with mmagic_standin.installed():
+        yield "mmagic", MmagicSeam()
+    with latent_diffusion_standin.installed() as ddpm:
+        for name in ("DDPM", "LatentDiffusion"):
+            yield name, LatentSeam(ddpm, name)
+    with imagen.installed() as (seam, _):
+        yield "imagen", seam
+
+
 def main() -> None:
     """Runs the checks in this rank."""
     dist.init_process_group("gloo")
-    seams = {
-        **host_standins.SEAMS,
-        **flow_standins.SEAMS,
-        **{f"script, {each.name}": each for each in script.SEAMS[:1]},
-    }
-    for name, seam in seams.items():
+    for name, seam in seams():
         whole_training(seam, NUM_STEPS, rank=dist.get_rank(), gather=gathered)
         if dist.get_rank() == 0:
             sys.stdout.write(f"holds: {name}\n")
