@@ -102,13 +102,16 @@ class Launch:
         seam = ScriptPolicy(
             self.config, prediction_type=self.prediction_type, on_use=announce, **self.draw_options
         )
-        self.keep(seam)
-        return ScriptCalls(seam, keeps_state=self.state is None)
+        return ScriptCalls(seam, self.state)
 
     @property
     def draw_options(self) -> dict[str, Any]:
         """The options of `DrawStream`."""
         return {"ranks_alike": self.ranks_alike, "num_strata": self.num_strata}
+
+    def __deepcopy__(self, memo: Any) -> "Launch":
+        """A copy of an object, such as its average, trains in the same launch."""
+        return self
 
     def keep(self, holder: PolicyHolder) -> None:
         """Restores a policy's state, and keeps it in the file from now on, if there is one."""
@@ -134,6 +137,7 @@ class DeferredPolicy:
         """The policy, in use from now on."""
         seam = flow_object if flow_object.fits(self.host) else diffusion_object
         policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config, self.launch.prediction_type)
+        self.launch.keep(attachment_of(self.host))
         self.launch.announce(self.hosts, "B", policy)
         return policy
 
@@ -186,7 +190,7 @@ def _state_file(arguments: Any, config: Config) -> StateFile | None:
         return None
     text = json.dumps(config, sort_keys=True, default=str)
     every = STATE_EVERY if every is None else every
-    return StateFile(Path(path), every, text, writes=is_rank_0())
+    return StateFile(Path(path), every, text, writes=is_rank_0)
 
 
 def parsed(script: str) -> ast.Module:
@@ -249,12 +253,12 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-        if state is not None:
-            state.write()
         setattr(builtins, "__build_class__", build_class)  # noqa: B010 - as above
         setattr(torch.multiprocessing, "spawn", spawn)  # noqa: B010 - as above
         sys.meta_path.remove(finder)
         sys.argv, sys.modules["__main__"], sys.path[:] = old_argv, main_module, path
+        if state is not None:
+            state.write()
 
 
 class _Finder(MetaPathFinder):
@@ -340,7 +344,6 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
         attach(host, Attachment(source, stream), diffusion_object.steered_methods)
     else:
         raise NoSeamError(no_seam(host))
-    launch.keep(attachment_of(host))
     return host
 
 

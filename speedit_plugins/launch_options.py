@@ -16,6 +16,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NoReturn
 
+import torch.distributed as dist
+
 from speedit_plugins.hosts.factories import known_hosts
 from speedit_plugins.policies.schedule import PREDICTION_TYPES
 from speedit_plugins.registry import (
@@ -137,8 +139,10 @@ def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]
 
 
 def is_rank_0() -> bool:
-    """Whether this process is the first of all that `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the first of all."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def write(text: str) -> None:

@@ -17,7 +17,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +34,6 @@ from host_training import fit, tenths
 from torch import Tensor, nn
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
-from speedit_plugins.hosts.script import ScriptPolicy
 
 SCRIPT = "examples/text_to_image/train_text_to_image.py"
 BATCH, NUM_STEPS = 64, 32
@@ -72,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen, arguments = Seen(), [*script_arguments(script, work), *args.arguments]
     write_pipeline(work / "pipeline", is_xl="sdxl" in script.name)
     is_compared = args.policy == "uniform"
-    with drawn_aside() if is_compared else nullcontext():
-        code = recorded(seen, lambda: launch.main(["--policy", args.policy, str(script), *arguments]))
+    code = recorded(seen, lambda: launch.main(["--policy", args.policy, str(script), *arguments]))
     result: dict[str, Any] = {"script": script.name, "exit": code, "stand_ins": NAMES}
     if code == 0:
         result |= report(args.policy, arguments, seen)
@@ -142,22 +140,6 @@ def recorded(seen: Seen, start: Callable[[], int]) -> int:
         return start()
 
 
-@contextmanager
-def drawn_aside() -> Iterator[None]:
-    """The policy draws without the global generator. That leaves it to the noise, as in a replayed run."""
-    draw, generator = ScriptPolicy.timesteps, torch.Generator().manual_seed(0)
-
-    def drawn(self: ScriptPolicy, *args: Any) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.set_rng_state(generator.get_state())
-            index = draw(self, *args)
-            generator.set_state(torch.random.get_rng_state())
-        return index
-
-    with mock.patch.object(ScriptPolicy, "timesteps", drawn):
-        yield
-
-
 def report(policy: str, arguments: Sequence[str], seen: Seen) -> dict[str, Any]:
     """How well the timesteps fit the density, and the largest relative error of a loss against weight * mse.
 
@@ -185,7 +167,9 @@ def replayed(script: Path, arguments: Sequence[str], timesteps: Sequence[Tensor]
 
     def next_draw(*args: Any, **kwargs: Any) -> Tensor:
         is_draw = args[:2] == (0, 1000) and sys._getframe(1).f_code.co_filename == str(script)
-        return left.pop(0).clone() if is_draw else randint(*args, **kwargs)
+        # The script draws all the same, so that its noise is its own.
+        own = randint(*args, **kwargs)
+        return left.pop(0).clone() if is_draw else own
 
     def start() -> int:
         runpy.run_path(str(script), run_name="__main__")

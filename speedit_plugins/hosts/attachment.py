@@ -149,10 +149,11 @@ class Attachment(PolicyHolder):
     def policy(self) -> TimestepPolicy:
         """What draws and weighs; built now if it is not yet."""
         if not isinstance(self._source, TimestepPolicy):
-            self._source = self._source()
-            self.stream.check(self._source)
+            built = self._source()
+            self.stream.check(built)
             if self._waiting_state is not None:
-                self._source.load_state_dict(self._waiting_state)
+                built.load_state_dict(self._waiting_state)
+            self._source = built
         return self._source
 
     @property
@@ -180,14 +181,15 @@ class Attachment(PolicyHolder):
         elif state:
             self._waiting_state = state
 
-    def draw(self, t: Tensor, data: Tensor | None = None) -> TimestepDraw:
+    def draw(self, t: Tensor, data: Tensor | None = None, *, is_drawn: bool = True) -> TimestepDraw:
         """The draw that replaces the host's t, in its shape and on its device.
 
         It is a training step of the policy, unless a checkpoint computes a call again: that call had a draw.
 
         Args:
             t: (B,); or (B, F) if each frame has a t of its own. Frames with one t get one.
-            data: of the batch, by which a call that is computed again is known.
+            data: of the batch. With t, it tells which call is computed again.
+            is_drawn: whether the host has drawn t; else only its shape and device matter.
 
         Raises:
             ValueError: t is no tensor, or has no dimension.
@@ -198,13 +200,13 @@ class Attachment(PolicyHolder):
                 f"the host's timesteps have to be a tensor (B,), or (B, F) with one for each frame; got {got}"
             )
         if is_recomputing():
-            recomputed: TimestepDraw = self._recent.of_recomputed(t, data)
+            recomputed: TimestepDraw = self._recent.of_recomputed(t if is_drawn else None, data)
             return recomputed
         self.policy.advance()
         per_sample = t.dim() == 1 or is_shared(t)
         flat = self.stream.draw(self.policy, len(t) if per_sample else t.numel(), t.device)
         draw = flat if t.dim() == 1 else _shaped(flat, t.shape)
-        self._recent.add(draw, t, data)
+        self._recent.add(draw, t if is_drawn else None, data)
         return draw
 
     def at(self, index: Tensor, time: Tensor) -> TimestepDraw:

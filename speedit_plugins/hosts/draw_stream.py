@@ -10,6 +10,7 @@ Dims: B timesteps of one draw, N strata.
 
 import contextlib
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy, drawing_device
 
+_numbers = itertools.count()
 # Modules of hosts with sequence parallelism that tell their data-parallel group (Open-Sora 1.0 to 1.3).
 _PARALLEL_STATES = ("opensora.acceleration.parallel_states",)
 
@@ -73,7 +75,7 @@ class DrawStream:
         num_strata: N. The distribution is split into N equally likely strata, and each N timesteps in a row
             have one of each, in random order: over the ranks, and over calls in a row such as the
             micro-batches of an accumulation. None draws independently.
-        salt: tells streams of the same training apart.
+        part: tells the streams of one object apart.
 
     Raises:
         ValueError: `ranks_alike` < 1, `num_strata` < 2, or one of them beside a generator.
@@ -93,7 +95,7 @@ class DrawStream:
         *,
         ranks_alike: int | None = None,
         num_strata: int | None = None,
-        salt: int = 0,
+        part: int = 0,
     ) -> None:
         for name, value, least in (("ranks_alike", ranks_alike, 1), ("num_strata", num_strata, 2)):
             if value is not None and generator is not None:
@@ -103,12 +105,14 @@ class DrawStream:
         self.generator = generator
         self.ranks_alike = ranks_alike
         self.num_strata = num_strata
-        self._salt = salt
+        self._part = part
+        self._number: int | None = None
         self._common_seed: int | None = None
+        self._num_drawn = self._first_step = 0
 
-    def salted(self, salt: int) -> "DrawStream":
-        """A stream with the same options and other random numbers."""
-        return DrawStream(self.generator, ranks_alike=self.ranks_alike, num_strata=self.num_strata, salt=salt)
+    def for_part(self, part: int) -> "DrawStream":
+        """A stream with the same options for one part of an object, with random numbers of its own."""
+        return DrawStream(self.generator, ranks_alike=self.ranks_alike, num_strata=self.num_strata, part=part)
 
     def check(self, policy: TimestepPolicy) -> None:
         """Raises ValueError if a policy cannot be drawn in strata over several calls."""
@@ -133,16 +137,20 @@ class DrawStream:
             device: of the returned tensors.
             seed: of the host; None is `torch.initial_seed()`. A stream with a generator does not use it.
         """
-        if self.generator is not None:
+        if self.generator is not None or torch.device(device).type == "meta":
             return policy.draw(batch_size, device=device, generator=self.generator)
         self.check(policy)
         step, place, here = policy.num_steps - 1, drawing_device(device), replica(self.ranks_alike)
-        seed = torch.initial_seed() if seed is None else seed
-        generator = _seeded(place, seed, self._salt, here.rank, step)
+        seed = self._seed_of(here, seed)
+        generator = _seeded(place, seed, here.rank, step)
         if self.num_strata is None:
             return policy.draw(batch_size, device=device, generator=generator)
-        first = (step * here.size + here.rank) * batch_size
-        strata = torch.cat(list(self._strata(first, batch_size, place, self._seed_of_all(seed, place, here))))
+        first = self._num_drawn * here.size + here.rank * batch_size
+        if not self._num_drawn:
+            # A resumed training begins new strata.
+            self._first_step = step
+        strata = torch.cat(list(self._strata(first, batch_size, place, _seed(seed, self._first_step))))
+        self._num_drawn += batch_size
         quantile = torch.rand(batch_size, dtype=torch.float64, device=place, generator=generator)
         # The sum can round up to N. A quantile of 1 would be past the last timestep.
         quantile = ((strata + quantile) / self.num_strata).clamp(max=1 - 2**-53)
@@ -162,7 +170,8 @@ class DrawStream:
             drawn = torch.randint(2**62, (1,), generator=self.generator, device=self.generator.device)
             seed = int(drawn)
         else:
-            seed = _seed(torch.initial_seed(), self._salt, replica(self.ranks_alike).rank, step)
+            here = replica(self.ranks_alike)
+            seed = _seed(self._seed_of(here), here.rank, step)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             # Not `torch.manual_seed`, which seeds every device.
@@ -176,18 +185,25 @@ class DrawStream:
         """Strata of the timesteps `first` to `first + B - 1` of all that are drawn, in pieces."""
         N, last = self.num_strata or 1, first + batch_size
         for block in range(first // N, math.ceil(last / N)):
-            order = torch.randperm(N, device=place, generator=_seeded(place, seed, self._salt, block))
+            order = torch.randperm(N, device=place, generator=_seeded(place, seed, block))
             yield order[max(first - block * N, 0) : last - block * N]
 
-    def _seed_of_all(self, seed: int, place: torch.device, here: Replica) -> int:
-        """One seed for all ranks, since a host may seed each by itself: that of the first rank."""
-        if here.size == 1:
-            return seed
-        if self._common_seed is None:
-            row = torch.tensor([seed % 2**62], dtype=torch.int64, device=place)
-            dist.broadcast(row, src=0)
-            self._common_seed = int(row)
-        return self._common_seed
+    def _seed_of(self, here: Replica, seed: int | None = None) -> int:
+        """The seed of all draws of this stream: of the host, and of the stream's number in this process."""
+        if self._number is None:
+            # Streams are numbered as they first draw: objects that only sample, on one rank alone, count not.
+            self._number = next(_numbers)
+        seed = torch.initial_seed() if seed is None else seed
+        num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.num_strata is not None or here.size != num_processes:
+            # Ranks have to agree, and a host may seed each by itself, or anew in the middle of the training.
+            if self._common_seed is None:
+                row = [seed]
+                if num_processes > 1:
+                    dist.broadcast_object_list(row, src=0)
+                (self._common_seed,) = row
+            seed = self._common_seed
+        return _seed(seed, self._number, self._part)
 
 
 def _seed(*parts: int) -> int:

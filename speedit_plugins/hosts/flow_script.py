@@ -23,8 +23,9 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import refuse_drawing_again
+from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import from_diffusers
+from speedit_plugins.hosts.waiting_draws import WaitingDraws
 from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -97,9 +98,10 @@ class FlowScript(PolicyHolder):
         self._num_parts = num_parts
         self._stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
         self._stream.check(self.policy)
-        self._draw: TimestepDraw | None = None
-        # Of the last draw, by whomever: its index, (B,).
-        self._index: Tensor | None = None
+        self._draws: WaitingDraws[TimestepDraw] = WaitingDraws()
+        self._has_drawn = False
+        # The last index (B,), of the policy's draw or of the script's.
+        self._last_index: Tensor | None = None
         self._last_draw = LastDraw()
 
     @classmethod
@@ -141,48 +143,56 @@ class FlowScript(PolicyHolder):
         Args:
             own: the rows (B,) that the script drew.
         """
+        refuse_checkpoint()
         last_row = len(self._own_weight) - 1
         if not torch.is_grad_enabled():
             self._last_draw.drawn_by_host()
-            self._index = last_row - own
+            self._last_index = last_row - own
             return own
-        refuse_drawing_again()
         self.policy.advance()
-        self._draw = self._stream.draw(self.policy, len(own), own.device)
-        self._index = self._draw.index
+        draw = self._stream.draw(self.policy, len(own), own.device)
+        rows = last_row - draw.index
+        self._draws.add(rows, draw)
+        self._last_index = draw.index
+        self._has_drawn = True
         self._last_draw.drawn()
-        return last_row - self._index
+        return rows
 
-    def mse_loss(self, prediction: Tensor, target: Tensor, *, part: int = 0) -> Tensor:
+    def mse_loss(
+        self, prediction: Tensor, target: Tensor, *, part: int = 0, indices: Tensor | None = None
+    ) -> Tensor:
         """The mean of weight * squared error of a batch, float32, a scalar.
 
         With gradients the weight is the policy's times the script's. Without gradients it is the script's.
 
         Args:
-            prediction: (B, ...), the rows for which the last indices were drawn.
+            prediction: (B, ...), the rows for which indices were drawn.
             target: the same shape.
             part: of a batch that the script splits, from 0.
+            indices: (B,) of the draw for this batch; None is the newest draw.
 
         Raises:
-            ValueError: no indices were drawn (with gradients, for a loss with gradients), or they were drawn
-                for another number of rows.
+            ValueError: no indices were drawn (with gradients, for a loss with gradients), they were drawn for
+                another number of rows, or it cannot be told to which of several draws the loss belongs.
         """
+        refuse_checkpoint()
         # In float32, as in the scripts.
         error = ((prediction.float() - target.float()) ** 2).flatten(1).mean(1)
-        is_training = torch.is_grad_enabled()
-        if is_training:
-            self._last_draw.used()
-        draw = self._draw if is_training else None
-        index = self._index if draw is None else draw.index
-        if index is None or (is_training and draw is None):
-            raise ValueError("no indices were drawn for this loss: call indices(...) after the script's draw")
-        rows = self._chunk(index, len(error), part)
-        weight = self._weight.at(self._own_weight, rows).to(error.device)
-        if draw is not None:
-            # The weights at the draw, for every part of the batch: an update may change the policy's.
-            self.policy.update(rows.to(error.device), (weight * error).detach())
-            weight = weight * self._chunk(draw.weight, len(error), part).to(error.device)
-        return (weight * error).mean()
+        missing = "no indices were drawn for this loss: call indices(...) after the script's draw"
+        if not torch.is_grad_enabled():
+            if self._last_index is None:
+                raise ValueError(missing)
+            rows = self._chunk(self._last_index, len(error), part)
+            return (self._weight.at(self._own_weight, rows).to(error.device) * error).mean()
+        self._last_draw.used()
+        if not self._has_drawn:
+            raise ValueError(missing)
+        draw = self._draws.of_loss(indices, is_further_part=part > 0)
+        rows = self._chunk(draw.index, len(error), part)
+        weighed = self._weight.at(self._own_weight, rows).to(error.device) * error
+        self.policy.update(rows.to(error.device), weighed.detach())
+        # The weights at the draw, for every part of the batch: an update may change the policy's.
+        return (self._chunk(draw.weight, len(error), part).to(error.device) * weighed).mean()
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state. accelerate's `register_for_checkpointing` asks it."""
@@ -197,7 +207,7 @@ class FlowScript(PolicyHolder):
         self.policy.load_state_dict(state)
 
     def _chunk(self, values: Tensor, num_rows: int, part: int) -> Tensor:
-        """Those of the values (B,) that belong to one part of the batch, checked against its rows."""
+        """The values (B,) of one part of the batch, checked against its rows."""
         if not 0 <= part < self._num_parts:
             raise ValueError(f"part needs a number from 0 to {self._num_parts - 1}, got {part}")
         chunks = values.chunk(self._num_parts)

@@ -76,7 +76,7 @@ def wrapped(
         if gamma is not None:
             weighing = f"unet {number} of this Imagen weighs its loss by Min-SNR (gamma {gamma})"
             refuse_double_weights(built, weighing, "make it with min_snr_loss_weight=False")
-        parts.append(Attachment(built, stream.salted(number)))
+        parts.append(Attachment(built, stream.for_part(number)))
     return attach(host, CascadeAttachment(parts), imagen_methods)
 
 

@@ -114,7 +114,7 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
             t = torch.randint(self.num_train_timesteps, (len(x_0),), device=x_0.device)
         elif t is None:
             # Only its length and its device matter.
-            draw = attachment.draw(torch.zeros(len(x_0), device=x_0.device), x_0)
+            draw = attachment.draw(torch.empty(len(x_0), device=x_0.device), x_0, is_drawn=False)
             t = draw.index
         else:
             _check_timesteps(t, x_0, self.num_train_timesteps)

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
+
 
 @dataclass(eq=False)
 class _Awaited:
@@ -32,8 +34,6 @@ class _Awaited:
 
 # By scheduler, in the order of the draws. Not on the scheduler: its copies and pickles would carry it.
 _awaited: "WeakKeyDictionary[Any, list[_Awaited]]" = WeakKeyDictionary()
-# A script that stops before its `add_noise`, time and again, leaves no more draws than this.
-_MAX_AWAITED = 64
 
 
 def watch_noising(noise_scheduler: Any, index: Tensor) -> None:
@@ -46,7 +46,7 @@ def watch_noising(noise_scheduler: Any, index: Tensor) -> None:
         return
     waiting = _awaited.setdefault(noise_scheduler, [])
     waiting.append(_Awaited(index, index._version))
-    del waiting[:-_MAX_AWAITED]
+    del waiting[:-MAX_WAITING]
     own_class: type = type(noise_scheduler)
     if not hasattr(own_class, "watched_class"):
         noise_scheduler.__class__ = _watched(own_class)
@@ -95,7 +95,7 @@ def _noised(
     # A script may keep this function for longer than the scheduler is watched.
     waiting = _awaited.get(scheduler, [])
     newest_first = reversed(range(len(waiting)))
-    number = next((n for n in newest_first if _are(timesteps, waiting[n].index)), None)
+    number = next((n for n in newest_first if are_equal(waiting[n].index, timesteps)), None)
     if waiting and number is None and not torch.is_grad_enabled():
         waiting[-1].others = timesteps
     elif waiting:
@@ -110,15 +110,10 @@ def _noised(
 
 
 def _check(timesteps: Tensor, awaited: _Awaited) -> None:
-    if not _are(timesteps, awaited.index):
+    if not are_equal(awaited.index, timesteps):
         raise _other_timesteps(awaited.index, timesteps)
     if awaited.index._version != awaited.version:
         raise ValueError("the script writes to the timesteps that the policy drew: take a copy of them")
-
-
-def _are(timesteps: Tensor, index: Tensor) -> bool:
-    # If it is the same tensor, the CPU need not wait for the device.
-    return timesteps is index or (timesteps.shape == index.shape and torch.equal(timesteps.to(index), index))
 
 
 def _other_timesteps(index: Tensor, timesteps: Tensor) -> ValueError:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-# So many training calls may wait for their backward pass: the micro-batches of one pass.
-_MAX_WAITING = 64
+from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
 
 
 def is_training() -> bool:
@@ -44,12 +43,12 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def refuse_drawing_again() -> None:
-    """Raises ValueError in a recomputation, for a draw that has no loss of its own to be known by."""
-    if is_recomputing():
+def refuse_checkpoint() -> None:
+    """Raises ValueError in a checkpoint, for hosts whose draw and loss are two calls."""
+    if is_recomputing() or is_first_of_two():
         raise ValueError(
-            "torch.utils.checkpoint computes the draw of the timesteps again, and would train at others: draw"
-            " them outside of the checkpoint"
+            "torch.utils.checkpoint runs this twice: draw the timesteps, and make their loss, outside of the"
+            " checkpoint"
         )
 
 
@@ -66,7 +65,7 @@ class RecentCalls:
     """What was drawn in the last training calls, for their recomputations."""
 
     def __init__(self) -> None:
-        self._calls: deque[_Call] = deque(maxlen=_MAX_WAITING)
+        self._calls: deque[_Call] = deque(maxlen=MAX_WAITING)
 
     def add(self, drawn: Any, t: Tensor | None, data: Tensor | None) -> None:
         """Keeps what was drawn for a call.
@@ -82,25 +81,19 @@ class RecentCalls:
         """What was drawn for the call that is computed again now.
 
         Raises:
-            ValueError: no call had these timesteps.
+            ValueError: it cannot be told which call that was.
         """
-        same_t = [call for call in reversed(self._calls) if _are_equal(call.t, t)]
+        same_t = [call for call in reversed(self._calls) if are_equal(call.t, t)]
         # A batch that waits for its backward pass keeps its memory, so the newest call with it is the one.
         same_data = [call for call in same_t if call.place == _place(data)]
-        found = same_data or (same_t if t is not None else [])
-        if not found:
+        if not same_data and (t is None or len(same_t) != 1):
             raise ValueError(
-                "torch.utils.checkpoint computes a training call again, and no call had these timesteps:"
-                " draw them outside of the checkpoint, or leave preserve_rng_state on"
+                "torch.utils.checkpoint computes a training call again, and it cannot be told which: neither"
+                " its data nor its timesteps are those of one call. Make both outside of the checkpoint, or"
+                " leave preserve_rng_state on"
             )
-        return found[0].drawn
+        return (same_data or same_t)[0].drawn
 
 
 def _place(data: Tensor | None) -> tuple[int, torch.Size] | None:
     return None if data is None else (data.data_ptr(), data.shape)
-
-
-def _are_equal(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return first.shape == second.shape and torch.equal(first, second)

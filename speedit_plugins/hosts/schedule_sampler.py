@@ -8,6 +8,7 @@ Dims: T timesteps, B batch.
 """
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +21,8 @@ from speedit_plugins.hosts.attachment import Attachment, LastDraw, PolicyHolder,
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import no_seam
-from speedit_plugins.hosts.recomputation import is_recomputing, refuse_drawing_again
+from speedit_plugins.hosts.recomputation import is_recomputing, refuse_checkpoint
+from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
 from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
@@ -105,18 +107,18 @@ class PolicySampler(PolicyHolder):
             ValueError: the loss of the first batch was not weighed: the host calls another loss. Or the
                 policy learns from losses, and the host did not tell that of the first batch.
         """
+        refuse_checkpoint()
         if not torch.is_grad_enabled():
             if self._attachment is not None:
                 self._attachment.last_draw.drawn_by_host()
             return _hosts_uniform(len(self.policy.density), batch_size, device)
-        refuse_drawing_again()
         if self._num_drawn:
             self._check_loss_of_first()
         self.policy.advance()
-        if self._attachment is not None:
-            self._attachment.drawn()
         self._num_drawn += 1
         draw = self._stream.draw(self.policy, batch_size, device)
+        if self._attachment is not None:
+            self._attachment.add(draw.index)
         return draw.index, torch.ones_like(draw.weight) if draw.scope == "mse" else draw.weight
 
     def _check_loss_of_first(self) -> None:
@@ -155,22 +157,34 @@ class GivenTimesteps(Attachment):
     def __init__(self, policy: TimestepPolicy) -> None:
         super().__init__(policy)
         self.last_draw = LastDraw()
-        self._drawn_weight = policy.weight
+        # Timesteps of the last draws, and the policy's weights (T,) then.
+        self._drawn: deque[tuple[Tensor, Tensor]] = deque([(torch.empty(0), policy.weight)], MAX_WAITING)
 
-    def drawn(self) -> None:
-        """The sampler has drawn. All losses of this draw have the weights as they are now."""
+    def add(self, index: Tensor) -> None:
+        """The sampler has drawn (B,). All losses of this draw have the policy's weights as they are now."""
         self.last_draw.drawn()
-        self._drawn_weight = self.policy.weight
+        self._drawn.append((index, self.policy.weight))
 
-    def draw(self, t: Tensor, data: Tensor | None = None) -> TimestepDraw:
-        """The host's own t (B,), with our weights (B,). Raises ValueError if the sampler did not draw it."""
+    def _weight_at(self, t: Tensor) -> Tensor:
+        """The weights (T,) at the draw of these timesteps (B,); for a part of a batch, at the last draw."""
+        tables = [table for _, table in self._drawn]
+        if all(table is tables[-1] for table in tables):
+            return tables[-1]
+        # From the newest on. Values are compared only where no tensor is the same.
+        drawn = [*reversed(self._drawn)]
+        same = [table for index, table in drawn if index is t]
+        equal = (table for index, table in drawn if are_equal(index, t))
+        return same[0] if same else next(equal, tables[-1])
+
+    def draw(self, t: Tensor, data: Tensor | None = None, *, is_drawn: bool = True) -> TimestepDraw:
+        """The host's own t (B,), with our weights (B,). Raises ValueError if the host drew last."""
         if is_recomputing():
             recomputed: TimestepDraw = self._recent.of_recomputed(t, data)
             return recomputed
         self.last_draw.used()
         index = t.long()
-        weight = self._weight.at(self._drawn_weight, index)
-        draw = TimestepDraw(index, (index + 0.5) / len(self._drawn_weight), weight, self.policy.scope)
+        weight = self._weight.at(self._weight_at(t), index)
+        draw = TimestepDraw(index, (index + 0.5) / len(self.policy.weight), weight, self.policy.scope)
         self._recent.add(draw, t, data)
         return draw
 

@@ -10,7 +10,6 @@ validation, both are what the script had: uniform timesteps and the plain square
 Dims: B batch.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,26 +27,36 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
-from speedit_plugins.hosts.recomputation import refuse_drawing_again
+from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
+from speedit_plugins.hosts.waiting_draws import WaitingDraws
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
-# So many draws may wait for their losses at a time.
-_MAX_WAITING = 64
+# Noise schedulers whose policies are kept.
+_MAX_SCHEDULERS = 8
 
 
-@dataclass
+@dataclass(eq=False)
+class _Scheduled:
+    """The policy for a noise scheduler, and what the model predicted when it was built."""
+
+    scheduler: Any
+    policy: TimestepPolicy
+    prediction_type: str
+
+
+@dataclass(eq=False)
 class _Drawn:
-    """The timesteps (B,) of a draw, the policy then, its weights (T,) then, and whether a loss was made."""
+    """The timesteps (B,) of a draw, what it was drawn for, and the weights (T,) of that policy then."""
 
     index: Tensor
+    scheduled: _Scheduled
     policy: TimestepPolicy
     weight: Tensor
-    has_loss: bool = False
 
 
 class ScriptPolicy(PolicyHolder):
@@ -79,32 +88,54 @@ class ScriptPolicy(PolicyHolder):
         self._config = policy
         self._prediction_type = prediction_type
         self._on_use = on_use
-        self._scheduler: Any = None
-        self._built: tuple[TimestepPolicy, str] | None = None
-        self._waiting_state: Mapping[str, Any] | None = None
-        self._drawn: deque[_Drawn] = deque(maxlen=_MAX_WAITING)
+        self._scheduled: list[_Scheduled] = []
+        self._current: _Scheduled | None = None
+        self._waiting_state: Mapping[str, Any] = {}
+        self._draws: WaitingDraws[_Drawn] = WaitingDraws()
         self._weight = TableOnDevices()
         self._last_draw = LastDraw()
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weighs, for the noise scheduler as it is now.
+        """What draws and weighs, for the noise scheduler that was drawn for last, as it is now.
 
         Raises:
             ValueError: nothing was drawn yet, or the policy is bad.
         """
-        if self._scheduler is None:
+        return self._policy_of(self._drawn_for())
+
+    def _drawn_for(self) -> _Scheduled:
+        if self._current is None:
             raise ValueError(
                 "the script makes its loss before the policy drew timesteps: it draws them elsewhere (a"
                 " timestep bias, a density of its own), or under torch.no_grad()"
             )
+        return self._current
+
+    def _policy_of(self, scheduled: _Scheduled) -> TimestepPolicy:
         # A script may set what the model predicts after its first draw (--prediction_type).
-        stated = self._prediction_type or prediction_type_of(self._scheduler)
-        if self._built is None or self._built[1] != stated:
-            state = self.state_dict()
-            self._built = build_policy(self._config, from_diffusers(self._scheduler), stated), stated
-            self.load_state_dict(state)
-        return self._built[0]
+        stated = self._prediction_type or prediction_type_of(scheduled.scheduler)
+        if scheduled.prediction_type != stated:
+            built = build_policy(self._config, from_diffusers(scheduled.scheduler), stated)
+            built.load_state_dict(scheduled.policy.state_dict())
+            scheduled.policy, scheduled.prediction_type = built, stated
+        return scheduled.policy
+
+    def _scheduled_for(self, scheduler: Any) -> _Scheduled:
+        for each in self._scheduled:
+            if each.scheduler is scheduler:
+                return each
+        stated = self._prediction_type or prediction_type_of(scheduler)
+        built = build_policy(self._config, from_diffusers(scheduler), stated)
+        if self._waiting_state:
+            built.load_state_dict(self._waiting_state)
+            self._waiting_state = {}
+        elif self._scheduled and self._scheduled[-1].policy.schedule.num_timesteps == len(built.density):
+            # A script may make its scheduler anew.
+            built.load_state_dict(self._scheduled[-1].policy.state_dict())
+        self._scheduled.append(_Scheduled(scheduler, built, stated))
+        del self._scheduled[:-_MAX_SCHEDULERS]
+        return self._scheduled[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state; empty before the first draw. accelerate's `register_for_checkpointing` asks it.
@@ -113,7 +144,7 @@ class ScriptPolicy(PolicyHolder):
             >>> ScriptPolicy("clts").state_dict()
             {}
         """
-        return dict(self._waiting_state or {}) if self._built is None else self._built[0].state_dict()
+        return dict(self._waiting_state) if self._current is None else self.policy.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, now or at the first draw.
@@ -121,12 +152,10 @@ class ScriptPolicy(PolicyHolder):
         Raises:
             ValueError: the state is of another policy.
         """
-        if not state:
-            return
-        if self._built is None:
+        if state and self._current is not None:
+            self.policy.load_state_dict(state)
+        elif state:
             self._waiting_state = state
-        else:
-            self._built[0].load_state_dict(state)
 
     def timesteps(
         self,
@@ -153,14 +182,12 @@ class ScriptPolicy(PolicyHolder):
             ValueError: the policy is bad, or the scheduler's index is no such timestep (EDM, flow matching).
         """
         check_scheduler(noise_scheduler)
+        refuse_checkpoint()
         if not torch.is_grad_enabled():
             self.drawn_by_script()
             rows = len(noise_scheduler.alphas_cumprod)
             return torch.randint(0, rows, (batch_size,), device=device, generator=generator)
-        refuse_drawing_again()
-        if noise_scheduler is not self._scheduler:
-            self._waiting_state = self.state_dict()
-            self._scheduler, self._built = noise_scheduler, None
+        self._current = self._scheduled_for(noise_scheduler)
         policy = self.policy
         policy.advance()
         # The script's own draw is dropped. After it, its noise is what it would be without a policy.
@@ -168,7 +195,7 @@ class ScriptPolicy(PolicyHolder):
         torch.randint(0, high, (batch_size,), device=device, generator=generator)
         seed = None if generator is None else generator.initial_seed()
         index = self._stream.draw(policy, batch_size, device, seed).index
-        self._drawn.append(_Drawn(index, policy, policy.weight))
+        self._draws.add(index, _Drawn(index, self._current, policy, policy.weight))
         self._last_draw.drawn()
         watch_noising(noise_scheduler, index)
         return index
@@ -195,21 +222,24 @@ class ScriptPolicy(PolicyHolder):
                 the input.
             part: (i, n) if the script splits its batch by `chunk(n)`, as for prior preservation, and this is
                 chunk i.
-            timesteps: (B,) of the draw for this batch. None is the one draw since the last loss.
+            timesteps: (B,) of the draw for this batch. None is the newest draw.
 
         Raises:
-            ValueError: no timesteps were drawn with gradients, or several since the last loss; they were
-                drawn for another number of rows, or in pairs for a batch that is split; or the batch was
-                noised at others.
+            ValueError: no timesteps were drawn with gradients, they were drawn for another number of rows, or
+                in pairs for a batch that is split; the batch was noised at others; or it cannot be told to
+                which of several draws the loss belongs.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"mse_loss needs reduction 'mean' or 'none', got {reduction!r}")
+        refuse_checkpoint()
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction)
-        policy, drawn = self.policy, self._drawn_for(timesteps)
+        self._drawn_for()
+        drawn = self._draws.of_loss(timesteps, is_further_part=part[0] > 0)
+        policy = self._policy_of(drawn.scheduled)
         index = self._rows(drawn.index, len(prediction), part)
         self._last_draw.used()
-        confirm_noising(self._scheduler, drawn.index)
+        confirm_noising(drawn.scheduled.scheduler, drawn.index)
         if self._on_use is not None:
             self._on_use(policy)
             self._on_use = None
@@ -226,11 +256,8 @@ class ScriptPolicy(PolicyHolder):
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
     def has_drawn(self, timesteps: Any) -> bool:
-        """Whether these are the timesteps (B,) of one of the last draws."""
-        if any(each.index is timesteps for each in self._drawn):
-            return True
-        # Values are compared for draws without a loss alone, since the CPU waits for the device.
-        return any(_are(each.index, timesteps) for each in self._drawn if not each.has_loss)
+        """Whether these are the timesteps (B,) of a draw that waits for its loss, or of one of the last."""
+        return self._draws.has(timesteps)
 
     def refuse_weights(self, weighing: str, remedy: str, timesteps: Tensor | None = None) -> None:
         """Raises ValueError if the policy weighs or learns, for a script that weighs its training loss.
@@ -241,8 +268,7 @@ class ScriptPolicy(PolicyHolder):
             timesteps: for which the script makes its weights (B,). It may make them without gradients; others
                 than the policy's are then those of a validation.
         """
-        is_ours = any(each.index is timesteps for each in self._drawn)
-        if not torch.is_grad_enabled() and not is_ours:
+        if not torch.is_grad_enabled() and not self._draws.is_one(timesteps):
             return
         refuse_double_weights(self.policy, weighing, remedy)
         if self.policy.learns:
@@ -250,27 +276,6 @@ class ScriptPolicy(PolicyHolder):
                 f"{weighing}, after {self.policy.name!r} has learned from the plain error, which is not the"
                 f" loss that is minimised: {remedy}, or take a policy that does not learn"
             )
-
-    def _drawn_for(self, timesteps: Tensor | None) -> _Drawn:
-        """The draw that a loss belongs to. It and all before it have had their losses then."""
-        waiting = [each for each in self._drawn if not each.has_loss]
-        if timesteps is not None:
-            found = [each for each in reversed(self._drawn) if _are(each.index, timesteps)]
-            if not found:
-                raise ValueError("the policy did not draw the timesteps that are passed to mse_loss")
-            drawn = found[0]
-        elif len(waiting) > 1:
-            raise ValueError(
-                f"{len(waiting)} draws wait for their losses, and mse_loss cannot tell to which of them this"
-                " loss belongs: pass timesteps=timesteps, as they were drawn"
-            )
-        else:
-            drawn = self._drawn[-1]
-        for each in self._drawn:
-            each.has_loss = True
-            if each is drawn:
-                break
-        return drawn
 
     def _rows(self, index: Tensor, num_rows: int, part: tuple[int, int]) -> Tensor:
         """The timesteps of one chunk of the batch, checked against its rows."""
@@ -302,11 +307,3 @@ def check_scheduler(noise_scheduler: Any) -> None:
             " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has"
             " nothing to gain"
         )
-
-
-def _are(index: Tensor, timesteps: Any) -> bool:
-    """Whether these are the timesteps of a draw. If it is the same tensor, the CPU need not wait."""
-    if timesteps is index:
-        return True
-    is_alike = isinstance(timesteps, Tensor) and timesteps.shape == index.shape
-    return is_alike and torch.equal(timesteps.to(index), index)

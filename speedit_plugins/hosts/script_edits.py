@@ -8,7 +8,8 @@ Dims: B batch.
 
 import ast
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
 from speedit_plugins.hosts.script_draws import called, schedulers_of_draws
-from speedit_plugins.hosts.state_file import keep_in_checkpoints
+from speedit_plugins.hosts.state_file import StateFile, keep_in_checkpoints
 
 # The name under which the edited script finds its `ScriptCalls`.
 CALLS = "_speedit_calls"
@@ -75,12 +76,13 @@ class ScriptCalls:
 
     Args:
         seam: draws and weighs.
-        keeps_state: whether checkpoints of accelerate keep the policy's state.
+        state: the file that keeps the policy's state; None leaves that to checkpoints of accelerate.
     """
 
-    def __init__(self, seam: ScriptPolicy, *, keeps_state: bool = True) -> None:
+    def __init__(self, seam: ScriptPolicy, state: StateFile | None = None) -> None:
         self._seam = seam
-        self._keeps_state = keeps_state
+        self._state = state
+        self._is_kept = False
 
     def randint(
         self,
@@ -115,6 +117,9 @@ class ScriptCalls:
                 f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
                 " timesteps in shape (B,)"
             )
+        if self._state is not None and not self._is_kept:
+            self._state.add(self._seam)
+            self._is_kept = True
         return self._seam.timesteps(noise_scheduler, size[0], device or "cpu", generator=generator)
 
     def refused_index(self, noise_scheduler: Any, *drawn: Any, **options: Any) -> Tensor:
@@ -132,7 +137,7 @@ class ScriptCalls:
 
     def accelerator(self, made: Any) -> Any:
         """The script's accelerator. Its checkpoints keep the policy's state too, unless a file does."""
-        if self._keeps_state:
+        if self._state is None:
             keep_in_checkpoints(made, self._seam)
         return made
 
@@ -142,25 +147,33 @@ class ScriptCalls:
         target: Tensor,
         reduction: Any = "mean",
         *,
-        drawn: Any = None,
+        drawn: Callable[[], Any] | None = None,
         **others: Any,
     ) -> Tensor:
         """The script's squared error, weighed. Without gradients it is as the script has it.
 
         Args:
             prediction, target, reduction, others: of the script.
-            drawn: the value of the name to which the script assigned its draw, as it is now.
+            drawn: returns the value of the name to which the script assigned its draw, as it is now.
         """
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction, **others)
         if others:
             raise ValueError(f"mse_loss with {sorted(others)} is not known here")
-        # A script may have changed them for its model since.
-        timesteps = drawn if self._seam.has_drawn(drawn) else None
+        timesteps = None
+        # The script may have changed them for its model since, or draw in another branch.
+        with suppress(NameError):
+            timesteps = None if drawn is None else drawn()
+        timesteps = timesteps if self._seam.has_drawn(timesteps) else None
         return self._seam.mse_loss(prediction, target, reduction, timesteps=timesteps)
 
     def scaled_mse_loss(
-        self, prediction: Tensor, target: Tensor, reduction: Any = "mean", *, drawn: Any = None
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        reduction: Any = "mean",
+        *,
+        drawn: Callable[[], Any] | None = None,
     ) -> Tensor:
         """A squared error that the script multiplies by weights of its own.
 
@@ -197,12 +210,14 @@ class _Editor(ast.NodeTransformer):
         }
         self._is_index = False
         self._is_scaled = False
-        # The name to which the function that is visited, or one around it, assigned its last draw.
-        self._drawn_name: str | None = None
+        # The name of the draws in the function that is visited, or in one around it; None if there are more.
+        self._drawn_name = self._name_of_draws(tree)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        """Forgets the draws of a function after its end."""
-        before = self._drawn_name
+        """Looks for the name of the draws in a function. Without a draw it is that of the code around."""
+        before, names = self._drawn_name, self._names_of_draws(node)
+        if names:
+            self._drawn_name = self._name_of_draws(node)
         node = self._visited(node)
         self._drawn_name = before
         return node
@@ -234,7 +249,9 @@ class _Editor(ast.NodeTransformer):
         if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
             self.sites.losses.append(node.lineno)
             if self._drawn_name is not None:
-                node.keywords.append(ast.keyword("drawn", ast.Name(self._drawn_name, ast.Load())))
+                nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+                value = ast.Lambda(nothing, ast.Name(self._drawn_name, ast.Load()))
+                node.keywords.append(ast.keyword("drawn", value))
             return _call(node, "scaled_mse_loss" if is_scaled else "mse_loss")
         if name in ("Accelerator", "accelerate.Accelerator"):
             return ast.copy_location(_bare_call("accelerator", [node], []), node)
@@ -251,17 +268,37 @@ class _Editor(ast.NodeTransformer):
 
     def _assigned(self, node: Any, targets: list[ast.expr]) -> ast.AST:
         names = {target.id for target in targets if isinstance(target, ast.Name)}
-        num_draws = len(self.sites.draws)
         self._is_index = bool(names & self._index_names)
         node = self._visited(node)
         self._is_index = False
-        if len(self.sites.draws) > num_draws:
-            self._drawn_name = next(iter(names), None)
         return cast(ast.AST, node)
+
+    def _name_of_draws(self, scope: ast.AST) -> str | None:
+        names = self._names_of_draws(scope)
+        return next(iter(names)) if len(names) == 1 else None
+
+    def _names_of_draws(self, scope: ast.AST) -> set[str | None]:
+        """The names that draws get in a function or script, without those of functions in it."""
+        names: set[str | None] = set()
+        for node in _in_scope(scope):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                calls = (each for each in ast.walk(node.value) if isinstance(each, ast.Call))
+                if any(self._schedulers.get(each) for each in calls):
+                    names |= {each.id if isinstance(each, ast.Name) else None for each in targets}
+        return names
 
     def _visited(self, node: Any) -> Any:
         self.generic_visit(node)
         return node
+
+
+def _in_scope(scope: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function or script, without those of functions and classes in it."""
+    for child in ast.iter_child_nodes(scope):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child
+            yield from _in_scope(child)
 
 
 def _is_per_element(node: ast.Call) -> bool:

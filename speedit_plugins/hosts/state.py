@@ -10,7 +10,7 @@ from typing import Any
 from speedit_plugins.hosts.attachment import PolicyHolder, attachment_of, is_attached
 from speedit_plugins.policies.policy import TimestepPolicy
 
-_KEY = "policies"
+_POLICIES = "policies"
 
 
 def policy_of(host: Any, number: int = 1) -> TimestepPolicy:
@@ -54,7 +54,7 @@ def policy_state(host: Any) -> dict[str, Any]:
     Raises:
         ValueError: the object has no policy.
     """
-    return {_KEY: [part.state_dict() for part in _parts(host)]}
+    return {_POLICIES: [part.state_dict() for part in _parts(host)]}
 
 
 def load_policy_state(host: Any, state: Mapping[str, Any]) -> None:
@@ -78,20 +78,20 @@ def load_policy_state(host: Any, state: Mapping[str, Any]) -> None:
     try:
         for part, each in zip(parts, states, strict=True):
             part.load_state_dict(each)
-    except ValueError:
+    except Exception:
         for part, each in zip(parts, before, strict=True):
             part.load_state_dict(each)
         raise
 
 
 def _states(state: Any) -> list[Mapping[str, Any]]:
-    if isinstance(state, Mapping) and _KEY in state:
-        return list(state[_KEY])
+    if isinstance(state, Mapping) and _POLICIES in state:
+        return list(state[_POLICIES])
     # latent-diffusion's checkpoints had this form before.
     if isinstance(state, Mapping) and state.keys() == {"policy", "num_calls"}:
         return [{**state["policy"], "num_steps": state["num_calls"]}]
     got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-    raise ValueError(f"a policy's state needs the key {_KEY!r}, got {got}")
+    raise ValueError(f"a policy's state needs the key {_POLICIES!r}, got {got}")
 
 
 def _parts(host: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """The state of policies in files: one of the launcher's own, or one in each checkpoint of accelerate."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -69,20 +69,20 @@ def keep_in_checkpoints(accelerator: Any, holder: Any) -> None:
 
 
 class StateFile:
-    """One file for the state of all policies of a launched script, in the order in which they were made.
+    """One file for the state of all policies of a launched script, in the order in which they first train.
 
     Args:
-        path: of the file. If there is one, its states go to the policies as they are made.
+        path: of the file. If there is one, its states go to the policies as they first train.
         every: optimizer steps between two writings, >= 1.
         config: of the policy, as text. A file of another one is refused.
-        writes: whether this process writes; with several ranks the first does.
+        writes: returns whether this process writes; with several ranks the first does.
 
     Raises:
         ValueError: `every` < 1, the file is damaged, or is of another policy.
         OSError: the file cannot be read, or its folder is missing.
     """
 
-    def __init__(self, path: Path, every: int, config: str, *, writes: bool) -> None:
+    def __init__(self, path: Path, every: int, config: str, *, writes: Callable[[], bool]) -> None:
         if every < 1:
             raise ValueError(f"--state-every needs at least 1 step, got {every}")
         if not path.parent.is_dir():
@@ -97,13 +97,8 @@ class StateFile:
                 raise ValueError(f"{path} has the state of policy {found.get('config')}, not of {config}")
             self._states = list(found["states"])
 
-    @property
-    def is_restored(self) -> bool:
-        """Whether the file was there."""
-        return bool(self._states)
-
     def add(self, holder: Any) -> None:
-        """A policy is made: it gets its state, if the file had one, and is kept from now on."""
+        """A policy is about to train: it gets its state, if the file had one, and is kept from now on."""
         number = len(self._holders)
         self._holders.append(holder)
         if number < len(self._states):
@@ -116,7 +111,8 @@ class StateFile:
             self.write()
 
     def write(self) -> None:
-        """Writes the states now, in the process that writes, if there are any."""
-        states: list[Any] = [holder.state_dict() for holder in self._holders]
-        if self._writes and any(states):
+        """Writes the states now, in the process that writes. Those of policies that did not train stay."""
+        if self._holders and self._writes():
+            states = [holder.state_dict() for holder in self._holders]
+            states += self._states[len(states) :]
             write_state(self._path, {"config": self._config, "states": states})

@@ -248,10 +248,10 @@ class TimestepPolicy:
                 f" got {state['name']!r} with T = {state['num_timesteps']}; it needs the keys {[*own]},"
                 f" got {[*state]}"
             )
-        self.num_steps = int(state["num_steps"])
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
             self._rebuild()
+        self.num_steps = int(state["num_steps"])
 
     def _rebuild(self) -> None:
         if self._adaptive is not None:

@@ -48,7 +48,7 @@ class ImagenSeam(Seam):
     # Its loss is a mean, whose own rounding in float32 is as large as the tolerance.
     dtype = torch.float64
     # The number of the unet.
-    salt = 1
+    part = 1
 
     def make(self, **options: Any) -> Any:
         """An Imagen, without Min-SNR unless the options say otherwise."""

@@ -20,7 +20,7 @@ from conformance.flow import FlowSeam, rectified_flow
 from conformance.models import SmallModel
 from conformance.open_sora import OpenSoraSeam
 from conformance.points import refused
-from conformance.seam import Batch, Seam, Terms
+from conformance.seam import Batch, Seam, Terms, new_process
 from conformance.whole_training import seeds_kept
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
@@ -204,6 +204,7 @@ def resumed_draws_go_on(seam: SpeeDFlowSeam) -> None:
         state, drawn = None, []
         for num_steps in steps:
             torch.manual_seed(0)
+            new_process()
             host = seam.attached()
             if state is not None:
                 load_policy_state(host, state)

@@ -33,6 +33,7 @@ from conformance.seam import (
     Step,
     Terms,
     gradient,
+    new_process,
     refused,
     replayed,
     seeded,
@@ -181,6 +182,7 @@ def copies_train_alike(seam: Seam) -> None:
     for each in (host, *_copies(host, can_pickle=_pickles(seam.make()))):
         assert type(each) is type(host), f"a copy is a {type(each).__name__}"
         assert is_attached(each), "a copy has no policy"
+        new_process()
         assert each is host or attachment_of(each) is not attachment_of(host), "a copy shares its policy"
         torch.manual_seed(7)
         terms.append(seam.train(each, seam.model(each), seam.batch()))
@@ -266,6 +268,7 @@ def _weighted(step: Step, plain: Terms) -> Tensor:
 def _trains_alike(seam: Seam, first: Step, other: Any, name: str) -> None:
     """Makes the first step again with another model, up to its gradients. Keeps nothing of that model."""
     torch.manual_seed(7)
+    new_process()
     terms = seam.train(seam.attached(POLICY, seeded()), other, seam.batch())
     same(terms, first.terms, name)
     terms.loss.mean().backward()

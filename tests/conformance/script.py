@@ -22,7 +22,7 @@ from torch.nn import functional
 from conformance import points
 from conformance.models import SmallModel
 from conformance.points import on, refused
-from conformance.seam import POLICY, Batch, Seam, Terms, trained
+from conformance.seam import POLICY, Batch, Seam, Terms, new_process, trained
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -172,6 +172,7 @@ def policy_copies(seam: ScriptSeam) -> None:
     drawn = []
     for each in (host.policy, copy.deepcopy(host.policy), pickle.loads(pickled)):  # noqa: S301 - made here
         torch.manual_seed(3)
+        new_process()
         drawn.append(each.timesteps(host.noise_scheduler, 6))
         assert each.policy.num_steps == 2, "another number of draws"
     assert all(torch.equal(drawn[0], index) for index in drawn), "another draw"

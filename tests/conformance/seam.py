@@ -7,6 +7,7 @@ its loss, and so the place where a policy goes in. Hosts with the same place sha
 Dims: B batch.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from conformance.models import SmallModel
+from speedit_plugins.hosts import draw_stream
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
@@ -65,8 +67,8 @@ class Seam(ABC):
     dtype = torch.float32
     # The policy under checkpoint(use_reentrant=True); None is one that learns.
     reentrant_policy: Any = None
-    # Tells the random numbers of this seam's draws from those of others, see `DrawStream`.
-    salt = 0
+    # Of the object, whose draws have random numbers of their own; see `DrawStream`.
+    part = 0
     # Attributes that an object has with a policy only.
     added = ATTACHED
 
@@ -173,6 +175,7 @@ class Step:
 
 def trained(seam: Seam, policy: Any = POLICY, dtype: torch.dtype = torch.float32) -> Step:
     """One training step of a new object with a policy, from a fixed seed."""
+    new_process()
     host = seam.attached(policy, seeded())
     model = seam.model(host, dtype)
     torch.manual_seed(7)
@@ -187,6 +190,11 @@ def replayed(seam: Seam, step: Step, host: Any = None, dtype: torch.dtype = torc
     model = seam.model(host, dtype)
     torch.manual_seed(7)
     return replace(step, host=host, model=model, terms=seam.train(host, model, seam.batch(dtype), step.t))
+
+
+def new_process() -> None:
+    """Streams of draws are numbered from 0 again, as in a process that has just started."""
+    draw_stream._numbers = itertools.count()
 
 
 def seeded() -> torch.Generator:

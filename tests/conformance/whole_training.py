@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from conformance.seam import Batch, Seam, Terms, refused
+from conformance.seam import Batch, Seam, Terms, new_process, refused
 from speedit_plugins.hosts import draw_stream
 from speedit_plugins.hosts.draw_stream import Replica
 from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
@@ -47,10 +47,11 @@ class Expected:
     Args:
         snr: of the host's schedule, (T,).
         rank: of this process.
+        part: number of the unet, in an object with several.
     """
 
-    def __init__(self, snr: Table, rank: int = 0, salt: int = 0) -> None:
-        self._snr, self._rank, self._salt = snr, rank, salt
+    def __init__(self, snr: Table, rank: int = 0, part: int = 0) -> None:
+        self._snr, self._rank, self._part = snr, rank, part
         self.step = 0
         self._mean_loss: float | None = None
 
@@ -68,9 +69,8 @@ class Expected:
 
     def drawn(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The timesteps (B,) of this step, and their times: the inverse of the cumulative density."""
-        parts = ",".join(map(str, (SEED, self._salt, self._rank, self.step - 1))).encode()
-        seed = int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "big") // 2
-        generator = torch.Generator().manual_seed(seed)
+        stream = _hashed(SEED, 0, self._part)
+        generator = torch.Generator().manual_seed(_hashed(stream, self._rank, self.step - 1))
         quantile = torch.rand(batch_size, dtype=torch.float64, generator=generator).numpy()
         upper = np.cumsum(self.density)
         upper /= upper[-1]
@@ -83,6 +83,11 @@ class Expected:
         """The divisor follows the losses of all ranks."""
         mean = float((self.relative[index.astype(int)] * loss).mean())
         self._mean_loss = 0.95 * (mean if self._mean_loss is None else self._mean_loss) + 0.05 * mean
+
+
+def _hashed(*numbers: int) -> int:
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") // 2
 
 
 def whole_training(
@@ -98,6 +103,7 @@ def whole_training(
         gather: rows of this rank to rows of all ranks.
     """
     torch.manual_seed(SEED)
+    new_process()
     host = seam.attached(LIVELY)
     model, expected = seam.model(host, seam.dtype), None
     with seeds_kept():
@@ -111,7 +117,7 @@ def whole_training(
             batch = _batch(seam, 1000 * rank + step)
             terms = seam.train(host, model, batch)
             if expected is None:
-                expected = Expected(policy_of(seam.holder(host)).schedule.snr.numpy(), rank, seam.salt)
+                expected = Expected(policy_of(seam.holder(host)).schedule.snr.numpy(), rank, seam.part)
             expected.begin()
             _check(seam, (host, model, terms, batch), expected, gather, f"step {step}")
             _descend(model, terms)
@@ -145,6 +151,7 @@ def recomputation_is_one_call(seam: Seam) -> None:
 def _two_calls(seam: Seam, policy: Any, **options: bool) -> tuple[list[Tensor], list[Tensor], Any, Any]:
     """Losses, gradients, t and state of two training calls, in a checkpoint if there are options for it."""
     torch.manual_seed(SEED)
+    new_process()
     host, losses = seam.attached(policy), []
     model = seam.model(host, seam.dtype)
     with seeds_kept():
@@ -167,7 +174,7 @@ def _drawing_again_is_refused(seam: Seam) -> None:
     loss = checkpoint(
         lambda x: seam.train(host, model, (x, noise)).loss.mean(), x.requires_grad_(), use_reentrant=False
     )
-    refused(loss.backward, "computes the draw of the timesteps again")
+    refused(loss.backward, "runs this twice")
 
 
 def ranks_draw_differently(seam: Seam) -> None:
@@ -176,6 +183,7 @@ def ranks_draw_differently(seam: Seam) -> None:
     for replica in (Replica(0, 2), Replica(1, 2), Replica(1, 2)):
         with mock.patch.object(draw_stream, "replica", lambda _, replica=replica: replica):
             torch.manual_seed(SEED)
+            new_process()
             host = seam.attached()
             model = seam.model(host)
             seam.train(host, model, seam.batch())
@@ -228,6 +236,7 @@ def _resumed(seam: Seam, host: Any, model: Any) -> tuple[Any, Any]:
     torch.save(policy_state(seam.holder(host)), file)
     file.seek(0)
     weights = model.state_dict()
+    new_process()
     host = seam.attached(LIVELY)
     model = seam.model(host, seam.dtype)
     model.load_state_dict(weights)

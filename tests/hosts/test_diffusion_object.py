@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.models import SmallModel
+from conformance.seam import new_process
 from host_standins import (
     IMAGES,
     LossType,
@@ -86,6 +87,7 @@ class TestDraws:
         first, second = SmallModel(1), SmallModel(1)
         for model in (first, second):
             torch.manual_seed(11)
+            new_process()
             terms(with_policy(create()), model)
         assert torch.equal(first.seen[0], second.seen[0])
 
@@ -98,7 +100,7 @@ class TestDraws:
 
         options = {"use_reentrant": False, "preserve_rng_state": False}
         loss = checkpoint(loss_of, x.requires_grad_(), **options)
-        with pytest.raises(ValueError, match="no call had these timesteps: draw them outside"):
+        with pytest.raises(ValueError, match="neither its data nor its timesteps are those of one call"):
             loss.backward()
 
     def test_a_loss_that_is_not_the_mse_in_a_reentrant_checkpoint_is_refused(self) -> None:

@@ -200,7 +200,7 @@ def test_the_edit_in_the_script_gives_its_formula(script: str) -> None:
         assert_close(
             names["loss"].double(), wanted_loss(case, names, sigma), rtol=2e-5, atol=0, msg=str(case)
         )
-        assert names["seam"].num_draws == 1
+        assert names["seam"].policy.num_steps == 1
     # Without the edit the scripts without LoRA multiply 8 weights with 4 errors.
     names = names_for(Case(precondition=0, has_prior=True), [])
     exec(compile(ast.Module([get_sigmas], []), script, "exec"), names)

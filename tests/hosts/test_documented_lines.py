@@ -25,7 +25,7 @@ from conformance import latent_diffusion as latent
 from conformance.documented import INTEGRATIONS
 from conformance.mmagic import MmagicSeam
 from conformance.open_sora import OpenSoraSeam
-from conformance.seam import Seam
+from conformance.seam import Seam, new_process
 from mmengine.config import Config
 from torch.testing import assert_close
 
@@ -116,10 +116,12 @@ def test_the_lines_of_a_diffusers_script_draw_and_weigh() -> None:
     names: dict[str, Any] = {"noise_scheduler": diffusers.DDPMScheduler(), "latents": error, "bsz": 8}
     names |= {"model_pred": error.view(8, 1).repeat(1, 3), "target": torch.zeros(8, 3)}
     torch.manual_seed(3)
+    new_process()
     exec(first, names)
     # 1,000 steps of beta from 1e-4 to 0.02, the scheduler's defaults.
     policy, index = build_policy("speedit", NoiseSchedule.linear(1000)), names["timesteps"]
     policy.advance()
+    new_process()
     assert torch.equal(index, DrawStream().draw(policy, 8).index)
     # float32: the scheduler's table, and a mean of 8 terms.
     assert_close(

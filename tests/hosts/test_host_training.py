@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.hosts.script import ScriptPolicy
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = "examples/text_to_image/"
@@ -289,16 +288,3 @@ class TestReport:
         other.t[0] = other.t[0].flip(0)
         assert diffusers_training.difference(self.seen(), other) == float("inf")
         assert diffusers_training.difference(Seen(), Seen()) == float("inf")
-
-
-def test_a_draw_aside_leaves_the_global_generator_alone() -> None:
-    class Scheduler:
-        alphas_cumprod = NoiseSchedule.scaled_linear().alphas_cumprod
-        config = {"prediction_type": "epsilon", "num_train_timesteps": 1000}
-
-    seam, state = ScriptPolicy("uniform"), torch.random.get_rng_state()
-    with diffusers_training.drawn_aside():
-        first, second = seam.timesteps(Scheduler(), 64), seam.timesteps(Scheduler(), 64)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    # Two batches of 64 uniform draws from 1000 are equal once in 1000^64.
-    assert not torch.equal(first, second)

@@ -51,8 +51,8 @@ def seen(done: subprocess.CompletedProcess[str]) -> list[list[int]]:
 
 
 def steps_in(path: Path) -> int:
-    """The training steps in a state file. Policies that are not built yet have an empty state in it."""
-    (state,) = filter(None, read_state(path)["states"])
+    """The training steps in a state file of one policy."""
+    (state,) = read_state(path)["states"]
     return int(state["num_steps"])
 
 
@@ -62,7 +62,7 @@ class TestStateFile:
         whole = seen(start(*CURRICULUM, script, "8"))
         parts = [seen(start(*CURRICULUM, *state, script, num_steps)) for num_steps in ("3", "5")]
         assert parts[0] + parts[1] == whole
-        kept = next(filter(None, read_state(tmp_path / "policy.pt")["states"]))
+        (kept,) = read_state(tmp_path / "policy.pt")["states"]
         assert (kept["num_steps"], kept["density"]) == (8, {"step": 7})
 
     def test_a_file_of_another_policy_is_refused(self, tmp_path: Path) -> None:
@@ -104,11 +104,24 @@ class TestStateFile:
         seam, path = ScriptPolicy("clts"), tmp_path / "policy.pt"
         seam.timesteps(diffusers.DDPMScheduler(), 4)
         for writes in (False, True):
-            file = StateFile(path, 1, "clts", writes=writes)
+            file = StateFile(path, 1, "clts", writes=lambda writes=writes: writes)
             file.add(seam)
             file.step_done()
             assert path.is_file() == writes
-        assert StateFile(path, 1, "clts", writes=True).is_restored
+
+    def test_a_state_without_its_policy_so_far_stays(self, tmp_path: Path) -> None:
+        path, options = tmp_path / "policy.pt", {"writes": lambda: True}
+        seams = [ScriptPolicy("clts") for _ in range(2)]
+        file = StateFile(path, 1, "clts", **options)
+        for number, seam in enumerate(seams):
+            seam.timesteps(diffusers.DDPMScheduler(), 4 + number)
+            file.add(seam)
+        file.write()
+        # The next run ends before its second policy trains.
+        again = StateFile(path, 1, "clts", **options)
+        again.add(ScriptPolicy("clts"))
+        again.write()
+        assert [state["num_steps"] for state in read_state(path)["states"]] == [1, 1]
 
 
 SCRIPT = """
@@ -124,9 +137,9 @@ def test_accelerates_checkpoints_keep_the_policy(tmp_path: Path) -> None:
     tree, _ = edited(ast.parse(SCRIPT))
     names: dict[str, Any] = {"Accelerator": accelerate.Accelerator, "torch": torch, "x": torch.zeros(4, 1)}
 
-    def run(*, keeps_state: bool = True) -> tuple[Any, ScriptPolicy]:
+    def run(state: StateFile | None = None) -> tuple[Any, ScriptPolicy]:
         seam, scheduler = ScriptPolicy("clts"), diffusers.DDPMScheduler()
-        names.update({CALLS: ScriptCalls(seam, keeps_state=keeps_state), "scheduler": scheduler})
+        names.update({CALLS: ScriptCalls(seam, state), "scheduler": scheduler})
         exec(compile(tree, "script", "exec"), names)
         return names["accelerator"], seam
 
@@ -141,7 +154,7 @@ def test_accelerates_checkpoints_keep_the_policy(tmp_path: Path) -> None:
     (tmp_path / "first" / CHECKPOINT_FILE).unlink()
     accelerator.load_state(str(tmp_path / "first"))
     # With --state the file keeps it.
-    accelerator, _ = run(keeps_state=False)
+    accelerator, _ = run(StateFile(tmp_path / "policy.pt", 1, "clts", writes=lambda: True))
     accelerator.save_state(str(tmp_path / "second"))
     assert not (tmp_path / "second" / CHECKPOINT_FILE).exists()
 

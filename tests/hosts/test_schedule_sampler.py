@@ -130,6 +130,19 @@ class TestLearning:
         with pytest.raises(ValueError, match="told no loss, from which 'loss_second_moment' learns"):
             sampler.sample(6, "cpu")
 
+    def test_two_draws_before_two_losses(self) -> None:
+        config = {"type": "clts", "curriculum_steps": 4, "weighting": "inverse_density"}
+        diffusion = create()
+        sampler, drawn = schedule_sampler(diffusion, config), []
+        diffusion.training_losses(model, torch.zeros(IMAGES), sampler.sample(6, "cpu")[0])
+        for _ in range(2):
+            t, _ = sampler.sample(6, "cpu")
+            drawn.append((t, sampler.policy.weight.float()))
+        x, noise = torch.randn(IMAGES), torch.randn(IMAGES)
+        for t, weight in (*drawn, (drawn[0][0].clone(), drawn[0][1])):
+            terms = diffusion.training_losses(model, x, t, noise=noise)
+            assert torch.equal(terms["loss"], weight[t] * terms["mse"] + terms["vb"])
+
     def test_losses_that_are_computed_again_have_their_weights(self) -> None:
         diffusion = create()
         sampler = schedule_sampler(diffusion, {"type": "speedit", "normalize": "loss"})

@@ -10,8 +10,10 @@ import pytest
 import torch
 from conformance.points import check
 from conformance.script import SCRIPT, SEAMS, ScriptSeam, step_of
+from conformance.seam import new_process
 from torch.nn import functional
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -94,6 +96,7 @@ class TestEdits:
         for seed in (3, 3, 4):
             generator, own = (torch.Generator().manual_seed(seed) for _ in range(2))
             calls = ScriptCalls(ScriptPolicy("speed"))
+            new_process()
             drawn.append(calls.randint(scheduler, 0, 1000, (64,), generator=generator))
             torch.randint(0, 1000, (64,), generator=own)
             assert torch.equal(generator.get_state(), own.get_state())
@@ -273,13 +276,45 @@ class TestWatchedScheduler:
         for index in (first, second):
             scheduler.add_noise(x, x, index)
         assert type(scheduler) is diffusers.DDPMScheduler
-        with pytest.raises(ValueError, match="2 draws wait for their losses.*pass timesteps=timesteps"):
-            own.mse_loss(x, 0 * x)
         weight = own.policy.weight.float()
         for index in (first, second.clone()):
             assert_close(own.mse_loss(x, 0 * x, timesteps=index), weight[index].mean())
         with pytest.raises(ValueError, match="did not draw the timesteps"):
             own.mse_loss(x, 0 * x, timesteps=torch.zeros(4, dtype=torch.int64))
+        for _ in range(2):
+            own.timesteps(scheduler, 4)
+        # The second of two losses tells that the first draw was no step that ended early.
+        own.mse_loss(x, 0 * x)
+        with pytest.raises(ValueError, match="to which draw this loss belongs.*Pass timesteps=timesteps"):
+            own.mse_loss(x, 0 * x)
+
+    def test_a_step_that_ends_early(self) -> None:
+        own, scheduler, x = seam(), diffusers.DDPMScheduler(), torch.ones(4, 3)
+        for _ in range(3):
+            own.timesteps(scheduler, 4)
+            index = own.timesteps(scheduler, 4)
+            assert_close(own.mse_loss(x, 0 * x), own.policy.weight.float()[index].mean())
+
+    def test_a_policy_for_each_scheduler(self) -> None:
+        own, x = seam("p2"), torch.ones(4, 3)
+        schedulers = (
+            diffusers.DDPMScheduler(),
+            diffusers.DDPMScheduler(500, beta_schedule="squaredcos_cap_v2"),
+        )
+        drawn = [own.timesteps(scheduler, 4) for scheduler in schedulers]
+        for scheduler, index in zip(schedulers, drawn, strict=True):
+            weight = build_policy("p2", from_diffusers(scheduler)).weight.float()[index]
+            assert_close(own.mse_loss(x, 0 * x, timesteps=index), weight.mean())
+
+    def test_a_loss_inside_a_checkpoint_is_refused(self) -> None:
+        own, scheduler = seam(), diffusers.DDPMScheduler()
+        x = torch.ones(4, 3, requires_grad=True)
+        own.timesteps(scheduler, 4)
+        loss = checkpoint(lambda x: own.mse_loss(x, 0 * x), x, use_reentrant=False)
+        with pytest.raises(ValueError, match="runs this twice"):
+            loss.backward()
+        with pytest.raises(ValueError, match="runs this twice"):
+            checkpoint(lambda x: own.mse_loss(x, 0 * x), x, use_reentrant=True)
 
     def test_a_script_that_is_edited_tells_its_draws(self) -> None:
         calls, scheduler = ScriptCalls(seam()), diffusers.DDPMScheduler()
@@ -288,7 +323,18 @@ class TestWatchedScheduler:
         names = {CALLS: calls, "s": scheduler, "x": x}
         exec(compile(tree, "script", "exec"), names)
         assert sites.draws == [1, 2]
-        assert "drawn=t" in ast.unparse(tree)
+        assert "drawn=lambda: t" in ast.unparse(tree)
+
+    def test_draws_with_several_names_are_told_by_no_name(self) -> None:
+        draw, loss = "torch.randint(0, s.config.num_train_timesteps, (4,))", "F.mse_loss(x, 0 * x)"
+        branches = f"def step(c):\n if c:\n  t = {draw}\n else:\n  u = {draw}\n return {loss}\n"
+        tree, _ = edited(ast.parse(f"t = {draw}\n{branches}loss = {loss}\n"))
+        lines = ast.unparse(tree).splitlines()
+        assert [("drawn" in line) for line in lines if "mse_loss" in line] == [False, True]
+        one = f"def step(c):\n if c:\n  t = {draw}\n return {loss}\n"
+        names = {CALLS: ScriptCalls(seam()), "s": diffusers.DDPMScheduler(), "x": torch.ones(4, 3)}
+        exec(compile(edited(ast.parse(one))[0], "script", "exec"), names)
+        assert names["step"](c=True) > 0
 
     def test_min_snr_beside_a_policy_that_learns_is_refused(self) -> None:
         own = seam({"type": "uniform", "normalize": "loss"})
