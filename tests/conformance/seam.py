@@ -131,16 +131,6 @@ class Seam(ABC):
         """What has the policy and its state: the host's object, or what the plugin put beside it."""
         return host
 
-    def plain(self) -> Any:
-        """The host's object without a policy, or with one that leaves a given t alone."""
-        return self.make()
-
-    def twin(self, plain: Any, model: Any) -> Any:
-        """What that object trains, with the weights of another model."""
-        twin = self.model(plain, self.dtype)
-        twin.load_state_dict(model.state_dict())
-        return twin
-
     def chosen(self, host: Any, model: Any) -> Tensor | None:
         """The bins (B,) of the last t, if the host draws it itself; None if the policy does."""
         return None

@@ -106,6 +106,9 @@ def whole_training(
     new_process()
     host = seam.attached(LIVELY)
     model, expected = seam.model(host, seam.dtype), None
+    # The host's object without a policy, and a model for it.
+    plain = seam.make()
+    twin = seam.model(plain, seam.dtype)
     with seeds_kept():
         for step in range(num_steps):
             if step == num_steps // 4:
@@ -119,7 +122,11 @@ def whole_training(
             if expected is None:
                 expected = Expected(policy_of(seam.holder(host)).schedule.snr.numpy(), rank, seam.part)
             expected.begin()
-            _check(seam, (host, model, terms, batch), expected, gather, f"step {step}")
+            twin.load_state_dict(model.state_dict())
+            rows = _checked(seam, (host, model, terms), (plain, twin, batch), expected, f"step {step}")
+            index, loss = gather(rows).numpy().T
+            for _ in range(seam.num_losses):
+                expected.learn(index, loss)
             _descend(model, terms)
 
 
@@ -244,35 +251,39 @@ def _resumed(seam: Seam, host: Any, model: Any) -> tuple[Any, Any]:
     return host, model
 
 
-def _check(
+def _checked(
     seam: Seam,
-    trained: tuple[Any, Any, Terms, Batch],
+    trained: tuple[Any, Any, Terms],
+    plain: tuple[Any, Any, Batch],
     expected: Expected,
-    gather: Callable[[Tensor], Tensor],
     where: str,
-) -> None:
-    host, model, terms, batch = trained
-    policy = policy_of(seam.holder(host))
-    index = seam.chosen(host, model)
+) -> Tensor:
+    """Index and unweighted loss of each sample of a step, float64 (B, 2). It is as expected.
+
+    Args:
+        seam: of the host.
+        trained: the host's object with the policy, its model, and the terms of the step.
+        plain: the host's object without a policy, a model with the same weights, and the batch.
+        expected: of this step.
+        where: for messages.
+    """
+    host, model, terms = trained
+    policy, index = policy_of(seam.holder(host)), seam.chosen(host, model)
+    is_ours = index is None
     if index is None:
-        index, time = expected.drawn(len(batch[0]))
+        index, time = expected.drawn(len(plain[2][0]))
     else:
         time = index.float()
     draw = TimestepDraw(index, time, torch.from_numpy(expected.weight)[index], policy.scope)
-    t, plain = seam.hosts_t(draw, model), seam.plain()
-    is_ours = seam.chosen(host, model) is None
     assert not is_ours or seam.sees(host, draw, model.seen[-1]), f"{where}: another t"
-    theirs = seam.train(plain, seam.twin(plain, model), batch, t)
+    theirs = seam.train(*plain, seam.hosts_t(draw, model))
     assert theirs.mse is not None, "the host's mse is not known"
     mse, rest = theirs.mse.detach().double(), torch.as_tensor(theirs.vb).detach().double()
     wanted = draw.weight * mse + rest
     wanted = wanted if terms.loss.dim() else wanted.mean()
     error = float(((terms.loss.detach() - wanted).abs() / wanted.abs()).max())
     assert error <= TOLERANCE, f"{where}: the loss misses w * mse + vb by {error:.1e} relative"
-    learned = (mse + rest).float().double()
-    rows = gather(torch.stack([index.double(), learned], dim=1)).numpy()
-    for _ in range(seam.num_losses):
-        expected.learn(rows[:, 0], rows[:, 1])
+    return torch.stack([index.double(), (mse + rest).float().double()], dim=1)
 
 
 def _descend(model: Any, terms: Terms) -> None:

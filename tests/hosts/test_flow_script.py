@@ -56,6 +56,21 @@ def test_rows_follow_the_policy_and_the_loss_its_weights() -> None:
     assert_close(sum(halves).double() / 2, (weight * error).mean(), rtol=1e-6, atol=0)
 
 
+def test_two_draws_before_two_losses() -> None:
+    drawing = seam("speed")
+    prediction, target, error = errors()
+    drawn = [drawing.indices(ROWS) for _ in range(2)]
+    for rows in (*drawn, drawn[0].clone()):
+        weight = drawing.policy.weight[T - 1 - rows]
+        loss = drawing.mse_loss(prediction, target, indices=rows)
+        assert_close(loss.double(), (weight * error).mean(), rtol=1e-6, atol=0)
+    for _ in range(2):
+        drawing.indices(ROWS)
+    drawing.mse_loss(prediction, target)
+    with pytest.raises(ValueError, match="to which draw this loss belongs"):
+        drawing.mse_loss(prediction, target)
+
+
 def _halves(prediction: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(prediction.chunk(2), target.chunk(2), strict=True))
 

@@ -24,6 +24,7 @@ from speedit_plugins import (
     policy_state,
     with_policy,
 )
+from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.draw_stream import DrawStream, Replica, replica
 from speedit_plugins.hosts.flow_script import FlowScript
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -42,7 +43,8 @@ def test_two_ranks_train_200_steps_as_computed_independently() -> None:
     assert done.returncode == 0, done.stderr
     others = ["script", "open_sora 1.1.0", "open_sora 1.2.0", "mmagic", "DDPM", "LatentDiffusion", "imagen"]
     held = [line.removeprefix("holds: ") for line in done.stdout.splitlines() if line.startswith("holds: ")]
-    assert held == [*host_standins.SEAMS, *flow_standins.SEAMS, *others]
+    of_objects = ["dit", "dit_3d", "guided_diffusion", "mdt", "transport", "rectified flow"]
+    assert held == [*of_objects, *others]
 
 
 class TestTheCheckCanFail:
@@ -91,6 +93,19 @@ class TestState:
         ):
             with pytest.raises(ValueError, match=message):
                 load_policy_state(host, state)
+
+    def test_a_bad_state_is_refused_at_every_use(self) -> None:
+        attachment = Attachment(lambda: DIT.policy("clts"))
+        attachment.load_state_dict(DIT.policy("speed").state_dict())
+        for _ in range(2):
+            with pytest.raises(ValueError, match="needs policy 'clts'"):
+                attachment.draw(torch.zeros(4))
+        host = DIT.attached("loss_second_moment")
+        before, damaged = str(policy_state(host)), policy_state(host)
+        damaged["policies"][0].update(num_steps=7, density={})
+        with pytest.raises(KeyError):
+            load_policy_state(host, damaged)
+        assert str(policy_state(host)) == before
 
     def test_objects_without_a_policy(self) -> None:
         with pytest.raises(ValueError, match="has no policy: see with_policy"):
