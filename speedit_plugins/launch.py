@@ -33,7 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from speedit_plugins.hosts import diffusion_object, flow_object
 from speedit_plugins.hosts.attachment import Attachment, PolicyHolder, attach, attachment_of, is_attached
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draw_stream import DrawStream, replica
 from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
@@ -121,7 +121,9 @@ class Launch:
     def announce(self, hosts: str, seam: str, policy: TimestepPolicy) -> None:
         """Counts a policy in use. Rank 0 reports the first one."""
         if self.num_attached == 0 and is_rank_0():
-            write(f"{PROGRAM}: {hosts}, seam {seam}, policy {policy}")
+            here = replica(self.ranks_alike)
+            ranks = f"; draws differ on {here.size} data-parallel ranks" if here.size > 1 else ""
+            write(f"{PROGRAM}: {hosts}, seam {seam}, policy {policy}{ranks}")
         self.num_attached += 1
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy, drawing_device
 
 _numbers = itertools.count()
-# Modules of hosts with sequence parallelism that tell their data-parallel group (Open-Sora 1.0 to 1.3).
+# Modules of hosts with sequence parallelism that return their data-parallel group (Open-Sora 1.0 to 1.3).
 _PARALLEL_STATES = ("opensora.acceleration.parallel_states",)
 
 
@@ -191,7 +191,7 @@ class DrawStream:
     def _seed_of(self, here: Replica, seed: int | None = None) -> int:
         """The seed of all draws of this stream: of the host, and of the stream's number in this process."""
         if self._number is None:
-            # Streams are numbered as they first draw: objects that only sample, on one rank alone, count not.
+            # In the order of the first draws, since some ranks may make objects that only sample.
             self._number = next(_numbers)
         seed = torch.initial_seed() if seed is None else seed
         num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -229,7 +229,7 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
         drawn, bound = own(*args, **kwargs), sample_signature.bind(self, *args, **kwargs)
         if bound.arguments.get("sp_timesteps") is not None or not is_training():
             return drawn
-        # The host has drawn a t with the noise. Those of the policy are drawn for rows of one pixel.
+        # The host has drawn its t with the noise. We draw again for rows of one pixel: the noise stays.
         x1: Tensor = bound.arguments["x1"]
         bound.arguments["x1"] = x1.new_empty(len(x1), 1)
 

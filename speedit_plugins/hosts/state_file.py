@@ -73,7 +73,7 @@ class StateFile:
 
     Args:
         path: of the file. If there is one, its states go to the policies as they first train.
-        every: optimizer steps between two writings, >= 1.
+        every: steps of any optimizer between two writings, >= 1.
         config: of the policy, as text. A file of another one is refused.
         writes: returns whether this process writes; with several ranks the first does.
 

@@ -74,7 +74,9 @@ def main() -> None:
     """Runs the checks in this rank."""
     dist.init_process_group("gloo")
     for name, seam in seams():
-        whole_training(seam, NUM_STEPS, rank=dist.get_rank(), gather=gathered)
+        # A step of Imagen's unet takes long. check_hosts.py makes 200 of them, in one process.
+        num_steps = 40 if name == "imagen" else NUM_STEPS
+        whole_training(seam, num_steps, rank=dist.get_rank(), gather=gathered)
         if dist.get_rank() == 0:
             sys.stdout.write(f"holds: {name}\n")
     check_strata()
