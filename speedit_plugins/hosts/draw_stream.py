@@ -52,15 +52,16 @@ def replica(ranks_alike: int | None = None) -> Replica:
         ValueError: the number of processes is not a multiple of `ranks_alike`; or it is None, and there are
             process groups of some of the processes.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return Replica()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    if ranks_alike is None:
+    rank, size = 0, 1
+    if dist.is_available() and dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    if ranks_alike is None and size > 1:
         group = _hosts_group()
         if group is not None:
             return Replica(dist.get_rank(group), dist.get_world_size(group))
         _refuse_subgroups(rank, size)
         return Replica(rank, size)
+    ranks_alike = ranks_alike or 1
     if size % ranks_alike:
         raise ValueError(f"ranks_alike needs to divide the {size} processes, got {ranks_alike}")
     return Replica(rank // ranks_alike, size // ranks_alike)
@@ -108,7 +109,6 @@ class DrawStream:
         self._part = part
         self._number: int | None = None
         self._common_seed: int | None = None
-        self._num_drawn = self._first_step = 0
 
     def for_part(self, part: int) -> "DrawStream":
         """A stream with the same options for one part of an object, with random numbers of its own."""
@@ -145,12 +145,9 @@ class DrawStream:
         generator = _seeded(place, seed, here.rank, step)
         if self.num_strata is None:
             return policy.draw(batch_size, device=device, generator=generator)
-        first = self._num_drawn * here.size + here.rank * batch_size
-        if not self._num_drawn:
-            # A resumed training begins new strata.
-            self._first_step = step
-        strata = torch.cat(list(self._strata(first, batch_size, place, _seed(seed, self._first_step))))
-        self._num_drawn += batch_size
+        first = policy.num_drawn * here.size + here.rank * batch_size
+        strata = torch.cat(list(self._strata(first, batch_size, place, seed)))
+        policy.num_drawn += batch_size
         quantile = torch.rand(batch_size, dtype=torch.float64, device=place, generator=generator)
         # The sum can round up to N. A quantile of 1 would be past the last timestep.
         quantile = ((strata + quantile) / self.num_strata).clamp(max=1 - 2**-53)

@@ -17,8 +17,8 @@ def policy_of(host: Any, number: int = 1) -> TimestepPolicy:
     """The policy that draws and weighs for a host's object.
 
     Args:
-        host: what `with_policy`, `schedule_sampler` or `ScriptPolicy` returned, or an object of a class that
-            a host's config names (Open-Sora, mmagic, latent-diffusion).
+        host: what `with_policy`, `schedule_sampler`, `ScriptPolicy` or `build_policy` returned, or an object
+            of a class that a host's config names (Open-Sora, mmagic, latent-diffusion).
         number: of the unet, for an Imagen with several; counted from 1.
 
     Raises:
@@ -39,7 +39,8 @@ def policy_of(host: Any, number: int = 1) -> TimestepPolicy:
     parts = _parts(host)
     if not 1 <= number <= len(parts):
         raise ValueError(f"{type(host).__name__} has {len(parts)} policies, wanted number {number}")
-    policy = getattr(parts[number - 1], "policy", None)
+    part = parts[number - 1]
+    policy = part if isinstance(part, TimestepPolicy) else getattr(part, "policy", None)
     if not isinstance(policy, TimestepPolicy):
         raise ValueError(f"{type(host).__name__} thins its own draws, and has no policy")
     return policy
@@ -99,6 +100,6 @@ def _parts(host: Any) -> list[Any]:
     if is_attached(host):
         attachment = attachment_of(host)
         return list(getattr(attachment, "parts", None) or [attachment])
-    if isinstance(host, PolicyHolder):
+    if isinstance(host, PolicyHolder | TimestepPolicy):
         return [host]
     raise ValueError(f"{type(host).__module__}.{type(host).__qualname__} has no policy: see with_policy")

@@ -86,7 +86,7 @@ class StateFile:
         if every < 1:
             raise ValueError(f"--state-every needs at least 1 step, got {every}")
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"no folder {path.parent} for --state {path.name}")
+            raise FileNotFoundError(f"no folder {path.parent} for --state {path}")
         self._path, self._every, self._config, self._writes = path, every, config, writes
         self._holders: list[Any] = []
         self._states: list[dict[str, Any]] = []

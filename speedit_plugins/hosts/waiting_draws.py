@@ -65,8 +65,8 @@ class WaitingDraws(Generic[Drawn]):
         waiting = [each for each in self._draws if not each.has_loss]
         if not waiting and self._skips_some and not is_further_part:
             raise ValueError(
-                "mse_loss cannot tell to which draw this loss belongs: several draws came before it. Pass"
-                " timesteps=timesteps, as they were drawn, with each loss"
+                "mse_loss cannot tell to which draw this loss belongs: several draws came before it. Edit the"
+                " script by hand, and pass timesteps=timesteps (FlowScript: indices=) with each loss"
             )
         if waiting:
             self._skips_some = len(waiting) > 1

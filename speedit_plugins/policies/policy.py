@@ -51,8 +51,8 @@ class TimestepPolicy:
     """A density and a weight for every timestep, and draws that follow them.
 
     `density` and `weight` are the two tables, float64 (T,). For paired draws, `density` is the limit of large
-    batches. `num_steps` is the number of training steps begun so far, and part of the state. `build_policy`
-    makes a policy from a config.
+    batches. `num_steps` is the number of training steps begun so far, and `num_drawn` that of timesteps drawn
+    in strata over several steps; both are part of the state. `build_policy` makes a policy from a config.
 
     Args:
         schedule: the noise schedule that the model is trained on.
@@ -101,7 +101,7 @@ class TimestepPolicy:
         self._weighting = weighting
         self.stratified = stratified
         self._normalize = normalize
-        self.num_steps = 0
+        self.num_steps = self.num_drawn = 0
         self._rebuild()
 
     def draw(
@@ -230,6 +230,7 @@ class TimestepPolicy:
             "name": self.name,
             "num_timesteps": self.schedule.num_timesteps,
             "num_steps": self.num_steps,
+            "num_drawn": self.num_drawn,
             "density": {} if self._adaptive is None else self._adaptive.state_dict(),
         }
 
@@ -240,18 +241,19 @@ class TimestepPolicy:
             ValueError: the state is from a policy with another name, T or `normalize`.
         """
         own = self.state_dict()
-        # Older states have no count: their trainer passes the step to `advance`.
-        state = {"num_steps": 0, **state}
+        # Older states have no counts: their trainer passes the step to `advance`.
+        state = {"num_steps": 0, "num_drawn": 0, **state}
         if state.keys() != own.keys() or any(state[key] != own[key] for key in ("name", "num_timesteps")):
+            others = set(own) ^ set(state)
+            keys = f"; keys of only one of them: {sorted(others)}" if others else ""
             raise ValueError(
                 f"policy state needs policy {own['name']!r} with T = {own['num_timesteps']},"
-                f" got {state['name']!r} with T = {state['num_timesteps']}; it needs the keys {[*own]},"
-                f" got {[*state]}"
+                f" got {state.get('name')!r} with T = {state.get('num_timesteps')}{keys}"
             )
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
             self._rebuild()
-        self.num_steps = int(state["num_steps"])
+        self.num_steps, self.num_drawn = int(state["num_steps"]), int(state["num_drawn"])
 
     def _rebuild(self) -> None:
         if self._adaptive is not None:

@@ -78,7 +78,7 @@ class TestStateFile:
         ("options", "message"),
         [
             (("--state-every", "5"), "--state-every has no effect without --state FILE"),
-            (("--state", "absent/policy.pt"), "no folder absent for --state policy.pt"),
+            (("--state", "absent/policy.pt"), "no folder absent for --state absent/policy.pt"),
             (("--state", "policy.pt", "--state-every", "0"), "--state-every needs at least 1 step, got 0"),
             (("--state", "train.py"), "train.py is no state of a policy, or damaged"),
             (("--num-strata", "1"), "num_strata needs a whole number >= 2, got 1"),

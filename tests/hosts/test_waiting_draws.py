@@ -26,7 +26,7 @@ def test_two_draws_before_two_losses() -> None:
         own.timesteps(scheduler, 4)
     # The second of two losses tells that the first draw was no step that ended early.
     own.mse_loss(x, 0 * x)
-    with pytest.raises(ValueError, match="to which draw this loss belongs.*Pass timesteps=timesteps"):
+    with pytest.raises(ValueError, match="to which draw this loss belongs.*pass timesteps=timesteps"):
         own.mse_loss(x, 0 * x)
 
 

@@ -191,6 +191,21 @@ class TestDrawStream:
         strata = (torch.cat(drawn) * 8 // 1000).view(3, 8)
         assert strata.sort(1).values.tolist() == [list(range(8))] * 3
 
+    def test_strata_go_on_after_a_resume_within_a_block(self) -> None:
+        def drawn(policy: Any, num_steps: int) -> list[list[int]]:
+            new_process()
+            torch.manual_seed(3)
+            stream, rows = DrawStream(num_strata=12), []
+            for _ in range(num_steps):
+                policy.advance()
+                rows.append(stream.draw(policy, 8).index.tolist())
+            return rows
+
+        whole, first, second = (build_policy("uniform", NoiseSchedule.linear(1000)) for _ in range(3))
+        before = drawn(first, 2)
+        load_policy_state(second, policy_state(first))
+        assert before + drawn(second, 3) == drawn(whole, 5)
+
     def test_objects_of_one_training_draw_differently(self) -> None:
         seen = []
         # The third is made anew, as in each epoch.
@@ -270,6 +285,12 @@ class TestReplica:
         assert replica(8) == Replica(0, 1)
         with pytest.raises(ValueError, match="ranks_alike needs to divide the 8 processes, got 3"):
             replica(3)
+
+    def test_one_process_is_no_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dist, "is_initialized", lambda: False)
+        assert replica() == replica(1) == Replica()
+        with pytest.raises(ValueError, match="ranks_alike needs to divide the 1 processes, got 2"):
+            replica(2)
 
     def test_a_known_hosts_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = type("States", (), {"get_data_parallel_group": staticmethod(lambda: (1, 4))})

@@ -85,9 +85,9 @@ def test_a_restored_policy_goes_on_as_the_saved_one(tmp_path: Path) -> None:
 
 def test_a_state_belongs_to_one_normalize() -> None:
     normalised, plain = (build_policy({**CONFIG, "normalize": kind}, SCHEDULE) for kind in ("loss", True))
-    with pytest.raises(ValueError, match=r"'density', 'mean_loss'\], got .*'density'\]$"):
+    with pytest.raises(ValueError, match=r"keys of only one of them: \['mean_loss'\]$"):
         normalised.load_state_dict(plain.state_dict())
-    with pytest.raises(ValueError, match=r"'density'\], got .*'density', 'mean_loss'\]$"):
+    with pytest.raises(ValueError, match=r"keys of only one of them: \['mean_loss'\]$"):
         plain.load_state_dict(normalised.state_dict())
 
 
