@@ -111,11 +111,6 @@ def refuse_given_weights(
         raise ValueError(f"training_losses got weights, and {ours}: {remedy}")
 
 
-def draws_pairs(policy: TimestepPolicy) -> bool:
-    """Whether the timesteps of one batch depend on each other. Their density then depends on B."""
-    return not torch.equal(policy.density_for(1), policy.density)
-
-
 class PolicyHolder:
     """Has a `policy`, and keeps its state by `state_dict` and `load_state_dict`."""
 
@@ -140,10 +135,6 @@ class Attachment(PolicyHolder):
         self.call: Any = None
         if self.is_built:
             self.stream.check(self.policy)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy waits for no backward pass."""
-        return {**self.__dict__, "_recent": RecentCalls()}
 
     @property
     def policy(self) -> TimestepPolicy:

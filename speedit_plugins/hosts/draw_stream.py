@@ -118,7 +118,7 @@ class DrawStream:
         """Raises ValueError if a policy cannot be drawn in strata over several calls."""
         if self.num_strata is None:
             return
-        if policy.stratified or not torch.equal(policy.density_for(1), policy.density):
+        if policy.stratified or draws_pairs(policy):
             how = "is stratified by batch" if policy.stratified else "draws in pairs"
             raise ValueError(f"num_strata needs a policy with independent draws, and {policy.name!r} {how}")
 
@@ -132,14 +132,13 @@ class DrawStream:
         """The draw (B,) of the training step that the policy has begun, on a device.
 
         Args:
-            policy: draws.
+            policy: draws; `check` has let it pass.
             batch_size: B, >= 1.
             device: of the returned tensors.
             seed: of the host; None is `torch.initial_seed()`. A stream with a generator does not use it.
         """
         if self.generator is not None or torch.device(device).type == "meta":
             return policy.draw(batch_size, device=device, generator=self.generator)
-        self.check(policy)
         step, place, here = policy.num_steps - 1, drawing_device(device), replica(self.ranks_alike)
         seed = self._seed_of(here, seed)
         generator = _seeded(place, seed, here.rank, step)
@@ -201,6 +200,11 @@ class DrawStream:
                 (self._common_seed,) = row
             seed = self._common_seed
         return _seed(seed, self._number, self._part)
+
+
+def draws_pairs(policy: TimestepPolicy) -> bool:
+    """Whether the timesteps of one batch depend on each other. Their density then depends on B."""
+    return not torch.equal(policy.density_for(1), policy.density)
 
 
 def _seed(*parts: int) -> int:

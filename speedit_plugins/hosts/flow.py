@@ -170,7 +170,7 @@ class FlowAttachment(Attachment):
         hosts_draw: Callable[[], Tensor],
         time_of: Callable[[Tensor], Tensor],
         *,
-        t: Tensor | None = None,
+        t: Tensor,
         data: Tensor,
     ) -> Tensor:
         """The host's t (B,), thinned, in its dtype. `weighted_call` weighs the loss of this draw.
@@ -179,15 +179,16 @@ class FlowAttachment(Attachment):
             hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call. It draws from
                 the host's global generators, which are this stream's meanwhile.
             time_of: turns such t into time in [0, 1], 1 is noise.
-            t: what the host has drawn in this call; None if it has not.
+            t: what the host has drawn in this call, (B,).
             data: of the batch, on the device that trains. With t, it tells which call is computed again.
 
         Raises:
             ValueError: see `draw_by_rejection`.
         """
         if is_recomputing():
-            t, self._draw = self._recent.of_recomputed(t, data)
-            return t
+            recomputed: tuple[Tensor, TimestepDraw] = self._recent.of_recomputed(t, data)
+            self._draw = recomputed[1]
+            return recomputed[0]
         self.policy.advance()
         with self.stream.hosts_generators(self.policy.num_steps - 1, data.device):
             thinned, self._draw = self._thinned(hosts_draw, time_of)
@@ -242,10 +243,6 @@ class ThinningAttachment:
         self.stream = stream
         self.num_calls = 0
         self._recent = RecentCalls()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy waits for no backward pass."""
-        return {**self.__dict__, "_recent": RecentCalls()}
 
     def draw(
         self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor], t: Tensor, data: Tensor

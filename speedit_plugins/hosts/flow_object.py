@@ -19,12 +19,11 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import (
     attach,
     attachment_of,
-    draws_pairs,
     hosts_method,
     refuse_double_weights,
     refuse_given_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import NUM_BINS, binned

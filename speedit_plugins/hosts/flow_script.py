@@ -19,10 +19,9 @@ from speedit_plugins.hosts.attachment import (
     LastDraw,
     PolicyHolder,
     TableOnDevices,
-    draws_pairs,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.waiting_draws import WaitingDraws

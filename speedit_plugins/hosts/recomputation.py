@@ -67,6 +67,10 @@ class RecentCalls:
     def __init__(self) -> None:
         self._calls: deque[_Call] = deque(maxlen=MAX_WAITING)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy waits for no backward pass."""
+        return RecentCalls, ()
+
     def add(self, drawn: Any, t: Tensor | None, data: Tensor | None) -> None:
         """Keeps what was drawn for a call.
 

@@ -22,10 +22,9 @@ from speedit_plugins.hosts.attachment import (
     LastDraw,
     PolicyHolder,
     TableOnDevices,
-    draws_pairs,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
@@ -102,9 +101,10 @@ class ScriptPolicy(PolicyHolder):
         Raises:
             ValueError: nothing was drawn yet, or the policy is bad.
         """
-        return self._policy_of(self._drawn_for())
+        return self._policy_of(self._in_use())
 
-    def _drawn_for(self) -> _Scheduled:
+    def _in_use(self) -> _Scheduled:
+        """The noise scheduler that was drawn for last. Raises ValueError if there was none."""
         if self._current is None:
             raise ValueError(
                 "the script makes its loss before the policy drew timesteps: it draws them elsewhere (a"
@@ -234,7 +234,7 @@ class ScriptPolicy(PolicyHolder):
         refuse_checkpoint()
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction)
-        self._drawn_for()
+        self._in_use()
         drawn = self._draws.of_loss(timesteps, is_further_part=part[0] > 0)
         policy = self._policy_of(drawn.scheduled)
         index = self._rows(drawn.index, len(prediction), part)

@@ -82,7 +82,6 @@ class ScriptCalls:
     def __init__(self, seam: ScriptPolicy, state: StateFile | None = None) -> None:
         self._seam = seam
         self._state = state
-        self._is_kept = False
 
     def randint(
         self,
@@ -117,9 +116,8 @@ class ScriptCalls:
                 f"the script draws from [{low}, {high}) in shape {tuple(size)}, wanted all {num_timesteps}"
                 " timesteps in shape (B,)"
             )
-        if self._state is not None and not self._is_kept:
+        if self._state is not None:
             self._state.add(self._seam)
-            self._is_kept = True
         return self._seam.timesteps(noise_scheduler, size[0], device or "cpu", generator=generator)
 
     def refused_index(self, noise_scheduler: Any, *drawn: Any, **options: Any) -> Tensor:
@@ -167,15 +165,8 @@ class ScriptCalls:
         timesteps = timesteps if self._seam.has_drawn(timesteps) else None
         return self._seam.mse_loss(prediction, target, reduction, timesteps=timesteps)
 
-    def scaled_mse_loss(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        reduction: Any = "mean",
-        *,
-        drawn: Callable[[], Any] | None = None,
-    ) -> Tensor:
-        """A squared error that the script multiplies by weights of its own.
+    def scaled_mse_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`mse_loss`, for a squared error that the script multiplies by weights of its own.
 
         Raises:
             ValueError: the policy has weights too.
@@ -183,7 +174,7 @@ class ScriptCalls:
         self._seam.refuse_weights(
             "the script multiplies its squared error by weights", "let it predict the noise"
         )
-        return self.mse_loss(prediction, target, reduction, drawn=drawn)
+        return self.mse_loss(*args, **kwargs)
 
     def compute_snr(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The script's signal-to-noise ratios, of which it makes Min-SNR weights.

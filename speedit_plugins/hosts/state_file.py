@@ -98,7 +98,9 @@ class StateFile:
             self._states = list(found["states"])
 
     def add(self, holder: Any) -> None:
-        """A policy is about to train: it gets its state, if the file had one, and is kept from now on."""
+        """A policy is about to train. The first time it gets its state, if the file had one, and is kept."""
+        if any(each is holder for each in self._holders):
+            return
         number = len(self._holders)
         self._holders.append(holder)
         if number < len(self._states):

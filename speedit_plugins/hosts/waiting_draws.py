@@ -40,7 +40,8 @@ class WaitingDraws(Generic[Drawn]):
 
     def has(self, timesteps: Any) -> bool:
         """Whether these are the timesteps (B,) of a draw that waits, or the tensor of one of the last."""
-        return self._find(timesteps, [each for each in self._draws if not each.has_loss]) is not None
+        waiting = [each for each in self._draws if not each.has_loss]
+        return self.is_one(timesteps) or any(are_equal(each.timesteps, timesteps) for each in waiting)
 
     def is_one(self, timesteps: Any) -> bool:
         """Whether this is the very tensor of one of the last draws."""
@@ -57,7 +58,7 @@ class WaitingDraws(Generic[Drawn]):
             ValueError: these timesteps were not drawn; or they are None, and a draw before the newest waits.
         """
         if timesteps is not None:
-            found = self._find(timesteps, list(self._draws))
+            found = self._find(timesteps)
             if found is None:
                 raise ValueError("the policy did not draw the timesteps that are passed to mse_loss")
             found.has_loss = True
@@ -74,13 +75,13 @@ class WaitingDraws(Generic[Drawn]):
                 each.has_loss = True
         return self._draws[-1].drawn
 
-    def _find(self, timesteps: Any, among: list[_Waiting[Drawn]]) -> _Waiting[Drawn] | None:
+    def _find(self, timesteps: Any) -> _Waiting[Drawn] | None:
+        """The newest draw of these timesteps."""
         newest_first = [*reversed(self._draws)]
-        same = [each for each in newest_first if each.timesteps is timesteps]
+        same = (each for each in newest_first if each.timesteps is timesteps)
         # Values are compared only where no tensor is the same, since the CPU waits for the device.
-        return next(iter(same), None) or next(
-            (each for each in reversed(among) if are_equal(each.timesteps, timesteps)), None
-        )
+        equal = (each for each in newest_first if are_equal(each.timesteps, timesteps))
+        return next(same, None) or next(equal, None)
 
 
 def are_equal(first: Any, second: Any) -> bool:

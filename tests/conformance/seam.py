@@ -63,11 +63,11 @@ class Seam(ABC):
     num_losses = 1
     # Whether a training call draws too; if not, a call before it does.
     draws_in_the_call = True
-    # Of data and model in a whole training.
+    # The dtype of data and model in a whole training.
     dtype = torch.float32
     # The policy under checkpoint(use_reentrant=True); None is one that learns.
     reentrant_policy: Any = None
-    # Of the object, whose draws have random numbers of their own; see `DrawStream`.
+    # The number of the unet, in an object with several: each has random numbers of its own.
     part = 0
     # Attributes that an object has with a policy only.
     added = ATTACHED
