@@ -23,9 +23,9 @@ from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.files import write_whole
-from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.schedule import PREDICTION_TYPES
 from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.registry import import_modules
 
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {

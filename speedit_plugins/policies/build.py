@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies import weightings
-from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.policies.weightings import conversion
+from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.registry import (
     DENSITIES,
     DRAWS,
@@ -72,7 +72,7 @@ def build_policy(
         speed with weighting constant: boundary 700 of 1000 timesteps, mean weight 1.0000
     """
     if prediction_type is not None:
-        weightings.check_prediction_type(prediction_type)
+        conversion.check_prediction_type(prediction_type)
     _check_arguments(config, schedule, data_spectrum)
     name, parts, common = _name_parts_and_options(config, schedule)
     check_type("policy stratified", common.get("stratified", False), bool)
@@ -200,7 +200,7 @@ class _Weighting:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
         if self._converts_for is None:
             return weight
-        return weightings.epsilon_equivalent(weight, self._schedule, self._converts_for)
+        return conversion.epsilon_equivalent(weight, self._schedule, self._converts_for)
 
 
 def _usual_prediction_type(schedule: NoiseSchedule) -> str:

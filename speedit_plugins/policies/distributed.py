@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_losses(index: Tensor, loss: Tensor) -> Tensor:
-    """Rows (index, loss) of all ranks in rank order, float32 (N, 2) on the CPU.
+def gather_losses(index: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices int64 (N,) and losses float64 (N,) of all ranks in rank order, on the CPU.
 
     Losses that are not finite are left out. With several ranks this is a collective call. It waits for the
     device.
@@ -22,8 +22,8 @@ def gather_losses(index: Tensor, loss: Tensor) -> Tensor:
         ValueError: the shapes differ, or are not (B,).
 
     Example:
-        >>> gather_losses(torch.tensor([3, 5]), torch.tensor([0.5, float("nan")])).tolist()
-        [[3.0, 0.5]]
+        >>> gather_losses(torch.tensor([3, 5]), torch.tensor([0.5, float("nan")]))
+        (tensor([3]), tensor([0.5000], dtype=torch.float64))
     """
     if index.shape != loss.shape or index.ndim != 1:
         raise ValueError(
@@ -31,7 +31,8 @@ def gather_losses(index: Tensor, loss: Tensor) -> Tensor:
         )
     # float32 holds every index below 2^24 exactly, and every device has it.
     rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu()
-    return rows[rows.isfinite().all(dim=1)]
+    rows = rows[rows.isfinite().all(dim=1)]
+    return rows[:, 0].long(), rows[:, 1].double()
 
 
 def gather_rows(rows: Tensor) -> Tensor:

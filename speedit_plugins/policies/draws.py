@@ -6,7 +6,7 @@ Dims: T timesteps, B batch.
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.densities import push_reflected, reflect, reflection_pivot
+from speedit_plugins.policies.densities.areas import push_reflected, reflect, reflection_pivot
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import DRAWS
 

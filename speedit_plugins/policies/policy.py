@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.adaptive import AdaptiveDensity
-from speedit_plugins.policies.densities import Density
+from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.density import Density
+from speedit_plugins.policies.distributed import gather_losses
 from speedit_plugins.policies.draws import Iid, Paired
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -194,7 +195,8 @@ class TimestepPolicy:
     def update(self, index: Tensor, loss: Tensor) -> None:
         """Teaches a learning policy the unweighted losses (B,) at the indices (B,). Others ignore it.
 
-        With several ranks, every rank has to call it: the losses are gathered.
+        With several ranks, every rank has to call it: the losses are gathered. Waits for the device once.
+        Losses that are not finite are left out.
 
         Example:
             >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -203,7 +205,28 @@ class TimestepPolicy:
             >>> policy.density.round(decimals=2).tolist()
             [0.25, 0.75]
         """
+        if self.learns:
+            self._learn(*gather_losses(index, loss))
+
+    def _learn(self, index: Tensor, loss: Tensor) -> None:
+        """Teaches the losses of all ranks, float64 (N,), finite, at the indices (N,), both on the CPU."""
         if self._adaptive is not None and self._adaptive.update(index, loss):
+            self._rebuild()
+
+    def observe(self, data: Tensor) -> None:
+        """Shows the policy the data (B, ...) of this rank that it draws for next, as the model sees them.
+
+        Only laws that depend on the data use it: their size, or what they look like. Call it in each training
+        step, before `draw`, on every rank.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy("uniform", NoiseSchedule.linear(1000))
+            >>> policy.observe(torch.randn(8, 3, 32, 32))
+            >>> policy.draw(8).index.shape
+            torch.Size([8])
+        """
+        if self._adaptive is not None and self._adaptive.observe(data):
             self._rebuild()
 
     def advance(self, step: int | None = None) -> None:

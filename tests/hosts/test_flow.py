@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.flow import FlowThinning
-from speedit_plugins.policies import densities
+from speedit_plugins.policies.densities import areas
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 N = 200_000
@@ -45,7 +45,7 @@ def test_discrete_uniform_follows_the_papers_density() -> None:
     # The host's t is the midpoint of a bin, as in the schedule.
     drawn = FlowThinning(k=3).draw(lambda: torch.randint(0, T, (N,)) + 0.5, time_of=lambda t: t / T)
     counts = torch.bincount(drawn.long(), minlength=T).double() / N
-    density = densities.thinned(schedule, k=3).table
+    density = areas.thinned(schedule, k=3).table
     density = density / density.sum()
     assert density[-1] < density[0]
     # 4.5 sigma for each of 50 frequencies at once.

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.policies.adaptive import Curriculum, LossSecondMoment
-from speedit_plugins.policies.densities import uniform
+from speedit_plugins.policies.densities.adaptive import Curriculum, LossSecondMoment
+from speedit_plugins.policies.densities.over_time import uniform
+from speedit_plugins.policies.distributed import gather_losses
 
 LINEAR = NoiseSchedule.linear()
 
@@ -112,7 +113,7 @@ def test_all_zero_losses_leave_a_uniform_density() -> None:
         (lambda: LossSecondMoment(LINEAR, history=0), "history >= 1 .* got 0 and 0.001"),
         (lambda: LossSecondMoment(LINEAR, uniform_floor=0.0), r"uniform_floor in \(0, 1\]"),
         (
-            lambda: LossSecondMoment(LINEAR).update(torch.tensor([1, 2]), torch.tensor([1.0])),
+            lambda: gather_losses(torch.tensor([1, 2]), torch.tensor([1.0])),
             "update needs index and loss",
         ),
     ],

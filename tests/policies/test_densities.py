@@ -10,16 +10,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.policies.densities import (
-    Density,
+from speedit_plugins.policies.densities.areas import (
     asymmetric,
-    logit_normal,
     push_reflected,
     reflect,
     reflection_pivot,
     thinned,
-    uniform,
 )
+from speedit_plugins.policies.densities.density import Density
+from speedit_plugins.policies.densities.over_time import logit_normal, uniform
 
 LINEAR = NoiseSchedule.linear()
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.policies.densities import Density
+from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.draws import Iid, Paired
-from speedit_plugins.policies.weightings import constant
+from speedit_plugins.policies.weightings.by_noise_level import constant
 
 LINEAR = NoiseSchedule.linear()
 

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
-from speedit_plugins.policies.weightings import min_snr
+from speedit_plugins.policies.weightings.by_noise_level import min_snr
+from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 
 # The SNR is 4, 1 and 1/4, so Min-SNR with gamma = 1 gives the weights 1/4, 1 and 1.
 SCHEDULE = NoiseSchedule.from_alphas_cumprod([0.8, 0.5, 0.2])

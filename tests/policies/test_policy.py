@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.policies.adaptive import AdaptiveDensity
-from speedit_plugins.policies.densities import uniform
+from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.over_time import uniform
 from speedit_plugins.policies.policy import TimestepDraw
-from speedit_plugins.policies.weightings import constant
+from speedit_plugins.policies.weightings.by_noise_level import constant
 
 LINEAR = NoiseSchedule.linear()
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy, policies
-from speedit_plugins.policies import recipes
-from speedit_plugins.policies.densities import reflect, reflection_pivot
+from speedit_plugins.policies.densities.areas import reflect, reflection_pivot
+from speedit_plugins.policies.recipes import speed as recipes
 
 LINEAR = NoiseSchedule.linear()
 

@@ -6,15 +6,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.policies.weightings import (
+from speedit_plugins.policies.weightings.by_noise_level import (
     change_aware,
-    check_prediction_type,
     constant,
-    epsilon_equivalent,
     inverse_density,
     min_snr,
     p2,
 )
+from speedit_plugins.policies.weightings.conversion import check_prediction_type, epsilon_equivalent
 
 LINEAR = NoiseSchedule.linear()
 

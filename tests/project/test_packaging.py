@@ -134,7 +134,8 @@ class TestUsedOutsideTheClone:
         self, kind: str, installed: dict[str, Path], tmp_path: Path
     ) -> None:
         registering = (
-            f"from {PACKAGE}.registry import DENSITIES\nfrom {PACKAGE}.policies.densities import uniform\n"
+            f"from {PACKAGE}.registry import DENSITIES\n"
+            f"from {PACKAGE}.policies.densities.over_time import uniform\n"
         )
         (tmp_path / "mine.py").write_text(
             f"{registering}DENSITIES.register_module(name='mine', module=uniform)\n"

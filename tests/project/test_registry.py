@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.policies import recipes
-from speedit_plugins.policies.densities import Density
+from speedit_plugins.policies.densities.density import Density
+from speedit_plugins.policies.recipes import speed as recipes
 from speedit_plugins.registry import (
     DENSITIES,
     DRAWS,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speedit_plugins import DataSpectrum, NoiseSchedule, TimestepPolicy, build_policy, registry
-from speedit_plugins.policies.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.registry import DENSITIES, POLICIES
 
 
@@ -134,7 +134,7 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
         },
         "spectral_fast": {
             "mean": st.floats(-2.0, -1.5),
-            "shift": st.floats(-1.0, 1.0),
+            "offset": st.floats(-1.0, 1.0),
             "clean_share": st.floats(0.0, 0.9),
             "std": st.floats(0.5, 3.0),
         },

@@ -54,9 +54,9 @@ REFERENCE = {
         "Policies and their parts",
         "The method: named policies, and the densities, weightings and draws that they are made of.",
         (
-            "speedit_plugins.policies.recipes",
-            "speedit_plugins.policies.densities",
-            "speedit_plugins.policies.weightings",
+            "speedit_plugins.policies.recipes.*",
+            "speedit_plugins.policies.densities.*",
+            "speedit_plugins.policies.weightings.*",
             "speedit_plugins.policies.*",
         ),
     ),

@@ -8,7 +8,7 @@ from policy_cases import unit_variance
 from scipy.stats import norm
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.policies.log_snr import log_snr_normal
+from speedit_plugins.policies.densities.over_log_snr import log_snr_normal
 
 LINEAR = NoiseSchedule.linear()
 
@@ -16,14 +16,14 @@ LINEAR = NoiseSchedule.linear()
 def test_a_centre_beyond_the_schedule_is_warned_of() -> None:
     # The log-SNR of the linear schedule goes from 9.21 to -10.12.
     with pytest.warns(UserWarning, match=r"centred at log-SNR -12.00, outside .* -10.12 to 9.21"):
-        log_snr_normal(LINEAR, mean=-12.5, shift=0.5)
+        log_snr_normal(LINEAR, mean=-12.5, offset=0.5)
     with pytest.warns(UserWarning, match="centred at log-SNR 10.00, outside"):
         log_snr_normal(LINEAR, mean=10.0)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(), NoiseSchedule.rectified_flow()])
 def test_log_snr_is_normal_on_every_schedule(schedule: NoiseSchedule) -> None:
-    density = log_snr_normal(schedule, mean=0.3, shift=0.2, std=0.8)
+    density = log_snr_normal(schedule, mean=0.3, offset=0.2, std=0.8)
     for edge in (-1.0, 0.5, 1.5):
         below = float(density.table[schedule.log_snr < edge].sum())
         # The timestep at the edge has at most 1 % of the mass, and at most half of it is on the wrong side.
@@ -107,7 +107,7 @@ def test_the_spectral_policies_are_stratified_and_normalised_unless_told_otherwi
 def test_spectral_flow_weighs_nothing() -> None:
     schedule = NoiseSchedule.rectified_flow()
     policy = build_policy({"type": "spectral_flow", "mean": 0.5}, schedule)
-    law = log_snr_normal(schedule, mean=0.5, shift=0.6, std=1.6, clean_std=2.2, clean_share=0.15)
+    law = log_snr_normal(schedule, mean=0.5, offset=0.6, std=1.6, clean_std=2.2, clean_share=0.15)
     assert torch.equal(policy.density, law.table)
     torch.testing.assert_close(policy.weight, torch.ones_like(policy.weight))
     assert policy.stratified
@@ -122,11 +122,11 @@ def test_data_are_asked_only_where_the_centre_is_not_given() -> None:
 
 
 def test_parameters_out_of_range_are_refused() -> None:
-    for options in ({"std": 0.0}, {"clean_std": 0.0}, {"mean": math.inf}, {"shift": math.nan}):
-        with pytest.raises(ValueError, match="finite mean and shift, and std and clean_std > 0, got"):
+    for options in ({"std": 0.0}, {"clean_std": 0.0}, {"mean": math.inf}, {"offset": math.nan}):
+        with pytest.raises(ValueError, match="finite mean and offset, and std and clean_std > 0, got"):
             log_snr_normal(LINEAR, **{"mean": 0.0, **options})
     # Wrong parameters are refused before the data are read.
     with pytest.raises(ValueError, match="std and clean_std > 0, got None, 0.0, 1.2 and -1.0"):
         log_snr_normal(LINEAR, lambda: pytest.fail("the data were asked"), clean_std=-1.0)
-    with pytest.raises(ValueError, match=r"mean \+ shift near .* -10.12 to 9.21, got -99.00"):
-        log_snr_normal(LINEAR, mean=-100.0, shift=1.0)
+    with pytest.raises(ValueError, match=r"mean \+ offset near .* -10.12 to 9.21, got -99.00"):
+        log_snr_normal(LINEAR, mean=-100.0, offset=1.0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.densities import Density
+from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.registry import DENSITIES
@@ -21,12 +21,12 @@ def log_snr_normal(
     data_spectrum: Callable[[], DataSpectrum] | None = None,
     *,
     mean: float | None = None,
-    shift: float = 0.0,
+    offset: float = 0.0,
     std: float = 1.2,
     clean_std: float | None = None,
     clean_share: float = 0.0,
 ) -> Density:
-    """Density in which log-SNR follows a split normal distribution around mean + shift.
+    """Density in which log-SNR follows a split normal distribution around mean + offset.
 
     A split normal is continuous and has one standard deviation on each side of its mode. It is cut at the
     schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours. A timestep with
@@ -35,7 +35,7 @@ def log_snr_normal(
     Args:
         data_spectrum: returns the spectrum of the data. Called only if `mean` is None.
         mean: centre in log-SNR, finite. Lower is noisier. None takes `log_snr_at()` of the data's spectrum.
-        shift: added to `mean`. Above 0 is cleaner.
+        offset: added to `mean`. Above 0 is cleaner.
         std: standard deviation of log-SNR on the side noisier than the mode, > 0.
         clean_std: standard deviation of log-SNR on the cleaner side, > 0. None takes `std`.
         clean_share: share of the draws, in [0, 1), spread evenly over the timesteps cleaner than the mode.
@@ -54,7 +54,7 @@ def log_snr_normal(
         >>> round(float(density.table[schedule.log_snr > 0].sum()), 2)
         0.5
     """
-    _check_centre_and_widths(mean, shift, std, clean_std)
+    _check_centre_and_widths(mean, offset, std, clean_std)
     if not 0 <= clean_share < 1:
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     log_snr = schedule.log_snr[schedule.snr > 0]
@@ -68,7 +68,7 @@ def log_snr_normal(
                 " got none. Measure it: speedit_plugins.DataSpectrum.of(latents).log_snr_at()"
             )
         mean = data_spectrum().log_snr_at()
-    centre = mean + shift
+    centre = mean + offset
     law = _split_normal(log_snr, centre, std, std if clean_std is None else clean_std)
     if clean_share:
         law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
@@ -86,12 +86,12 @@ def _evenly_above(log_snr: Tensor, centre: float) -> Tensor:
     return cleaner / cleaner.sum()
 
 
-def _check_centre_and_widths(mean: float | None, shift: float, std: float, clean_std: float | None) -> None:
-    is_finite = math.isfinite(shift + (0.0 if mean is None else mean))
+def _check_centre_and_widths(mean: float | None, offset: float, std: float, clean_std: float | None) -> None:
+    is_finite = math.isfinite(offset + (0.0 if mean is None else mean))
     if not (is_finite and all(0 < width < math.inf for width in (std, clean_std) if width is not None)):
         raise ValueError(
-            "log_snr_normal needs a finite mean and shift, and std and clean_std > 0,"
-            f" got {mean}, {shift}, {std} and {clean_std}"
+            "log_snr_normal needs a finite mean and offset, and std and clean_std > 0,"
+            f" got {mean}, {offset}, {std} and {clean_std}"
         )
 
 
@@ -107,7 +107,7 @@ def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: flo
     mass = torch.where(z[1:] > 0, tail.diff(), -below.diff())
     if not mass.any():
         raise ValueError(
-            f"log_snr_normal needs mean + shift near the schedule's log-SNR, {log_snr[-1]:.2f} to"
+            f"log_snr_normal needs mean + offset near the schedule's log-SNR, {log_snr[-1]:.2f} to"
             f" {log_snr[0]:.2f}, got {mode:.2f}: no timestep would ever be drawn"
         )
     if not float(log_snr[-1]) < mode < float(log_snr[0]):

@@ -14,21 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.densities import Density
-from speedit_plugins.policies.distributed import gather_losses
+from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import DENSITIES
 
 
 class AdaptiveDensity(ABC):
-    """A density that changes during training. `update` and `advance` return whether it changed."""
+    """A density that changes during training. `observe`, `update` and `advance` return whether it changed."""
 
     @abstractmethod
     def density(self) -> Density:
         """The current density."""
 
+    def observe(self, data: Tensor) -> bool:
+        """Sees the data (B, ...) of this rank that the next draw is for. True if the density changed."""
+        return False
+
     def update(self, index: Tensor, loss: Tensor) -> bool:
-        """Learns from the losses (B,) measured at the indices (B,). True if the density changed."""
+        """Learns from the losses of all ranks, float64 (N,), finite, at the indices (N,), both on the CPU.
+
+        True if the density changed.
+        """
         return False
 
     def advance(self, step: int) -> bool:
@@ -135,15 +141,14 @@ class LossSecondMoment(AdaptiveDensity):
         return Density((1 - self._floor) * p + self._floor / T)
 
     def update(self, index: Tensor, loss: Tensor) -> bool:
-        """Adds the losses (B,) measured at the indices (B,) on all ranks. Waits for the device once.
+        """Adds losses (N,) measured at the indices (N,).
 
         Returns:
             True if every timestep has its history, so that the density follows the losses.
         """
-        # Losses that are not finite are left out: one NaN in the history makes the whole density NaN.
-        for t, value in gather_losses(index, loss).tolist():
-            self._losses[int(t), self._counts[int(t)] % self._losses.shape[1]] = value
-            self._counts[int(t)] += 1
+        for t, value in zip(index.tolist(), loss.tolist(), strict=True):
+            self._losses[t, self._counts[t] % self._losses.shape[1]] = value
+            self._counts[t] += 1
         return bool((self._counts >= self._losses.shape[1]).all())
 
     def state_dict(self) -> dict[str, Any]:

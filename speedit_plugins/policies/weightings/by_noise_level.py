@@ -1,6 +1,6 @@
 """Weightings: how much the loss at each timestep counts, as a function of the noise schedule.
 
-`epsilon_equivalent` converts a weight to another prediction type.
+`conversion.py` converts a weight to another prediction type.
 
 Dims: T timesteps.
 """
@@ -8,8 +8,8 @@ Dims: T timesteps.
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.densities import check_tau
-from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.policies.densities.areas import check_tau
+from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import WEIGHTINGS
 
 
@@ -132,50 +132,6 @@ def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
             f"inverse_density needs a density > 0 everywhere, got {int((density == 0).sum())} zeros"
         )
     return 1 / (schedule.num_timesteps * density)
-
-
-def epsilon_equivalent(weight: Tensor, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
-    """Weight on the loss of another prediction type with the same objective as `weight` on the epsilon loss.
-
-    The error of each target is the error of epsilon times a function of alpha and sigma. The weight is
-    divided by the square of that function. Source: docs/method.md.
-
-    Args:
-        weight: weight on the epsilon loss, shape (T,).
-        prediction_type: what the model predicts, one of `PREDICTION_TYPES`.
-
-    Returns:
-        Weights, finite, shape (T,).
-
-    Raises:
-        ValueError: an unknown `prediction_type`.
-
-    Example:
-        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
-        >>> epsilon_equivalent(constant(schedule), schedule, "x0").round(decimals=6).tolist()
-        [3.0, 1.0]
-    """
-    check_prediction_type(prediction_type)
-    alpha, sigma = schedule.alpha, schedule.sigma
-    factor = {
-        "epsilon": torch.ones_like(schedule.snr),
-        "x0": schedule.snr,
-        "v": (alpha / (alpha**2 + sigma**2)) ** 2,  # SNR / (SNR + 1) if alpha^2 + sigma^2 = 1
-        "flow": (alpha / (alpha + sigma)) ** 2,  # (1 - t)^2 on the straight path
-    }
-    return weight * factor[prediction_type]
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Nothing, if `prediction_type` is one of `PREDICTION_TYPES`.
-
-    Raises:
-        ValueError: an unknown type; the message lists the known ones.
-    """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"prediction_type needs one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
-        )
 
 
 WEIGHTINGS.register_module(name="constant", module=constant)

@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from speedit_plugins.policies.adaptive import AdaptiveDensity
-from speedit_plugins.policies.densities import Density
-from speedit_plugins.policies.distributed import gather_losses
+from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -67,15 +66,13 @@ class LossNormalizedPolicy(TimestepPolicy):
         """Always: the divisor follows the losses."""
         return True
 
-    def update(self, index: Tensor, loss: Tensor) -> None:
-        """Learns from the unweighted losses (B,) of one step at their indices (B,). Waits for the device."""
-        rows = gather_losses(index, loss).double()
-        mean = float((self._relative[rows[:, 0].long()] * rows[:, 1]).mean())
-        # The mean of no rows is NaN, and NaN > 0 is false.
+    def _learn(self, index: Tensor, loss: Tensor) -> None:
+        mean = float((self._relative[index] * loss).mean())
+        # The mean of no losses is NaN, and NaN > 0 is false.
         if mean > 0:
             before = mean if self._mean_loss is None else self._mean_loss
             self._mean_loss = self._loss_decay * before + (1 - self._loss_decay) * mean
-        super().update(index, loss)
+        super()._learn(index, loss)
         self._scale()
 
     def state_dict(self) -> dict[str, Any]:

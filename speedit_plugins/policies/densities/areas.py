@@ -1,56 +1,17 @@
-"""Fixed densities: how often each timestep is drawn, as a function of the noise schedule.
-
-Each function returns a `Density`. Densities that change during training are in `adaptive.py`, those over
-log-SNR in `log_snr.py`.
+"""Fixed densities that treat the areas of a noise schedule differently: SpeeD's and SpeeDiT's.
 
 Dims: T timesteps.
 """
 
 import math
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR, NoiseSchedule
 from speedit_plugins.registry import DENSITIES
-
-
-@dataclass(frozen=True, eq=False)
-class Density:
-    """Probability of drawing each index.
-
-    Args:
-        table: probabilities, >= 0, shape (T,) float64. The constructor divides them by their sum.
-        boundary_index: first index past the density's boundary between two areas, None if it has none.
-
-    Raises:
-        ValueError: a value that is negative or not finite, or a sum of 0.
-
-    Example:
-        >>> Density(torch.tensor([1.0, 3.0])).table.tolist()
-        [0.25, 0.75]
-    """
-
-    table: Tensor
-    boundary_index: int | None = None
-
-    def __post_init__(self) -> None:
-        total = self.table.sum()
-        if not (torch.isfinite(total) and total > 0 and (self.table >= 0).all()):
-            raise ValueError(f"a density needs finite values >= 0 with a positive sum, got sum {total:g}")
-        object.__setattr__(self, "table", self.table / total)
-
-
-def uniform(schedule: NoiseSchedule) -> Density:
-    """Every index is equally likely.
-
-    Example:
-        >>> uniform(NoiseSchedule.cosine(4)).table.tolist()
-        [0.25, 0.25, 0.25, 0.25]
-    """
-    return Density(torch.ones_like(schedule.alpha))
 
 
 def thinned(
@@ -127,29 +88,6 @@ def asymmetric(
     return Density((p + push_reflected(p, pivot)) / 2 if reflected else p, pivot)
 
 
-def logit_normal(schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0) -> Density:
-    """Density in which logit(u) is normal. Index i has the exact mass of its bin [i / T, (i + 1) / T).
-
-    Source: Esser et al. 2024, arXiv:2403.03206, section 3.1. u = 1 is noise, so a positive mean is noisier.
-
-    Args:
-        mean: mean of logit(u), finite.
-        std: standard deviation of logit(u), > 0.
-
-    Raises:
-        ValueError: a parameter out of range.
-
-    Example:
-        >>> logit_normal(NoiseSchedule.rectified_flow(4)).table.round(decimals=3).tolist()
-        [0.136, 0.364, 0.364, 0.136]
-    """
-    if not (math.isfinite(mean) and 0 < std < math.inf):
-        raise ValueError(f"logit_normal needs a finite mean and std > 0, got {mean} and {std}")
-    edges = torch.linspace(0, 1, schedule.num_timesteps + 1, dtype=torch.float64, device="cpu")
-    cumulative = torch.special.ndtr((torch.logit(edges) - mean) / std)
-    return Density(cumulative.diff())
-
-
 def reflection_pivot(schedule: NoiseSchedule, *, threshold: float = 0.1) -> int:
     """SpeeDiT's "meaningful steps" m in [1, T]: one past the first flat index, T if no index is flat.
 
@@ -192,7 +130,5 @@ def check_tau(tau: int, schedule: NoiseSchedule) -> int:
     return int(tau)
 
 
-DENSITIES.register_module(name="uniform", module=uniform)
 DENSITIES.register_module(name="thinned", module=thinned)
 DENSITIES.register_module(name="asymmetric", module=asymmetric)
-DENSITIES.register_module(name="logit_normal", module=logit_normal)

@@ -1,0 +1,38 @@
+"""A density: the probability of drawing each timestep.
+
+Densities by formula are in `over_time.py`, `over_log_snr.py` and `areas.py`, those that change during
+training in `adaptive.py`.
+
+Dims: T timesteps.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Density:
+    """Probability of drawing each index.
+
+    Args:
+        table: probabilities, >= 0, shape (T,) float64. The constructor divides them by their sum.
+        boundary_index: first index past the density's boundary between two areas, None if it has none.
+
+    Raises:
+        ValueError: a value that is negative or not finite, or a sum of 0.
+
+    Example:
+        >>> Density(torch.tensor([1.0, 3.0])).table.tolist()
+        [0.25, 0.75]
+    """
+
+    table: Tensor
+    boundary_index: int | None = None
+
+    def __post_init__(self) -> None:
+        total = self.table.sum()
+        if not (torch.isfinite(total) and total > 0 and (self.table >= 0).all()):
+            raise ValueError(f"a density needs finite values >= 0 with a positive sum, got sum {total:g}")
+        object.__setattr__(self, "table", self.table / total)
