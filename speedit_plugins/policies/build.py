@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedit_plugins.policies.densities import transforms
+from speedit_plugins.policies.densities.composed import Law
+from speedit_plugins.policies.draws import Paired
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
@@ -25,7 +28,7 @@ from speedit_plugins.registry import (
 )
 
 # Keys of every policy config, and keys of a policy made of parts. Others are parameters of a named policy.
-_COMMON_KEYS = ("stratified", "normalize", "equivalent_to")
+_COMMON_KEYS = ("stratified", "normalize", "equivalent_to", *transforms.KEYS)
 _PART_KEYS = ("density", "weighting", "draw", "scope")
 
 
@@ -47,6 +50,9 @@ def build_policy(
 
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
+            - shift: moves the draws towards noise, see `transforms.shifted`. A number, or a mapping with the
+              type flux, pixels or dimension, which takes it from the size of the data.
+            - window: two bounds of u, or a mapping, see `transforms.Window`.
             - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
               converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
         schedule: the noise schedule that the model is trained on.
@@ -78,15 +84,39 @@ def build_policy(
     check_type("policy stratified", common.get("stratified", False), bool)
     kind, common["normalize"] = _normalized(common.get("normalize", False))
     _check_parts(parts)
+    changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
+    law = _build_law(parts["density"], schedule, data_spectrum)
+    draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
+    if changes and isinstance(draw, Paired):
+        raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
     return kind(
         schedule,
-        build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
+        transforms.transformed(law, changes, schedule),
         _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
-        draw=build(DRAWS, parts.get("draw", "iid"), schedule=schedule),
+        draw=draw,
         name=name,
         scope=parts.get("scope", "mse"),
         **common,
     )
+
+
+def _build_law(
+    config: str | Config, schedule: NoiseSchedule, data_spectrum: Callable[[], DataSpectrum] | None
+) -> Law:
+    """The density that a config describes, with its transforms. It may be made of other densities."""
+    options = options_of(config) if isinstance(config, str | Mapping) else {"type": config}
+    builder = DENSITIES.get(str(options.get("type")))
+    own = () if builder is None else inspect.signature(builder).parameters
+    changes = {key: options.pop(key) for key in transforms.KEYS if key in options and key not in own}
+    law: Law = build(
+        DENSITIES,
+        options,
+        also=transforms.KEYS,
+        schedule=schedule,
+        data_spectrum=data_spectrum,
+        build_law=lambda part: _build_law(part, schedule, data_spectrum),
+    )
+    return transforms.transformed(law, changes, schedule)
 
 
 def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:

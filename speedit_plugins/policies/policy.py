@@ -151,6 +151,11 @@ class TimestepPolicy:
             >>> policy.draw_at(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).index.tolist()
             [250, 500, 750]
         """
+        if self._adaptive is not None and not self._adaptive.is_ready:
+            raise ValueError(
+                f"policy {self.name!r} depends on the data and has seen none: call policy.observe(data)"
+                " with the batch, as the model sees it, before each draw"
+            )
         target = torch.device(device)
         tables = self._tables_on(quantile.device)
         index = torch.searchsorted(tables.upper, quantile, right=True)
@@ -176,7 +181,12 @@ class TimestepPolicy:
     @property
     def learns(self) -> bool:
         """Whether `update` changes the policy."""
-        return self._adaptive is not None and type(self._adaptive).update is not AdaptiveDensity.update
+        return self._adaptive is not None and self._adaptive.learns
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the draws depend on the data that `observe` sees."""
+        return self._adaptive is not None and self._adaptive.needs_data
 
     @property
     def boundary_index(self) -> int | None:

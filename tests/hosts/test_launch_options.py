@@ -29,6 +29,29 @@ PARTS = {"density": "logit_normal", "weighting": {"type": "p2", "gamma": 0.5}}
         (json.dumps(PARTS), ["weighting.gamma=0.1"], {**PARTS, "weighting": {"type": "p2", "gamma": 0.1}}),
         ("{type: speed, k: 3}", ["lam=0.7"], {"type": "speed", "k": 3, "lam": 0.7}),
         ("p2", ['weighting={"type": "p2"}'], {"type": "p2", "weighting": {"type": "p2"}}),
+        (
+            "logit_normal",
+            ["shift=3", "window=[0.1, 0.9]"],
+            {"type": "logit_normal", "shift": 3, "window": [0.1, 0.9]},
+        ),
+        (
+            "logit_normal",
+            ["shift.type=pixels", "shift.base=64"],
+            {"type": "logit_normal", "shift": {"type": "pixels", "base": 64}},
+        ),
+        (
+            None,
+            [
+                "weighting=constant",
+                "density.type=stages",
+                "density.laws=[logit_normal, uniform]",
+                "density.until=[9]",
+            ],
+            {
+                "density": {"type": "stages", "laws": ["logit_normal", "uniform"], "until": [9]},
+                "weighting": "constant",
+            },
+        ),
         ("speed", ["tau=null", "stratified=true"], {"type": "speed", "tau": None, "stratified": True}),
     ],
 )
