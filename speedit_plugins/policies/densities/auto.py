@@ -1,0 +1,150 @@
+"""A law that finds its own centre: it measures the data of the first training steps.
+
+Dims: T timesteps.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.density import Density
+from speedit_plugins.policies.densities.over_log_snr import log_snr_normal
+from speedit_plugins.policies.densities.over_time import logit_normal, uniform
+from speedit_plugins.policies.measurement import DataMeasurement, equal_on_all_ranks
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.registry import DENSITIES
+
+# A seam may see the data of a step only after its draw, and an evaluation may come first.
+_STEPS_WITHOUT_DATA = 10
+
+
+class CentredByData(AdaptiveDensity):
+    """`log_snr_normal` around the log-SNR at which half of the data's variance is explained.
+
+    The data are those of the first batches that `observe` sees, on all ranks. Until they are enough, a
+    rectified flow draws logit-normal times, and any other schedule uniform ones. What was found is part of
+    the state, so a resumed training does not measure again.
+
+    Args:
+        data_spectrum: returns the spectrum of the data; None measures it.
+        mean: the centre, if it is known. None takes it from `data_spectrum`, or measures it.
+        num_samples: samples to measure, >= 2, see `DataMeasurement`.
+        offset: see `log_snr_normal`.
+        std: see `log_snr_normal`.
+        clean_std: see `log_snr_normal`.
+        clean_share: see `log_snr_normal`.
+
+    Raises:
+        ValueError: a parameter out of range.
+
+    Warns:
+        UserWarning: the samples are too few or too odd to measure. The draws stay as they are.
+
+    Example:
+        >>> law = CentredByData(NoiseSchedule.rectified_flow(1000), num_samples=500)
+        >>> samples = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+        >>> law.observe(samples), abs(law.mean) < 0.1  # equal variances of 1: half is explained at log-SNR 0
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        data_spectrum: Callable[[], DataSpectrum] | None = None,
+        *,
+        mean: float | None = None,
+        num_samples: int = 1024,
+        offset: float = 0.6,
+        std: float = 1.6,
+        clean_std: float | None = 2.2,
+        clean_share: float = 0.15,
+    ) -> None:
+        if num_samples < 2:
+            raise ValueError(f"auto needs num_samples >= 2, got {num_samples}")
+        self._schedule = schedule
+        self._shape: dict[str, Any] = {
+            "offset": offset,
+            "std": std,
+            "clean_std": clean_std,
+            "clean_share": clean_share,
+        }
+        log_snr_normal(schedule, mean=float(schedule.log_snr[len(schedule.log_snr) // 2]), **self._shape)
+        if mean is None and data_spectrum is not None:
+            mean = data_spectrum().log_snr_at()
+        self.mean = mean
+        self._measurement = DataMeasurement(num_samples) if mean is None else None
+        self._num_without_data = 0
+        self._has_seen = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the centre is still to be measured."""
+        return self.mean is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may draw: it knows its centre, has seen data, or has begun a few steps."""
+        return not self.needs_data or self._has_seen or 0 < self._num_without_data <= _STEPS_WITHOUT_DATA
+
+    def density(self) -> Density:
+        if self.mean is not None:
+            return log_snr_normal(self._schedule, mean=self.mean, **self._shape)
+        alpha, sigma = self._schedule.alpha, self._schedule.sigma
+        is_straight = torch.allclose(alpha + sigma, torch.ones_like(alpha))
+        return logit_normal(self._schedule) if is_straight else uniform(self._schedule)
+
+    def advance(self, step: int) -> bool:
+        self._num_without_data += 1
+        return False
+
+    def observe(self, data: Tensor) -> bool:
+        self._num_without_data, self._has_seen = 0, True
+        if self._measurement is None:
+            return False
+        measurement = self._measurement
+        try:
+            spectrum = measurement.add(data)
+            if spectrum is None:
+                return False
+            self._measurement = None
+            centre = equal_on_all_ranks(spectrum.log_snr_at(), data.device)
+        except ValueError as error:
+            self._measurement = None
+            warnings.warn(
+                f"auto goes on with the draws that it began with, since it cannot measure the data: {error}",
+                stacklevel=2,
+            )
+            return False
+        self.mean = centre
+        _tell(measurement, centre, spectrum)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.mean = state["mean"]
+        if self.mean is not None:
+            self._measurement = None
+
+
+def _tell(measurement: DataMeasurement, centre: float, spectrum: DataSpectrum) -> None:
+    """Says on stderr what was found, on rank 0."""
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    low, high = (f"{spectrum.log_snr_at(share):.2f}" for share in (0.25, 0.75))
+    shape = " x ".join(map(str, measurement.shape))
+    sys.stderr.write(
+        f"speedit_plugins: auto measured {measurement.num_samples} samples of {shape}: half of their variance"
+        f" is explained at log-SNR {centre:.2f} (a quarter at {low}, three quarters at {high})\n"
+    )
+
+
+DENSITIES.register_module(name="auto", module=CentredByData)
