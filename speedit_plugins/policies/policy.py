@@ -127,15 +127,40 @@ class TimestepPolicy:
             >>> batch.index.shape, batch.weight.dtype, batch.scope
             (torch.Size([8]), torch.float32, 'mse')
         """
+        return self.draw_at(self.quantiles(batch_size, device, generator), device=device)
+
+    def quantiles(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The random numbers of a draw, for `draw_at`: float64 in [0, 1), shape (B,), on `drawing_device`.
+
+        Args:
+            batch_size, device, generator: see `draw`.
+
+        Raises:
+            ValueError: `batch_size` < 1, or a generator on another device.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy({"type": "uniform", "stratified": True}, NoiseSchedule.linear(1000))
+            >>> (policy.quantiles(4) * 4).long().sort().values.tolist()
+            [0, 1, 2, 3]
+        """
         if batch_size < 1:
             raise ValueError(f"draw needs batch_size >= 1, got {batch_size}")
-        target = torch.device(device)
-        place = drawing_device(target)
+        place = drawing_device(device)
         if generator is not None and generator.device.type != place.type:
             raise ValueError(
-                f"draw on {target} needs a generator on {place.type}, got one on {generator.device}"
+                f"draw on {torch.device(device)} needs a generator on {place.type}, got one on"
+                f" {generator.device}"
             )
-        return self.draw_at(self._quantiles(batch_size, place, generator), device=target)
+        quantile = torch.rand(batch_size, dtype=torch.float64, device=place, generator=generator)
+        if not self.stratified:
+            return quantile
+        # In a random order of the strata, every position of the batch follows the density.
+        order = torch.randperm(batch_size, device=place, generator=generator)
+        # The sum can round up to batch_size. A quantile of 1 would be past the last index.
+        return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
 
     def draw_at(self, quantile: Tensor, *, device: torch.device | str = "cpu") -> TimestepDraw:
         """Timesteps and weights on `device`, at random numbers of the caller, such as those of strata.
@@ -313,15 +338,6 @@ class TimestepPolicy:
             upper = (upper / upper[-1]).to(device)
             self._tables[device] = _DeviceTables(upper, density.to(device), self.weight.float().to(device))
         return self._tables[device]
-
-    def _quantiles(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        quantile = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-        if not self.stratified:
-            return quantile
-        # In a random order of the strata, every position of the batch follows the density.
-        order = torch.randperm(batch_size, device=device, generator=generator)
-        # The sum can round up to batch_size. A quantile of 1 would be past the last index.
-        return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
 
 
 def drawing_device(device: torch.device | str) -> torch.device:
