@@ -4,13 +4,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepPolicy
-from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.policies.weightings import conversion
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.registry import (
     DENSITIES,
@@ -51,14 +51,15 @@ def build_policy(
               converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
         schedule: the noise schedule that the model is trained on.
         prediction_type: what the model predicts: epsilon, x0, v or flow. None is epsilon on a
-            variance-preserving schedule and flow on a rectified flow. Only converted weights depend on it.
+            variance-preserving schedule and flow on a rectified flow. Converted weights depend on it, and
+            densities that learn the error of epsilon.
         data_spectrum: returns the spectrum of the data. Called only if a density needs it and the config does
             not give its `mean`.
 
     Raises:
         ValueError: an unknown name or parameter (the message lists the known ones), a bad value, or one that
-            a part leaves without effect; or weights to convert without a `prediction_type`, on a schedule
-            that is neither of these two.
+            a part leaves without effect; or no `prediction_type` where it matters, on a schedule that is
+            neither of these two.
 
     Example:
         >>> schedule = NoiseSchedule.linear(1000)
@@ -80,8 +81,14 @@ def build_policy(
     _check_parts(parts)
     return kind(
         schedule,
-        build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
-        _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
+        build(
+            DENSITIES,
+            parts["density"],
+            schedule=schedule,
+            data_spectrum=data_spectrum,
+            prediction_type=prediction_type,
+        ),
+        _weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
         draw=build(DRAWS, parts.get("draw", "iid"), schedule=schedule),
         name=name,
         scope=parts.get("scope", "mse"),
@@ -172,6 +179,19 @@ def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
     return TimestepPolicy, value
 
 
+def _weighting(
+    config: str | Config, schedule: NoiseSchedule, prediction_type: str | None, equivalent_to: str | None
+) -> "_Weighting | AdaptiveWeighting":
+    name = _name_of(config)
+    builder = WEIGHTINGS.module_dict.get(name)
+    if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
+        return _Weighting(config, schedule, prediction_type, equivalent_to)
+    if equivalent_to is not None:
+        raise ValueError(f"equivalent_to has no effect on {name}, whose weights follow the model's own loss")
+    learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
+    return learned
+
+
 class _Weighting:
     """The function from the density table (T,) to the weights (T,) that a weighting config describes."""
 
@@ -194,25 +214,13 @@ class _Weighting:
         self._schedule = schedule
         self._converts_for: str | None = None
         if always or equivalent_to == "epsilon":
-            self._converts_for = prediction_type or _usual_prediction_type(schedule)
+            self._converts_for = prediction_type or conversion.usual_prediction_type(schedule)
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
         if self._converts_for is None:
             return weight
         return conversion.epsilon_equivalent(weight, self._schedule, self._converts_for)
-
-
-def _usual_prediction_type(schedule: NoiseSchedule) -> str:
-    """What models usually predict on this schedule."""
-    if schedule.is_variance_preserving:
-        return "epsilon"
-    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
-        return "flow"
-    raise ValueError(
-        f"weights converted from the epsilon loss need prediction_type on {schedule!r}, which is neither"
-        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
-    )
 
 
 def _name_of(config: Any) -> str:
