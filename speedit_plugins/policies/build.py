@@ -182,12 +182,11 @@ def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
 def _weighting(
     config: str | Config, schedule: NoiseSchedule, prediction_type: str | None, equivalent_to: str | None
 ) -> "_Weighting | AdaptiveWeighting":
-    name = _name_of(config)
-    builder = WEIGHTINGS.module_dict.get(name)
+    builder = WEIGHTINGS.module_dict.get(_name_of(config))
+    fixed = _Weighting(config, schedule, prediction_type, equivalent_to)
     if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
-        return _Weighting(config, schedule, prediction_type, equivalent_to)
-    if equivalent_to is not None:
-        raise ValueError(f"equivalent_to has no effect on {name}, whose weights follow the model's own loss")
+        return fixed
+    # Learned from the model's own loss, so both values of equivalent_to mean the same objective.
     learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
     return learned
 

@@ -242,11 +242,13 @@ class LearningProgress(AdaptiveDensity):
     That needs six more passes of the model each time, and the model itself, which a policy in somebody else's
     training does not have. This is a form for losses alone. **The paper's**: a law learned during the
     training whose reward is the drop of the bound; an update after every 40 steps; a pull towards even draws.
-    **Ours**: arms are bins of log-SNR, the same for all samples; the drop is the one that the loss profile
-    shows at the arm itself, per draw, not the one that a draw causes elsewhere; rewards are standardised
-    across the arms, and the preference of an arm is their running mean.
-    Sources: Kim et al. 2025, arXiv:2411.09998; Graves et al. 2017, arXiv:1704.03003, for the reward by
-    progress of the loss.
+    **Ours**: arms are bins of log-SNR, the same for all samples; an arm's reward is the drop at its own noise
+    level since the last round, as the loss profile shows it, not the drop that its draws cause elsewhere;
+    rewards are scaled so that the 20 % and 80 % quantiles across the arms become -1 and 1, and cut there; the
+    preference of an arm is their running mean. Once nothing falls any more, rewards are noise, preferences
+    average to about 0, and draws return to uniform ones.
+    Sources: Kim et al. 2025, arXiv:2411.09998; Graves et al. 2017, arXiv:1704.03003, for rewards by the
+    progress of the loss and their quantiles.
 
     The bound is the integral of half the squared error of epsilon over log-SNR. A host's variational term
     counts as part of that error.
@@ -255,8 +257,7 @@ class LearningProgress(AdaptiveDensity):
         prediction_type: what the model predicts. None is the usual type of the schedule.
         round_updates: updates from one reward to the next, >= 1.
         rate: share of the newest reward in an arm's preference, in (0, 1].
-        strength: how far preferences change the draws, >= 0: p ~ exp(strength * preference), and rewards have
-            standard deviation 1.
+        strength: how far preferences in [-1, 1] change the draws, >= 0: p ~ exp(strength * preference).
         uniform_floor: share of the draws that stays uniform over the timesteps, in (0, 1].
         num_bins: see `LossProfile`.
         window: see `LossProfile`.
@@ -293,13 +294,12 @@ class LearningProgress(AdaptiveDensity):
         self._round_updates, self._rate, self._strength = round_updates, rate, strength
         self._floor = uniform_floor
         self._num_updates = 0
-        K = self._profile.num_bins
-        # What a unit of an arm's loss adds to the bound.
-        bound = _log_snr_widths(schedule) * _to_epsilon(schedule, prediction_type) / 2
-        zeros = torch.zeros(K, dtype=torch.float64, device="cpu")
-        self._in_bound = zeros.index_add(0, self._profile.bin_of, bound)
-        self._preference, self._num_drawn = zeros.clone(), zeros.clone()
         self._before = self._profile.bin_means()
+        self._preference = torch.zeros_like(self._before)
+        # What a unit of an arm's loss adds to the bound, per unit log-SNR.
+        half = _to_epsilon(schedule, prediction_type) / 2
+        counts = torch.bincount(self._profile.bin_of)
+        self._in_bound = self._preference.index_add(0, self._profile.bin_of, half) / counts
 
     def density(self) -> Density:
         preference = self._profile.at_timesteps(self._preference)
@@ -309,17 +309,14 @@ class LearningProgress(AdaptiveDensity):
     def update(self, index: Tensor, loss: Tensor) -> bool:
         """Adds losses (N,) measured at the indices (N,). True at the end of a round."""
         self._profile.update(index, loss)
-        self._num_drawn += torch.bincount(self._profile.bin_of[index], minlength=len(self._num_drawn))
         self._num_updates += 1
         if self._num_updates % self._round_updates:
             return False
         now = self._profile.bin_means()
         # A bin without a mean at the round's beginning has no drop yet.
         drop = (self._in_bound * (self._before - now)).nan_to_num(0.0)
-        reward = _standardised(drop / self._num_drawn.clamp(min=1), self._num_drawn > 0)
-        self._preference = (1 - self._rate) * self._preference + self._rate * reward
+        self._preference = torch.lerp(self._preference, _between_quantiles(drop), self._rate)
         self._before = now
-        self._num_drawn = torch.zeros_like(now)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -327,7 +324,6 @@ class LearningProgress(AdaptiveDensity):
             "profile": self._profile.state_dict(),
             "preference": self._preference.clone(),
             "before": self._before.clone(),
-            "num_drawn": self._num_drawn.clone(),
             "num_updates": self._num_updates,
         }
 
@@ -335,7 +331,6 @@ class LearningProgress(AdaptiveDensity):
         self._profile.load_state_dict(state["profile"])
         self._preference = state["preference"].double().cpu().clone()
         self._before = state["before"].double().cpu().clone()
-        self._num_drawn = state["num_drawn"].double().cpu().clone()
         self._num_updates = int(state["num_updates"])
 
 
@@ -374,12 +369,13 @@ def _to_epsilon(schedule: NoiseSchedule, prediction_type: str | None) -> Tensor:
     return conversion.epsilon_equivalent(torch.ones_like(schedule.snr), schedule, kind)
 
 
-def _standardised(values: Tensor, used: Tensor) -> Tensor:
-    """Values (K,) less the mean of those used, in their standard deviation, within 3 of it. Others get 0."""
-    chosen = values[used]
-    if len(chosen) < 2 or not (spread := chosen.std(correction=0)) > 0:
+def _between_quantiles(values: Tensor) -> Tensor:
+    """Values (K,) on the scale where their 20 % quantile is -1 and their 80 % one is 1, cut at both."""
+    low, high = torch.quantile(values, values.new_tensor([0.2, 0.8]))
+    if not high > low:
         return torch.zeros_like(values)
-    return torch.where(used, (values - chosen.mean()) / spread, 0.0).clamp(-3, 3)
+    scaled: Tensor = (values - low) * (2 / (high - low)) - 1
+    return scaled.clamp(-1, 1)
 
 
 def _uniform(schedule: NoiseSchedule) -> Tensor:

@@ -68,6 +68,6 @@ def usual_prediction_type(schedule: NoiseSchedule) -> str:
     if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
         return "flow"
     raise ValueError(
-        f"this policy needs prediction_type on {schedule!r}, which is neither variance-preserving nor a"
-        f" rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
+        f"errors and weights of epsilon need prediction_type on {schedule!r}, which is neither"
+        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
     )
