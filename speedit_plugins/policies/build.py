@@ -4,16 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.policies.densities import transforms
 from speedit_plugins.policies.densities.composed import Law
 from speedit_plugins.policies.draws import Paired
 from speedit_plugins.policies.policy import TimestepPolicy
-from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.policies.weightings import conversion
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.registry import (
     DENSITIES,
@@ -57,14 +57,15 @@ def build_policy(
               converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
         schedule: the noise schedule that the model is trained on.
         prediction_type: what the model predicts: epsilon, x0, v or flow. None is epsilon on a
-            variance-preserving schedule and flow on a rectified flow. Only converted weights depend on it.
+            variance-preserving schedule and flow on a rectified flow. Converted weights depend on it, and
+            densities that learn the error of epsilon.
         data_spectrum: returns the spectrum of the data. Called only if a density needs it and the config does
             not give its `mean`.
 
     Raises:
         ValueError: an unknown name or parameter (the message lists the known ones), a bad value, or one that
-            a part leaves without effect; or weights to convert without a `prediction_type`, on a schedule
-            that is neither of these two.
+            a part leaves without effect; or no `prediction_type` where it matters, on a schedule that is
+            neither of these two.
 
     Example:
         >>> schedule = NoiseSchedule.linear(1000)
@@ -85,14 +86,15 @@ def build_policy(
     kind, common["normalize"] = _normalized(common.get("normalize", False))
     _check_parts(parts)
     changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
-    law = _build_law(parts["density"], schedule, data_spectrum)
+    given = {"data_spectrum": data_spectrum, "prediction_type": prediction_type}
+    law = _build_law(parts["density"], schedule, given)
     draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
     if changes and isinstance(draw, Paired):
         raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
     return kind(
         schedule,
         transforms.transformed(law, changes, schedule),
-        _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
+        _weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
         draw=draw,
         name=name,
         scope=parts.get("scope", "mse"),
@@ -100,9 +102,7 @@ def build_policy(
     )
 
 
-def _build_law(
-    config: str | Config, schedule: NoiseSchedule, data_spectrum: Callable[[], DataSpectrum] | None
-) -> Law:
+def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str, Any]) -> Law:
     """The density that a config describes, with its transforms. It may be made of other densities."""
     options = options_of(config) if isinstance(config, str | Mapping) else {"type": config}
     builder = DENSITIES.get(str(options.get("type")))
@@ -113,8 +113,8 @@ def _build_law(
         options,
         also=transforms.KEYS,
         schedule=schedule,
-        data_spectrum=data_spectrum,
-        build_law=lambda part: _build_law(part, schedule, data_spectrum),
+        build_law=lambda part: _build_law(part, schedule, given),
+        **given,
     )
     return transforms.transformed(law, changes, schedule)
 
@@ -202,6 +202,18 @@ def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
     return TimestepPolicy, value
 
 
+def _weighting(
+    config: str | Config, schedule: NoiseSchedule, prediction_type: str | None, equivalent_to: str | None
+) -> "_Weighting | AdaptiveWeighting":
+    builder = WEIGHTINGS.module_dict.get(_name_of(config))
+    fixed = _Weighting(config, schedule, prediction_type, equivalent_to)
+    if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
+        return fixed
+    # Learned from the model's own loss, so both values of equivalent_to mean the same objective.
+    learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
+    return learned
+
+
 class _Weighting:
     """The function from the density table (T,) to the weights (T,) that a weighting config describes."""
 
@@ -224,25 +236,13 @@ class _Weighting:
         self._schedule = schedule
         self._converts_for: str | None = None
         if always or equivalent_to == "epsilon":
-            self._converts_for = prediction_type or _usual_prediction_type(schedule)
+            self._converts_for = prediction_type or conversion.usual_prediction_type(schedule)
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
         if self._converts_for is None:
             return weight
         return conversion.epsilon_equivalent(weight, self._schedule, self._converts_for)
-
-
-def _usual_prediction_type(schedule: NoiseSchedule) -> str:
-    """What models usually predict on this schedule."""
-    if schedule.is_variance_preserving:
-        return "epsilon"
-    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
-        return "flow"
-    raise ValueError(
-        f"weights converted from the epsilon loss need prediction_type on {schedule!r}, which is neither"
-        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
-    )
 
 
 def _name_of(config: Any) -> str:

@@ -15,6 +15,7 @@ from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.distributed import gather_losses
 from speedit_plugins.policies.draws import Iid, Paired
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 
 Scope = Literal["mse", "loss"]
 
@@ -58,8 +59,8 @@ class TimestepPolicy:
     Args:
         schedule: the noise schedule that the model is trained on.
         density: a fixed `Density`, or an `AdaptiveDensity`.
-        weighting: function from the density table (T,) to the weight table (T,): finite and >= 0 in float32,
-            and > 0 at some timestep that is drawn.
+        weighting: function from the density table (T,) to the weight table (T,), or an `AdaptiveWeighting`.
+            Weights are finite and >= 0 in float32, and > 0 at some timestep that is drawn.
         draw: independent draws (`Iid`, the default) or `Paired` ones.
         name: the policy's name in error messages and reports.
         scope: what the weight multiplies, see `TimestepDraw`.
@@ -81,7 +82,7 @@ class TimestepPolicy:
         self,
         schedule: NoiseSchedule,
         density: Density | AdaptiveDensity,
-        weighting: Callable[[Tensor], Tensor],
+        weighting: Callable[[Tensor], Tensor] | AdaptiveWeighting,
         *,
         draw: Iid | Paired | None = None,
         name: str = "custom",
@@ -206,7 +207,8 @@ class TimestepPolicy:
     @property
     def learns(self) -> bool:
         """Whether `update` changes the policy."""
-        return self._adaptive is not None and self._adaptive.learns
+        density_learns = self._adaptive is not None and self._adaptive.learns
+        return density_learns or isinstance(self._weighting, AdaptiveWeighting)
 
     @property
     def needs_data(self) -> bool:
@@ -245,7 +247,10 @@ class TimestepPolicy:
 
     def _learn(self, index: Tensor, loss: Tensor) -> None:
         """Teaches the losses of all ranks, float64 (N,), finite, at the indices (N,), both on the CPU."""
-        if self._adaptive is not None and self._adaptive.update(index, loss):
+        changed = self._adaptive is not None and self._adaptive.update(index, loss)
+        if isinstance(self._weighting, AdaptiveWeighting):
+            changed |= self._weighting.update(index, loss)
+        if changed:
             self._rebuild()
 
     def observe(self, data: Tensor) -> None:
@@ -283,13 +288,15 @@ class TimestepPolicy:
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs: name, T, the steps begun, the state of an adaptive density."""
+        """The state that a resumed run needs: name, T, the steps begun, and the state of what adapts."""
+        learned = self._weighting.state_dict() if isinstance(self._weighting, AdaptiveWeighting) else None
         return {
             "name": self.name,
             "num_timesteps": self.schedule.num_timesteps,
             "num_steps": self.num_steps,
             "num_drawn": self.num_drawn,
             "density": {} if self._adaptive is None else self._adaptive.state_dict(),
+            **({} if learned is None else {"weighting": learned}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -310,6 +317,9 @@ class TimestepPolicy:
             )
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
+        if isinstance(self._weighting, AdaptiveWeighting):
+            self._weighting.load_state_dict(state["weighting"])
+        if self._adaptive is not None or "weighting" in state:
             self._rebuild()
         self.num_steps, self.num_drawn = int(state["num_steps"]), int(state["num_drawn"])
 
@@ -317,7 +327,9 @@ class TimestepPolicy:
         if self._adaptive is not None:
             self._base = self._adaptive.density()
         self.density = self._pairing.marginal(self._base.table, None)
-        self.weight = self._weighting(self.density)
+        weighting = self._weighting
+        weigh = weighting.weight if isinstance(weighting, AdaptiveWeighting) else weighting
+        self.weight = weigh(self.density)
         shapes = [tuple(self.density.shape), tuple(self.weight.shape)]
         if shapes != [(self.schedule.num_timesteps,)] * 2:
             raise ValueError(

@@ -27,11 +27,13 @@ LINEAR = NoiseSchedule.linear()
 
 # Configs name these, so none of them may disappear.
 PUBLISHED = {
-    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment",
-    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density",
+    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment"
+    " loss_balanced info_noise adaptive",
+    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density uncertainty",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
-    " spectral_flow p2 min_snr logit_normal clts loss_second_moment",
+    " spectral_flow p2 min_snr logit_normal clts loss_second_moment loss_balanced info_noise adaptive"
+    " uncertainty",
 }
 
 

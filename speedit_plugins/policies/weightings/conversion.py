@@ -51,3 +51,23 @@ def check_prediction_type(prediction_type: str) -> None:
         raise ValueError(
             f"prediction_type needs one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
         )
+
+
+def usual_prediction_type(schedule: NoiseSchedule) -> str:
+    """What models usually predict on this schedule: epsilon, or flow on the straight path.
+
+    Raises:
+        ValueError: the schedule is neither variance-preserving nor a rectified flow.
+
+    Example:
+        >>> usual_prediction_type(NoiseSchedule.rectified_flow(10))
+        'flow'
+    """
+    if schedule.is_variance_preserving:
+        return "epsilon"
+    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
+        return "flow"
+    raise ValueError(
+        f"errors and weights of epsilon need prediction_type on {schedule!r}, which is neither"
+        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
+    )
