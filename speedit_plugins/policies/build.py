@@ -33,7 +33,7 @@ _PART_KEYS = ("density", "weighting", "draw", "scope")
 
 
 def build_policy(
-    config: str | Config,
+    config: str | Config | None,
     schedule: NoiseSchedule,
     prediction_type: str | None = None,
     *,
@@ -46,7 +46,8 @@ def build_policy(
             `dict(density=..., weighting=..., draw=..., scope=...)`. Density, weighting and draw are again
             names or mappings with `type`. Beside a name a part replaces the name's own part,
             `dict(type="speed", weighting="constant")`; without `type` it changes parameters of it. Parameters
-            of the named policy come before parts and options of the same name. The options:
+            of the named policy come before parts and options of the same name. None, or a mapping with
+            neither a name nor both of density and weighting, means the `recommended` policy. The options:
 
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
@@ -81,7 +82,10 @@ def build_policy(
     if prediction_type is not None:
         conversion.check_prediction_type(prediction_type)
     _check_arguments(config, schedule, data_spectrum)
-    name, parts, common = _name_parts_and_options(config, schedule)
+    options = options_of(config or {})
+    if "type" not in options and not {"density", "weighting"} <= options.keys():
+        options["type"] = recommended(prediction_type or conversion.usual_prediction_type(schedule))
+    name, parts, common = _name_parts_and_options(options, schedule, prediction_type)
     check_type("policy stratified", common.get("stratified", False), bool)
     kind, common["normalize"] = _normalized(common.get("normalize", False))
     _check_parts(parts)
@@ -100,6 +104,17 @@ def build_policy(
         scope=parts.get("scope", "mse"),
         **common,
     )
+
+
+def recommended(prediction_type: str) -> str:
+    """The policy to take if nothing else is asked for: `auto`, but the published `speedit` for epsilon.
+
+    Example:
+        >>> recommended("flow"), recommended("epsilon")
+        ('auto', 'speedit')
+    """
+    conversion.check_prediction_type(prediction_type)
+    return "speedit" if prediction_type == "epsilon" else "auto"
 
 
 def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str, Any]) -> Law:
@@ -124,17 +139,22 @@ def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:
         raise ValueError(
             f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
         )
-    if not isinstance(config, str | Mapping):
+    if not (config is None or isinstance(config, str | Mapping)):
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
     if not (data_spectrum is None or callable(data_spectrum)):
         raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
 
 
 def _name_parts_and_options(
-    config: str | Config, schedule: NoiseSchedule
+    options: dict[str, Any], schedule: NoiseSchedule, prediction_type: str | None
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The policy's name, its parts, and the options that every policy takes. A name becomes its recipe."""
-    options = options_of(config)
+
+    def recipe_of(config: Config) -> dict[str, Any]:
+        also = (*_PART_KEYS, *_COMMON_KEYS)
+        parts = build(POLICIES, config, also=also, schedule=schedule, prediction_type=prediction_type)
+        return dict(parts)
+
     if "type" not in options:
         common = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
         return "custom", options, common
@@ -142,21 +162,21 @@ def _name_parts_and_options(
     own = _parameters(name)
     common = {key: options.pop(key) for key in _COMMON_KEYS if key in options and key not in own}
     given = {key: options.pop(key) for key in _PART_KEYS if key in options and key not in own}
-    parts = _with_parts(_recipe(options, schedule), given)
+    parts = _with_parts(recipe_of(options), given)
     if given:
-        _check_effects(options, given, schedule)
+        _check_effects(options, given, recipe_of)
         name = f"{name} with {', '.join(f'{key} {_name_of(parts[key])}' for key in given)}"
     # The config's options win over those of the recipe.
     return name, parts, {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
 
 
-def _check_effects(options: Config, given: Config, schedule: NoiseSchedule) -> None:
+def _check_effects(options: Config, given: Config, recipe_of: Callable[[Config], dict[str, Any]]) -> None:
     """Raises ValueError if a named policy's parameter only changes what a config's parts replace."""
-    name, recipe = str(options["type"]), _recipe(options, schedule)
+    name, recipe = str(options["type"]), recipe_of(options)
     for key, parameter in _parameters(name).items():
         if key not in options or parameter.default is inspect.Parameter.empty:
             continue
-        without = _recipe({k: value for k, value in options.items() if k != key}, schedule)
+        without = recipe_of({k: value for k, value in options.items() if k != key})
         if without != recipe and _with_parts(without, given) == _with_parts(recipe, given):
             raise ValueError(
                 f"policy {name!r}: {key} has no effect beside {' and '.join(given)}: leave one of them out"
@@ -167,11 +187,6 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
     """The recipe's own parameters; none if nothing is registered under this name."""
     recipe = POLICIES.get(name)
     return {} if recipe is None else inspect.signature(recipe).parameters
-
-
-def _recipe(options: Config, schedule: NoiseSchedule) -> dict[str, Any]:
-    parts: dict[str, Any] = build(POLICIES, options, schedule=schedule, also=(*_PART_KEYS, *_COMMON_KEYS))
-    return dict(parts)
 
 
 def _with_parts(recipe: Config, given: Config) -> dict[str, Any]:
@@ -209,7 +224,11 @@ def _weighting(
     fixed = _Weighting(config, schedule, prediction_type, equivalent_to)
     if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
         return fixed
-    # Learned from the model's own loss, so both values of equivalent_to mean the same objective.
+    if equivalent_to is not None:
+        raise ValueError(
+            f"{_name_of(config)} is learned from the model's own loss, where equivalent_to has no effect:"
+            " leave it out"
+        )
     learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
     return learned
 

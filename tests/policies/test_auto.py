@@ -123,3 +123,31 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
 def test_a_bad_option_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy_of(**options)
+
+
+def test_the_named_policy_suits_the_model() -> None:
+    vp, centre = NoiseSchedule.linear(1000), {"mean": 0.3}
+    for predicted, schedule, wanted, options in (
+        ("flow", FLOW, "spectral_flow", {}),
+        ("v", vp, "spectral_fast", {}),
+        ("epsilon", vp, "spectral", {}),
+        ("epsilon", vp, "spectral_fast", {"clamped": True}),
+    ):
+        policy = build_policy({"type": "auto", **centre, **options}, schedule, predicted)
+        known = build_policy({"type": wanted, **centre}, schedule, predicted)
+        assert torch.equal(policy.density, known.density)
+        assert torch.equal(policy.weight, known.weight)
+        assert policy.stratified
+    with pytest.raises(ValueError, match="clamped has no effect on a model of flow: leave it out"):
+        build_policy({"type": "auto", "clamped": True}, FLOW)
+
+
+def test_it_is_recommended_for_all_but_epsilon() -> None:
+    vp = NoiseSchedule.linear(1000)
+    assert build_policy(None, FLOW).name == "auto"
+    assert build_policy({}, vp, "v").name == "auto"
+    assert build_policy(None, vp).name == "speedit"
+    changed = build_policy({"weighting": "constant", "normalize": "loss"}, vp)
+    assert changed.name == "speedit with weighting constant"
+    with pytest.raises(ValueError, match="policy 'auto' has no parameter 'densty'; did you mean 'density'"):
+        build_policy({"densty": "uniform", "weighting": "constant"}, FLOW)

@@ -32,7 +32,7 @@ PUBLISHED = {
     WEIGHTINGS: "constant change_aware p2 min_snr inverse_density uncertainty",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
-    " spectral_flow p2 min_snr logit_normal clts loss_second_moment loss_balanced info_noise adaptive"
+    " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment loss_balanced info_noise adaptive"
     " uncertainty",
 }
 
@@ -60,7 +60,7 @@ def test_an_unknown_name_lists_all_known_ones(config: Any, names: Registry) -> N
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
     recipe = POLICIES.module_dict[name]
-    composed = recipe(LINEAR) if name == "speed_reference" else recipe()
+    composed = recipe(LINEAR) if name in ("speed_reference", "auto") else recipe()
     by_name = build_quietly(name, LINEAR)
     for config in ({"type": name}, ConfigDict(type=name), composed):
         policy = build_quietly(config, LINEAR)
