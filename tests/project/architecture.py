@@ -67,6 +67,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/sampling": _SHARED | {"trainer/logging"},
     "trainer/training": _SHARED | {"trainer/logging", "trainer/sampling"},
     "cli": _SHARED | {"trainer/logging", "trainer/sampling", "trainer/training"},
+    # The command in three parts: the command line, the samples that it reads, and what it says about them.
+    "spectrum_samples": _FLOOR | {"trainer/data", "trainer/models"},
+    "spectrum_report": _METHOD,
+    "spectrum_command": _FLOOR | {"trainer/models", "spectrum_samples", "spectrum_report"},
 }
 
 # Tools that run a host import the packages that the host is made of.
