@@ -30,6 +30,8 @@ from speedit_plugins.registry import (
 # Keys of every policy config, and keys of a policy made of parts. Others are parameters of a named policy.
 _COMMON_KEYS = ("stratified", "normalize", "equivalent_to", *transforms.KEYS)
 _PART_KEYS = ("density", "weighting", "draw", "scope")
+# In a config, the name of the policy that `recommended` says.
+RECOMMENDED = "recommended"
 
 
 def build_policy(
@@ -46,8 +48,8 @@ def build_policy(
             `dict(density=..., weighting=..., draw=..., scope=...)`. Density, weighting and draw are again
             names or mappings with `type`. Beside a name a part replaces the name's own part,
             `dict(type="speed", weighting="constant")`; without `type` it changes parameters of it. Parameters
-            of the named policy come before parts and options of the same name. None, or a mapping with
-            neither a name nor both of density and weighting, means the `recommended` policy. The options:
+            of the named policy come before parts and options of the same name. None and the name
+            "recommended" mean what `recommended` says. The options:
 
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
@@ -82,8 +84,8 @@ def build_policy(
     if prediction_type is not None:
         conversion.check_prediction_type(prediction_type)
     _check_arguments(config, schedule, data_spectrum)
-    options = options_of(config or {})
-    if "type" not in options and not {"density", "weighting"} <= options.keys():
+    options = options_of(config if config is not None else RECOMMENDED)
+    if options.get("type") == RECOMMENDED:
         options["type"] = recommended(prediction_type or conversion.usual_prediction_type(schedule))
     name, parts, common = _name_parts_and_options(options, schedule, prediction_type)
     check_type("policy stratified", common.get("stratified", False), bool)
@@ -224,11 +226,7 @@ def _weighting(
     fixed = _Weighting(config, schedule, prediction_type, equivalent_to)
     if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
         return fixed
-    if equivalent_to is not None:
-        raise ValueError(
-            f"{_name_of(config)} is learned from the model's own loss, where equivalent_to has no effect:"
-            " leave it out"
-        )
+    # Learned from the model's own loss, so both values of equivalent_to mean the same objective.
     learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
     return learned
 

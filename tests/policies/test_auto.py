@@ -145,9 +145,9 @@ def test_the_named_policy_suits_the_model() -> None:
 def test_it_is_recommended_for_all_but_epsilon() -> None:
     vp = NoiseSchedule.linear(1000)
     assert build_policy(None, FLOW).name == "auto"
-    assert build_policy({}, vp, "v").name == "auto"
+    assert build_policy("recommended", vp, "v").name == "auto"
     assert build_policy(None, vp).name == "speedit"
-    changed = build_policy({"weighting": "constant", "normalize": "loss"}, vp)
+    changed = build_policy({"type": "recommended", "weighting": "constant", "normalize": "loss"}, vp)
     assert changed.name == "speedit with weighting constant"
     with pytest.raises(ValueError, match="policy 'auto' has no parameter 'densty'; did you mean 'density'"):
-        build_policy({"densty": "uniform", "weighting": "constant"}, FLOW)
+        build_policy({"type": "recommended", "densty": "uniform"}, FLOW)

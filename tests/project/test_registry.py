@@ -25,11 +25,18 @@ from speedit_plugins.registry import (
 LINEAR = NoiseSchedule.linear()
 
 
+# Parameters that a part needs.
+NEEDED: dict[str, dict[str, Any]] = {
+    "mixture": {"laws": ["uniform", "logit_normal"], "shares": [0.5, 0.5]},
+    "stages": {"laws": ["uniform", "logit_normal"], "until": [10]},
+    "table": {"points": [[0, 1], [1, 2]]},
+}
+
 # Configs name these, so none of them may disappear.
 PUBLISHED = {
     DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment"
-    " loss_balanced info_noise adaptive",
-    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density uncertainty",
+    " loss_balanced info_noise adaptive mixture stages table auto",
+    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density uncertainty table",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
     " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment loss_balanced info_noise adaptive"
@@ -120,7 +127,11 @@ class TestPartsOfANamedPolicy:
 @pytest.mark.parametrize("weighting", sorted(WEIGHTINGS.module_dict))
 @pytest.mark.parametrize("draw", sorted(DRAWS.module_dict))
 def test_any_density_weighting_and_draw_compose(density: str, weighting: str, draw: str) -> None:
-    parts = {"density": {"type": density}, "weighting": {"type": weighting}, "draw": {"type": draw}}
+    parts = {
+        "density": {"type": density, **NEEDED.get(density, {})},
+        "weighting": {"type": weighting, **NEEDED.get(weighting, {})},
+        "draw": {"type": draw},
+    }
     policy = build_quietly(parts, LINEAR)
     assert policy.name == "custom"
     assert float(policy.density.sum()) == pytest.approx(1.0)

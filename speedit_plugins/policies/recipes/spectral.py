@@ -116,8 +116,8 @@ def auto(
 ) -> Recipe:
     """The spectral policy that suits the model, centred by the data of the first training steps.
 
-    `spectral_flow` for a flow; `spectral_fast` for v, x0, and epsilon if the sampler clamps x_0; `spectral` for
-    other models of epsilon. For x0 the weights are converted from the epsilon loss, which is not measured yet.
+    `spectral_flow` for a flow; `spectral_fast` for v, x0, and epsilon if the sampler clamps x_0;
+    `spectral` for other models of epsilon. For x0 the weights of epsilon are converted; that is not measured.
     Source: docs/method.md.
 
     Args:
