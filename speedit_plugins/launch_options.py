@@ -33,7 +33,7 @@ from speedit_plugins.registry import (
 
 # The console script's name, at the start of every line that the launcher writes.
 PROGRAM = "speedit-launch"
-DEFAULT_POLICY = "speedit"
+DEFAULT_POLICY = "recommended"
 STATE_EVERY = 1000
 _SUFFIXES = (".json", ".yaml", ".yml")
 

@@ -21,7 +21,7 @@ _SEAMS = (imagen, flow_object, diffusion_object)
 
 def with_policy(
     diffusion: Any,
-    policy: str | Config | TimestepPolicy = "speedit",
+    policy: str | Config | TimestepPolicy = "recommended",
     *,
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,

@@ -88,7 +88,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
     def __init__(
         self,
         *args: Any,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         **kwargs: Any,

@@ -71,7 +71,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
     def __init__(
         self,
         *,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         **options: Any,

@@ -30,7 +30,7 @@ from speedit_plugins.registry import Config
 
 def schedule_sampler(
     diffusion: Any,
-    policy: str | Config | TimestepPolicy = "speedit",
+    policy: str | Config | TimestepPolicy = "recommended",
     *,
     host_class: type = object,
     prediction_type: str | None = None,

@@ -73,7 +73,7 @@ class ScriptPolicy(PolicyHolder):
 
     def __init__(
         self,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         *,
         prediction_type: str | None = None,
         generator: torch.Generator | None = None,

@@ -18,11 +18,11 @@ PARTS = {"density": "logit_normal", "weighting": {"type": "p2", "gamma": 0.5}}
 @pytest.mark.parametrize(
     ("policy", "settings", "config"),
     [
-        (None, [], {"type": "speedit"}),
-        (None, ["k=2"], {"type": "speedit", "k": 2}),
+        (None, [], {"type": "recommended"}),
+        (None, ["k=2"], {"type": "recommended", "k": 2}),
         ("speed", ["k=3", "weighting=constant"], {"type": "speed", "k": 3, "weighting": "constant"}),
         (None, ["density=uniform", "weighting=p2"], {"density": "uniform", "weighting": "p2"}),
-        (None, ["weighting=p2"], {"type": "speedit", "weighting": "p2"}),
+        (None, ["weighting=p2"], {"type": "recommended", "weighting": "p2"}),
         ("speedit", ["weighting.gamma=2"], {"type": "speedit", "weighting": {"gamma": 2}}),
         (None, ["weighting=min_snr", "weighting.gamma=2", "density=uniform"], None),
         (json.dumps(PARTS), [], PARTS),
@@ -171,7 +171,7 @@ class TestErrors:
             f"{script} has no seam: looked for diffusion.create_diffusion (DiT, fast-DiT, Latte)" in printed
         )
         assert "masked_diffusion.resample" in printed
-        assert "\n    policy = build_policy('speedit', " in printed
+        assert "\n    policy = build_policy('recommended', " in printed
 
     def test_every_rank_has_the_error_and_rank_0_what_to_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
