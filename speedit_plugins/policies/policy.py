@@ -184,6 +184,23 @@ class TimestepPolicy:
         return self._base.boundary_index
 
     @property
+    def is_relative(self) -> bool:
+        """Whether the density thins a flow host's own law, see `Density`. Any other replaces that law.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> schedule = NoiseSchedule.rectified_flow(1000)
+            >>> [build_policy(name, schedule).is_relative for name in ("uniform", "speed", "logit_normal")]
+            [True, True, False]
+        """
+        return self._base.is_relative
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the policy cannot draw as it should unless `observe` is called in each training step."""
+        return False
+
+    @property
     def mean_weight(self) -> float:
         """Mean weight under `density`, >= 0."""
         return float((self.density * self.weight).sum())
