@@ -26,7 +26,7 @@ from speedit_plugins.hosts.attachment import (
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
 from speedit_plugins.hosts.recomputation import is_training
-from speedit_plugins.hosts.rectified_flow import rectified_flow_methods
+from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
@@ -127,10 +127,10 @@ def _warn(host: Any, built: TimestepPolicy, policy: Any, prediction_type: str | 
 
 def own_laws(host: Any) -> list[str]:
     """What a flow host does to its draws of t beyond drawing them uniformly, with its names for it."""
-    inner = getattr(host, "scheduler", host)
-    method = getattr(getattr(inner, "time_sampler", inner), "sample_method", "uniform")
+    sampler = host if is_transport(host) else time_sampler_of(host)
+    method = getattr(sampler, "sample_method", "uniform")
     found = {
-        "resolution shift (use_timestep_transform)": getattr(host, "use_timestep_transform", False),
+        "resolution shift (use_timestep_transform)": getattr(sampler, "use_timestep_transform", False),
         f"{method} draw (sample_method)": method != "uniform",
         "logit-normal draw (use_lognorm)": getattr(host, "use_lognorm", False),
         "shift of it (shift_lg)": getattr(host, "shift_lg", False),

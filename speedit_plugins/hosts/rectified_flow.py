@@ -82,7 +82,12 @@ def clock_of(host: Any, x_start: Tensor, model_arguments: Any) -> HostsTime:
     def shift() -> Tensor:
         return hosts_shift(host.scheduler, x_start, model_arguments)
 
-    return HostsTime(time_of, t_of, shift if getattr(host, "use_timestep_transform", False) else None)
+    return HostsTime(time_of, t_of, shift if time_sampler_of(host).use_timestep_transform else None)
+
+
+def time_sampler_of(host: Any) -> Any:
+    """What has the options of a rectified flow's draws: its scheduler, from Open-Sora 1.3 on a part of it."""
+    return getattr(host.scheduler, "time_sampler", host.scheduler)
 
 
 def hosts_shift(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tensor:
