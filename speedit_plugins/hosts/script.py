@@ -37,6 +37,8 @@ from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
+# So many draws may wait to be noised, before a policy that needs the data is refused.
+_MAX_UNSEEN = 8
 # Noise schedulers whose policies are kept.
 _MAX_SCHEDULERS = 8
 
@@ -95,8 +97,8 @@ class ScriptPolicy(PolicyHolder):
         self._draws: WaitingDraws[_Drawn] = WaitingDraws()
         self._weight = TableOnDevices()
         self._last_draw = LastDraw()
-        # Whether the data of the last draw were not noised so far.
-        self._has_unseen = False
+        # Draws in a row whose data were not noised so far.
+        self._num_unseen = 0
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -211,12 +213,14 @@ class ScriptPolicy(PolicyHolder):
 
     def _watch(self, noise_scheduler: Any, index: Tensor, policy: TimestepPolicy) -> None:
         """The policy observes what the script noises at its timesteps (B,), for its next draw."""
-        if policy.needs_data and self._has_unseen:
-            refuse_missing_data(policy, "the script drew twice without an add_noise of its noise scheduler")
-        self._has_unseen = True
+        if policy.needs_data and self._num_unseen == _MAX_UNSEEN:
+            refuse_missing_data(
+                policy, f"{_MAX_UNSEEN} draws passed without a call of the noise scheduler's add_noise"
+            )
+        self._num_unseen += 1
 
         def see(data: Tensor) -> None:
-            self._has_unseen = False
+            self._num_unseen = 0
             observe(policy, data)
 
         watch_noising(noise_scheduler, index, see)
