@@ -212,13 +212,25 @@ class TimestepPolicy:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the draws depend on the data that `observe` sees."""
+        """Whether the policy cannot draw as it should unless `observe` is called in each training step."""
         return self._adaptive is not None and self._adaptive.needs_data
 
     @property
     def boundary_index(self) -> int | None:
         """First index past the boundary between the density's areas, None if it has no boundary."""
         return self._base.boundary_index
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the density thins a flow host's own law, see `Density`. Any other replaces that law.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> schedule = NoiseSchedule.rectified_flow(1000)
+            >>> [build_policy(name, schedule).is_relative for name in ("uniform", "speed", "logit_normal")]
+            [True, True, False]
+        """
+        return self._base.is_relative
 
     @property
     def mean_weight(self) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.densities.over_log_snr import log_snr_normal
-from speedit_plugins.policies.densities.over_time import logit_normal, uniform
+from speedit_plugins.policies.densities.over_time import logit_normal
 from speedit_plugins.policies.measurement import DataMeasurement, equal_on_all_ranks
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
@@ -98,7 +98,7 @@ class CentredByData(AdaptiveDensity):
             return log_snr_normal(self._schedule, mean=self.mean, **self._shape)
         alpha, sigma = self._schedule.alpha, self._schedule.sigma
         is_straight = torch.allclose(alpha + sigma, torch.ones_like(alpha))
-        return logit_normal(self._schedule) if is_straight else uniform(self._schedule)
+        return logit_normal(self._schedule) if is_straight else Density(torch.ones_like(alpha))
 
     def advance(self, step: int) -> bool:
         self._num_without_data += 1
