@@ -57,7 +57,8 @@ def build_policy(
               type flux, pixels or dimension, which takes it from the size of the data.
             - window: two bounds of u, or a mapping, see `transforms.Window`.
             - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
-              converts them, for the objective of a noise-predicting model. Min-SNR is always converted.
+              converts them, for the objective of a noise-predicting model. Weightings that are meant for one
+              type's loss, such as `min_snr` and `edm`, are always converted.
         schedule: the noise schedule that the model is trained on.
         prediction_type: what the model predicts: epsilon, x0, v or flow. None is epsilon on a
             variance-preserving schedule and flow on a rectified flow. Converted weights depend on it, and
@@ -244,22 +245,24 @@ class _Weighting:
         if equivalent_to not in (None, "host", "epsilon"):
             raise ValueError(f"equivalent_to needs 'host' or 'epsilon', got {equivalent_to!r}")
         function = WEIGHTINGS.module_dict.get(_name_of(config))
-        always = getattr(function, "defined_on", "host") == "epsilon"
-        if always and equivalent_to == "host":
+        defined_on = getattr(function, "defined_on", None)
+        if defined_on and equivalent_to not in (None, defined_on):
             raise ValueError(
-                f"{_name_of(config)} always converts from the epsilon loss: leave out equivalent_to='host'"
+                f"{_name_of(config)} always converts from the {defined_on} loss: leave out"
+                f" equivalent_to={equivalent_to!r}"
             )
         self._config = config
         self._schedule = schedule
-        self._converts_for: str | None = None
-        if always or equivalent_to == "epsilon":
-            self._converts_for = prediction_type or conversion.usual_prediction_type(schedule)
+        self._source = defined_on or ("epsilon" if equivalent_to == "epsilon" else None)
+        self._target = ""
+        if self._source is not None:
+            self._target = prediction_type or conversion.usual_prediction_type(schedule)
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
-        if self._converts_for is None:
+        if self._source is None:
             return weight
-        return conversion.epsilon_equivalent(weight, self._schedule, self._converts_for)
+        return conversion.converted(weight, self._schedule, self._target, source=self._source)
 
 
 def _name_of(config: Any) -> str:

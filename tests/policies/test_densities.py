@@ -5,7 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import NOT_PAIRED, PAIRED, POLICY_NAMES, SCHEDULES, build, configs, schedules
+from policy_cases import (
+    NOT_PAIRED,
+    PAIRED,
+    POLICY_NAMES,
+    SCHEDULES,
+    build,
+    configs,
+    equivalents,
+    schedules,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -52,7 +61,7 @@ def test_every_policy_on_every_schedule_is_two_valid_tables(
 def test_weights_are_finite_for_every_prediction_type(schedule: object, prediction_type: str) -> None:
     assert callable(schedule)
     for name in POLICY_NAMES:
-        for equivalent_to in ["epsilon"] if name == "min_snr" else ["host", "epsilon"]:
+        for equivalent_to in equivalents(name):
             policy = build({"type": name, "equivalent_to": equivalent_to}, schedule(), prediction_type)
             assert torch.isfinite(policy.weight).all()
             assert (policy.weight >= 0).all()

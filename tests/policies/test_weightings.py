@@ -1,7 +1,9 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from policy_cases import POLICY_NAMES, build, zero_terminal
+from policy_cases import DEFINED_ON, INFINITE_ON_EPSILON, POLICY_NAMES, build, equivalents, zero_terminal
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -13,7 +15,7 @@ from speedit_plugins.policies.weightings.by_noise_level import (
     min_snr,
     p2,
 )
-from speedit_plugins.policies.weightings.conversion import check_prediction_type, epsilon_equivalent
+from speedit_plugins.policies.weightings.conversion import check_prediction_type, converted, defined_on
 
 LINEAR = NoiseSchedule.linear()
 
@@ -146,12 +148,19 @@ def test_min_snr_of_v_on_stable_diffusions_schedule() -> None:
 def test_zero_terminal_snr_gives_the_limit_of_the_weight(prediction_type: str) -> None:
     schedule = zero_terminal(NoiseSchedule.scaled_linear())
     for name in POLICY_NAMES:
-        equivalent = {} if name == "min_snr" else {"equivalent_to": "epsilon"}
-        weight = build({"type": name, **equivalent}, schedule, prediction_type).weight
+        config = {"type": name, "equivalent_to": equivalents(name)[-1]}
+        if name in INFINITE_ON_EPSILON and prediction_type == "epsilon":
+            wanted = (
+                f"defined on the {DEFINED_ON[name]} loss are infinite on the epsilon loss at SNR 0: wanted"
+            )
+            with pytest.raises(ValueError, match=wanted):
+                build_policy(config, schedule, prediction_type)
+            continue
+        weight = build(config, schedule, prediction_type).weight
         assert torch.isfinite(weight).all()
-        # The weights on x0 and v losses have the factor SNR, and the SNR ends at 0. Those that are learned
-        # from the model's own loss need no conversion.
-        if prediction_type != "epsilon" and name != "uncertainty":
+        # On x0 and v losses, a weight of the epsilon loss has the factor SNR, and the SNR ends at 0. One that
+        # is learned from the model's own loss needs no conversion.
+        if prediction_type != "epsilon" and name not in (*INFINITE_ON_EPSILON, "uncertainty"):
             assert float(weight[-1]) == 0.0
     assert float(build_policy("min_snr", schedule).weight[-1]) == 1.0
 
@@ -187,23 +196,21 @@ def errors_of_one_prediction(schedule: NoiseSchedule) -> dict[str, Tensor]:
     return {name: ((target - value) ** 2).mean(dim=1) for name, (target, value) in pairs.items()}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v"])
-@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.scaled_linear()], ids=["linear", "scaled-linear"])
-def test_equivalent_weights_give_one_objective(schedule: NoiseSchedule, prediction_type: str) -> None:
+@pytest.mark.parametrize(
+    "schedule",
+    [LINEAR, NoiseSchedule.scaled_linear(), NoiseSchedule.rectified_flow()],
+    ids=["linear", "scaled-linear", "flow"],
+)
+def test_converted_weights_give_one_objective(schedule: NoiseSchedule) -> None:
     errors = errors_of_one_prediction(schedule)
+    # The error in the velocity is a fixed multiple of that in x0 only on the straight path.
+    types = [name for name in errors if name != "flow" or not schedule.is_variance_preserving]
     weight = p2(schedule, gamma=0.7)
-    converted = epsilon_equivalent(weight, schedule, prediction_type)
-    # The x0 error is divided by alpha >= 0.006, so rounding has a relative size of 1e-16 / 0.006^2.
-    assert_close(converted * errors[prediction_type], weight * errors["epsilon"], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v", "flow"])
-def test_equivalent_weights_on_the_straight_path(prediction_type: str) -> None:
-    schedule = NoiseSchedule.rectified_flow()
-    errors = errors_of_one_prediction(schedule)
-    weight = p2(schedule)
-    converted = epsilon_equivalent(weight, schedule, prediction_type)
-    assert_close(converted * errors[prediction_type], weight * errors["epsilon"], rtol=1e-9, atol=0)
+    for source, target in itertools.product(types, types):
+        found = converted(weight, schedule, target, source=source)
+        # The x0 error is divided by alpha >= 0.006, so rounding has a relative size of 1e-16 / 0.006^2.
+        assert_close(found * errors[target], weight * errors[source], rtol=1e-9, atol=0)
+        assert_close(converted(found, schedule, source, source=target), weight, rtol=1e-9, atol=0)
 
 
 def test_host_weights_multiply_whatever_the_host_predicts() -> None:
@@ -239,7 +246,9 @@ def test_equivalent_to_epsilon_converts() -> None:
             "density > 0 everywhere, got 1 zeros",
         ),
         (lambda: check_prediction_type("eps"), "one of epsilon, x0, v, flow, got 'eps'"),
-        (lambda: epsilon_equivalent(constant(LINEAR), LINEAR, "score"), "got 'score'"),
+        (lambda: converted(constant(LINEAR), LINEAR, "score", source="epsilon"), "got 'score'"),
+        (lambda: converted(constant(LINEAR), LINEAR, "v", source="score"), "got 'score'"),
+        (lambda: defined_on("noise"), "one of epsilon, x0, v, flow, got 'noise'"),
     ],
 )
 def test_a_bad_weighting_says_what_is_wrong(make: object, message: str) -> None:

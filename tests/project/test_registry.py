@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from policy_cases import PAIRED, POLICY_NAMES
+from policy_cases import PAIRED, POLICY_NAMES, equivalents
 from policy_cases import build as build_quietly
 from torch import Tensor
 from torch.testing import assert_close
@@ -34,12 +34,14 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 # Configs name these, so none of them may disappear.
 PUBLISHED = {
-    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment"
-    " loss_balanced info_noise adaptive mixture stages table auto",
-    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density uncertainty table",
+    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment mode cosmap"
+    " beta u_shaped laplace cauchy loss_balanced info_noise adaptive mixture stages table auto",
+    WEIGHTINGS: "constant change_aware p2 min_snr inverse_density soft_min_snr debiased truncated_snr edm"
+    " sigma_sqrt cosmap bell uncertainty table",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
-    " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment loss_balanced info_noise adaptive"
+    " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit"
+    " laplace cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell loss_balanced info_noise adaptive"
     " uncertainty",
 }
 
@@ -275,6 +277,10 @@ def test_nearest_names_the_closest_or_nothing() -> None:
             {"type": "min_snr", "equivalent_to": "host"},
             "always converts from the epsilon loss: leave out equivalent_to='host'",
         ),
+        (
+            {"type": "edm", "equivalent_to": "epsilon"},
+            "edm always converts from the x0 loss: leave out equivalent_to='epsilon'",
+        ),
         ({"type": "speed", "equivalent_to": "v"}, "equivalent_to needs 'host' or 'epsilon', got 'v'"),
         (
             {"density": "logit_norml", "weighting": "constant"},
@@ -319,7 +325,7 @@ def test_prediction_type_is_checked_for_every_policy(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_common_options_reach_every_policy(name: str) -> None:
-    common: dict[str, Any] = {"normalize": True, "equivalent_to": "epsilon"}
+    common: dict[str, Any] = {"normalize": True, "equivalent_to": equivalents(name)[-1]}
     if name not in PAIRED:
         common["stratified"] = True
     policy = build_quietly({"type": name, **common}, LINEAR, "v")
@@ -333,8 +339,8 @@ def test_recipes_are_fresh_each_time() -> None:
 
 
 def test_the_nearest_of_a_policy_name_is_a_policy() -> None:
-    for name in POLICY_NAMES:
-        typed = name[:-1]
+    # A letter less turns `edm2` into another policy.
+    for typed in {name[:-1] for name in POLICY_NAMES} - set(POLICY_NAMES):
         suggestion = difflib.get_close_matches(typed, POLICY_NAMES, n=1)
         with pytest.raises(ValueError, match=suggestion[0]):
             build_policy(typed, LINEAR)

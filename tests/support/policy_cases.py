@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speedit_plugins import DataSpectrum, NoiseSchedule, TimestepPolicy, build_policy, registry
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
-from speedit_plugins.registry import DENSITIES, POLICIES
+from speedit_plugins.registry import DENSITIES, POLICIES, WEIGHTINGS
 
 
 def _part(name: str, part: str) -> str | None:
@@ -32,6 +32,21 @@ _ADAPTIVE_DENSITIES = {
     if isinstance(builder, type) and issubclass(builder, AdaptiveDensity)
 }
 ADAPTIVE = tuple(name for name in POLICY_NAMES if _part(name, "density") in _ADAPTIVE_DENSITIES)
+# Policy -> the prediction type whose loss its weights are meant for, if they are always converted.
+DEFINED_ON = {
+    name: source
+    for name in POLICY_NAMES
+    if (source := getattr(WEIGHTINGS.module_dict[_part(name, "weighting")], "defined_on", None))
+}
+# Their weights on the epsilon loss are infinite at SNR 0.
+INFINITE_ON_EPSILON = tuple(name for name, source in DEFINED_ON.items() if source != "epsilon")
+
+
+def equivalents(name: str) -> tuple[str | None, ...]:
+    """The values of `equivalent_to` that a named policy takes."""
+    if name not in DEFINED_ON:
+        return "host", "epsilon"
+    return (None,) if name in INFINITE_ON_EPSILON else ("epsilon",)
 
 
 def zero_terminal(schedule: NoiseSchedule) -> NoiseSchedule:
@@ -61,7 +76,13 @@ SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
 def build(
     config: str | dict[str, Any], schedule: NoiseSchedule, prediction_type: str = "epsilon"
 ) -> TimestepPolicy:
-    """`build_policy` for data of variance 1, without the warning of a density that has nothing to thin."""
+    """`build_policy` for data of variance 1, without the warning of a density that has nothing to thin.
+
+    A model of epsilon becomes one of v where its weights would be infinite.
+    """
+    if prediction_type == "epsilon" and schedule.snr[-1] == 0:
+        is_infinite = registry.options_of(config).get("type") in INFINITE_ON_EPSILON
+        prediction_type = "v" if is_infinite else prediction_type
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="thinned draws every timestep equally often")
         return build_policy(config, schedule, prediction_type, data_spectrum=unit_variance)
@@ -140,7 +161,8 @@ def schedules(draw: st.DrawFn) -> NoiseSchedule:
         indices = draw(st.sets(st.integers(0, T - 1), min_size=2, max_size=min(T, 50)))
         # Index 0 stays: `thinned` needs an index before the boundary.
         return schedule.respaced(sorted(indices | {0}))
-    return zero_terminal(schedule) if change == "zero terminal" else schedule
+    # Laws over log-SNR need two timesteps with a log-SNR.
+    return zero_terminal(schedule) if change == "zero terminal" and T > 2 else schedule
 
 
 @st.composite
@@ -175,7 +197,17 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
         "spectral_flow": {"mean": st.floats(-2.0, -1.5), "clean_share": st.floats(0.0, 0.9)},
         "p2": {"gamma": st.floats(0.0, 2.0), "k": positive},
         "min_snr": {"gamma": positive},
+        "soft_min_snr": {"gamma": positive},
+        "debiased": {"max_snr": positive},
         "logit_normal": {"mean": st.floats(-2.0, 2.0), "std": st.floats(0.2, 3.0)},
+        "jit": {"mean": st.floats(-2.0, 2.0), "std": st.floats(0.2, 3.0)},
+        "mode": {"scale": st.floats(-1.0, 1.75)},
+        "beta": {"a": st.floats(0.1, 20.0), "b": st.floats(0.1, 20.0)},
+        "u_shaped": {"a": st.floats(0.01, 100.0)},
+        "laplace": {"mu": st.floats(-2.0, 2.0), "b": st.floats(0.3, 3.0)},
+        "cauchy": {"mu": st.floats(-2.0, 2.0), "gamma": st.floats(0.01, 10.0)},
+        "edm": {"mean": st.floats(-2.0, 3.0), "std": st.floats(0.5, 3.0), "data_std": positive},
+        "edm2": {"mean": st.floats(-2.0, 3.0), "std": st.floats(0.5, 3.0), "data_std": positive},
         "clts": {
             "mean": st.floats(0.0, 1.0),
             "std": st.floats(0.05, 2.0),

@@ -366,7 +366,7 @@ def _log_snr_widths(schedule: NoiseSchedule) -> Tensor:
 def _to_epsilon(schedule: NoiseSchedule, prediction_type: str | None) -> Tensor:
     """Factor (T,) from the squared error of a prediction type to that of epsilon."""
     kind = conversion.usual_prediction_type(schedule) if prediction_type is None else prediction_type
-    return conversion.epsilon_equivalent(torch.ones_like(schedule.snr), schedule, kind)
+    return conversion.converted(torch.ones_like(schedule.snr), schedule, kind, source="epsilon")
 
 
 def _between_quantiles(values: Tensor) -> Tensor:

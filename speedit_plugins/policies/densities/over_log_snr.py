@@ -4,12 +4,12 @@ Dims: T timesteps.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from speedit_plugins.policies.densities.cumulative import log_snr_shares, signal_log_snr, with_pure_noise
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
@@ -57,9 +57,7 @@ def log_snr_normal(
     _check_centre_and_widths(mean, offset, std, clean_std)
     if not 0 <= clean_share < 1:
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
-    log_snr = schedule.log_snr[schedule.snr > 0]
-    if len(log_snr) < 2:
-        raise ValueError(f"log_snr_normal needs T >= 2, got T = {len(log_snr)} with SNR > 0")
+    log_snr = signal_log_snr(schedule, "log_snr_normal")
     # Last, because reading the data may take a while.
     if mean is None:
         if data_spectrum is None:
@@ -69,12 +67,17 @@ def log_snr_normal(
             )
         mean = data_spectrum().log_snr_at()
     centre = mean + offset
-    law = _split_normal(log_snr, centre, std, std if clean_std is None else clean_std)
+    widths = std, std if clean_std is None else clean_std
+    law = log_snr_shares(
+        log_snr,
+        lambda edges: _split_normal(edges, centre, *widths),
+        law="log_snr_normal",
+        centre=centre,
+        centre_name="mean + offset",
+    )
     if clean_share:
         law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
-    table = torch.full_like(schedule.alpha, 1 / schedule.num_timesteps)
-    table[: len(log_snr)] = law * (len(log_snr) / schedule.num_timesteps)
-    return Density(table)
+    return with_pure_noise(schedule, law)
 
 
 def _evenly_above(log_snr: Tensor, centre: float) -> Tensor:
@@ -95,28 +98,91 @@ def _check_centre_and_widths(mean: float | None, offset: float, std: float, clea
         )
 
 
-def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: float) -> Tensor:
-    """Shares (T,) of a split normal law between the midpoints to the neighbours; log_snr (T,) falls."""
-    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (T + 1,)
-    widths = torch.full_like(edges, clean_std).masked_fill(edges < mode, noisy_std)
-    z = (edges - mode) / widths
-    # Each side counts its mass from its own end. From the other end, the mass of a far bin would be a
-    # difference of two values near 1, so 0. erfc is accurate in the tails; torch's ndtr is 0 below -8.3.
-    tail = torch.special.erfc(z.abs() / math.sqrt(2)) * widths / (noisy_std + clean_std)  # (T + 1,)
-    below = torch.where(z < 0, tail, 1 - tail)
-    mass = torch.where(z[1:] > 0, tail.diff(), -below.diff())
-    if not mass.any():
-        raise ValueError(
-            f"log_snr_normal needs mean + offset near the schedule's log-SNR, {log_snr[-1]:.2f} to"
-            f" {log_snr[0]:.2f}, got {mode:.2f}: no timestep would ever be drawn"
-        )
-    if not float(log_snr[-1]) < mode < float(log_snr[0]):
-        warnings.warn(
-            f"log_snr_normal is centred at log-SNR {mode:.2f}, outside the schedule's {log_snr[-1]:.2f} to"
-            f" {log_snr[0]:.2f}: was the mean measured on samples scaled as the model sees them?",
-            stacklevel=3,
-        )
-    return mass / mass.sum()
+def _split_normal(log_snr: Tensor, mode: float, noisy_std: float, clean_std: float) -> tuple[Tensor, Tensor]:
+    """Mass below each log-SNR and above it, of a split normal law."""
+    widths = torch.full_like(log_snr, clean_std).masked_fill(log_snr < mode, noisy_std)
+    z = (log_snr - mode) / widths
+    # erfc is accurate in the tails; torch's ndtr is 0 below -8.3.
+    tail = torch.special.erfc(z.abs() / math.sqrt(2)) * widths / (noisy_std + clean_std)
+    return _both(tail, z < 0)
+
+
+def laplace(schedule: NoiseSchedule, *, mu: float = 0.0, b: float = 0.5) -> Density:
+    """Density in which log-SNR follows the Laplace law, exp(-|log-SNR - mu| / b) / 2b.
+
+    It is cut at the schedule's ends; a timestep with SNR 0 gets 1 / T.
+    Source: Hang et al. 2024, arXiv:2407.03297. Elsewhere it is a noise schedule (`laplace` in diffusers).
+
+    Args:
+        mu: centre in log-SNR, finite. Lower is noisier.
+        b: mean distance from the centre in log-SNR, > 0.
+
+    Raises:
+        ValueError: a parameter out of range, fewer than two timesteps with SNR > 0, or no timestep with any
+            mass.
+
+    Warns:
+        UserWarning: the centre is outside the schedule's range of log-SNR.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear(1000)
+        >>> density = laplace(schedule)
+        >>> round(float(density.table[schedule.log_snr.abs() < 0.5].sum()), 2)  # 1 - 1/e
+        0.63
+    """
+    if not (math.isfinite(mu) and 0 < b < math.inf):
+        raise ValueError(f"laplace needs a finite mu and b > 0, got {mu} and {b}")
+
+    def tails(log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        z = (log_snr - mu) / b
+        return _both(torch.exp(-z.abs()) / 2, z < 0)
+
+    log_snr = signal_log_snr(schedule, "laplace")
+    return with_pure_noise(
+        schedule, log_snr_shares(log_snr, tails, law="laplace", centre=mu, centre_name="mu")
+    )
+
+
+def cauchy(schedule: NoiseSchedule, *, mu: float = 0.0, gamma: float = 1.0) -> Density:
+    """Density in which log-SNR follows the Cauchy law, gamma / pi ((log-SNR - mu)^2 + gamma^2).
+
+    Its tails are heavier than those of `laplace`. It is cut at the schedule's ends; a timestep with SNR 0
+    gets 1 / T. Source: Hang et al. 2024, arXiv:2407.03297.
+
+    Args:
+        mu: centre in log-SNR, finite. Lower is noisier.
+        gamma: half of the draws of the uncut law are within this distance of the centre, > 0.
+
+    Raises:
+        ValueError: a parameter out of range, or fewer than two timesteps with SNR > 0.
+
+    Warns:
+        UserWarning: the centre is outside the schedule's range of log-SNR.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear(1000)
+        >>> density = cauchy(schedule)
+        >>> round(float(density.table[schedule.log_snr > 0].sum()), 2)
+        0.5
+    """
+    if not (math.isfinite(mu) and 0 < gamma < math.inf):
+        raise ValueError(f"cauchy needs a finite mu and gamma > 0, got {mu} and {gamma}")
+
+    def tails(log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        width = torch.full_like(log_snr, gamma)
+        return torch.atan2(width, mu - log_snr) / math.pi, torch.atan2(width, log_snr - mu) / math.pi
+
+    log_snr = signal_log_snr(schedule, "cauchy")
+    return with_pure_noise(
+        schedule, log_snr_shares(log_snr, tails, law="cauchy", centre=mu, centre_name="mu")
+    )
+
+
+def _both(tail: Tensor, is_below: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass below and above each value, from the mass beyond it as seen from the centre."""
+    return torch.where(is_below, tail, 1 - tail), torch.where(is_below, 1 - tail, tail)
 
 
 DENSITIES.register_module(name="log_snr_normal", module=log_snr_normal)
+DENSITIES.register_module(name="laplace", module=laplace)
+DENSITIES.register_module(name="cauchy", module=cauchy)

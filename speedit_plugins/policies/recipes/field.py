@@ -1,4 +1,7 @@
-"""Policies of other papers and trainers."""
+"""Policies of other papers and trainers.
+
+`fixed_laws.py` and `weights_only.py` have more of them.
+"""
 
 from speedit_plugins.policies.recipes.recipe import Recipe
 from speedit_plugins.registry import POLICIES

@@ -1,15 +1,19 @@
 """Weightings: how much the loss at each timestep counts, as a function of the noise schedule.
 
-`conversion.py` converts a weight to another prediction type.
+Those here depend on the SNR; `by_time.py` has those that depend on time. One that is marked `defined_on` is
+meant for the loss of one prediction type, and `conversion.py` converts it to that of the model.
 
 Dims: T timesteps.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from speedit_plugins.policies.densities.areas import check_tau
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.conversion import defined_on
 from speedit_plugins.registry import WEIGHTINGS
 
 
@@ -85,6 +89,7 @@ def p2(schedule: NoiseSchedule, *, gamma: float = 1.0, k: float = 1.0) -> Tensor
     return (k + schedule.snr) ** -gamma
 
 
+@defined_on("epsilon")
 def min_snr(schedule: NoiseSchedule, *, gamma: float = 5.0) -> Tensor:
     """Min-SNR weight for a noise-predicting model: min(SNR, gamma) / SNR, in (0, 1], shape (T,).
 
@@ -107,8 +112,94 @@ def min_snr(schedule: NoiseSchedule, *, gamma: float = 5.0) -> Tensor:
     return (gamma / schedule.snr).clamp(max=1.0)
 
 
-# The weight is defined on the epsilon loss. `build_policy` converts it to the model's prediction type.
-min_snr.defined_on = "epsilon"  # type: ignore[attr-defined]  # functions take attributes
+@defined_on("epsilon")
+def soft_min_snr(schedule: NoiseSchedule, *, gamma: float = 4.0) -> Tensor:
+    """Min-SNR without its corner, for a noise-predicting model: gamma / (SNR + gamma), in (0, 1], shape (T,).
+
+    On the loss of x0 it is half of the harmonic mean of SNR and gamma, 1 / (sigma^2 + 1 / gamma).
+    Source: Crowson et al. 2024, arXiv:2401.11605. Its code, k-diffusion, has gamma = 1 / sigma_data^2, so 4
+    for data of standard deviation 1/2. SimpleTuner puts the sigma of a variance-preserving schedule into that
+    code's formula, where the noise level sigma / alpha belongs, and gets other weights.
+
+    Args:
+        gamma: SNR at which the weight is 1/2, > 0.
+
+    Raises:
+        ValueError: `gamma` out of range.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.8, 0.5])  # SNR 4 and 1
+        >>> soft_min_snr(schedule).round(decimals=6).tolist()
+        [0.5, 0.8]
+    """
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"soft_min_snr needs gamma > 0, got {gamma}")
+    return gamma / (schedule.snr + gamma)
+
+
+@defined_on("x0")
+def debiased(schedule: NoiseSchedule, *, max_snr: float = 1000.0) -> Tensor:
+    """Debiased estimation, as a weight on the loss of x0: SNR / sqrt(min(SNR, max_snr)), shape (T,).
+
+    On the loss of epsilon that is 1 / sqrt(min(SNR, max_snr)), infinite at SNR 0.
+    Source: Yu et al. 2023, arXiv:2310.08442. The limit is kohya's and OneTrainer's, not the paper's. For
+    models of v, kohya has 1 / (SNR + 1) and OneTrainer its square root; the same objective as on epsilon is
+    sqrt(SNR) / (SNR + 1).
+
+    Args:
+        max_snr: SNR from which the weight on the loss of epsilon falls no further, > 0.
+
+    Raises:
+        ValueError: `max_snr` <= 0.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.8, 0.5])  # SNR 4 and 1
+        >>> debiased(schedule).round(decimals=6).tolist()
+        [2.0, 1.0]
+    """
+    if not max_snr > 0:
+        raise ValueError(f"debiased needs max_snr > 0, got {max_snr}")
+    # The same quotient, without 0 / 0 at SNR 0.
+    return torch.maximum(schedule.snr.sqrt(), schedule.snr / max_snr**0.5)
+
+
+@defined_on("x0")
+def truncated_snr(schedule: NoiseSchedule) -> Tensor:
+    """Truncated SNR, as a weight on the loss of x0: max(SNR, 1), shape (T,).
+
+    On the loss of epsilon that is max(SNR, 1) / SNR, infinite at SNR 0. The weight makes x0 count at high
+    noise too, where the loss of epsilon says little about it.
+    Source: Salimans & Ho 2022, arXiv:2202.00512, section 4 (`snr_trunc` in the release).
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.25])  # SNR 3 and 1/3
+        >>> truncated_snr(schedule).round(decimals=6).tolist()
+        [3.0, 1.0]
+    """
+    return schedule.snr.clamp(min=1.0)
+
+
+@defined_on("x0")
+def edm(schedule: NoiseSchedule, *, data_std: float = 0.5) -> Tensor:
+    """EDM's weight on the loss of x0: (s^2 + data_std^2) / (s data_std)^2, shape (T,). s is sigma / alpha.
+
+    It is SNR + 1 / data_std^2. The preconditioned network of EDM then has weight 1 at every noise level.
+    Source: Karras et al. 2022, arXiv:2206.00364, table 1.
+
+    Args:
+        data_std: standard deviation of the data as the model sees them, > 0.
+
+    Raises:
+        ValueError: `data_std` out of range.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.0])  # SNR 3 and 0
+        >>> edm(schedule).round(decimals=6).tolist()
+        [7.0, 4.0]
+    """
+    if not 0 < data_std < math.inf:
+        raise ValueError(f"edm needs data_std > 0, got {data_std}")
+    return schedule.snr + data_std**-2
 
 
 def inverse_density(schedule: NoiseSchedule, *, density: Tensor) -> Tensor:
@@ -138,4 +229,8 @@ WEIGHTINGS.register_module(name="constant", module=constant)
 WEIGHTINGS.register_module(name="change_aware", module=change_aware)
 WEIGHTINGS.register_module(name="p2", module=p2)
 WEIGHTINGS.register_module(name="min_snr", module=min_snr)
+WEIGHTINGS.register_module(name="soft_min_snr", module=soft_min_snr)
+WEIGHTINGS.register_module(name="debiased", module=debiased)
+WEIGHTINGS.register_module(name="truncated_snr", module=truncated_snr)
+WEIGHTINGS.register_module(name="edm", module=edm)
 WEIGHTINGS.register_module(name="inverse_density", module=inverse_density)
