@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
+from speedit_plugins.policies.densities.followed_centre import FollowedCentre
 from speedit_plugins.policies.densities.over_log_snr import log_snr_normal
 from speedit_plugins.policies.densities.over_time import logit_normal
 from speedit_plugins.policies.measurement import DataMeasurement, equal_on_all_ranks
@@ -36,6 +37,8 @@ class CentredByData(AdaptiveDensity):
         data_spectrum: returns the spectrum of the data; None measures it.
         mean: the centre, if it is known. None takes it from `data_spectrum`, or measures it.
         num_samples: samples to measure, >= 2, see `DataMeasurement`.
+        follow: let the centre follow the model's losses, see `FollowedCentre`.
+        prior_losses: see `FollowedCentre`.
         offset: see `log_snr_normal`.
         std: see `log_snr_normal`.
         clean_std: see `log_snr_normal`.
@@ -58,9 +61,12 @@ class CentredByData(AdaptiveDensity):
         self,
         schedule: NoiseSchedule,
         data_spectrum: Callable[[], DataSpectrum] | None = None,
+        prediction_type: str | None = None,
         *,
         mean: float | None = None,
         num_samples: int = 1024,
+        follow: bool = False,
+        prior_losses: int = 20_000,
         offset: float = 0.6,
         std: float = 1.6,
         clean_std: float | None = 2.2,
@@ -78,8 +84,18 @@ class CentredByData(AdaptiveDensity):
         log_snr_normal(schedule, mean=float(schedule.log_snr[len(schedule.log_snr) // 2]), **self._shape)
         if mean is None and data_spectrum is not None:
             mean = data_spectrum().log_snr_at()
-        self.mean = mean
-        self._measurement = DataMeasurement(num_samples) if mean is None else None
+        self.mean: float | None = None
+        self._follow: Callable[[float], FollowedCentre] | None = None
+        if follow:
+            self._follow = lambda guess: FollowedCentre(
+                schedule, prediction_type, guess=guess, prior_losses=prior_losses
+            )
+            # Before the first loss, not after it: a bad value is an error now.
+            self._follow(0.0)
+        self._followed: FollowedCentre | None = None
+        self._measurement: DataMeasurement | None = DataMeasurement(num_samples)
+        if mean is not None:
+            self._centre_at(mean)
         self._num_without_data = 0
         self._has_seen = False
 
@@ -95,7 +111,8 @@ class CentredByData(AdaptiveDensity):
 
     def density(self) -> Density:
         if self.mean is not None:
-            return log_snr_normal(self._schedule, mean=self.mean, **self._shape)
+            centre = self.mean if self._followed is None else self._followed.centre
+            return log_snr_normal(self._schedule, mean=centre, **self._shape)
         alpha, sigma = self._schedule.alpha, self._schedule.sigma
         is_straight = torch.allclose(alpha + sigma, torch.ones_like(alpha))
         return logit_normal(self._schedule) if is_straight else Density(torch.ones_like(alpha))
@@ -103,6 +120,14 @@ class CentredByData(AdaptiveDensity):
     def advance(self, step: int) -> bool:
         self._num_without_data += 1
         return False
+
+    @property
+    def learns(self) -> bool:
+        """Whether the centre follows the losses."""
+        return self._follow is not None
+
+    def update(self, index: Tensor, loss: Tensor) -> bool:
+        return self._followed is not None and self._followed.update(index, loss)
 
     def observe(self, data: Tensor) -> bool:
         self._num_without_data, self._has_seen = 0, True
@@ -122,17 +147,26 @@ class CentredByData(AdaptiveDensity):
                 stacklevel=2,
             )
             return False
-        self.mean = centre
+        self._centre_at(centre)
         _tell(measurement, centre, spectrum)
         return True
 
+    def _centre_at(self, mean: float) -> None:
+        self.mean, self._measurement = mean, None
+        self._followed = None if self._follow is None else self._follow(mean)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean}
+        followed = None if self._followed is None else self._followed.state_dict()
+        return {"mean": self.mean, "followed": followed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.mean = state["mean"]
-        if self.mean is not None:
-            self._measurement = None
+        if state["mean"] is None:
+            return
+        self._centre_at(float(state["mean"]))
+        if (self._followed is None) != (state["followed"] is None):
+            raise ValueError("the state of auto needs the same follow as the policy")
+        if self._followed is not None:
+            self._followed.load_state_dict(state["followed"])
 
 
 def _tell(measurement: DataMeasurement, centre: float, spectrum: DataSpectrum) -> None:

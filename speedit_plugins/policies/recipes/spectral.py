@@ -113,6 +113,7 @@ def auto(
     mean: float | None = None,
     clamped: bool = False,
     num_samples: int = 1024,
+    follow: bool = False,
 ) -> Recipe:
     """The spectral policy that suits the model, centred by the data of the first training steps.
 
@@ -124,6 +125,7 @@ def auto(
         mean: the centre, if it is known. None measures it, see `CentredByData`.
         clamped: whether the sampler clamps x_0. It matters for a model of epsilon only.
         num_samples: see `CentredByData`.
+        follow: let the centre follow the model's losses, see `CentredByData`.
 
     Raises:
         ValueError: `clamped` for another model than one of epsilon; or no `prediction_type` on a schedule
@@ -148,6 +150,7 @@ def auto(
         "type": "auto",
         "mean": mean,
         "num_samples": num_samples,
+        "follow": follow,
         "offset": offset,
         "std": std,
         "clean_std": clean_std,
