@@ -1,7 +1,7 @@
 """A density: the probability of drawing each timestep.
 
 Densities by formula are in `over_time.py`, `over_log_snr.py` and `areas.py`, those that change during
-training in `adaptive.py`.
+training in `adaptive.py`, `learned.py` and `progress.py`.
 
 Dims: T timesteps.
 """
