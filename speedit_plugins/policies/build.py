@@ -89,24 +89,8 @@ def build_policy(
     if options.get("type") == RECOMMENDED:
         options["type"] = recommended(prediction_type or conversion.usual_prediction_type(schedule))
     name, parts, common = _name_parts_and_options(options, schedule, prediction_type)
-    check_type("policy stratified", common.get("stratified", False), bool)
-    kind, common["normalize"] = _normalized(common.get("normalize", False))
-    _check_parts(parts)
-    changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
     given = {"data_spectrum": data_spectrum, "prediction_type": prediction_type}
-    law = _build_law(parts["density"], schedule, given)
-    draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
-    if changes and isinstance(draw, Paired):
-        raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
-    return kind(
-        schedule,
-        transforms.transformed(law, changes, schedule),
-        _weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
-        draw=draw,
-        name=name,
-        scope=parts.get("scope", "mse"),
-        **common,
-    )
+    return _composed(name, parts, common, schedule, given)
 
 
 def recommended(prediction_type: str) -> str:
@@ -118,6 +102,36 @@ def recommended(prediction_type: str) -> str:
     """
     conversion.check_prediction_type(prediction_type)
     return "speedit" if prediction_type == "epsilon" else "auto"
+
+
+def _composed(
+    name: str,
+    parts: Mapping[str, Any],
+    common: dict[str, Any],
+    schedule: NoiseSchedule,
+    given: Mapping[str, Any],
+) -> TimestepPolicy:
+    """A policy of these parts, with the options of every policy. `given` are arguments for the density."""
+    check_type("policy stratified", common.get("stratified", False), bool)
+    kind, common["normalize"] = _normalized(common.get("normalize", False))
+    _check_parts(parts)
+    changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
+    law = _build_law(parts["density"], schedule, given)
+    draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
+    if changes and isinstance(draw, Paired):
+        raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
+    weighting = _weighting(
+        parts["weighting"], schedule, given["prediction_type"], common.pop("equivalent_to", None)
+    )
+    return kind(
+        schedule,
+        transforms.transformed(law, changes, schedule),
+        weighting,
+        draw=draw,
+        name=name,
+        scope=parts.get("scope", "mse"),
+        **common,
+    )
 
 
 def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str, Any]) -> Law:

@@ -1,7 +1,7 @@
 """A density or a weight from numbers of the user's own: `table`.
 
-The numbers are a list in the config, or in a file: JSON, text with one number or one point a line, or .npy.
-Plain numbers are values over equal parts of u = (index + 1/2) / T. Points (u, value) are joined by a smooth
+The numbers are a list in the config, or in a file: JSON, or text with one number or one point a line. Plain
+numbers are values over equal parts of u = (index + 1/2) / T. Points (u, value) are joined by a smooth
 curve that has no maximum or minimum of its own between them.
 
 Dims: T timesteps, N numbers.
@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,8 +74,6 @@ def curve(schedule: NoiseSchedule, values: Any, points: Any, path: str | None) -
 def _read(path: str) -> Any:
     file = Path(path)
     try:
-        if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False).tolist()
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".json":
             return json.loads(text)

@@ -115,8 +115,9 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
     ("options", "message"),
     [
         ({"num_samples": 1}, "auto needs num_samples >= 2, got 1"),
-        ({"std": 0.0}, "std and clean_std > 0"),
-        ({"clean_share": 1.0}, r"clean_share in \[0, 1\), got 1.0"),
+        ({"law": {"std": 0.0}}, "std and clean_std > 0"),
+        ({"law": {"wide": 1.0}}, "density 'log_snr_normal' has no parameter 'wide'"),
+        ({"law": {"clean_share": 1.0}}, r"clean_share in \[0, 1\), got 1.0"),
         ({"mean": math.nan}, "finite mean"),
     ],
 )

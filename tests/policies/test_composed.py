@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -77,8 +76,7 @@ def test_a_table_is_read_from_config_and_from_files(tmp_path: Path) -> None:
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    np.save(tmp_path / "values.npy", np.array(values))
-    for name in (*files, "values.npy"):
+    for name in files:
         kind = name.partition(".")[0]
         given = {"type": "table", kind: values if kind == "values" else points}
         read = policy_of({"type": "table", "path": str(tmp_path / name)}, schedule, weighting=given)

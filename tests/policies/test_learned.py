@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
-from speedit_plugins.policies.densities.learned import InfoNoise, LearningProgress, LossBalanced, over_log_snr
+from speedit_plugins.policies.densities.learned import InfoNoise, LossBalanced, over_log_snr
+from speedit_plugins.policies.densities.progress import LearningProgress
 from speedit_plugins.policies.weightings.learned import Uncertainty
 
 LINEAR, FLOW = NoiseSchedule.linear(), NoiseSchedule.rectified_flow(1000)

@@ -41,8 +41,8 @@ PUBLISHED = {
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
     " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit"
-    " laplace cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell loss_balanced info_noise adaptive"
-    " uncertainty",
+    " laplace cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell loss_balanced info_noise"
+    " adaptive uncertainty",
 }
 
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.densities.followed_centre import FollowedCentre
-from speedit_plugins.policies.densities.over_log_snr import log_snr_normal
 from speedit_plugins.policies.densities.over_time import logit_normal
 from speedit_plugins.policies.measurement import DataMeasurement, equal_on_all_ranks
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
-from speedit_plugins.registry import DENSITIES
+from speedit_plugins.registry import DENSITIES, build
 
 # A seam may see the data of a step only after its draw, and an evaluation may come first.
 _STEPS_WITHOUT_DATA = 10
@@ -39,10 +38,7 @@ class CentredByData(AdaptiveDensity):
         num_samples: samples to measure, >= 2, see `DataMeasurement`.
         follow: let the centre follow the model's losses, see `FollowedCentre`.
         prior_losses: see `FollowedCentre`.
-        offset: see `log_snr_normal`.
-        std: see `log_snr_normal`.
-        clean_std: see `log_snr_normal`.
-        clean_share: see `log_snr_normal`.
+        law: the other parameters of `log_snr_normal`; None takes its defaults.
 
     Raises:
         ValueError: a parameter out of range.
@@ -67,21 +63,14 @@ class CentredByData(AdaptiveDensity):
         num_samples: int = 1024,
         follow: bool = False,
         prior_losses: int = 20_000,
-        offset: float = 0.6,
-        std: float = 1.6,
-        clean_std: float | None = 2.2,
-        clean_share: float = 0.15,
+        law: Mapping[str, Any] | None = None,
     ) -> None:
         if num_samples < 2:
             raise ValueError(f"auto needs num_samples >= 2, got {num_samples}")
         self._schedule = schedule
-        self._shape: dict[str, Any] = {
-            "offset": offset,
-            "std": std,
-            "clean_std": clean_std,
-            "clean_share": clean_share,
-        }
-        log_snr_normal(schedule, mean=float(schedule.log_snr[len(schedule.log_snr) // 2]), **self._shape)
+        self._law = {**(law or {}), "type": "log_snr_normal"}
+        # A bad parameter is an error now, not when the data are measured.
+        self._density_at(float(schedule.log_snr[len(schedule.log_snr) // 2]))
         if mean is None and data_spectrum is not None:
             mean = data_spectrum().log_snr_at()
         self.mean: float | None = None
@@ -112,10 +101,14 @@ class CentredByData(AdaptiveDensity):
     def density(self) -> Density:
         if self.mean is not None:
             centre = self.mean if self._followed is None else self._followed.centre
-            return log_snr_normal(self._schedule, mean=centre, **self._shape)
+            return self._density_at(centre)
         alpha, sigma = self._schedule.alpha, self._schedule.sigma
         is_straight = torch.allclose(alpha + sigma, torch.ones_like(alpha))
         return logit_normal(self._schedule) if is_straight else Density(torch.ones_like(alpha))
+
+    def _density_at(self, mean: float) -> Density:
+        density: Density = build(DENSITIES, {**self._law, "mean": mean}, schedule=self._schedule)
+        return density
 
     def advance(self, step: int) -> bool:
         self._num_without_data += 1

@@ -1,7 +1,8 @@
 """A density: the probability of drawing each timestep.
 
 Densities by formula are in `over_time.py`, `over_log_snr.py` and `areas.py`, those that change during
-training in `adaptive.py`. `cumulative.py` makes a table from a law's two tails.
+training in `adaptive.py`, `learned.py`, `progress.py` and `auto.py`. `cumulative.py` makes a table from the
+two tails of a law.
 
 Dims: T timesteps.
 """

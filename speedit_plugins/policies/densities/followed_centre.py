@@ -1,8 +1,8 @@
 """The noise level at which a model explains half of what it can learn, from its own losses.
 
-The squared error of x_0 falls from pure noise, where the model knows the condition alone, to 0. Half-way lies
-the middle. The Wiener filter's middle is a guess of it from before the training. Two things move the real one:
-what is not linear in the data, and the condition. A label explains a part of the variance at any noise level.
+The squared error of x_0 falls from pure noise, where the model knows the condition alone, to 0. The middle is
+where half of it is left. The Wiener filter's middle is a guess from before the training. Two things move the
+real one: what is not linear in the data, and the condition, which explains a part at any noise level.
 
 Dims: T timesteps, N losses.
 """

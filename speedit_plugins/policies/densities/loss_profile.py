@@ -1,6 +1,7 @@
 """The mean loss at each noise level, learned from the losses of a training.
 
-The laws and weights that follow the losses read it: `learned.py`, and `learned.py` of the weightings.
+The laws and weights that follow the losses read it: `learned.py`, `progress.py`, and `learned.py` of the
+weightings.
 
 Dims: T timesteps, K bins, N losses.
 """

@@ -151,10 +151,7 @@ def auto(
         "mean": mean,
         "num_samples": num_samples,
         "follow": follow,
-        "offset": offset,
-        "std": std,
-        "clean_std": clean_std,
-        "clean_share": clean_share,
+        "law": {"offset": offset, "std": std, "clean_std": clean_std, "clean_share": clean_share},
     }
     recipe: Recipe = {"density": density, "weighting": {"type": "constant"}, "stratified": True}
     if predicted != "flow":

@@ -114,3 +114,22 @@ def usual_prediction_type(schedule: NoiseSchedule) -> str:
         f"errors and weights of epsilon need prediction_type on {schedule!r}, which is neither"
         f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
     )
+
+
+def error_of_epsilon(schedule: NoiseSchedule, prediction_type: str | None) -> Tensor:
+    """Factor (T,) from the squared error of a model's prediction to that of the epsilon it implies.
+
+    Args:
+        prediction_type: what the model predicts. None is the usual type of the schedule.
+
+    Raises:
+        ValueError: an unknown `prediction_type`, or none on a schedule without a usual one.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
+        >>> error_of_epsilon(schedule, "x0").round(decimals=6).tolist()
+        [3.0, 1.0]
+    """
+    kind = usual_prediction_type(schedule) if prediction_type is None else prediction_type
+    # The loss of epsilon with weight 1 is the loss of the other type with this weight.
+    return converted(torch.ones_like(schedule.snr), schedule, kind, source="epsilon")
