@@ -57,6 +57,27 @@ def learned_tables(rank: int | None) -> list[Tensor]:
     return tables
 
 
+def data(rank: int, step: int) -> Tensor:
+    """What a rank sees in a step: other data on each rank, of another size; once of another shape on one."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    samples = torch.randn(30 + 10 * rank, 4, 2, 2, generator=generator) * torch.tensor([3.0, 1.0])
+    return samples[..., :1] if (rank, step) == (1, 1) else samples
+
+
+def measured(rank: int | None) -> Tensor:
+    """The density that `auto` has found from the data of a rank, or None: of both as one."""
+    config = {"type": "auto", "num_samples": 200}
+    policy = build_policy(config, NoiseSchedule.rectified_flow(100))
+    for step in range(4):
+        if rank is None:
+            seen = [data(0, step), *([] if step == 1 else [data(1, step)])]
+            policy.observe(torch.cat(seen))
+        else:
+            policy.observe(data(rank, step))
+    assert not policy.needs_data
+    return policy.density
+
+
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     policy, gathered = new_policy(), []
@@ -65,6 +86,7 @@ def run_rank(rank: int, folder: str) -> None:
         policy.update(call[rank][:, 0].long(), call[rank][:, 1])
     tables: dict[str, Any] = {"density": policy.density, "weight": policy.weight}
     tables["learned"] = learned_tables(rank)
+    tables["measured"] = measured(rank)
     torch.save({"gathered": gathered, **tables}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -90,6 +112,7 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     as_one = learned_tables(None)
     for result in results:
         assert all(torch.equal(*pair) for pair in zip(result["learned"], as_one, strict=True))
+        assert_close(result["measured"], measured(None), atol=1e-9, rtol=0)
     # All of them have begun to follow the losses.
     assert all(float(table.max() - table.min()) > 0.01 for table in as_one)
 
