@@ -40,7 +40,7 @@ class DataMeasurement:
     def __init__(self, num_samples: int = 1024, num_steps: int = 256) -> None:
         self._num_samples, self._num_steps = num_samples, num_steps
         self._rows: list[Tensor] = []
-        self._keys: set[float] = set()
+        self._keys: set[str] = set()
         self._step = 0
         self.shape: tuple[int, ...] = ()
 
@@ -60,8 +60,7 @@ class DataMeasurement:
         self._step += 1
         values = self.shape and torch.Size(self.shape).numel() or 1
         rows = data.detach().flatten(1) if tuple(data.shape[1:]) == self.shape else data.new_zeros(0, values)
-        for row in gather_rows(rows.float()).cpu():
-            self._keep(row)
+        self._keep(gather_rows(rows.float()).cpu())
         wanted = min(self._num_samples, MAX_VALUES // values)
         if self.num_samples < wanted and self._step < self._num_steps:
             return None
@@ -71,12 +70,15 @@ class DataMeasurement:
         self._rows = []
         return DataSpectrum.of(samples)
 
-    def _keep(self, row: Tensor) -> None:
-        # Two samples with the same sum of values times their position are the same sample.
-        key = float(row.double() @ torch.linspace(1, 2, len(row), dtype=torch.float64))
-        if math.isfinite(key) and key not in self._keys and len(self._rows) < self._num_samples:
-            self._keys.add(key)
-            self._rows.append(row.clone())
+    def _keep(self, rows: Tensor) -> None:
+        # Two samples with the same sum of values times their position are the same sample. Its last digits
+        # depend on the batch.
+        sums = rows.double() @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
+        for row, value in zip(rows, sums.tolist(), strict=True):
+            key = f"{value:.10g}"
+            if math.isfinite(value) and key not in self._keys and len(self._rows) < self._num_samples:
+                self._keys.add(key)
+                self._rows.append(row.clone())
 
 
 def equal_on_all_ranks(value: float, device: torch.device) -> float:
