@@ -53,6 +53,7 @@ def warn_if_slow(
         >>> import warnings
         >>> from speedit_plugins import NoiseSchedule, build_policy
         >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
         ...     warn_if_slow(build_policy("speedit", NoiseSchedule.rectified_flow(1000)), "flow")
         >>> "0.80 or less" in str(caught[0].message)
         True

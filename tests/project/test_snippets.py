@@ -45,6 +45,7 @@ def names_for_diffusers(_: ExitStack) -> dict[str, Any]:
     halves = {f"{name}_prior": torch.ones(2, 1) for name in ("model_pred", "target")}
     return {
         **{"bsz": 2, "latents": torch.zeros(2, 1), "indices": torch.zeros(4, dtype=torch.int64)},
+        "model_input": torch.zeros(4, 1),
         **{"model_pred": torch.ones(2, 1), "target": torch.zeros(2, 1), **halves},
         "args": SimpleNamespace(weighting_scheme="none", with_prior_preservation=True),
         "compute_loss_weighting_for_sd3": training.compute_loss_weighting_for_sd3,
