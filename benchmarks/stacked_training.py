@@ -162,8 +162,10 @@ class StackedTraining:
 
     def train_step(self) -> Tensor:
         """Makes one step of every member; returns the mean weighted loss of each, (M,)."""
-        draws = self.draw_timesteps()
         x_0, noise, labels = self._batches()
+        for policy, part in zip(self.policies, x_0.chunk(len(self.members)), strict=True):
+            policy.observe(part)
+        draws = self.draw_timesteps()
         draw = TimestepDraw(
             torch.cat([draw.index for draw in draws]),
             torch.cat([draw.time for draw in draws]),
