@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,13 @@ class Runner:
         folder: with its files.
         options: see `Options`.
         out: the results file.
+        summary: file that the report is written to after each stack; None for none.
     """
 
-    def __init__(self, name: str, folder: Path, options: Options, out: Path) -> None:
-        self.name, self.options, self.out = name, options, out
+    def __init__(
+        self, name: str, folder: Path, options: Options, out: Path, *, summary: Path | None = None
+    ) -> None:
+        self.name, self.options, self.out, self.summary = name, options, out, summary
         self.flow_set = load_flow_set(name, folder)
         self.horizon = options.horizon or self.flow_set.horizon
         self.steps = tuple(dict.fromkeys(max(1, round(share * self.horizon)) for share in EVALUATED))
@@ -113,7 +116,8 @@ class Runner:
         wanted = [self._member(name, seed) for name in names for seed in seeds]
         done = {result.key for result in read_results(self.out)}
         missing = [member for member in wanted if self._result(member).key not in done]
-        members = [member for member in missing if self._can_train(member)]
+        trained = [name for name in names if self._can_train(self._member(name, seeds[0]))]
+        members = [member for member in missing if member.label in trained]
         _say(f"{self.name}: {len(wanted)} trainings, {len(wanted) - len(missing)} done, {len(members)} to do")
         size = SMALL_STACK if self.flow_set.shape.width <= SMALL_WIDTH else LARGE_STACK
         for first in range(0, len(members), size):
@@ -153,6 +157,8 @@ class Runner:
             append(self.out, self._result(member, curve, seconds, self.facts))
             last = {s: round(d[-1], 4) for s, d in curve[self.samplers[0]].items()}
             _say(f"{self.name}  {member.name}  seed {member.seed}  {seconds:.0f} s  {last}")
+        if self.summary is not None:
+            self.summary.write_text(report(read_results(self.out)) + "\n", encoding="utf-8")
 
     def _result(
         self,
@@ -215,7 +221,7 @@ def main() -> None:
             arguments.horizon, tuple(arguments.samplers), arguments.num_samples, arguments.prediction
         )
         for name in arguments.data:
-            runner = Runner(name, arguments.data_dir, options, arguments.out)
+            runner = Runner(name, arguments.data_dir, options, arguments.out, summary=arguments.summary)
             runner.run(_names(arguments.laws, name, runner.horizon, arguments.out), arguments.seeds)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -245,6 +251,7 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
+@cache
 def _revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
@@ -257,6 +264,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("outputs/flow/results.jsonl"), help="results; lines are appended")
+    add("--summary", type=Path, help="also write the report to this file after each training")
     add("--report", action="store_true", help="print what the results say, and train nothing")
     add("--data-dir", type=Path, default=Path("outputs/flow/data"), help="see benchmarks/flow_sets.py")
     add("--data", nargs="+", default=["digits_8"], help=f"of {' '.join(SETS)}")

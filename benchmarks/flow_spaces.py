@@ -22,7 +22,7 @@ NUM_FEATURES = 64
 # The ImageNet network sees images at this side: its last map then has 2 x 2 cells.
 NETWORK_SIDE = 64
 # Blocks of the network before the feature map, which has 80 channels and 1/16 of the side.
-MAP_BLOCKS = 9
+MAP_BLOCKS = 8
 
 
 def of_images(extractor: FeatureExtractor) -> Space:
