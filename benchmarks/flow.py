@@ -12,7 +12,6 @@ The seeds from 100 on choose the best law of the grid. The others say how fast t
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -268,12 +267,18 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--report", action="store_true", help="print what the results say, and train nothing")
     add("--data-dir", type=Path, default=Path("outputs/flow/data"), help="see benchmarks/flow_sets.py")
     add("--data", nargs="+", default=["digits_8"], help=f"of {' '.join(SETS)}")
-    add("--laws", nargs="+", default=["grid"], help="names, 'grid' for all, 'best' for the grid's best so far")
-    add("--seeds", nargs="+", type=int, default=[100, 101], help="from 100 on they choose the grid's best law")
+    add(
+        "--laws", nargs="+", default=["grid"], help="names, 'grid' for all, 'best' for the grid's best so far"
+    )
+    add(
+        "--seeds", nargs="+", type=int, default=[100, 101], help="from 100 on they choose the grid's best law"
+    )
     add("--horizon", type=int, default=0, help="steps of a training; 0: the data set's")
     add("--samplers", nargs="+", default=[], help="such as euler-25 heun-25-unclamped")
     add("--num-samples", type=int, default=Options.num_samples, help="of each distance")
-    add("--prediction", choices=("flow", "epsilon", "x0", "v"), default="flow", help="what the model predicts")
+    add(
+        "--prediction", choices=("flow", "epsilon", "x0", "v"), default="flow", help="what the model predicts"
+    )
     add("--threads", type=int, default=1, help="of the CPU")
     return parser.parse_args(), parser
 

@@ -162,9 +162,7 @@ def _groups(results: Sequence[Result]) -> dict[str, list[Result]]:
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[f"{result.data} {sorted(result.options.items())}"].append(result)
-    return {
-        name: group for name, group in groups.items() if any(result.law == BASELINE for result in group)
-    }
+    return {name: group for name, group in groups.items() if any(result.law == BASELINE for result in group)}
 
 
 def _mean(values: Sequence[float]) -> float:

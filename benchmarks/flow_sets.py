@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flow_spaces import Space, directions, feature_maps, features_after, of_images, of_network
 from flow_spaces import NETWORK_SIDE as SIDE
+from flow_spaces import Space, directions, feature_maps, features_after, of_images, of_network
 from image_sets import ImageSet, load_image_set
 from small_autoencoder import load_autoencoder
 from stacked_training import Shape
@@ -162,7 +162,9 @@ def _shape(side: int) -> Shape:
 def _needed(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.exists():
-        raise ValueError(f"--data-dir needs {name}, got {folder}; benchmarks/flow_sets.py says how to make it")
+        raise ValueError(
+            f"--data-dir needs {name}, got {folder}; benchmarks/flow_sets.py says how to make it"
+        )
     return path
 
 

@@ -46,7 +46,7 @@ def directions(width: int, *, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def feature_maps(network: EfficientNetLite0, images: Tensor) -> Tensor:
-    """Maps (N, 80, H / 16, W / 16) inside the network, of images in [-1, 1] that have a side of 64 or more."""
+    """Maps (N, 80, H / 16, W / 16) inside the network, of images in [-1, 1] with a side of 64 or more."""
     # The network's own preprocessing; `read` gives no map from inside.
     inner = network._network
     x = (images.expand(-1, 3, -1, -1) + 1) * 127.5

@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--steps", type=int, default=3000, help="of training, 32 images each")
     parser.add_argument("--kl", type=float, default=1e-6, help="weight of the divergence from N(0, 1)")
-    parser.add_argument("--name", default="autoencoder", help="folder to write, inside the folder of the data")
+    parser.add_argument(
+        "--name", default="autoencoder", help="folder to write, inside the folder of the data"
+    )
     arguments = parser.parse_args()
     train(_images(arguments.data_dir), arguments.data_dir / arguments.name, arguments.steps, arguments.kl)
 

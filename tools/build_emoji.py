@@ -5,7 +5,8 @@
     python tools/build_emoji.py --images emoji-datasource-twitter-16.0.0.tgz \\
         --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_32.npz
 
-Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The arrays depend only on the packages; the bytes of the file also depend on the version of zlib.
+Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The arrays depend only on the
+packages; the bytes of the file also depend on the version of zlib.
 
 Dims: N emoji.
 """
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, required=True, help="emoji-datasource-VENDOR-16.0.0.tgz")
     parser.add_argument("--names", type=Path, required=True, help="emojibase-data-16.0.3.tgz")
     parser.add_argument("--output", type=Path, required=True, help="the .npz file")
-    parser.add_argument("--vendor", choices=list(IMAGES_SHA256), default="twitter", help="who drew the images")
+    parser.add_argument(
+        "--vendor", choices=list(IMAGES_SHA256), default="twitter", help="who drew the images"
+    )
     args = parser.parse_args(argv)
     try:
         num_emoji = build(args.images, args.names, args.output, vendor=args.vendor)

@@ -1,4 +1,4 @@
-"""The benchmark of flows: it goes on where it stopped, and it chooses laws on seeds that it does not report."""
+"""The benchmark of flows goes on where it stopped, and chooses laws on seeds that it does not report."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -80,7 +80,10 @@ def test_a_law_that_cannot_be_built_is_left_out(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--laws", "logit_normal(0,2)"], "unknown law 'logit_normal(0,2)'; did you mean 'logit_normal(0,1)'"),
+        (
+            ["--laws", "logit_normal(0,2)"],
+            "unknown law 'logit_normal(0,2)'; did you mean 'logit_normal(0,1)'",
+        ),
         (["--laws", "best"], "the best law of tiny needs results, got none"),
         (["--data", "tinny"], "unknown data set 'tinny'; did you mean 'tiny'?"),
         (["--samplers", "euler"], "a sampler is KIND-STEPS"),
@@ -149,7 +152,9 @@ def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_
     load: Load, tmp_path: Path
 ) -> None:
     module, out = load("flow_results"), tmp_path / "out.jsonl"
-    for result in results_of(load, {("uniform", 0): [8.0, 4.0, 2.0, 1.0], ("min_snr", 0): [float("inf")] * 4}):
+    for result in results_of(
+        load, {("uniform", 0): [8.0, 4.0, 2.0, 1.0], ("min_snr", 0): [float("inf")] * 4}
+    ):
         module.append(out, result)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[1]["distances"]["euler-25"]["pixels"] == [None] * 4
