@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fine_tuning import going_on
 from flow_laws import laws, policy_of
 from flow_report import best_fixed, report
 from flow_results import Result, append, read_results
@@ -142,7 +143,7 @@ class Runner:
 
     def _train(self, members: Sequence[Member]) -> None:
         start = time.perf_counter()
-        stack = StackedTraining(members, self.flow_set.data, self.options.schedule, self.flow_set.shape)
+        stack = self._stack(members)
         curves: list[dict[str, dict[str, list[float]]]] = [{} for _ in members]
         for step in self.steps:
             while stack.step < step:
@@ -158,6 +159,14 @@ class Runner:
             _say(f"{self.name}  {member.name}  seed {member.seed}  {seconds:.0f} s  {last}")
         if self.summary is not None:
             self.summary.write_text(report(read_results(self.out)) + "\n", encoding="utf-8")
+
+    def _stack(self, members: Sequence[Member]) -> StackedTraining:
+        data, shape, start = self.flow_set.data, self.flow_set.shape, self.flow_set.start
+        if start is None:
+            return StackedTraining(members, data, self.options.schedule, shape)
+        if self.options.prediction != "flow":
+            raise ValueError(f"{self.name} goes on from a flow, got prediction {self.options.prediction}")
+        return going_on(members, data, shape, start)
 
     def _result(
         self,

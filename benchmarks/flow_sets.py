@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fine_tuning import Start
 from flow_spaces import NETWORK_SIDE as SIDE
 from flow_spaces import Space, directions, feature_maps, features_after, of_images, of_network
 from image_sets import ImageSet, load_image_set
@@ -47,6 +48,7 @@ class FlowSet:
         shape: shape of a member.
         horizon: steps of a training.
         is_clamped: samples are pixels, so x_0 may be clamped to [-1, 1].
+        start: where a fine-tuning starts; None is a training from the beginning.
     """
 
     data: ImageSet
@@ -54,6 +56,7 @@ class FlowSet:
     shape: Shape
     horizon: int
     is_clamped: bool
+    start: Start | None = None
 
     @property
     def reference(self) -> Tensor:
@@ -144,6 +147,19 @@ def _feature_maps(folder: Path) -> FlowSet:
     return FlowSet(data, spaces, shape, 1200, is_clamped=False)
 
 
+def _fine_tuning(folder: Path, *, rank: int) -> FlowSet:
+    """Fashion-MNIST at 16 pixels: a model of classes 0 to 4 goes on with classes 5 to 9."""
+    whole = fashion(folder, 16)
+    assert whole.labels is not None
+    first, later = (
+        ImageSet(whole.images[rows], whole.labels[rows], whole.num_classes)
+        for rows in (whole.labels < 5, whole.labels >= 5)
+    )
+    start = Start(first, 1200, rank, folder, "fashion_16_of_5")
+    spaces = {"network": of_network(EfficientNetLite0(resize=SIDE)), "classifier": _classifier(whole)}
+    return FlowSet(later, spaces, _shape(16), 300, is_clamped=True, start=start)
+
+
 def _classifier(data: ImageSet) -> Space:
     assert data.labels is not None
     images = torch.from_numpy(to_uint8(_spread(data.images)))
@@ -178,4 +194,6 @@ SETS: Mapping[str, Callable[[Path], FlowSet]] = {
     },
     "latents": _latents,
     "feature_maps": _feature_maps,
+    "fashion_16_tuned": partial(_fine_tuning, rank=0),
+    "fashion_16_lora": partial(_fine_tuning, rank=4),
 }
