@@ -32,7 +32,7 @@ Curves = Mapping[str, Mapping[int, Curve]]
 def report(results: Sequence[Result]) -> str:
     """Markdown: for each data set and setting, a table per feature space."""
     parts = []
-    for group in _groups(results).values():
+    for group in groups_of(results):
         first = group[0]
         facts, options = first.facts, first.options
         parts.append(
@@ -51,12 +51,12 @@ def best_fixed(results: Sequence[Result], data: str) -> str:
 
     The first space and sampler of the data set decide.
     """
-    groups = [group for group in _groups(results).values() if group[0].data == data]
+    groups = [group for group in groups_of(results) if group[0].data == data]
     if not groups:
         raise ValueError(f"the best law of {data} needs results, got none")
     first = groups[0][0]
     sampler = next(iter(first.distances))
-    return _best(_curves(groups[0], sampler, next(iter(first.distances[sampler])), chooses=True), data)
+    return _best(curves_of(groups[0], sampler, next(iter(first.distances[sampler])), chooses=True), data)
 
 
 def log_ratio(curve: Curve, baseline: Curve, place: int) -> float:
@@ -80,7 +80,7 @@ def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
 
 def _best(curves: Curves, data: str) -> str:
     fixed = {
-        law: _mean([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in by_seed.items()])
+        law: mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in by_seed.items()])
         for law, by_seed in curves.items()
         if is_fixed(law) and " / " not in law
     }
@@ -90,36 +90,39 @@ def _best(curves: Curves, data: str) -> str:
 
 
 def _table(group: Sequence[Result], sampler: str, space: str) -> str:
-    every = _curves(group, sampler, space)
-    choosing = _curves(group, sampler, space, chooses=True)
-    reporting = _curves(group, sampler, space, chooses=False)
+    every = curves_of(group, sampler, space)
+    choosing = curves_of(group, sampler, space, chooses=True)
+    reporting = curves_of(group, sampler, space, chooses=False)
     data = group[0].data
     best = _best(choosing, data) if choosing.get(BASELINE) else ""
     lines = [
         f"### {data}, {sampler}, {space}",
         "",
         f"Floor {group[0].facts['floor'][space]:.4f} (the data against itself); uniform at the horizon"
-        f" {_mean([curve.distances[-1] for curve in every[BASELINE].values()]):.4f}. {_chance(every)}",
+        f" {mean_of([curve.distances[-1] for curve in every[BASELINE].values()]):.4f}. {_chance(every)}",
         f"Best fixed law on the selection seeds: {best or 'not known yet'}.",
         "",
-        "| law | ln ratio at half | at the horizon | steps, selection seeds | over uniform, report seeds"
-        " | over the best fixed law |",
-        "|---|---|---|---|---|---|",
+        "| law | ln ratio at half | at the horizon | at its worst | steps, selection seeds"
+        " | steps, report seeds | over the best fixed law |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = []
     for law, by_seed in every.items():
+        some = next(iter(by_seed.values()))
         ratios = [
             [log_ratio(curve, every[BASELINE][seed], place) for seed, curve in by_seed.items()]
-            for place in (next(iter(by_seed.values())).half, -1)
+            for place in range(len(some.steps))
         ]
+        worst = max(range(len(ratios)), key=lambda place: mean_of(ratios[place]))
         cells = [
-            _spread(ratios[0]),
-            _spread(ratios[1]),
+            _spread(ratios[some.half]),
+            _spread(ratios[-1]),
+            f"{mean_of(ratios[worst]):+.3f} at {some.steps[worst]}",
             _steps(choosing, law, BASELINE),
             _steps(reporting, law, BASELINE),
             _steps(reporting, law, best),
         ]
-        rows.append((_mean(ratios[1]), f"| {law} | {' | '.join(cells)} |"))
+        rows.append((mean_of(ratios[-1]), f"| {law} | {' | '.join(cells)} |"))
     return "\n".join(lines + [row for _, row in sorted(rows)])
 
 
@@ -143,7 +146,7 @@ def _chance(curves: Curves) -> str:
     return f"By chance {band[0]} to {band[1]} ({len(by_seed)} seeds of uniform against each other)."
 
 
-def _curves(
+def curves_of(
     group: Sequence[Result], sampler: str, space: str, *, chooses: bool | None = None
 ) -> dict[str, dict[int, Curve]]:
     """Law -> seed -> curve, of seeds that uniform has too; only seeds that choose, or that do not."""
@@ -157,20 +160,21 @@ def _curves(
     return {law: by_seed for law, by_seed in both.items() if by_seed}
 
 
-def _groups(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results that may be compared with each other."""
+def groups_of(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that may be compared with each other: of one data set and one setting, with uniform."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[f"{result.data} {sorted(result.options.items())}"].append(result)
-    return {name: group for name, group in groups.items() if any(result.law == BASELINE for result in group)}
+    return [group for group in groups.values() if any(result.law == BASELINE for result in group)]
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """The arithmetic mean of one value or more."""
     return sum(values) / len(values)
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean = _mean(values)
+    mean = mean_of(values)
     if len(values) == 1:
         return f"{mean:+.3f}"
     std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -1,6 +1,7 @@
 """The benchmark of flows goes on where it stopped, and chooses laws on seeds that it does not report."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -128,7 +129,7 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
     results = results_of(load, curves)
     report = load("flow_report")
     assert report.best_fixed(results, "tiny") == "logit_normal(0,1)"
-    rows = {line.split(" | ")[0][2:]: line.split(" | ")[3:] for line in report.report(results).split("\n")}
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[4:] for line in report.report(results).split("\n")}
     # Twice as far in as many steps, and so on: these curves fall as 1 / steps up to a factor.
     assert rows["logit_normal(0,1)"][0].startswith("2.00")
     assert rows["logit_normal(0,1)"][1].startswith("1.00 ")
@@ -148,6 +149,22 @@ def test_a_ratio_of_steps_is_read_either_way(load: Load) -> None:
     assert report.log_ratio(ahead, behind, -1) == pytest.approx(-0.6931, abs=1e-4)
 
 
+def test_the_figure_has_each_width_and_the_spectrums_centre(load: Load) -> None:
+    pytest.importorskip("matplotlib")
+    curves = {
+        (law, seed): [8.0, 4.0, 2.0, last]
+        for law, last in (("uniform", 1.0), ("logit_normal(0,1)", 0.5), ("logit_normal(0.5,1)", 0.25))
+        for seed in (0, 100)
+    }
+    (axes,) = load("flow_plots").figure(results_of(load, curves)).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    drawn = lines["logit-normal, width 1"]
+    assert drawn.get_xdata().tolist() == [0.0, 0.5]
+    assert drawn.get_ydata() == pytest.approx([math.log(0.5), math.log(0.25)])
+    # log-SNR is -2 logit(u), and the centre of the facts is 0.5.
+    assert list(lines["the spectrum's centre"].get_xdata()) == [-0.25, -0.25]
+
+
 def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_report(
     load: Load, tmp_path: Path
 ) -> None:
@@ -159,7 +176,7 @@ def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[1]["distances"]["euler-25"]["pixels"] == [None] * 4
     shown = load("flow_report").report(module.read_results(out))
-    assert "| min_snr | +inf | +inf | - | " in shown
+    assert "| min_snr | +inf | +inf | +inf at 100 | - | " in shown
 
 
 def test_the_grid_holds_each_law_once_under_its_name(load: Load) -> None:
