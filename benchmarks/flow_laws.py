@@ -4,11 +4,10 @@ u = 1 is noise. A logit-normal law of mean m and width s is a normal law of log-
 width 2 s. A shift by s adds ln s to the mean.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from speedit_plugins.registry import nearest
+from speedit_plugins.registry import POLICIES, nearest
 
 Policy = dict[str, Any]
 
@@ -26,8 +25,7 @@ def laws(horizon: int) -> dict[str, Policy]:
     found: dict[str, Policy] = {"uniform": {"type": "uniform"}}
     found |= {logit_normal_name(mean, width): _logit_normal(mean, width) for mean, width in _grid()}
     found |= {f"uniform shift {shift}": {"type": "uniform", "shift": shift} for shift in SHIFTS}
-    # The same law as logit_normal with shift: logit(u) moves by ln s.
-    found |= {f"logit_normal shift {shift}": _logit_normal(math.log(shift), 1.0) for shift in SHIFTS}
+    found |= {f"logit_normal shift {shift}": {"type": "logit_normal", "shift": shift} for shift in SHIFTS}
     found |= {name: _drawn({"type": name}) for name in ("laplace", "mode", "cosmap")}
     found |= {f"beta({a:g},{b:g})": _drawn({"type": "beta", "a": a, "b": b}) for a, b in ((0.8, 1), (1, 2))}
     found["logit_normal then uniform"] = _drawn(
@@ -38,8 +36,11 @@ def laws(horizon: int) -> dict[str, Policy]:
 
 
 def policy_of(name: str, horizon: int) -> Policy:
-    """The policy of a law, also of `NAME / loss`; ValueError for an unknown name."""
-    known = laws(horizon)
+    """The policy of a law, also of `NAME / loss`; ValueError for an unknown name.
+
+    Beside `laws`, every registered policy has its name.
+    """
+    known = {name: {"type": name} for name in POLICIES.module_dict} | laws(horizon)
     plain = name.removesuffix(NORMALISED)
     if plain not in known:
         raise ValueError(f"unknown law {name!r}{nearest(plain, known)}; known: {', '.join(known)}")

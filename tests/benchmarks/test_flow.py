@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
-from speedit_plugins.registry import DENSITIES, build
 from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import EfficientNetLite0
 
@@ -187,13 +187,12 @@ def test_the_grid_holds_each_law_once_under_its_name(load: Load) -> None:
     assert laws.policy_of("uniform / loss", 1200) == {"type": "uniform", "normalize": "loss"}
     assert laws.is_fixed("uniform shift 3")
     assert not laws.is_fixed("auto / loss")
-    # The bins' edges u under a shift are at 3 u / (1 + 2 u): the law's mass below must be the same.
     schedule = NoiseSchedule.rectified_flow(3000)
-    table = build(DENSITIES, found["logit_normal shift 3"], schedule=schedule).table
-    plain = build(DENSITIES, "logit_normal", schedule=schedule).table
-    # u = 0.5 goes to 0.75, u = 1/3 to 0.6.
+    shifted = build_policy(found["logit_normal shift 3"], schedule).density
+    plain = build_policy(found["logit_normal(0,1)"], schedule).density
+    # A shift of 3 moves u = 0.5 to 0.75 and u = 1/3 to 0.6, with the mass below.
     for before, after in ((1500, 2250), (1000, 1800)):
-        assert_close(table[:after].sum(), plain[:before].sum(), atol=1e-12, rtol=0)
+        assert_close(shifted[:after].sum(), plain[:before].sum(), atol=1e-12, rtol=0)
 
 
 def test_feature_maps_lead_on_to_the_networks_own_features(load: Load) -> None:
