@@ -111,10 +111,17 @@ class Runner:
         self.steps = tuple(dict.fromkeys(max(1, round(share * self.horizon)) for share in EVALUATED))
         self.samplers = options.samplers or self._usual_sampler()
 
-    def run(self, names: Sequence[str], seeds: Sequence[int]) -> None:
-        """Trains each law with each seed, law by law, and appends each stack's results as it ends."""
+    def run(self, names: Sequence[str], seeds: Sequence[int], *, again: Sequence[str] = ()) -> None:
+        """Trains each law with each seed, law by law, and appends each stack's results as it ends.
+
+        Args:
+            names: of the laws.
+            seeds: of the trainings.
+            again: laws whose results only count if this revision of the code made them.
+        """
         wanted = [self._member(name, seed) for name in names for seed in seeds]
-        done = {result.key for result in read_results(self.out)}
+        results = read_results(self.out)
+        done = {r.key for r in results if r.law not in again or r.revision == _revision()}
         missing = [member for member in wanted if self._result(member).key not in done]
         trained = [name for name in names if self._can_train(self._member(name, seeds[0]))]
         members = [member for member in missing if member.label in trained]
@@ -230,7 +237,8 @@ def main() -> None:
         )
         for name in arguments.data:
             runner = Runner(name, arguments.data_dir, options, arguments.out, summary=arguments.summary)
-            runner.run(_names(arguments.laws, name, runner.horizon, arguments.out), arguments.seeds)
+            names = _names(arguments.laws, name, runner.horizon, arguments.out)
+            runner.run(names, arguments.seeds, again=arguments.again)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -282,6 +290,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add(
         "--seeds", nargs="+", type=int, default=[100, 101], help="from 100 on they choose the grid's best law"
     )
+    add("--again", nargs="+", default=[], help="laws to train again if other code made their results")
     add("--horizon", type=int, default=0, help="steps of a training; 0: the data set's")
     add("--samplers", nargs="+", default=[], help="such as euler-25 heun-25-unclamped")
     add("--num-samples", type=int, default=Options.num_samples, help="of each distance")

@@ -60,6 +60,12 @@ def test_a_run_goes_on_where_it_stopped(
     found = [(result.law, result.seed) for result in results(out)]
     assert found == [(law, seed) for seed in (100, 101) for law in ("uniform", "logit_normal(0,1)")]
     assert whole.startswith(first)
+    # Results of other code count, unless a law is to be trained again. The newest one is reported.
+    monkeypatch.setattr(load("flow"), "_revision", lambda: "newer")
+    wanted = ("--laws", "logit_normal(0,1)", "--seeds", "100", "--again", "logit_normal(0,1)")
+    for left in (1, 0):
+        run(load, monkeypatch, out, *wanted)
+        assert f"2 trainings, {2 - left} done, {left} to do" in capsys.readouterr().out
     # Another option is another training.
     run(load, monkeypatch, out, "--laws", "uniform", "--seeds", "100", "--horizon", "2")
     assert "1 trainings, 0 done, 1 to do" in capsys.readouterr().out
