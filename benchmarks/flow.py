@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from fine_tuning import going_on
-from flow_laws import laws, policy_of
+from flow_laws import Policy, laws, policy_of
 from flow_report import best_fixed, report
 from flow_results import Result, append, read_results
 from flow_sets import SETS, FlowSet, load_flow_set
@@ -31,6 +31,8 @@ from sample_quality import SampleDraws, Sampler
 from stacked_training import SETTINGS, Member, StackedTraining, build_member_policy, build_process
 from torch import Tensor
 
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
 
@@ -188,12 +190,11 @@ class Runner:
             "shape": asdict(self.flow_set.shape),
             "steps": list(self.steps),
         }
-        assert isinstance(member.policy, dict)
         return Result(
             data=self.name,
             law=member.label,
             seed=member.seed,
-            policy=member.policy,
+            policy=policy_of(member.label, self.horizon),
             options=options,
             distances=curves or {},
             seconds=round(seconds, 1),
@@ -202,13 +203,13 @@ class Runner:
         )
 
     def _member(self, name: str, seed: int) -> Member:
-        return Member(
-            policy_of(name, self.horizon),
-            seed,
-            lr=self.options.lr,
-            prediction_type=self.options.prediction,
-            label=name,
-        )
+        prediction = self.options.prediction
+        policy: Policy | TimestepPolicy = policy_of(name, self.horizon)
+        if policy.get("type") == "auto":
+            # As on a host: it measures the data of its first steps, and does not get their spectrum.
+            schedule = build_process(self.options.schedule, prediction).schedule
+            policy = build_policy(policy, schedule, prediction)
+        return Member(policy, seed, lr=self.options.lr, prediction_type=prediction, label=name)
 
     def _can_train(self, member: Member) -> bool:
         process = build_process(self.options.schedule, self.options.prediction)

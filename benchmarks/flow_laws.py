@@ -15,7 +15,13 @@ MEANS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 WIDTHS = (0.7, 1.0, 1.4)
 SHIFTS = (2, 3, 6)
 # Laws that take no number per data set. They are compared with the best of the others.
-ADAPTED = ("spectral_flow", "auto", "info_noise", "loss_balanced")
+ADAPTED: Mapping[str, Policy] = {
+    "spectral_flow": {"type": "spectral_flow"},
+    "auto": {"type": "auto"},
+    "auto follow": {"type": "auto", "follow": True},
+    "info_noise": {"type": "info_noise"},
+    "loss_balanced": {"type": "loss_balanced"},
+}
 # After the name of a law: the same with its losses normalised.
 NORMALISED = " / loss"
 
@@ -32,7 +38,7 @@ def laws(horizon: int) -> dict[str, Policy]:
         {"type": "stages", "laws": ["logit_normal", "uniform"], "until": [max(1, horizon // 2)]}
     )
     found["min_snr"] = {"type": "min_snr"}
-    return found | {name: {"type": name} for name in ADAPTED}
+    return found | dict(ADAPTED)
 
 
 def policy_of(name: str, horizon: int) -> Policy:

@@ -71,6 +71,21 @@ def test_a_run_goes_on_where_it_stopped(
     assert "1 trainings, 0 done, 1 to do" in capsys.readouterr().out
 
 
+def test_auto_measures_the_data_that_it_is_trained_on(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(load, monkeypatch)
+    flow = load("flow")
+    runner = flow.Runner("tiny", Path(), flow.Options(), Path("out.jsonl"))
+    auto, spectral = (runner._member(name, 0) for name in ("auto", "spectral_flow"))
+    assert auto.policy.needs_data
+    assert spectral.policy == {"type": "spectral_flow"}
+    assert runner._result(auto).policy == {"type": "auto"}
+    stack = runner._stack([auto, auto])
+    stack.train_step()
+    # One batch is not enough to measure.
+    assert stack.policies[0].needs_data
+    assert auto.policy.needs_data
+
+
 def test_a_law_that_cannot_be_built_is_left_out(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
