@@ -19,7 +19,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
 # Each limit was set at least 15 % above the count at the time, so that it leaves room for a good change.
-MAX_METHOD_LINES = 1100
+# The method: 15 laws, 12 weights and what composes them, a page of code each at most.
+MAX_METHOD_LINES = 1450
 MAX_STEP_PATH_LINES = 1050
 
 # The files to read, in this order, to follow one training step from the loop to the loss. The limit counts

@@ -27,14 +27,14 @@ LINEAR = NoiseSchedule.linear()
 
 # Configs name these, so none of them may disappear.
 PUBLISHED = {
-    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment mode cosmap beta"
-    " u_shaped laplace cauchy",
+    DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment mode cosmap"
+    " beta u_shaped laplace cauchy",
     WEIGHTINGS: "constant change_aware p2 min_snr inverse_density soft_min_snr debiased truncated_snr edm"
     " sigma_sqrt cosmap bell",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
-    " spectral_flow p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit laplace cauchy"
-    " edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell",
+    " spectral_flow p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit laplace"
+    " cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell",
 }
 
 
