@@ -1,4 +1,4 @@
-"""Laws over time and over log-SNR that papers and trainers draw from: closed forms, symmetries, directions."""
+"""Laws over time and over log-SNR that papers and trainers draw from: closed forms, directions."""
 
 import math
 from collections.abc import Callable
@@ -215,7 +215,7 @@ def test_edm_draws_the_logarithm_of_sigma(name: str, mean: float, std: float) ->
         (lambda: laplace(FLOW, mu=math.inf), "got inf and 0.5"),
         (
             lambda: laplace(FLOW, mu=1000.0),
-            "mu near the schedule's log-SNR, -15.20 to 15.20, got 1000.00: no",
+            "mu near the schedule's log-SNR, -15.20 to 15.20, got 1000.00",
         ),
         (lambda: laplace(NoiseSchedule.cosine(1)), "laplace needs T >= 2, got T = 1 with SNR > 0"),
         (lambda: cauchy(FLOW, gamma=0.0), "cauchy needs a finite mu and gamma > 0, got 0.0 and 0.0"),

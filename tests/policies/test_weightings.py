@@ -150,9 +150,7 @@ def test_zero_terminal_snr_gives_the_limit_of_the_weight(prediction_type: str) -
     for name in POLICY_NAMES:
         config = {"type": name, "equivalent_to": equivalents(name)[-1]}
         if name in INFINITE_ON_EPSILON and prediction_type == "epsilon":
-            wanted = (
-                f"defined on the {DEFINED_ON[name]} loss are infinite on the epsilon loss at SNR 0: wanted"
-            )
+            wanted = f"defined on the {DEFINED_ON[name]} loss are infinite on the epsilon loss at SNR 0"
             with pytest.raises(ValueError, match=wanted):
                 build_policy(config, schedule, prediction_type)
             continue

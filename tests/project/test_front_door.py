@@ -82,7 +82,7 @@ IN_ONE_PROCESS = """
 import json, sys
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.cli import main
-policy = build_policy(dict(type="beta_p2", a=3, b=2), NoiseSchedule.linear())
+policy = build_policy(dict(type="ramp_p2", top=0.6), NoiseSchedule.linear())
 time = (policy.schedule.timesteps + 0.5) / 1000
 print(json.dumps([float((policy.density * time).sum()), "my_package.data" in sys.modules]))
 common = ["-c", "my_experiment.yaml", "-p", "train", *sys.argv[2:]]
@@ -96,7 +96,7 @@ WRONG = {
     "model.width=wide": "model 'ConvNet' width needs int, got 'wide'",
     "data.dataset.mirror=3": "dataset 'NumpyImages' mirror needs bool, got 3",
     "data.dataset=NumpyImage": "unknown dataset 'NumpyImage'; did you mean 'NumpyImages'?; known: Digits, ",
-    "diffusion.policy={type: beta_p2, a: -1}": "beta needs a > 0 and b > 0, got -1 and 1.0",
+    "diffusion.policy={type: ramp_p2, top: -1}": "ramp needs top in (0, 1], got -1",
 }
 
 
@@ -118,9 +118,9 @@ def trained(ran: subprocess.CompletedProcess[str], work: Path) -> Path:
 def test_names_from_outside_are_used_and_checked_like_our_own(ran: subprocess.CompletedProcess[str]) -> None:
     first, *described, codes = ran.stdout.splitlines()
     mean, is_data_imported = json.loads(first)
-    # The mean of Beta(3, 2) is 3 / 5. The midpoint rule is off by at most 1 / 24 / 1000^2 of the largest
-    # second derivative: 72 of 12 u^3 (1 - u), and 48 of 12 u^2 (1 - u), whose sum divides it.
-    assert mean == pytest.approx(0.6, abs=5e-6)
+    # The mean of a density that rises evenly to 0.6 is two thirds of 0.6. The midpoint rule is exact for u,
+    # and off by 0.6 / 12 / 1000^2 for u^2, which is divided by the integral of u, 0.18.
+    assert mean == pytest.approx(0.4, abs=5e-7)
     # The entry point brings in its own module and no other.
     assert not is_data_imported
     assert json.loads(codes) == [*(2 for _ in WRONG), 0, 0]
@@ -171,8 +171,8 @@ def create_diffusion(timestep_respacing=""):
 HOST_POLICY = """
 from speedit_plugins.registry import POLICIES
 @POLICIES.register_module()
-def ours(*, a: float = 2.0):
-    return {"density": {"type": "beta", "a": a}, "weighting": "constant"}
+def ours(*, top: float = 1.0):
+    return {"density": {"type": "ramp", "top": top}, "weighting": "constant"}
 """
 SCRIPT = """
 import torch
@@ -192,7 +192,7 @@ def test_the_launcher_takes_a_policy_from_the_hosts_own_checkout(site: Path, tmp
     (tmp_path / "diffusion/ours.py").write_text(HOST_POLICY)
     (tmp_path / "train.py").write_text(SCRIPT)
     imports = ["--import", "my_package.density", "--import", "diffusion.ours"]
-    launcher = [sys.executable, "-m", f"{PACKAGE}.launch", *imports, "--policy", "ours", "--set", "a=3"]
+    launcher = [sys.executable, "-m", f"{PACKAGE}.launch", *imports, "--policy", "ours", "--set", "top=0.5"]
     tests = [ROOT / "tests", ROOT / "tests/standins", ROOT / "tools"]
     done = run([*launcher, "train.py"], tmp_path, site, *tests)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class View:
         options: parameters that differ from the defaults.
         states: label of a line -> what the policy has been told before it is drawn.
         note: one line below the figure, of what it is shown on.
+        is_logarithmic: the axis of the weights is logarithmic.
     """
 
     schedule: Callable[[], NoiseSchedule] = NoiseSchedule.linear
@@ -36,6 +37,7 @@ class View:
     options: Mapping[str, Any] = field(default_factory=dict)
     states: Mapping[str, Prepare] = field(default_factory=lambda: {"": lambda policy: None})
     note: str = "Linear schedule."
+    is_logarithmic: bool = False
 
 
 def _advanced(step: int) -> Prepare:
@@ -65,6 +67,7 @@ def _told_falling(policy: TimestepPolicy) -> None:
 
 
 _FLOW = View(NoiseSchedule.rectified_flow, "flow", note="Rectified flow.")
+_OF_V = View(prediction_type="v", note="Linear schedule; weights for a model of v.")
 _CENTRED = View(options={"mean": 0.0}, note="Linear schedule; data whose middle is at log-SNR 0.")
 _TAUGHT = View(
     NoiseSchedule.rectified_flow,
@@ -81,7 +84,9 @@ VIEWS: dict[str, View] = {
         {"mean": 0.0},
         note="Rectified flow; data whose middle is at log-SNR 0.",
     ),
-    "logit_normal": _FLOW,
+    **dict.fromkeys(("logit_normal", "mode", "cosmap", "beta", "u_shaped", "jit", "bell"), _FLOW),
+    **dict.fromkeys(("edm", "edm2", "soft_min_snr", "debiased", "truncated_snr"), _OF_V),
+    "sigma_sqrt": replace(_FLOW, is_logarithmic=True),
     "clts": View(
         states={f"step {step:,}": _advanced(step) for step in (0, 25_000, 50_000)},
         note="Linear schedule, at three steps of the training.",
@@ -124,7 +129,10 @@ def policy_figure(name: str, table: str) -> bytes:
             prepare(policy)
             values = policy.weight if table == "weight" else schedule.num_timesteps * policy.density
             axis.plot(values, color=color, linewidth=1.6, label=label)
-        axis.set_ylim(bottom=0, top=1.08 * axis.get_ylim()[1])
+        if table == "weight" and view.is_logarithmic:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0, top=1.08 * axis.get_ylim()[1])
         if len(view.states) > 1 and table == "density":
             axis.legend(frameon=False, fontsize=8)
         written = io.BytesIO()

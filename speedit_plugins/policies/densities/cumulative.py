@@ -73,8 +73,8 @@ def log_snr_shares(log_snr: Tensor, tails: Tails, *, law: str, centre: float, ce
         )
     if not float(log_snr[-1]) < centre < float(log_snr[0]):
         warnings.warn(
-            f"{law} is centred at log-SNR {centre:.2f}, outside the schedule's {span}: is the centre meant for"
-            " data scaled as the model sees them?",
+            f"{law} is centred at log-SNR {centre:.2f}, outside the schedule's {span}: is the centre meant"
+            " for data scaled as the model sees them?",
             stacklevel=3,
         )
     return mass / mass.sum()

@@ -5,6 +5,7 @@ Dims: T timesteps.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ def log_snr_normal(
     """Density in which log-SNR follows a split normal distribution around mean + offset.
 
     A split normal is continuous and has one standard deviation on each side of its mode. It is cut at the
-    schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours. A timestep with
-    SNR 0 has no log-SNR. It gets 1 / T, as in uniform draws, because sampling begins there.
+    schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours, and one with SNR
+    0 gets 1 / T, as in uniform draws, because sampling begins there.
 
     Args:
         data_spectrum: returns the spectrum of the data. Called only if `mean` is None.
@@ -67,14 +68,10 @@ def log_snr_normal(
             )
         mean = data_spectrum().log_snr_at()
     centre = mean + offset
-    widths = std, std if clean_std is None else clean_std
-    law = log_snr_shares(
-        log_snr,
-        lambda edges: _split_normal(edges, centre, *widths),
-        law="log_snr_normal",
-        centre=centre,
-        centre_name="mean + offset",
+    tails = partial(
+        _split_normal, mode=centre, noisy_std=std, clean_std=std if clean_std is None else clean_std
     )
+    law = log_snr_shares(log_snr, tails, law="log_snr_normal", centre=centre, centre_name="mean + offset")
     if clean_share:
         law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
     return with_pure_noise(schedule, law)

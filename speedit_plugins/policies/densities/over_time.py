@@ -52,9 +52,9 @@ def logit_normal(schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0
 
 
 def mode(schedule: NoiseSchedule, *, scale: float = 1.29) -> Density:
-    """Stable Diffusion 3's heavy-tailed law: u = 1 - v - scale (cos^2(pi v / 2) - 1 + v), v uniform in [0, 1].
+    """Stable Diffusion 3's heavy-tailed law: u = 1 - v - scale (cos^2(pi v / 2) - 1 + v) with v uniform.
 
-    It is symmetric about u = 1/2, and its density stays above 0 at both ends.
+    v is in [0, 1]. The law is symmetric about u = 1/2, and its density stays above 0 at both ends.
     Source: Esser et al. 2024, arXiv:2403.03206, section 3.1. 1.29 is the default of diffusers and kohya.
 
     Args:

@@ -35,7 +35,9 @@ def cosmap() -> Recipe:
 
 
 def beta(*, a: float = 0.8, b: float = 1.0) -> Recipe:
-    """Beta draws, weight 1. Source: B-TTDM, Zheng et al. 2024; with a = 1 and b = 2 MixFlow, arXiv:2512.19311.
+    """Beta draws, weight 1. Source: B-TTDM, Zheng et al. 2024 (ECCV).
+
+    With a = 1 and b = 2 it is MixFlow's law, arXiv:2512.19311.
 
     Args:
         a: see the density `beta`.

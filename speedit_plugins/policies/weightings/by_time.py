@@ -45,8 +45,9 @@ def cosmap(schedule: NoiseSchedule) -> Tensor:
 
 
 def bell(schedule: NoiseSchedule) -> Tensor:
-    """Weight exp(-2 (u - 1/2)^2) less its value at both ends, with mean 1, shape (T,). On the host's own loss.
+    """Weight exp(-2 (u - 1/2)^2) less its value at both ends, with mean 1, shape (T,).
 
+    It multiplies the host's own loss, whatever it predicts.
     Source: the training weight of DiffSynth-Studio and ai-toolkit. Those take u at the bins' edges, so one
     timestep in a thousand has weight 0 there. DiffSynth-Studio reads it at shifted times.
 

@@ -78,8 +78,8 @@ def converted(weight: Tensor, schedule: NoiseSchedule, prediction_type: str, *, 
     result = weight * error[source] ** 2 / error[prediction_type] ** 2
     if not torch.isfinite(result).all():
         raise ValueError(
-            f"weights defined on the {source} loss are infinite on the {prediction_type} loss at SNR 0: wanted"
-            f" a schedule that ends before SNR 0, or a model of x0, v or flow; got {schedule!r}"
+            f"weights defined on the {source} loss are infinite on the {prediction_type} loss at SNR 0:"
+            f" wanted a schedule that ends before SNR 0, or a model of x0, v or flow; got {schedule!r}"
         )
     return result
 
