@@ -52,9 +52,8 @@ def with_policy(
         diffusion: the host's object, one of
             a diffusion object with `alphas_cumprod`, and `training_losses(model, x_start, t, ...)` or
             DiT-3D's `p_losses(denoise_fn, data, t, ...)`;
-            a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3),
-            whose draws of t a policy with a law of its own replaces, shift included, and one whose density is
-            relative thins (`Density`);
+            a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3).
+            A relative density (`Density`) thins its draws; any other replaces them, their shift included;
             an `Imagen` of imagen-pytorch.
         policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
         prediction_type: what the model predicts; None reads it from the object.
