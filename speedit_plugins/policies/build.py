@@ -94,14 +94,14 @@ def build_policy(
 
 
 def recommended(prediction_type: str) -> str:
-    """The policy to take if nothing else is asked for: `auto`, but the published `speedit` for epsilon.
+    """The policy to take if nothing else is asked for: `auto` for flow and v, the published `speedit` else.
 
     Example:
         >>> recommended("flow"), recommended("epsilon")
         ('auto', 'speedit')
     """
     conversion.check_prediction_type(prediction_type)
-    return "speedit" if prediction_type == "epsilon" else "auto"
+    return "auto" if prediction_type in ("flow", "v") else "speedit"
 
 
 def _composed(
@@ -118,8 +118,12 @@ def _composed(
     changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
     law = _build_law(parts["density"], schedule, given)
     draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
-    if changes and isinstance(draw, Paired):
-        raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
+    law_options = options_of(parts["density"]) if isinstance(parts["density"], str | Mapping) else {}
+    moved = [key for key in transforms.KEYS if key in {**changes, **law_options}]
+    if moved and isinstance(draw, Paired):
+        raise ValueError(f"{' and '.join(moved)} needs a policy with independent draws, got pairs")
+    if kind is LossNormalizedPolicy and isinstance(changes.get("shift"), str | Mapping):
+        raise ValueError("normalize: loss needs one law on all ranks, and a shift by resolution may differ")
     weighting = _weighting(
         parts["weighting"], schedule, given["prediction_type"], common.pop("equivalent_to", None)
     )

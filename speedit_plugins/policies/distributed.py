@@ -8,6 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def num_processes() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather_losses(index: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Indices int64 (N,) and losses float64 (N,) of all ranks in rank order, on the CPU.
 
@@ -41,7 +46,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Args:
         rows: the rows of this rank, (B, C).
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return rows
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]

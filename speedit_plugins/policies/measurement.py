@@ -9,97 +9,119 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speedit_plugins.policies.distributed import gather_rows
+from speedit_plugins.policies.distributed import gather_rows, num_processes
 from speedit_plugins.policies.spectrum import DataSpectrum
 
-# 128 MiB of float32. The spectrum takes twice as much for a moment, as float64.
+# 128 MiB of float32, on a rank before the measurement and on each rank at its end. For a moment the spectrum
+# takes twice as much, as float64.
 MAX_VALUES = 2**25
+# Two samples are the same, encoded twice, if their squared distance is below this share of the mean one.
+_SAME = 0.01
 
 
 class DataMeasurement:
-    """Keeps the samples of the first batches until they are enough for a spectrum.
+    """Keeps samples of the first batches until all ranks together have enough for a spectrum.
 
-    Only samples of one shape count, that of the first batch of rank 0, and only finite ones. A sample that
-    comes again, in a later epoch or on a rank that shares its batch, counts once. All ranks get the same
+    The ranks talk to each other after 4, 8, 16, ... batches, until there are enough samples, or `num_steps`
+    batches. Only finite samples count, of the shape that is most frequent on rank 0. A sample that comes
+    again, as in a small data set, or on a rank that shares its batch, counts once. All ranks get the same
     spectrum.
 
     Args:
         num_samples: N to wait for, >= 2; fewer if they would take more than `MAX_VALUES` values.
-        num_steps: batches after which it is measured on what there is, >= 1.
+        num_steps: batches after which it is measured on what there is, >= 4, a power of two.
 
     Example:
         >>> measurement = DataMeasurement(num_samples=200)
         >>> generator = torch.Generator().manual_seed(0)
-        >>> measurement.add(torch.randn(100, 3, generator=generator)) is None
-        True
-        >>> spectrum = measurement.add(torch.randn(100, 3, generator=generator))
-        >>> len(spectrum.variances), measurement.shape
-        (199, (3,))
+        >>> found = [measurement.add(torch.randn(50, 3, generator=generator)) for _ in range(4)]
+        >>> found[2] is None, len(found[3].variances), measurement.shape
+        (True, 199, (3,))
     """
 
     def __init__(self, num_samples: int = 1024, num_steps: int = 256) -> None:
-        self._num_samples, self._num_steps = num_samples, num_steps
-        self._rows: list[Tensor] = []
-        self._keys: set[str] = set()
-        self._step = 0
+        self._wanted, self._num_steps = num_samples, num_steps
+        self._rows: dict[tuple[int, ...], list[Tensor]] = {}
+        self._num_values = self._step = 0
+        # Of the samples that were measured.
         self.shape: tuple[int, ...] = ()
-
-    @property
-    def num_samples(self) -> int:
-        """Samples kept so far."""
-        return len(self._keys)
+        self.num_samples = 0
 
     def add(self, data: Tensor) -> DataSpectrum | None:
-        """Takes a batch (B, ...); returns the spectrum once there is enough. Collective.
+        """Takes a batch (B, ...); returns the spectrum once there is enough. Waits for the device.
 
         Raises:
             ValueError: samples from which no spectrum can be measured, see `DataSpectrum.of`.
         """
-        if self._step == 0:
-            self.shape = _of_rank_0(data)
         self._step += 1
-        values = self.shape and torch.Size(self.shape).numel() or 1
-        rows = data.detach().flatten(1) if tuple(data.shape[1:]) == self.shape else data.new_zeros(0, values)
-        self._keep(gather_rows(rows.float()).cpu())
-        wanted = min(self._num_samples, MAX_VALUES // values)
-        if self.num_samples < wanted and self._step < self._num_steps:
+        self._keep(data)
+        if self._step < 4 or self._step & (self._step - 1):
             return None
-        if not self._rows:
-            raise ValueError(f"none of the samples of {self._step} batches has finite values")
-        samples = torch.stack(self._rows)
-        self._rows = []
+        rows = self._of_all_ranks(data.device)
+        wanted = min(self._wanted, max(2, MAX_VALUES // max(1, rows.shape[1])))
+        if len(rows) < wanted and self._step < self._num_steps:
+            return None
+        self._rows = {}
+        if len(rows) < 2:
+            raise ValueError(f"{self._step} batches have fewer than two finite samples of one shape")
+        samples = _distinct(rows[:wanted])
+        self.num_samples = len(samples)
         return DataSpectrum.of(samples)
 
-    def _keep(self, rows: Tensor) -> None:
-        # Two samples with the same sum of values times their position are the same sample. Its last digits
-        # depend on the batch.
-        sums = rows.double() @ torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
-        for row, value in zip(rows, sums.tolist(), strict=True):
-            key = f"{value:.10g}"
-            if math.isfinite(value) and key not in self._keys and len(self._rows) < self._num_samples:
-                self._keys.add(key)
-                self._rows.append(row.clone())
+    def _keep(self, data: Tensor) -> None:
+        rows = data.detach().flatten(1).float()
+        kept = self._rows.setdefault(tuple(data.shape[1:]), [])
+        room = min(self._wanted - len(kept), (MAX_VALUES - self._num_values) // max(1, rows.shape[1]))
+        if room > 0:
+            rows = rows[:room].cpu()
+            kept.extend(row.clone() for row in rows[rows.isfinite().all(dim=1)])
+            self._num_values += rows.numel()
+
+    def _of_all_ranks(self, device: torch.device) -> Tensor:
+        """Rows (N, d) of the shape that is most frequent on rank 0, an equal part from each rank."""
+        most = max(self._rows, key=lambda shape: len(self._rows[shape]))
+        if num_processes() == 1:
+            self.shape = most
+            return _stacked(self._rows[most], most)
+        # The collectives of NCCL want memory of its devices.
+        place = torch.device("cuda") if dist.get_backend() == "nccl" else device
+        self.shape = _of_rank_0(most, place)
+        part = math.ceil(self._wanted / num_processes())
+        rows = _stacked(self._rows.get(self.shape, [])[:part], self.shape)
+        return gather_rows(rows.to(place)).cpu()
 
 
 def equal_on_all_ranks(value: float, device: torch.device) -> float:
     """The value of rank 0. Processors of different makers may differ in its last bits."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return value
+    place = torch.device("cuda") if dist.get_backend() == "nccl" else device
     # Two halves: mps has no float64.
-    high = torch.tensor([value], dtype=torch.float64).float()
-    both = torch.stack([high, (torch.tensor([value], dtype=torch.float64) - high).float()]).to(device)
+    whole = torch.tensor([value], dtype=torch.float64)
+    both = torch.stack([whole.float(), (whole - whole.float()).float()]).to(place)
     dist.broadcast(both, src=0)
     return float(both.cpu().double().sum())
 
 
-def _of_rank_0(data: Tensor) -> tuple[int, ...]:
-    """The shape of a sample of rank 0."""
-    shape = tuple(data.shape[1:])
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return shape
+def _of_rank_0(shape: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """The shape (at most 7 sides) of rank 0."""
     row = torch.zeros(8, dtype=torch.int64)
     row[: 1 + len(shape)] = torch.tensor([len(shape), *shape])
-    row = row.to(data.device)
+    row = row.to(device)
     dist.broadcast(row, src=0)
     num_dims, *sizes = row.tolist()
     return tuple(sizes[:num_dims])
+
+
+def _stacked(rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, math.prod(shape))
+
+
+def _distinct(rows: Tensor) -> Tensor:
+    """The samples (N, d) without those that are the same as an earlier one, up to the encoder's noise."""
+    centred = rows - rows.mean(dim=0)
+    squares = (centred**2).sum(dim=1)
+    distance = squares[:, None] + squares - 2 * centred @ centred.T  # (N, N)
+    is_same = distance < _SAME * 2 * squares.mean()
+    # The first of each group stays.
+    return rows[~is_same.tril(-1).any(dim=1)]

@@ -111,7 +111,8 @@ class TimestepPolicy:
     ) -> TimestepDraw:
         """Timesteps and weights of one batch, on `device`.
 
-        Draws on the device. After the first draw nothing is copied, and the CPU does not wait for the device.
+        Draws on the device. Tables are copied there when they have changed. Else nothing is copied, and the
+        CPU does not wait for the device.
 
         Args:
             batch_size: B, >= 1.
@@ -269,7 +270,10 @@ class TimestepPolicy:
         """Shows the policy the data (B, ...) of this rank that it draws for next, as the model sees them.
 
         Only laws that depend on the data use it: their size, or what they look like. Call it in each training
-        step, before `draw`, on every rank.
+        step, before `draw`, on every rank. While `auto` measures, it waits for the device and the ranks.
+
+        Raises:
+            ValueError: the data have no batch and sample dimensions.
 
         Example:
             >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -278,7 +282,10 @@ class TimestepPolicy:
             >>> policy.draw(8).index.shape
             torch.Size([8])
         """
-        if self._adaptive is not None and self._adaptive.observe(data):
+        if not isinstance(data, Tensor) or data.ndim < 2:
+            got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+            raise ValueError(f"observe needs the data of a batch (B, ...), got {got}")
+        if self._adaptive is not None and data.device.type != "meta" and self._adaptive.observe(data):
             self._rebuild()
 
     def advance(self, step: int | None = None) -> None:
@@ -327,10 +334,18 @@ class TimestepPolicy:
                 f"policy state needs policy {own['name']!r} with T = {own['num_timesteps']},"
                 f" got {state.get('name')!r} with T = {state.get('num_timesteps')}{keys}"
             )
-        if self._adaptive is not None:
-            self._adaptive.load_state_dict(state["density"])
-        if isinstance(self._weighting, AdaptiveWeighting):
-            self._weighting.load_state_dict(state["weighting"])
+        try:
+            if self._adaptive is not None:
+                self._adaptive.load_state_dict(state["density"])
+            elif state["density"]:
+                raise KeyError(*state["density"])
+            if isinstance(self._weighting, AdaptiveWeighting):
+                self._weighting.load_state_dict(state["weighting"])
+        except KeyError as error:
+            raise ValueError(
+                f"policy state {state['name']!r} is of another density or weighting: {error} belongs to one"
+                " of them only"
+            ) from error
         if self._adaptive is not None or "weighting" in state:
             self._rebuild()
         self.num_steps, self.num_drawn = int(state["num_steps"]), int(state["num_drawn"])

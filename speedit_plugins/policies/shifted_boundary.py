@@ -30,7 +30,7 @@ def moves_with_shift(policy: Any) -> bool:
         return False
     options, part = _options_and_density(policy)
     kind = part.get("type", "thinned" if options.get("type") == "speed" else None)
-    return kind == "thinned" and not any(key in options or key in part for key in _PLACING)
+    return kind == "thinned" and all(options.get(key) is part.get(key) is None for key in _PLACING)
 
 
 def with_shifted_boundary(policy: str | Config, shift: float) -> str | Config:

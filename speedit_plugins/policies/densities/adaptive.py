@@ -33,6 +33,11 @@ class AdaptiveDensity(ABC):
         return True
 
     @property
+    def needs_every_timestep(self) -> bool:
+        """Whether the density changes only after losses of every timestep."""
+        return False
+
+    @property
     def learns(self) -> bool:
         """Whether `update` changes the density."""
         return type(self).update is not AdaptiveDensity.update
@@ -145,6 +150,10 @@ class LossSecondMoment(AdaptiveDensity):
         self._floor = uniform_floor
         self._losses = schedule.alpha.new_zeros(schedule.num_timesteps, history)
         self._counts = torch.zeros_like(schedule.timesteps)
+
+    @property
+    def needs_every_timestep(self) -> bool:
+        return True
 
     def density(self) -> Density:
         T, history = self._losses.shape

@@ -1,9 +1,10 @@
-"""Laws made of laws: mixtures, stages over the training, and tables of the user's own.
+"""Laws made of laws: mixtures, and stages over the training.
 
 Dims: T timesteps, K parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class Composed(AdaptiveDensity):
     def is_ready(self) -> bool:
         """Whether all of the laws are."""
         return all(law.is_ready for law in self._adaptive.values())
+
+    @property
+    def needs_every_timestep(self) -> bool:
+        """Whether one of the laws does."""
+        return any(law.needs_every_timestep for law in self._adaptive.values())
 
     @property
     def learns(self) -> bool:
@@ -122,8 +128,7 @@ class Stages(Composed):
         return shares
 
     def _mixed(self, tables: Sequence[Tensor]) -> Tensor:
-        shares = zip(self._shares(), tables, strict=True)
-        return torch.stack([share * table for share, table in shares]).sum(0)
+        return _mixed(tables, self._shares())
 
 
 def composed(laws: Sequence[Law], combine: Callable[[Sequence[Tensor]], Tensor]) -> Law:
@@ -162,10 +167,7 @@ def mixture(build_law: BuildLaw, *, laws: list[Any], shares: list[Any]) -> Law:
             "mixture needs two laws or more, and for each a share >= 0, with the sum 1; got"
             f" {len(parts)} laws and shares {numbers}"
         )
-    return composed(
-        parts,
-        lambda tables: torch.stack([s * table for s, table in zip(numbers, tables, strict=True)]).sum(0),
-    )
+    return composed(parts, partial(_mixed, shares=numbers))
 
 
 def stages(build_law: BuildLaw, *, laws: list[Any], until: list[Any], blend: int = 0) -> Stages:
@@ -194,6 +196,10 @@ def stages(build_law: BuildLaw, *, laws: list[Any], until: list[Any], blend: int
     for step in steps:
         check_type("stages until", step, int)
     return Stages([build_law(law) for law in _listed("stages laws", laws)], steps, blend)
+
+
+def _mixed(tables: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([share * table for share, table in zip(shares, tables, strict=True)]).sum(0)
 
 
 def _listed(what: str, values: Any) -> list[Any]:

@@ -33,7 +33,8 @@ class FollowedCentre:
         prior_losses: losses after which they count as much as the guess, > 0.
 
     Raises:
-        ValueError: `prior_losses` < 1, or no `prediction_type` on a schedule that does not tell it.
+        ValueError: `prior_losses` < 1; no `prediction_type` on a schedule that does not tell it; or a model
+            of epsilon, whose small errors at high noise are huge errors of x_0.
 
     Example:
         >>> schedule = NoiseSchedule.rectified_flow(1000)
@@ -58,6 +59,8 @@ class FollowedCentre:
         if prior_losses < 1:
             raise ValueError(f"a followed centre needs prior_losses >= 1, got {prior_losses}")
         predicted = prediction_type or usual_prediction_type(schedule)
+        if predicted == "epsilon":
+            raise ValueError("follow needs a model of x0, v or flow, got one of epsilon")
         # A weight on the x_0 loss, as a weight on the model's: so x_0's error is the model's times this.
         self._factor = converted(
             torch.ones_like(schedule.snr), _with_signal(schedule), predicted, source="x0"
@@ -78,18 +81,19 @@ class FollowedCentre:
 
     def _read(self) -> bool:
         loss = self._profile.read()
-        if loss is None:
+        found = None if loss is None else self._middle(loss)
+        if found is None:
             return False
-        found = self._middle(loss)
         share = self._profile.num_losses / (self._profile.num_losses + self._prior_losses)
         before, self.centre = self.centre, (1 - share) * self._guess + share * found
         return before != self.centre
 
-    def _middle(self, loss: Tensor) -> float:
-        """The log-SNR at which half of x_0's error at the noisiest timestep is left."""
+    def _middle(self, loss: Tensor) -> float | None:
+        """The log-SNR at which half of x_0's error at the noisiest timestep is left; None if it never is."""
         # From noise to data. More signal never makes the best model worse.
         error = (loss * self._factor).flip(0).cummin(0).values
-        return float(self._log_snr.flip(0)[int((error <= error[0] / 2).int().argmax())])
+        halved = error <= error[0] / 2
+        return float(self._log_snr.flip(0)[int(halved.int().argmax())]) if halved.any() else None
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, for `load_state_dict`."""

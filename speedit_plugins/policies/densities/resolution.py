@@ -21,19 +21,19 @@ def flux(
     base_tokens: int = 256,
     max_tokens: int = 4096,
     patch_size: int = 2,
-    frames: bool = False,
+    frames: str | None = None,
 ) -> ShiftOfGrid:
     """s = e^m, where m is linear in the tokens of an image: `base_shift` at `base_tokens`, and so on.
 
     Source: the FLUX repository (`get_lin_function`). Open-Sora 2.0 multiplies by sqrt(F), see `frames`.
 
     Args:
-        base_shift: m at `base_tokens`, finite.
-        max_shift: m at `max_tokens`, finite. Larger images go on along the line.
+        base_shift: m at `base_tokens`, in [-10, 10].
+        max_shift: m at `max_tokens`, in [-10, 10]. Larger images go on along the line.
         base_tokens: >= 1.
         max_tokens: above `base_tokens`.
         patch_size: edge of a token in latent pixels, >= 1. A sequence has its tokens already.
-        frames: multiply s by the square root of the number of frames.
+        frames: multiply s by the square root of F, see `pixels`.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -43,32 +43,35 @@ def flux(
         >>> round(shift((16, 32, 32)), 4), round(shift((16, 128, 128)), 4)  # e^0.5 and e^1.15
         (1.6487, 3.1582)
     """
-    if not (1 <= base_tokens < max_tokens and patch_size >= 1 and math.isfinite(base_shift + max_shift)):
+    _check_frames(frames)
+    is_moderate = max(abs(base_shift), abs(max_shift)) <= 10
+    if not (1 <= base_tokens < max_tokens and patch_size >= 1 and is_moderate):
         raise ValueError(
-            "flux needs 1 <= base_tokens < max_tokens, patch_size >= 1 and finite shifts, got"
+            "flux needs 1 <= base_tokens < max_tokens, patch_size >= 1 and shifts in [-10, 10], got"
             f" {base_tokens}, {max_tokens}, {patch_size}, {base_shift} and {max_shift}"
         )
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
 
     def shift(shape: tuple[int, ...]) -> float:
-        num_frames, area = _frames_and_area(shape)
+        area = _area(shape)
         tokens = area if len(shape) == 2 else area / patch_size**2
-        return math.exp(base_shift + slope * (tokens - base_tokens)) * _root(num_frames, frames)
+        return math.exp(base_shift + slope * (tokens - base_tokens)) * _root_of_frames(shape, frames)
 
     return shift
 
 
-def pixels(*, base: int, frames: bool = False) -> ShiftOfGrid:
+def pixels(*, base: int, frames: str | None = None) -> ShiftOfGrid:
     """s = sqrt(pixels / base): noise hides an image with more pixels of the same picture less.
 
     Source: Esser et al. 2024, arXiv:2403.03206, equation 23.
 
     Args:
         base: H * W for which s is 1, as the model sees it (latents count their own pixels), >= 1.
-        frames: multiply s by the square root of the number of frames.
+        frames: multiply s by the square root of F: "second" if the data are (B, C, F, H, W), "first" if they
+            are (B, F, C, H, W), as Latte's. None does not.
 
     Raises:
-        ValueError: `base` < 1.
+        ValueError: `base` < 1, or another value for `frames`.
 
     Example:
         >>> pixels(base=32 * 32)((4, 64, 64))
@@ -76,10 +79,10 @@ def pixels(*, base: int, frames: bool = False) -> ShiftOfGrid:
     """
     if base < 1:
         raise ValueError(f"a shift by pixels needs base >= 1, got {base}")
+    _check_frames(frames)
 
     def shift(shape: tuple[int, ...]) -> float:
-        num_frames, area = _frames_and_area(shape)
-        return math.sqrt(area / base) * _root(num_frames, frames)
+        return math.sqrt(_area(shape) / base) * _root_of_frames(shape, frames)
 
     return shift
 
@@ -104,20 +107,26 @@ def dimension(*, base: int = 4096) -> ShiftOfGrid:
     return lambda shape: math.sqrt(math.prod(shape) / base)
 
 
-def _frames_and_area(shape: tuple[int, ...]) -> tuple[int, int]:
-    """F and H * W of (C, H, W) or (C, F, H, W); 1 and N of (N, C)."""
+def _area(shape: tuple[int, ...]) -> int:
+    """H * W of an image or a video; N of a sequence (N, C)."""
     if len(shape) not in (2, 3, 4):
         raise ValueError(
-            "a shift by resolution needs data (B, C, H, W), (B, C, F, H, W) or (B, N, C), got"
-            f" {len(shape) + 1} dimensions"
+            "a shift by resolution needs images (B, C, H, W), videos with five dimensions or sequences"
+            f" (B, N, C), got {len(shape) + 1} dimensions"
         )
-    if len(shape) == 2:
-        return 1, shape[0]
-    return (shape[1] if len(shape) == 4 else 1), shape[-2] * shape[-1]
+    return shape[0] if len(shape) == 2 else shape[-2] * shape[-1]
 
 
-def _root(num_frames: int, counts: bool) -> float:
-    return math.sqrt(num_frames) if counts else 1.0
+def _check_frames(frames: str | None) -> None:
+    if frames not in (None, "first", "second"):
+        raise ValueError(f"frames needs 'first', 'second' or null, got {frames!r}")
+
+
+def _root_of_frames(shape: tuple[int, ...], frames: str | None) -> float:
+    """Square root of F; 1 if frames do not count, or there are none."""
+    if frames is None or len(shape) != 4:
+        return 1.0
+    return math.sqrt(shape[0] if frames == "first" else shape[1])
 
 
 for _rule in (flux, pixels, dimension):

@@ -8,6 +8,7 @@ Dims: T timesteps.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def transformed(law: Law, transforms: Mapping[str, Any], schedule: NoiseSchedule
         law = ResolutionShifted(law, of_grid, schedule)
     elif shift is not None:
         factor = _checked_shift(shift)
-        law = composed([law], lambda tables: shifted(tables[0], factor, schedule))
+        law = composed([law], partial(_shifted_first, shift=factor, schedule=schedule))
     window = transforms.get("window")
     if window is None:
         return law
@@ -81,6 +82,10 @@ def shifted(table: Tensor, shift: float, schedule: NoiseSchedule) -> Tensor:
     return moved / moved.sum()
 
 
+def _shifted_first(tables: Sequence[Tensor], shift: float, schedule: NoiseSchedule) -> Tensor:
+    return shifted(tables[0], shift, schedule)
+
+
 class Window(Composed):
     """A law cut to low <= u <= high and divided by what is left, u = (index + 1/2) / T.
 
@@ -95,7 +100,8 @@ class Window(Composed):
         steps: training steps until (low, high) are reached, >= 1. Needs `start`.
 
     Raises:
-        ValueError: bounds out of range, only one of `start` and `steps`, or a window without any draw.
+        ValueError: bounds out of range, only one of `start` and `steps`, a window without any draw at some
+            step, or a law that waits for losses of every timestep.
 
     Example:
         >>> window = Window(Density(torch.ones(4)), 0.0, 1.0, start=(0.5, 1.0), steps=2)
@@ -122,10 +128,16 @@ class Window(Composed):
             raise ValueError(f"window needs steps >= 1, got {steps}")
         self._end = _checked_bounds((low, high))
         self._start = self._end if start is None else _checked_bounds(start)
-        self._steps = steps or 1
+        self._steps = 1 if steps is None else steps
         self._step = 0
         super().__init__([law], self._cut)
-        self.density()
+        if self.needs_every_timestep:
+            raise ValueError("this law waits for losses of every timestep, and a window leaves some out")
+        # Every step now, not in the middle of the training; at most a thousand of them.
+        for step in range(0, self._steps + 1, max(1, self._steps // 1000)):
+            self._step = step
+            self.density()
+        self._step = 0
 
     def advance(self, step: int) -> bool:
         before, self._step = self._bounds(), step
@@ -163,10 +175,13 @@ class ResolutionShifted(Composed):
     """
 
     def __init__(self, law: Law, of_grid: ShiftOfGrid, schedule: NoiseSchedule) -> None:
-        super().__init__([law], lambda tables: shifted(tables[0], self._shift or 1.0, schedule))
-        self._of_grid = of_grid
+        super().__init__([law], self._moved)
+        self._of_grid, self._schedule = of_grid, schedule
         # None before the first batch.
         self._shift: float | None = None
+
+    def _moved(self, tables: Sequence[Tensor]) -> Tensor:
+        return tables[0] if self._shift is None else shifted(tables[0], self._shift, self._schedule)
 
     @property
     def needs_data(self) -> bool:
@@ -185,6 +200,8 @@ class ResolutionShifted(Composed):
 
 def _windowed(law: Law, window: Any) -> Law:
     options = dict(window) if isinstance(window, Mapping) else {}
+    if isinstance(window, Mapping) and not window:
+        raise ValueError("window needs bounds, got an empty mapping, which has no effect")
     if not isinstance(window, Mapping):
         options["low"], options["high"] = _pair(window)
     known = ("low", "high", "start", "steps")

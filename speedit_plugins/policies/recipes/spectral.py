@@ -100,8 +100,8 @@ def spectral_flow(
 _SHAPES = {
     "epsilon": (0.6, 2.2, 1.1, 0.15),
     "clamped epsilon": (0.4, 0.7, None, 0.2),
-    "x0": (0.4, 0.7, None, 0.2),
-    "v": (0.4, 0.7, None, 0.2),
+    "x0": (0.6, 2.2, 1.1, 0.15),
+    "v": (0.6, 2.2, 1.1, 0.15),
     "flow": (0.6, 1.6, 2.2, 0.15),
 }
 
@@ -112,13 +112,13 @@ def auto(
     *,
     mean: float | None = None,
     clamped: bool = False,
-    num_samples: int = 1024,
+    num_samples: int | None = None,
     follow: bool = False,
 ) -> Recipe:
     """The spectral policy that suits the model, centred by the data of the first training steps.
 
-    `spectral_flow` for a flow; `spectral_fast` for v, x0, and epsilon if the sampler clamps x_0;
-    `spectral` for other models of epsilon. For x0 the weights of epsilon are converted; that is not measured.
+    `spectral_flow` for a flow; `spectral_fast` for epsilon if the sampler clamps x_0; `spectral` for any
+    other model. For x0 the weights of epsilon are converted, and nothing is measured yet.
     Source: docs/method.md.
 
     Args:

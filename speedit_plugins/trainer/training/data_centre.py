@@ -1,6 +1,7 @@
 """Measures the centre of a policy that follows the data, before training; then it is part of the config."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.build import RECOMMENDED, build_policy
 from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.registry import DENSITIES, options_of
 from speedit_plugins.trainer import build, checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -61,29 +63,50 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
             mean = _kept(resumed)
         if mean is None:
             mean, source = _measured(config, runtime), "where half of the data's variance is explained"
-        # Adding 0.0 avoids "-0.00".
-        say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
+        if mean is not None:
+            # Adding 0.0 avoids "-0.00".
+            say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
     mean = runtime.gather_objects(mean)[0]
+    if mean is None:
+        # `auto` goes on without.
+        return config
     diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
     return dataclasses.replace(config, diffusion=diffusion)
 
 
 def _with_mean(policy: Mapping[str, Any], mean: float) -> dict[str, Any]:
+    """The policy with this mean where a law needs one and has none. It measures nothing any more."""
     if "density" not in policy:
-        return {**policy, "mean": mean}
-    density = policy["density"]
-    parts = {"type": density} if isinstance(density, str) else density
-    return {**policy, "density": {**parts, "mean": mean}}
+        return {key: value for key, value in policy.items() if key != "num_samples"} | {"mean": mean}
+    return {**policy, "density": _law_with_mean(policy["density"], mean)}
+
+
+def _law_with_mean(law: str | Mapping[str, Any], mean: float) -> dict[str, Any]:
+    options = options_of(law)
+    if "laws" in options:
+        return {**options, "laws": [_law_with_mean(part, mean) for part in options["laws"]]}
+    # What takes the spectrum of the data takes a mean in its place.
+    builder = DENSITIES.get(str(options.get("type")))
+    if builder is None or "data_spectrum" not in inspect.signature(builder).parameters:
+        return options
+    options.pop("num_samples", None)
+    return {**options, "mean": mean if options.get("mean") is None else options["mean"]}
 
 
 def _kept(resumed: Path) -> float | None:
     """The centre in a checkpoint's config; None if its policy has none."""
     saved = load_config(resumed / checkpoint.CONFIG, "train").diffusion.policy
-    parts = saved.get("density", saved)
-    return parts.get("mean") if isinstance(parts, Mapping) else None
+    return _mean_in(saved.get("density", saved))
 
 
-def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
+def _mean_in(law: Any) -> float | None:
+    if not isinstance(law, Mapping):
+        return None
+    found = (_mean_in(part) for part in law.get("laws", []))
+    return law.get("mean", next((mean for mean in found if mean is not None), None))
+
+
+def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
     inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
     # The batch of one rank in training.
     batch_size = config.data.batch_size // runtime.world_size
@@ -109,6 +132,9 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float:
     try:
         return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
     except ValueError as error:
+        if config.diffusion.policy.get("type") in (RECOMMENDED, "auto"):
+            say(f"the policy draws without a centre: {error}")
+            return None
         raise ValueError(
             f"the policy's mean cannot be measured: {error}; or give the policy a mean"
         ) from error
