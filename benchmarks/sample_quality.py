@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from image_sets import ImageSet, spread_labels
-from stacked_training import Process, StackedTraining, build_model
+from stacked_training import Member, Process, StackedTraining, build_model
 from torch import Tensor
 
 from speedit_plugins.registry import FEATURES, build
@@ -46,48 +46,25 @@ class Sampler:
         return cls(_SAMPLERS[match[1]], int(match[2]), match[3] is None)
 
 
-class SampleQuality:
-    """Draws samples and compares them with the data, always the same number and by the same features.
+class SampleDraws:
+    """Draws a fixed number of samples from trained members.
 
     Args:
-        data: the samples are compared with it, and drawn for its labels in their proportions.
-        features: an entry of FEATURES, built from the data.
-        samplers: names, see `Sampler`.
-        num_samples: N in each comparison.
+        data: samples have its shape, and its labels in their proportions.
+        num_samples: N.
     """
 
-    def __init__(
-        self, data: ImageSet, *, features: str, num_samples: int, samplers: tuple[str, ...] = ()
-    ) -> None:
-        self.samplers = {name: Sampler.named(name) for name in samplers}
+    def __init__(self, data: ImageSet, num_samples: int) -> None:
         self._noise_shape = (num_samples, *data.images.shape[1:])
         self.labels = None if data.labels is None else spread_labels(data.labels, num_samples)
-        real = torch.from_numpy(to_uint8(data.images))
-        self._extractor = build(
-            FEATURES, features, images=real, labels=data.labels, device=torch.device("cpu")
-        )
-        self._real = feature_statistics(real, self._extractor)
 
-    def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, float]]:
-        """The distance of each member's samples, by sampler.
-
-        The member's seed decides the noise: it is the same for all members with that seed.
-        """
+    def models(self, stack: StackedTraining) -> Iterator[tuple[Member, DiT]]:
+        """Each member with a model that has its averaged weights, until the next member is taken."""
         model = build_model(stack.data, stack.shape)
         positions = model.state_dict()
         for number, member in enumerate(stack.members):
             model.load_state_dict({**positions, **stack.averaged_weights(number)})
-            yield {
-                name: self.distance(self.draw(model, stack.process, member.seed, sampler))
-                for name, sampler in self.samplers.items()
-            }
-
-    def distance(self, samples: Tensor) -> float:
-        """Squared Fréchet distance of samples (N, C, H, W) to the data; infinite where one is not finite."""
-        if not samples.isfinite().all():
-            return math.inf
-        ours = feature_statistics(torch.from_numpy(to_uint8(samples)), self._extractor)
-        return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)
+            yield member, model
 
     def noise(self, seed: int) -> tuple[Tensor, torch.Generator]:
         """The noise (N, C, H, W) from which samples of a seed start, and the generator of later noise."""
@@ -107,3 +84,43 @@ class SampleQuality:
             clip_sample=sampler.is_clamped,
             generator=generator,
         )
+
+
+class SampleQuality(SampleDraws):
+    """Draws samples and compares them with the data, always the same number and by the same features.
+
+    Args:
+        data: the samples are compared with it, and drawn for its labels in their proportions.
+        features: an entry of FEATURES, built from the data.
+        samplers: names, see `Sampler`.
+        num_samples: N in each comparison.
+    """
+
+    def __init__(
+        self, data: ImageSet, *, features: str, num_samples: int, samplers: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(data, num_samples)
+        self.samplers = {name: Sampler.named(name) for name in samplers}
+        real = torch.from_numpy(to_uint8(data.images))
+        self._extractor = build(
+            FEATURES, features, images=real, labels=data.labels, device=torch.device("cpu")
+        )
+        self._real = feature_statistics(real, self._extractor)
+
+    def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, float]]:
+        """The distance of each member's samples, by sampler.
+
+        The member's seed decides the noise: it is the same for all members with that seed.
+        """
+        for member, model in self.models(stack):
+            yield {
+                name: self.distance(self.draw(model, stack.process, member.seed, sampler))
+                for name, sampler in self.samplers.items()
+            }
+
+    def distance(self, samples: Tensor) -> float:
+        """Squared Fréchet distance of samples (N, C, H, W) to the data; infinite where one is not finite."""
+        if not samples.isfinite().all():
+            return math.inf
+        ours = feature_statistics(torch.from_numpy(to_uint8(samples)), self._extractor)
+        return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)

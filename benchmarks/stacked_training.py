@@ -142,16 +142,25 @@ class StackedTraining:
         data: the images they train on.
         schedule: see `build_process`.
         shape: shape of each member.
+        model: what they start from, by `stacked`; None draws each member's weights from its seed.
     """
 
-    def __init__(self, members: Sequence[Member], data: ImageSet, schedule: str, shape: Shape) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        data: ImageSet,
+        schedule: str,
+        shape: Shape,
+        *,
+        model: DiT | None = None,
+    ) -> None:
         kinds = {(member.lr, member.prediction_type) for member in members}
         if len(kinds) != 1:
             raise ValueError(f"a stack needs one lr and prediction_type, got {sorted(kinds)}")
         self.members, self.data, self.shape = members, data, shape
         self.process = build_process(schedule, members[0].prediction_type)
         self.policies = [build_member_policy(member, self.process, data) for member in members]
-        self.model = stacked([first_model(data, shape, member.seed) for member in members])
+        self.model = model or stacked([first_model(data, shape, member.seed) for member in members])
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step = 0
@@ -162,8 +171,10 @@ class StackedTraining:
 
     def train_step(self) -> Tensor:
         """Makes one step of every member; returns the mean weighted loss of each, (M,)."""
-        draws = self.draw_timesteps()
         x_0, noise, labels = self._batches()
+        for policy, part in zip(self.policies, x_0.chunk(len(self.members)), strict=True):
+            policy.observe(part)
+        draws = self.draw_timesteps()
         draw = TimestepDraw(
             torch.cat([draw.index for draw in draws]),
             torch.cat([draw.time for draw in draws]),

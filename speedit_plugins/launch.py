@@ -63,6 +63,7 @@ from speedit_plugins.launch_options import (
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.shifted_boundary import moves_with_shift
 from speedit_plugins.registry import Config, import_modules, is_raised_here
 
 USER_ERROR = 2
@@ -341,7 +342,8 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     source, stream = DeferredPolicy(launch, hosts, host), DrawStream(**launch.draw_options)
     diffusion_object.refuse_other_seams(host)
     if flow_object.fits(host):
-        flow_object.attach_flow(host, FlowAttachment(source, stream))
+        moves = moves_with_shift(launch.config)
+        flow_object.attach_flow(host, FlowAttachment(source, stream, moves_boundary=moves))
     elif diffusion_object.fits(host):
         attach(host, Attachment(source, stream), diffusion_object.steered_methods)
     else:

@@ -1,6 +1,7 @@
 """The launcher's command line: its options, the policy that they describe, and what it tells its user.
 
 --policy speed --set k=3 --set weighting=constant     a name, its parameters, parts in place of its own
+--policy logit_normal --set shift=3 --set window=[0.1,0.9]  transforms of its law
 --set density=logit_normal --set weighting=constant   parts alone
 --policy '{"type": "speedit", "weighting": {"gamma": 0.5}}'  or the path of a file with such a mapping
 """
@@ -32,7 +33,7 @@ from speedit_plugins.registry import (
 
 # The console script's name, at the start of every line that the launcher writes.
 PROGRAM = "speedit-launch"
-DEFAULT_POLICY = "speedit"
+DEFAULT_POLICY = "recommended"
 STATE_EVERY = 1000
 _SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -181,15 +182,19 @@ def _given_policy(text: str) -> dict[str, Any]:
 
 def _mapping(text: str, what: str) -> dict[str, Any]:
     """The mapping that a text is, in JSON; in YAML too if omegaconf is installed."""
-    try:
-        found: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        if find_spec("omegaconf") is None:
-            raise LaunchError(f"{what} is no JSON ({error}), and YAML needs omegaconf") from error
-        found = _from_yaml(text, what)
+    found = _parsed(text, what)
     if not isinstance(found, dict):
         raise LaunchError(f"{what} needs a mapping, got {found!r}")
     return found
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if find_spec("omegaconf") is None:
+            raise LaunchError(f"{what} is no JSON ({error}), and YAML needs omegaconf") from error
+        return _from_yaml(text, what)
 
 
 def _from_yaml(text: str, what: str) -> Any:
@@ -204,7 +209,7 @@ def _from_yaml(text: str, what: str) -> Any:
 
 
 def _value(text: str) -> Any:
-    """The value of true, false, null, a number such as 1e-3 or a mapping; any other text as it is."""
+    """The value of true, false, null, a number such as 1e-3, a list or a mapping; other text as it is."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "null":
@@ -214,6 +219,8 @@ def _value(text: str) -> Any:
             return number(text)
         except ValueError:
             continue
+    if text.startswith("["):
+        return _parsed(text, "--set")
     return _mapping(text, "--set") if text.startswith("{") else text
 
 
@@ -250,7 +257,7 @@ def _known_names() -> str:
         "parts for --set, of a named policy or alone:",
         *parts,
         "  scope: mse, loss",
-        "options of every policy for --set: stratified, normalize, equivalent_to",
+        "options of every policy for --set: stratified, normalize, equivalent_to, shift, window",
         "Meanings: docs/policies.md and docs/configs.md. By hand: docs/index.md and integrations/README.md.",
     ]
     return "\n".join(fill(line, 100, subsequent_indent="      ", break_on_hyphens=False) for line in lines)

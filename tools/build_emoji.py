@@ -5,7 +5,8 @@
     python tools/build_emoji.py --images emoji-datasource-twitter-16.0.0.tgz \\
         --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_32.npz
 
-The arrays depend only on the packages; the bytes of the file also depend on the version of zlib.
+Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The arrays depend only on the
+packages; the bytes of the file also depend on the version of zlib.
 
 Dims: N emoji.
 """
@@ -27,7 +28,10 @@ from PIL import Image
 from speedit_plugins.files import replacing, sha256_of
 
 # Hashes of the published packages: with other files the dataset could change unnoticed.
-IMAGES_SHA256 = "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
+IMAGES_SHA256 = {
+    "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+}
 NAMES_SHA256 = "cab288279075778f15b37f3ca60dfb17759af6fe29758e07338e248879991689"
 SOURCE_SIZE = 64
 # The code point that asks for display as emoji. The two packages do not use it in the same places.
@@ -40,12 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, required=True, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("--images", type=Path, required=True, help="emoji-datasource-VENDOR-16.0.0.tgz")
     parser.add_argument("--names", type=Path, required=True, help="emojibase-data-16.0.3.tgz")
     parser.add_argument("--output", type=Path, required=True, help="the .npz file")
+    parser.add_argument(
+        "--vendor", choices=list(IMAGES_SHA256), default="twitter", help="who drew the images"
+    )
     args = parser.parse_args(argv)
     try:
-        num_emoji = build(args.images, args.names, args.output)
+        num_emoji = build(args.images, args.names, args.output, vendor=args.vendor)
     except (ValueError, OSError) as error:
         print(f"build_emoji: error: {error}", file=sys.stderr)
         return 2
@@ -53,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(image_package: Path, name_package: Path, output: Path) -> int:
+def build(image_package: Path, name_package: Path, output: Path, *, vendor: str = "twitter") -> int:
     """Writes the dataset file atomically and returns N.
 
     Raises:
         ValueError: a package has another SHA-256.
         OSError: a package cannot be read or the file cannot be written.
     """
-    check_package(image_package, IMAGES_SHA256)
+    check_package(image_package, IMAGES_SHA256[vendor])
     check_package(name_package, NAMES_SHA256)
     with tarfile.open(name_package) as package:
         caption_of_key = read_names(package)
     with tarfile.open(image_package) as package:
-        images, captions = read_images(package, caption_of_key)
+        images, captions = read_images(package, caption_of_key, vendor=vendor)
     # An open file, since numpy would append .npz to a path without it.
     with replacing(output) as partial, partial.open("wb") as file:
         np.savez_compressed(file, images=images, captions=np.array(captions))
@@ -95,13 +102,16 @@ def caption_of(name: str) -> str:
     return "".join(sign for sign in plain if not unicodedata.combining(sign)).lower()
 
 
-def read_images(package: tarfile.TarFile, names: dict[str, str]) -> tuple[NDArray[np.uint8], list[str]]:
+def read_images(
+    package: tarfile.TarFile, names: dict[str, str], *, vendor: str = "twitter"
+) -> tuple[NDArray[np.uint8], list[str]]:
     """Images, uint8 (N, 32, 32, 3), and captions, in Unicode's emoji order, without skin-tone variants."""
     emoji: list[dict[str, Any]] = json.loads(_content(package, "package/emoji.json"))
     emoji.sort(key=lambda entry: entry["sort_order"])
     # Read in the archive's order: going backwards in a compressed archive decompresses it from the start.
-    pngs = {member.name: _read(package, member) for member in package if "/img/twitter/64/" in member.name}
-    images = [halved(Image.open(io.BytesIO(pngs[f"package/img/twitter/64/{e['image']}"]))) for e in emoji]
+    folder = f"package/img/{vendor}/64/"
+    pngs = {member.name: _read(package, member) for member in package if member.name.startswith(folder)}
+    images = [halved(Image.open(io.BytesIO(pngs[folder + entry["image"]]))) for entry in emoji]
     captions = [names[_key(entry["unified"])] for entry in emoji]
     assert len(set(captions)) == len(captions)
     assert all(caption.isascii() for caption in captions)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.observation import observe
 from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
 from speedit_plugins.hosts.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -134,18 +135,27 @@ class Attachment(PolicyHolder):
         # What a seam keeps while a training call runs; see `under_way`.
         self.call: Any = None
         if self.is_built:
-            self.stream.check(self.policy)
+            self.check(self.policy)
 
     @property
     def policy(self) -> TimestepPolicy:
         """What draws and weighs; built now if it is not yet."""
         if not isinstance(self._source, TimestepPolicy):
             built = self._source()
-            self.stream.check(built)
+            self.check(built)
             if self._waiting_state is not None:
                 built.load_state_dict(self._waiting_state)
             self._source = built
         return self._source
+
+    def check(self, policy: TimestepPolicy) -> None:
+        """Raises ValueError if this stream cannot draw by a policy."""
+        self.stream.check(policy)
+
+    def begin_step(self, data: Tensor | None) -> None:
+        """Begins a training step of the policy, which sees the batch's data first."""
+        self.policy.advance()
+        observe(self.policy, data)
 
     @property
     def is_built(self) -> bool:
@@ -172,14 +182,22 @@ class Attachment(PolicyHolder):
         elif state:
             self._waiting_state = state
 
-    def draw(self, t: Tensor, data: Tensor | None = None, *, is_drawn: bool = True) -> TimestepDraw:
+    def draw(
+        self,
+        t: Tensor,
+        data: Tensor | None = None,
+        *,
+        observed: Tensor | None = None,
+        is_drawn: bool = True,
+    ) -> TimestepDraw:
         """The draw that replaces the host's t, in its shape and on its device.
 
         It is a training step of the policy, unless a checkpoint computes a call again: that call had a draw.
 
         Args:
             t: (B,); or (B, F) if each frame has a t of its own. Frames with one t get one.
-            data: of the batch. With t, it tells which call is computed again.
+            data: of the batch. With t, they tell which call is computed again.
+            observed: the data as the model sees them, which the policy observes; None is `data`.
             is_drawn: whether the host has drawn t; else only its shape and device matter.
 
         Raises:
@@ -193,7 +211,7 @@ class Attachment(PolicyHolder):
         if is_recomputing():
             recomputed: TimestepDraw = self._recent.of_recomputed(t if is_drawn else None, data)
             return recomputed
-        self.policy.advance()
+        self.begin_step(data if observed is None else observed)
         per_sample = t.dim() == 1 or is_shared(t)
         flat = self.stream.draw(self.policy, len(t) if per_sample else t.numel(), t.device)
         draw = flat if t.dim() == 1 else _shaped(flat, t.shape)
@@ -265,17 +283,18 @@ class LastDraw:
     """Whether a loss belongs to a draw of the policy, for hosts that draw and make their loss separately."""
 
     def __init__(self) -> None:
-        self._is_used = True
+        # Whether the last draw of the policy had a loss.
+        self.is_used = True
         self._is_hosts = False
         self.num_used = 0
 
     def drawn(self) -> None:
         """The policy has drawn. What comes next is its loss, or an evaluation."""
-        self._is_used = self._is_hosts = False
+        self.is_used = self._is_hosts = False
 
     def drawn_by_host(self) -> None:
         """The host has drawn without gradients: for an evaluation, if a draw still waits for its loss."""
-        self._is_hosts = self._is_used
+        self._is_hosts = self.is_used
 
     def used(self) -> None:
         """A loss with gradients is made. Raises ValueError if the host drew its timesteps."""
@@ -284,7 +303,7 @@ class LastDraw:
                 "the timesteps of this loss were drawn under torch.no_grad(), where the policy draws nothing:"
                 " draw them with gradients enabled"
             )
-        self._is_used = True
+        self.is_used = True
         self.num_used += 1
 
 

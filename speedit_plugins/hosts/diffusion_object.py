@@ -8,11 +8,12 @@ Dims: T timesteps, B batch.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from speedit_plugins.hosts.attachment import (
     Attachment,
@@ -24,6 +25,7 @@ from speedit_plugins.hosts.attachment import (
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
@@ -84,6 +86,9 @@ def policy_for(
 
     Raises:
         ValueError: the policy is bad, is for another T or schedule, or has weights and so has the host.
+
+    Warns:
+        UserWarning: see `warn_if_slow`.
     """
     schedule = schedule_of(diffusion)
     built = policy
@@ -99,6 +104,8 @@ def policy_for(
             f"the policy is built for {built.schedule}, got a diffusion object with {schedule}: pass the"
             " policy's name or config"
         )
+    with suppress(ValueError):
+        warn_if_slow(built, prediction_type or prediction_type_of(diffusion), policy)
     # An option of PixArt takes the error of x_0 below t = 250: that of the noise, over the SNR.
     if getattr(diffusion, "snr", False) is True:
         refuse_double_weights(built, "the host's snr_loss weighs its loss", "set snr_loss=False")
@@ -110,8 +117,20 @@ def steered_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
     return {name: _steered(host_class, name, at) for name, at in _timesteps(host_class).items()}
 
 
-def _timesteps(host_class: type) -> dict[str, tuple[int, str]]:
-    """The training methods of a class, with position and name of the argument for t."""
+@dataclass(frozen=True)
+class _Argument:
+    """An argument of a training method: its position, self included, and its name."""
+
+    position: int
+    name: str
+
+    def of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Its value in a call, whose `args` are without self."""
+        return kwargs[self.name] if self.name in kwargs else args[self.position - 1]
+
+
+def _timesteps(host_class: type) -> dict[str, tuple[_Argument, _Argument]]:
+    """The training methods of a class, with the arguments for the data and for t, which follows them."""
     found = {}
     for method in METHODS:
         # A subclass that respaces passes *args on: the names are in the class that it extends.
@@ -121,13 +140,15 @@ def _timesteps(host_class: type) -> dict[str, tuple[int, str]]:
             )
             stated = [name for name in TIMESTEP_NAMES if name in names]
             if stated:
-                found[method] = (names.index(stated[0]), stated[0])
+                position = names.index(stated[0])
+                data = _Argument(position - 1, names[position - 1])
+                found[method] = (data, _Argument(position, stated[0]))
                 break
     return found
 
 
-def _steered(host_class: type, method: str, timestep: tuple[int, str]) -> Callable[..., Any]:
-    position, name = timestep
+def _steered(host_class: type, method: str, at: tuple[_Argument, _Argument]) -> Callable[..., Any]:
+    data, timestep = at
 
     @functools.wraps(getattr(host_class, method))
     def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,15 +157,12 @@ def _steered(host_class: type, method: str, timestep: tuple[int, str]) -> Callab
         if not is_training():
             return own(*args, **kwargs)
         attachment: Attachment = attachment_of(self)
-        given = list(args)
-        # `position` counts self.
-        t = kwargs[name] if name in kwargs else given[position - 1]
-        others = (each for each in [*given, *kwargs.values()] if isinstance(each, Tensor) and each is not t)
-        draw = attachment.draw(t, next(others, None))
-        if name in kwargs:
-            kwargs[name] = draw.index.to(t.dtype)
+        given, t = list(args), timestep.of(args, kwargs)
+        draw = attachment.draw(t, data.of(args, kwargs))
+        if timestep.name in kwargs:
+            kwargs[timestep.name] = draw.index.to(t.dtype)
         else:
-            given[position - 1] = draw.index.to(t.dtype)
+            given[timestep.position - 1] = draw.index.to(t.dtype)
         return attachment.weighted(own(*given, **kwargs), draw)
 
     return steered

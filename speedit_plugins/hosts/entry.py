@@ -21,7 +21,7 @@ _SEAMS = (imagen, flow_object, diffusion_object)
 
 def with_policy(
     diffusion: Any,
-    policy: str | Config | TimestepPolicy = "speedit",
+    policy: str | Config | TimestepPolicy = "recommended",
     *,
     prediction_type: str | None = None,
     generator: torch.Generator | None = None,
@@ -52,8 +52,8 @@ def with_policy(
         diffusion: the host's object, one of
             a diffusion object with `alphas_cumprod`, and `training_losses(model, x_start, t, ...)` or
             DiT-3D's `p_losses(denoise_fn, data, t, ...)`;
-            a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3),
-            whose own draws of t are thinned by the policy's density;
+            a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3).
+            A relative density (`Density`) thins its draws; any other replaces them, their shift included;
             an `Imagen` of imagen-pytorch.
         policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
         prediction_type: what the model predicts; None reads it from the object.
@@ -66,7 +66,7 @@ def with_policy(
 
     Raises:
         ValueError: the object has no such method, or has a policy already; the policy is for another T or
-            schedule, draws pairs or strata for a flow, or has weights and so has the host;
+            schedule, thins a flow in pairs or strata, or has weights and so has the host;
             `prediction_type` is given beside a built policy; or an option of the draws has no effect.
     """
     refuse_attached(diffusion)

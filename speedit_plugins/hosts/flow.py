@@ -1,10 +1,12 @@
-"""Flow matching: the host draws t itself, and some of its draws are refused.
+"""Flow matching: the host draws t itself, and a policy replaces its draws or thins them.
 
-A host that draws t with density p then trains at the density p(t) * acceptance(t), normalised: p is thinned.
-`FlowThinning` refuses 1 - 1/k of the draws in the convergence area. On a straight path x_t changes at a
-constant rate, so the SNR tells where that area begins. `FlowAttachment` accepts t in proportion to a policy's
-density. If the host draws uniformly, t then follows the policy; a resolution shift or a logit-normal draw of
-the host stays in.
+A policy that has a law of its own replaces the host's draw, its shift included; a policy whose density only
+says how much rarer some timesteps become (`uniform`, `thinned`, `asymmetric`) keeps the host's law and thins
+it. `Density.is_relative` tells which it is.
+
+To thin is to refuse some draws. A host that draws t with density p then trains at p(t) * acceptance(t),
+normalised. `FlowThinning` refuses 1 - 1/k of the draws in the convergence area. On a straight path x_t
+changes at a constant rate, so the SNR tells where that area begins.
 
 Dims: T timesteps, B batch.
 """
@@ -67,6 +69,39 @@ def draw_by_rejection(
         f"no t that the host drew in {MAX_PASSES} passes was kept: the policy's density is about 0 at every"
         " t that the host draws"
     )
+
+
+def unshifted(time: Tensor, shift: Tensor | float) -> Tensor:
+    """Time (B,) before a shift s > 0: the u of which s u / (1 + (s - 1) u) is `time`, both in [0, 1].
+
+    Example:
+        >>> unshifted(torch.tensor([0.0, 0.75, 1.0]), 3.0).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    return time / (shift - (shift - 1) * time)
+
+
+@dataclass(frozen=True)
+class HostsTime:
+    """How a host counts its time in one training call.
+
+    Args:
+        time_of: turns the host's t (B,) into time in [0, 1], 1 is noise.
+        t_of: turns a policy's draw (B,), and a t of the host, into a t of that dtype.
+        shift: returns the shift s > 0 that the host's own draws have in this call; None if they have none. It
+            may draw from the host's global generators.
+    """
+
+    time_of: Callable[[Tensor], Tensor]
+    t_of: Callable[[TimestepDraw, Tensor], Tensor]
+    shift: Callable[[], Tensor | float] | None = None
+
+    def unshifted(self) -> Callable[[Tensor], Tensor]:
+        """A function from the host's t (B,) to the time that it had before the host's shift."""
+        if self.shift is None:
+            return self.time_of
+        shift = self.shift()
+        return lambda t: unshifted(self.time_of(t), shift)
 
 
 @dataclass(frozen=True)
@@ -151,64 +186,80 @@ class FlowThinning:
 
 
 class FlowAttachment(Attachment):
-    """A policy for a host that draws a continuous t itself: the host's draws are thinned by its density.
+    """A policy for a host that draws a continuous t itself: it replaces the host's draw, or thins it.
 
-    A t is kept with the probability density / largest density. The weight is the one at the t that is kept.
+    A policy with a law of its own draws t, in strata if it is told to. Any other thins: a t of the host is
+    kept with the probability density / largest density. The weight is the one at the t that is trained on.
+
+    Args:
+        policy, stream: see `Attachment`.
+        moves_boundary: if the host shifts its draws, whether they are thinned by what they were before the
+            shift: the boundary of the policy then moves with it.
     """
 
     def __init__(
-        self, policy: TimestepPolicy | Callable[[], TimestepPolicy], stream: DrawStream | None = None
+        self,
+        policy: TimestepPolicy | Callable[[], TimestepPolicy],
+        stream: DrawStream | None = None,
+        *,
+        moves_boundary: bool = False,
     ) -> None:
         super().__init__(policy, stream)
-        refuse_strata(self.stream)
+        self._moves_boundary = moves_boundary
         self._acceptance = TableOnDevices(_relative_to_largest)
         # The draw of the training call that runs now.
         self._draw: TimestepDraw | None = None
 
+    def check(self, policy: TimestepPolicy) -> None:
+        """Raises ValueError if the host cannot be drawn for by this policy, in this stream."""
+        super().check(policy)
+        if policy.is_relative:
+            refuse_strata(self.stream, policy)
+
     def draw_from(
-        self,
-        hosts_draw: Callable[[], Tensor],
-        time_of: Callable[[Tensor], Tensor],
-        *,
-        t: Tensor,
-        data: Tensor,
+        self, hosts_draw: Callable[[], Tensor], clock: HostsTime, *, t: Tensor, data: Tensor
     ) -> Tensor:
-        """The host's t (B,), thinned, in its dtype. `weighted_call` weighs the loss of this draw.
+        """The t (B,) to train at, in the host's dtype. `weighted_call` weighs the loss of this draw.
 
         Args:
             hosts_draw: returns the t (B,) that the model would see, i.i.d. from call to call. It draws from
                 the host's global generators, which are this stream's meanwhile.
-            time_of: turns such t into time in [0, 1], 1 is noise.
+            clock: how the host counts its time.
             t: what the host has drawn in this call, (B,).
             data: of the batch, on the device that trains. With t, it tells which call is computed again.
 
         Raises:
             ValueError: see `draw_by_rejection`.
         """
+        if not self.policy.is_relative:
+            self._draw = self.draw(t, data)
+            return clock.t_of(self._draw, t)
         if is_recomputing():
             recomputed: tuple[Tensor, TimestepDraw] = self._recent.of_recomputed(t, data)
             self._draw = recomputed[1]
             return recomputed[0]
-        self.policy.advance()
+        self.begin_step(data)
         with self.stream.hosts_generators(self.policy.num_steps - 1, data.device):
-            thinned, self._draw = self._thinned(hosts_draw, time_of)
+            thinned, self._draw = self._thinned(hosts_draw, clock)
         self._recent.add((thinned, self._draw), t, data)
         return thinned
 
-    def _thinned(
-        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, TimestepDraw]:
+    def _thinned(self, hosts_draw: Callable[[], Tensor], clock: HostsTime) -> tuple[Tensor, TimestepDraw]:
         T = len(self.policy.density)
 
-        def bins(t: Tensor) -> Tensor:
-            return (time_of(t).float() * T).long().clamp(0, T - 1)
+        def bins(time: Tensor) -> Tensor:
+            return (time.float() * T).long().clamp(0, T - 1)
 
         # A flat density keeps every draw.
         if is_constant(self.policy.density):
             t = hosts_draw()
         else:
-            t = draw_by_rejection(hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(t)))
-        return t, self.at(bins(t), time_of(t).float())
+            time_of = clock.unshifted() if self._moves_boundary else clock.time_of
+            t = draw_by_rejection(
+                hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(time_of(t)))
+            )
+        time = clock.time_of(t)
+        return t, self.at(bins(time), time.float())
 
     def weighted_call(self, train: Callable[[], Any]) -> Any:
         """The terms of a host's training call, with weights in the loss (B,) for the t drawn during it.
@@ -235,18 +286,18 @@ class ThinningAttachment:
     Args:
         thinning: of the host's draws.
         stream: of random numbers, see `DrawStream`.
+        moves_boundary: see `FlowAttachment`.
     """
 
-    def __init__(self, thinning: FlowThinning, stream: DrawStream) -> None:
+    def __init__(self, thinning: FlowThinning, stream: DrawStream, *, moves_boundary: bool = False) -> None:
         refuse_strata(stream)
+        self._moves_boundary = moves_boundary
         self.thinning = thinning
         self.stream = stream
         self.num_calls = 0
         self._recent = RecentCalls()
 
-    def draw(
-        self, hosts_draw: Callable[[], Tensor], time_of: Callable[[Tensor], Tensor], t: Tensor, data: Tensor
-    ) -> Tensor:
+    def draw(self, hosts_draw: Callable[[], Tensor], clock: HostsTime, t: Tensor, data: Tensor) -> Tensor:
         """The host's t (B,), thinned; see `FlowAttachment.draw_from`. With k = 1 it is the given one."""
         if is_recomputing():
             recomputed: Tensor = self._recent.of_recomputed(t, data)
@@ -254,6 +305,7 @@ class ThinningAttachment:
         thinned = t
         if self.thinning.k > 1:
             with self.stream.hosts_generators(self.num_calls, data.device):
+                time_of = clock.unshifted() if self._moves_boundary else clock.time_of
                 thinned = self.thinning.draw(hosts_draw, time_of=time_of)
         self.num_calls += 1
         self._recent.add(thinned, t, data)
@@ -270,10 +322,14 @@ class ThinningAttachment:
         self.num_calls = int(state["num_steps"])
 
 
-def refuse_strata(stream: DrawStream) -> None:
-    """Raises ValueError if draws in strata are asked of a host that draws its timesteps itself."""
+def refuse_strata(stream: DrawStream, policy: TimestepPolicy | None = None) -> None:
+    """Raises ValueError if draws in strata are asked of a host whose own draws are thinned."""
     if stream.num_strata is not None:
-        raise ValueError("num_strata has no effect on a flow host, whose own draws are refused one by one")
+        name = "its own thinning" if policy is None else repr(policy.name)
+        raise ValueError(
+            f"num_strata has no effect on a flow host with {name}, which refuses the host's own draws one by"
+            " one: take a policy with a law of its own, such as 'spectral_flow' or 'logit_normal'"
+        )
 
 
 def _relative_to_largest(density: Tensor) -> Tensor:

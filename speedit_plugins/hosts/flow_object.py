@@ -1,14 +1,15 @@
 """Seam B for flow matching: the host's object draws a continuous t inside `training_losses`.
 
 There are two kinds. A transport (SiT, LightningDiT) has noise at t = 0. A rectified flow (VideoSys, Open-Sora
-1.2 and 1.3) shifts its t by the resolution. Both draw as they always do, and their draws are thinned by the
-policy's density (`FlowAttachment`).
+1.2 and 1.3) shifts its t by the resolution. Both draw as they always do. Then the policy's draw replaces
+theirs, or theirs are thinned by its density (`FlowAttachment`).
 
 Dims: T timesteps, B batch.
 """
 
-import copy
+import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,23 +22,23 @@ from speedit_plugins.hosts.attachment import (
     attachment_of,
     hosts_method,
     refuse_double_weights,
-    refuse_given_weights,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
-from speedit_plugins.hosts.flow import FlowAttachment
+from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
 from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.shifted_boundary import moves_with_shift
 from speedit_plugins.registry import Config
 
 # What a transport's model predicts, by the host's names for it and for its path. The score times sigma is
 # minus the noise, and the host scales its loss by that; the velocity on a cosine path is v times a constant.
 _NOISE = ("NOISE", "SCORE")
 _VELOCITY = {"ICPlan": "flow", "GVPCPlan": "v"}
-# Open-Sora 1.2 and 1.3 have different names for the model's arguments.
-_MODEL_ARGUMENTS = ("model_kwargs", "model_args")
 
 
 def fits(host: Any) -> bool:
@@ -65,7 +66,8 @@ def wrapped(
     stream: DrawStream,
 ) -> Any:
     """The host's object with a policy; see `with_policy`."""
-    return attach_flow(host, FlowAttachment(policy_for(host, policy, prediction_type), stream))
+    built = policy_for(host, policy, prediction_type)
+    return attach_flow(host, FlowAttachment(built, stream, moves_boundary=moves_with_shift(policy)))
 
 
 def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
@@ -84,25 +86,57 @@ def policy_for(
         prediction_type: what the model predicts; None asks the host.
 
     Raises:
-        ValueError: the policy is bad, draws in pairs or strata, or has weights and so has the host.
+        ValueError: the policy is bad, thins the host's own draws in pairs or strata, or has weights and so
+            has the host.
+
+    Warns:
+        UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
     if isinstance(policy, TimestepPolicy):
         built = policy
     else:
         schedule = binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
         built = _built(policy, schedule, host, prediction_type)
-    if draws_pairs(built) or built.stratified:
+    if built.is_relative and (draws_pairs(built) or built.stratified):
         how = "strata" if built.stratified else "pairs"
         raise ValueError(
-            f"{built.name!r} draws in {how}, and a flow host's own draws are refused one by one: take a"
-            " policy with independent draws, such as 'speedit'"
+            f"{built.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one by"
+            " one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
+            " 'spectral_flow'"
         )
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
     if is_transport(host) and own_weights != "NONE" and host.model_type.name in _NOISE:
         refuse_double_weights(
             built, f"this {type(host).__name__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
         )
+    _warn(host, built, policy, prediction_type)
     return built
+
+
+def _warn(host: Any, built: TimestepPolicy, policy: Any, prediction_type: str | None) -> None:
+    with contextlib.suppress(ValueError):
+        warn_if_slow(built, prediction_type or flow_prediction_type(host), policy)
+    replaced = [] if built.is_relative else own_laws(host)
+    if replaced:
+        warnings.warn(
+            f"the law of {built.name!r} replaces the {' and the '.join(replaced)} of this"
+            f" {type(host).__name__}; shift=... in the policy's config shifts its law",
+            stacklevel=4,
+        )
+
+
+def own_laws(host: Any) -> list[str]:
+    """What a flow host does to its draws of t beyond drawing them uniformly, with its names for it."""
+    sampler = host if is_transport(host) else time_sampler_of(host)
+    method = getattr(sampler, "sample_method", "uniform")
+    found = {
+        "resolution shift (use_timestep_transform)": getattr(sampler, "use_timestep_transform", False),
+        f"{method} draw (sample_method)": method != "uniform",
+        "logit-normal draw (use_lognorm)": getattr(host, "use_lognorm", False),
+        "shift of it (shift_lg)": getattr(host, "shift_lg", False),
+        "partial interval (partitial_train)": getattr(host, "partitial_train", None) is not None,
+    }
+    return [law for law, is_there in found.items() if is_there]
 
 
 def _built(
@@ -139,84 +173,8 @@ def flow_prediction_type(host: Any) -> str:
     return _VELOCITY[path]
 
 
-def draw_hosts_t(scheduler: Any, x_start: Tensor, model_arguments: Any) -> Tensor:
-    """The t (B,) that a host's rectified flow would train at, drawn and shifted as it does.
-
-    Raises:
-        ValueError: the host does not pass its t to `add_noise`.
-    """
-    # The host draws within training_losses, and add_noise is the first to get the shifted t. A shallow copy
-    # stops there, before the model, and leaves the host's object as it is.
-    stopping = copy.copy(scheduler)
-    stopping.add_noise = _stop
-    rows = torch.empty(len(x_start), 1, device=x_start.device)
-    try:
-        stopping.training_losses(None, rows, model_arguments, noise=rows)
-    except _DrawnTimestep as drawn:
-        return drawn.t
-    raise ValueError(
-        "the host's rectified flow did not pass its t to add_noise; known to work: Open-Sora 1.2.0, 1.3,"
-        " VideoSys 2.0"
-    )
-
-
-def checked(t: Tensor) -> Tensor:
-    """What a rectified flow has drawn (B,).
-
-    Warns:
-        UserWarning: all of it is 0, once: Open-Sora's timestep transform rounds few frames down to none.
-    """
-    if t.is_floating_point() and not t.any():
-        warnings.warn(
-            "the host's rectified flow draws t = 0 alone, which is data without noise: its timestep transform"
-            " does so for 2 to 16 frames (Open-Sora, issue 601); train on 17 or more, on 1, or without"
-            " use_timestep_transform",
-            stacklevel=4,
-        )
-    return t
-
-
-def model_arguments_of(arguments: Mapping[str, Any]) -> Any:
-    """The model's arguments among those of a rectified flow's `training_losses`, or None."""
-    return next((arguments[name] for name in _MODEL_ARGUMENTS if name in arguments), None)
-
-
-def rectified_flow_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
-    """`training_losses` of a rectified flow, at thinned draws. A t that is passed is kept."""
-    signature = _signature(host_class, "training_losses")
-
-    def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        own = hosts_method(self, host_class, rectified_flow_methods, "training_losses")
-        given = bound.arguments
-        refuse_given_weights(given)
-        # An evaluation is the host's own.
-        if given.get("t") is not None or not is_training():
-            return own(*args, **kwargs)
-        attachment, num_timesteps = attachment_of(self), self.num_timesteps
-
-        def time_of(t: Tensor) -> Tensor:
-            # A discrete t is a row of the host's table; this is its middle.
-            time: Tensor = (t if t.is_floating_point() else t + 0.5) / num_timesteps
-            return time
-
-        def trained() -> Any:
-            x_start = given["x_start"]
-
-            def hosts_draw() -> Tensor:
-                return draw_hosts_t(self.scheduler, x_start, model_arguments_of(given))
-
-            # The host's own draw is dropped. After it, its noise is what it would be without a policy.
-            given["t"] = attachment.draw_from(hosts_draw, time_of, t=checked(hosts_draw()), data=x_start)
-            return own(*bound.args[1:], **bound.kwargs)
-
-        return attachment.weighted_call(trained)
-
-    return {"training_losses": training_losses}
-
-
 def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
-    """`sample` and `training_losses` of a transport, at thinned draws.
+    """`sample` and `training_losses` of a transport, at the t of a policy.
 
     Without gradients, and when LightningDiT validates on an interval, draw and loss stay the host's.
     """
@@ -237,7 +195,7 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
             return t
 
         attachment: FlowAttachment = attachment_of(self)
-        t = attachment.draw_from(hosts_draw, lambda t: 1 - t, t=drawn[0], data=x1)
+        t = attachment.draw_from(hosts_draw, _clock_of_transport(self, bound.arguments), t=drawn[0], data=x1)
         return (t, *drawn[1:])
 
     def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,22 +212,41 @@ def _signature(host_class: type, method: str) -> inspect.Signature:
     return inspect.signature(getattr(host_class, method))
 
 
+def _interval(host: Any) -> tuple[float, float]:
+    """The interval of t on which a transport trains: it leaves out ends where its loss is not finite."""
+    if getattr(host, "train_eps", None) is None or not hasattr(host, "check_interval"):
+        return 0.0, 1.0
+    start, end = host.check_interval(host.train_eps, host.sample_eps)
+    return float(start), float(end)
+
+
 def _levels_of(host: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from our time to a transport's scales of signal and noise."""
-    path = host.path_sampler
+    """A function from our time to a transport's scales of signal and noise.
+
+    Our time covers the interval on which the host trains. So the policy's tables are for those noise levels,
+    and no draw has to be cut off at an end.
+    """
+    path, (start, end) = host.path_sampler, _interval(host)
 
     def levels(time: Tensor) -> tuple[Tensor, Tensor]:
         # A transport has noise at 0.
-        return path.compute_alpha_t(1 - time)[0], path.compute_sigma_t(1 - time)[0]
+        t = end - time * (end - start)
+        return path.compute_alpha_t(t)[0], path.compute_sigma_t(t)[0]
 
     return levels
 
 
-class _DrawnTimestep(Exception):  # noqa: N818 - it carries a value out of the host and is no error
-    def __init__(self, t: Tensor) -> None:
-        super().__init__("the host has drawn its t")
-        self.t = t
+def _clock_of_transport(host: Any, arguments: Mapping[str, Any]) -> HostsTime:
+    """How a transport counts its time, in a call of its `sample` with these arguments."""
+    start, end = _interval(host)
 
+    def t_of(draw: TimestepDraw, t: Tensor) -> Tensor:
+        return (end - draw.time * (end - start)).clamp(start, end).to(t)
 
-def _stop(original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    raise _DrawnTimestep(timesteps)
+    def shift() -> float:
+        # LightningDiT moves the mean of logit(t), and its t = 1 is data.
+        return math.exp(-float(arguments.get("shifted_mu", 0)))
+
+    return HostsTime(
+        lambda t: (end - t) / (end - start), t_of, shift if getattr(host, "shift_lg", False) else None
+    )

@@ -1,7 +1,7 @@
 """Seam D for flow matching: a script draws rows of its scheduler's table of sigmas, as for SD3 and Flux.
 
     seam = FlowScript("speed", noise_scheduler_copy, prediction_type="flow")
-    indices = seam.indices(indices)  # after the script's own draw
+    indices = seam.indices(indices, model_input)  # after the script's own draw
     loss = seam.mse_loss(model_pred, target)  # in place of torch.mean((weighting * (...) ** 2)...)
 
 Row 0 of such a table is noise. Without gradients, as in a validation, draw and loss are the script's own.
@@ -22,12 +22,15 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.observation import observe
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
-from speedit_plugins.hosts.schedules import from_diffusers
+from speedit_plugins.hosts.schedules import from_diffusers, shift_of
 from speedit_plugins.hosts.waiting_draws import WaitingDraws
 from speedit_plugins.hosts.weighted_loss import is_constant
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
 from speedit_plugins.registry import Config
 
 
@@ -46,7 +49,8 @@ class FlowScript(PolicyHolder):
         torch.Size([])
 
     Args:
-        policy: see `build_policy`.
+        policy: see `build_policy`. `speed` moves its boundary with the scheduler's `shift`, unless the config
+            gives `snr_boundary` or `tau`.
         noise_scheduler: a flow-matching scheduler of diffusers, not yet set to inference steps.
         prediction_type: what the script takes the squared error of. "flow" if its target is noise - data;
             "x0" if it turns the model's output into data first (`--precondition_outputs`).
@@ -78,7 +82,9 @@ class FlowScript(PolicyHolder):
                 f"{type(noise_scheduler).__name__} is not a scheduler of flow matching, where the scales of"
                 " data and noise sum to 1: take speedit_plugins.hosts.script.ScriptPolicy"
             )
+        policy = with_shifted_boundary(policy, shift_of(noise_scheduler))
         self.policy: TimestepPolicy = build_policy(policy, schedule, prediction_type)
+        warn_if_slow(self.policy, prediction_type, policy)
         sigma = schedule.sigma.float()
         # The script's weight of each index, (T,).
         self._own_weight = torch.ones_like(sigma) if weighting is None else weighting(sigma).float()
@@ -134,13 +140,17 @@ class FlowScript(PolicyHolder):
             **options,
         )
 
-    def indices(self, own: Tensor) -> Tensor:
+    def indices(self, own: Tensor, data: Tensor | None = None) -> Tensor:
         """Rows int64 (B,) of the scheduler's table at which a batch is noised and trained.
 
         Each call with gradients is one step of a curriculum. Without gradients the script's rows come back.
 
         Args:
             own: the rows (B,) that the script drew.
+            data: what is noised at them, (B, ...): the script's `model_input`. The policy observes it.
+
+        Raises:
+            ValueError: the policy needs the data, and they are None.
         """
         refuse_checkpoint()
         last_row = len(self._own_weight) - 1
@@ -149,6 +159,7 @@ class FlowScript(PolicyHolder):
             self._last_index = last_row - own
             return own
         self.policy.advance()
+        observe(self.policy, data)
         draw = self._stream.draw(self.policy, len(own), own.device)
         rows = last_row - draw.index
         self._draws.add(rows, draw)

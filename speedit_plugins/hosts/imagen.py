@@ -117,7 +117,7 @@ def imagen_methods(host_class: type) -> Mapping[str, Any]:
         cascade: CascadeAttachment = attachment_of(self)
         number = next(n for n, s in enumerate(self.noise_schedulers) if s is kwargs["noise_scheduler"])
         part = cascade.parts[number]
-        draw = part.draw(times, x_start)
+        draw = part.draw(times, x_start, observed=self.normalize_img(x_start))
         # The host may multiply the errors by factors of its own, such as the SNR. The gradients of the loss
         # by the weights tell the loss that it minimises.
         learns = part.policy.learns

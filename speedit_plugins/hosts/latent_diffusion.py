@@ -20,6 +20,7 @@ from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.hosts.state import load_policy_state, policy_state
 from speedit_plugins.hosts.weighted_loss import scaled
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config, nearest
@@ -88,7 +89,7 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
     def __init__(
         self,
         *args: Any,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         **kwargs: Any,
@@ -106,7 +107,9 @@ class _Steered(_DDPM):  # type: ignore[misc]  # the host has no types
                 " draws, not at the policy's: wanted num_timesteps_cond=1"
             )
         # The host's constructor has registered the schedule by now.
-        built = build_policy(_plain(policy), schedule_of(self), prediction_type_of(self))
+        config, predicted = _plain(policy), prediction_type_of(self)
+        built = build_policy(config, schedule_of(self), predicted)
+        warn_if_slow(built, predicted, config)
         self._speedit_attachment = Attachment(
             built, DrawStream(ranks_alike=ranks_alike, num_strata=num_strata)
         )

@@ -60,7 +60,7 @@ class SpeeDiffusion(EditDDPMScheduler):  # type: ignore[misc]  # the host has no
     def __init__(
         self,
         *,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         **options: Any,

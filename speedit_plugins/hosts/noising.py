@@ -1,4 +1,4 @@
-"""Checks that a script noises at the timesteps that its policy drew.
+"""Checks that a script noises at the timesteps that its policy drew, and shows the policy what it noises.
 
 From the draw to the script's `add_noise`, the noise scheduler has a subclass of its own class. Copies of it
 have its own class.
@@ -7,6 +7,7 @@ Dims: B batch.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,11 +25,13 @@ class _Awaited:
     Args:
         index: the timesteps.
         version: of that tensor; a write in place raises it.
+        see: gets the data (B, ...) that are noised at these timesteps.
         others: timesteps that `add_noise` got without gradients in the meantime.
     """
 
     index: Tensor
     version: int
+    see: Callable[[Tensor], None]
     others: Tensor | None = None
 
 
@@ -36,16 +39,21 @@ class _Awaited:
 _awaited: "WeakKeyDictionary[Any, list[_Awaited]]" = WeakKeyDictionary()
 
 
-def watch_noising(noise_scheduler: Any, index: Tensor) -> None:
+def watch_noising(noise_scheduler: Any, index: Tensor, see: Callable[[Tensor], None]) -> None:
     """Makes an `add_noise` of this scheduler raise ValueError unless it gets the timesteps (B,) of a draw.
 
     Several draws may wait; these are one of them now. Other timesteps without gradients are those of a
     validation, and pass. A scheduler without `add_noise` stays as it is.
+
+    Args:
+        noise_scheduler: of the script.
+        index: the timesteps.
+        see: gets the data (B, ...) that are noised at them, once.
     """
     if not hasattr(noise_scheduler, "add_noise"):
         return
     waiting = _awaited.setdefault(noise_scheduler, [])
-    waiting.append(_Awaited(index, index._version))
+    waiting.append(_Awaited(index, index._version, see))
     del waiting[:-MAX_WAITING]
     own_class: type = type(noise_scheduler)
     if not hasattr(own_class, "watched_class"):
@@ -106,6 +114,7 @@ def _noised(
             scheduler.__class__ = own_class
             del _awaited[scheduler]
         _check(timesteps, awaited)
+        awaited.see(original_samples)
     return add_noise(original_samples, noise, timesteps, *others, **options)
 
 

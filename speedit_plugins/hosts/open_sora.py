@@ -17,6 +17,7 @@ from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, u
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
@@ -71,7 +72,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
     def __init__(
         self,
         *,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         **options: Any,
@@ -133,7 +134,10 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         return None if attachment is None else attachment.call
 
     def _build_policy(self) -> TimestepPolicy:
-        return build_policy(self._policy_config, schedule_of(self), prediction_type_of(self))
+        predicted = prediction_type_of(self)
+        built = build_policy(self._policy_config, schedule_of(self), predicted)
+        warn_if_slow(built, predicted, self._policy_config)
+        return built
 
 
 class _FilledTimestep:

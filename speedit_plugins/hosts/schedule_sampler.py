@@ -17,10 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment, LastDraw, PolicyHolder, attach, refuse_attached
+from speedit_plugins.hosts.attachment import (
+    Attachment,
+    LastDraw,
+    PolicyHolder,
+    attach,
+    refuse_attached,
+)
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import is_recomputing, refuse_checkpoint
 from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
 from speedit_plugins.hosts.weighted_loss import is_constant
@@ -30,7 +37,7 @@ from speedit_plugins.registry import Config
 
 def schedule_sampler(
     diffusion: Any,
-    policy: str | Config | TimestepPolicy = "speedit",
+    policy: str | Config | TimestepPolicy = "recommended",
     *,
     host_class: type = object,
     prediction_type: str | None = None,
@@ -62,6 +69,8 @@ def schedule_sampler(
     policy = policy_for(diffusion, policy, prediction_type)
     _warn_if_weighted(diffusion, policy)
     attachment = None
+    if policy.scope == "loss" and policy.needs_data:
+        refuse_missing_data(policy, "a schedule sampler sees them only for a policy of scope 'mse'")
     if policy.scope == "mse":
         attachment = GivenTimesteps(policy)
         attach(diffusion, attachment, steered_methods)
@@ -152,7 +161,11 @@ class PolicySampler(PolicyHolder):
 
 
 class GivenTimesteps(Attachment):
-    """Weighs the loss at the t that the host passes; draws nothing."""
+    """Weighs the loss at the t that the host passes; draws nothing.
+
+    A sampler draws before the host passes its data. So a policy observes the data of a training call for the
+    next draw, once for each draw.
+    """
 
     def __init__(self, policy: TimestepPolicy) -> None:
         super().__init__(policy)
@@ -176,11 +189,20 @@ class GivenTimesteps(Attachment):
         equal = (table for index, table in drawn if are_equal(index, t))
         return same[0] if same else next(equal, tables[-1])
 
-    def draw(self, t: Tensor, data: Tensor | None = None, *, is_drawn: bool = True) -> TimestepDraw:
+    def draw(
+        self,
+        t: Tensor,
+        data: Tensor | None = None,
+        *,
+        observed: Tensor | None = None,
+        is_drawn: bool = True,
+    ) -> TimestepDraw:
         """The host's own t (B,), with our weights (B,). Raises ValueError if the host drew last."""
         if is_recomputing():
             recomputed: TimestepDraw = self._recent.of_recomputed(t, data)
             return recomputed
+        if not self.last_draw.is_used:
+            observe(self.policy, data if observed is None else observed)
         self.last_draw.used()
         index = t.long()
         weight = self._weight.at(self._weight_at(t), index)

@@ -95,6 +95,16 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
     return NoiseSchedule(alpha, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
 
 
+def shift_of(noise_scheduler: Any) -> float:
+    """The shift s > 0 in the table of sigmas of a diffusers flow scheduler; 1 if there is none.
+
+    With `use_dynamic_shifting` the table is not shifted: the scheduler shifts only what it samples.
+    """
+    config = getattr(noise_scheduler, "config", {})
+    is_fixed = isinstance(config, Mapping) and not config.get("use_dynamic_shifting")
+    return float(config.get("shift") or 1.0) if is_fixed else 1.0
+
+
 def _of_ddpm_family(noise_scheduler: Any, config: Mapping[str, Any]) -> NoiseSchedule:
     if config.get("use_flow_sigmas"):
         raise ValueError(

@@ -26,15 +26,19 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
+from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.waiting_draws import WaitingDraws
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config
 
+# So many draws may wait to be noised, before a policy that needs the data is refused.
+_MAX_UNSEEN = 8
 # Noise schedulers whose policies are kept.
 _MAX_SCHEDULERS = 8
 
@@ -73,7 +77,7 @@ class ScriptPolicy(PolicyHolder):
 
     def __init__(
         self,
-        policy: str | Config = "speedit",
+        policy: str | Config = "recommended",
         *,
         prediction_type: str | None = None,
         generator: torch.Generator | None = None,
@@ -93,6 +97,8 @@ class ScriptPolicy(PolicyHolder):
         self._draws: WaitingDraws[_Drawn] = WaitingDraws()
         self._weight = TableOnDevices()
         self._last_draw = LastDraw()
+        # Draws in a row whose data were not noised so far.
+        self._num_unseen = 0
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -116,17 +122,22 @@ class ScriptPolicy(PolicyHolder):
         # A script may set what the model predicts after its first draw (--prediction_type).
         stated = self._prediction_type or prediction_type_of(scheduled.scheduler)
         if scheduled.prediction_type != stated:
-            built = build_policy(self._config, from_diffusers(scheduled.scheduler), stated)
+            built = self._built(scheduled.scheduler, stated)
             built.load_state_dict(scheduled.policy.state_dict())
             scheduled.policy, scheduled.prediction_type = built, stated
         return scheduled.policy
+
+    def _built(self, scheduler: Any, prediction_type: str) -> TimestepPolicy:
+        built = build_policy(self._config, from_diffusers(scheduler), prediction_type)
+        warn_if_slow(built, prediction_type, self._config)
+        return built
 
     def _scheduled_for(self, scheduler: Any) -> _Scheduled:
         for each in self._scheduled:
             if each.scheduler is scheduler:
                 return each
         stated = self._prediction_type or prediction_type_of(scheduler)
-        built = build_policy(self._config, from_diffusers(scheduler), stated)
+        built = self._built(scheduler, stated)
         if self._waiting_state:
             built.load_state_dict(self._waiting_state)
             self._waiting_state = {}
@@ -197,8 +208,22 @@ class ScriptPolicy(PolicyHolder):
         index = self._stream.draw(policy, batch_size, device, seed).index
         self._draws.add(index, _Drawn(index, self._current, policy, policy.weight))
         self._last_draw.drawn()
-        watch_noising(noise_scheduler, index)
+        self._watch(noise_scheduler, index, policy)
         return index
+
+    def _watch(self, noise_scheduler: Any, index: Tensor, policy: TimestepPolicy) -> None:
+        """The policy observes what the script noises at its timesteps (B,), for its next draw."""
+        if policy.needs_data and self._num_unseen == _MAX_UNSEEN:
+            refuse_missing_data(
+                policy, f"{_MAX_UNSEEN} draws passed without a call of the noise scheduler's add_noise"
+            )
+        self._num_unseen += 1
+
+        def see(data: Tensor) -> None:
+            self._num_unseen = 0
+            observe(policy, data)
+
+        watch_noising(noise_scheduler, index, see)
 
     def drawn_by_script(self) -> None:
         """Notes that the script drew without gradients. A training loss for that draw is refused."""

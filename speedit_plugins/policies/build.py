@@ -4,13 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from speedit_plugins.policies.densities import transforms
+from speedit_plugins.policies.densities.composed import Law
+from speedit_plugins.policies.draws import Paired
 from speedit_plugins.policies.policy import TimestepPolicy
-from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
+from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.policies.weightings import conversion
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy
 from speedit_plugins.registry import (
     DENSITIES,
@@ -25,12 +28,14 @@ from speedit_plugins.registry import (
 )
 
 # Keys of every policy config, and keys of a policy made of parts. Others are parameters of a named policy.
-_COMMON_KEYS = ("stratified", "normalize", "equivalent_to")
+_COMMON_KEYS = ("stratified", "normalize", "equivalent_to", *transforms.KEYS)
 _PART_KEYS = ("density", "weighting", "draw", "scope")
+# In a config, the name of the policy that `recommended` says.
+RECOMMENDED = "recommended"
 
 
 def build_policy(
-    config: str | Config,
+    config: str | Config | None,
     schedule: NoiseSchedule,
     prediction_type: str | None = None,
     *,
@@ -43,23 +48,28 @@ def build_policy(
             `dict(density=..., weighting=..., draw=..., scope=...)`. Density, weighting and draw are again
             names or mappings with `type`. Beside a name a part replaces the name's own part,
             `dict(type="speed", weighting="constant")`; without `type` it changes parameters of it. Parameters
-            of the named policy come before parts and options of the same name. The options:
+            of the named policy come before parts and options of the same name. None and the name
+            "recommended" mean what `recommended` says. The options:
 
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
+            - shift: moves the draws towards noise, see `transforms.shifted`. A number, or a mapping with the
+              type flux, pixels or dimension, which takes it from the size of the data.
+            - window: two bounds of u, or a mapping, see `transforms.Window`.
             - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
               converts them, for the objective of a noise-predicting model. Weightings that are meant for one
               type's loss, such as `min_snr` and `edm`, are always converted.
         schedule: the noise schedule that the model is trained on.
         prediction_type: what the model predicts: epsilon, x0, v or flow. None is epsilon on a
-            variance-preserving schedule and flow on a rectified flow. Only converted weights depend on it.
+            variance-preserving schedule and flow on a rectified flow. Converted weights depend on it, and
+            densities that learn the error of epsilon.
         data_spectrum: returns the spectrum of the data. Called only if a density needs it and the config does
             not give its `mean`.
 
     Raises:
         ValueError: an unknown name or parameter (the message lists the known ones), a bad value, or one that
-            a part leaves without effect; or weights to convert without a `prediction_type`, on a schedule
-            that is neither of these two.
+            a part leaves without effect; or no `prediction_type` where it matters, on a schedule that is
+            neither of these two.
 
     Example:
         >>> schedule = NoiseSchedule.linear(1000)
@@ -75,19 +85,70 @@ def build_policy(
     if prediction_type is not None:
         conversion.check_prediction_type(prediction_type)
     _check_arguments(config, schedule, data_spectrum)
-    name, parts, common = _name_parts_and_options(config, schedule)
+    options = options_of(config if config is not None else RECOMMENDED)
+    if options.get("type") == RECOMMENDED:
+        options["type"] = recommended(prediction_type or conversion.usual_prediction_type(schedule))
+    name, parts, common = _name_parts_and_options(options, schedule, prediction_type)
+    given = {"data_spectrum": data_spectrum, "prediction_type": prediction_type}
+    return _composed(name, parts, common, schedule, given)
+
+
+def recommended(prediction_type: str) -> str:
+    """The policy to take if nothing else is asked for: `auto`, but the published `speedit` for epsilon.
+
+    Example:
+        >>> recommended("flow"), recommended("epsilon")
+        ('auto', 'speedit')
+    """
+    conversion.check_prediction_type(prediction_type)
+    return "speedit" if prediction_type == "epsilon" else "auto"
+
+
+def _composed(
+    name: str,
+    parts: Mapping[str, Any],
+    common: dict[str, Any],
+    schedule: NoiseSchedule,
+    given: Mapping[str, Any],
+) -> TimestepPolicy:
+    """A policy of these parts, with the options of every policy. `given` are arguments for the density."""
     check_type("policy stratified", common.get("stratified", False), bool)
     kind, common["normalize"] = _normalized(common.get("normalize", False))
     _check_parts(parts)
+    changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
+    law = _build_law(parts["density"], schedule, given)
+    draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
+    if changes and isinstance(draw, Paired):
+        raise ValueError(f"{' and '.join(changes)} needs a policy with independent draws, got pairs")
+    weighting = _weighting(
+        parts["weighting"], schedule, given["prediction_type"], common.pop("equivalent_to", None)
+    )
     return kind(
         schedule,
-        build(DENSITIES, parts["density"], schedule=schedule, data_spectrum=data_spectrum),
-        _Weighting(parts["weighting"], schedule, prediction_type, common.pop("equivalent_to", None)),
-        draw=build(DRAWS, parts.get("draw", "iid"), schedule=schedule),
+        transforms.transformed(law, changes, schedule),
+        weighting,
+        draw=draw,
         name=name,
         scope=parts.get("scope", "mse"),
         **common,
     )
+
+
+def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str, Any]) -> Law:
+    """The density that a config describes, with its transforms. It may be made of other densities."""
+    options = options_of(config) if isinstance(config, str | Mapping) else {"type": config}
+    builder = DENSITIES.get(str(options.get("type")))
+    own = () if builder is None else inspect.signature(builder).parameters
+    changes = {key: options.pop(key) for key in transforms.KEYS if key in options and key not in own}
+    law: Law = build(
+        DENSITIES,
+        options,
+        also=transforms.KEYS,
+        schedule=schedule,
+        build_law=lambda part: _build_law(part, schedule, given),
+        **given,
+    )
+    return transforms.transformed(law, changes, schedule)
 
 
 def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:
@@ -95,17 +156,22 @@ def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:
         raise ValueError(
             f"a policy needs a NoiseSchedule, such as NoiseSchedule.from_betas(betas), got {type(schedule)}"
         )
-    if not isinstance(config, str | Mapping):
+    if not (config is None or isinstance(config, str | Mapping)):
         raise ValueError(f"a policy needs a name or a mapping, got {config!r}")
     if not (data_spectrum is None or callable(data_spectrum)):
         raise ValueError(f"data_spectrum needs a function that returns a spectrum, got {type(data_spectrum)}")
 
 
 def _name_parts_and_options(
-    config: str | Config, schedule: NoiseSchedule
+    options: dict[str, Any], schedule: NoiseSchedule, prediction_type: str | None
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The policy's name, its parts, and the options that every policy takes. A name becomes its recipe."""
-    options = options_of(config)
+
+    def recipe_of(config: Config) -> dict[str, Any]:
+        also = (*_PART_KEYS, *_COMMON_KEYS)
+        parts = build(POLICIES, config, also=also, schedule=schedule, prediction_type=prediction_type)
+        return dict(parts)
+
     if "type" not in options:
         common = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
         return "custom", options, common
@@ -113,21 +179,21 @@ def _name_parts_and_options(
     own = _parameters(name)
     common = {key: options.pop(key) for key in _COMMON_KEYS if key in options and key not in own}
     given = {key: options.pop(key) for key in _PART_KEYS if key in options and key not in own}
-    parts = _with_parts(_recipe(options, schedule), given)
+    parts = _with_parts(recipe_of(options), given)
     if given:
-        _check_effects(options, given, schedule)
+        _check_effects(options, given, recipe_of)
         name = f"{name} with {', '.join(f'{key} {_name_of(parts[key])}' for key in given)}"
     # The config's options win over those of the recipe.
     return name, parts, {**{key: parts.pop(key) for key in _COMMON_KEYS if key in parts}, **common}
 
 
-def _check_effects(options: Config, given: Config, schedule: NoiseSchedule) -> None:
+def _check_effects(options: Config, given: Config, recipe_of: Callable[[Config], dict[str, Any]]) -> None:
     """Raises ValueError if a named policy's parameter only changes what a config's parts replace."""
-    name, recipe = str(options["type"]), _recipe(options, schedule)
+    name, recipe = str(options["type"]), recipe_of(options)
     for key, parameter in _parameters(name).items():
         if key not in options or parameter.default is inspect.Parameter.empty:
             continue
-        without = _recipe({k: value for k, value in options.items() if k != key}, schedule)
+        without = recipe_of({k: value for k, value in options.items() if k != key})
         if without != recipe and _with_parts(without, given) == _with_parts(recipe, given):
             raise ValueError(
                 f"policy {name!r}: {key} has no effect beside {' and '.join(given)}: leave one of them out"
@@ -138,11 +204,6 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
     """The recipe's own parameters; none if nothing is registered under this name."""
     recipe = POLICIES.get(name)
     return {} if recipe is None else inspect.signature(recipe).parameters
-
-
-def _recipe(options: Config, schedule: NoiseSchedule) -> dict[str, Any]:
-    parts: dict[str, Any] = build(POLICIES, options, schedule=schedule, also=(*_PART_KEYS, *_COMMON_KEYS))
-    return dict(parts)
 
 
 def _with_parts(recipe: Config, given: Config) -> dict[str, Any]:
@@ -173,6 +234,18 @@ def _normalized(value: Any) -> tuple[type[TimestepPolicy], bool]:
     return TimestepPolicy, value
 
 
+def _weighting(
+    config: str | Config, schedule: NoiseSchedule, prediction_type: str | None, equivalent_to: str | None
+) -> "_Weighting | AdaptiveWeighting":
+    builder = WEIGHTINGS.module_dict.get(_name_of(config))
+    fixed = _Weighting(config, schedule, prediction_type, equivalent_to)
+    if not (isinstance(builder, type) and issubclass(builder, AdaptiveWeighting)):
+        return fixed
+    # Learned from the model's own loss, so both values of equivalent_to mean the same objective.
+    learned: AdaptiveWeighting = build(WEIGHTINGS, config, schedule=schedule)
+    return learned
+
+
 class _Weighting:
     """The function from the density table (T,) to the weights (T,) that a weighting config describes."""
 
@@ -195,25 +268,15 @@ class _Weighting:
         self._config = config
         self._schedule = schedule
         self._source = defined_on or ("epsilon" if equivalent_to == "epsilon" else None)
-        self._target = "" if self._source is None else prediction_type or _usual_prediction_type(schedule)
+        self._target = ""
+        if self._source is not None:
+            self._target = prediction_type or conversion.usual_prediction_type(schedule)
 
     def __call__(self, density: Tensor) -> Tensor:
         weight: Tensor = build(WEIGHTINGS, self._config, schedule=self._schedule, density=density)
         if self._source is None:
             return weight
         return conversion.converted(weight, self._schedule, self._target, source=self._source)
-
-
-def _usual_prediction_type(schedule: NoiseSchedule) -> str:
-    """What models usually predict on this schedule."""
-    if schedule.is_variance_preserving:
-        return "epsilon"
-    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
-        return "flow"
-    raise ValueError(
-        f"converted weights need prediction_type on {schedule!r}, which is neither"
-        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
-    )
 
 
 def _name_of(config: Any) -> str:

@@ -15,6 +15,7 @@ from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.distributed import gather_losses
 from speedit_plugins.policies.draws import Iid, Paired
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 
 Scope = Literal["mse", "loss"]
 
@@ -58,8 +59,8 @@ class TimestepPolicy:
     Args:
         schedule: the noise schedule that the model is trained on.
         density: a fixed `Density`, or an `AdaptiveDensity`.
-        weighting: function from the density table (T,) to the weight table (T,): finite and >= 0 in float32,
-            and > 0 at some timestep that is drawn.
+        weighting: function from the density table (T,) to the weight table (T,), or an `AdaptiveWeighting`.
+            Weights are finite and >= 0 in float32, and > 0 at some timestep that is drawn.
         draw: independent draws (`Iid`, the default) or `Paired` ones.
         name: the policy's name in error messages and reports.
         scope: what the weight multiplies, see `TimestepDraw`.
@@ -81,7 +82,7 @@ class TimestepPolicy:
         self,
         schedule: NoiseSchedule,
         density: Density | AdaptiveDensity,
-        weighting: Callable[[Tensor], Tensor],
+        weighting: Callable[[Tensor], Tensor] | AdaptiveWeighting,
         *,
         draw: Iid | Paired | None = None,
         name: str = "custom",
@@ -127,15 +128,40 @@ class TimestepPolicy:
             >>> batch.index.shape, batch.weight.dtype, batch.scope
             (torch.Size([8]), torch.float32, 'mse')
         """
+        return self.draw_at(self.quantiles(batch_size, device, generator), device=device)
+
+    def quantiles(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The random numbers of a draw, for `draw_at`: float64 in [0, 1), shape (B,), on `drawing_device`.
+
+        Args:
+            batch_size, device, generator: see `draw`.
+
+        Raises:
+            ValueError: `batch_size` < 1, or a generator on another device.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> policy = build_policy({"type": "uniform", "stratified": True}, NoiseSchedule.linear(1000))
+            >>> (policy.quantiles(4) * 4).long().sort().values.tolist()
+            [0, 1, 2, 3]
+        """
         if batch_size < 1:
             raise ValueError(f"draw needs batch_size >= 1, got {batch_size}")
-        target = torch.device(device)
-        place = drawing_device(target)
+        place = drawing_device(device)
         if generator is not None and generator.device.type != place.type:
             raise ValueError(
-                f"draw on {target} needs a generator on {place.type}, got one on {generator.device}"
+                f"draw on {torch.device(device)} needs a generator on {place.type}, got one on"
+                f" {generator.device}"
             )
-        return self.draw_at(self._quantiles(batch_size, place, generator), device=target)
+        quantile = torch.rand(batch_size, dtype=torch.float64, device=place, generator=generator)
+        if not self.stratified:
+            return quantile
+        # In a random order of the strata, every position of the batch follows the density.
+        order = torch.randperm(batch_size, device=place, generator=generator)
+        # The sum can round up to batch_size. A quantile of 1 would be past the last index.
+        return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
 
     def draw_at(self, quantile: Tensor, *, device: torch.device | str = "cpu") -> TimestepDraw:
         """Timesteps and weights on `device`, at random numbers of the caller, such as those of strata.
@@ -151,6 +177,11 @@ class TimestepPolicy:
             >>> policy.draw_at(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).index.tolist()
             [250, 500, 750]
         """
+        if self._adaptive is not None and not self._adaptive.is_ready:
+            raise ValueError(
+                f"policy {self.name!r} depends on the data and has seen none: call policy.observe(data)"
+                " with the batch, as the model sees it, before each draw"
+            )
         target = torch.device(device)
         tables = self._tables_on(quantile.device)
         index = torch.searchsorted(tables.upper, quantile, right=True)
@@ -176,12 +207,30 @@ class TimestepPolicy:
     @property
     def learns(self) -> bool:
         """Whether `update` changes the policy."""
-        return self._adaptive is not None and type(self._adaptive).update is not AdaptiveDensity.update
+        density_learns = self._adaptive is not None and self._adaptive.learns
+        return density_learns or isinstance(self._weighting, AdaptiveWeighting)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the policy cannot draw as it should unless `observe` is called in each training step."""
+        return self._adaptive is not None and self._adaptive.needs_data
 
     @property
     def boundary_index(self) -> int | None:
         """First index past the boundary between the density's areas, None if it has no boundary."""
         return self._base.boundary_index
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the density thins a flow host's own law, see `Density`. Any other replaces that law.
+
+        Example:
+            >>> from speedit_plugins import NoiseSchedule, build_policy
+            >>> schedule = NoiseSchedule.rectified_flow(1000)
+            >>> [build_policy(name, schedule).is_relative for name in ("uniform", "speed", "logit_normal")]
+            [True, True, False]
+        """
+        return self._base.is_relative
 
     @property
     def mean_weight(self) -> float:
@@ -210,7 +259,10 @@ class TimestepPolicy:
 
     def _learn(self, index: Tensor, loss: Tensor) -> None:
         """Teaches the losses of all ranks, float64 (N,), finite, at the indices (N,), both on the CPU."""
-        if self._adaptive is not None and self._adaptive.update(index, loss):
+        changed = self._adaptive is not None and self._adaptive.update(index, loss)
+        if isinstance(self._weighting, AdaptiveWeighting):
+            changed |= self._weighting.update(index, loss)
+        if changed:
             self._rebuild()
 
     def observe(self, data: Tensor) -> None:
@@ -248,13 +300,15 @@ class TimestepPolicy:
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs: name, T, the steps begun, the state of an adaptive density."""
+        """The state that a resumed run needs: name, T, the steps begun, and the state of what adapts."""
+        learned = self._weighting.state_dict() if isinstance(self._weighting, AdaptiveWeighting) else None
         return {
             "name": self.name,
             "num_timesteps": self.schedule.num_timesteps,
             "num_steps": self.num_steps,
             "num_drawn": self.num_drawn,
             "density": {} if self._adaptive is None else self._adaptive.state_dict(),
+            **({} if learned is None else {"weighting": learned}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,6 +329,9 @@ class TimestepPolicy:
             )
         if self._adaptive is not None:
             self._adaptive.load_state_dict(state["density"])
+        if isinstance(self._weighting, AdaptiveWeighting):
+            self._weighting.load_state_dict(state["weighting"])
+        if self._adaptive is not None or "weighting" in state:
             self._rebuild()
         self.num_steps, self.num_drawn = int(state["num_steps"]), int(state["num_drawn"])
 
@@ -282,7 +339,9 @@ class TimestepPolicy:
         if self._adaptive is not None:
             self._base = self._adaptive.density()
         self.density = self._pairing.marginal(self._base.table, None)
-        self.weight = self._weighting(self.density)
+        weighting = self._weighting
+        weigh = weighting.weight if isinstance(weighting, AdaptiveWeighting) else weighting
+        self.weight = weigh(self.density)
         shapes = [tuple(self.density.shape), tuple(self.weight.shape)]
         if shapes != [(self.schedule.num_timesteps,)] * 2:
             raise ValueError(
@@ -303,15 +362,6 @@ class TimestepPolicy:
             upper = (upper / upper[-1]).to(device)
             self._tables[device] = _DeviceTables(upper, density.to(device), self.weight.float().to(device))
         return self._tables[device]
-
-    def _quantiles(self, batch_size: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        quantile = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-        if not self.stratified:
-            return quantile
-        # In a random order of the strata, every position of the batch follows the density.
-        order = torch.randperm(batch_size, device=device, generator=generator)
-        # The sum can round up to batch_size. A quantile of 1 would be past the last index.
-        return ((order + quantile) / batch_size).clamp(max=1 - 2**-53)
 
 
 def drawing_device(device: torch.device | str) -> torch.device:

@@ -5,8 +5,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
 from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, PROCESSES, TEXT_ENCODERS, build
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import SampleSource
@@ -31,8 +33,17 @@ def build_process(config: ExperimentConfig, *, respaced: bool) -> Process:
 
 
 def build_timestep_policy(config: ExperimentConfig, process: Process) -> TimestepPolicy:
-    """The policy of `diffusion.policy`, for the noise schedule of the process."""
-    return build_policy(config.diffusion.policy, process.schedule, process.prediction_type)
+    """The policy of `diffusion.policy`, for the noise schedule of the process.
+
+    On a shifted flow the boundary of `speed` moves with the shift, unless the config places it.
+
+    Warns:
+        UserWarning: see `warn_if_slow`.
+    """
+    policy = with_shifted_boundary(config.diffusion.policy, getattr(process, "shift", 1.0))
+    built = build_policy(policy, process.schedule, process.prediction_type)
+    warn_if_slow(built, process.prediction_type, policy)
+    return built
 
 
 def build_encoder(config: ExperimentConfig, device: torch.device) -> Encoder:

@@ -170,7 +170,8 @@ class TestParts:
     def test_our_draws_are_there_without_any_checkout(self, load: Load, tmp_path: Path) -> None:
         draw_cost = load("draw_cost")
         found = draw_cost.measure(tmp_path, [4], 2)
-        assert list(found[4]) == [f"ours: {name}" for name in draw_cost.POLICIES]
+        learning = [f"ours: {name}, drawn and taught" for name in draw_cost.LEARNING]
+        assert list(found[4]) == [*(f"ours: {name}" for name in draw_cost.POLICIES), *learning]
         assert load("throughput").draw_table(found).splitlines()[3].endswith("| 1.00 |")
 
     def test_latents_are_read_from_images_and_from_their_cache(self, load: Load) -> None:

@@ -6,6 +6,7 @@ of the packages that it replaces to that list, and yields one `Seam` after the o
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -89,7 +90,7 @@ def video_sys(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
         z, none = torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1)
         return host.sample(model, z, {"y": none}, none, torch.device("cpu"), progress=False)
 
-    yield flow.rectified_flow(lambda: rflow(num_sampling_steps=3), sample)
+    yield flow.rectified_flow(partial(rflow, num_sampling_steps=3), sample)
 
 
 def open_sora(version: str) -> Seams:
@@ -111,6 +112,7 @@ def open_sora(version: str) -> Seams:
         yield host
         if version >= "1.2":
             yield open_sora_flow.SpeeDFlowSeam(host)
+            yield open_sora_flow.policy_seam(host)
             yield open_sora_flow.flow_seam(host)
 
     return seams

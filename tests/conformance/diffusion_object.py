@@ -133,7 +133,7 @@ def each_call_is_weighed_by_itself(seam: ObjectSeam) -> None:
 
 
 ObjectSeam.contract = points.COMMON | {
-    1: (on([{"respacing": ""}, {"respacing": "50"}], points.draws_are_seen),),
+    1: (on([{"respacing": ""}, {"respacing": "50"}], points.draws_are_seen), points.data_are_observed),
     2: (*points.COMMON[2], each_call_is_weighed_by_itself),
     4: (on([{"respacing": "5"}], points.sampling_is_untouched),),
     5: (*points.COMMON[5], attributes_reach_the_host),

@@ -3,6 +3,8 @@
 Dims: B batch.
 """
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +24,11 @@ from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.flow_object import attach_flow, policy_for
 from speedit_plugins.launch import DeferredPolicy, Launch
-from speedit_plugins.policies.policy import TimestepDraw
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 NUM_DRAWS = 20_000
+# A policy with a law of its own, which draws in strata.
+LAW = {"type": "spectral_flow", "mean": 0.5}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class FlowSeam(Seam):
         sampler: returns a sample by the host's own sampler, from (host, model).
         shape: of the data, (B, ...).
         sigma_axis: where the model's variance channels are appended; None if it has none.
+        shifted: makes the host's object with its resolution shift; None if it has none.
     """
 
     factory: Callable[[], Any]
@@ -46,6 +51,7 @@ class FlowSeam(Seam):
     sampler: Callable[[Any, Any], Tensor]
     shape: tuple[int, ...]
     sigma_axis: int | None = None
+    shifted: Callable[[], Any] | None = None
 
     def make(self) -> Any:
         return self.factory()
@@ -69,8 +75,14 @@ class FlowSeam(Seam):
         index = (time * len(tables.weight)).long().clamp(max=len(tables.weight) - 1)
         return TimestepDraw(index, time, tables.weight.float()[index], tables.scope)
 
-    def chosen(self, host: Any, model: Any) -> Tensor:
-        return self.drawn(host, POLICY, model).index
+    def chosen(self, host: Any, model: Any) -> Tensor | None:
+        is_thinned = attachment_of(host).policy.is_relative
+        return self.drawn(host, POLICY, model).index if is_thinned else None
+
+    def sees(self, host: Any, draw: TimestepDraw, seen: Tensor) -> bool:
+        # A discrete t is a row, and its time the middle of that row.
+        tolerance = 1e-6 if seen.is_floating_point() else 0.5 / host.num_timesteps + 1e-6
+        return bool(((self.time_of(seen).float() - draw.time).abs() <= tolerance).all())
 
     def hosts_t(self, draw: TimestepDraw, model: Any) -> Tensor:
         t: Tensor = model.seen[-1]
@@ -98,8 +110,16 @@ def transport(factory: Callable[[], Any], sampler: Callable[[Any, Any], Tensor])
     return FlowSeam(factory, replay, lambda t: 1 - t, sampler, (6, 4, 4, 4))
 
 
-def rectified_flow(factory: Callable[[], Any], sampler: Callable[[Any, Any], Tensor]) -> FlowSeam:
-    """The seam of Open-Sora's rectified flow, whose t runs to `num_timesteps` at noise."""
+def rectified_flow(
+    factory: Callable[..., Any], sampler: Callable[[Any, Any], Tensor], *, can_shift: bool = True
+) -> FlowSeam:
+    """The seam of Open-Sora's rectified flow, whose t runs to `num_timesteps` at noise.
+
+    Args:
+        factory: makes it, from further options of the host.
+        sampler: see `FlowSeam`.
+        can_shift: whether the factory takes `use_timestep_transform`.
+    """
 
     def replay(host: Any, model: Any, x: Tensor, t: Tensor, noise: Tensor) -> Any:
         return host.training_losses(model, x, noise=noise, t=t)
@@ -110,7 +130,11 @@ def rectified_flow(factory: Callable[[], Any], sampler: Callable[[Any, Any], Ten
         # A discrete t is a row of the host's table; this is its middle.
         return (t if t.is_floating_point() else t + 0.5) / num_timesteps
 
-    return FlowSeam(factory, replay, time_of, sampler, (6, 4, 2, 4, 4), 1)
+    def shifted() -> Any:
+        return factory(use_timestep_transform=True)
+
+    shape = (6, 4, 2, 4, 4)
+    return FlowSeam(factory, replay, time_of, sampler, shape, 1, shifted if can_shift else None)
 
 
 def weighed_t_is_seen(seam: FlowSeam) -> None:
@@ -128,6 +152,92 @@ def weighed_t_is_seen(seam: FlowSeam) -> None:
     worst = float(((shares - density).abs() / (density * (1 - density) / NUM_DRAWS).sqrt()).max())
     # 4 sigma of a binomial frequency.
     assert worst < 4, f"the t seen are {worst:.1f} sigma off the policy"
+
+
+def law_replaces_the_hosts(seam: FlowSeam) -> None:
+    """Point 1: a policy with a law of its own draws itself, here in strata, and the model sees its draws."""
+    host = with_policy(seam.make(), LAW)
+    model, policy = seam.model(host), attachment_of(host).policy
+    with _recorded(host) as drawn:
+        host.training_losses(model, torch.zeros(seam.shape))
+        host.training_losses(model, torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1])
+    for draw, seen in zip(drawn, model.seen, strict=True):
+        assert seam.sees(host, draw, seen), "the model saw another t"
+        assert torch.equal(draw.weight, policy.weight.float()[draw.index]), "the weight is one of another t"
+        strata = (quantile_of(policy, draw.time) * len(draw.time)).long()
+        # In large batches the rounding of a float32 time moves a few draws into the next stratum.
+        missing = len(draw.time) - len(strata.unique())
+        assert missing <= len(draw.time) / 100, f"{missing} of {len(draw.time)} strata have no draw"
+    _follows(seam, policy, model.seen[-1])
+
+
+def strata_span_the_calls(seam: FlowSeam) -> None:
+    """Point 1: `num_strata` over two training calls; a policy that thins has no effect to give it."""
+    size = seam.shape[0]
+    host = with_policy(seam.make(), "logit_normal", num_strata=2 * size)
+    with _recorded(host) as drawn:
+        for _ in range(2):
+            host.training_losses(seam.model(host), torch.zeros(seam.shape))
+    time = torch.cat([draw.time for draw in drawn])
+    strata = (quantile_of(attachment_of(host).policy, time) * 2 * size).long().sort().values
+    assert strata.tolist() == list(range(2 * size)), f"strata {strata.tolist()}"
+    refused(lambda: with_policy(seam.make(), "speed", num_strata=12), "num_strata has no effect")
+
+
+def law_replaces_the_shift(seam: FlowSeam) -> None:
+    """Point 1: the host's resolution shift is replaced, with one warning; `speed` moves with it."""
+    if seam.shifted is None:
+        return
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        host = with_policy(seam.shifted(), LAW)
+    told = [str(note.message) for note in notes if "use_timestep_transform" in str(note.message)]
+    assert len(told) == 1 and "shift=" in told[0], f"warned {told}"  # noqa: PT018 - one fact
+    _follows(seam, attachment_of(host).policy, _seen_in_megapixels(seam, host))
+    # 1024 x 1024 pixels shift by s = 2, so 1/143 becomes 1/572: t = 1 / (1 + 572^-1/2).
+    first, moved = (1 / (1 + snr**-0.5) for snr in (143.0, 572.0))
+    for policy, boundary in (("speed", moved), ({"type": "speed", "snr_boundary": 1 / 143}, first)):
+        time = seam.time_of(_seen_in_megapixels(seam, with_policy(seam.shifted(), policy)))
+        # Of the host's own draws, u is uniform and s u / (1 + (s - 1) u) is past the boundary.
+        before = 1 - boundary / (2 - boundary)
+        after = before / 5 / (1 - before + before / 5)
+        share = float((time > boundary).double().mean())
+        # 4 sigma of a binomial frequency, and the bin of 1,000 in which the boundary is.
+        margin = 4 * (after * (1 - after) / len(time)) ** 0.5 + 0.001
+        assert abs(share - after) < margin, f"{policy}: {share:.4f} past {boundary:.3f}, wanted {after:.4f}"
+
+
+def quantile_of(policy: TimestepPolicy, time: Tensor) -> Tensor:
+    """The probability float64 (B,) that a draw of the policy is below these times."""
+    T = len(policy.density)
+    position = time.double() * T
+    index = position.long().clamp(max=T - 1)
+    upper = policy.density.cumsum(0)
+    below = upper[index] - policy.density[index]
+    return (below + (position - index).clamp(0, 1) * policy.density[index]).clamp(0, 1 - 1e-12)
+
+
+def _follows(seam: FlowSeam, policy: TimestepPolicy, seen: Tensor) -> None:
+    """Raises AssertionError unless the t seen have the policy's share of draws in each tenth of the time.
+
+    One draw comes from each of B strata, so a share is exact up to the strata at both ends of its tenth.
+    """
+    density = policy.density.view(10, -1).sum(1)
+    counts = torch.bincount((seam.time_of(seen).float() * 10).long().clamp(max=9), minlength=10)
+    worst = float((counts - density * len(seen)).abs().max())
+    # A time on the edge of two tenths may round to either side.
+    assert worst <= 2 + 1e-3 * len(seen) / 10, f"a tenth of the time has {worst:.1f} draws too many or few"
+
+
+def _seen_in_megapixels(seam: FlowSeam, host: Any) -> Tensor:
+    """The t of one large batch of images of 1024 x 1024 pixels."""
+    sides = {name: torch.full((NUM_DRAWS,), 1024.0) for name in ("height", "width")}
+    names = inspect.signature(type(seam.make()).training_losses).parameters
+    name = "model_args" if "model_args" in names else "model_kwargs"
+    model, x = seam.model(host), torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1, :1]
+    host.training_losses(model, x, **{name: {**sides, "num_frames": torch.ones(NUM_DRAWS)}})
+    seen: Tensor = model.seen[-1]
+    return seen
 
 
 def members_are_the_hosts(seam: FlowSeam) -> None:
@@ -161,7 +271,13 @@ def bfloat16_keeps_the_law(seam: FlowSeam) -> None:
 
 
 FlowSeam.contract = points.COMMON | {
-    1: (weighed_t_is_seen,),
+    1: (
+        weighed_t_is_seen,
+        law_replaces_the_hosts,
+        strata_span_the_calls,
+        law_replaces_the_shift,
+        points.data_are_observed,
+    ),
     5: (*points.COMMON[5], members_are_the_hosts),
     6: (missing_seam_is_refused,),
     8: (points.wrapped_models_train_alike, bfloat16_keeps_the_law),

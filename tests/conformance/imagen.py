@@ -104,6 +104,9 @@ class ImagenSeam(Seam):
     def policy(self, name: Any = POLICY) -> TimestepPolicy:
         return build_policy(name, schedule_of_unet(self.make().noise_schedulers[0]))
 
+    def as_the_model_sees(self, x: Tensor) -> Tensor:
+        return 2 * x.detach() - 1
+
     def hosts_t(self, draw: TimestepDraw, model: Any) -> Tensor:
         return draw.time
 
@@ -194,7 +197,11 @@ OBJECTIVES = [{"options": {"pred_objectives": name}} for name in ("noise", "v", 
 # A policy without weights leaves the host's own Min-SNR on.
 MIN_SNR = [{"options": {"min_snr_loss_weight": is_on}} for is_on in (False, True)]
 ImagenSeam.contract = points.COMMON | {
-    1: (on(OBJECTIVES, points.draws_are_seen), on(OBJECTIVES, forward_takes_our_times)),
+    1: (
+        points.data_are_observed,
+        on(OBJECTIVES, points.draws_are_seen),
+        on(OBJECTIVES, forward_takes_our_times),
+    ),
     3: (on(MIN_SNR, points.uniform_is_the_host), points.evaluations_are_the_hosts),
     5: (points.object_is_the_hosts, members_are_the_hosts),
     6: (missing_seam_is_refused,),

@@ -147,7 +147,12 @@ def missing_seam_is_refused(seam: MmagicSeam) -> None:
 # All of them are sampled.
 FEW = [{"options": {"num_train_timesteps": 20, "variance_type": "fixed_large"}, "num_steps": 20}]
 MmagicSeam.contract = points.COMMON | {
-    1: (points.draws_are_seen, noised_sample_is_ddpms, host_leaves_the_draw_to_the_loss),
+    1: (
+        points.draws_are_seen,
+        points.data_are_observed,
+        noised_sample_is_ddpms,
+        host_leaves_the_draw_to_the_loss,
+    ),
     3: (points.uniform_is_the_host, plain_loss_is_the_mean),
     4: (on([{}, *FEW], points.sampling_is_untouched),),
     5: (*points.COMMON[5], on(FEW, members_are_the_hosts)),

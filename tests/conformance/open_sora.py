@@ -272,7 +272,12 @@ RESPACED = [{"options": options} for options in ({}, {"timestep_respacing": "100
 # As in the host's inference configs.
 SAMPLING = [{"options": {"num_sampling_steps": 5}}]
 OpenSoraSeam.contract = points.COMMON | {
-    1: (on(RESPACED, points.draws_are_seen), model_gets_its_arguments, seen_t_follows_the_policy),
+    1: (
+        on(RESPACED, points.draws_are_seen),
+        points.data_are_observed,
+        model_gets_its_arguments,
+        seen_t_follows_the_policy,
+    ),
     2: (
         on(masks, points.loss_is_weighted),
         weight_is_one_minus_alpha_bar,

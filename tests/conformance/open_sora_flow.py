@@ -7,7 +7,8 @@ Dims: B batch.
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from conformance.flow import FlowSeam, rectified_flow
 from conformance.models import SmallModel
 from conformance.open_sora import OpenSoraSeam
 from conformance.points import refused
-from conformance.seam import Batch, Seam, Terms, new_process
+from conformance.seam import POLICY, Batch, Seam, Terms, new_process
 from conformance.whole_training import seeds_kept
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
 from speedit_plugins.policies.policy import TimestepDraw
 
@@ -78,18 +80,45 @@ class SpeeDFlowSeam(Seam):
         sides = {name: torch.full((n,), 1024.0) for name in ("height", "width")}
         return self.arguments(**sides, num_frames=torch.ones(n))
 
-    def share_past_boundary(self, n: int = 20_000, **options: Any) -> float:
+    def share_past_boundary(self, n: int = 20_000, *, boundary: float = BOUNDARY, **options: Any) -> float:
         """How often a late t reaches the model."""
         x = torch.zeros(n, 4, 1, 1, 1, dtype=torch.float32)
         _, model = self.step(self.attached(**options), x=x, **self.pixels(n))
-        return float((model.seen[0] > 1000 * BOUNDARY).double().mean())
+        return float((model.seen[0] > 1000 * boundary).double().mean())
 
 
 def flow_seam(host: OpenSoraSeam) -> FlowSeam:
     """The host's own rectified flow, as `with_policy` takes it."""
     return rectified_flow(
-        lambda: host.build("rflow", num_sampling_steps=3), lambda flow, _: host.sample(flow)
+        partial(host.build, "rflow", num_sampling_steps=3), lambda flow, _: host.sample(flow)
     )
+
+
+def policy_seam(host: OpenSoraSeam) -> FlowSeam:
+    """The seam of `SpeeDFlow` with a policy."""
+    return replace(_PolicySeam(**vars(flow_seam(host))), host=host)
+
+
+@dataclass(frozen=True)
+class _PolicySeam(FlowSeam):
+    """A rectified flow that gets its policy from the host's registry.
+
+    Args:
+        host: the imported host.
+    """
+
+    host: Any = None
+
+    def attached(self, policy: Any = POLICY, generator: Any = None) -> Any:
+        made = self.host.build("SpeeDFlow", num_sampling_steps=3, policy=policy)
+        attachment_of(made).stream = DrawStream(generator)
+        return made
+
+    def idle(self) -> Any:
+        return self.attached()
+
+    def is_unused(self, host: Any) -> bool:
+        return self.is_idle(host)
 
 
 def convergence_area_is_k_times_rarer(seam: SpeeDFlowSeam) -> None:
@@ -101,8 +130,10 @@ def convergence_area_is_k_times_rarer(seam: SpeeDFlowSeam) -> None:
         (1 - BOUNDARY, {}),
         (0.077, {"use_discrete_timesteps": True}),
         (normal, {"sample_method": "logit-normal"}),
-        # 1024 x 1024 pixels shift by s = 2: s t / (1 + (s - 1) t) is past the boundary.
-        (1 - BOUNDARY / (2 - BOUNDARY), {"use_timestep_transform": True}),
+        # 1024 x 1024 pixels shift by s = 2: s t / (1 + (s - 1) t). The boundary moves in the same way.
+        (1 - BOUNDARY, {"use_timestep_transform": True, "boundary": 2 * BOUNDARY / (1 + BOUNDARY)}),
+        # Unless it is given: then s t / (1 + (s - 1) t) is past it.
+        (1 - BOUNDARY / (2 - BOUNDARY), {"use_timestep_transform": True, "snr_boundary": 1 / 143}),
     ]
     n = 20_000
     for before, options in cases:
@@ -184,8 +215,9 @@ def bad_options_are_refused(seam: SpeeDFlowSeam) -> None:
         ({"lam": 5.0}, "lam in"),
         ({"lam": "off"}, "'auto'"),
         ({"snr_boundary": 0.0}, "SNR boundary"),
+        ({"policy": "speed", "k": 5.0, "lam": None}, "got k and lam beside a policy"),
     ):
-        refused(lambda options=options: seam.attached(**options), message)
+        refused(lambda options=options: seam.host.build("SpeeDFlow", **options), message)
     refused(lambda: seam.step(seam.attached(), weights=torch.ones(1000)), "has its own")
 
 

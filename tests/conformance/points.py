@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from conformance.environments import default_dtype, wrapped_models
 from conformance.seam import (
@@ -42,6 +44,7 @@ from conformance.seam import (
 from conformance.whole_training import ranks_draw_differently, recomputation_is_one_call, training_holds
 from speedit_plugins.hosts.attachment import attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.entry import with_policy
+from speedit_plugins.policies.policy import TimestepPolicy
 
 PRECISIONS = ((torch.float32, 2e-7), (torch.float64, 1e-12))
 # One of 1,000 timesteps is missed with probability (1 - 1/1000)^12000 = 6e-6. On average 0.006 are missed.
@@ -89,6 +92,32 @@ def draws_are_seen(seam: Seam) -> None:
     assert len(seen) == seam.num_losses, f"the model was called {len(seen)} times"
     for t in seen:
         assert seam.sees(step.host, step.draw, t), f"drew {step.draw.index}, the model saw {t}"
+
+
+def data_are_observed(seam: Seam) -> None:
+    """Point 1: the policy sees the data of every training step once, as the model does, and no others.
+
+    Not those of a validation, and not again what a checkpoint computes again.
+    """
+    host, observed = seam.attached(), list[Tensor]()
+    model, (x, noise) = seam.model(host), seam.batch()
+    batches = [((1 - 0.1 * step) * x, noise) for step in range(3)]
+    with mock.patch.object(TimestepPolicy, "observe", lambda _, data: observed.append(data)):
+        for number, batch in enumerate(batches, start=1):
+            seam.train(host, model, batch)
+            with torch.no_grad():
+                seam.train(host, model, (2 * x, noise))
+            assert len(observed) == number, f"{len(observed)} batches observed in {number} steps"
+        if seam.draws_in_the_call:
+            batches.append((x.clone().requires_grad_(), noise))
+            loss = checkpoint(
+                lambda x: seam.train(host, model, (x, noise)).loss.sum(), batches[3][0], use_reentrant=False
+            )
+            loss.backward()
+            assert len(observed) == 4, f"{len(observed) - 3} batches observed in a checkpoint, wanted one"
+    for found, batch in zip(observed, batches, strict=True):
+        assert not found.requires_grad, "the observed data have a gradient"
+        assert torch.equal(found, seam.as_the_model_sees(batch[0])), "the policy observed other data"
 
 
 def loss_is_weighted(seam: Seam) -> None:
@@ -140,7 +169,7 @@ def evaluations_are_the_hosts(seam: Seam) -> None:
 
 def random_numbers_are_the_hosts(seam: Seam) -> None:
     """Point 3: after training steps the global generator is where it would be, so the noise is the host's."""
-    for policy in ("uniform", POLICY):
+    for policy in ("uniform", POLICY, "logit_normal"):
         states = []
         for host in (seam.make(), seam.attached(policy)):
             torch.manual_seed(3)
@@ -243,7 +272,7 @@ def same(ours: Terms, theirs: Terms, what: str = "") -> None:
 
 
 COMMON: dict[int, tuple[Check, ...]] = {
-    1: (draws_are_seen,),
+    1: (draws_are_seen, data_are_observed),
     2: (loss_is_weighted,),
     3: (uniform_is_the_host, evaluations_are_the_hosts, random_numbers_are_the_hosts),
     4: (sampling_is_untouched,),

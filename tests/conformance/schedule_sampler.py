@@ -92,7 +92,7 @@ def evaluations_are_uniform(seam: SamplerSeam) -> None:
 
 
 SamplerSeam.contract = points.COMMON | {
-    1: (points.draws_are_seen, sampler_gives_the_policys_t),
+    1: (points.draws_are_seen, points.data_are_observed, sampler_gives_the_policys_t),
     3: (points.uniform_is_the_host, evaluations_are_uniform),
     4: (on([{"respacing": "5"}], points.sampling_is_untouched),),
     5: (sampler_is_the_hosts,),

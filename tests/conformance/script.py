@@ -217,7 +217,7 @@ STATING_V = [{"prediction_type": "v_prediction"}]
 # A policy without weights leaves the script's own Min-SNR on.
 MIN_SNR: list[dict[str, Any]] = [{"snr_gamma": None}, {"snr_gamma": 5.0}]
 ScriptSeam.contract = points.COMMON | {
-    1: (points.draws_are_seen, every_step_is_watched),
+    1: (points.draws_are_seen, points.data_are_observed, every_step_is_watched),
     2: (on(STATING_V, points.loss_is_weighted),),
     3: (
         on(MIN_SNR, points.uniform_is_the_host),

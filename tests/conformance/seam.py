@@ -119,6 +119,10 @@ class Seam(ABC):
         """The draw that a step should have had: from a policy of our own and the same seed."""
         return self.policy(policy).draw(self.shape[0], generator=seeded())
 
+    def as_the_model_sees(self, x: Tensor) -> Tensor:
+        """The data of a batch, without their gradient, as the host noises them."""
+        return x.detach()
+
     def hosts_t(self, draw: TimestepDraw, model: Any) -> Tensor:
         """The t (B,) at which the host trains for a draw."""
         return draw.index

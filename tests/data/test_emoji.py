@@ -134,7 +134,8 @@ class TestTool:
         assert build_emoji.caption_of("flag: Côte d’Ivoire") == "flag: cote d'ivoire"
         assert build_emoji.caption_of("Japanese “here” button") == 'japanese "here" button'
 
-    def test_images_and_names_are_matched_in_unicode_order(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("vendor", ["twitter", "google"])
+    def test_images_and_names_are_matched_in_unicode_order(self, tmp_path: Path, vendor: str) -> None:
         names = [
             {"hexcode": "2764", "label": "red heart"},
             {"hexcode": "1F600", "label": "grinning face"},
@@ -147,11 +148,12 @@ class TestTool:
         package = tmp_path / "package.tgz"
         with tarfile.open(package, "w:gz") as archive:
             _add(archive, "package/en/compact.json", json.dumps(names).encode())
-            _add(archive, "package/img/twitter/64/1f600.png", _png("yellow"))
-            _add(archive, "package/img/twitter/64/2764-fe0f.png", _png("red"))
+            _add(archive, f"package/img/{vendor}/64/1f600.png", _png("yellow"))
+            _add(archive, f"package/img/{vendor}/64/2764-fe0f.png", _png("red"))
             _add(archive, "package/emoji.json", json.dumps(emoji).encode())
         with tarfile.open(package) as archive:
-            images, captions = build_emoji.read_images(archive, build_emoji.read_names(archive))
+            names_of = build_emoji.read_names(archive)
+            images, captions = build_emoji.read_images(archive, names_of, vendor=vendor)
         assert captions == ["grinning face", "red heart"]
         assert images[:, 5, 5].tolist() == [[255, 255, 0], [255, 0, 0]]
 
@@ -178,7 +180,7 @@ class TestTool:
             _add(archive, "package/en/compact.json", b"[]")
         monkeypatch.setattr(build_emoji, "check_package", lambda path, sha256: None)
         images = np.zeros((1, 32, 32, 3), np.uint8)
-        monkeypatch.setattr(build_emoji, "read_images", lambda package, names: (images, ["a heart"]))
+        monkeypatch.setattr(build_emoji, "read_images", lambda package, names, vendor: (images, ["a heart"]))
         assert build_emoji.build(package, package, output) == 1
         with np.load(output) as found:
             assert np.array_equal(found["images"], images)

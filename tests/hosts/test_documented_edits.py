@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.flow import FlowThinning
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
@@ -97,17 +98,17 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
     (tmp_path / path).write_bytes((host / path).read_bytes())
     subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
     text = (tmp_path / path).read_text()
-    edited = next(line for line in text.splitlines() if "FlowThinning()" in line)
-    names: dict[str, Any] = {
-        "torch": torch,
-        "FlowThinning": FlowThinning,
-        "time_shift": function_of(host / "opensora/utils/sampling.py", "time_shift"),
-        **{"shift_alpha": 3.0, "bs": N, "device": "cpu", "dtype": torch.float32},
-    }
-    torch.manual_seed(0)
-    exec(edited.strip(), names)
-    before = names["time_shift"](3.0, torch.sigmoid(torch.randn(N)))
-    assert is_thinned(before > BOUNDARY, names["t"] > BOUNDARY)
+    added = [line[1:].strip() for line in patch.splitlines() if line.startswith("+") and line[1:2] != "+"]
+    assert all(text.count(line) == 1 for line in added)
+    # The host's own draw stays before ours, and its shift is gone.
+    assert "t = torch.sigmoid(torch.randn((bs), device=device))\n        t = draws" in text
+    names: dict[str, Any] = {"t": torch.rand(N), "x_0": torch.zeros(N, 1), "dtype": torch.float32}
+    exec("\n".join(added), names)
+    policy = names["draws"].policy
+    assert policy.num_steps == 1
+    # Draws are stratified over the batch: a share is exact to a draw or two.
+    assert abs(float((names["t"] > 0.6).double().mean()) - float(policy.density[600:].sum())) < 1e-4
+    assert bool((policy.weight == 1).all())
 
 
 @pytest.mark.hosts
@@ -135,13 +136,13 @@ def test_the_line_of_flow_matching() -> None:
     names["flow"] = FlowThinning(k=5, lam=0.6)
     exec(loss, names)
     assert torch.allclose(names["loss"], names["flow"].weight(1 - t).mean())
-    # Any other policy draws for itself: the same draw, seen from the other end of the time.
-    torch.manual_seed(3)
+    # A policy with a law of its own draws for itself, seen from the other end of the time.
     exec(other, names)
-    policy = build_policy("speedit", NoiseSchedule.rectified_flow(1000), "flow")
-    wanted = policy.draw(N, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(names["t"], 1 - wanted.time)
-    assert torch.equal(names["draw"].weight, wanted.weight)
+    assert torch.equal(names["t"], 1 - names["draw"].time)
+    policy = build_policy("logit_normal", NoiseSchedule.rectified_flow(1000), "flow")
+    late = float(policy.density[700:].sum())
+    share = float((names["t"] < 0.3).double().mean())
+    assert abs(share - late) < 4 * (late * (1 - late) / N) ** 0.5
 
 
 @pytest.mark.hosts
@@ -172,6 +173,14 @@ def test_the_lines_of_one_trainer(monkeypatch: pytest.MonkeyPatch, shift: float)
         fixed = mixin._get_timestep_discrete(None, 1000, True, generator, N, settings)
     finally:
         mixin._get_timestep_discrete = host_draw
+    # A policy's own law: the two pieces of code in the text below the block.
+    page = (INTEGRATIONS / "one_trainer" / "README.md").read_text(encoding="utf-8")
+    once, row = re.findall(r"`(draws[ .][^`]*)`", page)
+    made = {"Attachment": Attachment, "build_policy": build_policy, "NoiseSchedule": NoiseSchedule}
+    exec(f"{once}\nrows = {row}", made | {"draw": lambda: t}, names)
+    rows = names["rows"]
+    assert rows.dtype == t.dtype
+    assert int(rows.max()) < 1000
     before = host_draw(None, 1000, False, generator, N, settings)
     assert is_thinned(before / 1000 > BOUNDARY, t / 1000 > BOUNDARY)
     assert fixed.tolist() == [499]

@@ -1,10 +1,12 @@
 """Flow objects: the contract on stand-ins, and what is refused."""
 
+import warnings
 from typing import Any
 
 import conformance.flow as flow_seams
 import pytest
 import torch
+from conformance.flow import LAW
 from conformance.models import SmallModel
 from conformance.points import check
 from flow_standins import (
@@ -21,6 +23,7 @@ from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.flow import draw_by_rejection
 from speedit_plugins.hosts.flow_object import flow_prediction_type, policy_for
+from speedit_plugins.policies.policy import TimestepPolicy
 
 IMAGES = torch.zeros(6, 4, 4, 4)
 VIDEOS = torch.zeros(6, 4, 2, 4, 4)
@@ -103,6 +106,101 @@ class TestWhatTheHostKeeps:
         # The slope of the weight is at most 0.43 per unit of time, and a bin is 0.001 wide.
         assert float((weight[(time - 0.5).abs() < 0.01] - 0.6).abs().max()) < 0.01
         assert float(weight[time < 0.01].max()) < 0.41
+
+
+class Clipped(Transport):
+    """Trains on t in [0.1, 0.8], as a transport does where its loss is not finite at the ends."""
+
+    train_eps, sample_eps = 0.1, None
+
+    def check_interval(self, train_eps: float, sample_eps: Any) -> tuple[float, float]:
+        return train_eps, 0.8
+
+    def sample(self, x1: torch.Tensor, sp_timesteps: Any = None) -> Any:
+        t, *others = super().sample(x1, sp_timesteps)
+        return 0.1 + 0.7 * t, *others
+
+
+class Shifted(Transport):
+    """LightningDiT's shifted logit-normal draw, whose t = 1 is data."""
+
+    shift_lg = use_lognorm = True
+    mu = -2.0
+
+    def sample(self, x1: torch.Tensor, sp_timesteps: Any = None, shifted_mu: float = 0.0) -> Any:
+        return torch.sigmoid(torch.randn(len(x1)) + shifted_mu).to(x1), torch.randn_like(x1), x1
+
+    def training_losses(self, model: Any, x1: torch.Tensor, *_: Any, **__: Any) -> Any:
+        t, x0, x1 = self.sample(x1, None, self.mu)
+        return {"loss": (model(x1, t) - x0).square().flatten(1).mean(1)}
+
+
+class TestAPolicyWithALawOfItsOwn:
+    def test_it_stays_in_the_interval_on_which_the_host_trains(self) -> None:
+        host, model = with_policy(Clipped(ModelType.NOISE), LAW), SmallModel(None)
+        host.training_losses(model, torch.zeros(20_000, 4, 1, 1))
+        policy, t = attachment_of(host).policy, model.seen[0]
+        assert 0.1 <= float(t.min()) < 0.11
+        assert 0.79 < float(t.max()) <= 0.8
+        # The rows of the policy are the noise levels of that interval, 0 is clean.
+        assert policy.schedule.alpha[[0, -1]].tolist() == pytest.approx([0.79965, 0.10035])
+        # 20,000 strata: the share of draws up to a row is exact to a draw or two.
+        share = float((t > 0.8 - 0.7 * 0.4).double().mean())
+        assert share == pytest.approx(float(policy.density[:400].sum()), abs=1e-3)
+
+    def test_thinned_draws_have_the_same_clock(self) -> None:
+        host, model = with_policy(Clipped(), "speed"), SmallModel(None)
+        host.training_losses(model, torch.zeros(20_000, 4, 1, 1))
+        # SNR 1/143 is t = 0.0772, which this host never draws: nothing is thinned.
+        assert float((model.seen[0] < 0.2).double().mean()) == pytest.approx(1 / 7, abs=0.01)
+
+    @pytest.mark.parametrize(
+        ("host", "told"),
+        [
+            (RectifiedFlow(use_timestep_transform=True), r"resolution shift \(use_timestep_transform\)"),
+            (RectifiedFlow(sample_method="logit-normal"), r"logit-normal draw \(sample_method\)"),
+            (Shifted(), r"logit-normal draw \(use_lognorm\) and the shift of it \(shift_lg\)"),
+        ],
+    )
+    def test_one_warning_says_what_it_replaces(self, host: Any, told: str) -> None:
+        with pytest.warns(
+            UserWarning, match=f"law of 'logit_normal' replaces the {told} of.* shift="
+        ) as notes:
+            with_policy(host, "logit_normal")
+        assert len(notes) == 1
+
+    def test_a_uniform_host_is_not_warned_about(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with_policy(Transport(), LAW)
+            with_policy(RectifiedFlow(), LAW)
+            with_policy(RectifiedFlow(use_timestep_transform=True), "uniform")
+
+    def test_bfloat16_data_get_a_t_of_their_dtype(self) -> None:
+        host, model = with_policy(Transport(), LAW), SmallModel(None).bfloat16()
+        host.training_losses(model, IMAGES.bfloat16())["loss"].sum().backward()
+        assert model.seen[0].dtype == torch.bfloat16
+
+    def test_data_that_a_policy_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TimestepPolicy, "needs_data", True)
+        host = with_policy(Transport(), LAW)
+        host.training_losses(SmallModel(None), IMAGES)
+        with pytest.raises(
+            ValueError, match="'spectral_flow' needs the data of each batch, and they are not"
+        ):
+            attachment_of(host).draw(torch.zeros(4))
+
+
+def test_speed_moves_its_boundary_with_a_shifted_logit_normal() -> None:
+    # The mean of logit(time) is 2: logit(0.9228) = 2.481 is 0.481 above it, with 0.315 of the draws past it.
+    # Thinned there, 0.0844 would be left; the moved boundary is at 4.481, past which nearly nothing is drawn.
+    shares = []
+    for policy in ("speed", {"type": "speed", "snr_boundary": 1 / 143}):
+        host, model = with_policy(Shifted(), policy), SmallModel(None)
+        host.training_losses(model, torch.zeros(20_000, 4, 1, 1))
+        shares.append(float((model.seen[0] < 1 - 0.9228).double().mean()))
+    # 4 sigma of a binomial frequency is 0.013.
+    assert shares == pytest.approx([0.315, 0.0844], abs=0.014)
 
 
 class TestPredictionType:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.flow_script import FlowScript
+from speedit_plugins.policies.policy import TimestepPolicy
 
 T = 1000
 ROWS = torch.arange(8)
@@ -115,6 +116,35 @@ def test_every_part_has_the_weights_of_the_draw_and_teaches_the_policy() -> None
     assert copy.policy.num_steps == 1
     with pytest.raises(ValueError, match="policy state needs policy 'speed'"):
         seam("speed").load_state_dict(drawing.state_dict())
+
+
+def test_the_boundary_of_speed_moves_with_the_schedulers_shift() -> None:
+    # Rows are shifted draws: 923 of 1,000 are before the moved boundary, 799 before a fixed one.
+    for policy, wanted in (("speed", 923), ({"type": "speed", "snr_boundary": 1 / 143}, 799)):
+        assert abs((seam(policy).policy.boundary_index or 0) - wanted) <= 1
+    # A dynamic shift is one of sampling: the table has none.
+    dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    policy = FlowScript("speed", dynamic, prediction_type="flow").policy
+    assert abs((policy.boundary_index or 0) - 923) <= 1
+
+
+def test_the_policy_observes_the_data_of_training_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, observed, data = seam("logit_normal"), list[Tensor](), torch.randn(8, 4)
+    monkeypatch.setattr(drawing.policy, "observe", observed.append)
+    drawing.indices(ROWS, data.clone().requires_grad_())
+    with torch.no_grad():
+        drawing.indices(ROWS, 2 * data)
+    drawing.indices(ROWS)
+    assert len(observed) == 1
+    assert torch.equal(observed[0], data)
+    monkeypatch.setattr(TimestepPolicy, "needs_data", True)
+    with pytest.raises(ValueError, match="'logit_normal' needs the data of each batch"):
+        drawing.indices(ROWS)
+
+
+def test_a_policy_of_noise_prediction_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="'speedit' was made for a model of noise. On a rectified flow"):
+        seam("speedit")
 
 
 def test_min_snr_is_one_loss_for_both_targets() -> None:

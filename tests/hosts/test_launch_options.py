@@ -18,17 +18,40 @@ PARTS = {"density": "logit_normal", "weighting": {"type": "p2", "gamma": 0.5}}
 @pytest.mark.parametrize(
     ("policy", "settings", "config"),
     [
-        (None, [], {"type": "speedit"}),
-        (None, ["k=2"], {"type": "speedit", "k": 2}),
+        (None, [], {"type": "recommended"}),
+        (None, ["k=2"], {"type": "recommended", "k": 2}),
         ("speed", ["k=3", "weighting=constant"], {"type": "speed", "k": 3, "weighting": "constant"}),
         (None, ["density=uniform", "weighting=p2"], {"density": "uniform", "weighting": "p2"}),
-        (None, ["weighting=p2"], {"type": "speedit", "weighting": "p2"}),
+        (None, ["weighting=p2"], {"type": "recommended", "weighting": "p2"}),
         ("speedit", ["weighting.gamma=2"], {"type": "speedit", "weighting": {"gamma": 2}}),
         (None, ["weighting=min_snr", "weighting.gamma=2", "density=uniform"], None),
         (json.dumps(PARTS), [], PARTS),
         (json.dumps(PARTS), ["weighting.gamma=0.1"], {**PARTS, "weighting": {"type": "p2", "gamma": 0.1}}),
         ("{type: speed, k: 3}", ["lam=0.7"], {"type": "speed", "k": 3, "lam": 0.7}),
         ("p2", ['weighting={"type": "p2"}'], {"type": "p2", "weighting": {"type": "p2"}}),
+        (
+            "logit_normal",
+            ["shift=3", "window=[0.1, 0.9]"],
+            {"type": "logit_normal", "shift": 3, "window": [0.1, 0.9]},
+        ),
+        (
+            "logit_normal",
+            ["shift.type=pixels", "shift.base=64"],
+            {"type": "logit_normal", "shift": {"type": "pixels", "base": 64}},
+        ),
+        (
+            None,
+            [
+                "weighting=constant",
+                "density.type=stages",
+                "density.laws=[logit_normal, uniform]",
+                "density.until=[9]",
+            ],
+            {
+                "density": {"type": "stages", "laws": ["logit_normal", "uniform"], "until": [9]},
+                "weighting": "constant",
+            },
+        ),
         ("speed", ["tau=null", "stratified=true"], {"type": "speed", "tau": None, "stratified": True}),
     ],
 )
@@ -148,7 +171,7 @@ class TestErrors:
             f"{script} has no seam: looked for diffusion.create_diffusion (DiT, fast-DiT, Latte)" in printed
         )
         assert "masked_diffusion.resample" in printed
-        assert "\n    policy = build_policy('speedit', " in printed
+        assert "\n    policy = build_policy('recommended', " in printed
 
     def test_every_rank_has_the_error_and_rank_0_what_to_do(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

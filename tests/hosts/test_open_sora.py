@@ -10,7 +10,8 @@ import pytest
 import torch
 from conformance.models import SmallModel
 from conformance.open_sora import OpenSoraSeam
-from conformance.open_sora_flow import SpeeDFlowSeam
+from conformance.open_sora_flow import SpeeDFlowSeam, policy_seam
+from conformance.points import check
 from open_sora_standin import VERSIONS, installed
 
 
@@ -26,18 +27,22 @@ def flow_host(request: pytest.FixtureRequest) -> Iterator[OpenSoraSeam]:
         yield OpenSoraSeam(request.param)
 
 
-CHECKS = [check for checks in OpenSoraSeam.contract.values() for check in checks]
-FLOW_CHECKS = [check for checks in SpeeDFlowSeam.contract.values() for check in checks]
+CHECKS = [each for checks in OpenSoraSeam.contract.values() for each in checks]
+FLOW_CHECKS = [each for checks in SpeeDFlowSeam.contract.values() for each in checks]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check: Any, host: OpenSoraSeam) -> None:
-    check(host)
+@pytest.mark.parametrize("holds", CHECKS, ids=lambda each: each.__name__)
+def test_contract(holds: Any, host: OpenSoraSeam) -> None:
+    holds(host)
 
 
-@pytest.mark.parametrize("check", FLOW_CHECKS, ids=lambda check: check.__name__)
-def test_flow_contract(check: Any, flow_host: OpenSoraSeam) -> None:
-    check(SpeeDFlowSeam(flow_host))
+@pytest.mark.parametrize("holds", FLOW_CHECKS, ids=lambda each: each.__name__)
+def test_flow_contract(holds: Any, flow_host: OpenSoraSeam) -> None:
+    holds(SpeeDFlowSeam(flow_host))
+
+
+def test_flow_contract_with_a_policy(flow_host: OpenSoraSeam) -> None:
+    assert check(policy_seam(flow_host)) == list(range(1, 12))
 
 
 def test_needs_an_open_sora_with_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:

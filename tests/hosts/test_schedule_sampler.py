@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.entry import with_policy, without_policy
 from speedit_plugins.hosts.schedule_sampler import built_in_weights, schedule_sampler
+from speedit_plugins.policies.policy import TimestepPolicy
 
 
 def model(x: Tensor, t: Tensor, **_: Any) -> Tensor:
@@ -68,6 +69,12 @@ class TestSample:
 
 
 class TestRefusals:
+    def test_data_for_a_policy_that_weighs_the_whole_loss(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TimestepPolicy, "needs_data", True)
+        schedule_sampler(create(), "uniform")
+        with pytest.raises(ValueError, match="only for a policy of scope 'mse'"):
+            schedule_sampler(create(), dict(density="uniform", weighting="constant", scope="loss"))
+
     def test_a_redrawing_policy(self) -> None:
         diffusion = with_policy(create(), "speedit")
         with pytest.raises(ValueError, match="SpacedDiffusion has a policy already"):

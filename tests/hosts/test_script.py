@@ -19,6 +19,7 @@ from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepPolicy
 
 DRAW = "timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=device)\n"
 LOSS = "loss = F.mse_loss(prediction.float(), target.float(), reduction='mean')\n"
@@ -247,6 +248,18 @@ def test_the_policy_is_told_of_once() -> None:
 
 
 class TestWatchedScheduler:
+    def test_a_policy_that_needs_data_and_sees_none_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TimestepPolicy, "needs_data", True)
+        drawing, scheduler = seam("uniform"), diffusers.DDPMScheduler()
+        x = torch.zeros(4, 2)
+        for _ in range(10):
+            t = drawing.timesteps(scheduler, 4)
+            scheduler.add_noise(x, x, t)
+        for _ in range(8):
+            drawing.timesteps(scheduler, 4)
+        with pytest.raises(ValueError, match="8 draws passed without a call of .*add_noise"):
+            drawing.timesteps(scheduler, 4)
+
     def test_a_copy_made_between_draw_and_noising_is_the_hosts(self) -> None:
         scheduler = diffusers.DDPMScheduler()
         index = seam().timesteps(scheduler, 4)

@@ -26,6 +26,17 @@ def test_every_config_builds_on_the_meta_device(path: Path) -> None:
     assert policy.schedule is process.schedule
 
 
+@pytest.mark.filterwarnings("ignore:'speed' was made for a model of noise")
+def test_the_boundary_of_speed_moves_with_the_shift_of_a_flow() -> None:
+    path = "configs/text_to_image/emoji.yaml"
+    for policy, wanted in (("{type: speed}", 923), (f"{{type: speed, snr_boundary: {1 / 143}}}", 799)):
+        flow = f"diffusion={{type: RectifiedFlow, shift: 3.0, policy: {policy}}}"
+        config = load_config(path, "train", [flow])
+        built = build.build_timestep_policy(config, build.build_process(config, respaced=True))
+        # Of uniform draws 0.923 are before SNR 1/143, with shift 3 still 0.799.
+        assert abs((built.boundary_index or 0) - wanted) <= 1
+
+
 def test_a_registry_imports_its_modules_on_first_use() -> None:
     with torch.device("meta"):
         model = MODELS.module_dict["DiT-XL/2"](input_size=32, num_classes=1000)

@@ -77,7 +77,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.step,
         "loader": trainer.loader.state_dict(),
         "next_batch": next(trainer.loader),
-        "next_timesteps": trainer._draw_timesteps().index,
+        "next_timesteps": trainer.policy.draw_at(trainer._draw_quantiles()).index,
     }
 
 

@@ -18,6 +18,7 @@ from policy_cases import (
     generator,
     schedules,
     teach,
+    teach_falling,
 )
 from torch import Tensor
 from torch.testing import assert_close
@@ -240,7 +241,7 @@ def test_copies_draw_alike_and_learn_apart(name: str, duplicate: Any) -> None:
     other = duplicate(policy)
     assert_same_draw(policy.draw(32, generator=generator(0)), other.draw(32, generator=generator(0)))
     before = policy.density.clone()
-    teach(other, torch.arange(1.0, 7.0))
+    teach_falling(other, torch.arange(1.0, 7.0))
     other.advance(30_000)
     assert torch.equal(policy.density, before)
     assert torch.equal(other.density, before) == (name not in ADAPTIVE)
@@ -276,10 +277,10 @@ def test_a_policy_prints_its_name_boundary_and_mean_weight() -> None:
     )
 
 
-def test_only_the_importance_sampler_weighs_the_whole_loss() -> None:
+def test_only_importance_samplers_weigh_the_whole_loss() -> None:
     for name in POLICY_NAMES:
         policy = build(name, LINEAR)
-        assert policy.scope == ("loss" if name == "loss_second_moment" else "mse")
+        assert policy.scope == ("loss" if name in ("loss_second_moment", "loss_balanced") else "mse")
         assert policy.draw(2).scope == policy.scope
 
 

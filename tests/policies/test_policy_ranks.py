@@ -1,6 +1,7 @@
 """Two processes over gloo: losses are gathered, and a learning policy stays equal on both ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,20 +28,72 @@ def new_policy() -> TimestepPolicy:
     return build_policy(config, NoiseSchedule.cosine(T))
 
 
+# The tables of the learned laws and weights are new in each update.
+LEARNED = [
+    {
+        "density": {"type": density, **options},
+        "weighting": {"type": "uncertainty", "refresh_updates": 1},
+    }
+    for density, options in (
+        ("info_noise", {"warmup_losses": 0, "refresh_updates": 1}),
+        ("loss_balanced", {"warmup_losses": 0, "refresh_updates": 1}),
+        ("adaptive", {"round_updates": 5}),
+    )
+]
+# Eight losses of every timestep and more, falling.
+NUM_ROUNDS = 8
+
+
+def learned_tables(rank: int | None) -> list[Tensor]:
+    """Density and weight of each learned policy, taught the rows of a rank, or None: of both as one."""
+    tables = []
+    for config in LEARNED:
+        policy = build_policy(config, NoiseSchedule.cosine(T))
+        for number in range(NUM_ROUNDS):
+            for call in CALLS:
+                rows = torch.cat(call) if rank is None else call[rank]
+                policy.update(rows[:, 0].long(), rows[:, 1] * 0.9**number)
+        tables += [policy.density, policy.weight]
+    return tables
+
+
+def data(rank: int, step: int) -> Tensor:
+    """What a rank sees in a step: other data on each rank, of another size; once of another shape on one."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    samples = torch.randn(30 + 10 * rank, 4, 2, 2, generator=generator) * torch.tensor([3.0, 1.0])
+    return samples[..., :1] if (rank, step) == (1, 1) else samples
+
+
+def measured(rank: int | None) -> Tensor:
+    """The density that `auto` has found from the data of a rank, or None: of both as one."""
+    config = {"type": "auto", "num_samples": 200}
+    policy = build_policy(config, NoiseSchedule.rectified_flow(100))
+    for step in range(4):
+        if rank is None:
+            seen = [data(0, step), *([] if step == 1 else [data(1, step)])]
+            policy.observe(torch.cat(seen))
+        else:
+            policy.observe(data(rank, step))
+    assert not policy.needs_data
+    return policy.density
+
+
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     policy, gathered = new_policy(), []
     for call in CALLS:
         gathered.append(gather_rows(call[rank]))
         policy.update(call[rank][:, 0].long(), call[rank][:, 1])
-    tables = {"density": policy.density, "weight": policy.weight}
+    tables: dict[str, Any] = {"density": policy.density, "weight": policy.weight}
+    tables["learned"] = learned_tables(rank)
+    tables["measured"] = measured(rank)
     torch.save({"gathered": gathered, **tables}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    results: list[dict[str, Tensor]] = [
+    results: list[dict[str, Any]] = [
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     ]
     policy = new_policy()
@@ -56,6 +109,12 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     assert float(policy.density.max() - policy.density.min()) > 0.1
     # The losses are about 4, and the weights are divided by their mean.
     assert policy.mean_weight < 0.5
+    as_one = learned_tables(None)
+    for result in results:
+        assert all(torch.equal(*pair) for pair in zip(result["learned"], as_one, strict=True))
+        assert_close(result["measured"], measured(None), atol=1e-9, rtol=0)
+    # All of them have begun to follow the losses.
+    assert all(float(table.max() - table.min()) > 0.01 for table in as_one)
 
 
 def test_one_process_gathers_its_own_rows() -> None:

@@ -192,8 +192,10 @@ class TestRules:
 
 
 class TestReadingLength:
-    def test_the_method_is_read_in_two_sittings(self) -> None:
-        method = [source for source in project() if is_package(source) and source.part == "policies"]
+    def test_what_all_policies_share_is_read_in_two_sittings(self) -> None:
+        policies = [source for source in project() if is_package(source) and source.part == "policies"]
+        # Of densities, weightings and recipes, which lie in folders, each is read alone.
+        method = [source for source in policies if source.path.count("/") == 2]
         assert 0 < sum(map(architecture.code_lines, method)) <= architecture.MAX_METHOD_LINES
 
     def test_code_lines_leaves_out_blanks_comments_and_docstrings(self) -> None:

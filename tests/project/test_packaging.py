@@ -77,6 +77,7 @@ class TestContents:
         assert "License-Expression: Apache-2.0" in info["METADATA"]
         assert "speedit = speedit_plugins.cli:main" in info["entry_points.txt"]
         assert "speedit-launch = speedit_plugins.launch:main" in info["entry_points.txt"]
+        assert "speedit-spectrum = speedit_plugins.spectrum_command:main" in info["entry_points.txt"]
         # A plugin user installs two required packages. mmengine would overwrite a host's.
         required = [line for line in info["METADATA"].splitlines() if line.startswith("Requires-Dist:")]
         core = {line.split()[1].split(">")[0] for line in required if "extra ==" not in line}

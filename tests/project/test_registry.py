@@ -25,16 +25,24 @@ from speedit_plugins.registry import (
 LINEAR = NoiseSchedule.linear()
 
 
+# Parameters that a part needs.
+NEEDED: dict[str, dict[str, Any]] = {
+    "mixture": {"laws": ["uniform", "logit_normal"], "shares": [0.5, 0.5]},
+    "stages": {"laws": ["uniform", "logit_normal"], "until": [10]},
+    "table": {"points": [[0, 1], [1, 2]]},
+}
+
 # Configs name these, so none of them may disappear.
 PUBLISHED = {
     DENSITIES: "uniform thinned asymmetric logit_normal log_snr_normal clts loss_second_moment mode cosmap"
-    " beta u_shaped laplace cauchy",
+    " beta u_shaped laplace cauchy loss_balanced info_noise adaptive mixture stages table auto",
     WEIGHTINGS: "constant change_aware p2 min_snr inverse_density soft_min_snr debiased truncated_snr edm"
-    " sigma_sqrt cosmap bell",
+    " sigma_sqrt cosmap bell uncertainty table",
     DRAWS: "iid paired",
     POLICIES: "uniform speedit speedit_reference speed speed_reference open_sora_speed spectral spectral_fast"
-    " spectral_flow p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit laplace"
-    " cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell",
+    " spectral_flow auto p2 min_snr logit_normal clts loss_second_moment mode cosmap beta u_shaped jit"
+    " laplace cauchy edm edm2 soft_min_snr debiased truncated_snr sigma_sqrt bell loss_balanced info_noise"
+    " adaptive uncertainty",
 }
 
 
@@ -61,7 +69,7 @@ def test_an_unknown_name_lists_all_known_ones(config: Any, names: Registry) -> N
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_a_name_a_dict_and_its_recipe_are_one_policy(name: str) -> None:
     recipe = POLICIES.module_dict[name]
-    composed = recipe(LINEAR) if name == "speed_reference" else recipe()
+    composed = recipe(LINEAR) if name in ("speed_reference", "auto") else recipe()
     by_name = build_quietly(name, LINEAR)
     for config in ({"type": name}, ConfigDict(type=name), composed):
         policy = build_quietly(config, LINEAR)
@@ -121,7 +129,11 @@ class TestPartsOfANamedPolicy:
 @pytest.mark.parametrize("weighting", sorted(WEIGHTINGS.module_dict))
 @pytest.mark.parametrize("draw", sorted(DRAWS.module_dict))
 def test_any_density_weighting_and_draw_compose(density: str, weighting: str, draw: str) -> None:
-    parts = {"density": {"type": density}, "weighting": {"type": weighting}, "draw": {"type": draw}}
+    parts = {
+        "density": {"type": density, **NEEDED.get(density, {})},
+        "weighting": {"type": weighting, **NEEDED.get(weighting, {})},
+        "draw": {"type": draw},
+    }
     policy = build_quietly(parts, LINEAR)
     assert policy.name == "custom"
     assert float(policy.density.sum()) == pytest.approx(1.0)

@@ -22,7 +22,7 @@ from flow_standins import RectifiedFlow, Transport
 from host_standins import PixArtDiffusion, create, create_points
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
 
-from speedit_plugins import cli, launch_options
+from speedit_plugins import cli, launch_options, spectrum_command
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import DENSITIES, POLICIES, WEIGHTINGS
@@ -45,6 +45,7 @@ def names_for_diffusers(_: ExitStack) -> dict[str, Any]:
     halves = {f"{name}_prior": torch.ones(2, 1) for name in ("model_pred", "target")}
     return {
         **{"bsz": 2, "latents": torch.zeros(2, 1), "indices": torch.zeros(4, dtype=torch.int64)},
+        "model_input": torch.zeros(4, 1),
         **{"model_pred": torch.ones(2, 1), "target": torch.zeros(2, 1), **halves},
         "args": SimpleNamespace(weighting_scheme="none", with_prior_preservation=True),
         "compute_loss_weighting_for_sd3": training.compute_loss_weighting_for_sd3,
@@ -185,6 +186,11 @@ def check_launcher(arguments: list[str]) -> None:
     build_policy({key: 0.0 if value == "CENTRE" else value for key, value in config.items()}, LINEAR)
 
 
+def check_spectrum(arguments: list[str]) -> None:
+    """Its arguments."""
+    spectrum_command.parser().parse_args(arguments)
+
+
 def check_make(arguments: list[str]) -> None:
     """Targets of the Makefile; a variable beside them is none."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -232,6 +238,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "tools/main.py": check_speedit,
     "speedit-launch": check_launcher,
     "speedit_plugins.launch": check_launcher,
+    "speedit-spectrum": check_spectrum,
     "make": check_make,
     "pip": check_pip,
     "pytest": check_pytest,

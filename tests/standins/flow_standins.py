@@ -89,5 +89,7 @@ SEAMS = {
     "transport": transport(Transport, sampled),
     "transport of noise": transport(lambda: Transport(ModelType.NOISE), sampled),
     "rectified flow": rectified_flow(RectifiedFlow, sampled),
-    "rectified flow, discrete": rectified_flow(lambda: RectifiedFlow(use_discrete_timesteps=True), sampled),
+    "rectified flow, discrete": rectified_flow(
+        lambda: RectifiedFlow(use_discrete_timesteps=True), sampled, can_shift=False
+    ),
 }

@@ -111,6 +111,39 @@ def teach(policy: TimestepPolicy, losses: Tensor) -> None:
         policy.update(index, losses)
 
 
+def teach_falling(policy: TimestepPolicy, losses: Tensor) -> None:
+    """Teaches a policy losses (T,) that fall to nothing, those of later timesteps faster.
+
+    96 updates are two rounds of `adaptive`, in which every timestep has its 8 losses and more.
+    """
+    index = torch.arange(len(losses))
+    for number in range(96):
+        policy.update(index, losses * (1 - 0.1 * index / len(losses)) ** number)
+
+
+_LEARNED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "loss_balanced": {
+        "over": st.sampled_from(["time", "log_snr"]),
+        "uniform_floor": st.floats(1e-3, 1.0),
+        "warmup_losses": st.integers(0, 10**6),
+        "refresh_updates": st.integers(1, 20),
+    },
+    "info_noise": {
+        "gate": st.none() | st.floats(0.0, 5.0),
+        "divide_by_weight": st.booleans(),
+        "uniform_floor": st.floats(1e-3, 1.0),
+        "warmup_losses": st.integers(0, 10**6),
+    },
+    "adaptive": {
+        "round_updates": st.integers(1, 50),
+        "rate": st.floats(0.01, 1.0),
+        "strength": st.floats(0.0, 5.0),
+        "uniform_floor": st.floats(1e-3, 1.0),
+    },
+    "uncertainty": {"max_ratio": st.floats(1.0, 1e6), "refresh_updates": st.integers(1, 20)},
+}
+
+
 @st.composite
 def schedules(draw: st.DrawFn) -> NoiseSchedule:
     """Schedules from every constructor, with small, odd and usual T >= 2."""
@@ -160,6 +193,7 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
             "clean_share": st.floats(0.0, 0.9),
             "std": st.floats(0.5, 3.0),
         },
+        "auto": {"mean": st.none() | st.floats(-2.0, -1.5)},
         "spectral_flow": {"mean": st.floats(-2.0, -1.5), "clean_share": st.floats(0.0, 0.9)},
         "p2": {"gamma": st.floats(0.0, 2.0), "k": positive},
         "min_snr": {"gamma": positive},
@@ -180,6 +214,7 @@ def configs(draw: st.DrawFn, T: int) -> dict[str, Any]:
             "curriculum_steps": st.integers(1, 10**6),
         },
         "loss_second_moment": {"history": st.integers(1, 20), "uniform_floor": st.floats(1e-3, 1.0)},
+        **_LEARNED,
     }
     config = {"type": name, **{key: draw(values) for key, values in parameters.get(name, {}).items()}}
     if name not in PAIRED:

@@ -50,9 +50,31 @@ def _told_losses(policy: TimestepPolicy) -> None:
     policy.update(index, 0.02 + 0.98 * (1 - index / policy.schedule.num_timesteps) ** 4)
 
 
+def _told_errors(policy: TimestepPolicy) -> None:
+    """The least errors of a flow for data of variance 1/4, a hundred of each timestep."""
+    schedule = policy.schedule
+    error = 0.25 / (1 + 0.25 * schedule.snr) / schedule.sigma**2
+    for _ in range(100):
+        policy.update(torch.arange(schedule.num_timesteps), error)
+
+
+def _told_falling(policy: TimestepPolicy) -> None:
+    """Losses of a flow that fall most around log-SNR 0: ten rounds, with 400 losses of each timestep."""
+    schedule = policy.schedule
+    for number in range(400):
+        excess = torch.exp(-(schedule.log_snr**2) / 8) * 0.997**number
+        policy.update(torch.arange(schedule.num_timesteps), 0.5 + excess)
+
+
 _FLOW = View(NoiseSchedule.rectified_flow, "flow", note="Rectified flow.")
 _OF_V = View(prediction_type="v", note="Linear schedule; weights for a model of v.")
 _CENTRED = View(options={"mean": 0.0}, note="Linear schedule; data whose middle is at log-SNR 0.")
+_TAUGHT = View(
+    NoiseSchedule.rectified_flow,
+    "flow",
+    states={"": _told_errors},
+    note="Rectified flow; the least errors that a model can have on data of variance 1/4.",
+)
 VIEWS: dict[str, View] = {
     "spectral": _CENTRED,
     "spectral_fast": _CENTRED,
@@ -72,6 +94,13 @@ VIEWS: dict[str, View] = {
     "loss_second_moment": View(
         states={"": _told_losses},
         note="Linear schedule; losses that fall from 1 at the clean end to 0.02 at the noisy end.",
+    ),
+    **dict.fromkeys(("loss_balanced", "info_noise", "uncertainty"), _TAUGHT),
+    "adaptive": View(
+        NoiseSchedule.rectified_flow,
+        "flow",
+        states={"": _told_falling},
+        note="Rectified flow; losses that fall most around log-SNR 0.",
     ),
 }
 
@@ -116,6 +145,7 @@ def alternative_text(name: str, table: str) -> str:
     """What a figure shows, for readers who do not see it."""
     view = view_of(name)
     policy = _built(name, view, view.schedule())
+    list(view.states.values())[-1](policy)
     values = policy.weight if table == "weight" else len(policy.density) * policy.density
     return f"{table} of {name}, between {float(values.min()):.2g} and {float(values.max()):.2g}"
 

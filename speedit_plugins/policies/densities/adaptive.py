@@ -22,6 +22,21 @@ from speedit_plugins.registry import DENSITIES
 class AdaptiveDensity(ABC):
     """A density that changes during training. `observe`, `update` and `advance` return whether it changed."""
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the density depends on what `observe` sees."""
+        return False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether timesteps can be drawn: false if the density needs data and has seen none."""
+        return True
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` changes the density."""
+        return type(self).update is not AdaptiveDensity.update
+
     @abstractmethod
     def density(self) -> Density:
         """The current density."""

@@ -50,7 +50,7 @@ def thinned(
         warnings.warn(f"thinned draws every timestep equally often: {reason}", stacklevel=2)
     table = torch.ones_like(schedule.alpha)
     table[:boundary] = k
-    return Density(table, boundary)
+    return Density(table, boundary, is_relative=True)
 
 
 def asymmetric(
@@ -85,7 +85,8 @@ def asymmetric(
     pivot = reflection_pivot(schedule, threshold=threshold)
     if pivot == schedule.num_timesteps:
         warnings.warn(f"asymmetric has nothing to thin: no slope falls below {threshold}", stacklevel=2)
-    return Density((p + push_reflected(p, pivot)) / 2 if reflected else p, pivot)
+    table = (p + push_reflected(p, pivot)) / 2 if reflected else p
+    return Density(table, pivot, is_relative=True)
 
 
 def reflection_pivot(schedule: NoiseSchedule, *, threshold: float = 0.1) -> int:

@@ -1,7 +1,8 @@
 """A density: the probability of drawing each timestep.
 
 Densities by formula are in `over_time.py`, `over_log_snr.py` and `areas.py`, those that change during
-training in `adaptive.py`. `cumulative.py` makes a table from a law's two tails.
+training in `adaptive.py`, `learned.py`, `progress.py` and `auto.py`. `cumulative.py` makes a table from the
+two tails of a law.
 
 Dims: T timesteps.
 """
@@ -19,6 +20,8 @@ class Density:
     Args:
         table: probabilities, >= 0, shape (T,) float64. The constructor divides them by their sum.
         boundary_index: first index past the density's boundary between two areas, None if it has none.
+        is_relative: whether the table only says how much rarer some timesteps become. A flow host keeps its
+            own law then, and the table thins it. Any other density replaces the host's law.
 
     Raises:
         ValueError: a value that is negative or not finite, or a sum of 0.
@@ -30,6 +33,7 @@ class Density:
 
     table: Tensor
     boundary_index: int | None = None
+    is_relative: bool = False
 
     def __post_init__(self) -> None:
         total = self.table.sum()

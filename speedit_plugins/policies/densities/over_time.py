@@ -22,7 +22,7 @@ def uniform(schedule: NoiseSchedule) -> Density:
         >>> uniform(NoiseSchedule.cosine(4)).table.tolist()
         [0.25, 0.25, 0.25, 0.25]
     """
-    return Density(torch.ones_like(schedule.alpha))
+    return Density(torch.ones_like(schedule.alpha), is_relative=True)
 
 
 def logit_normal(schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0) -> Density:

@@ -1,6 +1,8 @@
 """Policies that take their noise levels from the data."""
 
 from speedit_plugins.policies.recipes.recipe import Recipe
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.conversion import usual_prediction_type
 from speedit_plugins.registry import POLICIES
 
 
@@ -94,5 +96,68 @@ def spectral_flow(
     return {**recipe, "weighting": {"type": "constant"}}
 
 
-for _recipe in (spectral, spectral_fast, spectral_flow):
+# Offset, width on the noisy side, width on the clean side and clean share of `auto`, by prediction type.
+_SHAPES = {
+    "epsilon": (0.6, 2.2, 1.1, 0.15),
+    "clamped epsilon": (0.4, 0.7, None, 0.2),
+    "x0": (0.4, 0.7, None, 0.2),
+    "v": (0.4, 0.7, None, 0.2),
+    "flow": (0.6, 1.6, 2.2, 0.15),
+}
+
+
+def auto(
+    schedule: NoiseSchedule,
+    prediction_type: str | None = None,
+    *,
+    mean: float | None = None,
+    clamped: bool = False,
+    num_samples: int = 1024,
+    follow: bool = False,
+) -> Recipe:
+    """The spectral policy that suits the model, centred by the data of the first training steps.
+
+    `spectral_flow` for a flow; `spectral_fast` for v, x0, and epsilon if the sampler clamps x_0;
+    `spectral` for other models of epsilon. For x0 the weights of epsilon are converted; that is not measured.
+    Source: docs/method.md.
+
+    Args:
+        mean: the centre, if it is known. None measures it, see `CentredByData`.
+        clamped: whether the sampler clamps x_0. It matters for a model of epsilon only.
+        num_samples: see `CentredByData`.
+        follow: let the centre follow the model's losses, see `CentredByData`.
+
+    Raises:
+        ValueError: `clamped` for another model than one of epsilon; or no `prediction_type` on a schedule
+            that does not tell it.
+
+    Example:
+        >>> from speedit_plugins import build_policy
+        >>> policy = build_policy("auto", NoiseSchedule.rectified_flow(1000))
+        >>> policy.needs_data
+        True
+        >>> import torch
+        >>> samples = torch.randn(1024, 4, generator=torch.Generator().manual_seed(0))
+        >>> policy.observe(samples)  # says on stderr what it found
+        >>> policy.needs_data
+        False
+    """
+    predicted = prediction_type or usual_prediction_type(schedule)
+    if clamped and predicted != "epsilon":
+        raise ValueError(f"auto: clamped has no effect on a model of {predicted}: leave it out")
+    offset, std, clean_std, clean_share = _SHAPES["clamped epsilon" if clamped else predicted]
+    density = {
+        "type": "auto",
+        "mean": mean,
+        "num_samples": num_samples,
+        "follow": follow,
+        "law": {"offset": offset, "std": std, "clean_std": clean_std, "clean_share": clean_share},
+    }
+    recipe: Recipe = {"density": density, "weighting": {"type": "constant"}, "stratified": True}
+    if predicted != "flow":
+        recipe |= {"weighting": {"type": "p2", "gamma": 0.8, "k": 5.0}, "normalize": True}
+    return {**recipe, "equivalent_to": "epsilon"} if predicted == "x0" else recipe
+
+
+for _recipe in (spectral, spectral_fast, spectral_flow, auto):
     POLICIES.register_module(name=_recipe.__name__, module=_recipe)

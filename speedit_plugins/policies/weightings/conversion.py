@@ -94,3 +94,42 @@ def check_prediction_type(prediction_type: str) -> None:
         raise ValueError(
             f"prediction_type needs one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
         )
+
+
+def usual_prediction_type(schedule: NoiseSchedule) -> str:
+    """What models usually predict on this schedule: epsilon, or flow on the straight path.
+
+    Raises:
+        ValueError: the schedule is neither variance-preserving nor a rectified flow.
+
+    Example:
+        >>> usual_prediction_type(NoiseSchedule.rectified_flow(10))
+        'flow'
+    """
+    if schedule.is_variance_preserving:
+        return "epsilon"
+    if torch.allclose(schedule.alpha + schedule.sigma, torch.ones_like(schedule.alpha)):
+        return "flow"
+    raise ValueError(
+        f"errors and weights of epsilon need prediction_type on {schedule!r}, which is neither"
+        f" variance-preserving nor a rectified flow: wanted one of {', '.join(PREDICTION_TYPES)}"
+    )
+
+
+def error_of_epsilon(schedule: NoiseSchedule, prediction_type: str | None) -> Tensor:
+    """Factor (T,) from the squared error of a model's prediction to that of the epsilon it implies.
+
+    Args:
+        prediction_type: what the model predicts. None is the usual type of the schedule.
+
+    Raises:
+        ValueError: an unknown `prediction_type`, or none on a schedule without a usual one.
+
+    Example:
+        >>> schedule = NoiseSchedule.from_alphas_cumprod([0.75, 0.5])  # SNR 3 and 1
+        >>> error_of_epsilon(schedule, "x0").round(decimals=6).tolist()
+        [3.0, 1.0]
+    """
+    kind = usual_prediction_type(schedule) if prediction_type is None else prediction_type
+    # The loss of epsilon with weight 1 is the loss of the other type with this weight.
+    return converted(torch.ones_like(schedule.snr), schedule, kind, source="epsilon")

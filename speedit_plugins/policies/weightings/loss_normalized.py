@@ -18,6 +18,7 @@ from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 
 
 class LossNormalizedPolicy(TimestepPolicy):
@@ -50,7 +51,7 @@ class LossNormalizedPolicy(TimestepPolicy):
         self,
         schedule: NoiseSchedule,
         density: Density | AdaptiveDensity,
-        weighting: Callable[[Tensor], Tensor],
+        weighting: Callable[[Tensor], Tensor] | AdaptiveWeighting,
         *,
         loss_decay: float = 0.95,
         **options: Any,

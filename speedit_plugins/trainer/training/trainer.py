@@ -5,7 +5,7 @@ Dims: B samples of this rank in a batch.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,16 +143,16 @@ class Trainer:
         """
         self.policy.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
-        timesteps = self._draw_timesteps()
+        quantiles = self._draw_quantiles()
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
         for number in range(num_batches):
             with self.timer.phase("data"):
                 batch = next(self.loader)
-            draw = self._rows(timesteps, number)
+            rows = self._seed_samples(number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
-                seen.append((draw, self.train_step(batch, draw)))
+                seen.append(self.train_step(batch, quantiles, rows))
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
@@ -169,16 +169,20 @@ class Trainer:
         self.timer.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
         return result, bool(is_any_asked)
 
-    def train_step(self, batch: Mapping[str, Tensor], draw: TimestepDraw) -> LossTerms:
-        """Runs forward and backward of one batch. Returns the losses per sample.
+    def train_step(
+        self, batch: Mapping[str, Tensor], quantiles: Tensor, rows: slice
+    ) -> tuple[TimestepDraw, LossTerms]:
+        """Runs forward and backward of one batch. Returns its draw, and the losses per sample.
 
         Args:
             batch: a batch of the loader, see `BatchEncoder.encode`.
-            draw: the timesteps of its samples.
+            quantiles: random numbers of the global batch, see `TimestepPolicy.draw_at`.
+            rows: the batch's part of them.
         """
         with self.timer.phase("encode"):
             given = self.inputs.encode(batch, self._generators)
             self._num_tokens += self._tokens_of(given.latents) * self.runtime.world_size
+        draw = self._timesteps(quantiles, rows, given.latents)
         with self.timer.phase("forward"):
             noised = self.process.corrupt(given.latents, draw, noise=given.noise)
             with self.engine.autocast():
@@ -186,7 +190,7 @@ class Trainer:
             terms = self.process.loss(prediction, noised, draw)
         with self.timer.phase("backward"):
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
-        return terms
+        return draw, terms
 
     def weights(self) -> dict[str, Tensor]:
         """Every trained parameter on rank 0, nothing on other ranks. Collective."""
@@ -262,22 +266,28 @@ class Trainer:
         self._last_saved = path
         self.num_skipped = state["num_skipped"]
 
-    def _draw_timesteps(self) -> TimestepDraw:
-        """The timesteps of the global batch, equal on all ranks: a stratified draw spans the global batch."""
+    def _draw_quantiles(self) -> Tensor:
+        """Random numbers of the global batch, equal on all ranks, so that strata span the global batch."""
         seed = stream_seed(self.config.seed, TIMESTEP_STREAM, self.step)
         generator = self._timestep_generator.manual_seed(seed)
-        return self.policy.draw(self.batch_size, device=self.device, generator=generator)
+        return self.policy.quantiles(self.batch_size, self.device, generator)
 
-    def _rows(self, timesteps: TimestepDraw, number: int) -> TimestepDraw:
-        """The draw of this rank's samples in batch `number` of the step. Seeds their generators."""
+    def _seed_samples(self, number: int) -> slice:
+        """Where this rank's samples of batch `number` lie in the global batch. Seeds their generators."""
         num_rows = len(self._generators)
         first = number * self.config.data.batch_size + self.runtime.rank * num_rows
         for position, generator in enumerate(self._generators, start=first):
             generator.manual_seed(stream_seed(self.config.seed, NOISE_STREAM, self.step, position))
-        rows = slice(first, first + num_rows)
-        return replace(
-            timesteps, index=timesteps.index[rows], time=timesteps.time[rows], weight=timesteps.weight[rows]
-        )
+        return slice(first, first + num_rows)
+
+    def _timesteps(self, quantiles: Tensor, rows: slice, latents: Tensor) -> TimestepDraw:
+        """The timesteps of this rank's samples of a batch."""
+        if self.policy.needs_data:
+            # In each batch anew, as its size may be another.
+            self.policy.observe(latents)
+            return self.policy.draw_at(quantiles[rows], device=self.device)
+        # Of the global batch, whose halves mirror each other in paired draws.
+        return self.policy.draw_at(quantiles, device=self.device).map(lambda table: table[rows])
 
     def _tokens_of(self, latents: Tensor) -> int:
         """Number of tokens in a batch. Its sides may differ from those that the model was built for."""

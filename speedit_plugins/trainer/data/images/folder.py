@@ -138,11 +138,8 @@ class ImageFolder:
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         image, index = self._read(index)
         height, width = self._sides[0 if self.buckets is None else int(self.buckets[index])]
-        pixels = np.asarray(center_crop(image, height, width), dtype=np.float32)  # (H, W, 3)
-        if flip:
-            pixels = pixels[:, ::-1]
-        scaled = torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()  # (3, H, W)
-        return {"image": scaled, "label": int(self.labels[index])}
+        scaled = as_tensor(center_crop(image, height, width))  # (3, H, W)
+        return {"image": scaled.flip(-1) if flip else scaled, "label": int(self.labels[index])}
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         """The image at `index`, or the next readable one of the bucket (cyclically), and its index."""
@@ -246,6 +243,12 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     image = image.resize((columns, rows), resample=Image.Resampling.BICUBIC)
     left, top = (columns - width) // 2, (rows - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as float32 (3, H, W), with 0 to 255 scaled to [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32)  # (H, W, 3)
+    return torch.from_numpy(pixels / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,181 @@
+"""What a results file of benchmarks/flow.py says: laws against uniform and against the best of the grid."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from crossing import AT_MOST, Reading, Summary, first_crossing, null_band, speed_up, summary
+from flow_laws import is_fixed
+from flow_results import Result
+
+BASELINE = "uniform"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Steps of the evaluations, and the distance at each."""
+
+    steps: tuple[int, ...]
+    distances: tuple[float, ...]
+
+    @property
+    def half(self) -> int:
+        """Place of the evaluation nearest to half of the horizon."""
+        return min(range(len(self.steps)), key=lambda at: abs(self.steps[at] - self.steps[-1] / 2))
+
+
+# Law -> seed -> curve.
+Curves = Mapping[str, Mapping[int, Curve]]
+
+
+def report(results: Sequence[Result]) -> str:
+    """Markdown: for each data set and setting, a table per feature space."""
+    parts = []
+    for group in groups_of(results):
+        first = group[0]
+        facts, options = first.facts, first.options
+        parts.append(
+            f"## {first.data}, {options['prediction']}, {options['horizon']} steps\n\n"
+            f"{facts['num_samples']} samples {tuple(facts['shape'])}, standard deviation {facts['std']:.3f};"
+            f" half of the variance is explained at log-SNR {facts['centre']:.2f}, so logit-normal mean"
+            f" {-facts['centre'] / 2:.2f}."
+        )
+        for sampler, spaces in first.distances.items():
+            parts += [_table(group, sampler, space) for space in spaces]
+    return "\n\n".join(parts)
+
+
+def best_fixed(results: Sequence[Result], data: str) -> str:
+    """The fixed law with the least mean distance at the horizon on the selection seeds; ValueError for none.
+
+    The first space and sampler of the data set decide.
+    """
+    groups = [group for group in groups_of(results) if group[0].data == data]
+    if not groups:
+        raise ValueError(f"the best law of {data} needs results, got none")
+    first = groups[0][0]
+    sampler = next(iter(first.distances))
+    return _best(curves_of(groups[0], sampler, next(iter(first.distances[sampler])), chooses=True), data)
+
+
+def log_ratio(curve: Curve, baseline: Curve, place: int) -> float:
+    """ln of the distance over the baseline's; below 0 is nearer to the data."""
+    return math.log(curve.distances[place] / baseline.distances[place])
+
+
+def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
+    """Steps of the baseline over steps of the law, to the larger of their distances at the horizon.
+
+    If the law is ahead there, this is the horizon over the steps until it reaches the baseline's distance. If
+    it is behind, this is the steps until the baseline reaches the law's, over the horizon.
+    """
+    horizon = curve.steps[-1]
+    reading = speed_up(curve.steps, curve.distances, baseline.distances, horizon)
+    if reading.bound != AT_MOST:
+        return reading
+    reached = first_crossing(baseline.steps, baseline.distances, curve.distances[-1])
+    return Reading(reached.value / horizon, reached.bound)
+
+
+def _best(curves: Curves, data: str) -> str:
+    fixed = {
+        law: mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in by_seed.items()])
+        for law, by_seed in curves.items()
+        if is_fixed(law) and " / " not in law
+    }
+    if not fixed:
+        raise ValueError(f"the best law of {data} needs results with selection seeds, got none")
+    return min(fixed, key=lambda law: fixed[law])
+
+
+def _table(group: Sequence[Result], sampler: str, space: str) -> str:
+    every = curves_of(group, sampler, space)
+    choosing = curves_of(group, sampler, space, chooses=True)
+    reporting = curves_of(group, sampler, space, chooses=False)
+    data = group[0].data
+    best = _best(choosing, data) if choosing.get(BASELINE) else ""
+    lines = [
+        f"### {data}, {sampler}, {space}",
+        "",
+        f"Floor {group[0].facts['floor'][space]:.4f} (the data against itself); uniform at the horizon"
+        f" {mean_of([curve.distances[-1] for curve in every[BASELINE].values()]):.4f}. {_chance(every)}",
+        f"Best fixed law on the selection seeds: {best or 'not known yet'}.",
+        "",
+        "| law | ln ratio at half | at the horizon | at its worst | steps, selection seeds"
+        " | steps, report seeds | over the best fixed law |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for law, by_seed in every.items():
+        some = next(iter(by_seed.values()))
+        ratios = [
+            [log_ratio(curve, every[BASELINE][seed], place) for seed, curve in by_seed.items()]
+            for place in range(len(some.steps))
+        ]
+        worst = max(range(len(ratios)), key=lambda place: mean_of(ratios[place]))
+        cells = [
+            _spread(ratios[some.half]),
+            _spread(ratios[-1]),
+            f"{mean_of(ratios[worst]):+.3f} at {some.steps[worst]}",
+            _steps(choosing, law, BASELINE),
+            _steps(reporting, law, BASELINE),
+            _steps(reporting, law, best),
+        ]
+        rows.append((mean_of(ratios[-1]), f"| {law} | {' | '.join(cells)} |"))
+    return "\n".join(lines + [row for _, row in sorted(rows)])
+
+
+def _steps(curves: Curves, law: str, baseline: str) -> str:
+    """The mean ratio of steps with its interval and N, or - without a seed that both have."""
+    if law == baseline or law not in curves or baseline not in curves:
+        return "-"
+    seeds = [seed for seed in curves[law] if seed in curves[baseline]]
+    if not seeds:
+        return "-"
+    found: Summary = summary([ratio_of_steps(curves[law][s], curves[baseline][s]) for s in seeds])
+    interval = f" ({found.low:.2f} to {found.high:.2f})" if len(seeds) > 1 else ""
+    return f"{found.bound}{found.mean:.2f}{interval}, N = {len(seeds)}"
+
+
+def _chance(curves: Curves) -> str:
+    by_seed = list(curves[BASELINE].values())
+    band = null_band(by_seed[0].steps, [curve.distances for curve in by_seed], by_seed[0].steps[-1])
+    if band is None:
+        return "One seed of uniform: chance is not known."
+    return f"By chance {band[0]} to {band[1]} ({len(by_seed)} seeds of uniform against each other)."
+
+
+def curves_of(
+    group: Sequence[Result], sampler: str, space: str, *, chooses: bool | None = None
+) -> dict[str, dict[int, Curve]]:
+    """Law -> seed -> curve, of seeds that uniform has too; only seeds that choose, or that do not."""
+    found: dict[str, dict[int, Curve]] = defaultdict(dict)
+    for result in group:
+        if chooses is None or result.chooses == chooses:
+            distances = [math.inf if d is None else d for d in result.distances[sampler][space]]
+            found[result.law][result.seed] = Curve(tuple(result.options["steps"]), tuple(distances))
+    paired = found.get(BASELINE, {})
+    both = {law: {s: c for s, c in by_seed.items() if s in paired} for law, by_seed in found.items()}
+    return {law: by_seed for law, by_seed in both.items() if by_seed}
+
+
+def groups_of(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that may be compared with each other: of one data set and one setting, with uniform."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[f"{result.data} {sorted(result.options.items())}"].append(result)
+    return [group for group in groups.values() if any(result.law == BASELINE for result in group)]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The arithmetic mean of one value or more."""
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = mean_of(values)
+    if len(values) == 1:
+        return f"{mean:+.3f}"
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:+.3f} (sd {std:.3f}, N = {len(values)})"

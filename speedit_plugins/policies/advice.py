@@ -1,0 +1,71 @@
+"""What was measured for policies of noise prediction on models that predict something else.
+
+Their weights are made for a loss of the noise. `warn_if_slow` is called where a policy meets a model.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.registry import Config
+
+REPORT = "docs/benchmarks/2026-11-26-convergence.md"
+# What to take for each prediction type, with the speed-up in the report of the law that it draws.
+TAKE = {"flow": "'auto' (spectral_flow: 1.31)", "v": "'auto' (spectral_fast: 2.25)"}
+# Speed-up over uniform in the report, digits; None was not measured.
+_MEASURED: dict[str, dict[str, str | None]] = {
+    "flow": {
+        "speedit": "0.80 or less",
+        "speedit_reference": "0.80 or less",
+        "open_sora_speed": "0.80 or less",
+        "speed": "1.11, within chance",
+        "speed_reference": None,
+        "p2": "0.80 or less",
+        "min_snr": "0.85 or less",
+    },
+    "v": {
+        "speedit": "0.88 or less",
+        "speedit_reference": None,
+        "open_sora_speed": None,
+        "speed": None,
+        "speed_reference": None,
+        "p2": None,
+        "min_snr": None,
+    },
+}
+_MODELS = {"flow": "a rectified flow", "v": "a model of v"}
+
+
+def warn_if_slow(
+    policy: TimestepPolicy, prediction_type: str | None, config: str | Config | TimestepPolicy | None = None
+) -> None:
+    """Warns if a policy of noise prediction is attached to a model of flow or v.
+
+    Args:
+        policy: that the model is trained with.
+        prediction_type: what the model predicts; None is unknown, and never warned about.
+        config: of the policy. One that converts the weights (`equivalent_to: epsilon`) is not warned about.
+
+    Warns:
+        UserWarning: with the measured speed-up, and the policy to take.
+
+    Example:
+        >>> import warnings
+        >>> from speedit_plugins import NoiseSchedule, build_policy
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_if_slow(build_policy("speedit", NoiseSchedule.rectified_flow(1000)), "flow")
+        >>> "0.80 or less" in str(caught[0].message)
+        True
+    """
+    measured = _MEASURED.get(prediction_type or "", {})
+    is_converted = isinstance(config, Mapping) and config.get("equivalent_to") == "epsilon"
+    if policy.name not in measured or is_converted:
+        return
+    model, figure = _MODELS[str(prediction_type)], measured[policy.name]
+    found = f"a speed-up over uniform of {figure}" if figure else "no measured speed-up"
+    warnings.warn(
+        f"{policy.name!r} was made for a model of noise. On {model} it has {found} ({REPORT}); take"
+        f" {TAKE[str(prediction_type)]}",
+        stacklevel=4,
+    )
