@@ -45,8 +45,9 @@ def logit_normal(schedule: NoiseSchedule, *, mean: float = 0.0, std: float = 1.0
         raise ValueError(f"logit_normal needs a finite mean and std > 0, got {mean} and {std}")
 
     def tails(u: Tensor) -> tuple[Tensor, Tensor]:
-        z = (torch.logit(u) - mean) / std
-        return torch.special.ndtr(z), torch.special.ndtr(-z)
+        # erfc is accurate in the tails; torch's ndtr is 0 below -8.3.
+        z = (torch.logit(u) - mean) / (std * math.sqrt(2))
+        return torch.special.erfc(-z) / 2, torch.special.erfc(z) / 2
 
     return over_time(schedule, tails)
 
