@@ -15,8 +15,9 @@ from speedit_plugins.policies.spectrum import DataSpectrum
 # 128 MiB of float32, on a rank before the measurement and on each rank at its end. For a moment the spectrum
 # takes twice as much, as float64.
 MAX_VALUES = 2**25
-# Two samples are the same, encoded twice, if their squared distance is below this share of the mean one.
-_SAME = 0.01
+# Two samples are the same if their squared distance is below this share of the mean one. In a small data set,
+# whose samples come again and again, the second share allows for the noise of an encoder.
+_SAME, _ENCODED_AGAIN = 1e-5, 1e-2
 
 
 class DataMeasurement:
@@ -118,10 +119,13 @@ def _stacked(rows: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def _distinct(rows: Tensor) -> Tensor:
-    """The samples (N, d) without those that are the same as an earlier one, up to the encoder's noise."""
+    """The samples (N, d) without those that are the same as an earlier one."""
     centred = rows - rows.mean(dim=0)
     squares = (centred**2).sum(dim=1)
     distance = squares[:, None] + squares - 2 * centred @ centred.T  # (N, N)
-    is_same = distance < _SAME * 2 * squares.mean()
-    # The first of each group stays.
-    return rows[~is_same.tril(-1).any(dim=1)]
+    distance /= (2 * squares.mean()).clamp(min=1e-30)
+    later = torch.ones_like(distance).triu().bool()
+    nearest = distance.masked_fill(later, 1.0).amin(dim=1)  # to the samples before it
+    again = nearest < _ENCODED_AGAIN
+    # Samples with few values are near each other by chance. Most of them are so only if they come again.
+    return rows[~again] if 2 * again.sum() > len(rows) else rows[nearest >= _SAME]

@@ -1,6 +1,7 @@
 """The policy that measures its own centre."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from speedit_plugins import DataSpectrum, NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.policies.measurement import DataMeasurement
+from speedit_plugins.policies.weightings.conversion import converted
 
 FLOW = NoiseSchedule.rectified_flow(1000)
 LAW = {"type": "auto", "num_samples": 200}
@@ -16,6 +18,14 @@ LAW = {"type": "auto", "num_samples": 200}
 
 def policy_of(schedule: NoiseSchedule = FLOW, **options: Any) -> TimestepPolicy:
     return build_policy({"density": {**LAW, **options}, "weighting": "constant"}, schedule)
+
+
+def measured() -> TimestepPolicy:
+    policy = policy_of()
+    for batch in data(200).split(50):
+        policy.observe(batch)
+    assert not policy.needs_data
+    return policy
 
 
 def data(num_samples: int, *, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -36,7 +46,7 @@ def test_it_measures_the_data_over_the_first_steps(capsys: pytest.CaptureFixture
     policy.advance()
     policy.observe(samples[180:])
     centre = DataSpectrum.of(samples[:200]).log_snr_at()
-    known = policy_of(mean=centre).density
+    known = policy_of(num_samples=None, mean=centre).density
     assert torch.allclose(policy.density, known, atol=1e-12)
     assert not policy.needs_data
     text = capsys.readouterr().err
@@ -49,17 +59,19 @@ def test_it_measures_the_data_over_the_first_steps(capsys: pytest.CaptureFixture
 
 
 def test_a_resumed_training_does_not_measure_again(capsys: pytest.CaptureFixture[str]) -> None:
-    policy, resumed = policy_of(), policy_of()
-    policy.observe(data(200))
+    policy, resumed = measured(), policy_of()
     resumed.load_state_dict(policy.state_dict())
     capsys.readouterr()
-    resumed.observe(data(400, scale=9.0))
+    for batch in data(400, scale=9.0).split(50):
+        resumed.observe(batch)
     assert torch.equal(resumed.density, policy.density)
     assert capsys.readouterr().err == ""
-    # A state from before the measurement leaves it to be done.
-    resumed = policy_of()
+    # A state from before the measurement leaves it to be done, also in a policy that has measured.
     resumed.load_state_dict(policy_of().state_dict())
     assert resumed.needs_data
+    assert torch.equal(resumed.density, policy_of().density)
+    with pytest.raises(ValueError, match="the state of auto has the mean .*, the config 5.0"):
+        policy_of(num_samples=None, mean=5.0).load_state_dict(policy.state_dict())
 
 
 def test_what_is_drawn_before_depends_on_the_schedule() -> None:
@@ -68,38 +80,104 @@ def test_what_is_drawn_before_depends_on_the_schedule() -> None:
     given = build_policy(
         {"density": LAW, "weighting": "constant"}, FLOW, data_spectrum=lambda: DataSpectrum(torch.ones(3))
     )
-    assert torch.allclose(given.density, policy_of(mean=0.0).density)
+    assert torch.allclose(given.density, policy_of(num_samples=None, mean=0.0).density)
 
 
 def test_samples_that_do_not_count() -> None:
-    measurement = DataMeasurement(num_samples=4, num_steps=3)
+    measurement = DataMeasurement(num_samples=6, num_steps=8)
     samples = data(4)
-    assert measurement.add(samples[:2]) is None
     broken = samples[2:3].clone()
     broken[0, 0, 0, 0] = math.nan
-    # Those that came already, those that are not finite, and those of another shape.
-    assert measurement.add(torch.cat([samples[:2], broken])) is None
-    assert measurement.num_samples == 2
+    # Those that come again, also with an encoder's noise on them; those that are not finite; other shapes.
+    again = samples[:2] + 1e-3 * data(2, seed=1)
+    other = torch.zeros(1, 2, 3, 3)
+    for batch in (samples[:2], again, broken, other, samples[:2], other, other):
+        assert measurement.add(batch) is None
     # After `num_steps` it is measured on what there is.
-    spectrum = measurement.add(torch.zeros(5, 2, 3, 3))
+    spectrum = measurement.add(other)
     assert spectrum is not None
+    assert measurement.num_samples == 2
     assert torch.equal(spectrum.variances, DataSpectrum.of(samples[:2]).variances)
 
 
+def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speedit_plugins.policies.measurement.MAX_VALUES", 800)
+    measurement = DataMeasurement(num_samples=1000)
+    found = [measurement.add(batch) for batch in data(400).split(100)]
+    assert found[:3] == [None] * 3
+    # 100 samples of 8 values each.
+    assert measurement.num_samples == 100
+
+
 def test_data_that_cannot_be_measured_are_said_once() -> None:
-    policy, before = policy_of(), build_policy("logit_normal", FLOW).density
+    before = build_policy("logit_normal", FLOW).density
     white = torch.randn(200, 4096, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning, match="goes on with the draws .* 200 samples are too few"):
-        policy.observe(white)
-    policy.observe(data(400))
-    assert torch.equal(policy.density, before)
-    assert len(policy.draw(4).index) == 4
+    bad = ((white, "200 samples are too few"), (1e-9 * data(200), "outside the schedule's -15.20 to 15.20"))
+    for samples, reason in bad:
+        policy = policy_of()
+        for batch in samples.split(50)[:3]:
+            policy.observe(batch)
+        with pytest.warns(UserWarning, match=f"goes on with the draws .*{reason}"):
+            policy.observe(samples[150:])
+        for batch in data(400).split(50):
+            policy.observe(batch)
+        assert torch.equal(policy.density, before)
+        assert len(policy.draw(4).index) == 4
+        assert not policy.needs_data
+        # A resumed training does not try again.
+        resumed = policy_of()
+        resumed.load_state_dict(policy.state_dict())
+        assert not resumed.needs_data
+
+
+def test_few_samples_tell_their_middle_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = policy_of()
+    spread = torch.arange(1, 257) ** -1.0
+    few = torch.randn(100, 256, generator=torch.Generator().manual_seed(0)) * spread
+    for _ in range(64):
+        policy.observe(few[:25])
+        policy.observe(few[25:50])
+        policy.observe(few[50:75])
+        policy.observe(few[75:])
+    assert not policy.needs_data
+    assert "half of their variance is explained at log-SNR" in capsys.readouterr().err
+
+
+def centred_at(schedule: NoiseSchedule, predicted: str, mean: float, **options: Any) -> TimestepPolicy:
+    density = {"type": "auto", "mean": mean, **options}
+    return build_policy({"density": density, "weighting": "constant"}, schedule, predicted)
+
+
+def test_the_centre_follows_the_losses() -> None:
+    """A perfect model of independent values of variance 1: the middle is at log-SNR 0, not at the guess."""
+    vp = NoiseSchedule.cosine(1000)
+    for predicted, schedule in (("flow", FLOW), ("v", vp), ("x0", vp)):
+        law = partial(centred_at, schedule, predicted)
+        policy, resumed = (law(-2.0, follow=True, prior_losses=5_000) for _ in range(2))
+        assert policy.learns
+        assert torch.equal(policy.density, law(-2.0).density)
+        error = 1 / (1 + schedule.snr)  # of x_0
+        loss = error / converted(torch.ones(1000).double(), schedule, predicted, source="x0")
+        for step in range(400):
+            index = torch.randint(1000, (50,), generator=torch.Generator().manual_seed(step))
+            policy.update(index, loss[index])
+            if step == 200:
+                resumed.load_state_dict(policy.state_dict())
+            elif step > 200:
+                resumed.update(index, loss[index])
+        assert torch.equal(resumed.density, policy.density)
+        # 20,000 losses against 5,000: four fifths of the way.
+        assert float((policy.density - law(-0.4).density).abs().sum()) < 0.1
+    with pytest.raises(ValueError, match="follow needs a model of x0, v or flow, got one of epsilon"):
+        policy_of(NoiseSchedule.linear(), follow=True)
 
 
 def test_a_seam_that_shows_no_data_is_an_error() -> None:
     # A loop of one's own that never observes fails at its first draw, a seam after a few steps.
     with pytest.raises(ValueError, match="depends on the data and has seen none: call"):
         policy_of().draw(4)
+    with pytest.raises(ValueError, match=r"observe needs the data of a batch \(B, ...\), got shape \(4,\)"):
+        policy_of().observe(torch.zeros(4))
     policy = policy_of()
     for _ in range(10):
         policy.advance()
@@ -107,7 +185,7 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
     policy.advance()
     with pytest.raises(ValueError, match="has seen none"):
         policy.draw(4)
-    known = policy_of(mean=0.0)
+    known = policy_of(num_samples=None, mean=0.0)
     assert len(known.draw(4).index) == 4
 
 
@@ -118,7 +196,12 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
         ({"law": {"std": 0.0}}, "std and clean_std > 0"),
         ({"law": {"wide": 1.0}}, "density 'log_snr_normal' has no parameter 'wide'"),
         ({"law": {"clean_share": 1.0}}, r"clean_share in \[0, 1\), got 1.0"),
-        ({"mean": math.nan}, "finite mean"),
+        ({"num_samples": None, "mean": math.nan}, "finite mean"),
+        ({"mean": 0.0}, "auto measures nothing if it gets a mean: leave out num_samples, got 200"),
+        ({"prior_losses": 5}, "prior_losses has no effect without follow"),
+        ({"follow": True, "prior_losses": 0}, "prior_losses >= 1, got 0"),
+        ({"law": 5}, "law needs a mapping .* got 5"),
+        ({"law": {"mean": 1.0}}, "other than mean"),
     ],
 )
 def test_a_bad_option_says_what_is_wrong(options: dict[str, Any], message: str) -> None:
@@ -130,7 +213,7 @@ def test_the_named_policy_suits_the_model() -> None:
     vp, centre = NoiseSchedule.linear(1000), {"mean": 0.3}
     for predicted, schedule, wanted, options in (
         ("flow", FLOW, "spectral_flow", {}),
-        ("v", vp, "spectral_fast", {}),
+        ("v", vp, "spectral", {}),
         ("epsilon", vp, "spectral", {}),
         ("epsilon", vp, "spectral_fast", {"clamped": True}),
     ):
@@ -143,10 +226,11 @@ def test_the_named_policy_suits_the_model() -> None:
         build_policy({"type": "auto", "clamped": True}, FLOW)
 
 
-def test_it_is_recommended_for_all_but_epsilon() -> None:
+def test_it_is_recommended_for_flows_and_v() -> None:
     vp = NoiseSchedule.linear(1000)
     assert build_policy(None, FLOW).name == "auto"
     assert build_policy("recommended", vp, "v").name == "auto"
+    assert build_policy("recommended", vp, "x0").name == "speedit"
     assert build_policy(None, vp).name == "speedit"
     changed = build_policy({"type": "recommended", "weighting": "constant", "normalize": "loss"}, vp)
     assert changed.name == "speedit with weighting constant"

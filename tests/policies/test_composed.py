@@ -1,6 +1,7 @@
 """Mixtures, stages and tables of the user's own."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def test_a_mixture_follows_the_laws_in_it() -> None:
     even = small.density
     small.update(torch.tensor([0, 1]), torch.tensor([3.0, 1.0]))
     assert small.density[0] > even[0]
+
+
+def test_a_composed_law_is_pickled() -> None:
+    moving = {"type": "clts", "curriculum_steps": 10}
+    law = {"type": "mixture", "laws": [moving, {"type": "auto", "follow": True}], "shares": [0.5, 0.5]}
+    policy = policy_of({**law, "shift": 2})
+    other = pickle.loads(pickle.dumps(policy))  # noqa: S301 - its own
+    policy.advance(10)
+    assert not torch.equal(other.density, policy.density)
+    other.advance(10)
+    assert torch.equal(other.density, policy.density)
+
+
+def test_the_state_of_another_law_is_refused() -> None:
+    stages = policy_of({"type": "stages", "laws": ["uniform", "logit_normal"], "until": [3]})
+    for state, policy in (
+        (policy_of("clts").state_dict(), policy_of("uniform")),
+        (policy_of("auto").state_dict(), stages),
+        (policy_of("uniform").state_dict(), stages),
+    ):
+        with pytest.raises(ValueError, match="policy state 'custom' is of another density or weighting"):
+            policy.load_state_dict(state)
 
 
 def test_stages_follow_each_other_and_blend() -> None:

@@ -69,11 +69,14 @@ def measured(rank: int | None) -> Tensor:
     config = {"type": "auto", "num_samples": 200}
     policy = build_policy(config, NoiseSchedule.rectified_flow(100))
     for step in range(4):
-        if rank is None:
-            seen = [data(0, step), *([] if step == 1 else [data(1, step)])]
-            policy.observe(torch.cat(seen))
-        else:
-            policy.observe(data(rank, step))
+        # 100 samples of each rank: of rank 0 the first 100, of rank 1 those of the steps 0, 2 and 3.
+        steps = [step] if rank is not None else []
+        for each in steps:
+            policy.observe(data(int(rank or 0), each))
+    if rank is None:
+        seen = [torch.cat([data(r, s) for s in range(4) if (r, s) != (1, 1)])[:100] for r in (0, 1)]
+        for batch in torch.cat(seen).split(50):
+            policy.observe(batch)
     assert not policy.needs_data
     return policy.density
 

@@ -1,6 +1,8 @@
 """Shifts and windows of any law."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -96,7 +98,9 @@ def test_a_window_moves_over_the_steps_and_is_resumed() -> None:
         ({"type": "flux"}, (16, 32, 32), math.exp(0.5)),
         ({"type": "flux"}, (16, 128, 128), math.exp(1.15)),
         ({"type": "flux"}, (4096, 64), math.exp(1.15)),
-        ({"type": "flux", "frames": True}, (16, 9, 32, 32), 3 * math.exp(0.5)),
+        ({"type": "flux", "frames": "second"}, (16, 9, 32, 32), 3 * math.exp(0.5)),
+        ({"type": "pixels", "base": 1024, "frames": "first"}, (9, 4, 32, 32), 3.0),
+        ({"type": "pixels", "base": 1024}, (4, 9, 64, 64), 2.0),
         ({"type": "pixels", "base": 1024}, (4, 64, 64), 2.0),
         ({"type": "dimension"}, (768, 16, 16), math.sqrt(48)),
     ],
@@ -129,6 +133,14 @@ def test_a_policy_that_needs_data_does_not_draw_without() -> None:
         ({"shift": "fluxx"}, "unknown shift by resolution 'fluxx'; did you mean 'flux'"),
         ({"shift": {"type": "flux", "base_tokens": 5000}}, "1 <= base_tokens < max_tokens"),
         ({"shift": {"type": "pixels", "base": 0}}, "base >= 1, got 0"),
+        ({"shift": {"type": "pixels", "base": 4, "frames": True}}, "frames needs str or null, got True"),
+        (
+            {"shift": {"type": "flux", "frames": "third"}},
+            "'first', 'second' or null, got 'third'",
+        ),
+        ({"shift": {"type": "flux", "max_shift": 1000}}, r"shifts in \[-10, 10\], got"),
+        ({"shift": "flux", "normalize": "loss"}, "normalize: loss needs one law on all ranks"),
+        ({"window": {}}, "an empty mapping, which has no effect"),
         ({"window": [0.5]}, r"two bounds, \[low, high\], or a mapping, got \[0.5\]"),
         ({"window": [0.5, 0.5]}, "0 <= low < high <= 1, got 0.5 and 0.5"),
         ({"window": {"lo": 0.5}}, "window has no parameter 'lo'; known: low, high, start, steps"),
@@ -149,5 +161,29 @@ def test_a_transform_leaves_something_to_draw() -> None:
         build_policy({"type": "uniform", "shift": 1e-12}, LINEAR)
     with pytest.raises(ValueError, match="shift needs a policy with independent draws, got pairs"):
         build_policy({"type": "speed_reference", "shift": 3}, LINEAR)
-    with pytest.raises(ValueError, match="needs data .B, C, H, W., .* got 5 dimensions|got 6 dimensions"):
+    inside = {"density": {"type": "uniform", "shift": 3}, "weighting": "constant", "draw": "paired"}
+    with pytest.raises(ValueError, match="shift needs a policy with independent draws, got pairs"):
+        build_policy(inside, LINEAR)
+    with pytest.raises(ValueError, match="needs images .B, C, H, W., .* got 6 dimensions"):
         build_policy({"type": "uniform", "shift": "flux"}, FLOW).observe(torch.zeros(1, 2, 3, 4, 5, 6))
+    # A window that moves is checked at every step, and a law that waits for every timestep is refused.
+    gap = {"type": "table", "points": [[0.1, 1], [0.2, 0], [0.8, 0], [0.9, 1]]}
+    moving = {"start": [0, 0.1], "low": 0.9, "high": 1.0, "steps": 10}
+    with pytest.raises(ValueError, match="leaves no timestep"):
+        build_policy(
+            {"density": gap, "weighting": "constant", "window": moving}, NoiseSchedule.rectified_flow(5)
+        )
+    with pytest.raises(ValueError, match="waits for losses of every timestep"):
+        build_policy({"type": "loss_second_moment", "window": [0, 0.5]}, LINEAR)
+
+
+def test_copies_and_pickles_have_a_law_of_their_own() -> None:
+    law = {"type": "logit_normal", "shift": {"type": "pixels", "base": 16}, "window": [0, 0.9]}
+    policy = build_policy(law, FLOW)
+    pickled = pickle.loads(pickle.dumps(policy))  # noqa: S301 - its own
+    for other in (copy.deepcopy(policy), pickled):
+        policy.observe(torch.zeros(2, 1, 4, 4))
+        other.observe(torch.zeros(2, 1, 8, 8))
+        moved = density({"type": "logit_normal", "shift": 2.0, "window": [0, 0.9]})
+        assert torch.allclose(policy.density, density({"type": "logit_normal", "window": [0, 0.9]}))
+        assert torch.allclose(other.density, moved)

@@ -133,7 +133,7 @@ class CentredByData(AdaptiveDensity):
             if spectrum is None:
                 return False
             centre = equal_on_all_ranks(spectrum.log_snr_at(), data.device)
-            self._density_at(centre)
+            self._check_centre(centre)
         except ValueError as error:
             self._measurement = None
             if _is_rank_0():
@@ -146,6 +146,16 @@ class CentredByData(AdaptiveDensity):
         if _is_rank_0():
             sys.stderr.write(_found(measurement, centre, spectrum))
         return True
+
+    def _check_centre(self, centre: float) -> None:
+        """Raises ValueError if no policy can be centred there."""
+        log_snr = self._schedule.log_snr[self._schedule.snr > 0]
+        if not float(log_snr[-1]) < centre < float(log_snr[0]):
+            raise ValueError(
+                f"their middle is at log-SNR {centre:.2f}, outside the schedule's {log_snr[-1]:.2f} to"
+                f" {log_snr[0]:.2f}: are they scaled as the model sees them?"
+            )
+        self._density_at(centre)
 
     def _centre_at(self, mean: float) -> None:
         self.mean, self._measurement = mean, None

@@ -5,6 +5,7 @@ Dims: C channels, F frames, H height, W width, N tokens.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from speedit_plugins.registry import Registry
 
@@ -51,13 +52,8 @@ def flux(
             f" {base_tokens}, {max_tokens}, {patch_size}, {base_shift} and {max_shift}"
         )
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-
-    def shift(shape: tuple[int, ...]) -> float:
-        area = _area(shape)
-        tokens = area if len(shape) == 2 else area / patch_size**2
-        return math.exp(base_shift + slope * (tokens - base_tokens)) * _root_of_frames(shape, frames)
-
-    return shift
+    start = base_shift - slope * base_tokens
+    return partial(_by_tokens, start=start, slope=slope, patch_size=patch_size, frames=frames)
 
 
 def pixels(*, base: int, frames: str | None = None) -> ShiftOfGrid:
@@ -80,11 +76,7 @@ def pixels(*, base: int, frames: str | None = None) -> ShiftOfGrid:
     if base < 1:
         raise ValueError(f"a shift by pixels needs base >= 1, got {base}")
     _check_frames(frames)
-
-    def shift(shape: tuple[int, ...]) -> float:
-        return math.sqrt(_area(shape) / base) * _root_of_frames(shape, frames)
-
-    return shift
+    return partial(_by_pixels, base=base, frames=frames)
 
 
 def dimension(*, base: int = 4096) -> ShiftOfGrid:
@@ -104,7 +96,22 @@ def dimension(*, base: int = 4096) -> ShiftOfGrid:
     """
     if base < 1:
         raise ValueError(f"a shift by dimension needs base >= 1, got {base}")
-    return lambda shape: math.sqrt(math.prod(shape) / base)
+    return partial(_by_dimension, base=base)
+
+
+def _by_tokens(
+    shape: tuple[int, ...], start: float, slope: float, patch_size: int, frames: str | None
+) -> float:
+    tokens = _area(shape) if len(shape) == 2 else _area(shape) / patch_size**2
+    return math.exp(start + slope * tokens) * _root_of_frames(shape, frames)
+
+
+def _by_pixels(shape: tuple[int, ...], base: int, frames: str | None) -> float:
+    return math.sqrt(_area(shape) / base) * _root_of_frames(shape, frames)
+
+
+def _by_dimension(shape: tuple[int, ...], base: int) -> float:
+    return math.sqrt(math.prod(shape) / base)
 
 
 def _area(shape: tuple[int, ...]) -> int:
