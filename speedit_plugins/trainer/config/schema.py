@@ -66,8 +66,8 @@ class DiffusionConfig:
     policy: Component = field(default_factory=lambda: {"type": "recommended"})
     """Which timesteps are drawn and how their losses are weighed: `type` and parameters of a named policy, or
     its parts `density` and `weighting`, with `draw` and `scope`. `recommended` is `auto` for a flow or a
-    model of v, and `speedit` for any other. The `mean` of `auto` and of the `spectral` policies is measured before
-    the training and saved with its config."""
+    model of v, and `speedit` for any other. The `mean` of `auto` and of the `spectral` policies is measured
+    before the training and saved with its config."""
     diffusion_steps: int = _limited(1000, at_least=2)
     """Timesteps T before respacing; the linear schedule needs at least 20. For a flow it is the number of
     rows of the policy's tables."""
