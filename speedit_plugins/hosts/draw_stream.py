@@ -119,7 +119,8 @@ class DrawStream:
         if self.num_strata is None:
             return
         if policy.stratified or draws_pairs(policy):
-            how = "is stratified by batch" if policy.stratified else "draws in pairs"
+            how = "is stratified by batch (stratified=False in its config)"
+            how = how if policy.stratified else "draws in pairs"
             raise ValueError(f"num_strata needs a policy with independent draws, and {policy.name!r} {how}")
 
     def draw(

@@ -116,6 +116,9 @@ def _composed(
     kind, common["normalize"] = _normalized(common.get("normalize", False))
     _check_parts(parts)
     changes = {key: common.pop(key) for key in transforms.KEYS if key in common}
+    if changes:
+        shown = (f"{key} {_name_of(value)}" for key, value in changes.items())
+        name = f"{name} with {' and '.join(shown)}"
     law = _build_law(parts["density"], schedule, given)
     draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
     law_options = options_of(parts["density"]) if isinstance(parts["density"], str | Mapping) else {}

@@ -24,15 +24,16 @@ def gather_losses(index: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         loss: loss of each sample of this rank, (B,).
 
     Raises:
-        ValueError: the shapes differ, or are not (B,).
+        ValueError: the shapes differ, or are not (B,); or indices that are no integers.
 
     Example:
         >>> gather_losses(torch.tensor([3, 5]), torch.tensor([0.5, float("nan")]))
         (tensor([3]), tensor([0.5000], dtype=torch.float64))
     """
-    if index.shape != loss.shape or index.ndim != 1:
+    if index.shape != loss.shape or index.ndim != 1 or index.is_floating_point():
         raise ValueError(
-            f"update needs index and loss (B,), got {tuple(index.shape)} and {tuple(loss.shape)}"
+            f"update needs whole numbers index (B,) and loss (B,), got {index.dtype} {tuple(index.shape)} and"
+            f" {loss.dtype} {tuple(loss.shape)}"
         )
     # float32 holds every index below 2^24 exactly, and every device has it.
     rows = gather_rows(torch.stack([index.detach().float(), loss.detach().float()], dim=1)).cpu()

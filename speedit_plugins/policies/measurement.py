@@ -26,7 +26,7 @@ class DataMeasurement:
     The ranks talk to each other after 4, 8, 16, ... batches, until there are enough samples, or `num_steps`
     batches. Only finite samples count, of the shape that is most frequent on rank 0. A sample that comes
     again, as in a small data set, or on a rank that shares its batch, counts once. All ranks get the same
-    spectrum.
+    spectrum. Large images, of which there are too few, get `DataSpectrum.of_stationary`.
 
     Args:
         num_samples: N to wait for, >= 2; fewer if they would take more than `MAX_VALUES` values.
@@ -52,7 +52,7 @@ class DataMeasurement:
         """Takes a batch (B, ...); returns the spectrum once there is enough. Waits for the device.
 
         Raises:
-            ValueError: samples from which no spectrum can be measured, see `DataSpectrum.of`.
+            ValueError: samples from which no middle can be measured, see `DataSpectrum`.
         """
         self._step += 1
         self._keep(data)
@@ -67,7 +67,14 @@ class DataMeasurement:
             raise ValueError(f"{self._step} batches have fewer than two finite samples of one shape")
         samples = _distinct(rows[:wanted])
         self.num_samples = len(samples)
-        return DataSpectrum.of(samples)
+        spectrum = DataSpectrum.of(samples)
+        try:
+            spectrum.log_snr_at()
+        except ValueError:
+            if len(self.shape) < 2:
+                raise
+            spectrum = DataSpectrum.of_stationary(samples.unflatten(1, self.shape))
+        return spectrum
 
     def _keep(self, data: Tensor) -> None:
         rows = data.detach().flatten(1).float()

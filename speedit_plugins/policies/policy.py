@@ -239,8 +239,14 @@ class TimestepPolicy:
         return float((self.density * self.weight).sum())
 
     def __str__(self) -> str:
-        area = "no boundary" if self.boundary_index is None else f"boundary {self.boundary_index}"
-        return f"{self.name}: {area} of {len(self.weight)} timesteps, mean weight {self.mean_weight:.4f}"
+        T = len(self.weight)
+        if self.boundary_index is not None:
+            area = f"boundary {self.boundary_index} of {T} timesteps"
+        else:
+            below = self.density.cumsum(0)
+            low, high = (float((below < share).sum()) / T for share in (0.05, 0.95))
+            area = f"nine in ten draws at u = {low:.2f} to {high:.2f}"
+        return f"{self.name}: {area}, mean weight {self.mean_weight:.4f}"
 
     def update(self, index: Tensor, loss: Tensor) -> None:
         """Teaches a learning policy the unweighted losses (B,) at the indices (B,). Others ignore it.
@@ -273,7 +279,7 @@ class TimestepPolicy:
         step, before `draw`, on every rank. While `auto` measures, it waits for the device and the ranks.
 
         Raises:
-            ValueError: the data have no batch and sample dimensions.
+            ValueError: the data are no floating-point tensor, or have no batch and sample dimensions.
 
         Example:
             >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -282,9 +288,10 @@ class TimestepPolicy:
             >>> policy.draw(8).index.shape
             torch.Size([8])
         """
-        if not isinstance(data, Tensor) or data.ndim < 2:
-            got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
-            raise ValueError(f"observe needs the data of a batch (B, ...), got {got}")
+        if not isinstance(data, Tensor) or data.ndim < 2 or not data.is_floating_point():
+            is_tensor = isinstance(data, Tensor)
+            got = f"{data.dtype} of shape {tuple(data.shape)}" if is_tensor else f"a {type(data).__name__}"
+            raise ValueError(f"observe needs floating-point data (B, ...), as the model sees them, got {got}")
         if self._adaptive is not None and data.device.type != "meta" and self._adaptive.observe(data):
             self._rebuild()
 

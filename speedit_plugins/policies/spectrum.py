@@ -98,6 +98,31 @@ class DataSpectrum:
         found = torch.linalg.eigvalsh(gram).clamp(min=0)[-num_variances:] / num_variances
         return cls(torch.cat([found.new_zeros(num_variances - len(found)), found]), is_sampled=True)
 
+    @classmethod
+    def of_stationary(cls, samples: Tensor) -> "DataSpectrum":
+        """The spectrum of large images from few samples, as if every place in them were alike.
+
+        Then the principal components are waves, and each frequency has a covariance of its channels. On
+        random fields the middle is within 0.1. Where places differ, as on digits, emoji or clothes, it comes
+        out 0.3 to 0.9 too high: `of` is better wherever it has enough samples.
+
+        Args:
+            samples: floating-point, shape (N, C, ...) with one to three sides, N >= 2, finite.
+
+        Raises:
+            ValueError: samples that are all equal.
+
+        Example:
+            >>> samples = torch.randn(20, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            >>> abs(DataSpectrum.of_stationary(samples).log_snr_at()) < 0.3  # white noise of variance 1
+            True
+        """
+        centred = samples.detach().to("cpu", torch.float32)
+        centred = centred - centred.mean(dim=0)
+        waves = torch.fft.fftn(centred, dim=tuple(range(2, samples.ndim)), norm="ortho").flatten(2)
+        covariance = torch.einsum("nck,ndk->kcd", waves, waves.conj()) / (len(samples) - 1)
+        return cls(torch.linalg.eigvalsh(covariance).clamp(min=0).flatten())
+
     def explained(self, log_snr: float) -> float:
         """Share of the variance that the best linear denoiser explains, in [0, 1]. It rises with log-SNR.
 

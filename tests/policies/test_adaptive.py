@@ -114,7 +114,7 @@ def test_all_zero_losses_leave_a_uniform_density() -> None:
         (lambda: LossSecondMoment(LINEAR, uniform_floor=0.0), r"uniform_floor in \(0, 1\]"),
         (
             lambda: gather_losses(torch.tensor([1, 2]), torch.tensor([1.0])),
-            "update needs index and loss",
+            "update needs whole numbers index",
         ),
     ],
 )

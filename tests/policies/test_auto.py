@@ -130,6 +130,19 @@ def test_data_that_cannot_be_measured_are_said_once() -> None:
         assert not resumed.needs_data
 
 
+def test_large_images_need_few_samples() -> None:
+    """Noise with a known spectrum, 65,536 values in each of 32 samples; one by one they would take thousands."""
+    frequency = torch.fft.fftfreq(64)[:, None] ** 2 + torch.fft.fftfreq(64) ** 2
+    amplitude = frequency.clamp(min=(1 / 64) ** 2) ** -0.5
+    white = torch.randn(32, 16, 64, 64, generator=torch.Generator().manual_seed(0))
+    samples = torch.fft.ifft2(torch.fft.fft2(white) * amplitude).real
+    policy = policy_of(num_samples=32)
+    for batch in samples.split(8):
+        policy.observe(batch)
+    middle = DataSpectrum(amplitude.square().flatten()).log_snr_at()
+    assert abs(policy.state_dict()["density"]["mean"] - middle) < 0.3
+
+
 def test_few_samples_tell_their_middle_alone(capsys: pytest.CaptureFixture[str]) -> None:
     policy = policy_of()
     spread = torch.arange(1, 257) ** -1.0
@@ -176,7 +189,7 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
     # A loop of one's own that never observes fails at its first draw, a seam after a few steps.
     with pytest.raises(ValueError, match="depends on the data and has seen none: call"):
         policy_of().draw(4)
-    with pytest.raises(ValueError, match=r"observe needs the data of a batch \(B, ...\), got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"observe needs floating-point data .*, got torch.float32 of shape \(4,\)"):
         policy_of().observe(torch.zeros(4))
     policy = policy_of()
     for _ in range(10):

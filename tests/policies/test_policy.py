@@ -273,7 +273,8 @@ def test_boundary_of_each_policy_on_linear(name: str, boundary: int | None) -> N
 def test_a_policy_prints_its_name_boundary_and_mean_weight() -> None:
     assert str(build_policy("speed", LINEAR)) == "speed: boundary 700 of 1000 timesteps, mean weight 0.4965"
     assert (
-        str(build_policy("uniform", LINEAR)) == "uniform: no boundary of 1000 timesteps, mean weight 1.0000"
+        str(build_policy({"type": "uniform", "shift": 3}, NoiseSchedule.rectified_flow(1000)))
+        == "uniform with shift 3: nine in ten draws at u = 0.14 to 0.98, mean weight 1.0000"
     )
 
 

@@ -13,7 +13,7 @@ def uniform() -> Recipe:
     Example:
         >>> from speedit_plugins import NoiseSchedule, build_policy
         >>> print(build_policy("uniform", NoiseSchedule.linear(1000)))
-        uniform: no boundary of 1000 timesteps, mean weight 1.0000
+        uniform: nine in ten draws at u = 0.05 to 0.95, mean weight 1.0000
     """
     return {"density": {"type": "uniform"}, "weighting": {"type": "constant"}}
 
