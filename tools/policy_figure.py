@@ -119,6 +119,13 @@ def over_log_snr_axis(schedule: NoiseSchedule, log_snr_range: tuple[float, float
     return Ruler("log-SNR  (noise is on the right)", places, first, last, spans)
 
 
+def shade_areas(axis: Any, ruler: Ruler) -> None:
+    """Fills the background of each of the schedule's areas with its color."""
+    for color, name in zip(AREA_COLORS, AREAS, strict=True):
+        if name in ruler.areas:
+            axis.axvspan(*ruler.areas[name], color=color, linewidth=0, zorder=0)
+
+
 def _draw(axis: Any, ruler: Ruler, lines: Mapping[str, Sequence[float | None]]) -> None:
     for i, (line, values) in enumerate(lines.items()):
         drawn = [math.nan if value is None else value for value in values]
@@ -141,9 +148,7 @@ def _line_style(i: int) -> dict[str, Any]:
 
 
 def _dress(axis: Any, ruler: Ruler, label: str, lines: Mapping[str, Sequence[float | None]]) -> None:
-    for color, name in zip(AREA_COLORS, AREAS, strict=True):
-        if name in ruler.areas:
-            axis.axvspan(*ruler.areas[name], color=color, linewidth=0, zorder=0)
+    shade_areas(axis, ruler)
     axis.set_ylabel(label, fontsize=11)
     low, high = sorted((ruler.first, ruler.last))
     seen = sorted(

@@ -11,7 +11,7 @@ from typing import Any
 
 import inspect_policy
 import torch
-from policy_figure import AREA_COLORS, LINE_COLORS, over_log_snr_axis, over_time
+from policy_figure import LINE_COLORS, over_log_snr_axis, over_time, shade_areas
 from policy_tables import over_log_snr
 from torch import Tensor
 
@@ -199,8 +199,7 @@ def _built(name: str, view: View, schedule: NoiseSchedule) -> TimestepPolicy:
 
 def _dress(axis: Any, schedule: NoiseSchedule, is_over_time: bool) -> None:
     ruler = over_time(schedule) if is_over_time else over_log_snr_axis(schedule)
-    for color, span in zip(AREA_COLORS, ruler.areas.values(), strict=False):
-        axis.axvspan(*span, color=color, linewidth=0, zorder=0)
+    shade_areas(axis, ruler)
     axis.set_xlim(ruler.first, ruler.last)
     axis.set_xlabel("timestep (0 is clean)" if is_over_time else "log-SNR (noise on the right)", fontsize=8)
     axis.grid(axis="y", color="#d0d0d0", linewidth=0.6)
