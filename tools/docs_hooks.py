@@ -19,6 +19,8 @@ from speedit_plugins.registry import POLICIES
 
 _FIGURE = re.compile(r"<!-- figure: ([\w-]+) -->")
 _KEYS = "<!-- generated: config keys -->"
+_HOSTS = "<!-- figure of hosts -->"
+_HOSTS_FIGURE = "![laws of auto and of four trainers, over time and over log-SNR](figures/hosts.svg)"
 # Scripts, styles, fonts and images; links that a reader may click are no loads.
 _LOADED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?https?://|<link\b[^>]*rel=\"?stylesheet[^>]*https?://"
@@ -56,6 +58,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, table in product(POLICIES.module_dict, figures.TABLES):
         drawn = figures.policy_figure(name, table)
         files.append(File.generated(config, f"figures/{name}-{table}.svg", content=drawn))
+    files.append(File.generated(config, "figures/hosts.svg", content=figures.comparison()))
     return files
 
 
@@ -65,7 +68,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         _check_policies(set(_FIGURE.findall(markdown)))
     if _KEYS in markdown:
         markdown = markdown.replace(_KEYS, config_keys.markdown())
-    markdown = _FIGURE.sub(_figure, markdown)
+    markdown = _FIGURE.sub(_figure, markdown).replace(_HOSTS, _HOSTS_FIGURE)
     return pages.with_framework_links(markdown)
 
 

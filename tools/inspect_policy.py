@@ -1,15 +1,19 @@
-"""Shows what a timestep policy does on a noise schedule, in numbers, words and a plot.
+"""Shows what timestep policies do on a noise schedule, in numbers, words and a plot.
 
     python tools/inspect_policy.py --policy speedit speed uniform --schedule linear --timesteps 1000 \\
         --json out.json --plot out.png
+    python tools/inspect_policy.py --policy auto --host sd-scripts --timestep_sampling sigmoid --plot out.png
+
+`--host` draws the law of another trainer. Its flags follow, as that trainer calls them, and end at the next
+option of this command.
 
 Dims: T timesteps.
 """
 
 import argparse
-import contextlib
 import json
 import math
+import re
 import sys
 import textwrap
 import warnings
@@ -19,7 +23,10 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from torch import Tensor
+from host_laws.flags import host_configs, split_hosts, value_of
+from host_laws.laws import HOSTS
+from policy_figure import save_figure
+from policy_tables import AREAS, QUARTILES, areas, describe
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.files import write_whole
@@ -34,59 +41,48 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "cosine": NoiseSchedule.cosine,
     "rectified_flow": NoiseSchedule.rectified_flow,
 }
-# Label of the y-axis -> name of a line -> the line's value at each timestep.
-Panels = Mapping[str, Mapping[str, Sequence[float | None]]]
 
-AREAS = ("acceleration", "deceleration", "convergence")
-AREA_COLORS = ("#e8eef7", "#f7f7f7", "#fbeee3")
-# Okabe and Ito's palette, distinguishable with any kind of colour vision.
-LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_CLEANER = "u, and log-SNR in brackets, below which this share of the draws is cleaner"
+# Share of the draws at either end that the panels over log-SNR may leave out.
+_UNSEEN = 0.005
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 or, after an error message on stderr, 2."""
     try:
-        args = _parser().parse_args(argv)
+        own = set(re.findall(r"--[a-z-]+", _parser().format_usage()))
+        words, blocks = split_hosts(sys.argv[1:] if argv is None else argv, own)
+        args = _parser().parse_args(words)
         import_modules(args.imports, source="--import")
+        args.schedule = args.schedule or ("rectified_flow" if blocks else "linear")
+        schedule = SCHEDULES[args.schedule](args.timesteps)
+        if blocks and args.schedule != "rectified_flow":
+            raise ValueError(f"--host needs --schedule rectified_flow, got {args.schedule}")
+        hosts = host_configs(blocks)
+        configs = {**_configs(args), **hosts}
+        if not configs:
+            raise ValueError("needs --policy NAME or --host NAME (--help lists the options)")
         # Warnings about a policy are printed in the report, without a source line.
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
-            schedule, policies = _build(args)
+            policies = {
+                title: _built(title, config, schedule, args, args.step) for title, config in configs.items()
+            }
+            changing = [title for title, config in configs.items() if _changes(title, config, schedule, args)]
         report = describe(schedule, policies)
         print(summary(args.schedule, schedule, report))
+        for title, config in hosts.items():
+            print(f"{title} is the policy\n  {_as_line(config)}")
         for line in dict.fromkeys(str(note.message) for note in notes):
             print(_wrap(f"Note: {line}."))
-        for name in (name for name, policy in policies.items() if _follows_training(policy)):
-            print(_wrap(f"Note: {name} changes during training; shown is its initial state."))
-        if args.plot is not None:
-            plot(args.plot, args.schedule, schedule, report)
-            print(f"plot: {args.plot}")
-        if args.json is not None:
-            write_json(args.json, report)
-            print(f"tables: {args.json}")
+        state = "its initial state" if args.step is None else f"its state at step {args.step}"
+        for title in changing:
+            print(_wrap(f"Note: {title} changes during training; shown is {state}."))
+        _write(args, schedule, {title: {**row, "config": configs[title]} for title, row in report.items()})
     except ValueError as error:
         print(f"inspect_policy: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def describe(schedule: NoiseSchedule, policies: dict[str, TimestepPolicy]) -> dict[str, dict[str, Any]]:
-    """Tables and area shares of each policy, as plain values for JSON.
-
-    Returns:
-        Per policy: density, weight and importance (density * weight, normalised), each a list of T numbers;
-        boundary_index, mean_weight and scope; and per area of the schedule its range [first, end), its share
-        of the draws and its share of the importance.
-    """
-    return {name: _describe_one(schedule, policy) for name, policy in policies.items()}
-
-
-def areas(schedule: NoiseSchedule) -> dict[str, tuple[int, int]]:
-    """[first, end) indices of the three areas; the last one is empty if no SNR is below 1/143."""
-    convergence = schedule.convergence_index()
-    acceleration = min(schedule.acceleration_index, convergence)
-    edges = (0, acceleration, convergence, schedule.num_timesteps)
-    return {name: (edges[i], edges[i + 1]) for i, name in enumerate(AREAS)}
 
 
 def gain(schedule: NoiseSchedule) -> str:
@@ -125,66 +121,54 @@ def summary(name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]
             for area in row["areas"].values()
         )
         lines.append(f"{policy:<{width}}  {boundary:>8}  {row['mean_weight']:>11.4f} {shares}")
+    lines += ["", f"{'':<{width}}  {_CLEANER}"]
+    lines.append(f"{'policy':<{width}}  {'':>6}" + "".join(f"{100 * share:>15.0f} %" for share in QUARTILES))
+    for policy, row in report.items():
+        places = zip(row["quartiles"]["u"], row["quartiles"]["log_snr"], strict=True)
+        cells = (f"{u:.3f} ({'-inf' if snr is None else f'{round(snr, 2) + 0.0:.2f}'})" for u, snr in places)
+        lines.append(f"{policy:<{width}}  {'':>6}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join([*lines, "", _wrap(gain(schedule))])
 
 
 def plot(path: Path, name: str, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> None:
-    """Plots density, weight and importance against the timestep; see `save_figure`."""
+    """Plots density, weight and importance against the timestep and against log-SNR; see `save_figure`."""
     T = schedule.num_timesteps
-    rows = (
+
+    def rows(*tables: tuple[str, float, str]) -> dict[str, dict[str, list[float | None]]]:
+        return {
+            label: {
+                policy: [None if value is None else scale * value for value in row[table]]
+                for policy, row in report.items()
+            }
+            for table, scale, label in tables
+        }
+
+    over_time = rows(
         ("density", T, "density\n(uniform = 1)"),
         ("weight", 1, "weight"),
         ("importance", T, "density × weight\n(normalised, uniform = 1)"),
     )
-    panels = {
-        label: {policy: [scale * value for value in row[table]] for policy, row in report.items()}
-        for table, scale, label in rows
-    }
+    over_log_snr = rows(
+        ("density_over_log_snr", 1, "density\nper unit log-SNR"),
+        ("weight", 1, "weight"),
+        ("importance_over_log_snr", 1, "density × weight\nper unit log-SNR"),
+    )
     title = f"Timestep policies on the {name.replace('_', ' ')} schedule, T = {T}"
-    save_figure(path, title, schedule, panels)
+    save_figure(path, title, schedule, over_time, over_log_snr, _shown_log_snr(report, schedule))
 
 
-def save_figure(path: Path, title: str, schedule: NoiseSchedule, panels: Panels) -> None:
-    """Writes a figure with one panel above the other, all against the timestep, with shaded schedule areas.
-
-    Args:
-        path: the file; its suffix decides the format.
-        title: title of the figure.
-        schedule: decides the shaded areas.
-        panels: lines by name for each y-axis label; a line has one value per timestep, None for a gap.
-
-    Raises:
-        ValueError: the file cannot be written, or matplotlib does not support its format.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    T, height = schedule.num_timesteps, 1 + 2.5 * len(panels)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, height), sharex=True, layout="constrained")
-    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-        for i, (line, values) in enumerate(lines.items()):
-            drawn = [math.nan if value is None else value for value in values]
-            axis.plot(drawn, color=LINE_COLORS[i % len(LINE_COLORS)], **_line_style(i), label=line)
-        _dress(axis, schedule, label)
-    _name_areas(axes[0], schedule)
-    axes[-1].set_xlabel("timestep index t  (0 is clean, T is noise)")
-    axes[-1].set_xlim(0, T)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    handles, labels = axes[0].get_legend_handles_labels()
-    # About a hundred letters of this size fit into the width of the figure, including the legend's keys.
-    labels = [textwrap.fill(label, 88) for label in labels]
-    longest = max(len(line) for label in labels for line in label.splitlines())
-    columns = len(labels) if len(labels) <= 4 else min(4, math.ceil(len(labels) / 2))
-    columns = max(1, min(columns, 100 // (longest + 6)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+def _shown_log_snr(report: dict[str, dict[str, Any]], schedule: NoiseSchedule) -> tuple[float, float]:
+    """The log-SNRs between which nearly all draws and all importance of every policy lie."""
+    places = schedule.log_snr
+    used = torch.zeros_like(places, dtype=torch.bool)
+    for row in report.values():
+        for table in (row["density"], row["importance"]):
+            below = torch.tensor(table, dtype=torch.float64).cumsum(0)
+            used |= (below > _UNSEEN) & (below < 1 - _UNSEEN)
+    shown = places[used & places.isfinite()]
+    if not len(shown):
+        shown = places[places.isfinite()]
+    return float(shown.min()), float(shown.max())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -199,17 +183,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
+def _write(args: argparse.Namespace, schedule: NoiseSchedule, report: dict[str, dict[str, Any]]) -> None:
+    if args.plot is not None:
+        plot(args.plot, args.schedule, schedule, report)
+        print(f"plot: {args.plot}")
+    if args.json is not None:
+        write_json(args.json, report)
+        print(f"tables: {args.json}")
+
+
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists the options)")
 
 
 _POLICY_HELP = "registered names, or mappings such as '{density: logit_normal, weighting: p2}'"
+_HOST_HELP = (
+    "a trainer whose law is drawn, followed by its own flags up to the next option of this command; may be"
+    " given several times. Known: {}"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog="inspect_policy", description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--policy", nargs="+", required=True, metavar="NAME", help=_POLICY_HELP)
+    parser = _OneLineParser(
+        prog="inspect_policy", description=__doc__.split("\n", maxsplit=1)[0], allow_abbrev=False
+    )
+    parser.add_argument("--policy", nargs="+", action="extend", default=[], metavar="NAME", help=_POLICY_HELP)
+    # Its blocks are taken out before parsing.
+    parser.add_argument(
+        "--host", metavar="NAME", help=_HOST_HELP.format(", ".join(sorted(HOSTS.module_dict)))
+    )
     parser.add_argument(
         "--import",
         dest="imports",
@@ -218,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="import a module that registers policies or their parts; may be given several times",
     )
-    parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="linear")
+    parser.add_argument(
+        "--schedule", choices=sorted(SCHEDULES), help="default: linear, or rectified_flow with --host"
+    )
     parser.add_argument("--timesteps", type=int, default=1000, metavar="T")
     parser.add_argument(
         "--prediction-type",
@@ -233,6 +238,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[POLICY.]KEY=VALUE",
         help="set a parameter of all policies, or of one",
     )
+    parser.add_argument(
+        "--data-shape", metavar="C,H,W", help="shape of a sample, for shifts by resolution: C,H,W or C,F,H,W"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="training steps done, for laws that change")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a plot to this file (.png, .svg, .pdf)"
@@ -240,9 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepPolicy]]:
-    schedule = SCHEDULES[args.schedule](args.timesteps)
-    default = "flow" if args.schedule == "rectified_flow" else "epsilon"
+def _configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     configs: dict[str, dict[str, Any]] = {}
     for text in args.policy:
         name, config = _named(text)
@@ -253,12 +260,38 @@ def _build(args: argparse.Namespace) -> tuple[NoiseSchedule, dict[str, TimestepP
         names, key, value = _parse_setting(setting, list(configs))
         for name in names:
             configs[name][key] = value
-    prediction_type = args.prediction_type or default
-    policies = {
-        name: build_policy(c, schedule, prediction_type, data_spectrum=_unit_variance)
-        for name, c in configs.items()
-    }
-    return schedule, policies
+    return configs
+
+
+def _built(
+    title: str, config: dict[str, Any], schedule: NoiseSchedule, args: argparse.Namespace, step: int | None
+) -> TimestepPolicy:
+    default = "flow" if args.schedule == "rectified_flow" else "epsilon"
+    policy = build_policy(config, schedule, args.prediction_type or default, data_spectrum=_unit_variance)
+    if args.data_shape is not None:
+        policy.observe(torch.zeros(1, *_shape(args.data_shape)))
+    elif policy.needs_data:
+        raise ValueError(f"{title} depends on the size of the data: give --data-shape, such as 16,128,128")
+    if step is not None:
+        policy.advance(step)
+    return policy
+
+
+def _changes(title: str, config: dict[str, Any], schedule: NoiseSchedule, args: argparse.Namespace) -> bool:
+    """Whether a policy follows the losses or the steps of the training."""
+    first, last = (_built(title, config, schedule, args, step) for step in (0, 10**9))
+    follows_losses = first.learns or isinstance(first, LossNormalizedPolicy)
+    return follows_losses or not torch.equal(first.density, last.density)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--data-shape needs sizes >= 1, such as 16,128,128, got {text!r}")
+    return sizes
 
 
 def _named(text: str) -> tuple[str, dict[str, Any]]:
@@ -293,86 +326,15 @@ def _parse_setting(setting: str, policies: list[str]) -> tuple[list[str], str, A
         raise ValueError(f"--set needs KEY=VALUE or POLICY.KEY=VALUE, got {setting!r}")
     if dot and policy not in policies:
         raise ValueError(f"--set {setting!r} needs one of the inspected policies: {', '.join(policies)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set needs a YAML value, got {setting!r}: {error}") from error
-    # YAML reads 1e-3 as a string.
-    with contextlib.suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    return [policy] if dot else policies, key, value
+    return [policy] if dot else policies, key, value_of(text, f"--set {setting}")
 
 
-def _follows_training(policy: TimestepPolicy) -> bool:
-    return bool(policy.state_dict()["density"]) or isinstance(policy, LossNormalizedPolicy)
-
-
-def _describe_one(schedule: NoiseSchedule, policy: TimestepPolicy) -> dict[str, Any]:
-    importance = policy.density * policy.weight
-    # If all weights are 0, no timestep has a share.
-    importance = importance / importance.sum() if importance.sum() > 0 else importance
-
-    def shares(first: int, end: int) -> dict[str, Any]:
-        draws, counts = float(policy.density[first:end].sum()), float(importance[first:end].sum())
-        return {"range": [first, end], "draws": draws, "importance": counts}
-
-    return {
-        "density": _numbers(policy.density),
-        "weight": _numbers(policy.weight),
-        "importance": _numbers(importance),
-        "boundary_index": policy.boundary_index,
-        "mean_weight": policy.mean_weight,
-        "scope": policy.scope,
-        "areas": {area: shares(first, end) for area, (first, end) in areas(schedule).items()},
-    }
-
-
-def _numbers(table: Tensor) -> list[float]:
-    values: list[float] = table.tolist()
-    assert all(math.isfinite(value) for value in values)
-    return values
+def _as_line(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
 
 def _wrap(text: str) -> str:
     return textwrap.fill(text, width=100)
-
-
-def _line_style(i: int) -> dict[str, Any]:
-    """Makes overlapping lines visible: later ones are thinner and dashed."""
-    dashes = (
-        "-",
-        (0, (6, 2)),
-        (0, (2, 1.5)),
-        (0, (8, 2, 2, 2)),
-        (0, (1, 1)),
-        (0, (12, 3)),
-        (0, (4, 1, 1, 1)),
-    )
-    return {"linestyle": dashes[i % len(dashes)], "linewidth": max(1.4, 2.6 - 0.4 * i)}
-
-
-def _dress(axis: Any, schedule: NoiseSchedule, label: str) -> None:
-    for color, (first, end) in zip(AREA_COLORS, areas(schedule).values(), strict=True):
-        axis.axvspan(first, end, color=color, linewidth=0, zorder=0)
-    axis.set_ylabel(label, fontsize=11)
-    high = axis.get_ylim()[1]
-    axis.set_ylim(0, high)
-    axis.grid(axis="y", color="#d0d0d0", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _name_areas(axis: Any, schedule: NoiseSchedule) -> None:
-    T = schedule.num_timesteps
-    for area, (first, end) in areas(schedule).items():
-        if first == end:
-            continue
-        # A narrow area has no room for its name, so the name starts or ends at the area's edge.
-        narrow = end - first < 0.12 * T
-        place, align = ((first + end) / 2, "center") if not narrow else (end, "right" if end == T else "left")
-        axis.text(
-            place, 1.01, area, transform=axis.get_xaxis_transform(), ha=align, va="bottom", color="#444444"
-        )
 
 
 if __name__ == "__main__":

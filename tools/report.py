@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import report_page as html
-from inspect_policy import areas, describe
+from policy_tables import areas, describe
 from report_plots import Line, Span, heat_map, line_chart, staircase
 from report_run import CONFIG, Run, open_run
 from safetensors import safe_open

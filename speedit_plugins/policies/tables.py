@@ -66,7 +66,7 @@ def curve(schedule: NoiseSchedule, values: Any, points: Any, path: str | None) -
         return _resampled(found, schedule.num_timesteps)
     if found.ndim == 2 and values is None:
         u = (torch.arange(schedule.num_timesteps, dtype=torch.float64) + 0.5) / schedule.num_timesteps
-        return _spline(found[:, 0], found[:, 1], u)
+        return _spline(found[:, 0].contiguous(), found[:, 1], u)
     wanted = "numbers" if points is None else "points (u, value)"
     raise ValueError(f"table {given[0]} needs {wanted}, got {str(numbers)[:60]}")
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from policy_cases import POLICY_NAMES, build
 
 from speedit_plugins import NoiseSchedule, build_policy
@@ -55,7 +58,7 @@ def test_the_command_as_documented(tmp_path: Path) -> None:
     head = figure.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    assert (width, height) == (1350, 1275)
+    assert (width, height) == (1950, 1275)
 
 
 def test_tables_are_those_of_the_policies(tmp_path: Path) -> None:
@@ -140,10 +143,10 @@ def test_settings_reach_all_policies_or_one(tmp_path: Path) -> None:
 def test_policies_of_one_name_are_told_apart_by_what_was_typed(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     policies = ["{type: spectral, mean: 0}", "{type: spectral, mean: 1}"]
-    assert run("--policy", *policies, "--set", f"{policies[1]}.shift=0.5", "--json", str(out)) == 0
+    assert run("--policy", *policies, "--set", f"{policies[1]}.offset=0.5", "--json", str(out)) == 0
     report = json.loads(out.read_text())
-    for name, mean, shift in (("spectral", 0.0, 0.6), (policies[1], 1.0, 0.5)):
-        config = {"type": "spectral", "mean": mean, "shift": shift}
+    for name, mean, offset in (("spectral", 0.0, 0.6), (policies[1], 1.0, 0.5)):
+        config = {"type": "spectral", "mean": mean, "offset": offset}
         assert report[name]["density"] == build_policy(config, NoiseSchedule.linear()).density.tolist()
 
 
@@ -167,6 +170,64 @@ def test_prediction_type_follows_the_schedule_or_the_option(tmp_path: Path) -> N
     run(*arguments, "--schedule", "scaled_linear", "--prediction-type", "v")
     weight = json.loads(out.read_text())["min_snr"]["weight"]
     assert [weight[0], weight[500], weight[999]] == pytest.approx([0.004, 0.276, 0.005], abs=5e-4)
+
+
+def test_a_hosts_law_beside_a_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    host = ["--host", "sd-scripts", "--timestep_sampling", "shift", "--discrete_flow_shift", "3"]
+    assert run(*host, "--policy", "uniform", "--json", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "Schedule rectified_flow, T = 1000" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("  {density"))
+    # The printed policy can be copied into a config.
+    config = yaml.safe_load(line)
+    report = json.loads(out.read_text())
+    assert list(report) == ["uniform", "sd-scripts shift 3"]
+    row = report["sd-scripts shift 3"]
+    assert row["config"] == config
+    assert row["density"] == build_policy(config, NoiseSchedule.rectified_flow()).density.tolist()
+
+
+def test_the_size_of_the_data_and_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    policies = ["--policy", "{type: logit_normal, shift: {type: flux}}", "clts"]
+    options = ["--schedule", "rectified_flow", "--data-shape", "16,128,128", "--step", "50000"]
+    assert run(*policies, *options, "--json", str(out)) == 0
+    report = json.loads(out.read_text())
+    # Flux shifts a law for 4096 tokens by e^1.15, so logit(u) by 1.15.
+    flow = NoiseSchedule.rectified_flow()
+    expected = build_policy({"type": "logit_normal", "mean": 1.15}, flow).density.tolist()
+    assert report["logit_normal"]["density"] == pytest.approx(expected, abs=2e-6)
+    last = build_policy("clts", flow)
+    last.advance(50_000)
+    assert report["clts"]["density"] == last.density.tolist()
+    printed = capsys.readouterr().out
+    assert "Note: clts changes during training; shown is its state at step 50000." in printed
+    assert "Note: logit_normal changes" not in printed
+
+
+def test_quartiles_of_known_laws() -> None:
+    flow = NoiseSchedule.rectified_flow(1000)
+    report = tool.describe(flow, {name: build_policy(name, flow) for name in ("uniform", "logit_normal")})
+    assert report["uniform"]["quartiles"]["u"] == pytest.approx([0.25, 0.5, 0.75])
+    # Log-SNR is -2 logit(u): the quartiles of a normal law are at -+0.6745.
+    quartiles = report["logit_normal"]["quartiles"]
+    assert quartiles["log_snr"] == pytest.approx([2 * 0.6745, 0, -2 * 0.6745], abs=2e-3)
+    assert quartiles["u"] == pytest.approx([1 / (1 + math.exp(x)) for x in (0.6745, 0, -0.6745)], abs=1e-4)
+
+
+def test_density_per_unit_log_snr() -> None:
+    flow = NoiseSchedule.rectified_flow(1000)
+    report = tool.describe(flow, {"logit_normal": build_policy("logit_normal", flow)})
+    found = report["logit_normal"]["density_over_log_snr"]
+    # Log-SNR = -2 logit(u) is normal with standard deviation 2. Ends have a one-sided difference.
+    expected = torch.exp(-(flow.log_snr**2) / 8) / math.sqrt(8 * math.pi)
+    assert found[5:-5] == pytest.approx(expected[5:-5].tolist(), abs=1e-4)
+    # A timestep with SNR 0 has no place on this axis.
+    terminal = NoiseSchedule.linear(1000).zero_terminal_snr()
+    report = tool.describe(terminal, {"uniform": build_policy("uniform", terminal)})
+    assert report["uniform"]["density_over_log_snr"][-1] is None
+    assert None not in report["uniform"]["density_over_log_snr"][:-1]
 
 
 def test_notes_stand_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +263,11 @@ def test_a_figure_of_every_policy(schedule: str, tmp_path: Path) -> None:
         ),
         (["--policy", "speed", "--plot", "/nowhere/out.png"], "cannot write /nowhere/out.png: No such file"),
         (["--policy", "speed", "--plot", "out.xyz"], "Format 'xyz' is not supported"),
-        ([], "required: --policy"),
+        ([], "needs --policy NAME or --host NAME"),
+        (["--host"], "--host needs a name, one of ai-toolkit, "),
+        (["--host", "sit", "--schedule", "linear"], "--host needs --schedule rectified_flow, got linear"),
+        (["--host", "rae"], "rae depends on the size of the data: give --data-shape, such as 16,128,128"),
+        (["--policy", "speed", "--data-shape", "3,x"], "--data-shape needs sizes >= 1, such as 16,128,128"),
     ],
 )
 def test_an_error_is_one_line_and_exit_status_two(

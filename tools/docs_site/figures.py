@@ -1,13 +1,19 @@
 """A small figure of each named policy, drawn from the policy itself: how often, and with what weight."""
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import inspect_policy
 import torch
-from inspect_policy import AREA_COLORS, LINE_COLORS, areas
+from policy_figure import LINE_COLORS, over_log_snr_axis, over_time, shade_areas
+from policy_tables import over_log_snr
+from torch import Tensor
 
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -15,8 +21,17 @@ from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 
 Prepare = Callable[[TimestepPolicy], None]
-# A policy's two tables, and how the figure calls them.
-TABLES = {"density": "how often, uniform = 1", "weight": "weight"}
+# What is drawn of a policy, and how the figure calls it.
+TABLES = {
+    "density": "how often, uniform = 1",
+    "log_snr": "how often, per unit log-SNR",
+    "weight": "weight",
+}
+# The words after `inspect_policy.py` that draw the figure of other trainers' laws in docs/policies.md.
+COMPARED = (
+    "--policy auto --host sd-scripts --timestep_sampling sigmoid --host diffusers-sd3"
+    " --host ltx-2 --seq_length 4096 --host open-sora-2 --num_frames 33 --height 96 --width 96"
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ def view_of(name: str) -> View:
 
 
 def policy_figure(name: str, table: str) -> bytes:
-    """One table of a registered policy, its density or its weight, against the timestep, as SVG."""
+    """One of `TABLES` of a registered policy, against the timestep or log-SNR, as SVG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -123,12 +138,12 @@ def policy_figure(name: str, table: str) -> bytes:
     with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
         figure, axis = plt.subplots(figsize=(3.7, 2.1), layout="constrained")
         axis.set_title(TABLES[table], fontsize=9, loc="left")
-        _dress(axis, schedule)
+        _dress(axis, schedule, is_over_time=table != "log_snr")
         for color, (label, prepare) in zip(LINE_COLORS, view.states.items(), strict=False):
             policy = _built(name, view, schedule)
             prepare(policy)
-            values = policy.weight if table == "weight" else schedule.num_timesteps * policy.density
-            axis.plot(values, color=color, linewidth=1.6, label=label)
+            places = schedule.log_snr if table == "log_snr" else torch.arange(schedule.num_timesteps)
+            axis.plot(places, _values(policy, table), color=color, linewidth=1.6, label=label)
         if table == "weight" and view.is_logarithmic:
             axis.set_yscale("log")
         else:
@@ -146,8 +161,31 @@ def alternative_text(name: str, table: str) -> str:
     view = view_of(name)
     policy = _built(name, view, view.schedule())
     list(view.states.values())[-1](policy)
-    values = policy.weight if table == "weight" else len(policy.density) * policy.density
-    return f"{table} of {name}, between {float(values.min()):.2g} and {float(values.max()):.2g}"
+    values = _values(policy, table)
+    what = "density over log-SNR" if table == "log_snr" else table
+    return f"{what} of {name}, between {float(values.min()):.2g} and {float(values.max()):.2g}"
+
+
+def comparison() -> bytes:
+    """The figure of the command COMPARED, as SVG."""
+    import matplotlib as mpl
+
+    with TemporaryDirectory() as folder, mpl.rc_context({"svg.hashsalt": "hosts"}):
+        path = Path(folder) / "hosts.svg"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            status = inspect_policy.main([*COMPARED.split(), "--plot", str(path)])
+        if status != 0:
+            raise ValueError(f"the figure of hosts was not drawn: {printed.getvalue()}")
+        return path.read_bytes()
+
+
+def _values(policy: TimestepPolicy, table: str) -> Tensor:
+    if table == "weight":
+        return policy.weight
+    if table == "density":
+        return len(policy.density) * policy.density
+    # Every schedule that is shown has a log-SNR at every timestep.
+    return torch.tensor(over_log_snr(policy.schedule, policy.density), dtype=torch.float64)
 
 
 def _built(name: str, view: View, schedule: NoiseSchedule) -> TimestepPolicy:
@@ -159,11 +197,11 @@ def _built(name: str, view: View, schedule: NoiseSchedule) -> TimestepPolicy:
         )
 
 
-def _dress(axis: Any, schedule: NoiseSchedule) -> None:
-    for color, (first, end) in zip(AREA_COLORS, areas(schedule).values(), strict=True):
-        axis.axvspan(first, end, color=color, linewidth=0, zorder=0)
-    axis.set_xlim(0, schedule.num_timesteps)
-    axis.set_xlabel("timestep (0 is clean)", fontsize=8)
+def _dress(axis: Any, schedule: NoiseSchedule, is_over_time: bool) -> None:
+    ruler = over_time(schedule) if is_over_time else over_log_snr_axis(schedule)
+    shade_areas(axis, ruler)
+    axis.set_xlim(ruler.first, ruler.last)
+    axis.set_xlabel("timestep (0 is clean)" if is_over_time else "log-SNR (noise on the right)", fontsize=8)
     axis.grid(axis="y", color="#d0d0d0", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8)

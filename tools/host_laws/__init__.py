@@ -1,0 +1,1 @@
+"""Timestep laws of other trainers, by the names and flags that those trainers give them."""
