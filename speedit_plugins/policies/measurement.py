@@ -73,7 +73,7 @@ class DataMeasurement:
         except ValueError:
             if len(self.shape) < 2:
                 raise
-            spectrum = DataSpectrum.of_stationary(samples.unflatten(1, self.shape))
+            spectrum = DataSpectrum.of_stationary(samples.view(-1, *self.shape))
         return spectrum
 
     def _keep(self, data: Tensor) -> None:

@@ -131,7 +131,7 @@ def test_data_that_cannot_be_measured_are_said_once() -> None:
 
 
 def test_large_images_need_few_samples() -> None:
-    """Noise with a known spectrum, 65,536 values in each of 32 samples; one by one they would take thousands."""
+    """Noise with a known spectrum: 32 samples of 65,536 values, of which thousands would be needed."""
     frequency = torch.fft.fftfreq(64)[:, None] ** 2 + torch.fft.fftfreq(64) ** 2
     amplitude = frequency.clamp(min=(1 / 64) ** 2) ** -0.5
     white = torch.randn(32, 16, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -189,7 +189,9 @@ def test_a_seam_that_shows_no_data_is_an_error() -> None:
     # A loop of one's own that never observes fails at its first draw, a seam after a few steps.
     with pytest.raises(ValueError, match="depends on the data and has seen none: call"):
         policy_of().draw(4)
-    with pytest.raises(ValueError, match=r"observe needs floating-point data .*, got torch.float32 of shape \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"observe needs floating-point data .*, got torch.float32 of shape \(4,\)"
+    ):
         policy_of().observe(torch.zeros(4))
     policy = policy_of()
     for _ in range(10):

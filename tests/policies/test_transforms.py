@@ -101,6 +101,7 @@ def test_a_window_moves_over_the_steps_and_is_resumed() -> None:
         ({"type": "flux", "frames": "second"}, (16, 9, 32, 32), 3 * math.exp(0.5)),
         ({"type": "pixels", "base": 1024, "frames": "first"}, (9, 4, 32, 32), 3.0),
         ({"type": "pixels", "base": 1024}, (4, 9, 64, 64), 2.0),
+        ({"type": "linear", "frames": "second"}, (16, 4, 128, 128), 6.0),
         ({"type": "pixels", "base": 1024}, (4, 64, 64), 2.0),
         ({"type": "dimension"}, (768, 16, 16), math.sqrt(48)),
     ],

@@ -26,7 +26,7 @@ def flux(
 ) -> ShiftOfGrid:
     """s = e^m, where m is linear in the tokens of an image: `base_shift` at `base_tokens`, and so on.
 
-    Source: the FLUX repository (`get_lin_function`). Open-Sora 2.0 multiplies by sqrt(F), see `frames`.
+    Source: the FLUX repository (`get_lin_function`).
 
     Args:
         base_shift: m at `base_tokens`, in [-10, 10].
@@ -54,6 +54,43 @@ def flux(
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     start = base_shift - slope * base_tokens
     return partial(_by_tokens, start=start, slope=slope, patch_size=patch_size, frames=frames)
+
+
+def linear(
+    *,
+    low: float = 1.0,
+    high: float = 3.0,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    patch_size: int = 2,
+    frames: str | None = None,
+) -> ShiftOfGrid:
+    """s linear in the tokens of a frame: `low` at `base_tokens`, `high` at `max_tokens`.
+
+    Source: `get_res_lin_function` of Open-Sora 2.0, which multiplies it by sqrt(F): `frames: second`.
+
+    Args:
+        low: s at `base_tokens`, > 0.
+        high: s at `max_tokens`, >= `low`. Larger images go on along the line, smaller ones down to 1e-3.
+        base_tokens, max_tokens, patch_size, frames: see `flux`.
+
+    Raises:
+        ValueError: a parameter is out of range.
+
+    Example:
+        >>> shift = linear(frames="second")
+        >>> shift((16, 4, 32, 32)), shift((16, 1, 128, 128))  # 1 times the square root of 4 frames, and 3
+        (2.0, 3.0)
+    """
+    _check_frames(frames)
+    if not (1 <= base_tokens < max_tokens and patch_size >= 1 and 0 < low <= high < math.inf):
+        raise ValueError(
+            "linear needs 1 <= base_tokens < max_tokens, patch_size >= 1 and 0 < low <= high, got"
+            f" {base_tokens}, {max_tokens}, {patch_size}, {low} and {high}"
+        )
+    slope = (high - low) / (max_tokens - base_tokens)
+    start = low - slope * base_tokens
+    return partial(_linear_in_tokens, start=start, slope=slope, patch_size=patch_size, frames=frames)
 
 
 def pixels(*, base: int, frames: str | None = None) -> ShiftOfGrid:
@@ -102,8 +139,17 @@ def dimension(*, base: int = 4096) -> ShiftOfGrid:
 def _by_tokens(
     shape: tuple[int, ...], start: float, slope: float, patch_size: int, frames: str | None
 ) -> float:
-    tokens = _area(shape) if len(shape) == 2 else _area(shape) / patch_size**2
-    return math.exp(start + slope * tokens) * _root_of_frames(shape, frames)
+    return math.exp(start + slope * _tokens(shape, patch_size)) * _root_of_frames(shape, frames)
+
+
+def _linear_in_tokens(
+    shape: tuple[int, ...], start: float, slope: float, patch_size: int, frames: str | None
+) -> float:
+    return max(1e-3, start + slope * _tokens(shape, patch_size)) * _root_of_frames(shape, frames)
+
+
+def _tokens(shape: tuple[int, ...], patch_size: int) -> float:
+    return _area(shape) if len(shape) == 2 else _area(shape) / patch_size**2
 
 
 def _by_pixels(shape: tuple[int, ...], base: int, frames: str | None) -> float:
@@ -136,5 +182,5 @@ def _root_of_frames(shape: tuple[int, ...], frames: str | None) -> float:
     return math.sqrt(shape[0] if frames == "first" else shape[1])
 
 
-for _rule in (flux, pixels, dimension):
+for _rule in (flux, linear, pixels, dimension):
     RESOLUTIONS.register_module(name=_rule.__name__, module=_rule)
