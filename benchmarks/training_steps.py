@@ -159,13 +159,16 @@ class OurStep:
         self.trainer.engine.model.train()
         self._clock, self._watch = clock, Stopwatch(clock)
         self.trainer.timer = self._watch  # type: ignore[assignment]  # it has the same phases, with any clock
-        draw = self.trainer._draw_timesteps
+        # For this object only.
+        for name in ("_draw_quantiles", "_timesteps"):
+            setattr(self.trainer, name, self._timed(getattr(self.trainer, name)))
 
-        def timed() -> Any:
+    def _timed(self, draw: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any) -> Any:
             with self._watch.phase("draw"):
-                return draw()
+                return draw(*given)
 
-        self.trainer._draw_timesteps = timed  # type: ignore[method-assign]  # for this object only
+        return timed
 
     def __call__(self) -> tuple[float, Split]:
         start = self._clock()

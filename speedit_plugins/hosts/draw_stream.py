@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy, drawing_device
+from speedit_plugins.policies.draws import drawing_device
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 _numbers = itertools.count()
 # Modules of hosts with sequence parallelism that return their data-parallel group (Open-Sora 1.0 to 1.3).

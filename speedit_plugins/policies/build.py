@@ -10,6 +10,7 @@ from speedit_plugins.policies.densities import transforms
 from speedit_plugins.policies.densities.composed import Law
 from speedit_plugins.policies.draws import Paired
 from speedit_plugins.policies.policy import TimestepPolicy
+from speedit_plugins.policies.recommended import RECOMMENDED, recommended
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.policies.weightings import conversion
@@ -30,8 +31,6 @@ from speedit_plugins.registry import (
 # Keys of every policy config, and keys of a policy made of parts. Others are parameters of a named policy.
 _COMMON_KEYS = ("stratified", "normalize", "equivalent_to", *transforms.KEYS)
 _PART_KEYS = ("density", "weighting", "draw", "scope")
-# In a config, the name of the policy that `recommended` says.
-RECOMMENDED = "recommended"
 
 
 def build_policy(
@@ -91,17 +90,6 @@ def build_policy(
     name, parts, common = _name_parts_and_options(options, schedule, prediction_type)
     given = {"data_spectrum": data_spectrum, "prediction_type": prediction_type}
     return _composed(name, parts, common, schedule, given)
-
-
-def recommended(prediction_type: str) -> str:
-    """The policy to take if nothing else is asked for: `auto` for flow and v, the published `speedit` else.
-
-    Example:
-        >>> recommended("flow"), recommended("epsilon")
-        ('auto', 'speedit')
-    """
-    conversion.check_prediction_type(prediction_type)
-    return "auto" if prediction_type in ("flow", "v") else "speedit"
 
 
 def _composed(

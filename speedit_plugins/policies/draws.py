@@ -76,5 +76,11 @@ class Paired:
         return min(batch_size, batch_size // 2 + 1)
 
 
+def drawing_device(device: torch.device | str) -> torch.device:
+    """Where the random numbers for draws on a device are made: there, or the CPU for mps (no float64)."""
+    target = torch.device(device)
+    return torch.device("cpu") if target.type == "mps" else target
+
+
 DRAWS.register_module(name="iid", module=Iid)
 DRAWS.register_module(name="paired", module=Paired)

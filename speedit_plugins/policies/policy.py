@@ -13,7 +13,7 @@ from torch import Tensor
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.distributed import gather_losses
-from speedit_plugins.policies.draws import Iid, Paired
+from speedit_plugins.policies.draws import Iid, Paired, drawing_device
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 
@@ -384,12 +384,6 @@ class TimestepPolicy:
             upper = (upper / upper[-1]).to(device)
             self._tables[device] = _DeviceTables(upper, density.to(device), self.weight.float().to(device))
         return self._tables[device]
-
-
-def drawing_device(device: torch.device | str) -> torch.device:
-    """Where the random numbers for draws on a device are made: there, or the CPU for mps (no float64)."""
-    target = torch.device(device)
-    return torch.device("cpu") if target.type == "mps" else target
 
 
 def _check_weights(weight: Tensor, density: Tensor, name: str) -> None:

@@ -240,8 +240,11 @@ class TestRefusals:
         with_policy(weighted, dict(density="logit_normal", weighting="constant"))
 
     def test_weights_of_a_velocity_loss_have_no_effect_in_the_host(self) -> None:
-        host = with_policy(Transport(ModelType.VELOCITY, WeightType.VELOCITY))
-        assert attachment_of(host).policy.name == "speedit"
+        host = with_policy(Transport(ModelType.VELOCITY, WeightType.VELOCITY), "jit")
+        assert attachment_of(host).policy.name == "jit"
+
+    def test_without_a_name_a_flow_measures_its_data(self) -> None:
+        assert attachment_of(with_policy(Transport())).policy.name == "auto"
 
     def test_weights_passed_to_a_rectified_flow(self) -> None:
         with pytest.raises(ValueError, match="got weights, and the policy weighs already"):

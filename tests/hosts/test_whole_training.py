@@ -103,7 +103,7 @@ class TestState:
         host = DIT.attached("loss_second_moment")
         before, damaged = str(policy_state(host)), policy_state(host)
         damaged["policies"][0].update(num_steps=7, density={})
-        with pytest.raises(KeyError):
+        with pytest.raises(ValueError, match="is of another density or weighting: 'losses'"):
             load_policy_state(host, damaged)
         assert str(policy_state(host)) == before
 

@@ -120,7 +120,7 @@ def test_a_shift_follows_the_size_of_each_batch(
 
 def test_a_policy_that_needs_data_does_not_draw_without() -> None:
     policy = build_policy({"type": "uniform", "shift": "flux"}, FLOW)
-    with pytest.raises(ValueError, match="'uniform' depends on the data and has seen none"):
+    with pytest.raises(ValueError, match="'uniform with shift flux' depends on the data"):
         policy.draw(4)
     policy.observe(torch.zeros(1, 16, 32, 32))
     assert len(policy.draw(4).index) == 4

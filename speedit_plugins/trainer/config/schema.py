@@ -342,9 +342,14 @@ def _expanded(path: str | None) -> str | None:
 def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:
     """`settled`, of the section alone."""
     is_flow, learn_sigma = diffusion.is_flow, diffusion.learn_sigma
+    predicted = diffusion.prediction_type or ("flow" if is_flow else "epsilon")
+    policy = diffusion.policy
+    if policy.get("type") == RECOMMENDED:
+        policy = {**policy, "type": recommended(predicted)}
     return dataclasses.replace(
         diffusion,
-        prediction_type=diffusion.prediction_type or ("flow" if is_flow else "epsilon"),
+        policy=policy,
+        prediction_type=predicted,
         learn_sigma=not is_flow if learn_sigma is None else learn_sigma,
         noise_schedule=diffusion.noise_schedule or (None if is_flow else "linear"),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.build import RECOMMENDED, build_policy
+from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.registry import DENSITIES, options_of
 from speedit_plugins.trainer import build, checkpoint
@@ -132,7 +132,7 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
     try:
         return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
     except ValueError as error:
-        if config.diffusion.policy.get("type") in (RECOMMENDED, "auto"):
+        if config.diffusion.policy.get("type") == "auto":
             say(f"the policy draws without a centre: {error}")
             return None
         raise ValueError(

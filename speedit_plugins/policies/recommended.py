@@ -1,0 +1,14 @@
+"""The policy that a training gets if none is named. It needs no torch: configs are checked before torch is loaded."""
+
+# In a config, the name of the policy that `recommended` says.
+RECOMMENDED = "recommended"
+
+
+def recommended(prediction_type: str) -> str:
+    """The policy to take if nothing else is asked for: `auto` for flow and v, the published `speedit` else.
+
+    Example:
+        >>> recommended("flow"), recommended("epsilon")
+        ('auto', 'speedit')
+    """
+    return "auto" if prediction_type in ("flow", "v") else "speedit"
