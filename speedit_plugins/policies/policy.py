@@ -111,8 +111,7 @@ class TimestepPolicy:
     ) -> TimestepDraw:
         """Timesteps and weights of one batch, on `device`.
 
-        Draws on the device. Tables are copied there when they have changed. Else nothing is copied, and the
-        CPU does not wait for the device.
+        Draws on the device. It copies tables there if they have changed, and waits for nothing else.
 
         Args:
             batch_size: B, >= 1.

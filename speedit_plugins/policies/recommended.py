@@ -1,4 +1,4 @@
-"""The policy that a training gets if none is named. It needs no torch: configs are checked before torch is loaded."""
+"""The policy that a training gets if none is named. No torch here: configs are checked before it is loaded."""
 
 # In a config, the name of the policy that `recommended` says.
 RECOMMENDED = "recommended"

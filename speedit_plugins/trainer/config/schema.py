@@ -1,13 +1,15 @@
 """The keys of an experiment: name, type, default and range of each, and below it what it means.
 
-The documentation is built from this file: the text below a key is its entry there. Standard library only, so
-that a wrong config fails before torch is imported.
+The documentation is built from this file: the text below a key is its entry there. Nothing here needs torch, so
+that a wrong config fails before it is imported.
 """
 
 import dataclasses
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from speedit_plugins.policies.recommended import RECOMMENDED, recommended
 
 PHASES = ("train", "inference", "sample", "test")
 
