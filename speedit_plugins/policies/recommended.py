@@ -1,4 +1,4 @@
-"""The policy that a training gets if none is named. No torch here: configs are checked before it is loaded."""
+"""The policy that a training gets if none is named. A config is checked without torch, so this needs none."""
 
 # In a config, the name of the policy that `recommended` says.
 RECOMMENDED = "recommended"

@@ -152,8 +152,9 @@ class TestParts:
         seconds, split = step()
         assert step.trainer.step == 1
         assert not torch.equal(before, step.trainer.model.final_layer.linear.weight)
-        # The clock moves by 1 each time it is read. A phase lasts 1, the step at least as long as all phases.
-        assert split == dict.fromkeys(steps.PHASES, 1)
+        # The clock moves by 1 each time it is read. A phase lasts 1, the draw 2, since its random numbers are
+        # made before the batch is there. The step lasts at least as long as all phases.
+        assert split == {**dict.fromkeys(steps.PHASES, 1), "draw": 2}
         assert seconds > len(steps.PHASES)
 
     def test_a_compiled_side_has_the_weights_of_the_other(self, load: Load) -> None:

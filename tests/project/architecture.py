@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/__init__": set(),
     "trainer/terminal": set(),
     "trainer/condition": set(),
-    "trainer/config": _GROUND,
+    "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},
     "trainer/models": _FLOOR - {"trainer/config"},
     "trainer/diffusion": _FLOOR - {"trainer/config"},

@@ -1,7 +1,7 @@
 """The keys of an experiment: name, type, default and range of each, and below it what it means.
 
-The documentation is built from this file: the text below a key is its entry there. Nothing here needs torch, so
-that a wrong config fails before it is imported.
+The documentation is built from this file: the text below a key is its entry there. Nothing here needs torch,
+so that a wrong config fails before it is imported.
 """
 
 import dataclasses
