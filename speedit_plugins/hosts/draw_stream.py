@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from speedit_plugins.policies.distributed import num_processes
 from speedit_plugins.policies.draws import drawing_device
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
@@ -192,12 +193,11 @@ class DrawStream:
             # In the order of the first draws, since some ranks may make objects that only sample.
             self._number = next(_numbers)
         seed = torch.initial_seed() if seed is None else seed
-        num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if self.num_strata is not None or here.size != num_processes:
+        if self.num_strata is not None or here.size != num_processes():
             # Ranks have to agree, and a host may seed each by itself, or anew in the middle of the training.
             if self._common_seed is None:
                 row = [seed]
-                if num_processes > 1:
+                if num_processes() > 1:
                     dist.broadcast_object_list(row, src=0)
                 (self._common_seed,) = row
             seed = self._common_seed

@@ -53,7 +53,7 @@ def build_policy(
             - stratified: see `TimestepPolicy`.
             - normalize: true, see `TimestepPolicy`, or "loss", see `LossNormalizedPolicy`.
             - shift: moves the draws towards noise, see `transforms.shifted`. A number, or a mapping with the
-              type flux, pixels or dimension, which takes it from the size of the data.
+              type flux, linear, pixels or dimension, which takes it from the size of the data.
             - window: two bounds of u, or a mapping, see `transforms.Window`.
             - equivalent_to: "host" (default) multiplies the model's own loss by the weights. "epsilon" first
               converts them, for the objective of a noise-predicting model. Weightings that are meant for one

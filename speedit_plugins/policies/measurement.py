@@ -44,7 +44,7 @@ class DataMeasurement:
         self._wanted, self._num_steps = num_samples, num_steps
         self._rows: dict[tuple[int, ...], list[Tensor]] = {}
         self._num_values = self._step = 0
-        # Of the samples that were measured.
+        # What was measured, in the end.
         self.shape: tuple[int, ...] = ()
         self.num_samples = 0
 
@@ -59,7 +59,7 @@ class DataMeasurement:
         if self._step < 4 or self._step & (self._step - 1):
             return None
         rows = self._of_all_ranks(data.device)
-        wanted = min(self._wanted, max(2, MAX_VALUES // max(1, rows.shape[1])))
+        wanted = self._num_wanted(rows.shape[1])
         if len(rows) < wanted and self._step < self._num_steps:
             return None
         self._rows = {}
@@ -75,6 +75,10 @@ class DataMeasurement:
                 raise
             spectrum = DataSpectrum.of_stationary(samples.view(-1, *self.shape))
         return spectrum
+
+    def _num_wanted(self, num_values: int) -> int:
+        """How many samples of so many values to wait for."""
+        return min(self._wanted, max(2, MAX_VALUES // max(1, num_values)))
 
     def _keep(self, data: Tensor) -> None:
         rows = data.detach().flatten(1).float()
@@ -94,7 +98,7 @@ class DataMeasurement:
         # The collectives of NCCL want memory of its devices.
         place = torch.device("cuda") if dist.get_backend() == "nccl" else device
         self.shape = _of_rank_0(most, place)
-        part = math.ceil(self._wanted / num_processes())
+        part = math.ceil(self._num_wanted(math.prod(self.shape)) / num_processes())
         rows = _stacked(self._rows.get(self.shape, [])[:part], self.shape)
         return gather_rows(rows.to(place)).cpu()
 

@@ -70,6 +70,10 @@ def test_a_resumed_training_does_not_measure_again(capsys: pytest.CaptureFixture
     resumed.load_state_dict(policy_of().state_dict())
     assert resumed.needs_data
     assert torch.equal(resumed.density, policy_of().density)
+    # It waits for as many samples as its config says.
+    for batch in data(200).split(50):
+        resumed.observe(batch)
+    assert torch.equal(resumed.density, policy.density)
     with pytest.raises(ValueError, match="the state of auto has the mean .*, the config 5.0"):
         policy_of(num_samples=None, mean=5.0).load_state_dict(policy.state_dict())
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.policies import measurement
 from speedit_plugins.policies.distributed import gather_rows
 
 T = 6
@@ -81,6 +82,16 @@ def measured(rank: int | None) -> Tensor:
     return policy.density
 
 
+def num_gathered(rank: int) -> int:
+    """How many samples a rank gets for the measurement, if the bound on their values is 40 samples."""
+    before, measurement.MAX_VALUES = measurement.MAX_VALUES, 40 * 16
+    waiting = measurement.DataMeasurement(num_samples=200)
+    waiting._keep(data(rank, 0))
+    rows = waiting._of_all_ranks(torch.device("cpu"))
+    measurement.MAX_VALUES = before
+    return len(rows)
+
+
 def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     policy, gathered = new_policy(), []
@@ -90,6 +101,7 @@ def run_rank(rank: int, folder: str) -> None:
     tables: dict[str, Any] = {"density": policy.density, "weight": policy.weight}
     tables["learned"] = learned_tables(rank)
     tables["measured"] = measured(rank)
+    tables["num_gathered"] = num_gathered(rank)
     torch.save({"gathered": gathered, **tables}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -116,6 +128,7 @@ def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
     for result in results:
         assert all(torch.equal(*pair) for pair in zip(result["learned"], as_one, strict=True))
         assert_close(result["measured"], measured(None), atol=1e-9, rtol=0)
+        assert result["num_gathered"] == 40
     # All of them have begun to follow the losses.
     assert all(float(table.max() - table.min()) > 0.01 for table in as_one)
 

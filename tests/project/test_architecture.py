@@ -194,7 +194,7 @@ class TestRules:
 class TestReadingLength:
     def test_what_all_policies_share_is_read_in_two_sittings(self) -> None:
         policies = [source for source in project() if is_package(source) and source.part == "policies"]
-        # Of densities, weightings and recipes, which lie in folders, each is read alone.
+        # Densities, weightings and recipes lie in folders. A reader needs one of them at a time.
         method = [source for source in policies if source.path.count("/") == 2]
         assert 0 < sum(map(architecture.code_lines, method)) <= architecture.MAX_METHOD_LINES
 

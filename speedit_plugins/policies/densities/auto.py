@@ -81,7 +81,8 @@ class CentredByData(AdaptiveDensity):
             self._follow(guess=0.0)
         self._followed: FollowedCentre | None = None
         self._given = mean
-        self._measurement: DataMeasurement | None = DataMeasurement(num_samples or 1024)
+        self._num_samples = 1024 if num_samples is None else num_samples
+        self._measurement: DataMeasurement | None = DataMeasurement(self._num_samples)
         self._num_without_data = 0
         self._has_seen = False
         self.mean: float | None = None
@@ -172,7 +173,7 @@ class CentredByData(AdaptiveDensity):
         if mean is None:
             self.mean = self._followed = None
             # A measurement that has failed is not made again.
-            self._measurement = None if state["is_done"] else DataMeasurement()
+            self._measurement = None if state["is_done"] else DataMeasurement(self._num_samples)
             return
         self._centre_at(float(mean))
         if (self._followed is None) != (state["followed"] is None):

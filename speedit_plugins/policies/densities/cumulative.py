@@ -45,6 +45,16 @@ def signal_log_snr(schedule: NoiseSchedule, law: str) -> Tensor:
     return log_snr
 
 
+def log_snr_edges(log_snr: Tensor) -> Tensor:
+    """The midpoints between neighbours, and both ends, of log-SNR (S,), S >= 1; shape (S + 1,).
+
+    Example:
+        >>> log_snr_edges(torch.tensor([2.0, 0.0, -4.0])).tolist()
+        [2.0, 1.0, -2.0, -4.0]
+    """
+    return torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
+
+
 def log_snr_shares(log_snr: Tensor, tails: Tails, *, law: str, centre: float, centre_name: str) -> Tensor:
     """Share of each timestep under a law over log-SNR, cut at the schedule's ends, shape (S,), sum 1.
 
@@ -63,7 +73,7 @@ def log_snr_shares(log_snr: Tensor, tails: Tails, *, law: str, centre: float, ce
     Warns:
         UserWarning: the centre is outside the schedule's range.
     """
-    edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])  # (S + 1,)
+    edges = log_snr_edges(log_snr)
     mass = _mass(edges.flip(0), tails).flip(0)
     span = f"{log_snr[-1]:.2f} to {log_snr[0]:.2f}"
     if not mass.any():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
+from speedit_plugins.policies.densities.cumulative import log_snr_edges, with_pure_noise
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.densities.loss_profile import LossProfile, ProfiledTable, finite_log_snr
 from speedit_plugins.policies.schedule import NoiseSchedule
@@ -244,23 +245,12 @@ def over_log_snr(schedule: NoiseSchedule, law: Tensor) -> Tensor:
         >>> over_log_snr(schedule, torch.ones(3)).round(decimals=6).tolist()
         [0.25, 0.5, 0.25]
     """
-    has_signal = schedule.snr > 0
-    table = torch.where(has_signal, law * _log_snr_widths(schedule), 0.0)
-    total = table.sum()
-    if not total > 0:
-        return _uniform(schedule)
-    T = schedule.num_timesteps
-    return torch.where(has_signal, table / total * (int(has_signal.sum()) / T), 1 / T)
-
-
-def _log_snr_widths(schedule: NoiseSchedule) -> Tensor:
-    """Distance in log-SNR between the midpoints to a timestep's neighbours (T,), 0 where the SNR is 0."""
     log_snr = schedule.log_snr[schedule.snr > 0]
-    widths = torch.zeros_like(schedule.log_snr)
-    if len(log_snr) > 0:
-        edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
-        widths[: len(log_snr)] = -edges.diff()
-    return widths
+    if not len(log_snr):
+        return _uniform(schedule)
+    shares = law[: len(log_snr)] * -log_snr_edges(log_snr).diff()
+    total = shares.sum()
+    return with_pure_noise(schedule, shares / total).table if total > 0 else _uniform(schedule)
 
 
 def _uniform(schedule: NoiseSchedule) -> Tensor:
