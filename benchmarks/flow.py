@@ -4,18 +4,21 @@ Each finished training is a line of a results file: its distances to the data ov
 are in the file already are skipped. A seed decides initialisation, data order and noise for all laws. So
 every law is compared with `uniform` of the same seed.
 
-    python benchmarks/flow.py --data-dir DIR --data fashion_16 --laws grid --seeds 100 101 --out FILE.jsonl
-    python benchmarks/flow.py --data-dir DIR --data fashion_16 --laws auto best --seeds 0 1 2 --out FILE.jsonl
-    python benchmarks/flow.py --report --out FILE.jsonl
+    flow.py --data-dir DIR --data fashion_16 --laws coarse --seeds 100 --out FILE.jsonl
+    flow.py --data-dir DIR --data fashion_16 --laws widths --seeds 100 --out FILE.jsonl
+    flow.py --data-dir DIR --data fashion_16 --laws finalists --seeds 100 101 --out FILE.jsonl
+    flow.py --data-dir DIR --data fashion_16 --laws auto best --seeds 0 1 2 --out FILE.jsonl
+    flow.py --report --out FILE.jsonl
 
-The seeds from 100 on choose the best law of the grid. The others say how fast the laws are.
+The seeds from 100 on choose the best law of the grid, as in the first three lines, or at once with `grid`.
+The others say how fast the laws are.
 """
 
 import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,8 +26,8 @@ from typing import Any
 
 import torch
 from fine_tuning import going_on
-from flow_laws import Policy, laws, policy_of
-from flow_report import best_fixed, report
+from flow_laws import Policy, coarse_laws, laws, policy_of, widths_at_best_mean
+from flow_report import leading, report
 from flow_results import Result, append, read_results
 from flow_sets import SETS, FlowSet, load_flow_set
 from sample_quality import SampleDraws, Sampler
@@ -40,6 +43,8 @@ from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frec
 EVALUATED = (0.1, 0.25, 0.5, 1.0)
 # Small models train faster as one, larger ones no longer fit in the cache.
 SMALL_WIDTH, SMALL_STACK, LARGE_STACK = 48, 8, 2
+# Laws that a second selection seed compares.
+NUM_FINALISTS = 4
 
 
 @dataclass(frozen=True)
@@ -245,17 +250,25 @@ def main() -> None:
 
 
 def _names(given: Sequence[str], data: str, horizon: int, out: Path) -> list[str]:
-    """Laws by name; "grid" stands for all, "best" for the best fixed law so far on the selection seeds."""
+    """Laws by name, and `uniform`. A key of `_SEARCHES` stands for the laws that it finds."""
     names = ["uniform"]
     for name in given:
-        if name == "grid":
-            names += laws(horizon)
-        elif name == "best":
-            names.append(best_fixed(read_results(out), data))
+        if name in _SEARCHES:
+            names += _SEARCHES[name](data, horizon, out)
         else:
             policy_of(name, horizon)
             names.append(name)
     return list(dict.fromkeys(names))
+
+
+# From a whole grid on one seed to one law, so that most trainings are spent on laws that may be the best.
+_SEARCHES: Mapping[str, Callable[[str, int, Path], list[str]]] = {
+    "grid": lambda data, horizon, out: list(laws(horizon)),
+    "coarse": lambda data, horizon, out: coarse_laws(horizon),
+    "widths": lambda data, horizon, out: widths_at_best_mean(leading(read_results(out), data)),
+    "finalists": lambda data, horizon, out: leading(read_results(out), data)[:NUM_FINALISTS],
+    "best": lambda data, horizon, out: leading(read_results(out), data, only_full=True)[:1],
+}
 
 
 def _statistics(features: Tensor) -> FeatureStatistics:
@@ -285,9 +298,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--report", action="store_true", help="print what the results say, and train nothing")
     add("--data-dir", type=Path, default=Path("outputs/flow/data"), help="see benchmarks/flow_sets.py")
     add("--data", nargs="+", default=["digits_8"], help=f"of {' '.join(SETS)}")
-    add(
-        "--laws", nargs="+", default=["grid"], help="names, 'grid' for all, 'best' for the grid's best so far"
-    )
+    add("--laws", nargs="+", default=["grid"], help=f"names, or searches: {', '.join(_SEARCHES)}")
     add(
         "--seeds", nargs="+", type=int, default=[100, 101], help="from 100 on they choose the grid's best law"
     )

@@ -4,7 +4,7 @@ u = 1 is noise. A logit-normal law of mean m and width s is a normal law of log-
 width 2 s. A shift by s adds ln s to the mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from speedit_plugins.registry import POLICIES, nearest
@@ -39,6 +39,20 @@ def laws(horizon: int) -> dict[str, Policy]:
     )
     found["min_snr"] = {"type": "min_snr"}
     return found | dict(ADAPTED)
+
+
+def coarse_laws(horizon: int) -> list[str]:
+    """All fixed laws but those logit-normal ones that another width or name of the same law stands for."""
+    names = [name for name in laws(horizon) if is_fixed(name) and not name.startswith("logit_normal")]
+    same = ["logit_normal shift 6", "logit_normal then uniform"]  # shifts of 2 and 3 are means of 0.7 and 1.1
+    return [*(logit_normal_name(mean, 1.0) for mean in MEANS), *names, *same]
+
+
+def widths_at_best_mean(ranked: Sequence[str]) -> list[str]:
+    """The other widths at the mean of the first logit-normal law of width 1 in a list, the best one first."""
+    means = {logit_normal_name(mean, 1.0): mean for mean in MEANS}
+    best = next((means[name] for name in ranked if name in means), None)
+    return [] if best is None else [logit_normal_name(best, width) for width in WIDTHS if width != 1.0]
 
 
 def policy_of(name: str, horizon: int) -> Policy:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crossing import AT_MOST, Reading, Summary, first_crossing, null_band, speed_up, summary
-from flow_laws import is_fixed
+from flow_laws import NORMALISED, is_fixed
 from flow_results import Result
 
 BASELINE = "uniform"
@@ -46,17 +46,29 @@ def report(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def best_fixed(results: Sequence[Result], data: str) -> str:
-    """The fixed law with the least mean distance at the horizon on the selection seeds; ValueError for none.
+def leading(results: Sequence[Result], data: str, *, only_full: bool = False) -> list[str]:
+    """The fixed laws, the least mean distance at the horizon first, on the selection seeds.
 
     The first space and sampler of the data set decide.
+
+    Args:
+        results: of any data sets.
+        data: name of the data set.
+        only_full: leave out laws with fewer seeds than another fixed law has.
+
+    Raises:
+        ValueError: no results of the data set on selection seeds.
     """
     groups = [group for group in groups_of(results) if group[0].data == data]
-    if not groups:
-        raise ValueError(f"the best law of {data} needs results, got none")
-    first = groups[0][0]
-    sampler = next(iter(first.distances))
-    return _best(curves_of(groups[0], sampler, next(iter(first.distances[sampler])), chooses=True), data)
+    found: list[str] = []
+    if groups:
+        first = groups[0][0]
+        sampler = next(iter(first.distances))
+        curves = curves_of(groups[0], sampler, next(iter(first.distances[sampler])), chooses=True)
+        found = _ranked(curves, only_full=only_full)
+    if not found:
+        raise ValueError(f"the best laws of {data} need results with selection seeds, got none")
+    return found
 
 
 def log_ratio(curve: Curve, baseline: Curve, place: int) -> float:
@@ -78,15 +90,15 @@ def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
     return Reading(reached.value / horizon, reached.bound)
 
 
-def _best(curves: Curves, data: str) -> str:
-    fixed = {
+def _ranked(curves: Curves, *, only_full: bool) -> list[str]:
+    fixed = {law: by_seed for law, by_seed in curves.items() if is_fixed(law) and NORMALISED not in law}
+    most = max((len(by_seed) for law, by_seed in fixed.items() if law != BASELINE), default=0)
+    means = {
         law: mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in by_seed.items()])
-        for law, by_seed in curves.items()
-        if is_fixed(law) and " / " not in law
+        for law, by_seed in fixed.items()
+        if not only_full or len(by_seed) >= most
     }
-    if not fixed:
-        raise ValueError(f"the best law of {data} needs results with selection seeds, got none")
-    return min(fixed, key=lambda law: fixed[law])
+    return sorted(means, key=lambda law: means[law])
 
 
 def _table(group: Sequence[Result], sampler: str, space: str) -> str:
@@ -94,7 +106,7 @@ def _table(group: Sequence[Result], sampler: str, space: str) -> str:
     choosing = curves_of(group, sampler, space, chooses=True)
     reporting = curves_of(group, sampler, space, chooses=False)
     data = group[0].data
-    best = _best(choosing, data) if choosing.get(BASELINE) else ""
+    best = next(iter(_ranked(choosing, only_full=True)), "")
     lines = [
         f"### {data}, {sampler}, {space}",
         "",
