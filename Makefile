@@ -74,8 +74,9 @@ demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and G
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p train
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
 
-bench: install  ## what the policies save: training steps to equal quality, with plots (5 minutes on two cores)
-	$(BIN)/python benchmarks/convergence.py --out outputs/bench
+bench: install  ## steps that policies save, for a model of noise and a flow (6 minutes on two cores)
+	$(BIN)/python benchmarks/convergence.py --schedule linear rectified_flow \
+		--policies speed speedit logit_normal auto --seeds 0 1 2 --out outputs/bench
 
 lint: install  ## ruff: rules and formatting; habits of language
 	$(BIN)/ruff check .

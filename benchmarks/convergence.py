@@ -8,7 +8,8 @@ at S with the same seed.
 
     python benchmarks/convergence.py [--policies speedit speed] [--seeds 0 1 2 3 4] [--full] [--out DIR]
 
-Writes results.json, table.md, distance.png and speed_up.png. From Python, `run` trains members of any policy.
+Writes results.json, table.md, distance.png and speed_up.png; with several schedules, to a folder for each.
+From Python, `run` trains members of any policy.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from convergence_plots import draw
-from convergence_report import document, table
+from convergence_report import Document, document, side_by_side, table
 from image_sets import load_image_set
 from paired_run import BASELINE, Protocol, Results, run
 from policy_pace import paces
@@ -44,12 +45,21 @@ def main() -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    protocol, members = _protocol(arguments), _members(arguments)
-    try:
-        # Checked before the minutes of training, not after.
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out needs a folder, got {arguments.out}: {error.strerror}") from error
+    schedules = arguments.schedule
+    folders = {name: arguments.out / name if len(schedules) > 1 else arguments.out for name in schedules}
+    for folder in folders.values():
+        try:
+            # Checked before the minutes of training, not after.
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out needs a folder, got {folder}: {error.strerror}") from error
+    found = {name: _compare_on(name, arguments, folder) for name, folder in folders.items()}
+    if len(schedules) > 1:
+        print(f"\n{side_by_side(found)}")
+
+
+def _compare_on(schedule: str, arguments: argparse.Namespace, folder: Path) -> Document:
+    protocol, members = _protocol(schedule, arguments), _members(schedule, arguments)
     results = run(members, protocol, say=lambda text: print(text, flush=True))
     one_each = [member for member in members if member.seed == members[0].seed]
     data = load_image_set(protocol.data, protocol.image_size)
@@ -59,24 +69,25 @@ def _compare(arguments: argparse.Namespace) -> None:
         command=shlex.join(["python", *sys.argv]),
         date=datetime.date.today().isoformat(),
     )
-    (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     parts = [table(found, sampler) for sampler in protocol.samplers]
     if arguments.normalise_loss:
         parts += [_over_normalised(results, sampler) for sampler in protocol.samplers]
     tables = "\n\n".join(parts)
-    (arguments.out / "table.md").write_text(tables + "\n", encoding="utf-8")
-    print(f"\n{tables}\n\n{results.seconds:.0f} s; results.json and table.md lie in {arguments.out}")
-    for path in draw(found, arguments.out):
+    (folder / "table.md").write_text(tables + "\n", encoding="utf-8")
+    print(f"\n{tables}\n\n{results.seconds:.0f} s; results.json and table.md lie in {folder}")
+    for path in draw(found, folder):
         print(f"  {path}")
+    return found
 
 
-def _members(arguments: argparse.Namespace) -> list[Member]:
+def _members(schedule: str, arguments: argparse.Namespace) -> list[Member]:
     return [
         Member(
             policy,
             seed,
             lr=arguments.lr,
-            prediction_type=arguments.prediction or SETTINGS[arguments.schedule].prediction_type,
+            prediction_type=arguments.prediction or SETTINGS[schedule].prediction_type,
             label=name,
         )
         for name, policy in _policies(arguments).items()
@@ -111,8 +122,8 @@ def _over_normalised(results: Results, sampler: str) -> str:
     return "\n".join(lines)
 
 
-def _protocol(arguments: argparse.Namespace) -> Protocol:
-    samplers = arguments.samplers or [SETTINGS[arguments.schedule].sampler]
+def _protocol(schedule: str, arguments: argparse.Namespace) -> Protocol:
+    samplers = arguments.samplers or [SETTINGS[schedule].sampler]
     if arguments.no_clamp:
         samplers = [name if name.endswith("-unclamped") else f"{name}-unclamped" for name in samplers]
     return Protocol(
@@ -123,7 +134,7 @@ def _protocol(arguments: argparse.Namespace) -> Protocol:
         features=arguments.features,
         data=arguments.data,
         image_size=arguments.image_size,
-        schedule=arguments.schedule,
+        schedule=schedule,
         shape=Shape(
             width=arguments.width,
             depth=arguments.depth,
@@ -166,7 +177,13 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         "--data", default=Protocol.data, help="digits, an .npz, *-images-idx3-ubyte.gz, or a folder of images"
     )
     add("--image-size", type=int, default=Protocol.image_size, help="images are scaled down to it, in pixels")
-    add("--schedule", default=Protocol.schedule, choices=list(SETTINGS), help="noise schedule")
+    add(
+        "--schedule",
+        nargs="+",
+        default=[Protocol.schedule],
+        choices=list(SETTINGS),
+        help="noise schedules, one run after the other",
+    )
     add("--prediction", help="epsilon, x0 or v; if not given: epsilon, flow on a rectified flow")
     add("--lr", type=float, default=Member.lr, help="learning rate of AdamW")
     add("--normalise-loss", action="store_true", help="each policy a second time, with normalize=loss")

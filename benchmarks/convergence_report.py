@@ -90,6 +90,21 @@ def table(found: Document, sampler: str) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(documents: Mapping[str, Document]) -> str:
+    """A Markdown table of the speed-ups of runs with the same policies, one column per run."""
+    columns = [_speed_up_column(found) for found in documents.values()]
+    chance = [column.pop("by chance") for column in columns]
+    lines = [
+        f"| fewer steps to equal distance | {' | '.join(documents)} |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    rows = {"by chance": chance} | {
+        name: [column.get(name, "-") for column in columns]
+        for name in dict.fromkeys(sum(map(list, columns), []))
+    }
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+
+
 def _compared(results: Results, sampler: str) -> Document:
     horizons = results.protocol.evaluations
     bands = {str(s): results.null_band(horizon=s, sampler=sampler) for s in horizons}
@@ -117,6 +132,19 @@ def _described(member: Member) -> Document:
         "lr": member.lr,
         "prediction_type": member.prediction_type,
     }
+
+
+def _speed_up_column(found: Document) -> dict[str, str]:
+    """Policy -> mean speed-up and its interval, under the first sampler; and what chance alone gives."""
+    horizon, sampler = str(found["protocol"]["horizon"]), found["protocol"]["samplers"][0]
+    compared = found["by_sampler"][sampler]
+    band = compared["null_band"][horizon]
+    column = {"by chance": "unknown" if band is None else " to ".join(map(_shown, band))}
+    for name, horizons in compared["speed_ups"].items():
+        at = horizons[horizon]
+        interval = f" ({at['low']:.2f}, {at['high']:.2f})" if at["num_seeds"] > 1 else ""
+        column[name] = f"{at['bound']}{at['mean']:.2f}{interval}"
+    return column
 
 
 def _mean_distance(found: Document, name: str, sampler: str) -> float:

@@ -308,6 +308,26 @@ def test_normalised_losses_stand_beside_those_of_uniform(
     assert shown in capsys.readouterr().out
 
 
+def test_several_schedules_are_columns_of_one_table(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = f"--schedule linear cosine --policies speed --seeds 0 1 {TINY} --out {tmp_path / 'out'}"
+    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
+    load("convergence").main()
+    found = {
+        name: json.loads((tmp_path / "out" / name / "results.json").read_text())
+        for name in ("linear", "cosine")
+    }
+    assert [document["protocol"]["schedule"] for document in found.values()] == ["linear", "cosine"]
+    lines = capsys.readouterr().out.splitlines()
+    header = lines.index("| fewer steps to equal distance | linear | cosine |")
+    cells = [line.strip("|").split(" | ") for line in lines[header + 2 : header + 5]]
+    assert [row[0].strip() for row in cells] == ["by chance", "uniform", "speed"]
+    for column, document in enumerate(found.values(), start=1):
+        at = document["by_sampler"]["ddim-2"]["speed_ups"]["speed"]["4"]
+        assert f"{at['mean']:.2f} ({at['low']:.2f}, {at['high']:.2f})" in cells[2][column]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_training(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
