@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crossing import AT_MOST, Reading, Summary, first_crossing, null_band, speed_up, summary
-from flow_laws import NORMALISED, is_fixed
+from flow_laws import NORMALISED, is_fixed, logit_normal_name
 from flow_results import Result
 
-BASELINE = "uniform"
+BASELINE, AUTO = "uniform", "auto"
+# What trainers of flows draw from if nobody chooses.
+USUAL = logit_normal_name(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ Curves = Mapping[str, Mapping[int, Curve]]
 
 
 def report(results: Sequence[Result]) -> str:
-    """Markdown: for each data set and setting, a table per feature space."""
-    parts = []
+    """Markdown: an overview, then for each data set and setting a table per feature space."""
+    parts = [overview(results)]
     for group in groups_of(results):
         first = group[0]
         facts, options = first.facts, first.options
@@ -44,6 +46,36 @@ def report(results: Sequence[Result]) -> str:
         for sampler, spaces in first.distances.items():
             parts += [_table(group, sampler, space) for space in spaces]
     return "\n\n".join(parts)
+
+
+def overview(results: Sequence[Result]) -> str:
+    """A Markdown table of `auto` against the fixed laws: ratios of steps on the seeds that report."""
+    lines = [
+        "| data | space | chance | best fixed law | over uniform | auto over uniform | auto over it"
+        " | auto over logit_normal(0,1) | uniform / loss | auto / loss | auto at its worst |",
+        "|---" * 11 + "|",
+    ]
+    for group in groups_of(results):
+        first = group[0]
+        for sampler, spaces in first.distances.items():
+            for space in spaces:
+                reporting = curves_of(group, sampler, space, chooses=False)
+                if AUTO not in reporting:
+                    continue
+                best = next(iter(_ranked(curves_of(group, sampler, space, chooses=True), only_full=True)), "")
+                name = f"{first.data}, {first.options['prediction']}, {sampler}"
+                cells = [
+                    name,
+                    space,
+                    _band(reporting),
+                    best or "-",
+                    _steps(reporting, best, BASELINE),
+                    *(_steps(reporting, AUTO, over) for over in (BASELINE, best, USUAL)),
+                    *(_steps(reporting, law + NORMALISED, BASELINE) for law in (BASELINE, AUTO)),
+                    _worst(reporting, AUTO),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def leading(results: Sequence[Result], data: str, *, only_full: bool = False) -> list[str]:
@@ -90,6 +122,17 @@ def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
     return Reading(reached.value / horizon, reached.bound)
 
 
+def _worst(curves: Curves, law: str) -> str:
+    """Where the law is furthest behind the baseline, or least ahead: ln of the ratio of distances."""
+    steps = next(iter(curves[law].values())).steps
+    means = [
+        mean_of([log_ratio(curve, curves[BASELINE][seed], place) for seed, curve in curves[law].items()])
+        for place in range(len(steps))
+    ]
+    place = max(range(len(steps)), key=lambda at: means[at])
+    return f"{means[place]:+.3f} at {steps[place]}"
+
+
 def _ranked(curves: Curves, *, only_full: bool) -> list[str]:
     fixed = {law: by_seed for law, by_seed in curves.items() if is_fixed(law) and NORMALISED not in law}
     most = max((len(by_seed) for law, by_seed in fixed.items() if law != BASELINE), default=0)
@@ -125,11 +168,10 @@ def _table(group: Sequence[Result], sampler: str, space: str) -> str:
             [log_ratio(curve, every[BASELINE][seed], place) for seed, curve in by_seed.items()]
             for place in range(len(some.steps))
         ]
-        worst = max(range(len(ratios)), key=lambda place: mean_of(ratios[place]))
         cells = [
             _spread(ratios[some.half]),
             _spread(ratios[-1]),
-            f"{mean_of(ratios[worst]):+.3f} at {some.steps[worst]}",
+            _worst(every, law),
             _steps(choosing, law, BASELINE),
             _steps(reporting, law, BASELINE),
             _steps(reporting, law, best),
@@ -151,11 +193,17 @@ def _steps(curves: Curves, law: str, baseline: str) -> str:
 
 
 def _chance(curves: Curves) -> str:
+    num_seeds = len(curves[BASELINE])
+    if num_seeds == 1:
+        return "One seed of uniform: chance is not known."
+    return f"By chance {_band(curves)} ({num_seeds} seeds of uniform against each other)."
+
+
+def _band(curves: Curves) -> str:
+    """Ratios of steps of uniform over itself, 5 to 95 %; - with one seed."""
     by_seed = list(curves[BASELINE].values())
     band = null_band(by_seed[0].steps, [curve.distances for curve in by_seed], by_seed[0].steps[-1])
-    if band is None:
-        return "One seed of uniform: chance is not known."
-    return f"By chance {band[0]} to {band[1]} ({len(by_seed)} seeds of uniform against each other)."
+    return "-" if band is None else f"{band[0]} to {band[1]}"
 
 
 def curves_of(

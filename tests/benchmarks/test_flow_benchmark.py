@@ -143,6 +143,8 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
         "logit_normal(1,1)": (slow, fast),
         # Whatever takes no number is not the grid's, however fast.
         "spectral_flow": (faster, faster),
+        "auto": (faster, faster),
+        "auto / loss": (slow, fast),
     }
     curves = {
         (law, seed): distances[seed < 100] for law, distances in laws.items() for seed in (100, 101, 0, 1)
@@ -157,6 +159,12 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
     assert rows["logit_normal(1,1)"][0].startswith("1.00 ")
     assert rows["logit_normal(1,1)"][1:] == ["2.00 (2.00 to 2.00), N = 2", "2.00 (2.00 to 2.00), N = 2 |"]
     assert "Best fixed law on the selection seeds: logit_normal(0,1)." in report.report(results)
+    overview = report.overview(results).split("\n")[2].strip("| ").split(" | ")
+    assert overview[:2] == ["tiny, flow, euler-25", "pixels"]
+    assert overview[3:5] == ["logit_normal(0,1)", "1.00 (1.00 to 1.00), N = 2"]
+    # A fourth of the distance at any step: a fourth of the steps, as these curves fall as 1 / steps.
+    means = [cell.split(" (")[0] for cell in overview[5:]]
+    assert means == ["4.00", "4.00", "4.00", "-", "2.00", f"-1.386 at {STEPS[0]}"]
 
 
 def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load, tmp_path: Path) -> None:
