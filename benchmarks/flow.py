@@ -44,7 +44,7 @@ EVALUATED = (0.1, 0.25, 0.5, 1.0)
 # Small models train faster as one, larger ones no longer fit in the cache.
 SMALL_WIDTH, SMALL_STACK, LARGE_STACK = 48, 8, 2
 # Laws that a second selection seed compares.
-NUM_FINALISTS = 4
+NUM_FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _names(given: Sequence[str], data: str, horizon: int, out: Path) -> list[str
 # From a whole grid on one seed to one law, so that most trainings are spent on laws that may be the best.
 _SEARCHES: Mapping[str, Callable[[str, int, Path], list[str]]] = {
     "grid": lambda data, horizon, out: list(laws(horizon)),
-    "coarse": lambda data, horizon, out: coarse_laws(horizon),
+    "coarse": lambda data, horizon, out: coarse_laws(),
     "widths": lambda data, horizon, out: widths_at_best_mean(leading(read_results(out), data)),
     "finalists": lambda data, horizon, out: leading(read_results(out), data)[:NUM_FINALISTS],
     "best": lambda data, horizon, out: leading(read_results(out), data, only_full=True)[:1],

@@ -96,7 +96,7 @@ def _digits(_: Path) -> FlowSet:
 def _fashion(folder: Path, *, side: int) -> FlowSet:
     data = fashion(folder, side)
     spaces = {"network": of_network(EfficientNetLite0(resize=SIDE)), "classifier": _classifier(data)}
-    return FlowSet(data, spaces, _shape(side), 1200, is_clamped=True)
+    return FlowSet(data, spaces, _shape(side), 800, is_clamped=True)
 
 
 def _emoji(folder: Path, *, vendor: str, side: int) -> FlowSet:
@@ -144,7 +144,7 @@ def _feature_maps(folder: Path) -> FlowSet:
         "pooled": lambda samples: samples.mean(dim=(2, 3)),
     }
     shape = Shape(width=128, depth=3, patch_size=1)
-    return FlowSet(data, spaces, shape, 1200, is_clamped=False)
+    return FlowSet(data, spaces, shape, 800, is_clamped=False)
 
 
 def _fine_tuning(folder: Path, *, rank: int) -> FlowSet:
