@@ -1,6 +1,9 @@
 """Where the best logit-normal law is, beside where the data's spectrum puts it.
 
-python benchmarks/flow_plots.py outputs/flow/results.jsonl --out docs/images/flow-centre.png
+python benchmarks/flow_plots.py outputs/flow/results.jsonl --out DIR
+
+Writes flow-laws.png, the distance over the mean of the law on each data set, and flow-centres.png, the best
+mean over the spectrum's.
 """
 
 import argparse
@@ -19,18 +22,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="a results file of flow.py")
-    parser.add_argument("--out", type=Path, required=True, help="the .png to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     arguments = parser.parse_args()
-    figure(read_results(arguments.results)).savefig(arguments.out, dpi=120)
-    print(arguments.out)
+    results = read_results(arguments.results)
+    for name, figure in (("flow-laws", laws_figure(results)), ("flow-centres", centres_figure(results))):
+        path = arguments.out / f"{name}.png"
+        figure.savefig(path, dpi=120)
+        print(path)
 
 
-def figure(results: Sequence[Result]) -> Any:
+def laws_figure(results: Sequence[Result]) -> Any:
     """A matplotlib figure: ln of the distance over uniform's against the law's mean, per data set."""
     # Imported where it is used: matplotlib is an optional dependency.
     from matplotlib.figure import Figure
 
-    groups = groups_of(results)
+    groups = _of_flows(results)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     found = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
@@ -41,6 +47,64 @@ def figure(results: Sequence[Result]) -> Any:
         axes.remove()
     all_axes[0].legend(fontsize="small")
     return found
+
+
+def centres_figure(results: Sequence[Result]) -> Any:
+    """A matplotlib figure: the mean of the best logit-normal law of width 1 over the spectrum's, per space.
+
+    A space is left out if a law beside its best one was not trained, see `best_mean`.
+    """
+    from matplotlib.figure import Figure
+
+    found = Figure(figsize=(6, 5), layout="constrained")
+    axes = found.subplots()
+    for group in _of_flows(results):
+        centre = -group[0].facts["centre"] / 2
+        sampler, spaces = next(iter(group[0].distances.items()))
+        best = {space: best_mean(curves_of(group, sampler, space)) for space in spaces}
+        shown = {space: mean for space, mean in best.items() if mean is not None}
+        if shown:
+            means = list(shown.values())
+            axes.plot([centre] * len(means), means, marker="o", label=f"{group[0].data}: {', '.join(shown)}")
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], color="k", linestyle="--", label="the spectrum's centre")
+    axes.set_xlabel("the spectrum's centre, as a mean of logit(u)")
+    axes.set_ylabel("best mean of logit(u)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    return found
+
+
+def best_mean(curves: Curves) -> float | None:
+    """The mean of least distance, of a parabola through the best of `MEANS` and its two neighbours.
+
+    None if one of the three was not trained, as at either end.
+    """
+    values = {
+        mean: _at_horizon(curves, logit_normal_name(mean, 1.0))
+        for mean in MEANS
+        if logit_normal_name(mean, 1.0) in curves
+    }
+    if not values:
+        return None
+    place = MEANS.index(min(values, key=lambda mean: values[mean]))
+    around = MEANS[max(0, place - 1) : place + 2]
+    if len(around) < 3 or not values.keys() >= set(around):
+        return None
+    left, middle, right = (values[mean] for mean in around)
+    step = around[1] - around[0]
+    return around[1] + step / 2 * (left - right) / (left - 2 * middle + right)
+
+
+def _of_flows(results: Sequence[Result]) -> list[list[Result]]:
+    """The groups that trained a flow with a law of the grid, each data set once."""
+    wanted = [
+        group
+        for group in groups_of(results)
+        if group[0].options["prediction"] == "flow"
+        and any(r.law == logit_normal_name(0.0, 1.0) for r in group)
+    ]
+    return list({group[0].data: group for group in reversed(wanted)}.values())[::-1]
 
 
 def _plot(axes: Any, group: Sequence[Result]) -> None:

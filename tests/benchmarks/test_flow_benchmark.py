@@ -214,13 +214,29 @@ def test_the_figure_has_each_width_and_the_spectrums_centre(load: Load) -> None:
         for law, last in (("uniform", 1.0), ("logit_normal(0,1)", 0.5), ("logit_normal(0.5,1)", 0.25))
         for seed in (0, 100)
     }
-    (axes,) = load("flow_plots").figure(results_of(load, curves)).axes
+    (axes,) = load("flow_plots").laws_figure(results_of(load, curves)).axes
     lines = {line.get_label(): line for line in axes.lines}
     drawn = lines["logit-normal, width 1"]
     assert drawn.get_xdata().tolist() == [0.0, 0.5]
     assert drawn.get_ydata() == pytest.approx([math.log(0.5), math.log(0.25)])
     # log-SNR is -2 logit(u), and the centre of the facts is 0.5.
     assert list(lines["the spectrum's centre"].get_xdata()) == [-0.25, -0.25]
+
+
+def test_the_best_mean_is_the_middle_of_a_parabola(load: Load) -> None:
+    pytest.importorskip("matplotlib")
+    plots, MEANS = load("flow_plots"), load("flow_laws").MEANS
+    curves = {("uniform", 100): [8.0, 4.0, 2.0, 1.0]} | {
+        (f"logit_normal({mean:g},1)", 100): [8.0, 4.0, 2.0, math.exp((mean - 0.3) ** 2)] for mean in MEANS
+    }
+    (axes,) = plots.centres_figure(results_of(load, curves)).axes
+    (drawn,) = [line for line in axes.lines if line.get_label() == "tiny: pixels"]
+    assert drawn.get_xdata().tolist() == [-0.25]
+    assert drawn.get_ydata() == pytest.approx([0.3])
+    # The best one is at the end of what was trained: no middle.
+    del curves["logit_normal(1,1)", 100], curves["logit_normal(0.5,1)", 100]
+    (axes,) = plots.centres_figure(results_of(load, curves)).axes
+    assert [line.get_label() for line in axes.lines] == ["the spectrum's centre"]
 
 
 def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_report(
