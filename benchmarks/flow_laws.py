@@ -19,8 +19,16 @@ ADAPTED: Mapping[str, Policy] = {
     "spectral_flow": {"type": "spectral_flow"},
     "auto": {"type": "auto"},
     "auto follow": {"type": "auto", "follow": True},
-    "info_noise": {"type": "info_noise"},
+    # Its warm-up of 20,000 losses is most of such a short training.
+    "info_noise": {"type": "info_noise", "warmup_losses": 5_000},
     "loss_balanced": {"type": "loss_balanced"},
+}
+# A model of x_0 with the loss of v: EDM's weight for data of variance 1 is SNR + 1.
+V_LOSS = {"type": "edm", "sigma_data": 1.0}
+# Laws that the grid does not try: these are for models of x_0.
+OTHERS: Mapping[str, Policy] = {
+    "uniform, v-loss": {"density": "uniform", "weighting": V_LOSS},
+    "logit_normal(0,1), v-loss": {"density": "logit_normal", "weighting": V_LOSS},
 }
 # After the name of a law: the same with its losses normalised.
 NORMALISED = " / loss"
@@ -59,7 +67,7 @@ def policy_of(name: str, horizon: int) -> Policy:
 
     Beside `laws`, every registered policy has its name.
     """
-    known = {name: {"type": name} for name in POLICIES.module_dict} | laws(horizon)
+    known = {name: {"type": name} for name in POLICIES.module_dict} | dict(OTHERS) | laws(horizon)
     plain = name.removesuffix(NORMALISED)
     if plain not in known:
         raise ValueError(f"unknown law {name!r}{nearest(plain, known)}; known: {', '.join(known)}")
