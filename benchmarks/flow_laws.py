@@ -24,7 +24,7 @@ ADAPTED: Mapping[str, Policy] = {
     "loss_balanced": {"type": "loss_balanced"},
 }
 # A model of x_0 with the loss of v: EDM's weight for data of variance 1 is SNR + 1.
-V_LOSS = {"type": "edm", "sigma_data": 1.0}
+V_LOSS = {"type": "edm", "data_std": 1.0}
 # Laws that the grid does not try: these are for models of x_0.
 OTHERS: Mapping[str, Policy] = {
     "uniform, v-loss": {"density": "uniform", "weighting": V_LOSS},
