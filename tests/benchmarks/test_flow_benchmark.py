@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -165,6 +166,21 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
     # A fourth of the distance at any step: a fourth of the steps, as these curves fall as 1 / steps.
     means = [cell.split(" (")[0] for cell in overview[5:]]
     assert means == ["4.00", "4.00", "4.00", "-", "2.00", f"-1.386 at {STEPS[0]}"]
+
+
+def test_a_law_leads_if_it_is_near_in_all_spaces(load: Load) -> None:
+    details = {("uniform", 100): [8.0] * 4, ("laplace", 100): [2.0] * 4, ("mode", 100): [4.0] * 4}
+    colours = {("uniform", 100): [8.0] * 4, ("laplace", 100): [32.0] * 4, ("mode", 100): [7.0] * 4}
+    both = [
+        replace(
+            one,
+            distances={
+                "euler-25": {**one.distances["euler-25"], "colours": other.distances["euler-25"]["pixels"]}
+            },
+        )
+        for one, other in zip(results_of(load, details), results_of(load, colours), strict=True)
+    ]
+    assert load("flow_report").leading(both, "tiny") == ["mode", "uniform", "laplace"]
 
 
 def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load, tmp_path: Path) -> None:
