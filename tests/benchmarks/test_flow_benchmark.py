@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -171,15 +170,9 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
 def test_a_law_leads_if_it_is_near_in_all_spaces(load: Load) -> None:
     details = {("uniform", 100): [8.0] * 4, ("laplace", 100): [2.0] * 4, ("mode", 100): [4.0] * 4}
     colours = {("uniform", 100): [8.0] * 4, ("laplace", 100): [32.0] * 4, ("mode", 100): [7.0] * 4}
-    both = [
-        replace(
-            one,
-            distances={
-                "euler-25": {**one.distances["euler-25"], "colours": other.distances["euler-25"]["pixels"]}
-            },
-        )
-        for one, other in zip(results_of(load, details), results_of(load, colours), strict=True)
-    ]
+    both = results_of(load, details)
+    for result, other in zip(both, results_of(load, colours), strict=True):
+        result.distances["euler-25"]["colours"] = other.distances["euler-25"]["pixels"]
     assert load("flow_report").leading(both, "tiny") == ["mode", "uniform", "laplace"]
 
 
