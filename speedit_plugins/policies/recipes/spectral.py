@@ -76,15 +76,16 @@ def spectral_fast(
 def spectral_flow(
     *,
     mean: float | None = None,
-    offset: float = 0.6,
-    std: float = 1.6,
-    clean_std: float | None = 2.2,
-    clean_share: float = 0.15,
+    offset: float = 1.6,
+    std: float = 2.0,
+    clean_std: float | None = None,
+    clean_share: float = 0.0,
 ) -> Recipe:
     """`spectral` for rectified flows: the same arguments, weight 1. Source: docs/method.md.
 
-    A flow is sampled down to t = 0, so clean timesteps keep their weight. The noisy side is narrower than
-    that of `spectral`: x_0 is computed without dividing by alpha, so errors at high noise are not amplified.
+    This is `logit_normal` in strata, of mean -(`mean` + `offset`) / 2 and std 1: the law that trainers of
+    flows draw from, put where the data want it. A flow is sampled down to t = 0, so clean timesteps keep
+    their weight.
 
     Example:
         >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -102,7 +103,7 @@ _SHAPES = {
     "clamped epsilon": (0.4, 0.7, None, 0.2),
     "x0": (0.6, 2.2, 1.1, 0.15),
     "v": (0.6, 2.2, 1.1, 0.15),
-    "flow": (0.6, 1.6, 2.2, 0.15),
+    "flow": (1.6, 2.0, None, 0.0),
 }
 
 
