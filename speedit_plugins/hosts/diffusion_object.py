@@ -24,7 +24,7 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.recomputation import is_training
-from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
+from speedit_plugins.hosts.schedules import prediction_type_of, refuse_contradiction, schedule_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -85,12 +85,14 @@ def policy_for(
         prediction_type: what the model predicts; None asks the object.
 
     Raises:
-        ValueError: the policy is bad, is for another T or schedule, or has weights and so has the host.
+        ValueError: the policy is bad, is for another T or schedule, or has weights and so has the host; or
+            the object says that its model predicts something else.
 
     Warns:
         UserWarning: see `warn_if_slow`.
     """
     schedule = schedule_of(diffusion)
+    refuse_contradiction(diffusion, prediction_type)
     built = policy
     if not isinstance(built, TimestepPolicy):
         built = build_policy(built, schedule, prediction_type or prediction_type_of(diffusion))

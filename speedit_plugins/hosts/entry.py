@@ -56,7 +56,7 @@ def with_policy(
             A relative density (`Density`) thins its draws; any other replaces them, their shift included;
             an `Imagen` of imagen-pytorch.
         policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
-        prediction_type: what the model predicts; None reads it from the object.
+        prediction_type: what the model predicts, for an object that does not say; None reads it from there.
         generator: for the draws, on the device of t; None is a stream of its own for each data-parallel rank
             (`DrawStream`). The host's global generator stays as it is.
         ranks_alike: how many consecutive ranks draw alike, as a tensor- or sequence-parallel group has to.
@@ -67,18 +67,24 @@ def with_policy(
     Raises:
         ValueError: the object has no such method, or has a policy already; the policy is for another T or
             schedule, thins a flow in pairs or strata, or has weights and so has the host;
-            `prediction_type` is given beside a built policy; or an option of the draws has no effect.
+            `prediction_type` is given beside a built policy, or is not what the object's own code says; or an
+            option of the draws has no effect.
     """
     refuse_attached(diffusion)
-    if prediction_type is not None and isinstance(policy, TimestepPolicy):
-        raise ValueError(
-            f"the policy {policy.name!r} is built for a prediction type already: leave out prediction_type"
-        )
+    refuse_beside_built(policy, prediction_type)
     stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
     for seam in _SEAMS:
         if seam.fits(diffusion):
             return seam.wrapped(diffusion, policy, prediction_type, stream)
     raise ValueError(no_seam(diffusion))
+
+
+def refuse_beside_built(policy: str | Config | TimestepPolicy, prediction_type: str | None) -> None:
+    """Raises ValueError if a prediction type is given for a policy that is built already."""
+    if prediction_type is not None and isinstance(policy, TimestepPolicy):
+        raise ValueError(
+            f"the policy {policy.name!r} is built for a prediction type already: leave out prediction_type"
+        )
 
 
 def no_seam(host: Any) -> str:

@@ -27,7 +27,7 @@ from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
-from speedit_plugins.hosts.schedules import NUM_BINS, binned
+from speedit_plugins.hosts.schedules import NUM_BINS, binned, refuse_contradiction
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -87,11 +87,12 @@ def policy_for(
 
     Raises:
         ValueError: the policy is bad, thins the host's own draws in pairs or strata, or has weights and so
-            has the host.
+            has the host; or the host says that its model predicts something else.
 
     Warns:
         UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
+    refuse_contradiction(host, prediction_type, flow_prediction_type)
     if isinstance(policy, TimestepPolicy):
         built = policy
     else:

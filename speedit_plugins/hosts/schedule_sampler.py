@@ -26,7 +26,7 @@ from speedit_plugins.hosts.attachment import (
 )
 from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.entry import no_seam, refuse_beside_built
 from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import is_recomputing, refuse_checkpoint
 from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
@@ -53,17 +53,19 @@ def schedule_sampler(
         host_class: base class of the sampler. A host that asks for an instance takes its ScheduleSampler. A
             host that reports losses to its LossAwareSampler alone takes that, for a policy of scope "loss"
             that learns.
-        prediction_type: what the model predicts; None reads it from the object.
+        prediction_type: see `with_policy`.
         generator, ranks_alike, num_strata: of the draws, see `with_policy`.
 
     Raises:
         ValueError: the object has a policy already (it would draw again), has no `training_losses` that takes
-            t, or has another T.
+            t, has another T, or says that its model predicts something else; or `prediction_type` is given
+            beside a built policy.
 
     Warns:
         UserWarning: the host weighs its mse, and the policy's weights multiply on top.
     """
     refuse_attached(diffusion)
+    refuse_beside_built(policy, prediction_type)
     if not fits(diffusion):
         raise ValueError(no_seam(diffusion))
     policy = policy_for(diffusion, policy, prediction_type)

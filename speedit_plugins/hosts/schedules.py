@@ -139,5 +139,28 @@ def prediction_type_of(host: Any) -> str:
     raise ValueError(f"{_name(host)} does not say what its model predicts: pass prediction_type")
 
 
+def refuse_contradiction(
+    host: Any, prediction_type: str | None, read: Callable[[Any], str] = prediction_type_of
+) -> None:
+    """Raises ValueError if a user says that the model predicts something else than the host's own code says.
+
+    Args:
+        host: whose own loss follows what `read` returns.
+        prediction_type: from the user; None leaves it to the host.
+        read: returns what the host says; raises ValueError if it does not say.
+    """
+    if prediction_type is None:
+        return
+    try:
+        own = read(host)
+    except ValueError:
+        return
+    if own != prediction_type:
+        raise ValueError(
+            f"{_name(host)} has a model that predicts {own}, got prediction_type={prediction_type!r}; wanted"
+            f" {own!r}, or none at all (the launcher: leave out --prediction-type)"
+        )
+
+
 def _name(host: Any) -> str:
     return f"{type(host).__module__}.{type(host).__qualname__}"

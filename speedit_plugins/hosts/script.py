@@ -67,7 +67,8 @@ class ScriptPolicy(PolicyHolder):
 
     Args:
         policy: see `build_policy`. It is built for the noise scheduler of the first draw.
-        prediction_type: what the model predicts; None reads it from the noise scheduler.
+        prediction_type: what the script takes the squared error of, which its own code decides; None reads it
+            from the noise scheduler, as the diffusers examples do.
         generator, ranks_alike, num_strata: of the draws, see `with_policy`.
         on_use: called with the policy when the first loss is weighed.
 

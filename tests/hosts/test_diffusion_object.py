@@ -25,6 +25,7 @@ from speedit_plugins import NoiseSchedule, build_policy, policy_of, with_policy
 from speedit_plugins.hosts import entry
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
 from speedit_plugins.hosts.diffusion_object import steered_methods
+from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 
 ZEROS = torch.zeros(6, dtype=torch.long)
 
@@ -303,8 +304,9 @@ class TestErrors:
 
     def test_a_prediction_type_beside_a_built_policy(self) -> None:
         policy = build_policy("speedit", NoiseSchedule.linear(1000))
-        with pytest.raises(ValueError, match="'speedit' is built for a prediction type already"):
-            with_policy(create(), policy, prediction_type="v")
+        for attached in (with_policy, schedule_sampler):
+            with pytest.raises(ValueError, match="'speedit' is built for a prediction type already"):
+                attached(create(), policy, prediction_type="v")
 
     def test_a_loss_of_the_whole_batch_is_sent_to_its_own_seam(self) -> None:
         diffusion = create_points()
@@ -350,6 +352,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="pass prediction_type"):
             with_policy(diffusion)
         assert is_attached(with_policy(diffusion, "min_snr", prediction_type="x0"))
+
+    def test_a_type_that_contradicts_the_object_is_refused(self) -> None:
+        for attached in (with_policy, schedule_sampler):
+            with pytest.raises(ValueError, match="predicts epsilon, got prediction_type='v'; wanted 'epsilon'"):
+                attached(create(), "min_snr", prediction_type="v")
+            attached(create(), "min_snr", prediction_type="epsilon")
 
 
 def test_a_reported_mse_that_is_no_part_of_the_loss_is_refused() -> None:

@@ -231,6 +231,15 @@ class TestPredictionType:
         )
 
 
+    def test_a_type_that_contradicts_the_host_is_refused(self) -> None:
+        for host in (Transport(), RectifiedFlow()):
+            # Whether the policy's weights depend on the type or not.
+            for policy in ("min_snr", "edm"):
+                with pytest.raises(ValueError, match="model that predicts flow, got prediction_type='epsilon'"):
+                    with_policy(host, policy, prediction_type="epsilon")
+            assert attachment_of(with_policy(host, "edm", prediction_type="flow")).policy.name == "edm"
+
+
 class TestRefusals:
     def test_weights_of_the_host_beside_the_policys(self) -> None:
         weighted = Transport(ModelType.NOISE, WeightType.VELOCITY)

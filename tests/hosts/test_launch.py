@@ -223,6 +223,10 @@ def test_a_transport(tmp_path: Path) -> None:
     # A transport has noise at t = 0: 0.077 / 5 of 0.938, within 4 binomial sigma.
     assert abs(float(done.stdout.split()[-1]) - 0.0164) < 4 * (0.0164 / 5000) ** 0.5
 
+    done = start("--policy", "edm", "--prediction-type", "epsilon", str(script))
+    assert done.returncode == 2
+    assert "has a model that predicts flow, got prediction_type='epsilon'" in reports(done)[0]
+
 
 DIFFUSERS = """
 import sys
