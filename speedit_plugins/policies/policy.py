@@ -14,7 +14,9 @@ from speedit_plugins.policies.densities.adaptive import AdaptiveDensity
 from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.distributed import gather_losses
 from speedit_plugins.policies.draws import Iid, Paired, drawing_device
+from speedit_plugins.policies.expected_calls import ExpectedCalls
 from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.weightings.checks import check_weights
 from speedit_plugins.policies.weightings.learned import AdaptiveWeighting
 
 Scope = Literal["mse", "loss"]
@@ -104,6 +106,9 @@ class TimestepPolicy:
         self.stratified = stratified
         self._normalize = normalize
         self.num_steps = self.num_drawn = 0
+        follows_steps = self._adaptive is not None and self._adaptive.follows_steps
+        needed = {"update": self.learns, "advance": follows_steps}
+        self._expected_calls = ExpectedCalls(*(method for method, is_needed in needed.items() if is_needed))
         self._rebuild()
 
     def draw(
@@ -120,6 +125,10 @@ class TimestepPolicy:
 
         Raises:
             ValueError: `batch_size` < 1, or a generator on another device.
+
+        Warns:
+            UserWarning: the policy needs `update` or `advance`, and the loop does not call it. See
+                `ExpectedCalls`.
 
         Example:
             >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -182,6 +191,7 @@ class TimestepPolicy:
                 f"policy {self.name!r} depends on the data and has seen none: call policy.observe(data)"
                 " with the batch, as the model sees it, before each draw"
             )
+        self._expected_calls.drawn(self.name)
         target = torch.device(device)
         tables = self._tables_on(quantile.device)
         index = torch.searchsorted(tables.upper, quantile, right=True)
@@ -260,6 +270,7 @@ class TimestepPolicy:
             >>> policy.density.round(decimals=2).tolist()
             [0.25, 0.75]
         """
+        self._expected_calls.called("update")
         if self.learns:
             self._learn(*gather_losses(index, loss))
 
@@ -307,6 +318,7 @@ class TimestepPolicy:
             >>> policy.density.round(decimals=2).tolist()
             [0.2, 0.41, 0.3, 0.08]
         """
+        self._expected_calls.called("advance")
         step = self.num_steps if step is None else step
         self.num_steps = step + 1
         if self._adaptive is not None and self._adaptive.advance(step):
@@ -371,7 +383,7 @@ class TimestepPolicy:
         if self._normalize and self.mean_weight > 0:
             self.weight = self.weight / self.mean_weight
         # After the division, since draws return this table.
-        _check_weights(self.weight, self.density, self.name)
+        check_weights(self.weight, self.density, self.name)
         self._tables: dict[torch.device, _DeviceTables] = {}
 
     def _tables_on(self, device: torch.device) -> _DeviceTables:
@@ -383,18 +395,3 @@ class TimestepPolicy:
             upper = (upper / upper[-1]).to(device)
             self._tables[device] = _DeviceTables(upper, density.to(device), self.weight.float().to(device))
         return self._tables[device]
-
-
-def _check_weights(weight: Tensor, density: Tensor, name: str) -> None:
-    """Raises ValueError unless a loss can be weighed by this table (T,), in the float32 that draws return."""
-    used = weight.float()
-    if not (torch.isfinite(used).all() and (used >= 0).all()):
-        raise ValueError(
-            f"policy {name!r} needs weights >= 0 that are finite in float32, got {weight.min():g} to"
-            f" {weight.max():g}"
-        )
-    if not (used[density > 0] > 0).any():
-        raise ValueError(
-            f"policy {name!r} needs a weight > 0 in float32 at some timestep that it draws, got at most"
-            f" {weight[density > 0].max():g}: nothing would be trained"
-        )

@@ -10,6 +10,7 @@ Dims: B batch, T timesteps.
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from conformance.seam import Batch, Seam, Terms, new_process, refused
 from speedit_plugins.hosts import draw_stream
 from speedit_plugins.hosts.draw_stream import Replica
 from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
+from speedit_plugins.policies import expected_calls
 from speedit_plugins.policies.policy import TimestepDraw
 
 Table = NDArray[np.float64]
@@ -131,8 +133,10 @@ def whole_training(
 
 
 def training_holds(seam: Seam) -> None:
-    """Point 9."""
-    whole_training(seam, NUM_STEPS)
+    """Point 9. No seam is warned that it leaves out a call that the policy needs."""
+    with warnings.catch_warnings(), mock.patch.object(expected_calls, "NUM_DRAWS", 2):
+        warnings.filterwarnings("error", "policy .* stays as it began")
+        whole_training(seam, NUM_STEPS)
 
 
 def recomputation_is_one_call(seam: Seam) -> None:

@@ -355,7 +355,9 @@ class TestErrors:
 
     def test_a_type_that_contradicts_the_object_is_refused(self) -> None:
         for attached in (with_policy, schedule_sampler):
-            with pytest.raises(ValueError, match="predicts epsilon, got prediction_type='v'; wanted 'epsilon'"):
+            with pytest.raises(
+                ValueError, match="predicts epsilon, got prediction_type='v'; wanted 'epsilon'"
+            ):
                 attached(create(), "min_snr", prediction_type="v")
             attached(create(), "min_snr", prediction_type="epsilon")
 

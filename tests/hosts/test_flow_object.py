@@ -230,12 +230,13 @@ class TestPredictionType:
             build_policy("min_snr", NoiseSchedule.rectified_flow(1000), "v").weight,
         )
 
-
     def test_a_type_that_contradicts_the_host_is_refused(self) -> None:
         for host in (Transport(), RectifiedFlow()):
             # Whether the policy's weights depend on the type or not.
             for policy in ("min_snr", "edm"):
-                with pytest.raises(ValueError, match="model that predicts flow, got prediction_type='epsilon'"):
+                with pytest.raises(
+                    ValueError, match="model that predicts flow, got prediction_type='epsilon'"
+                ):
                     with_policy(host, policy, prediction_type="epsilon")
             assert attachment_of(with_policy(host, "edm", prediction_type="flow")).policy.name == "edm"
 

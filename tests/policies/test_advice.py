@@ -1,13 +1,18 @@
-"""The warning about a policy of noise prediction on a flow or a model of v, and the figures that it names."""
+"""What a user is warned of: a policy of noise prediction on a flow or a model of v, with the figures that the
+warning names, and a loop that leaves out a call that its policy needs.
+"""
 
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.policies import advice
+from speedit_plugins.policies.expected_calls import NUM_DRAWS
 
 ROOT = Path(__file__).parents[2]
 FLOW, LINEAR = NoiseSchedule.rectified_flow(1000), NoiseSchedule.linear(1000)
@@ -64,3 +69,54 @@ def test_the_figures_are_those_of_the_report() -> None:
 )
 def test_no_warning(config: object, schedule: NoiseSchedule, predicted: str | None) -> None:
     assert warned(config, schedule, predicted) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        ("loss_balanced", ["update"]),
+        ("uncertainty", ["update"]),
+        ({"type": "uniform", "normalize": "loss"}, ["update"]),
+        ("clts", ["advance"]),
+        ({"type": "uniform", "window": {"high": 0.5, "start": [0, 1], "steps": 9}}, ["advance"]),
+        (
+            {
+                "density": {"type": "stages", "laws": ["uniform", "info_noise"], "until": [9]},
+                "weighting": "constant",
+            },
+            ["update", "advance"],
+        ),
+        ("speed", []),
+        ({"type": "auto", "mean": 0.0}, []),
+        ({"type": "logit_normal", "window": [0, 0.9]}, []),
+    ],
+)
+def test_a_loop_that_never_calls_what_its_policy_needs_is_warned_once(config: Any, needed: list[str]) -> None:
+    def told(*called: str) -> list[str]:
+        policy = build_policy(config, LINEAR)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            with torch.no_grad():
+                _draw_often(policy, NUM_DRAWS)
+            assert notes == [], "an evaluation"
+            if "update" in called:
+                policy.update(torch.tensor([1]), torch.tensor([1.0]))
+            if "advance" in called:
+                policy.advance()
+            _draw_often(policy, NUM_DRAWS - 1)
+            assert notes == [], "too early"
+            _draw_often(policy, 2 * NUM_DRAWS)
+        assert all(note.filename == __file__ for note in notes)
+        return [str(note.message) for note in notes]
+
+    for called in ((), ("update",), ("advance",), ("update", "advance")):
+        missing = [method for method in needed if method not in called]
+        found = told(*called)
+        assert len(found) == bool(missing)
+        named = " and ".join(f"policy.{method}" for method in missing)
+        assert all(f"your loop has not called {named}. In each" in message for message in found)
+
+
+def _draw_often(policy: TimestepPolicy, times: int) -> None:
+    for _ in range(times):
+        policy.draw(1)

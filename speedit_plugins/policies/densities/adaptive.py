@@ -42,6 +42,11 @@ class AdaptiveDensity(ABC):
         """Whether `update` changes the density."""
         return type(self).update is not AdaptiveDensity.update
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether `advance` changes the density."""
+        return type(self).advance is not AdaptiveDensity.advance
+
     @abstractmethod
     def density(self) -> Density:
         """The current density."""

@@ -106,6 +106,11 @@ class CentredByData(AdaptiveDensity):
         """Whether the centre follows the losses."""
         return self._follow is not None
 
+    @property
+    def follows_steps(self) -> bool:
+        """Never: `advance` counts the steps without data."""
+        return False
+
     def density(self) -> Density:
         if self.mean is not None:
             return self._density_at(self.mean if self._followed is None else self._followed.centre)

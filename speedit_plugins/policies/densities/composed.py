@@ -57,6 +57,11 @@ class Composed(AdaptiveDensity):
         """Whether one of the laws does."""
         return any(law.learns for law in self._adaptive.values())
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether one of the laws does."""
+        return any(law.follows_steps for law in self._adaptive.values())
+
     def density(self) -> Density:
         tables = [law.table if isinstance(law, Density) else law.density().table for law in self._laws]
         return Density(self._combine(tables))
@@ -104,6 +109,11 @@ class Stages(Composed):
             )
         super().__init__(laws, self._mixed)
         self._until, self._blend, self._step = list(until), blend, 0
+
+    @property
+    def follows_steps(self) -> bool:
+        """Always."""
+        return True
 
     def advance(self, step: int) -> bool:
         before, self._step = self._shares(), step

@@ -139,6 +139,11 @@ class Window(Composed):
             self.density()
         self._step = 0
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the bounds move, or the law follows the steps."""
+        return self._start != self._end or super().follows_steps
+
     def advance(self, step: int) -> bool:
         before, self._step = self._bounds(), step
         return super().advance(step) or before != self._bounds()
