@@ -18,6 +18,9 @@ from speedit_plugins.policies.densities.density import Density
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import DENSITIES, WEIGHTINGS
 
+# What a line of a text file has, by how many numbers.
+_KINDS = ("one number", "a point (u, value)")
+
 
 def table_density(
     schedule: NoiseSchedule, *, values: Any = None, points: Any = None, path: str | None = None
@@ -74,14 +77,28 @@ def curve(schedule: NoiseSchedule, values: Any, points: Any, path: str | None) -
 def _read(path: str) -> Any:
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        # Spreadsheets may put a byte order mark before the first number.
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".json":
             return json.loads(text)
-        rows = [[float(part) for part in line.replace(",", " ").split()] for line in text.splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"table {path}: cannot be read: {error}") from error
-    rows = [row for row in rows if row]
+    rows: list[list[float]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        row = _numbers(line)
+        if row is None or len(row) > 2 or (row and rows and len(row) != len(rows[0])):
+            wanted = _KINDS[len(rows[0]) - 1] if rows else f"{' or '.join(_KINDS)}, and no header"
+            raise ValueError(f"table {path}, line {number}: wanted {wanted}, got {line.strip()[:60]!r}")
+        rows += [row] if row else []
     return [row[0] for row in rows] if all(len(row) == 1 for row in rows) else rows
+
+
+def _numbers(line: str) -> list[float] | None:
+    """The numbers of a line of text, with commas or blanks between them. None if there is anything else."""
+    try:
+        return [float(part) for part in line.replace(",", " ").split()]
+    except ValueError:
+        return None
 
 
 def _checked(numbers: Any, what: str) -> Tensor:

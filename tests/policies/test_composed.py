@@ -93,7 +93,7 @@ def test_a_table_is_read_from_config_and_from_files(tmp_path: Path) -> None:
     values, points = [0.0, 1.0, 2.0, 1.0], [[0.0, 0.0], [0.5, 2.0], [1.0, 1.0]]
     files = {
         "values.json": json.dumps(values),
-        "values.txt": "0\n1\n\n2\n1\n",
+        "values.txt": "\ufeff0\n1\n\n2\n1\n",
         "points.csv": "0, 0\n0.5, 2\n1, 1\n",
         "points.json": json.dumps(points),
     }
@@ -112,6 +112,27 @@ def test_a_table_is_read_from_config_and_from_files(tmp_path: Path) -> None:
         2.5 / 8,
         3 / 8,
     ]
+
+
+def test_a_table_with_another_line_names_it(tmp_path: Path) -> None:
+    for text, message in (
+        (
+            "u,density\n0,1\n1,2\n",
+            "line 1: wanted one number or a point .u, value., and no header, got 'u,density'",
+        ),
+        ("0,1\n\n0.5;2\n", "line 3: wanted a point .u, value., got '0.5;2'"),
+        ("0,1\n1\n", "line 2: wanted a point .u, value., got '1'"),
+        ("1\n0.5 2\n", "line 2: wanted one number, got '0.5 2'"),
+        ("0,1,2\n1,2,3\n", "line 1: wanted one number or a point .u, value., and no header, got '0,1,2'"),
+    ):
+        path = tmp_path / "points.csv"
+        path.write_text(text)
+        for given in (
+            {"density": {"type": "table", "path": str(path)}, "weighting": "constant"},
+            {"type": "uniform", "weighting": {"type": "table", "path": str(path)}},
+        ):
+            with pytest.raises(ValueError, match=f"table .*points.csv, {message}"):
+                build_policy(given, FLOW)
 
 
 def test_points_are_joined_without_overshoot() -> None:
