@@ -109,12 +109,9 @@ def _composed(
         name = f"{name} with {' and '.join(shown)}"
     law = _build_law(parts["density"], schedule, given)
     draw = build(DRAWS, parts.get("draw", "iid"), schedule=schedule)
-    law_options = options_of(parts["density"]) if isinstance(parts["density"], str | Mapping) else {}
-    moved = [key for key in transforms.KEYS if key in {**changes, **law_options}]
+    moved = [key for key in transforms.KEYS if key in changes or _has_key(parts["density"], key)]
     if moved and isinstance(draw, Paired):
         raise ValueError(f"{' and '.join(moved)} needs a policy with independent draws, got pairs")
-    if kind is LossNormalizedPolicy and isinstance(changes.get("shift"), str | Mapping):
-        raise ValueError("normalize: loss needs one law on all ranks, and a shift by resolution may differ")
     weighting = _weighting(
         parts["weighting"], schedule, given["prediction_type"], common.pop("equivalent_to", None)
     )
@@ -127,6 +124,12 @@ def _composed(
         scope=parts.get("scope", "mse"),
         **common,
     )
+
+
+def _has_key(law: Any, key: str) -> bool:
+    """Whether the config of a density, or of one that it is made of, has this key."""
+    options = law if isinstance(law, Mapping) else {}
+    return key in options or any(_has_key(part, key) for part in options.get("laws", ()))
 
 
 def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str, Any]) -> Law:

@@ -154,6 +154,26 @@ def test_a_bad_transform_says_what_is_wrong(options: dict[str, Any], message: st
         build_policy({"type": "uniform", **options}, FLOW)
 
 
+@pytest.mark.parametrize("outer", ["policy", "density", "mixture", "stages", "window"])
+def test_a_law_that_may_differ_between_ranks_is_refused_wherever_it_is(outer: str) -> None:
+    law: dict[str, Any] = {"type": "logit_normal", "shift": "dimension"}
+    mixed = {"type": "mixture", "laws": ["uniform", law], "shares": [0.5, 0.5]}
+    config = {
+        "policy": {"density": "logit_normal", "shift": "dimension"},
+        "density": {"density": law},
+        "mixture": {"density": mixed},
+        "stages": {"density": {"type": "stages", "laws": [mixed, "uniform"], "until": [5]}},
+        "window": {"density": mixed, "window": [0, 0.9]},
+    }[outer]
+    config["weighting"] = "constant"
+    with pytest.raises(ValueError, match="loss needs one law on all ranks, .* take a number for the shift"):
+        build_policy({**config, "normalize": "loss"}, FLOW)
+    # Pairs would mirror what the shift has moved.
+    with pytest.raises(ValueError, match="shift.* needs a policy with independent draws, got pairs"):
+        build_policy({**config, "draw": "paired"}, FLOW)
+    assert build_policy({**config, "normalize": True}, FLOW).needs_data
+
+
 def test_a_transform_leaves_something_to_draw() -> None:
     law = {"density": {"type": "uniform", "window": [0, 0.2]}, "weighting": "constant", "window": [0.5, 1]}
     with pytest.raises(ValueError, match="window of 0.5 to 1 leaves no timestep"):

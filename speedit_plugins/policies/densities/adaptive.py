@@ -33,6 +33,11 @@ class AdaptiveDensity(ABC):
         return True
 
     @property
+    def differs_by_rank(self) -> bool:
+        """Whether ranks may have different densities, as each observes its own data."""
+        return False
+
+    @property
     def needs_every_timestep(self) -> bool:
         """Whether the density changes only after losses of every timestep."""
         return False

@@ -48,6 +48,11 @@ class Composed(AdaptiveDensity):
         return all(law.is_ready for law in self._adaptive.values())
 
     @property
+    def differs_by_rank(self) -> bool:
+        """Whether one of the laws does."""
+        return any(law.differs_by_rank for law in self._adaptive.values())
+
+    @property
     def needs_every_timestep(self) -> bool:
         """Whether one of the laws does."""
         return any(law.needs_every_timestep for law in self._adaptive.values())

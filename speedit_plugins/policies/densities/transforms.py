@@ -194,6 +194,11 @@ class ResolutionShifted(Composed):
         return True
 
     @property
+    def differs_by_rank(self) -> bool:
+        """Always: the batches of the ranks may have different shapes."""
+        return True
+
+    @property
     def is_ready(self) -> bool:
         """Whether it has seen the shape of a batch."""
         return self._shift is not None

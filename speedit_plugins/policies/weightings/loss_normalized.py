@@ -36,7 +36,8 @@ class LossNormalizedPolicy(TimestepPolicy):
         options: as for `TimestepPolicy`.
 
     Raises:
-        ValueError: `loss_decay` out of range, or what `TimestepPolicy` refuses.
+        ValueError: `loss_decay` out of range, a density that may differ between ranks, or what
+            `TimestepPolicy` refuses.
 
     Example:
         >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -58,6 +59,11 @@ class LossNormalizedPolicy(TimestepPolicy):
     ) -> None:
         if not 0 <= loss_decay < 1:
             raise ValueError(f"loss_decay needs to be in [0, 1), got {loss_decay}")
+        if isinstance(density, AdaptiveDensity) and density.differs_by_rank:
+            raise ValueError(
+                "normalize: loss needs one law on all ranks, and a shift by resolution may differ: take a"
+                " number for the shift, or normalize: true"
+            )
         self._loss_decay = loss_decay
         self._mean_loss: float | None = None
         super().__init__(schedule, density, weighting, **options)
