@@ -98,6 +98,14 @@ class Stages(Composed):
 
     Raises:
         ValueError: a value is out of range.
+
+    Example:
+        >>> clean, noisy = Density(torch.tensor([1.0, 0.0])), Density(torch.tensor([0.0, 1.0]))
+        >>> law = Stages([noisy, clean], until=[10], blend=4)
+        >>> law.advance(7)  # a quarter of the blend from step 6 to 10
+        True
+        >>> law.density().table.tolist()
+        [0.25, 0.75]
     """
 
     def __init__(self, laws: Sequence[Law], until: Sequence[int], blend: int = 0) -> None:
