@@ -97,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
         help="scale and crop images to N x N pixels, as the trainer does; several sizes give one row each",
     )
     options.add_argument(
+        "--grey",
+        action="store_true",
+        help="read a folder's images as one channel, for a model that does; most trainers read grey images as"
+        " RGB, with three equal channels, and then the centre is ln 3 = 1.10 lower",
+    )
+    options.add_argument(
         "--samples",
         type=_at_least(2),
         metavar="N",
@@ -123,6 +129,7 @@ def _measured(arguments: argparse.Namespace) -> list["Measurement"]:
             image_size=size,
             encoder=encoder,
             key=arguments.key,
+            grey=arguments.grey,
         )
         try:
             measured = measure(found.values, num_found=found.num_found, what=found.what)

@@ -48,6 +48,7 @@ class Measurement:
         centre: log-SNR at which half of the variance is explained, the `mean` of the spectral policies.
         quarter: log-SNR at which 25 % is explained; None if the samples are too few to tell.
         three_quarters: log-SNR at which 75 % is explained; None likewise.
+        has_equal_channels: whether the first dimension of a sample has several channels that are all equal.
     """
 
     image_size: int | None
@@ -60,6 +61,7 @@ class Measurement:
     centre: float
     quarter: float | None
     three_quarters: float | None
+    has_equal_channels: bool
 
     @property
     def peak(self) -> float:
@@ -102,6 +104,7 @@ def measure(values: torch.Tensor, *, num_found: int, what: str, image_size: int 
         centre=spectrum.log_snr_at(),
         quarter=_told(spectrum, 0.25),
         three_quarters=_told(spectrum, 0.75),
+        has_equal_channels=values.ndim == 4 and values.shape[1] > 1 and bool((values == values[:, :1]).all()),
     )
 
 
@@ -180,6 +183,7 @@ def comparison(measurements: Sequence[Measurement], source: str) -> str:
     """One row for each size of the same images."""
     lines = [
         f"{source}: {_counted(measurements[0])}",
+        *_notes(measurements[0]),
         "",
         f"{'size':>6}  {'shape':<16} {'centre':>7} {'t':>6} {'25 %':>7} {'75 %':>7}"
         f" {'logit-normal mean':>18} {'shift':>6}",
@@ -252,12 +256,20 @@ def _config(policy: str, centre: float) -> str:
 
 
 def _notes(measurement: Measurement) -> list[str]:
-    if measurement.std <= _LARGE_STD:
-        return []
-    return [
-        "note: models see data with a standard deviation near 1. Were these scaled as the model sees them?",
-        "      Latents of a diffusers autoencoder are (x - shift_factor) * scaling_factor.",
-    ]
+    notes = []
+    if measurement.has_equal_channels:
+        num = measurement.shape[0]
+        notes += [
+            f"note: the {num} channels are equal, as in grey images that are read as RGB. For a model of one",
+            f"      channel each log-SNR is ln {num} = {math.log(num):.2f} higher: --grey reads a folder so.",
+        ]
+    if measurement.std > _LARGE_STD:
+        notes += [
+            "note: models see data with a standard deviation near 1. Were these scaled as the model sees"
+            " them?",
+            "      Latents of a diffusers autoencoder are (x - shift_factor) * scaling_factor.",
+        ]
+    return notes
 
 
 def _counted(measurement: Measurement) -> str:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from speedit_plugins.trainer.models.autoencoder import Autoencoder
 
 NUM_SAMPLES = 1024
@@ -36,6 +38,22 @@ _DAMAGED = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
+
+
+# What is said about an argument that a kind of source does not use.
+_WITHOUT_EFFECT = {
+    "file": {
+        "image_size": "--image-size crops images of a folder and has no effect on the file {source}",
+        "grey": "--grey reads images of a folder and has no effect on the file {source}",
+    },
+    "cache": {
+        "key": "--key names an array of a file and has no effect on the folder {source}",
+        "encoder": "--encoder needs images, got cached latents in {source}",
+        "image_size": "--image-size crops images and has no effect on the cached latents in {source}",
+        "grey": "--grey reads images and has no effect on the cached latents in {source}",
+    },
+    "images": {"key": "--key names an array of a file and has no effect on the folder {source}"},
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,7 @@ def read_samples(
     image_size: int | None = None,
     encoder: "Autoencoder | None" = None,
     key: str | None = None,
+    grey: bool = False,
 ) -> Samples:
     """Samples of a folder or a file.
 
@@ -107,6 +126,7 @@ def read_samples(
             are.
         encoder: encodes images to latents; a file then has images (N, C, H, W) in [-1, 1].
         key: name of the array in a file that has several.
+        grey: read the images of a folder as one channel, not as RGB.
 
     Raises:
         ValueError: no such source, a damaged file, integers, images of different sizes, or an argument that
@@ -115,22 +135,22 @@ def read_samples(
     """
     if not source.exists():
         raise ValueError(f"wanted a folder of images, a folder of cached latents or a file, got no {source}")
-    if not source.is_dir():
-        if image_size is not None:
-            raise ValueError(f"--image-size crops images of a folder and has no effect on the file {source}")
+    is_cache = (source / "index.json").is_file() and any(source.glob("shard_*.safetensors"))
+    kind = "file" if not source.is_dir() else "cache" if is_cache else "images"
+    given = {"image_size": image_size, "encoder": encoder, "key": key, "grey": grey or None}
+    for name, message in _WITHOUT_EFFECT[kind].items():
+        if given[name] is not None:
+            raise ValueError(message.format(source=source))
+    if kind == "file":
         return _of_file(source, choice, encoder, key)
-    if key is not None:
-        raise ValueError(f"--key names an array of a file and has no effect on the folder {source}")
-    if not (source / "index.json").is_file() or not any(source.glob("shard_*.safetensors")):
-        return _of_images(source, choice, image_size, encoder)
-    if encoder is not None:
-        raise ValueError(f"--encoder needs images, got cached latents in {source}")
-    if image_size is not None:
-        raise ValueError(f"--image-size crops images and has no effect on the cached latents in {source}")
-    return _of_cache(source, choice)
+    if kind == "cache":
+        return _of_cache(source, choice)
+    return _of_images(source, choice, image_size, encoder, grey=grey)
 
 
-def _of_images(root: Path, choice: Choice, image_size: int | None, encoder: "Autoencoder | None") -> Samples:
+def _of_images(
+    root: Path, choice: Choice, image_size: int | None, encoder: "Autoencoder | None", *, grey: bool
+) -> Samples:
     """Images below a folder at any depth, and their latents if there is an encoder."""
     from speedit_plugins.trainer.data.images.folder import ImageFolder, as_tensor, center_crop, read_rgb
     from speedit_plugins.trainer.terminal import progress
@@ -141,18 +161,22 @@ def _of_images(root: Path, choice: Choice, image_size: int | None, encoder: "Aut
     first: tuple[tuple[int, int], Path] | None = None
 
     def image(row: int) -> Tensor:
+        found = read(row)
+        return as_tensor(found.convert("L").convert("RGB"))[:1] if grey else as_tensor(found)
+
+    def read(row: int) -> "Image":
         nonlocal first
         path = folder.path(row)
         found = read_rgb(path)
         if image_size is not None:
-            return as_tensor(center_crop(found, image_size, image_size))
+            return center_crop(found, image_size, image_size)
         first = first or (found.size, path)
         if found.size != first[0]:
             sizes = [f"{width} x {height} in {name}" for (width, height), name in (first, (found.size, path))]
             raise ValueError(
                 f"wanted images of one size, or --image-size N to crop them, got {' and '.join(sizes)}"
             )
-        return as_tensor(found)
+        return found
 
     def batches() -> Iterator[Tensor]:
         with ExitStack() as stack:

@@ -330,6 +330,7 @@ def test_sources_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
         (["two.npz", "--key", "c"], r"wanted an array 'c' in .*two.npz, got a \(9, 4\), b \(9, 4\)"),
         (["two.npz", "--key", "a", "--image-size", "8"], "--image-size .* no effect on the file .*two.npz"),
         (["empty", "--key", "a"], "--key .* no effect on the folder .*empty"),
+        (["two.npz", "--key", "a", "--grey"], "--grey reads images .* no effect on the file .*two.npz"),
         (["two.npz", "--samples", "1"], "argument --samples: wanted an int >= 2, got 1; see .*--help"),
         (["two.npz", "--encoder", str(tmp_path / "empty")], "no AutoencoderKL .* at '.*empty'"),
     ):
@@ -361,6 +362,7 @@ def test_an_encoder_needs_images(
         ("cache", "--encoder needs images, got cached latents in .*cache"),
     ):
         assert_matches(message, refusal(capsys, tmp_path / source, "--encoder", autoencoder))
+    assert_matches("--grey .* no effect on the cached latents", refusal(capsys, cache, "--grey"))
 
 
 def test_a_damaged_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
