@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -138,6 +139,8 @@ def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str
     builder = DENSITIES.get(str(options.get("type")))
     own = () if builder is None else inspect.signature(builder).parameters
     changes = {key: options.pop(key) for key in transforms.KEYS if key in options and key not in own}
+    if builder is None:
+        _refuse_policy(options, schedule, given["prediction_type"])
     law: Law = build(
         DENSITIES,
         options,
@@ -147,6 +150,33 @@ def _build_law(config: str | Config, schedule: NoiseSchedule, given: Mapping[str
         **given,
     )
     return transforms.transformed(law, changes, schedule)
+
+
+def _refuse_policy(options: Config, schedule: NoiseSchedule, prediction_type: str | None) -> None:
+    """Raises ValueError if the config of a density names a policy. The message has that policy's density."""
+    if POLICIES.get(str(options.get("type"))) is None:
+        return
+    instead = "that of its parts which draws"
+    with suppress(ValueError):
+        recipe = build(POLICIES, options, schedule=schedule, prediction_type=prediction_type)
+        density = options_of(recipe["density"])
+        instead = (
+            f"what it draws by, { ({key: value for key, value in density.items() if value is not None}) }"
+        )
+    raise ValueError(f"{options['type']!r} is a policy, and a density is wanted here: take {instead}")
+
+
+def _refuse_part(name: str) -> None:
+    """Raises ValueError if the name of a policy is that of a density or a weighting alone."""
+    config = f"dict(type={name!r}, ...)"
+    for registry, policy in (
+        (DENSITIES, f"dict(density={config}, weighting='constant')"),
+        (WEIGHTINGS, f"dict(density='uniform', weighting={config})"),
+    ):
+        if POLICIES.get(name) is None and registry.get(name) is not None:
+            raise ValueError(
+                f"{name!r} is a {registry.name}, and a policy is wanted here: give both parts, {policy}"
+            )
 
 
 def _check_arguments(config: Any, schedule: Any, data_spectrum: Any) -> None:
@@ -174,6 +204,7 @@ def _name_parts_and_options(
         common = {key: options.pop(key) for key in _COMMON_KEYS if key in options}
         return "custom", options, common
     name = str(options["type"])
+    _refuse_part(name)
     own = _parameters(name)
     common = {key: options.pop(key) for key in _COMMON_KEYS if key in options and key not in own}
     given = {key: options.pop(key) for key in _PART_KEYS if key in options and key not in own}

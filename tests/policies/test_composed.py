@@ -1,7 +1,9 @@
 """Mixtures, stages and tables of the user's own."""
 
+import ast
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,35 @@ def test_a_mixture_follows_the_laws_in_it() -> None:
     even = small.density
     small.update(torch.tensor([0, 1]), torch.tensor([3.0, 1.0]))
     assert small.density[0] > even[0]
+
+
+def test_a_policy_is_no_law_and_a_law_no_policy() -> None:
+    middle = {"type": "spectral_flow", "mean": -0.5}
+    for part, wanted in (
+        (
+            middle,
+            r"'spectral_flow' is a policy, and a density is wanted here: take what it draws by, (\{.*\})$",
+        ),
+        ({**middle, "window": [0, 0.5]}, r"take what it draws by, (\{.*\})$"),
+        ("speedit", r"'speedit' is a policy, .* (\{'type': 'asymmetric', .*\})$"),
+        ({"type": "speed", "gamma": 3}, "'speed' is a policy, .* take that of its parts which draws()$"),
+    ):
+        with pytest.raises(ValueError, match=wanted) as raised:
+            policy_of({"type": "mixture", "laws": [part, "uniform"], "shares": [0.5, 0.5]})
+        if part is middle:
+            # What the message says is a density, and the policy's own.
+            found = ast.literal_eval(re.findall(wanted, str(raised.value))[0])
+            assert torch.equal(policy_of(found).density, build_policy(middle, FLOW).density)
+    with pytest.raises(
+        ValueError, match=r"'mixture' is a density, .* dict\(density=dict\(type='mixture', ...\), "
+    ):
+        build_policy({"type": "mixture", "laws": ["uniform", "logit_normal"], "shares": [0.5, 0.5]}, FLOW)
+    with pytest.raises(
+        ValueError, match=r"'constant' is a weighting, .* dict\(density='uniform', weighting=dict"
+    ):
+        build_policy("constant", FLOW)
+    with pytest.raises(ValueError, match="unknown policy 'mixtur'"):
+        build_policy("mixtur", FLOW)
 
 
 def test_a_composed_law_is_pickled() -> None:
