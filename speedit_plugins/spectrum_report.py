@@ -67,7 +67,7 @@ class Measurement:
     def peak(self) -> float:
         """Log-SNR where `spectral_flow` draws most."""
         density = spectral_flow(mean=self.centre)["density"]
-        return float(density["mean"] + density["offset"])
+        return float(density["slope"] * density["mean"] + density["offset"])
 
     @property
     def logit_mean(self) -> float:

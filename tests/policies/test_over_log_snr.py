@@ -108,7 +108,7 @@ def test_spectral_flow_is_logit_normal_in_strata() -> None:
     schedule = NoiseSchedule.rectified_flow()
     policy = build_policy({"type": "spectral_flow", "mean": 0.5}, schedule)
     # A normal law of log-SNR is one of logit(u) = -log-SNR / 2, and the bins of both are nearly the same.
-    usual = build_policy({"type": "logit_normal", "mean": -(0.5 + 1.6) / 2, "std": 1.0}, schedule)
+    usual = build_policy({"type": "logit_normal", "mean": -(0.5 * 0.5 + 1.0) / 2, "std": 1.0}, schedule)
     torch.testing.assert_close(policy.density.cumsum(0), usual.density.cumsum(0), atol=2e-3, rtol=0)
     assert torch.equal(policy.weight, usual.weight)
     assert policy.stratified
@@ -123,11 +123,17 @@ def test_data_are_asked_only_where_the_centre_is_not_given() -> None:
 
 
 def test_parameters_out_of_range_are_refused() -> None:
-    for options in ({"std": 0.0}, {"clean_std": 0.0}, {"mean": math.inf}, {"offset": math.nan}):
-        with pytest.raises(ValueError, match="finite mean and offset, and std and clean_std > 0, got"):
+    for options in (
+        {"std": 0.0},
+        {"clean_std": 0.0},
+        {"mean": math.inf},
+        {"slope": math.inf},
+        {"offset": math.nan},
+    ):
+        with pytest.raises(ValueError, match="finite mean, slope and offset, and std and clean_std > 0, got"):
             log_snr_normal(LINEAR, **{"mean": 0.0, **options})
     # Wrong parameters are refused before the data are read.
-    with pytest.raises(ValueError, match="std and clean_std > 0, got None, 0.0, 1.2 and -1.0"):
+    with pytest.raises(ValueError, match="std and clean_std > 0, got None, 1.0, 0.0, 1.2 and -1.0"):
         log_snr_normal(LINEAR, lambda: pytest.fail("the data were asked"), clean_std=-1.0)
     with pytest.raises(ValueError, match=r"mean \+ offset near .* -10.12 to 9.21, got -99.00"):
         log_snr_normal(LINEAR, mean=-100.0, offset=1.0)

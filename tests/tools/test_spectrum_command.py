@@ -192,8 +192,8 @@ def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
 @pytest.mark.parametrize("std", [0.2, 1.0, 4.0])
 def test_laws_with_what_is_printed_have_their_median_at_the_place_named(std: float) -> None:
     found = measure(normal(4000, 3, std=std), num_found=4000, what="latents")
-    # The centre of equal variances, and spectral_flow's offset of 1.6.
-    assert found.peak == pytest.approx(-2 * math.log(std) + 1.6, abs=0.052)
+    # Half of the centre of equal variances, and spectral_flow's offset of 1.
+    assert found.peak == pytest.approx(-math.log(std) + 1.0, abs=0.026)
     place = torch.tensor(flow_time(found.peak), dtype=torch.float64)
     assert_close(shifted(torch.tensor(0.5, dtype=torch.float64), found.shift), place)
     schedule = NoiseSchedule.rectified_flow(10_000)

@@ -22,12 +22,13 @@ def log_snr_normal(
     data_spectrum: Callable[[], DataSpectrum] | None = None,
     *,
     mean: float | None = None,
+    slope: float = 1.0,
     offset: float = 0.0,
     std: float = 1.2,
     clean_std: float | None = None,
     clean_share: float = 0.0,
 ) -> Density:
-    """Density in which log-SNR follows a split normal distribution around mean + offset.
+    """Density in which log-SNR follows a split normal distribution around slope * mean + offset.
 
     A split normal is continuous and has one standard deviation on each side of its mode. It is cut at the
     schedule's ends. Each timestep gets the mass between the midpoints to its two neighbours, and one with SNR
@@ -36,7 +37,8 @@ def log_snr_normal(
     Args:
         data_spectrum: returns the spectrum of the data. Called only if `mean` is None.
         mean: centre in log-SNR, finite. Lower is noisier. None takes `log_snr_at()` of the data's spectrum.
-        offset: added to `mean`. Above 0 is cleaner.
+        slope: how far the mode moves with `mean`; finite.
+        offset: added to that. Above 0 is cleaner.
         std: standard deviation of log-SNR on the side noisier than the mode, > 0.
         clean_std: standard deviation of log-SNR on the cleaner side, > 0. None takes `std`.
         clean_share: share of the draws, in [0, 1), spread evenly over the timesteps cleaner than the mode.
@@ -55,7 +57,7 @@ def log_snr_normal(
         >>> round(float(density.table[schedule.log_snr > 0].sum()), 2)
         0.5
     """
-    _check_centre_and_widths(mean, offset, std, clean_std)
+    _check_centre_and_widths(mean, slope, offset, std, clean_std)
     if not 0 <= clean_share < 1:
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     log_snr = signal_log_snr(schedule, "log_snr_normal")
@@ -67,11 +69,13 @@ def log_snr_normal(
                 " got none. Measure it: speedit_plugins.DataSpectrum.of(latents).log_snr_at()"
             )
         mean = data_spectrum().log_snr_at()
-    centre = mean + offset
+    centre = slope * mean + offset
     tails = partial(
         _split_normal, mode=centre, noisy_std=std, clean_std=std if clean_std is None else clean_std
     )
-    law = log_snr_shares(log_snr, tails, law="log_snr_normal", centre=centre, centre_name="mean + offset")
+    law = log_snr_shares(
+        log_snr, tails, law="log_snr_normal", centre=centre, centre_name="slope * mean + offset"
+    )
     if clean_share:
         law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
     return with_pure_noise(schedule, law)
@@ -86,12 +90,14 @@ def _evenly_above(log_snr: Tensor, centre: float) -> Tensor:
     return cleaner / cleaner.sum()
 
 
-def _check_centre_and_widths(mean: float | None, offset: float, std: float, clean_std: float | None) -> None:
-    is_finite = math.isfinite(offset + (0.0 if mean is None else mean))
+def _check_centre_and_widths(
+    mean: float | None, slope: float, offset: float, std: float, clean_std: float | None
+) -> None:
+    is_finite = math.isfinite(slope + offset + (0.0 if mean is None else mean))
     if not (is_finite and all(0 < width < math.inf for width in (std, clean_std) if width is not None)):
         raise ValueError(
-            "log_snr_normal needs a finite mean and offset, and std and clean_std > 0,"
-            f" got {mean}, {offset}, {std} and {clean_std}"
+            "log_snr_normal needs a finite mean, slope and offset, and std and clean_std > 0,"
+            f" got {mean}, {slope}, {offset}, {std} and {clean_std}"
         )
 
 

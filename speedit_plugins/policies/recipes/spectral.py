@@ -76,16 +76,25 @@ def spectral_fast(
 def spectral_flow(
     *,
     mean: float | None = None,
-    offset: float = 1.6,
+    slope: float = 0.5,
+    offset: float = 1.0,
     std: float = 2.0,
     clean_std: float | None = None,
     clean_share: float = 0.0,
 ) -> Recipe:
-    """`spectral` for rectified flows: the same arguments, weight 1. Source: docs/method.md.
+    """`spectral` for rectified flows: the same arguments and a slope, weight 1. Source: docs/method.md.
 
-    This is `logit_normal` in strata, of mean -(`mean` + `offset`) / 2 and std 1: the law that trainers of
-    flows draw from, put where the data want it. A flow is sampled down to t = 0, so clean timesteps keep
-    their weight.
+    This is `logit_normal` in strata, of mean -(`slope` * `mean` + `offset`) / 2 and std 1: the law that
+    trainers of flows draw from, put where the data want it. A flow is sampled down to t = 0, so clean
+    timesteps keep their weight.
+
+    Args:
+        mean: see `spectral`.
+        slope: how far the centre of the draws moves with `mean`.
+        offset: added to that. Above 0 is cleaner.
+        std: see `spectral`.
+        clean_std: see `spectral`.
+        clean_share: see `spectral`.
 
     Example:
         >>> from speedit_plugins import NoiseSchedule, build_policy
@@ -94,16 +103,16 @@ def spectral_flow(
         (True, 1.0)
     """
     recipe = spectral(mean=mean, offset=offset, std=std, clean_std=clean_std, clean_share=clean_share)
-    return {**recipe, "weighting": {"type": "constant"}}
+    return {**recipe, "density": {**recipe["density"], "slope": slope}, "weighting": {"type": "constant"}}
 
 
-# Offset, width on the noisy side, width on the clean side and clean share of `auto`, by prediction type.
-_SHAPES = {
-    "epsilon": (0.6, 2.2, 1.1, 0.15),
-    "clamped epsilon": (0.4, 0.7, None, 0.2),
-    "x0": (0.6, 2.2, 1.1, 0.15),
-    "v": (0.6, 2.2, 1.1, 0.15),
-    "flow": (1.6, 2.0, None, 0.0),
+# The policy whose law `auto` draws, by prediction type.
+_POLICIES = {
+    "epsilon": spectral,
+    "clamped epsilon": spectral_fast,
+    "x0": spectral,
+    "v": spectral,
+    "flow": spectral_flow,
 }
 
 
@@ -146,13 +155,13 @@ def auto(
     predicted = prediction_type or usual_prediction_type(schedule)
     if clamped and predicted != "epsilon":
         raise ValueError(f"auto: clamped has no effect on a model of {predicted}: leave it out")
-    offset, std, clean_std, clean_share = _SHAPES["clamped epsilon" if clamped else predicted]
+    shape = _POLICIES["clamped epsilon" if clamped else predicted]()["density"]
     density = {
         "type": "auto",
         "mean": mean,
         "num_samples": num_samples,
         "follow": follow,
-        "law": {"offset": offset, "std": std, "clean_std": clean_std, "clean_share": clean_share},
+        "law": {key: value for key, value in shape.items() if key not in ("type", "mean")},
     }
     recipe: Recipe = {"density": density, "weighting": {"type": "constant"}, "stratified": True}
     if predicted != "flow":
