@@ -7,6 +7,7 @@ policy at horizon S is S divided by the steps after which the policy reaches the
 at S with the same seed.
 
     python benchmarks/convergence.py [--policies speedit speed] [--seeds 0 1 2 3 4] [--full] [--out DIR]
+        [--schedule linear rectified_flow]
 
 Writes results.json, table.md, distance.png and speed_up.png; with several schedules, to a folder for each.
 From Python, `run` trains members of any policy.
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    schedules = arguments.schedule
+    schedules = list(dict.fromkeys(arguments.schedule))
     folders = {name: arguments.out / name if len(schedules) > 1 else arguments.out for name in schedules}
     for folder in folders.values():
         try:

@@ -91,18 +91,15 @@ def table(found: Document, sampler: str) -> str:
 
 
 def side_by_side(documents: Mapping[str, Document]) -> str:
-    """A Markdown table of the speed-ups of runs with the same policies, one column per run."""
+    """A Markdown table of the speed-ups of several runs at their horizons, under the first sampler of each.
+
+    A column is a run, with - for a policy that it does not have.
+    """
     columns = [_speed_up_column(found) for found in documents.values()]
-    chance = [column.pop("by chance") for column in columns]
-    lines = [
-        f"| fewer steps to equal distance | {' | '.join(documents)} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    rows = {"by chance": chance} | {
-        name: [column.get(name, "-") for column in columns]
-        for name in dict.fromkeys(sum(map(list, columns), []))
-    }
-    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [f"| {name} | {' | '.join(column.get(name, '-') for column in columns)} |" for name in names]
+    header = f"| fewer steps to equal distance | {' | '.join(documents)} |"
+    return "\n".join([header, "|---" * (1 + len(columns)) + "|", *rows])
 
 
 def _compared(results: Results, sampler: str) -> Document:

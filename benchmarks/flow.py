@@ -4,11 +4,11 @@ Each finished training is a line of a results file: its distances to the data ov
 are in the file already are skipped. A seed decides initialisation, data order and noise for all laws. So
 every law is compared with `uniform` of the same seed.
 
-    flow.py --data-dir DIR --data fashion_16 --laws coarse --seeds 100 --out FILE.jsonl
-    flow.py --data-dir DIR --data fashion_16 --laws widths --seeds 100 --out FILE.jsonl
-    flow.py --data-dir DIR --data fashion_16 --laws finalists --seeds 100 101 --out FILE.jsonl
-    flow.py --data-dir DIR --data fashion_16 --laws auto best --seeds 0 1 2 --out FILE.jsonl
-    flow.py --report --out FILE.jsonl
+    python benchmarks/flow.py --data fashion_16 --laws coarse --seeds 100 --data-dir DIR --out FILE
+    python benchmarks/flow.py --data fashion_16 --laws widths --seeds 100 --data-dir DIR --out FILE
+    python benchmarks/flow.py --data fashion_16 --laws finalists --seeds 100 101 --data-dir DIR --out FILE
+    python benchmarks/flow.py --data fashion_16 --laws auto best --seeds 0 1 2 --data-dir DIR --out FILE
+    python benchmarks/flow.py --report --out FILE
 
 The seeds from 100 on choose the best law of the grid, as in the first three lines, or at once with `grid`.
 The others say how fast the laws are.
@@ -261,7 +261,7 @@ def _names(given: Sequence[str], data: str, horizon: int, out: Path) -> list[str
     return list(dict.fromkeys(names))
 
 
-# From a whole grid on one seed to one law, so that most trainings are spent on laws that may be the best.
+# Each search narrows the last one, so that most trainings go to laws that may be the best.
 _SEARCHES: Mapping[str, Callable[[str, int, Path], list[str]]] = {
     "grid": lambda data, horizon, out: list(laws(horizon)),
     "coarse": lambda data, horizon, out: coarse_laws(),

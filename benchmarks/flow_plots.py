@@ -7,6 +7,7 @@ mean over the spectrum's.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flow_results import Result, read_results
 
 
 def main() -> None:
-    """Writes the figure."""
+    """Writes both figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     arguments = parser.parse_args()
     results = read_results(arguments.results)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, figure in (("flow-laws", laws_figure(results)), ("flow-centres", centres_figure(results))):
         path = arguments.out / f"{name}.png"
         figure.savefig(path, dpi=120)
@@ -61,7 +63,7 @@ def centres_figure(results: Sequence[Result]) -> Any:
     for group in _of_flows(results):
         centre = -group[0].facts["centre"] / 2
         sampler, spaces = next(iter(group[0].distances.items()))
-        best = {space: best_mean(curves_of(group, sampler, space)) for space in spaces}
+        best = {space: best_mean(curves_of(group, sampler, space, chooses=True)) for space in spaces}
         shown = {space: mean for space, mean in best.items() if mean is not None}
         if shown:
             means = list(shown.values())
@@ -78,7 +80,7 @@ def centres_figure(results: Sequence[Result]) -> Any:
 def best_mean(curves: Curves) -> float | None:
     """The mean of least distance, of a parabola through the best of `MEANS` and its two neighbours.
 
-    None if one of the three was not trained, as at either end.
+    None if one of the three was not trained, as at either end, or if they have no minimum.
     """
     values = {
         mean: _at_horizon(curves, logit_normal_name(mean, 1.0))
@@ -93,7 +95,8 @@ def best_mean(curves: Curves) -> float | None:
         return None
     left, middle, right = (values[mean] for mean in around)
     step = around[1] - around[0]
-    return around[1] + step / 2 * (left - right) / (left - 2 * middle + right)
+    bend = left - 2 * middle + right
+    return around[1] + step / 2 * (left - right) / bend if 0 < bend < math.inf else None
 
 
 def _of_flows(results: Sequence[Result]) -> list[list[Result]]:
@@ -104,7 +107,10 @@ def _of_flows(results: Sequence[Result]) -> list[list[Result]]:
         if group[0].options["prediction"] == "flow"
         and any(r.law == logit_normal_name(0.0, 1.0) for r in group)
     ]
-    return list({group[0].data: group for group in reversed(wanted)}.values())[::-1]
+    first: dict[str, list[Result]] = {}
+    for group in wanted:
+        first.setdefault(group[0].data, group)
+    return list(first.values())
 
 
 def _plot(axes: Any, group: Sequence[Result]) -> None:

@@ -32,8 +32,8 @@ Curves = Mapping[str, Mapping[int, Curve]]
 
 
 def report(results: Sequence[Result]) -> str:
-    """Markdown: an overview, then for each data set and setting a table per feature space."""
-    parts = [overview(results)]
+    """Markdown: an overview, the search, then for each data set and setting a table per feature space."""
+    parts = [overview(results), search(results)]
     for group in groups_of(results):
         first = group[0]
         facts, options = first.facts, first.options
@@ -51,8 +51,9 @@ def report(results: Sequence[Result]) -> str:
 def overview(results: Sequence[Result]) -> str:
     """A Markdown table of `auto` against the fixed laws: ratios of steps on the seeds that report."""
     lines = [
-        "| data | space | chance | best fixed law | over uniform | auto over uniform | auto over it"
-        " | auto over logit_normal(0,1) | uniform / loss | auto / loss | auto at its worst |",
+        "| data | space | chance | best fixed law | best over uniform | auto over uniform"
+        " | auto over the best | auto over logit_normal(0,1) | uniform / loss | auto / loss"
+        " | auto at its worst |",
         "|---" * 11 + "|",
     ]
     for group in groups_of(results):
@@ -74,6 +75,25 @@ def overview(results: Sequence[Result]) -> str:
                     _worst(reporting, AUTO),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def search(results: Sequence[Result]) -> str:
+    """A Markdown table of all laws on the selection seeds: mean ln of the distance over uniform's at the end.
+
+    A column has the spaces of a data set, under its first sampler.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for group in groups_of(results):
+        sampler, spaces = next(iter(group[0].distances.items()))
+        name = f"{group[0].data}, {group[0].options['prediction']}: {', '.join(spaces)}"
+        per_space = [curves_of(group, sampler, space, chooses=True) for space in spaces]
+        for law in per_space[0]:
+            cells = [f"{_at_the_end(curves, law):+.2f}" for curves in per_space]
+            columns.setdefault(name, {})[law] = f"{', '.join(cells)} (N = {len(per_space[0][law])})"
+    laws = sorted({law for column in columns.values() for law in column} - {BASELINE})
+    lines = [f"| law | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {law} | {' | '.join(column.get(law, '') for column in columns.values())} |" for law in laws]
     return "\n".join(lines)
 
 
@@ -115,6 +135,10 @@ def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
         return reading
     reached = first_crossing(baseline.steps, baseline.distances, curve.distances[-1])
     return Reading(reached.value / horizon, reached.bound)
+
+
+def _at_the_end(curves: Curves, law: str) -> float:
+    return mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in curves[law].items()])
 
 
 def _worst(curves: Curves, law: str) -> str:

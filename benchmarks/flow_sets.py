@@ -44,7 +44,7 @@ class FlowSet:
 
     Args:
         data: what the model is trained on; `images` may be latents, near unit variance.
-        spaces: name -> feature space of the distances. The first one decides.
+        spaces: name -> feature space of the distances. All count when a law is chosen.
         shape: shape of a member.
         horizon: steps of a training.
         is_clamped: samples are pixels, so x_0 may be clamped to [-1, 1].

@@ -4,8 +4,8 @@
     speedit-spectrum images/ --image-size 256 --encoder path/to/autoencoder
     speedit-spectrum images/ --image-size 8 16 32
 
-It prints the centre of the data, what each policy makes of it, and the shift that puts a logit-normal law at
-the same place.
+It prints the centre of the data, what each policy makes of it, and the shift that puts a logit-normal law
+where `spectral_flow` draws.
 """
 
 import argparse

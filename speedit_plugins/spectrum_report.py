@@ -261,7 +261,7 @@ def _notes(measurement: Measurement) -> list[str]:
         num = measurement.shape[0]
         notes += [
             f"note: the {num} channels are equal, as in grey images that are read as RGB. For a model of one",
-            f"      channel each log-SNR is ln {num} = {math.log(num):.2f} higher: --grey reads a folder so.",
+            f"      channel each log-SNR is ln {num} = {math.log(num):.2f} higher: --grey reads them so.",
         ]
     if measurement.std > _LARGE_STD:
         notes += [

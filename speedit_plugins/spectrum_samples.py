@@ -126,11 +126,11 @@ def read_samples(
             are.
         encoder: encodes images to latents; a file then has images (N, C, H, W) in [-1, 1].
         key: name of the array in a file that has several.
-        grey: read the images of a folder as one channel, not as RGB.
+        grey: read the images of a folder as one channel, their luminance, and not as RGB.
 
     Raises:
-        ValueError: no such source, a damaged file, integers, images of different sizes, or an argument that
-            has no effect on this source.
+        ValueError: no such source, a damaged file, integers, images of different sizes, an argument that has
+            no effect on this source, or `grey` beside an encoder.
         OSError: a file cannot be read.
     """
     if not source.exists():
@@ -141,6 +141,8 @@ def read_samples(
     for name, message in _WITHOUT_EFFECT[kind].items():
         if given[name] is not None:
             raise ValueError(message.format(source=source))
+    if grey and encoder is not None:
+        raise ValueError("--encoder takes RGB images: leave out --grey")
     if kind == "file":
         return _of_file(source, choice, encoder, key)
     if kind == "cache":

@@ -56,7 +56,7 @@ def with_policy(
             A relative density (`Density`) thins its draws; any other replaces them, their shift included;
             an `Imagen` of imagen-pytorch.
         policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
-        prediction_type: what the model predicts, for an object that does not say; None reads it from there.
+        prediction_type: what the model predicts; None reads it from the object. Needed if it does not say.
         generator: for the draws, on the device of t; None is a stream of its own for each data-parallel rank
             (`DrawStream`). The host's global generator stays as it is.
         ranks_alike: how many consecutive ranks draw alike, as a tensor- or sequence-parallel group has to.

@@ -156,24 +156,25 @@ def _refuse_policy(options: Config, schedule: NoiseSchedule, prediction_type: st
     """Raises ValueError if the config of a density names a policy. The message has that policy's density."""
     if POLICIES.get(str(options.get("type"))) is None:
         return
-    instead = "that of its parts which draws"
+    instead = "the density of that policy"
     with suppress(ValueError):
         recipe = build(POLICIES, options, schedule=schedule, prediction_type=prediction_type)
-        density = options_of(recipe["density"])
-        instead = (
-            f"what it draws by, { ({key: value for key, value in density.items() if value is not None}) }"
-        )
+        density = options_of(recipe.get("density", "uniform"))
+        shown = {key: value for key, value in density.items() if value is not None}
+        instead = f"what it draws by, {shown}"
     raise ValueError(f"{options['type']!r} is a policy, and a density is wanted here: take {instead}")
 
 
 def _refuse_part(name: str) -> None:
     """Raises ValueError if the name of a policy is that of a density or a weighting alone."""
+    if POLICIES.get(name) is not None:
+        return
     config = f"dict(type={name!r}, ...)"
     for registry, policy in (
         (DENSITIES, f"dict(density={config}, weighting='constant')"),
         (WEIGHTINGS, f"dict(density='uniform', weighting={config})"),
     ):
-        if POLICIES.get(name) is None and registry.get(name) is not None:
+        if registry.get(name) is not None:
             raise ValueError(
                 f"{name!r} is a {registry.name}, and a policy is wanted here: give both parts, {policy}"
             )

@@ -37,12 +37,12 @@ class ExpectedCalls:
         self._num_draws = 0
 
     def called(self, method: str) -> None:
-        """One of the methods was called, so it is known to the loop."""
+        """Records that the loop has called this method."""
         if method in self._missing:
             self._missing.remove(method)
 
     def drawn(self, policy: str) -> None:
-        """The policy of this name has drawn a batch.
+        """Counts a batch that the policy of this name has drawn.
 
         Warns:
             UserWarning: at draw `NUM_DRAWS`, if a method was not called yet.
@@ -57,6 +57,6 @@ class ExpectedCalls:
                 f"policy {policy!r} stays as it began: it has drawn {NUM_DRAWS} batches, and your loop has"
                 f" not called {missing}. In each training step it needs {wanted}. Draws under"
                 " torch.no_grad() train nothing and are not counted",
-                # The caller of `TimestepPolicy.draw`.
+                # The caller of `TimestepPolicy.draw`; of a direct `draw_at`, the caller's caller.
                 stacklevel=4,
             )

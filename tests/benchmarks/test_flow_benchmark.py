@@ -169,11 +169,15 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
 
 def test_a_law_leads_if_it_is_near_in_all_spaces(load: Load) -> None:
     details = {("uniform", 100): [8.0] * 4, ("laplace", 100): [2.0] * 4, ("mode", 100): [4.0] * 4}
-    colours = {("uniform", 100): [8.0] * 4, ("laplace", 100): [32.0] * 4, ("mode", 100): [7.0] * 4}
+    colours = {("uniform", 100): [8.0] * 4, ("laplace", 100): [64.0] * 4, ("mode", 100): [7.0] * 4}
     both = results_of(load, details)
     for result, other in zip(both, results_of(load, colours), strict=True):
         result.distances["euler-25"]["colours"] = other.distances["euler-25"]["pixels"]
     assert load("flow_report").leading(both, "tiny") == ["mode", "uniform", "laplace"]
+    # ln of 1/4 and 8; and of 1/2 and 7/8.
+    rows = load("flow_report").search(both).split("\n")
+    assert rows[0] == "| law | tiny, flow: pixels, colours |"
+    assert rows[2:] == ["| laplace | -1.39, +2.08 (N = 1) |", "| mode | -0.69, -0.13 (N = 1) |"]
 
 
 def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load, tmp_path: Path) -> None:

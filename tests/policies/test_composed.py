@@ -62,7 +62,7 @@ def test_a_policy_is_no_law_and_a_law_no_policy() -> None:
         ),
         ({**middle, "window": [0, 0.5]}, r"take what it draws by, (\{.*\})$"),
         ("speedit", r"'speedit' is a policy, .* (\{'type': 'asymmetric', .*\})$"),
-        ({"type": "speed", "gamma": 3}, "'speed' is a policy, .* take that of its parts which draws()$"),
+        ({"type": "speed", "gamma": 3}, "'speed' is a policy, .* take the density of that policy()$"),
     ):
         with pytest.raises(ValueError, match=wanted) as raised:
             policy_of({"type": "mixture", "laws": [part, "uniform"], "shares": [0.5, 0.5]})

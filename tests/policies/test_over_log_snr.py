@@ -135,5 +135,5 @@ def test_parameters_out_of_range_are_refused() -> None:
     # Wrong parameters are refused before the data are read.
     with pytest.raises(ValueError, match="std and clean_std > 0, got None, 1.0, 0.0, 1.2 and -1.0"):
         log_snr_normal(LINEAR, lambda: pytest.fail("the data were asked"), clean_std=-1.0)
-    with pytest.raises(ValueError, match=r"mean \+ offset near .* -10.12 to 9.21, got -99.00"):
+    with pytest.raises(ValueError, match=r"slope \* mean \+ offset near .* -10.12 to 9.21, got -99.00"):
         log_snr_normal(LINEAR, mean=-100.0, offset=1.0)

@@ -27,7 +27,7 @@ _STEPS_WITHOUT_DATA = 10
 
 
 class CentredByData(AdaptiveDensity):
-    """`log_snr_normal` around the log-SNR at which half of the data's variance is explained.
+    """`log_snr_normal`, placed by the log-SNR at which half of the data's variance is explained.
 
     The data are those of the first batches that `observe` sees, on all ranks. Until they are enough, a
     rectified flow draws logit-normal times, and any other schedule uniform ones. What was found is part of
@@ -108,7 +108,7 @@ class CentredByData(AdaptiveDensity):
 
     @property
     def follows_steps(self) -> bool:
-        """Never: `advance` counts the steps without data."""
+        """False: `advance` only counts steps without data, and leaves the density as it is."""
         return False
 
     def density(self) -> Density:

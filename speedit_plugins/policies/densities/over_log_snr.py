@@ -37,8 +37,8 @@ def log_snr_normal(
     Args:
         data_spectrum: returns the spectrum of the data. Called only if `mean` is None.
         mean: centre in log-SNR, finite. Lower is noisier. None takes `log_snr_at()` of the data's spectrum.
-        slope: how far the mode moves with `mean`; finite.
-        offset: added to that. Above 0 is cleaner.
+        slope: change of the mode for each unit of `mean`, finite.
+        offset: added to slope * mean, finite. Above 0 is cleaner.
         std: standard deviation of log-SNR on the side noisier than the mode, > 0.
         clean_std: standard deviation of log-SNR on the cleaner side, > 0. None takes `std`.
         clean_share: share of the draws, in [0, 1), spread evenly over the timesteps cleaner than the mode.

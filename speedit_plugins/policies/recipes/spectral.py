@@ -84,14 +84,14 @@ def spectral_flow(
 ) -> Recipe:
     """`spectral` for rectified flows: the same arguments and a slope, weight 1. Source: docs/method.md.
 
-    This is `logit_normal` in strata, of mean -(`slope` * `mean` + `offset`) / 2 and std 1: the law that
-    trainers of flows draw from, put where the data want it. A flow is sampled down to t = 0, so clean
-    timesteps keep their weight.
+    With the default widths this is `logit_normal` in strata, of mean -(`slope` * `mean` + `offset`) / 2 and
+    std 1: the law that trainers of flows draw from, put where the data want it. A flow is sampled down to
+    t = 0, so clean timesteps keep their weight.
 
     Args:
         mean: see `spectral`.
-        slope: how far the centre of the draws moves with `mean`.
-        offset: added to that. Above 0 is cleaner.
+        slope: change of the centre of the draws for each unit of `mean`, finite.
+        offset: added to `slope` * `mean`. Above 0 is cleaner.
         std: see `spectral`.
         clean_std: see `spectral`.
         clean_share: see `spectral`.
@@ -106,8 +106,8 @@ def spectral_flow(
     return {**recipe, "density": {**recipe["density"], "slope": slope}, "weighting": {"type": "constant"}}
 
 
-# The policy whose law `auto` draws, by prediction type.
-_POLICIES = {
+# The recipe whose law and weights `auto` takes, by what the model predicts.
+_RECIPES = {
     "epsilon": spectral,
     "clamped epsilon": spectral_fast,
     "x0": spectral,
@@ -155,17 +155,10 @@ def auto(
     predicted = prediction_type or usual_prediction_type(schedule)
     if clamped and predicted != "epsilon":
         raise ValueError(f"auto: clamped has no effect on a model of {predicted}: leave it out")
-    shape = _POLICIES["clamped epsilon" if clamped else predicted]()["density"]
-    density = {
-        "type": "auto",
-        "mean": mean,
-        "num_samples": num_samples,
-        "follow": follow,
-        "law": {key: value for key, value in shape.items() if key not in ("type", "mean")},
-    }
-    recipe: Recipe = {"density": density, "weighting": {"type": "constant"}, "stratified": True}
-    if predicted != "flow":
-        recipe |= {"weighting": {"type": "p2", "gamma": 0.8, "k": 5.0}, "normalize": True}
+    recipe = _RECIPES["clamped epsilon" if clamped else predicted]()
+    law = {key: value for key, value in recipe["density"].items() if key not in ("type", "mean")}
+    density = {"type": "auto", "mean": mean, "num_samples": num_samples, "follow": follow, "law": law}
+    recipe = {**recipe, "density": density}
     return {**recipe, "equivalent_to": "epsilon"} if predicted == "x0" else recipe
 
 
