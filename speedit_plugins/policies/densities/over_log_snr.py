@@ -62,14 +62,7 @@ def log_snr_normal(
         raise ValueError(f"log_snr_normal needs clean_share in [0, 1), got {clean_share}")
     log_snr = signal_log_snr(schedule, "log_snr_normal")
     # Last, because reading the data may take a while.
-    if mean is None:
-        if data_spectrum is None:
-            raise ValueError(
-                "log_snr_normal needs mean, the log-SNR at which half of your data's variance is explained;"
-                " got none. Measure it: speedit_plugins.DataSpectrum.of(latents).log_snr_at()"
-            )
-        mean = data_spectrum().log_snr_at()
-    centre = slope * mean + offset
+    centre = slope * (_middle(data_spectrum) if mean is None else mean) + offset
     tails = partial(
         _split_normal, mode=centre, noisy_std=std, clean_std=std if clean_std is None else clean_std
     )
@@ -79,6 +72,15 @@ def log_snr_normal(
     if clean_share:
         law = (1 - clean_share) * law + clean_share * _evenly_above(log_snr, centre)
     return with_pure_noise(schedule, law)
+
+
+def _middle(data_spectrum: Callable[[], DataSpectrum] | None) -> float:
+    if data_spectrum is None:
+        raise ValueError(
+            "log_snr_normal needs mean, the log-SNR at which half of your data's variance is explained;"
+            " got none. Measure it: speedit_plugins.DataSpectrum.of(latents).log_snr_at()"
+        )
+    return data_spectrum().log_snr_at()
 
 
 def _evenly_above(log_snr: Tensor, centre: float) -> Tensor:
