@@ -16,6 +16,8 @@ from flow_laws import MEANS, WIDTHS, logit_normal_name
 from flow_report import BASELINE, Curves, curves_of, groups_of, log_ratio, mean_of
 from flow_results import Result, read_results
 
+from speedit_plugins.policies.recipes.spectral import spectral_flow
+
 
 def main() -> None:
     """Writes both figures."""
@@ -70,11 +72,18 @@ def centres_figure(results: Sequence[Result]) -> Any:
             axes.plot([centre] * len(means), means, marker="o", label=f"{group[0].data}: {', '.join(shown)}")
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], color="k", linestyle="--", label="the spectrum's centre")
+    axes.plot([low, high], [_law_mean(low), _law_mean(high)], color="k", linestyle=":", label="spectral_flow")
     axes.set_xlabel("the spectrum's centre, as a mean of logit(u)")
     axes.set_ylabel("best mean of logit(u)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     return found
+
+
+def _law_mean(centre: float) -> float:
+    """Mean of logit(u) of `spectral_flow`, for a spectrum's centre as a mean of logit(u)."""
+    law = spectral_flow(mean=-2 * centre)["density"]
+    return float(-(law["slope"] * law["mean"] + law["offset"]) / 2)
 
 
 def best_mean(curves: Curves) -> float | None:
@@ -116,7 +125,7 @@ def _of_flows(results: Sequence[Result]) -> list[list[Result]]:
 def _plot(axes: Any, group: Sequence[Result]) -> None:
     first = group[0]
     sampler = next(iter(first.distances))
-    curves = curves_of(group, sampler, next(iter(first.distances[sampler])))
+    curves = curves_of(group, sampler, next(iter(first.distances[sampler])), chooses=True)
     for width in WIDTHS:
         means = [mean for mean in MEANS if logit_normal_name(mean, width) in curves]
         values = [_at_horizon(curves, logit_normal_name(mean, width)) for mean in means]

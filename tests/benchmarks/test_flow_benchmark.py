@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -246,10 +247,13 @@ def test_the_best_mean_is_the_middle_of_a_parabola(load: Load) -> None:
     (drawn,) = [line for line in axes.lines if line.get_label() == "tiny: pixels"]
     assert drawn.get_xdata().tolist() == [-0.25]
     assert drawn.get_ydata() == pytest.approx([0.3])
+    # Where the centre is at log-SNR 0, the law's median is at 1.
+    (law,) = [line for line in axes.lines if line.get_label() == "spectral_flow"]
+    assert np.interp(0.0, law.get_xdata(), law.get_ydata()) == pytest.approx(-0.5)
     # The best one is at the end of what was trained: no middle.
     del curves["logit_normal(1,1)", 100], curves["logit_normal(0.5,1)", 100]
     (axes,) = plots.centres_figure(results_of(load, curves)).axes
-    assert [line.get_label() for line in axes.lines] == ["the spectrum's centre"]
+    assert [line.get_label() for line in axes.lines] == ["the spectrum's centre", "spectral_flow"]
 
 
 def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_report(
