@@ -48,7 +48,9 @@ def test_the_figures_are_those_of_the_report() -> None:
             figure = row.replace("*", "").split(" (")[0]
             assert str(advice._MEASURED["flow"][name]).startswith(figure), name
     assert f"{of_v.split('|')[1].replace('*', '').split(' (')[0].strip()}" == advice._MEASURED["v"]["speedit"]
-    of_auto, *_ = re.findall(r"\| digits_8 \| classifier \|(.*)\|", (ROOT / advice.FLOW_REPORT).read_text())
+    of_auto, *_ = re.findall(
+        r"\| digits_8 \| classifier \|(.*)\|", (ROOT / advice.FLOW_REPORT).read_text("utf-8")
+    )
     assert of_auto.split("|")[3].split()[0] == "1.33"
     assert of_v.split("|")[2].split()[0] == "2.17"
     for predicted, figure in (("flow", "1.33"), ("v", "2.17")):
