@@ -5,10 +5,10 @@ RECOMMENDED = "recommended"
 
 
 def recommended(prediction_type: str) -> str:
-    """The policy to take if nothing else is asked for: `auto` for flow and v, the published `speedit` else.
+    """The policy to take if nothing else is asked for: the published `speedit` for epsilon, `auto` else.
 
     Example:
         >>> recommended("flow"), recommended("epsilon")
         ('auto', 'speedit')
     """
-    return "auto" if prediction_type in ("flow", "v") else "speedit"
+    return "speedit" if prediction_type == "epsilon" else "auto"

@@ -248,7 +248,7 @@ def test_it_is_recommended_for_flows_and_v() -> None:
     vp = NoiseSchedule.linear(1000)
     assert build_policy(None, FLOW).name == "auto"
     assert build_policy("recommended", vp, "v").name == "auto"
-    assert build_policy("recommended", vp, "x0").name == "speedit"
+    assert build_policy("recommended", vp, "x0").name == "auto"
     assert build_policy(None, vp).name == "speedit"
     changed = build_policy({"type": "recommended", "weighting": "constant", "normalize": "loss"}, vp)
     assert changed.name == "speedit with weighting constant"

@@ -128,7 +128,7 @@ def auto(
     """The spectral policy that suits the model, centred by the data of the first training steps.
 
     `spectral_flow` for a flow; `spectral_fast` for epsilon if the sampler clamps x_0; `spectral` for any
-    other model. For x0 the weights of epsilon are converted, and nothing is measured yet.
+    other model. For x0 the weights of epsilon are converted.
     Source: docs/method.md.
 
     Args:
