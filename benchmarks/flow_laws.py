@@ -81,7 +81,8 @@ def logit_normal_name(mean: float, width: float) -> str:
 
 def is_fixed(name: str) -> bool:
     """Whether the grid may choose the law: it draws by a number that somebody has to find."""
-    return name.removesuffix(NORMALISED) not in ADAPTED
+    plain = name.removesuffix(NORMALISED)
+    return plain in laws(horizon=1) and plain not in ADAPTED
 
 
 def _grid() -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flow_laws import MEANS, WIDTHS, logit_normal_name
-from flow_report import BASELINE, Curves, curves_of, groups_of, log_ratio, mean_of
+from flow_report import Curves, curves_of, groups_of, mean_log_ratio
 from flow_results import Result, read_results
 
 from speedit_plugins.policies.recipes.spectral import spectral_flow
@@ -92,7 +92,7 @@ def best_mean(curves: Curves) -> float | None:
     None if one of the three was not trained, as at either end, or if they have no minimum.
     """
     values = {
-        mean: _at_horizon(curves, logit_normal_name(mean, 1.0))
+        mean: mean_log_ratio(curves, logit_normal_name(mean, 1.0))
         for mean in MEANS
         if logit_normal_name(mean, 1.0) in curves
     }
@@ -128,20 +128,16 @@ def _plot(axes: Any, group: Sequence[Result]) -> None:
     curves = curves_of(group, sampler, next(iter(first.distances[sampler])), chooses=True)
     for width in WIDTHS:
         means = [mean for mean in MEANS if logit_normal_name(mean, width) in curves]
-        values = [_at_horizon(curves, logit_normal_name(mean, width)) for mean in means]
+        values = [mean_log_ratio(curves, logit_normal_name(mean, width)) for mean in means]
         axes.plot(means, values, marker="o", markersize=4, label=f"logit-normal, width {width:g}")
     if "spectral_flow" in curves:
-        axes.axhline(_at_horizon(curves, "spectral_flow"), color="k", linestyle=":", label="spectral_flow")
+        axes.axhline(mean_log_ratio(curves, "spectral_flow"), color="k", linestyle=":", label="spectral_flow")
     axes.axvline(-first.facts["centre"] / 2, color="k", linestyle="--", label="the spectrum's centre")
     axes.axhline(0.0, color="grey", linewidth=0.8)
     axes.set_title(first.data, fontsize="medium")
     axes.set_xlabel("mean of logit(u); u = 1 is noise")
     axes.set_ylabel("ln distance over uniform's")
     axes.grid(alpha=0.3)
-
-
-def _at_horizon(curves: Curves, law: str) -> float:
-    return mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in curves[law].items()])
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def search(results: Sequence[Result]) -> str:
         name = f"{group[0].data}, {group[0].options['prediction']}: {', '.join(spaces)}"
         per_space = [curves_of(group, sampler, space, chooses=True) for space in spaces]
         for law in per_space[0]:
-            cells = [f"{_at_the_end(curves, law):+.2f}" for curves in per_space]
+            cells = [f"{mean_log_ratio(curves, law):+.2f}" for curves in per_space]
             columns.setdefault(name, {})[law] = f"{', '.join(cells)} (N = {len(per_space[0][law])})"
     laws = sorted({law for column in columns.values() for law in column} - {BASELINE})
     lines = [f"| law | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
@@ -123,6 +123,11 @@ def log_ratio(curve: Curve, baseline: Curve, place: int) -> float:
     return math.log(curve.distances[place] / baseline.distances[place])
 
 
+def mean_log_ratio(curves: Curves, law: str, place: int = -1) -> float:
+    """The mean of `log_ratio` over uniform of the seeds of a law; at the last evaluation unless told."""
+    return mean_of([log_ratio(curve, curves[BASELINE][seed], place) for seed, curve in curves[law].items()])
+
+
 def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
     """Steps of the baseline over steps of the law, to the larger of their distances at the horizon.
 
@@ -137,17 +142,10 @@ def ratio_of_steps(curve: Curve, baseline: Curve) -> Reading:
     return Reading(reached.value / horizon, reached.bound)
 
 
-def _at_the_end(curves: Curves, law: str) -> float:
-    return mean_of([log_ratio(curve, curves[BASELINE][seed], -1) for seed, curve in curves[law].items()])
-
-
 def _worst(curves: Curves, law: str) -> str:
     """Where the law is furthest behind the baseline, or least ahead: ln of the ratio of distances."""
     steps = next(iter(curves[law].values())).steps
-    means = [
-        mean_of([log_ratio(curve, curves[BASELINE][seed], place) for seed, curve in curves[law].items()])
-        for place in range(len(steps))
-    ]
+    means = [mean_log_ratio(curves, law, place) for place in range(len(steps))]
     place = max(range(len(steps)), key=lambda at: means[at])
     return f"{means[place]:+.3f} at {steps[place]}"
 

@@ -286,12 +286,16 @@ TINY = (
 )
 
 
+def run(load: Load, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
+    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
+    load("convergence").main()
+
+
 def test_normalised_losses_stand_beside_those_of_uniform(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     options = f"--policies speed --seeds 0 1 {TINY} --normalise-loss --out {tmp_path / 'out'}"
-    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
-    load("convergence").main()
+    run(load, monkeypatch, options)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     policies = {member["name"]: member["policy"] for member in found["members"]}
     assert policies == {
@@ -312,8 +316,7 @@ def test_several_schedules_are_columns_of_one_table(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     options = f"--schedule linear cosine --policies speed --seeds 0 1 {TINY} --out {tmp_path / 'out'}"
-    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
-    load("convergence").main()
+    run(load, monkeypatch, options)
     found = {
         name: json.loads((tmp_path / "out" / name / "results.json").read_text())
         for name in ("linear", "cosine")
