@@ -11,20 +11,23 @@ from importlib.machinery import PathFinder
 
 @dataclass(frozen=True)
 class Factory:
-    """A function of a host that makes what draws its timesteps.
+    """A function of a host that makes what draws its timesteps, or draws them.
 
     Args:
         hosts: their names, for messages.
         module: its dotted name, as the host's scripts import it.
-        functions: names in that module; one that is missing is skipped.
+        functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
-            sampler.
+            sampler; "F" draws times, and another makes the loss.
+        adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
+            function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
     """
 
     hosts: str
     module: str
     functions: tuple[str, ...]
     seam: str = "B"
+    adapter: str = ""
 
 
 FACTORIES = (

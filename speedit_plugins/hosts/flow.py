@@ -217,7 +217,7 @@ class FlowAttachment(Attachment):
             refuse_strata(self.stream, policy)
 
     def draw_from(
-        self, hosts_draw: Callable[[], Tensor], clock: HostsTime, *, t: Tensor, data: Tensor
+        self, hosts_draw: Callable[[], Tensor], clock: HostsTime, *, t: Tensor, data: Tensor | None
     ) -> Tensor:
         """The t (B,) to train at, in the host's dtype. `weighted_call` weighs the loss of this draw.
 
@@ -226,7 +226,8 @@ class FlowAttachment(Attachment):
                 the host's global generators, which are this stream's meanwhile.
             clock: how the host counts its time.
             t: what the host has drawn in this call, (B,).
-            data: of the batch, on the device that trains. With t, it tells which call is computed again.
+            data: of the batch, on the device that trains; None if the host does not show them. With t, it
+                tells which call is computed again.
 
         Raises:
             ValueError: see `draw_by_rejection`.
@@ -239,7 +240,8 @@ class FlowAttachment(Attachment):
             self._draw = recomputed[1]
             return recomputed[0]
         self.begin_step(data)
-        with self.stream.hosts_generators(self.policy.num_steps - 1, data.device):
+        device = t.device if data is None else data.device
+        with self.stream.hosts_generators(self.policy.num_steps - 1, device):
             thinned, self._draw = self._thinned(hosts_draw, clock)
         self._recent.add((thinned, self._draw), t, data)
         return thinned

@@ -17,7 +17,7 @@ from conformance.seam import POLICY, Batch, Seam, Terms, seeded
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of
 from speedit_plugins.hosts.diffusion_object import steered_methods
 from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.launch import DeferredPolicy, Launch
+from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw
 
 

@@ -23,7 +23,7 @@ from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.flow_object import attach_flow, policy_for
-from speedit_plugins.launch import DeferredPolicy, Launch
+from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 NUM_DRAWS = 20_000

@@ -47,9 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "policies": _GROUND,
     "hosts": _METHOD,
-    # The launcher in two parts: the command line, and the run of a host's script.
+    # The launcher: its command line, what it replaces in a host, and the run of a host's script.
     "launch_options": _METHOD | {"hosts"},
-    "launch": _METHOD | {"hosts", "launch_options"},
+    "launch_seams": _METHOD | {"hosts", "launch_options"},
+    "launch": _METHOD | {"hosts", "launch_options", "launch_seams"},
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),

@@ -1,0 +1,175 @@
+"""A flow host that draws its times in one place and makes its loss in another.
+
+    draws = SeparateDraws("auto")
+    sigmas = draws.times(lambda: torch.rand(bsz), latents)  # in place of the host's own draw
+    loss = draws.weigh(loss)  # the loss (B, ...) before the host reduces it
+
+The adapters of such hosts replace two of their functions by these two calls. Without gradients, as in a
+validation, draw and loss are the host's own.
+
+Dims: B batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.hosts.attachment import LastDraw
+from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
+from speedit_plugins.hosts.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.schedules import NUM_BINS
+from speedit_plugins.hosts.waiting_draws import MAX_WAITING, WaitingDraws
+from speedit_plugins.hosts.weighted_loss import is_constant, scaled
+from speedit_plugins.policies.advice import warn_if_slow
+from speedit_plugins.policies.build import build_policy
+from speedit_plugins.policies.policy import TimestepDraw
+from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.shifted_boundary import moves_with_shift
+from speedit_plugins.registry import Config
+
+# A host whose t is our time: in [0, 1], 1 is noise.
+OUR_TIME = HostsTime(torch.Tensor.float, lambda draw, t: draw.time.to(t))
+
+
+class SeparateDraws(FlowAttachment):
+    """Draws the times of a flow for a host, and weighs the losses that come after them.
+
+    A policy with a law of its own replaces the host's draws, any other thins them (`FlowAttachment`).
+
+    Args:
+        policy: see `build_policy`.
+        prediction_type: what the host takes the squared error of.
+        without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy
+            that weighs or learns is then refused with it. "" if each sample has a loss.
+        stream: of random numbers; None is one for each data-parallel rank, see `DrawStream`.
+        on_use: called with this object before its first draw with gradients.
+
+    Raises:
+        ValueError: the policy is bad, thins in pairs or strata, or weighs where no loss can be weighed.
+
+    Example:
+        >>> stream = DrawStream(torch.Generator().manual_seed(0))
+        >>> draws = SeparateDraws("logit_normal", stream=stream)
+        >>> draws.times(lambda: torch.rand(3)).round(decimals=2)
+        tensor([0.74, 0.53, 0.40])
+        >>> draws.weigh(torch.ones(3, 2)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        policy: str | Config = "recommended",
+        *,
+        prediction_type: str = "flow",
+        without_loss: str = "",
+        stream: DrawStream | None = None,
+        on_use: Callable[["SeparateDraws"], None] | None = None,
+    ) -> None:
+        built = build_policy(policy, NoiseSchedule.rectified_flow(NUM_BINS), prediction_type)
+        if built.is_relative and (draws_pairs(built) or built.stratified):
+            raise ValueError(
+                f"{built.name!r} draws in {'strata' if built.stratified else 'pairs'}, and it thins the"
+                " host's own draws, which are refused one by one: take a policy with a law of its own"
+            )
+        if without_loss and (built.learns or not is_constant(built.weight)):
+            raise ValueError(
+                f"{built.name!r} {'learns from' if built.learns else 'weighs'} the loss of each sample, and"
+                f" {without_loss}: take a policy that only draws, such as 'logit_normal', or add"
+                " weighting='constant'"
+            )
+        warn_if_slow(built, prediction_type, policy)
+        super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
+        self._waiting: WaitingDraws[TimestepDraw] = WaitingDraws()
+        self._last = LastDraw()
+        self._needs_loss = built.learns or not is_constant(built.weight)
+        self._num_unweighed = 0
+        self._on_use = on_use
+        self._is_used = False
+
+    def times(
+        self, hosts_draw: Callable[[], Tensor], data: Tensor | None = None, clock: HostsTime = OUR_TIME
+    ) -> Tensor:
+        """The t (B,) at which a batch is noised and trained, in the host's dtype and on its device.
+
+        Each call with gradients is one step of a curriculum. Without gradients the t are the host's own.
+
+        Args:
+            hosts_draw: returns what the host would draw, (B,), i.i.d. from call to call.
+            data: of the batch, as the model sees them before noise, (B, ...). The policy observes them.
+            clock: how the host counts its time.
+
+        Raises:
+            ValueError: it runs in a checkpoint; the policy needs the data, and they are None; or the policy
+                weighs, and no loss came to `weigh` for many draws.
+        """
+        refuse_checkpoint()
+        drawn = hosts_draw()
+        if not torch.is_grad_enabled():
+            self._last.drawn_by_host()
+            return drawn
+        if self._needs_loss and self._num_unweighed == MAX_WAITING:
+            raise ValueError(
+                f"{MAX_WAITING} draws passed, and none of their losses came to {self.policy.name!r}, which"
+                " weighs or learns from them: the host makes its loss in another place than this version of"
+                " the plugin knows"
+            )
+        if not self._is_used and self._on_use is not None:
+            self._on_use(self)
+        self._is_used = True
+        t = self.draw_from(hosts_draw, clock, t=drawn, data=data)
+        draw, self._draw = self._draw, None
+        assert draw is not None
+        self._waiting.add(t, draw)
+        self._last.drawn()
+        self._num_unweighed += 1
+        return t
+
+    def weigh(self, loss: Tensor, t: Tensor | None = None) -> Tensor:
+        """A host's loss (B, ...), not yet reduced, times the weights of its draw. Its gradients go through.
+
+        Without gradients it comes back as it is. The policy learns from each sample's mean.
+
+        Args:
+            loss: of each sample or each value of it, after the host's own masks.
+            t: (B,) as `times` returned it; None is the newest draw.
+
+        Raises:
+            ValueError: there was no draw with gradients, or one for another number of samples.
+        """
+        refuse_checkpoint()
+        if not torch.is_grad_enabled():
+            return loss
+        is_plain = is_constant(self.policy.weight) and float(self.policy.weight[0]) == 1
+        draw = self._of_loss(len(loss) if loss.dim() else 0, t)
+        per_sample = loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach()
+        self.policy.update(draw.index.to(loss.device), per_sample)
+        # Then the host's own loss is the same to the bit.
+        return loss if is_plain else scaled(loss, draw.weight.to(loss.device))
+
+    def weights(self, num_samples: int, t: Tensor | None = None) -> Tensor:
+        """The weights float32 (B,) of a draw, for a host that multiplies its loss itself; see `weigh`.
+
+        Raises:
+            ValueError: see `weigh`; or the policy learns, and would not see the loss.
+        """
+        if self.policy.learns:
+            raise ValueError(
+                f"{self.policy.name!r} learns from the loss of each sample, which this host does not show:"
+                " take a policy that does not learn"
+            )
+        return self._of_loss(num_samples, t).weight
+
+    def _of_loss(self, num_samples: int, t: Tensor | None) -> TimestepDraw:
+        if not self._is_used:
+            raise ValueError("the host makes a loss, and no times were drawn for it with gradients before")
+        self._last.used()
+        self._num_unweighed = 0
+        draw = self._waiting.of_loss(t)
+        if len(draw.index) != num_samples:
+            raise ValueError(
+                f"the host's loss has {num_samples or 'no'} samples, and {len(draw.index)} times were drawn"
+                " for it: neither a loss that is reduced already nor a part of a batch can be weighed"
+            )
+        return draw
