@@ -32,8 +32,10 @@ from speedit_plugins.hosts.factories import (
     defines,
     looked_for,
     reaches_a_factory,
+    reaches_text,
 )
 from speedit_plugins.hosts.script_edits import CALLS, edited
+from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.state_file import StateFile
 from speedit_plugins.launch_options import (
     PROGRAM,
@@ -123,8 +125,10 @@ def parsed(script: str) -> ast.Module:
     except SyntaxError as error:
         raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
     changed, sites = edited(tree)
+    changed, sigmas = edited_sigmas(changed)
     folders = [str(path.resolve().parent), *sys.path[1:]]
-    if not (sites.are_a_seam or reaches_a_factory(tree, folders) or defines(tree, SCRIPT_METHOD)):
+    is_seam = sites.are_a_seam or sigmas.draws or defines(tree, SCRIPT_METHOD)
+    if not (is_seam or reaches_a_factory(tree, folders) or reaches_text(tree, folders, f"{DENSITY}(")):
         raise NoSeamError(f"{script} has no seam: {sites.shortfall()}looked for {looked_for()}")
     return changed
 
@@ -151,6 +155,7 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
             replace_factory(launch, factory, sys.modules[factory.module])
     module = ModuleType("__main__")
     vars(module).update({"__file__": script, "__builtins__": builtins, CALLS: launch.calls})
+    vars(module)[SIGMA_CALLS] = launch.sigma_calls
     try:
         sys.meta_path.insert(0, finder)
         # Every class that the script defines itself passes through here.

@@ -5,6 +5,7 @@ is replaced when its module is imported. An object's policy is built when the ob
 only samples stays as it is.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from functools import cached_property, wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, cast
 
@@ -24,7 +26,9 @@ from speedit_plugins.hosts.entry import no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
     SCRIPT_METHOD,
+    SHARED_FUNCTIONS,
     Factory,
+    is_installed,
 )
 from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
@@ -32,6 +36,8 @@ from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import ScriptCalls
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.sigma_calls import SigmaCalls
+from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.state_file import StateFile
 from speedit_plugins.launch_options import (
     PROGRAM,
@@ -83,6 +89,22 @@ class Launch:
         )
         return ScriptCalls(seam, self.state)
 
+    @cached_property
+    def sigma_calls(self) -> SigmaCalls:
+        """What edited files call to draw u and to weigh by sigma."""
+
+        def used(calls: SigmaCalls) -> None:
+            self.keep(calls)
+            self.announce(SHARED_FUNCTIONS, "E", calls.policy)
+
+        return SigmaCalls(
+            self.config,
+            prediction_type=self.prediction_type,
+            on_use=used,
+            in_checkpoints=self.state is None,
+            **self.draw_options,
+        )
+
     @property
     def draw_options(self) -> dict[str, Any]:
         """The options of `DrawStream`."""
@@ -130,23 +152,47 @@ class SeamFinder(MetaPathFinder):
         self._launch = launch
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that is known, or that calls the functions of seam E; None for any other."""
         known = [factory for factory in FACTORIES if factory.module == name]
-        if not known:
-            return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                loader: Any = spec.loader
-                execute = loader.exec_module
-
-                def executed(module: ModuleType, execute: Callable[[ModuleType], None] = execute) -> None:
-                    execute(module)
-                    for factory in known:
-                        replace_factory(self._launch, factory, module)
-
-                loader.exec_module = executed
+            if spec is None or spec.loader is None:
+                continue
+            if known:
+                self._replace_after(spec.loader, known)
                 return spec
+            return spec if self._edit_before(spec) else None
         return None
+
+    def _replace_after(self, loader: Any, known: list[Factory]) -> None:
+        execute = loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            execute(module)
+            for factory in known:
+                replace_factory(self._launch, factory, module)
+
+        loader.exec_module = executed
+
+    def _edit_before(self, spec: ModuleSpec) -> bool:
+        """Lets a module run as `edited_sigmas` returns it. Returns whether anything in it is edited."""
+        origin = spec.origin or ""
+        if not origin.endswith(".py") or is_installed(origin):
+            return False
+        source = Path(origin).read_text(encoding="utf-8", errors="ignore")
+        if f"{DENSITY}(" not in source:
+            return False
+        tree, sites = edited_sigmas(ast.parse(source, filename=origin))
+        if not sites.draws:
+            return False
+
+        def executed(module: ModuleType) -> None:
+            vars(module)[SIGMA_CALLS] = self._launch.sigma_calls
+            exec(compile(tree, origin, "exec"), vars(module))
+
+        loader: Any = spec.loader
+        loader.exec_module = executed
+        return True
 
 
 def replace_factory(launch: Launch, factory: Factory, module: ModuleType) -> None:
@@ -236,6 +282,7 @@ def _defer(launch: Launch, hosts: str, host: Any) -> Any:
 
 def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
     """Python's `__build_class__` for a script: a class of its own that has `p_losses` gets the policy."""
+
     def build(function: Any, name: str, *bases: Any, **kwargs: Any) -> type:
         made = build_class(function, name, *bases, **kwargs)
         if getattr(made, "__module__", None) == "__main__" and SCRIPT_METHOD in vars(made):

@@ -4,9 +4,11 @@ The launcher replaces these functions.
 """
 
 import ast
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ FACTORIES = (
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
 )
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+# The functions of seam E, which scripts of many projects import or have copies of.
+SHARED_FUNCTIONS = "flow trainers with compute_density_for_timestep_sampling"
+# How many imports lie between a script and a module that draws for it.
+_IMPORT_DEPTH = 3
 # DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
 
@@ -52,6 +59,34 @@ def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
     """Whether a script names a known module, or one is in the folders that it would import from."""
     named = set(_imported(tree))
     return any(factory.module in named or _is_in(folders, factory.module) for factory in FACTORIES)
+
+
+def reaches_text(tree: ast.Module, folders: Sequence[str], text: str) -> bool:
+    """Whether a script, or a module of its own project that it imports, has a text.
+
+    Args:
+        tree: of the script.
+        folders: that it would import from. Those of installed packages are not searched.
+        text: to look for.
+    """
+    own = [each for each in folders if not is_installed(each)]
+    seen: set[str] = set()
+    trees = [tree]
+    for _ in range(_IMPORT_DEPTH):
+        names = {name for each in trees for name in _imported(each)} - seen
+        seen |= names
+        origins = {origin for name in names if (origin := _origin(own, name)) is not None}
+        sources = [_source(origin) for origin in origins]
+        if any(text in source for source in sources):
+            return True
+        trees = [ast.parse(source) for source in sources]
+    return False
+
+
+def is_installed(path: str) -> bool:
+    """Whether a file or folder belongs to an installed package or to Python itself."""
+    parts = Path(path).parts
+    return not {"site-packages", "dist-packages"}.isdisjoint(parts) or path.startswith(_STANDARD_LIBRARY)
 
 
 def defines(tree: ast.Module, function: str) -> bool:
@@ -64,6 +99,8 @@ def known_hosts() -> dict[str, str]:
     return {
         **{f.hosts: f"{f.module}.{' or '.join(f.functions)}" for f in FACTORIES},
         "DiT-3D": f"a class with {SCRIPT_METHOD} in the script itself",
+        SHARED_FUNCTIONS: "a call of it whose u looks up rows of a scheduler, in the script or in modules of"
+        " its project",
         "diffusers": "F.mse_loss in the script itself, and torch.randint(0, noise_scheduler.config.num_train_"
         "timesteps, ...) or another torch.randint whose timesteps one noise scheduler's add_noise gets",
     }
@@ -84,13 +121,28 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_in(folders: Sequence[str], module: str) -> bool:
-    """Whether one of these folders has a module; packages are looked into, not imported."""
+    """Whether one of these folders has a module."""
+    return _origin(folders, module) is not None
+
+
+def _origin(folders: Sequence[str], module: str) -> str | None:
+    """The file of a module in these folders; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
     code = None
     for part in module.split("."):
         spec = PathFinder.find_spec(part, search)
         if spec is None:
-            return False
+            return None
         search, code = spec.submodule_search_locations, spec.origin
     # A folder of this name without an __init__.py has no code that could make anything.
-    return code is not None
+    return code
+
+
+def _source(origin: str) -> str:
+    """The text of a Python file; "" if it is none that can be read."""
+    try:
+        text = Path(origin).read_text(encoding="utf-8") if origin.endswith(".py") else ""
+        ast.parse(text)
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return ""
+    return text

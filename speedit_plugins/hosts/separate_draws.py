@@ -18,17 +18,20 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import LastDraw
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
+from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import NUM_BINS
 from speedit_plugins.hosts.waiting_draws import MAX_WAITING, WaitingDraws
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepDraw
+from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import moves_with_shift
 from speedit_plugins.registry import Config
 
+# So many draws may wait for their data, before a policy that needs them is refused.
+_MAX_UNSEEN = 8
 # A host whose t is our time: in [0, 1], 1 is noise.
 OUR_TIME = HostsTime(torch.Tensor.float, lambda draw, t: draw.time.to(t))
 
@@ -40,7 +43,9 @@ class SeparateDraws(FlowAttachment):
 
     Args:
         policy: see `build_policy`.
+        schedule: of the host's noise levels; None is a rectified flow in continuous time.
         prediction_type: what the host takes the squared error of.
+        sees_later: whether the host shows its data to `see` after the draw; else `times` gets them.
         without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy
             that weighs or learns is then refused with it. "" if each sample has a loss.
         stream: of random numbers; None is one for each data-parallel rank, see `DrawStream`.
@@ -62,29 +67,29 @@ class SeparateDraws(FlowAttachment):
         self,
         policy: str | Config = "recommended",
         *,
+        schedule: NoiseSchedule | None = None,
         prediction_type: str = "flow",
+        sees_later: bool = False,
         without_loss: str = "",
         stream: DrawStream | None = None,
         on_use: Callable[["SeparateDraws"], None] | None = None,
     ) -> None:
-        built = build_policy(policy, NoiseSchedule.rectified_flow(NUM_BINS), prediction_type)
+        schedule = NoiseSchedule.rectified_flow(NUM_BINS) if schedule is None else schedule
+        built = build_policy(policy, schedule, prediction_type)
         if built.is_relative and (draws_pairs(built) or built.stratified):
             raise ValueError(
                 f"{built.name!r} draws in {'strata' if built.stratified else 'pairs'}, and it thins the"
                 " host's own draws, which are refused one by one: take a policy with a law of its own"
             )
-        if without_loss and (built.learns or not is_constant(built.weight)):
-            raise ValueError(
-                f"{built.name!r} {'learns from' if built.learns else 'weighs'} the loss of each sample, and"
-                f" {without_loss}: take a policy that only draws, such as 'logit_normal', or add"
-                " weighting='constant'"
-            )
+        if without_loss:
+            refuse_without_loss(built, without_loss)
         warn_if_slow(built, prediction_type, policy)
         super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
         self._waiting: WaitingDraws[TimestepDraw] = WaitingDraws()
         self._last = LastDraw()
         self._needs_loss = built.learns or not is_constant(built.weight)
-        self._num_unweighed = 0
+        self._num_unweighed = self._num_unseen = 0
+        self._sees_later = sees_later
         self._on_use = on_use
         self._is_used = False
 
@@ -126,6 +131,22 @@ class SeparateDraws(FlowAttachment):
         self._num_unweighed += 1
         return t
 
+    def begin_step(self, data: Tensor | None) -> None:
+        """Begins a training step of the policy, which sees the batch's data first, or later."""
+        if not self._sees_later:
+            super().begin_step(data)
+            return
+        if self.policy.needs_data and self._num_unseen == _MAX_UNSEEN:
+            refuse_missing_data(self.policy, f"{_MAX_UNSEEN} draws passed, and the host showed none")
+        self._num_unseen += 1
+        self.policy.advance()
+
+    def see(self, data: Tensor) -> None:
+        """Shows the policy the data (B, ...) of the last draw, once; without gradients it sees none."""
+        if torch.is_grad_enabled() and self._num_unseen:
+            self._num_unseen = 0
+            observe(self.policy, data)
+
     def weigh(self, loss: Tensor, t: Tensor | None = None) -> Tensor:
         """A host's loss (B, ...), not yet reduced, times the weights of its draw. Its gradients go through.
 
@@ -148,18 +169,27 @@ class SeparateDraws(FlowAttachment):
         # Then the host's own loss is the same to the bit.
         return loss if is_plain else scaled(loss, draw.weight.to(loss.device))
 
-    def weights(self, num_samples: int, t: Tensor | None = None) -> Tensor:
+    def weights(self, num_samples: int, t: Tensor | None = None, *, learns_by_teach: bool = False) -> Tensor:
         """The weights float32 (B,) of a draw, for a host that multiplies its loss itself; see `weigh`.
+
+        Args:
+            num_samples: B.
+            t: see `weigh`.
+            learns_by_teach: whether the losses of this draw come to `teach`.
 
         Raises:
             ValueError: see `weigh`; or the policy learns, and would not see the loss.
         """
-        if self.policy.learns:
+        if self.policy.learns and not learns_by_teach:
             raise ValueError(
                 f"{self.policy.name!r} learns from the loss of each sample, which this host does not show:"
                 " take a policy that does not learn"
             )
         return self._of_loss(num_samples, t).weight
+
+    def teach(self, loss: Tensor) -> None:
+        """Teaches a learning policy the losses (B,) of the newest draw, which another place weighs."""
+        self.policy.update(self._of_loss(len(loss), None).index.to(loss.device), loss.detach())
 
     def _of_loss(self, num_samples: int, t: Tensor | None) -> TimestepDraw:
         if not self._is_used:
@@ -173,3 +203,17 @@ class SeparateDraws(FlowAttachment):
                 " for it: neither a loss that is reduced already nor a part of a batch can be weighed"
             )
         return draw
+
+
+def refuse_without_loss(policy: TimestepPolicy, why: str) -> None:
+    """Raises ValueError if a policy weighs or learns, for a host that shows no loss of each sample.
+
+    Args:
+        policy: that would draw alone.
+        why: the middle of the message: what the host does.
+    """
+    if policy.learns or not is_constant(policy.weight):
+        raise ValueError(
+            f"{policy.name!r} {'learns from' if policy.learns else 'weighs'} the loss of each sample, and"
+            f" {why}: take a policy that only draws, such as 'logit_normal', or add weighting='constant'"
+        )
