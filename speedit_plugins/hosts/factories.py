@@ -7,6 +7,8 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,19 @@ class Factory:
         functions: names in that module; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
             sampler.
+        methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
+            a class without these methods is none of the host.
     """
 
     hosts: str
     module: str
     functions: tuple[str, ...]
     seam: str = "B"
+    methods: tuple[str, ...] = ()
+
+    def is_class(self, made: Any) -> bool:
+        """Whether this is a class with the host's methods."""
+        return isinstance(made, type) and all(hasattr(made, name) for name in self.methods)
 
 
 FACTORIES = (
@@ -38,6 +47,8 @@ FACTORIES = (
         ("create_diffusion", "create_diffusion_T"),
     ),
     Factory("SiT, LightningDiT", "transport", ("create_transport",)),
+    Factory("REPA, REG", "loss", ("SILoss",), methods=("interpolant", "__call__")),
+    Factory("REPA-E", "models.sit", ("SiT",), methods=("interpolant", "forward")),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
 )
@@ -46,9 +57,19 @@ SCRIPT_METHOD = "p_losses"
 
 
 def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
-    """Whether a script names a known module, or one is in the folders that it would import from."""
+    """Whether a script names a known module, or one is in the folders that it would import from.
+
+    A module whose name other projects have too has to be both, and to define the host's class.
+    """
     named = set(_imported(tree))
-    return any(factory.module in named or _is_in(folders, factory.module) for factory in FACTORIES)
+
+    def is_reached(factory: Factory) -> bool:
+        is_named, place = factory.module in named, _place_of(folders, factory.module)
+        if factory.methods:
+            return is_named and place is not None and _has_class(place, factory)
+        return is_named or place is not None
+
+    return any(map(is_reached, FACTORIES))
 
 
 def defines(tree: ast.Module, function: str) -> bool:
@@ -80,14 +101,26 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _is_in(folders: Sequence[str], module: str) -> bool:
-    """Whether one of these folders has a module; packages are looked into, not imported."""
+def _has_class(place: str, factory: Factory) -> bool:
+    """Whether a file of Python defines a class of a factory, with its methods."""
+    try:
+        tree = ast.parse(Path(place).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return False
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in factory.functions
+    ]
+    return any(set(factory.methods) <= {getattr(each, "name", "") for each in node.body} for node in classes)
+
+
+def _place_of(folders: Sequence[str], module: str) -> str | None:
+    """The file of a module in one of these folders; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
     code = None
     for part in module.split("."):
         spec = PathFinder.find_spec(part, search)
         if spec is None:
-            return False
+            return None
         search, code = spec.submodule_search_locations, spec.origin
     # A folder of this name without an __init__.py has no code that could make anything.
-    return code is not None
+    return code
