@@ -19,10 +19,9 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from speedit_plugins.hosts import diffusion_object, flow_object
-from speedit_plugins.hosts.attachment import Attachment, PolicyHolder, attach, attachment_of, is_attached
+from speedit_plugins.hosts.attachment import PolicyHolder, attachment_of, is_attached
 from speedit_plugins.hosts.draw_stream import DrawStream, replica
-from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.entry import launched_seam, no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
     SCRIPT_METHOD,
@@ -30,7 +29,6 @@ from speedit_plugins.hosts.factories import (
     Factory,
     is_installed,
 )
-from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -138,8 +136,8 @@ class DeferredPolicy:
 
     def __call__(self) -> TimestepPolicy:
         """The policy, in use from now on."""
-        seam = flow_object if flow_object.fits(self.host) else diffusion_object
-        policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config, self.launch.prediction_type)
+        seam, launch = launched_seam(self.host), self.launch
+        policy: TimestepPolicy = seam.policy_for(self.host, launch.config, launch.prediction_type)
         self.launch.keep(attachment_of(self.host))
         self.launch.announce(self.hosts, "B", policy)
         return policy
@@ -203,6 +201,10 @@ def replace_factory(launch: Launch, factory: Factory, module: ModuleType) -> Non
     for name in factory.functions:
         made = getattr(module, name, None)
         if made is None or hasattr(made, _MARK):
+            continue
+        if factory.methods:
+            if factory.is_class(made):
+                _replace_init(launch, made, factory.hosts)
             continue
         launched = _object_factory if factory.seam == "B" else _sampler_factory
         replacement = launched(launch, factory, module, made)
@@ -268,16 +270,11 @@ def _sampler_factory(
 def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     if is_attached(host):
         return host
-    source, stream = DeferredPolicy(launch, hosts, host), DrawStream(**launch.draw_options)
-    diffusion_object.refuse_other_seams(host)
-    if flow_object.fits(host):
-        moves = moves_with_shift(launch.config)
-        flow_object.attach_flow(host, FlowAttachment(source, stream, moves_boundary=moves))
-    elif diffusion_object.fits(host):
-        attach(host, Attachment(source, stream), diffusion_object.steered_methods)
-    else:
+    seam, stream = launched_seam(host), DrawStream(**launch.draw_options)
+    if seam is None:
         raise NoSeamError(no_seam(host))
-    return host
+    source, moves = DeferredPolicy(launch, hosts, host), moves_with_shift(launch.config)
+    return seam.attach_later(host, source, stream, moves_boundary=moves)
 
 
 def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
@@ -286,7 +283,7 @@ def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[
     def build(function: Any, name: str, *bases: Any, **kwargs: Any) -> type:
         made = build_class(function, name, *bases, **kwargs)
         if getattr(made, "__module__", None) == "__main__" and SCRIPT_METHOD in vars(made):
-            _replace_init(launch, made)
+            _replace_init(launch, made, SCRIPT_CLASS)
             # A process that the script spawns would import it without this launcher, and draw uniformly.
             setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
         return made
@@ -294,16 +291,17 @@ def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[
     return build
 
 
-def _replace_init(launch: Launch, made: type) -> None:
+def _replace_init(launch: Launch, made: type, hosts: str) -> None:
     init = cast(Callable[..., None], getattr(made, "__init__"))  # noqa: B009 - mypy: unsound on an instance
 
     @wraps(init)
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        _defer(launch, SCRIPT_CLASS, self)
+        _defer(launch, hosts, self)
 
     setattr(made, "__init__", launched)  # noqa: B010 - mypy: a method is assigned
-    launch.found.append(SCRIPT_CLASS)
+    setattr(made, _MARK, True)
+    launch.found.append(hosts)
 
 
 def _refused_spawn(*_: Any, **__: Any) -> NoReturn:

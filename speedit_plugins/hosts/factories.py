@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Factory:
         functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
             sampler; "F" draws times, and another makes the loss.
+        methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
+            a class without these methods is none of the host.
         adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
             function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
     """
@@ -29,7 +32,12 @@ class Factory:
     module: str
     functions: tuple[str, ...]
     seam: str = "B"
+    methods: tuple[str, ...] = ()
     adapter: str = ""
+
+    def is_class(self, made: Any) -> bool:
+        """Whether this is a class with the host's methods."""
+        return isinstance(made, type) and all(hasattr(made, name) for name in self.methods)
 
 
 FACTORIES = (
@@ -43,6 +51,8 @@ FACTORIES = (
         ("create_diffusion", "create_diffusion_T"),
     ),
     Factory("SiT, LightningDiT", "transport", ("create_transport",)),
+    Factory("REPA, REG", "loss", ("SILoss",), methods=("interpolant", "__call__")),
+    Factory("REPA-E", "models.sit", ("SiT",), methods=("interpolant", "forward")),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
 )
@@ -56,9 +66,19 @@ SCRIPT_METHOD = "p_losses"
 
 
 def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
-    """Whether a script names a known module, or one is in the folders that it would import from."""
+    """Whether a script names a known module, or one is in the folders that it would import from.
+
+    A module whose name other projects have too has to be both, and to define the host's class.
+    """
     named = set(_imported(tree))
-    return any(factory.module in named or _is_in(folders, factory.module) for factory in FACTORIES)
+
+    def is_reached(factory: Factory) -> bool:
+        is_named, place = factory.module in named, _origin(folders, factory.module)
+        if factory.methods:
+            return is_named and place is not None and _has_class(place, factory)
+        return is_named or place is not None
+
+    return any(map(is_reached, FACTORIES))
 
 
 def reaches_text(tree: ast.Module, folders: Sequence[str], text: str) -> bool:
@@ -120,9 +140,13 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _is_in(folders: Sequence[str], module: str) -> bool:
-    """Whether one of these folders has a module."""
-    return _origin(folders, module) is not None
+def _has_class(place: str, factory: Factory) -> bool:
+    """Whether a file of Python defines a class of a factory, with its methods."""
+    tree = ast.parse(_source(place))
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in factory.functions
+    ]
+    return any(set(factory.methods) <= {getattr(each, "name", "") for each in node.body} for node in classes)
 
 
 def _origin(folders: Sequence[str], module: str) -> str | None:

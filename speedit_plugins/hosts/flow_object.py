@@ -7,14 +7,11 @@ theirs, or theirs are thinned by its density (`FlowAttachment`).
 Dims: T timesteps, B batch.
 """
 
-import contextlib
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import (
@@ -23,13 +20,12 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
+from speedit_plugins.hosts.flow_policy import FlowTraits, flow_policy
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
-from speedit_plugins.hosts.schedules import NUM_BINS, binned, refuse_contradiction
-from speedit_plugins.policies.advice import warn_if_slow
-from speedit_plugins.policies.build import build_policy
+from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import moves_with_shift
@@ -75,6 +71,17 @@ def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
     return attach(host, attachment, transport_methods if is_transport(host) else rectified_flow_methods)
 
 
+def attach_later(
+    host: Any,
+    source: Callable[[], TimestepPolicy],
+    stream: DrawStream,
+    *,
+    moves_boundary: bool = False,
+) -> Any:
+    """Lets a policy that is built when it first draws draw and weigh. Returns the same object."""
+    return attach_flow(host, FlowAttachment(source, stream, moves_boundary=moves_boundary))
+
+
 def policy_for(
     host: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
 ) -> TimestepPolicy:
@@ -92,38 +99,18 @@ def policy_for(
     Warns:
         UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
-    refuse_contradiction(host, prediction_type, flow_prediction_type)
-    if isinstance(policy, TimestepPolicy):
-        built = policy
-    else:
-        schedule = binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
-        built = _built(policy, schedule, host, prediction_type)
-    if built.is_relative and (draws_pairs(built) or built.stratified):
-        how = "strata" if built.stratified else "pairs"
-        raise ValueError(
-            f"{built.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one by"
-            " one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
-            " 'spectral_flow'"
-        )
+
+    def schedule() -> NoiseSchedule:
+        return binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
+
+    traits = FlowTraits(host, schedule, flow_prediction_type, tuple(own_laws(host)))
+    built = flow_policy(traits, policy, prediction_type)
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
     if is_transport(host) and own_weights != "NONE" and host.model_type.name in _NOISE:
         refuse_double_weights(
             built, f"this {type(host).__name__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
         )
-    _warn(host, built, policy, prediction_type)
     return built
-
-
-def _warn(host: Any, built: TimestepPolicy, policy: Any, prediction_type: str | None) -> None:
-    with contextlib.suppress(ValueError):
-        warn_if_slow(built, prediction_type or flow_prediction_type(host), policy)
-    replaced = [] if built.is_relative else own_laws(host)
-    if replaced:
-        warnings.warn(
-            f"the law of {built.name!r} replaces the {' and the '.join(replaced)} of this"
-            f" {type(host).__name__}; shift=... in the policy's config shifts its law",
-            stacklevel=4,
-        )
 
 
 def own_laws(host: Any) -> list[str]:
@@ -138,20 +125,6 @@ def own_laws(host: Any) -> list[str]:
         "partial interval (partitial_train)": getattr(host, "partitial_train", None) is not None,
     }
     return [law for law, is_there in found.items() if is_there]
-
-
-def _built(
-    policy: str | Config, schedule: NoiseSchedule, host: Any, prediction_type: str | None
-) -> TimestepPolicy:
-    try:
-        predicted = prediction_type or flow_prediction_type(host)
-    except ValueError:
-        # The host does not say. That matters only for weights that are converted to its prediction type.
-        first, other = (build_policy(policy, schedule, each) for each in ("epsilon", "v"))
-        if torch.equal(first.weight, other.weight):
-            return first
-        raise
-    return build_policy(policy, schedule, predicted)
 
 
 def flow_prediction_type(host: Any) -> str:

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from conformance import flow, imagen, latent_diffusion, mmagic, mmagic_checkout, open_sora_flow, script
+from conformance import (
+    flow,
+    imagen,
+    interpolant,
+    latent_diffusion,
+    mmagic,
+    mmagic_checkout,
+    open_sora_flow,
+    script,
+    timm_layers,
+)
 from conformance.diffusion_object import ObjectSeam
 from conformance.open_sora import OpenSoraSeam
 from conformance.schedule_sampler import SamplerSeam
@@ -75,6 +85,58 @@ def transports(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
         return sampler(torch.randn(2, 4, 4, 4), model)[-1]
 
     yield flow.transport(package.create_transport, sample)
+
+
+def si_losses(*, has_class_token: bool = False) -> Seams:
+    """REPA's or REG's loss. REG's has a class token, and its sampler denoises one."""
+
+    def sample(host: Any, model: Any) -> Any:
+        sampler = import_module("samplers").euler_maruyama_sampler
+        x, y = torch.randn(2, 4, 4, 4), torch.zeros(2, dtype=torch.long)
+        token = {"cls_latents": torch.randn(2, interpolant.WIDTH)} if has_class_token else {}
+        return sampler(model, x, y, num_steps=4, **token)
+
+    def seams(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+        loss = import_module("loss").SILoss
+        yield interpolant.loss_seam(loss, sample, has_class_token=has_class_token)
+
+    return seams
+
+
+def self_training_models(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """REPA-E's model, small and with random weights."""
+    stood_in += timm_layers.install()
+
+    def sample(host: Any, model: Any) -> Any:
+        sampler = import_module("samplers").euler_sampler
+        return sampler(model, torch.randn(2, 4, 2, 2), torch.zeros(2, dtype=torch.long), num_steps=4)
+
+    yield interpolant.model_seam(small_sit, sample)
+
+
+def small_sit() -> Any:
+    """REPA-E's SiT for 2 x 2 pixels in 4 channels. The host begins with zeros in its last layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = import_module("models.sit").SiT(
+            input_size=2,
+            hidden_size=8,
+            decoder_hidden_size=8,
+            encoder_depth=1,
+            depth=2,
+            num_heads=2,
+            class_dropout_prob=0.0,
+            num_classes=10,
+            z_dims=[interpolant.WIDTH],
+            projector_dim=8,
+            fused_attn=False,
+            qk_norm=False,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    # As in train_ldm_only.py.
+    model.bn.eval()
+    return model
 
 
 def video_sys(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:

@@ -35,10 +35,16 @@ PAGES = {
     "MDT": "mdt",
     "SiT": "sit",
     "LightningDiT": "lightning_dit",
+    "REPA": "repa",
+    "REG": "reg",
+    "REPA-E": "repa_e",
     "VideoSys 2.0": "video_sys",
     "imagen-pytorch": "imagen_pytorch",
 }
-_FACTORIES = ("create_diffusion", "create_transport", "IDDPM", "GaussianDiffusion", "RFLOW", "Imagen")
+_FACTORIES = (
+    *("create_diffusion", "create_transport", "IDDPM", "GaussianDiffusion", "RFLOW", "Imagen"),
+    "SILoss",
+)
 
 
 def block_of(page: str) -> str:
@@ -75,6 +81,7 @@ class Documented:
         host = self.seam.make()
         names: dict[str, Any] = {"diffusion": host, "self": SimpleNamespace(), "options": {}, "unets": []}
         names |= {name: lambda *_, **__: host for name in _FACTORIES}
+        names["SiT_models"] = {"model": lambda *_, **__: host}
         exec(block_of(self.page), names | {"args": _Options(), "config": _Options()}, names)
         if isinstance(self.seam, SamplerSeam):
             host.sampler = names["schedule_sampler"]
@@ -114,7 +121,7 @@ def _sees_the_law(documented: Any) -> None:
     host = documented.attached(documented.policy_name)
     tables = attachment_of(host).policy
     model = documented.model(host)
-    host.training_losses(model, torch.zeros(NUM_DRAWS, *documented.shape[1:])[..., :1])
+    documented.call(host, model, documented.many(NUM_DRAWS))
     time = documented.time_of(model.seen[-1]).float()
     density = policy.density.view(10, -1).sum(1)
     shares = torch.bincount((time * 10).long().clamp(max=9), minlength=10) / NUM_DRAWS

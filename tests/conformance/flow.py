@@ -20,9 +20,8 @@ from conformance.models import SmallModel
 from conformance.points import refused
 from conformance.seam import POLICY, Batch, Seam, Terms
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.hosts.flow import FlowAttachment
-from speedit_plugins.hosts.flow_object import attach_flow, policy_for
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.entry import launched_seam, with_policy
 from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
@@ -53,8 +52,19 @@ class FlowSeam(Seam):
     sigma_axis: int | None = None
     shifted: Callable[[], Any] | None = None
 
+    # In the launcher's script: the host's training call for data x.
+    training_call = "diffusion.training_losses(model, x)"
+
     def make(self) -> Any:
         return self.factory()
+
+    def call(self, host: Any, model: Any, x: Tensor) -> Any:
+        """What the host's training call returns for these data, at a t that it draws."""
+        return host.training_losses(model, x)
+
+    def many(self, num: int) -> Tensor:
+        """Many small rows of data, zeros."""
+        return torch.zeros(num, *self.shape[1:])[..., :1]
 
     def model(self, host: Any, dtype: torch.dtype = torch.float32) -> SmallModel:
         return SmallModel(self.sigma_axis).to(dtype)
@@ -62,8 +72,8 @@ class FlowSeam(Seam):
     def train(self, host: Any, model: Any, batch: Batch, t: Tensor | None = None) -> Terms:
         x, noise = batch
         if t is None:
-            with _same_noise(noise):
-                terms = dict(host.training_losses(model, x))
+            with same_noise(noise):
+                terms = dict(self.call(host, model, x))
         else:
             terms = dict(self.replay(host, model, x, t, noise))
         loss = terms.pop("loss")
@@ -94,7 +104,8 @@ class FlowSeam(Seam):
     def idle(self) -> Any:
         """As the launcher makes it: the policy is built when the object first trains."""
         host = self.make()
-        return attach_flow(host, FlowAttachment(DeferredPolicy(Launch({"type": POLICY}), "host", host)))
+        source = DeferredPolicy(Launch({"type": POLICY}), "host", host)
+        return launched_seam(host).attach_later(host, source, DrawStream())
 
     def is_unused(self, host: Any) -> bool:
         return not attachment_of(host).is_built
@@ -141,9 +152,9 @@ def weighed_t_is_seen(seam: FlowSeam) -> None:
     """Point 1. Since the host draws uniformly, what it keeps follows the policy."""
     host = with_policy(seam.make(), POLICY)
     model = seam.model(host)
-    with _recorded(host) as drawn:
-        host.training_losses(model, torch.zeros(seam.shape))
-        host.training_losses(model, torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1])
+    with recorded(host) as drawn:
+        seam.call(host, model, torch.zeros(seam.shape))
+        seam.call(host, model, seam.many(NUM_DRAWS))
     assert len(drawn) == len(model.seen), f"{len(drawn)} draws, the model was called {len(model.seen)} times"
     for draw, seen in zip(drawn, model.seen, strict=True):
         assert torch.equal(seam.time_of(seen).float(), draw.time), "the model saw another t"
@@ -158,9 +169,9 @@ def law_replaces_the_hosts(seam: FlowSeam) -> None:
     """Point 1: a policy with a law of its own draws itself, here in strata, and the model sees its draws."""
     host = with_policy(seam.make(), LAW)
     model, policy = seam.model(host), attachment_of(host).policy
-    with _recorded(host) as drawn:
-        host.training_losses(model, torch.zeros(seam.shape))
-        host.training_losses(model, torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1])
+    with recorded(host) as drawn:
+        seam.call(host, model, torch.zeros(seam.shape))
+        seam.call(host, model, seam.many(NUM_DRAWS))
     for draw, seen in zip(drawn, model.seen, strict=True):
         assert seam.sees(host, draw, seen), "the model saw another t"
         assert torch.equal(draw.weight, policy.weight.float()[draw.index]), "the weight is one of another t"
@@ -175,9 +186,9 @@ def strata_span_the_calls(seam: FlowSeam) -> None:
     """Point 1: `num_strata` over two training calls; a policy that thins has no effect to give it."""
     size = seam.shape[0]
     host = with_policy(seam.make(), "logit_normal", num_strata=2 * size)
-    with _recorded(host) as drawn:
+    with recorded(host) as drawn:
         for _ in range(2):
-            host.training_losses(seam.model(host), torch.zeros(seam.shape))
+            seam.call(host, seam.model(host), torch.zeros(seam.shape))
     time = torch.cat([draw.time for draw in drawn])
     strata = (quantile_of(attachment_of(host).policy, time) * 2 * size).long().sort().values
     assert strata.tolist() == list(range(2 * size)), f"strata {strata.tolist()}"
@@ -257,15 +268,29 @@ def missing_seam_is_refused(seam: FlowSeam) -> None:
     refused(lambda: with_policy(seam.make(), {"type": "speed", "stratified": True}), "draws in strata")
 
 
+def uniform_is_the_run_without(seam: FlowSeam) -> None:
+    """Point 3: `uniform` keeps the host's own draws: the run is the one without the plugin, to the bit."""
+    seen, losses = [], []
+    for host in (seam.make(), seam.attached("uniform")):
+        model = seam.model(host)
+        torch.manual_seed(3)
+        for _ in range(3):
+            losses.append(seam.train(host, model, seam.batch()).loss)
+        seen.append(torch.stack(model.seen))
+    assert torch.equal(*seen), "other timesteps than without the plugin"
+    assert torch.equal(torch.stack(losses[:3]), torch.stack(losses[3:])), "another loss"
+
+
 def bfloat16_keeps_the_law(seam: FlowSeam) -> None:
     """Point 8: in a bfloat16 default dtype our coin refuses the policy's share of the host's draws."""
-    model = seam.model(seam.make())
+    plain = seam.make()
+    model = seam.model(plain)
     with default_dtype(torch.bfloat16):
-        policy = policy_for(seam.make(), POLICY)
+        host = with_policy(plain, POLICY)
+        with recorded(host) as drawn:
+            seam.call(host, model, seam.many(NUM_DRAWS))
+        policy = attachment_of(host).policy
         assert policy.density.dtype == torch.float64, "tables in another dtype"
-        host = with_policy(seam.make(), policy)
-        with _recorded(host) as drawn:
-            host.training_losses(model, seam.rows(NUM_DRAWS)[0])
     late, kept = float((drawn[0].time > 0.95).double().mean()), policy.density[950:].sum()
     assert abs(late - kept) < 0.02, f"{late:.3f} of the draws are past 0.95, wanted {kept:.3f}"
 
@@ -278,6 +303,7 @@ FlowSeam.contract = points.COMMON | {
         law_replaces_the_shift,
         points.data_are_observed,
     ),
+    3: (*points.COMMON[3], uniform_is_the_run_without),
     5: (*points.COMMON[5], members_are_the_hosts),
     6: (missing_seam_is_refused,),
     8: (points.wrapped_models_train_alike, bfloat16_keeps_the_law),
@@ -285,7 +311,7 @@ FlowSeam.contract = points.COMMON | {
 
 
 @contextmanager
-def _recorded(host: Any) -> Iterator[list[TimestepDraw]]:
+def recorded(host: Any) -> Iterator[list[TimestepDraw]]:
     """A list to which every draw whose loss is weighed is added."""
     drawn: list[TimestepDraw] = []
     attachment = attachment_of(host)
@@ -301,7 +327,7 @@ def _recorded(host: Any) -> Iterator[list[TimestepDraw]]:
 
 
 @contextmanager
-def _same_noise(noise: Tensor) -> Iterator[None]:
+def same_noise(noise: Tensor) -> Iterator[None]:
     """The host gets this noise for data of its shape. For rows without pixels it draws as always."""
     own = torch.randn_like
 

@@ -18,6 +18,8 @@ from conformance.checkouts import (
     mmagic_registry,
     open_sora,
     point_clouds,
+    self_training_models,
+    si_losses,
     transports,
     video_sys,
 )
@@ -131,6 +133,24 @@ HOSTS = (
     ),
     Host("SiT", "willisma+SiT", "B", transports, *FLOW),
     Host("LightningDiT", "hustvl+LightningDiT", "B", transports, *FLOW),
+    Host("REPA", "sihyun-yu+REPA", "B", si_losses(), "from loss import SILoss", "SILoss()"),
+    Host(
+        "REG",
+        "Martinser+REG",
+        "B",
+        si_losses(has_class_token=True),
+        "from loss import SILoss",
+        "SILoss()",
+    ),
+    Host(
+        "REPA-E",
+        "End2End-Diffusion+REPA-E",
+        "B",
+        self_training_models,
+        "from conformance.checkouts import small_sit, timm_layers\n"
+        "timm_layers.install()\nfrom models.sit import SiT",
+        "small_sit()",
+    ),
     Host("VideoSys 2.0", "NUS-HPC-AI-Lab+VideoSys", "B", video_sys),
     *(
         Host(f"Open-Sora {version}", f"hpcaitech+Open-Sora@v{version}", "A", open_sora(version))

@@ -20,6 +20,7 @@ import pytest
 import torch
 from flow_standins import RectifiedFlow, Transport
 from host_standins import PixArtDiffusion, create, create_points
+from interpolant_standins import SILoss, TokenSILoss, self_training
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
 
 from speedit_plugins import cli, launch_options, spectrum_command
@@ -109,6 +110,11 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/opendit/README.md": of_dit,
     "integrations/pixart_alpha/README.md": lambda _: {
         **{"IDDPM": lambda *_: create(PixArtDiffusion), "config": Anything()}
+    },
+    "integrations/reg/README.md": lambda _: {"SILoss": lambda *_: TokenSILoss()},
+    "integrations/repa/README.md": lambda _: {"SILoss": lambda *_: SILoss()},
+    "integrations/repa_e/README.md": lambda _: {
+        **{"SiT_models": {"SiT-XL/2": lambda *_: self_training()}, "args": SimpleNamespace(model="SiT-XL/2")}
     },
     "integrations/sit/README.md": of_sit,
     "integrations/video_sys/README.md": lambda _: {"RFLOW": lambda **_: RectifiedFlow(), "options": {}},
