@@ -104,7 +104,7 @@ def no_seam(host: Any) -> str:
         f"{type(host).__module__}.{type(host).__qualname__} has no seam: looked for a method"
         f" {', '.join(diffusion_object.METHODS)} with an argument"
         f" {' or '.join(diffusion_object.TIMESTEP_NAMES)} (DiT, Latte, PixArt-alpha, OpenDiT, DiT-3D,"
-        " Open-Sora-Plan 1.0); path_sampler and training_losses (SiT); a scheduler with add_noise and"
+        " Open-Sora-Plan 1.0); path_sampler and training_losses (SiT, RAE); a scheduler with add_noise and"
         " training_losses (VideoSys 2.0, Open-Sora 1.2); noise_schedulers and p_losses (imagen-pytorch 2.1);"
         " interpolant, and __call__(model, images, ...) (REPA, REG) or forward(x, ..., loss_kwargs,"
         " time_input) (REPA-E)"

@@ -14,10 +14,12 @@ from conformance.checkouts import (
     guided_diffusion,
     imagens,
     latent_diffusion_classes,
+    luminas,
     masked_diffusion,
     mmagic_registry,
     open_sora,
     point_clouds,
+    raes,
     self_training_models,
     si_losses,
     transports,
@@ -133,6 +135,18 @@ HOSTS = (
     ),
     Host("SiT", "willisma+SiT", "B", transports, *FLOW),
     Host("LightningDiT", "hustvl+LightningDiT", "B", transports, *FLOW),
+    Host("Lumina-Image 2.0", "Alpha-VLLM+Lumina-Image-2.0", "B", luminas, *FLOW),
+    Host(
+        "RAE",
+        "bytetriper+RAE/src",
+        "B",
+        raes,
+        "import sys, types\nstage2 = sys.modules['stage2'] = types.ModuleType('stage2')\n"
+        "stage2.__path__ = [folder + '/stage2' for folder in sys.path]\n"
+        "from stage2.transport import create_transport",
+        "create_transport()",
+        ("torchdiffeq",),
+    ),
     Host("REPA", "sihyun-yu+REPA", "B", si_losses(), "from loss import SILoss", "SILoss()"),
     Host(
         "REG",

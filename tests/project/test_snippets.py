@@ -18,7 +18,7 @@ import conformance.imagen as imagen
 import diffusers
 import pytest
 import torch
-from flow_standins import RectifiedFlow, Transport
+from flow_standins import RectifiedFlow, ReversedTransport, Transport
 from host_standins import PixArtDiffusion, create, create_points
 from interpolant_standins import SILoss, TokenSILoss, self_training
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
@@ -105,11 +105,19 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/imagen_pytorch/README.md": names_for_imagen,
     "integrations/latte/README.md": of_dit,
     "integrations/lightning_dit/README.md": of_sit,
+    "integrations/lumina_image/README.md": of_sit,
     "integrations/mdt/README.md": of_dit,
     "integrations/open_sora_plan/README.md": of_dit,
     "integrations/opendit/README.md": of_dit,
     "integrations/pixart_alpha/README.md": lambda _: {
         **{"IDDPM": lambda *_: create(PixArtDiffusion), "config": Anything()}
+    },
+    "integrations/rae/README.md": lambda _: {
+        **{
+            "create_transport": lambda **_: ReversedTransport(),
+            "transport_params": {},
+            "time_dist_shift": 1.0,
+        }
     },
     "integrations/reg/README.md": lambda _: {"SILoss": lambda *_: TokenSILoss()},
     "integrations/repa/README.md": lambda _: {"SILoss": lambda *_: SILoss()},
