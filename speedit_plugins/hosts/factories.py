@@ -38,7 +38,8 @@ class Factory:
 
 FACTORIES = (
     Factory("DiT, fast-DiT, Latte", "diffusion", ("create_diffusion",)),
-    Factory("PixArt-alpha", "diffusion.iddpm", ("IDDPM",)),
+    Factory("PixArt-alpha, PixArt-sigma", "diffusion.iddpm", ("IDDPM",)),
+    Factory("HunyuanDiT", "hydit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 1.0", "opendit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 0.0.1", "opendit.models.diffusion", ("create_diffusion",)),
     Factory(

@@ -28,7 +28,7 @@ from conformance import (
     script,
     timm_layers,
 )
-from conformance.diffusion_object import ObjectSeam
+from conformance.diffusion_object import DrawingSeam, ObjectSeam
 from conformance.open_sora import OpenSoraSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam
@@ -44,6 +44,18 @@ def factory(module: str, function: str = "create_diffusion", **options: Any) -> 
         yield ObjectSeam(getattr(import_module(module), function), **{"shape": IMAGES, **options})
 
     return seams
+
+
+def hunyuan(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """HunyuanDiT's object, which draws t itself."""
+    create = import_module("hydit.diffusion").create_diffusion
+
+    def make(respacing: str) -> Any:
+        return create(
+            timestep_respacing=respacing, predict_type="v_prediction", noise_schedule="scaled_linear"
+        )
+
+    yield DrawingSeam(make, IMAGES)
 
 
 def guided_diffusion(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:

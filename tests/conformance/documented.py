@@ -29,6 +29,8 @@ PAGES = {
     "OpenDiT 0.0.1": "opendit",
     "OpenDiT 1.0.0": "opendit",
     "PixArt-alpha": "pixart_alpha",
+    "PixArt-sigma": "pixart_sigma",
+    "HunyuanDiT": "hunyuan_dit",
     "Open-Sora-Plan 1.0.0": "open_sora_plan",
     "DiT-3D": "dit_3d",
     "guided-diffusion": "guided_diffusion",
