@@ -158,7 +158,7 @@ def launcher_script(host: Host, seam: Any, checkout: Path) -> str:
         replaced=host.replaced,
         factory_import=statement,
         factory_call=host.factory_call,
-        call=seam.training_call if is_flow else f"diffusion.{seam.method}(model, x, t)",
+        call=getattr(seam, "training_call", "") or f"diffusion.{seam.method}(model, x, t)",
         shape=seam.shape,
         axis=seam.sigma_axis,
         as_tuple=not is_flow and seam.answers_tuple,

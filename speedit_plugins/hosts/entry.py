@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.hosts import diffusion_object, flow_object, imagen, interpolant_loss
+from speedit_plugins.hosts import diffusion_object, drawing_object, flow_object, imagen, interpolant_loss
 from speedit_plugins.hosts.attachment import refuse_attached, without_policy
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -17,7 +17,7 @@ __all__ = ["with_policy", "without_policy"]
 
 # Those of the launcher. In this order, for a rectified flow's training_losses takes a t as a diffusion
 # object's does.
-_LAUNCHED: tuple[Any, ...] = (interpolant_loss, flow_object, diffusion_object)
+_LAUNCHED: tuple[Any, ...] = (interpolant_loss, flow_object, diffusion_object, drawing_object)
 _SEAMS: tuple[Any, ...] = (imagen, *_LAUNCHED)
 
 
@@ -53,7 +53,7 @@ def with_policy(
     Args:
         diffusion: the host's object, one of
             a diffusion object with `alphas_cumprod`, and `training_losses(model, x_start, t, ...)` or
-            DiT-3D's `p_losses(denoise_fn, data, t, ...)`;
+            DiT-3D's `p_losses(denoise_fn, data, t, ...)`, or HunyuanDiT's, which draws t itself;
             a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3).
             A relative density (`Density`) thins its draws; any other replaces them, their shift included;
             a loss with `interpolant(t)`: the `SILoss` of REPA and REG, or REPA-E's model, also flows;
@@ -104,7 +104,8 @@ def no_seam(host: Any) -> str:
         f"{type(host).__module__}.{type(host).__qualname__} has no seam: looked for a method"
         f" {', '.join(diffusion_object.METHODS)} with an argument"
         f" {' or '.join(diffusion_object.TIMESTEP_NAMES)} (DiT, Latte, PixArt-alpha, OpenDiT, DiT-3D,"
-        " Open-Sora-Plan 1.0); path_sampler and training_losses (SiT); a scheduler with add_noise and"
+        " Open-Sora-Plan 1.0); training_losses without it beside q_sample and _wrap_model"
+        " (HunyuanDiT); path_sampler and training_losses (SiT, RAE); a scheduler with add_noise and"
         " training_losses (VideoSys 2.0, Open-Sora 1.2); noise_schedulers and p_losses (imagen-pytorch 2.1);"
         " interpolant, and __call__(model, images, ...) (REPA, REG) or forward(x, ..., loss_kwargs,"
         " time_input) (REPA-E)"

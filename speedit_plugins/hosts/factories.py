@@ -42,7 +42,8 @@ class Factory:
 
 FACTORIES = (
     Factory("DiT, fast-DiT, Latte", "diffusion", ("create_diffusion",)),
-    Factory("PixArt-alpha", "diffusion.iddpm", ("IDDPM",)),
+    Factory("PixArt-alpha, PixArt-sigma", "diffusion.iddpm", ("IDDPM",)),
+    Factory("HunyuanDiT", "hydit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 1.0", "opendit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 0.0.1", "opendit.models.diffusion", ("create_diffusion",)),
     Factory(
@@ -50,7 +51,8 @@ FACTORIES = (
         "opensora.models.diffusion.diffusion",
         ("create_diffusion", "create_diffusion_T"),
     ),
-    Factory("SiT, LightningDiT", "transport", ("create_transport",)),
+    Factory("SiT, LightningDiT, Lumina-Image 2.0", "transport", ("create_transport",)),
+    Factory("RAE", "stage2.transport", ("create_transport",)),
     Factory("REPA, REG", "loss", ("SILoss",), methods=("interpolant", "__call__")),
     Factory("REPA-E", "models.sit", ("SiT",), methods=("interpolant", "forward")),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),

@@ -4,6 +4,7 @@ A function here is called with the checkout's folder, which is on sys.path, and 
 of the packages that it replaces to that list, and yields one `Seam` after the other.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 
 from conformance import (
     flow,
+    image_lists,
     imagen,
     interpolant,
     latent_diffusion,
@@ -26,7 +28,7 @@ from conformance import (
     script,
     timm_layers,
 )
-from conformance.diffusion_object import ObjectSeam
+from conformance.diffusion_object import DrawingSeam, ObjectSeam
 from conformance.open_sora import OpenSoraSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam
@@ -42,6 +44,18 @@ def factory(module: str, function: str = "create_diffusion", **options: Any) -> 
         yield ObjectSeam(getattr(import_module(module), function), **{"shape": IMAGES, **options})
 
     return seams
+
+
+def hunyuan(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """HunyuanDiT's object, which draws t itself."""
+    create = import_module("hydit.diffusion").create_diffusion
+
+    def make(respacing: str) -> Any:
+        return create(
+            timestep_respacing=respacing, predict_type="v_prediction", noise_schedule="scaled_linear"
+        )
+
+    yield DrawingSeam(make, IMAGES)
 
 
 def guided_diffusion(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
@@ -85,6 +99,42 @@ def transports(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
         return sampler(torch.randn(2, 4, 4, 4), model)[-1]
 
     yield flow.transport(package.create_transport, sample)
+
+
+def raes(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """RAE's transport, whose t = 1 is noise and whose training ends at 0.999."""
+    # The package above it imports the models.
+    package = ModuleType("stage2")
+    package.__path__ = [str(checkout / "stage2")]
+    sys.modules["stage2"] = package
+    rae = import_module("stage2.transport")
+
+    def sample(host: Any, model: Any) -> Any:
+        # The default noise is infinite at t = 1, where the host starts.
+        options: Any = {"sampling_method": "euler", "diffusion_form": "sigma", "last_step_size": 0.1}
+        sampler = rae.Sampler(host).sample_sde(num_steps=4, **options)
+        return sampler(torch.randn(2, 4, 4, 4), model)[-1]
+
+    shifting = {
+        "shifted": partial(rae.create_transport, time_dist_shift=2.0),
+        "shift_option": "time_dist_shift",
+    }
+    yield flow.transport(rae.create_transport, sample, noise_at=0.999, clean_at=0.0, **shifting)
+
+
+def luminas(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """Lumina-Image 2.0's transport: for lists of images, and with its shift for the length of a sequence."""
+    create, sampler = import_module("transport").create_transport, import_module("transport").Sampler
+
+    def sample(host: Any, model: Any) -> Any:
+        sde = sampler(host).sample_sde(num_steps=4, diffusion_form="sigma", last_step_size=0.1)
+        return sde(torch.randn(2, 4, 4, 4), model)[-1]
+
+    # mu = 0.5 + 0.65 (length - 256) / 3840 is log 2.
+    shifted = partial(create, seq_len=256 + (math.log(2) - 0.5) * 3840 / 0.65)
+    seam = flow.transport(partial(create, do_shift=False), sample, shifted=shifted, shift_option="do_shift")
+    image_lists.check_lists(seam)
+    yield seam
 
 
 def si_losses(*, has_class_token: bool = False) -> Seams:

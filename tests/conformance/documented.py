@@ -29,12 +29,16 @@ PAGES = {
     "OpenDiT 0.0.1": "opendit",
     "OpenDiT 1.0.0": "opendit",
     "PixArt-alpha": "pixart_alpha",
+    "PixArt-sigma": "pixart_sigma",
+    "HunyuanDiT": "hunyuan_dit",
     "Open-Sora-Plan 1.0.0": "open_sora_plan",
     "DiT-3D": "dit_3d",
     "guided-diffusion": "guided_diffusion",
     "MDT": "mdt",
     "SiT": "sit",
     "LightningDiT": "lightning_dit",
+    "Lumina-Image 2.0": "lumina_image",
+    "RAE": "rae",
     "REPA": "repa",
     "REG": "reg",
     "REPA-E": "repa_e",
@@ -80,6 +84,7 @@ class Documented:
         assert policy == self.policy_name, f"the block has {self.policy_name}"
         host = self.seam.make()
         names: dict[str, Any] = {"diffusion": host, "self": SimpleNamespace(), "options": {}, "unets": []}
+        names |= {"transport_params": {}, "time_dist_shift": 1.0}
         names |= {name: lambda *_, **__: host for name in _FACTORIES}
         names["SiT_models"] = {"model": lambda *_, **__: host}
         exec(block_of(self.page), names | {"args": _Options(), "config": _Options()}, names)

@@ -41,7 +41,9 @@ class FlowSeam(Seam):
         sampler: returns a sample by the host's own sampler, from (host, model).
         shape: of the data, (B, ...).
         sigma_axis: where the model's variance channels are appended; None if it has none.
-        shifted: makes the host's object with its resolution shift; None if it has none.
+        shifted: makes the host's object with its shift, which is 2 (for 1024 x 1024 pixels); None if it has
+            none.
+        shift_option: the host's name for it.
     """
 
     factory: Callable[[], Any]
@@ -51,6 +53,7 @@ class FlowSeam(Seam):
     shape: tuple[int, ...]
     sigma_axis: int | None = None
     shifted: Callable[[], Any] | None = None
+    shift_option: str = "use_timestep_transform"
 
     # In the launcher's script: the host's training call for data x.
     training_call = "diffusion.training_losses(model, x)"
@@ -111,14 +114,30 @@ class FlowSeam(Seam):
         return not attachment_of(host).is_built
 
 
-def transport(factory: Callable[[], Any], sampler: Callable[[Any, Any], Tensor]) -> FlowSeam:
-    """The seam of SiT's transport, whose t = 0 is noise."""
+def transport(
+    factory: Callable[[], Any],
+    sampler: Callable[[Any, Any], Tensor],
+    *,
+    noise_at: float = 0.0,
+    clean_at: float = 1.0,
+    **shifting: Any,
+) -> FlowSeam:
+    """The seam of a transport.
+
+    Args:
+        factory, sampler: see `FlowSeam`.
+        noise_at, clean_at: the host's t at both ends of its training; in SiT t = 0 is noise.
+        shifting: `shifted` and `shift_option` of `FlowSeam`.
+    """
 
     def replay(host: Any, model: Any, x: Tensor, t: Tensor, noise: Tensor) -> Any:
         with mock.patch.object(host, "sample", lambda x1, *_, **__: (t, noise, x1)):
             return host.training_losses(model, x)
 
-    return FlowSeam(factory, replay, lambda t: 1 - t, sampler, (6, 4, 4, 4))
+    def time_of(t: Tensor) -> Tensor:
+        return (t - clean_at) / (noise_at - clean_at)
+
+    return FlowSeam(factory, replay, time_of, sampler, (6, 4, 4, 4), **shifting)
 
 
 def rectified_flow(
@@ -202,10 +221,10 @@ def law_replaces_the_shift(seam: FlowSeam) -> None:
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         host = with_policy(seam.shifted(), LAW)
-    told = [str(note.message) for note in notes if "use_timestep_transform" in str(note.message)]
+    told = [str(note.message) for note in notes if seam.shift_option in str(note.message)]
     assert len(told) == 1 and "shift=" in told[0], f"warned {told}"  # noqa: PT018 - one fact
     _follows(seam, attachment_of(host).policy, _seen_in_megapixels(seam, host))
-    # 1024 x 1024 pixels shift by s = 2, so 1/143 becomes 1/572: t = 1 / (1 + 572^-1/2).
+    # The host shifts by s = 2, so 1/143 becomes 1/572: t = 1 / (1 + 572^-1/2).
     first, moved = (1 / (1 + snr**-0.5) for snr in (143.0, 572.0))
     for policy, boundary in (("speed", moved), ({"type": "speed", "snr_boundary": 1 / 143}, first)):
         time = seam.time_of(_seen_in_megapixels(seam, with_policy(seam.shifted(), policy)))
@@ -242,6 +261,10 @@ def _follows(seam: FlowSeam, policy: TimestepPolicy, seen: Tensor) -> None:
 
 def _seen_in_megapixels(seam: FlowSeam, host: Any) -> Tensor:
     """The t of one large batch of images of 1024 x 1024 pixels."""
+    if seam.shift_option != "use_timestep_transform":
+        transports_model = seam.model(host)
+        seam.call(host, transports_model, seam.many(NUM_DRAWS))
+        return transports_model.seen[-1]  # type: ignore[no-any-return]  # a list of a stand-in
     sides = {name: torch.full((NUM_DRAWS,), 1024.0) for name in ("height", "width")}
     names = inspect.signature(type(seam.make()).training_losses).parameters
     name = "model_args" if "model_args" in names else "model_kwargs"

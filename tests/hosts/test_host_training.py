@@ -57,9 +57,9 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     [
         ("facebookresearch+DiT", "speedit", "DiT, fast-DiT, Latte"),
         ("chuanyangjin+fast-DiT", "speedit", "DiT, fast-DiT, Latte"),
-        ("willisma+SiT", "speedit", "SiT, LightningDiT"),
-        ("willisma+SiT", "speed", "SiT, LightningDiT"),
-        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT"),
+        ("willisma+SiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
+        ("willisma+SiT", "speed", "SiT, LightningDiT, Lumina-Image 2.0"),
+        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
     ],
 )
 def test_an_unmodified_train_script_runs_to_its_end(
