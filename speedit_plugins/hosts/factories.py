@@ -21,6 +21,8 @@ class Factory:
             sampler; "F" draws times, and another makes the loss.
         adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
             function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
+        entries: modules that the host's scripts import, if they reach this one from elsewhere than a folder
+            on sys.path.
     """
 
     hosts: str
@@ -28,6 +30,7 @@ class Factory:
     functions: tuple[str, ...]
     seam: str = "B"
     adapter: str = ""
+    entries: tuple[str, ...] = ()
 
 
 FACTORIES = (
@@ -43,6 +46,15 @@ FACTORIES = (
     Factory("SiT, LightningDiT", "transport", ("create_transport",)),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
+    Factory(
+        "OneTrainer",
+        "modules.modelSetup.mixin.ModelSetupNoiseMixin",
+        ("ModelSetupNoiseMixin",),
+        "F",
+        "speedit_plugins.hosts.one_trainer.adapt",
+        # Its scripts put their parent folder on sys.path by this module.
+        ("util.import_util",),
+    ),
 )
 # DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
@@ -51,7 +63,10 @@ SCRIPT_METHOD = "p_losses"
 def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
     """Whether a script names a known module, or one is in the folders that it would import from."""
     named = set(_imported(tree))
-    return any(factory.module in named or _is_in(folders, factory.module) for factory in FACTORIES)
+    return any(
+        not named.isdisjoint((factory.module, *factory.entries)) or _is_in(folders, factory.module)
+        for factory in FACTORIES
+    )
 
 
 def defines(tree: ast.Module, function: str) -> bool:

@@ -41,6 +41,8 @@ class SeparateDraws(FlowAttachment):
     Args:
         policy: see `build_policy`.
         prediction_type: what the host takes the squared error of.
+        schedule: that the host trains on; None is the straight path in continuous time. For a schedule of T
+            timesteps `clock` counts them: time (index + 1/2) / T.
         without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy
             that weighs or learns is then refused with it. "" if each sample has a loss.
         stream: of random numbers; None is one for each data-parallel rank, see `DrawStream`.
@@ -63,11 +65,13 @@ class SeparateDraws(FlowAttachment):
         policy: str | Config = "recommended",
         *,
         prediction_type: str = "flow",
+        schedule: NoiseSchedule | None = None,
         without_loss: str = "",
         stream: DrawStream | None = None,
         on_use: Callable[["SeparateDraws"], None] | None = None,
     ) -> None:
-        built = build_policy(policy, NoiseSchedule.rectified_flow(NUM_BINS), prediction_type)
+        schedule = NoiseSchedule.rectified_flow(NUM_BINS) if schedule is None else schedule
+        built = build_policy(policy, schedule, prediction_type)
         if built.is_relative and (draws_pairs(built) or built.stratified):
             raise ValueError(
                 f"{built.name!r} draws in {'strata' if built.stratified else 'pairs'}, and it thins the"
@@ -118,13 +122,20 @@ class SeparateDraws(FlowAttachment):
         if not self._is_used and self._on_use is not None:
             self._on_use(self)
         self._is_used = True
-        t = self.draw_from(hosts_draw, clock, t=drawn, data=data)
+        t = self.draw_from(self._from(drawn, hosts_draw), clock, t=drawn, data=data)
         draw, self._draw = self._draw, None
         assert draw is not None
         self._waiting.add(t, draw)
         self._last.drawn()
         self._num_unweighed += 1
         return t
+
+    def _from(self, drawn: Tensor, hosts_draw: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What a thinning starts from. A flat density keeps all of what the host drew itself."""
+        if not is_constant(self.policy.density):
+            return hosts_draw
+        left = [drawn]
+        return lambda: left.pop() if left else hosts_draw()
 
     def weigh(self, loss: Tensor, t: Tensor | None = None) -> Tensor:
         """A host's loss (B, ...), not yet reduced, times the weights of its draw. Its gradients go through.
