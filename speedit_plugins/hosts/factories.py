@@ -55,6 +55,30 @@ FACTORIES = (
         # Its scripts put their parent folder on sys.path by this module.
         ("util.import_util",),
     ),
+    Factory(
+        "SimpleTuner",
+        "simpletuner.helpers.models.common",
+        ("ModelFoundation",),
+        "F",
+        "speedit_plugins.hosts.simple_tuner.adapt",
+        ("simpletuner.helpers.training.trainer",),
+    ),
+    Factory(
+        "DiffSynth-Studio",
+        "diffsynth.diffusion.loss",
+        ("FlowMatchSFTLoss",),
+        "F",
+        "speedit_plugins.hosts.diffsynth.adapt",
+        ("diffsynth.diffusion",),
+    ),
+    Factory(
+        "ai-toolkit",
+        "extensions_built_in.sd_trainer.SDTrainer",
+        ("SDTrainer",),
+        "F",
+        "speedit_plugins.hosts.ai_toolkit.adapt",
+        ("toolkit.job",),
+    ),
 )
 # DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
