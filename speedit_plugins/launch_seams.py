@@ -224,12 +224,17 @@ def _adapt(launch: Launch, factory: Factory, module: ModuleType) -> None:
         launch.announce(factory.hosts, factory.seam, draws.policy)
 
     def draws_of(**options: Any) -> SeparateDraws:
-        options = {"prediction_type": launch.prediction_type or "flow", **options}
+        told, given = options.get("prediction_type"), launch.prediction_type
+        if told and given not in (None, told):
+            raise LaunchError(f"{factory.hosts} predicts {told}: leave out --prediction-type {given}")
+        options = {"prediction_type": given or "flow", **options}
         stream = DrawStream(**launch.draw_options)
         return SeparateDraws(launch.config, stream=stream, on_use=used, **options)
 
     home, _, name = factory.adapter.rpartition(".")
     getattr(import_module(home), name)(module, draws_of)
+    # A process that the host spawns would import it without this launcher, and draw by itself.
+    setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
     launch.found.append(factory.hosts)
 
 

@@ -22,18 +22,21 @@ class Factory:
         functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
             sampler; "F" draws times, and another makes the loss.
-        methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
-            a class without these methods is none of the host.
         adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
             function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
+        entries: modules that the host's scripts import, if they reach this one from elsewhere than a folder
+            on sys.path.
+        methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
+            a class without these methods is none of the host.
     """
 
     hosts: str
     module: str
     functions: tuple[str, ...]
     seam: str = "B"
-    methods: tuple[str, ...] = ()
     adapter: str = ""
+    entries: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
     def is_class(self, made: Any) -> bool:
         """Whether this is a class with the host's methods."""
@@ -57,6 +60,39 @@ FACTORIES = (
     Factory("REPA-E", "models.sit", ("SiT",), methods=("interpolant", "forward")),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
+    Factory(
+        "OneTrainer",
+        "modules.modelSetup.mixin.ModelSetupNoiseMixin",
+        ("ModelSetupNoiseMixin",),
+        "F",
+        "speedit_plugins.hosts.one_trainer.adapt",
+        # Its scripts put their parent folder on sys.path by this module.
+        ("util.import_util",),
+    ),
+    Factory(
+        "SimpleTuner",
+        "simpletuner.helpers.models.common",
+        ("ModelFoundation",),
+        "F",
+        "speedit_plugins.hosts.simple_tuner.adapt",
+        ("simpletuner.helpers.training.trainer",),
+    ),
+    Factory(
+        "DiffSynth-Studio",
+        "diffsynth.diffusion.loss",
+        ("FlowMatchSFTLoss",),
+        "F",
+        "speedit_plugins.hosts.diffsynth.adapt",
+        ("diffsynth.diffusion",),
+    ),
+    Factory(
+        "ai-toolkit",
+        "extensions_built_in.sd_trainer.SDTrainer",
+        ("SDTrainer",),
+        "F",
+        "speedit_plugins.hosts.ai_toolkit.adapt",
+        ("toolkit.job",),
+    ),
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 # The functions of seam E, which scripts of many projects import or have copies of.
@@ -75,7 +111,8 @@ def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
     named = set(_imported(tree))
 
     def is_reached(factory: Factory) -> bool:
-        is_named, place = factory.module in named, _origin(folders, factory.module)
+        is_named = not named.isdisjoint((factory.module, *factory.entries))
+        place = _origin(folders, factory.module)
         if factory.methods:
             return is_named and place is not None and _has_class(place, factory)
         return is_named or place is not None

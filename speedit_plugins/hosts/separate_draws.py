@@ -43,7 +43,8 @@ class SeparateDraws(FlowAttachment):
 
     Args:
         policy: see `build_policy`.
-        schedule: of the host's noise levels; None is a rectified flow in continuous time.
+        schedule: of the host's noise levels; None is a rectified flow in continuous time. For one of T
+            timesteps `clock` counts them: time (index + 1/2) / T.
         prediction_type: what the host takes the squared error of.
         sees_later: whether the host shows its data to `see` after the draw; else `times` gets them.
         without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy

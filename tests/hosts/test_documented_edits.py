@@ -4,11 +4,9 @@ import ast
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.attachment import Attachment
 from speedit_plugins.hosts.flow import FlowThinning
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
@@ -143,44 +140,3 @@ def test_the_line_of_flow_matching() -> None:
     late = float(policy.density[700:].sum())
     share = float((names["t"] < 0.3).double().mean())
     assert abs(share - late) < 4 * (late * (1 - late) / N) ** 0.5
-
-
-@pytest.mark.hosts
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_lines_of_one_trainer(monkeypatch: pytest.MonkeyPatch, shift: float) -> None:
-    host = checkout("Nerogar+OneTrainer")
-    monkeypatch.syspath_prepend(str(host))
-    config = ModuleType("modules.util.config.TrainConfig")
-    vars(config).update(TrainConfig=object)
-    for name in [name for name in sys.modules if name.split(".")[0] == "modules"]:
-        monkeypatch.delitem(sys.modules, name)
-    # The host's own module imports every model that the host can train.
-    monkeypatch.setitem(sys.modules, config.__name__, config)
-    mixin = import_module("modules.modelSetup.mixin.ModelSetupNoiseMixin").ModelSetupNoiseMixin
-    kinds = import_module("modules.util.enum.TimestepDistribution").TimestepDistribution
-    settings = SimpleNamespace(
-        timestep_shift=shift,
-        min_noising_strength=0.0,
-        max_noising_strength=1.0,
-        timestep_distribution=kinds.UNIFORM,
-    )
-    host_draw = mixin._get_timestep_discrete
-    names: dict[str, Any] = {}
-    exec(code_blocks("one_trainer")[0], names)
-    generator = torch.Generator().manual_seed(0)
-    try:
-        t = mixin._get_timestep_discrete(None, 1000, False, generator, N, settings)
-        fixed = mixin._get_timestep_discrete(None, 1000, True, generator, N, settings)
-    finally:
-        mixin._get_timestep_discrete = host_draw
-    # A policy's own law: the two pieces of code in the text below the block.
-    page = (INTEGRATIONS / "one_trainer" / "README.md").read_text(encoding="utf-8")
-    once, row = re.findall(r"`(draws[ .][^`]*)`", page)
-    made = {"Attachment": Attachment, "build_policy": build_policy, "NoiseSchedule": NoiseSchedule}
-    exec(f"{once}\nrows = {row}", made | {"draw": lambda: t}, names)
-    rows = names["rows"]
-    assert rows.dtype == t.dtype
-    assert int(rows.max()) < 1000
-    before = host_draw(None, 1000, False, generator, N, settings)
-    assert is_thinned(before / 1000 > BOUNDARY, t / 1000 > BOUNDARY)
-    assert fixed.tolist() == [499]

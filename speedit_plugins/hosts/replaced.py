@@ -1,0 +1,68 @@
+"""Functions of a host that the adapters of `SeparateDraws` replace, each once."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+_MARK = "_speedit_replaced"
+
+
+def replace(owner: Any, name: str, around: Callable[..., Any], host: str) -> None:
+    """Replaces a function of a module, or a method of a class, by one that is called with it.
+
+    Args:
+        owner: the module or the class.
+        name: of the function in it.
+        around: takes the host's function, then the arguments of the call.
+        host: for messages.
+
+    Raises:
+        ValueError: there is none, or it is replaced already.
+    """
+    own = getattr(owner, name, None)
+    if own is None:
+        raise ValueError(
+            f"{owner.__name__} has no {name}, which the plugin replaces in {host}: another version?"
+        )
+    if hasattr(own, _MARK):
+        raise ValueError(
+            f"{owner.__name__}.{name} has a policy already, from a line of yours or from the launcher"
+        )
+
+    @functools.wraps(own)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return around(own, *args, **kwargs)
+
+    setattr(replaced, _MARK, True)
+    setattr(owner, name, replaced)
+
+
+def replace_in_subclasses(base: Any, name: str, around: Callable[..., Any], host: str) -> None:
+    """Replaces a method in each subclass that defines it, of those that exist and those still to come.
+
+    Args:
+        base: of the subclasses. Its own method of this name stays.
+        name, around, host: see `replace`.
+
+    Raises:
+        ValueError: a method is replaced already.
+    """
+    begin = vars(base).get("__init_subclass__")
+
+    def made(cls: Any, **kwargs: Any) -> None:
+        if begin is None:
+            super(base, cls).__init_subclass__(**kwargs)
+        else:
+            begin.__get__(None, cls)(**kwargs)
+        if name in vars(cls):
+            replace(cls, name, around, host)
+
+    for each in _all_subclasses(base):
+        if name in vars(each):
+            replace(each, name, around, host)
+    setattr(base, "__init_subclass__", classmethod(cast(Any, made)))  # noqa: B010 - mypy: a method is assigned
+
+
+def _all_subclasses(base: Any) -> set[Any]:
+    direct: set[Any] = set(base.__subclasses__())
+    return direct.union(*(_all_subclasses(each) for each in direct))
