@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 
+from speedit_plugins.hosts.inline_draws import SCRIPTS
+
 
 @dataclass(frozen=True)
 class Factory:
@@ -18,9 +20,10 @@ class Factory:
         module: its dotted name, as the host's scripts import it.
         functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
-            sampler; "F" draws times, and another makes the loss.
-        adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
-            function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
+            sampler; "F" draws times, and another makes the loss; "D" the same with a noise scheduler's index.
+        adapter: for "F" and "D", the dotted name of a function of ours. It takes the module of the host and a
+            function that makes its `SeparateDraws` or its `ScriptPolicy`, and replaces what draws and what
+            makes the loss.
     """
 
     hosts: str
@@ -43,6 +46,41 @@ FACTORIES = (
     Factory("SiT, LightningDiT", "transport", ("create_transport",)),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
+    Factory(
+        "torchtitan Flux",
+        "torchtitan.models.flux.trainer",
+        ("FluxTrainer",),
+        "F",
+        "speedit_plugins.hosts.inline_draws.adapt_torchtitan",
+    ),
+    Factory(
+        "LTX-2",
+        "ltx_trainer.training_strategies",
+        ("FlexibleStrategy",),
+        "F",
+        "speedit_plugins.hosts.modality_draws.adapt",
+    ),
+    Factory(
+        "diffusion-pipe",
+        "models.base",
+        ("CommonPipeline",),
+        "F",
+        "speedit_plugins.hosts.prepared_inputs.adapt",
+    ),
+    Factory(
+        "NeMo Automodel",
+        "nemo_automodel.components.flow_matching.pipeline",
+        ("FlowMatchingPipeline",),
+        "F",
+        "speedit_plugins.hosts.flow_pipeline.adapt",
+    ),
+    Factory(
+        "CogVideoX",
+        "finetune.models.utils",
+        ("get_model_cls",),
+        "D",
+        "speedit_plugins.hosts.scheduler_draws.adapt",
+    ),
 )
 # DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
@@ -63,6 +101,7 @@ def known_hosts() -> dict[str, str]:
     """What the launcher looks for in a script, for each group of hosts."""
     return {
         **{f.hosts: f"{f.module}.{' or '.join(f.functions)}" for f in FACTORIES},
+        **{host.hosts: f"{' and '.join(host.places)} in the script itself" for host in SCRIPTS},
         "DiT-3D": f"a class with {SCRIPT_METHOD} in the script itself",
         "diffusers": "F.mse_loss in the script itself, and torch.randint(0, noise_scheduler.config.num_train_"
         "timesteps, ...) or another torch.randint whose timesteps one noise scheduler's add_noise gets",
