@@ -37,14 +37,19 @@ def adapt(module: ModuleType, seam_of: Callable[[], ScriptPolicy]) -> None:
             `compute_loss` is another one than is known.
     """
 
+    edited: set[type] = set()
+
+    def editing(loss: Callable[..., Any]) -> Callable[..., Any]:
+        return edited_function(loss, PLACES, SchedulerCalls(seam_of()))
+
     def made(own: Callable[..., type]) -> Callable[..., type]:
         def get_model_cls(*arguments: Any, **options: Any) -> type:
             trainer = own(*arguments, **options)
             # The SFT and 1.5 trainers inherit it from those for LoRA.
             home = next((each for each in trainer.__mro__ if "compute_loss" in vars(each)), trainer)
-            replace(
-                home, "compute_loss", lambda loss: edited_function(loss, PLACES, SchedulerCalls(seam_of()))
-            )
+            if home not in edited:
+                replace(home, "compute_loss", editing)
+                edited.add(home)
             return trainer
 
         return get_model_cls

@@ -3,10 +3,11 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,8 @@ def imported(
     replaced: Sequence[str] = (),
     unknown: Sequence[str] = (),
     blank: Sequence[str] = (),
+    others: Mapping[str, Mapping[str, Any]] | None = None,
+    tops: Sequence[str] = (),
 ) -> Iterator[ModuleType]:
     """A module of a checkout, while the test runs.
 
@@ -38,9 +41,12 @@ def imported(
         replaced: packages that are installed, for which there is a stand-in all the same.
         unknown: packages for which there is a stand-in if they are not installed.
         blank: modules of the host itself that a CPU cannot import and that the test does not call.
+        others: modules, with the members that the host asks for when it is imported.
+        tops: further top-level packages of the host, which are forgotten too.
     """
-    tops = {name.split(".")[0] for name in (module, *replaced, *unknown, *blank)}
-    kept = {name: each for name, each in sys.modules.items() if name.split(".")[0] in tops}
+    others = others or {}
+    forgotten = {name.split(".")[0] for name in (module, *replaced, *unknown, *blank, *others, *tops)}
+    kept = {name: each for name, each in sys.modules.items() if name.split(".")[0] in forgotten}
     for name in kept:
         del sys.modules[name]
     front, back = StandIns(replaced), StandIns(unknown)
@@ -49,6 +55,9 @@ def imported(
         for name in blank:
             sys.modules[name] = inert.create_module(inert.find_spec(name))
             sys.modules[name].__path__ = []
+        for name, members in others.items():
+            sys.modules[name] = ModuleType(name)
+            vars(sys.modules[name]).update(members)
         sys.path[:0] = map(str, folders)
         sys.meta_path.insert(0, front)
         sys.meta_path.append(back)
@@ -58,6 +67,6 @@ def imported(
             sys.meta_path.remove(finder)
         for folder in folders:
             sys.path.remove(str(folder))
-        for name in [name for name in sys.modules if name.split(".")[0] in tops]:
+        for name in [name for name in sys.modules if name.split(".")[0] in forgotten]:
             del sys.modules[name]
         sys.modules.update(kept)

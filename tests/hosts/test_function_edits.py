@@ -21,7 +21,8 @@ def host(data: int, *, shift: float | None = 2.0) -> list[float]:
     """Draws, shifts, and sums."""
     noise = data
     if shift is not None:
-        t = sample(shift)
+        scale = 1
+        t = sample(shift) * scale
     else:
         t = sample()
     offset = 1
