@@ -79,13 +79,17 @@ class Launch:
     def calls(self) -> ScriptCalls:
         """What the edited script calls to draw and to make its loss."""
 
-        def announce(policy: TimestepPolicy) -> None:
-            self.announce("diffusers script", "D", policy)
+        return ScriptCalls(self.script_policy("diffusers script"), self.state)
 
-        seam = ScriptPolicy(
+    def script_policy(self, hosts: str) -> ScriptPolicy:
+        """What draws and weighs for a host that draws an index of its noise scheduler."""
+
+        def announce(policy: TimestepPolicy) -> None:
+            self.announce(hosts, "D", policy)
+
+        return ScriptPolicy(
             self.config, prediction_type=self.prediction_type, on_use=announce, **self.draw_options
         )
-        return ScriptCalls(seam, self.state)
 
     @cached_property
     def sigma_calls(self) -> SigmaCalls:
@@ -218,24 +222,41 @@ def _adapt(launch: Launch, factory: Factory, module: ModuleType) -> None:
     if hasattr(module, _MARK) or not any(hasattr(module, name) for name in factory.functions):
         return
     setattr(module, _MARK, True)
+    home, _, name = factory.adapter.rpartition(".")
+    adapt: Callable[[ModuleType, Callable[..., Any]], None] = getattr(import_module(home), name)
+    adapt(module, (scripted_maker if factory.seam == "D" else draws_maker)(launch, factory.hosts))
+    # A process that the host spawns would import it without this launcher, and draw by itself.
+    setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
+    launch.found.append(factory.hosts)
+
+
+def draws_maker(launch: Launch, hosts: str) -> Callable[..., SeparateDraws]:
+    """What makes the `SeparateDraws` of a host in a launch, with options that the host decides."""
 
     def used(draws: SeparateDraws) -> None:
         launch.keep(draws)
-        launch.announce(factory.hosts, factory.seam, draws.policy)
+        launch.announce(hosts, "F", draws.policy)
 
     def draws_of(**options: Any) -> SeparateDraws:
         told, given = options.get("prediction_type"), launch.prediction_type
         if told and given not in (None, told):
-            raise LaunchError(f"{factory.hosts} predicts {told}: leave out --prediction-type {given}")
+            raise LaunchError(f"{hosts} predicts {told}: leave out --prediction-type {given}")
         options = {"prediction_type": given or "flow", **options}
         stream = DrawStream(**launch.draw_options)
         return SeparateDraws(launch.config, stream=stream, on_use=used, **options)
 
-    home, _, name = factory.adapter.rpartition(".")
-    getattr(import_module(home), name)(module, draws_of)
-    # A process that the host spawns would import it without this launcher, and draw by itself.
-    setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
-    launch.found.append(factory.hosts)
+    return draws_of
+
+
+def scripted_maker(launch: Launch, hosts: str) -> Callable[[], ScriptPolicy]:
+    """What makes the `ScriptPolicy` of a host in a launch, whose state is kept."""
+
+    def seam_of() -> ScriptPolicy:
+        seam = launch.script_policy(hosts)
+        launch.keep(seam)
+        return seam
+
+    return seam_of
 
 
 def _object_factory(

@@ -11,6 +11,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from speedit_plugins.hosts.inline_draws import SCRIPTS
+
 
 @dataclass(frozen=True)
 class Factory:
@@ -21,9 +23,10 @@ class Factory:
         module: its dotted name, as the host's scripts import it.
         functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
-            sampler; "F" draws times, and another makes the loss.
-        adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
-            function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
+            sampler; "F" draws times, and another makes the loss; "D" the same with a noise scheduler's index.
+        adapter: for "F" and "D", the dotted name of a function of ours. It takes the module of the host and a
+            function that makes its `SeparateDraws` or its `ScriptPolicy`, and replaces what draws and what
+            makes the loss.
         entries: modules that the host's scripts import, if they reach this one from elsewhere than a folder
             on sys.path.
         methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
@@ -93,6 +96,41 @@ FACTORIES = (
         "speedit_plugins.hosts.ai_toolkit.adapt",
         ("toolkit.job",),
     ),
+    Factory(
+        "torchtitan Flux",
+        "torchtitan.models.flux.trainer",
+        ("FluxTrainer",),
+        "F",
+        "speedit_plugins.hosts.inline_draws.adapt_torchtitan",
+    ),
+    Factory(
+        "LTX-2",
+        "ltx_trainer.training_strategies",
+        ("FlexibleStrategy",),
+        "F",
+        "speedit_plugins.hosts.modality_draws.adapt",
+    ),
+    Factory(
+        "diffusion-pipe",
+        "models.base",
+        ("CommonPipeline",),
+        "F",
+        "speedit_plugins.hosts.prepared_inputs.adapt",
+    ),
+    Factory(
+        "NeMo Automodel",
+        "nemo_automodel.components.flow_matching.pipeline",
+        ("FlowMatchingPipeline",),
+        "F",
+        "speedit_plugins.hosts.flow_pipeline.adapt",
+    ),
+    Factory(
+        "CogVideoX",
+        "finetune.models.utils",
+        ("get_model_cls",),
+        "D",
+        "speedit_plugins.hosts.scheduler_draws.adapt",
+    ),
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 # The functions of seam E, which scripts of many projects import or have copies of.
@@ -157,6 +195,7 @@ def known_hosts() -> dict[str, str]:
     """What the launcher looks for in a script, for each group of hosts."""
     return {
         **{f.hosts: f"{f.module}.{' or '.join(f.functions)}" for f in FACTORIES},
+        **{host.hosts: f"{' and '.join(host.places)} in the script itself" for host in SCRIPTS},
         "DiT-3D": f"a class with {SCRIPT_METHOD} in the script itself",
         SHARED_FUNCTIONS: "a call of it whose u looks up rows of a scheduler, in the script or in modules of"
         " its project",

@@ -170,6 +170,47 @@ class SeparateDraws(FlowAttachment):
         # Then the host's own loss is the same to the bit.
         return loss if is_plain else scaled(loss, draw.weight.to(loss.device))
 
+    def weighed_error(
+        self, prediction: Tensor, target: Tensor, t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction and target (B, ...) for a host that takes the mean or sum of their squared error itself.
+
+        That is then the host's own, with the weights of the draw. Not for other losses, such as Huber's.
+
+        Args:
+            prediction, target: of the model, of one shape.
+            t: see `weigh`.
+
+        Raises:
+            ValueError: see `weigh`; or the shapes differ.
+
+        Example:
+            >>> draws = SeparateDraws("logit_normal")
+            >>> t = draws.times(lambda: torch.rand(2))
+            >>> pair = draws.weighed_error(torch.ones(2, 3), torch.zeros(2, 3))
+            >>> torch.nn.functional.mse_loss(*pair)
+            tensor(1.)
+        """
+        refuse_checkpoint()
+        if not torch.is_grad_enabled():
+            return prediction, target
+        if prediction.shape != target.shape:
+            shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
+            raise ValueError(f"a squared error needs a prediction and a target of one shape, got {shapes}")
+        is_plain = is_constant(self.policy.weight) and float(self.policy.weight[0]) == 1
+        draw = self._of_loss(len(prediction), t)
+        if is_plain and not self.policy.learns:
+            return prediction, target
+        wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+        error = prediction.to(wide) - target.to(wide)
+        if self.policy.learns:
+            per_sample = (error.detach() ** 2).flatten(1).mean(1)
+            self.policy.update(draw.index.to(error.device), per_sample)
+        if is_plain:
+            return prediction, target
+        # The square of this is weight * error^2, without the rounding of a product for each of the two.
+        return scaled(error, draw.weight.to(error.device, wide).sqrt()), torch.zeros_like(error)
+
     def weights(self, num_samples: int, t: Tensor | None = None, *, learns_by_teach: bool = False) -> Tensor:
         """The weights float32 (B,) of a draw, for a host that multiplies its loss itself; see `weigh`.
 
