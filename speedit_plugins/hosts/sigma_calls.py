@@ -192,15 +192,26 @@ class SigmaCalls(PolicyHolder):
             )
         return scaled(weights.float(), ours.to(weights.device))
 
-    def error(self, error: Tensor) -> Tensor:
+    def error(self, error: Tensor, weights: Tensor | None = None) -> Tensor:
         """The squared error (B, ...) that a script multiplies by its weights, as it is, to learn from.
 
+        Args:
+            error: of the batch, or of a part of it.
+            weights: that multiply it, (B, 1, ...), as the script has them here.
+
         Raises:
-            ValueError: it is of a part of the batch, and the policy learns or draws pairs.
+            ValueError: it is of a part of the batch, and the policy learns or draws pairs; or the weights
+                are those of other samples too.
         """
         if not torch.is_grad_enabled() or self._rows is None:
             return error
         policy = self.policy
+        if weights is not None and len(weights) != len(error) and not is_constant(policy.weight):
+            raise ValueError(
+                f"the script multiplies the weights of {len(weights)} samples with the errors of"
+                f" {len(error)} (prior preservation), and {policy.name!r} weighs each of them: take a policy"
+                " that only draws, or edit the script by hand with FlowScript"
+            )
         if len(error) != len(self._rows) and (policy.learns or draws_pairs(policy)):
             raise ValueError(
                 f"{policy.name!r} {'learns from each loss' if policy.learns else 'draws pairs'}, and this"

@@ -163,13 +163,10 @@ class _Editor(ast.NodeTransformer):
             isinstance(node.op, ast.Mult) and self._weighed & _names_in(node.left) and _is_square(node.right)
         ):
             self._sites.errors.append(node.lineno)
-            node.right = ast.copy_location(_call("error", node.right), node.right)
+            call = _call("error", node.right, copy.deepcopy(node.left))
+            node.right = ast.copy_location(call, node.right)
         self.generic_visit(node)
         return node
-
-    def _is_weighed(self, node: ast.BinOp) -> bool:
-        is_product = isinstance(node.op, ast.Mult) and _is_square(node.right)
-        return is_product and bool(self._weighed & _names_in(node.left))
 
 
 def _interpolated(node: ast.BinOp) -> tuple[ast.BinOp, ast.BinOp] | None:
