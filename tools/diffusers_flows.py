@@ -156,7 +156,9 @@ def script_arguments(work: Path) -> list[str]:
     texts = {"instance_prompt": "a", "class_prompt": "b", "mixed_precision": "no"}
     numbers = {"resolution": RESOLUTION, "train_batch_size": BATCH, "max_sequence_length": 8, "seed": 0}
     numbers |= {"num_class_images": NUM_IMAGES, "lr_warmup_steps": 0}
-    return [part for name, value in {**paths, **texts, **numbers}.items() for part in (f"--{name}", str(value))]
+    return [
+        part for name, value in {**paths, **texts, **numbers}.items() for part in (f"--{name}", str(value))
+    ]
 
 
 def recorded(steps: Steps, script: Path, family: Family, start: Callable[[], int]) -> int:
@@ -354,7 +356,9 @@ def _numbers(state: Any, path: str = "") -> Iterator[tuple[str, float]]:
         for name, value in state.items():
             yield from _numbers(value, f"{path}/{name}")
     elif isinstance(state, Tensor):
-        yield from ((f"{path}/{place}", value) for place, value in enumerate(state.double().flatten().tolist()))
+        yield from (
+            (f"{path}/{place}", value) for place, value in enumerate(state.double().flatten().tolist())
+        )
     elif isinstance(state, list | tuple):
         yield from _numbers(dict(enumerate(state)), path)
     elif isinstance(state, bool | int | float):

@@ -16,7 +16,8 @@ Dims: B batch, T rows of the scheduler's table.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ class SigmaCalls(PolicyHolder):
         # The rows (B,) of the last draw and their sigmas (B,); None after a draw of the script.
         self._rows: Tensor | None = None
         self._sigmas: Tensor | None = None
+        # A draw of the script in whose place the policy draws when its rows are looked up.
+        self._later: _Later | None = None
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -102,6 +105,7 @@ class SigmaCalls(PolicyHolder):
         is_reversed: bool = False,
         has_weighting: bool = True,
         has_error: bool = True,
+        waits: bool = False,
     ) -> Tensor:
         """The u (B,) in [0, 1) in place of `compute_density_for_timestep_sampling(...)`.
 
@@ -115,14 +119,40 @@ class SigmaCalls(PolicyHolder):
             is_reversed: whether the script noises with 1 - sigma, as for Lumina2, where sigma = 1 is data.
             has_weighting: whether the script calls `weighting`.
             has_error: whether it calls `error`.
+            waits: whether the script sets the scheduler's table after its draw. Then its own u comes back,
+                and `checked` puts the policy's rows in place of its own.
 
         Raises:
             ValueError: the scheduler has no table of sigmas; the policy needs data, and `data` showed none;
                 or it weighs or learns, and the script has no place for that.
         """
+        self._rows = self._sigmas = self._later = None
         if not torch.is_grad_enabled():
-            self._rows = None
             return own()
+        draw = partial(
+            self._drawn,
+            noise_scheduler=noise_scheduler,
+            preconditions=preconditions,
+            is_reversed=is_reversed,
+            has_weighting=has_weighting,
+            has_error=has_error,
+        )
+        if not waits:
+            return draw(own)
+        u = own()
+        self._later = _Later(u, partial(draw, _after(u, own)))
+        return u
+
+    def _drawn(
+        self,
+        own: Callable[[], Tensor],
+        *,
+        noise_scheduler: Callable[[], Any],
+        preconditions: Callable[[], Any] | None,
+        is_reversed: bool,
+        has_weighting: bool,
+        has_error: bool,
+    ) -> Tensor:
         scheduler = noise_scheduler()
         predicted = "x0" if preconditions is not None and preconditions() else "flow"
         draws = self._draws_for(scheduler, self._prediction_type or predicted, is_reversed)
@@ -141,18 +171,33 @@ class SigmaCalls(PolicyHolder):
 
     def rows(self, own: Callable[[], Tensor], noise_scheduler: Callable[[], Any], **options: Any) -> Tensor:
         """Rows (B,) in place of those that a script draws without u, in their dtype; see `density`."""
-        if not torch.is_grad_enabled():
-            self._rows = None
-            return own()
-        num_rows = len(noise_scheduler().sigmas)
         drawn = own()
-        u = self.density(lambda: (own().float() + 0.5) / num_rows, noise_scheduler, **options)
+        if not torch.is_grad_enabled():
+            self._rows = self._sigmas = self._later = None
+            return drawn
+        # After `set_timesteps` a row of zero follows, which no timestep has.
+        num_rows = int((torch.as_tensor(noise_scheduler().sigmas) > 0).sum())
+        again = _after(drawn, own)
+        u = self.density(lambda: (again().float() + 0.5) / num_rows, noise_scheduler, **options)
         return (u.double() * num_rows).long().to(drawn)
 
     def checked(self, rows: Any) -> Any:
-        """The rows (B,) by which a script looks its timesteps up. ValueError if others were drawn."""
-        drawn = self._rows if torch.is_grad_enabled() else None
-        if drawn is None or (isinstance(rows, Tensor) and torch.equal(rows.cpu(), drawn)):
+        """The rows (B,) by which a script looks its timesteps up, or the policy's in their place.
+
+        Raises:
+            ValueError: the script looks up other rows than were drawn.
+        """
+        if not torch.is_grad_enabled():
+            return rows
+        later = self._later
+        if later is not None:
+            if self._rows is None:
+                later.draw()
+            assert self._rows is not None
+            T = len(self.policy.density)
+            if isinstance(rows, Tensor) and torch.equal(rows.cpu(), (later.u * T).long().cpu()):
+                return self._rows.to(rows)
+        elif self._rows is None or (isinstance(rows, Tensor) and torch.equal(rows.cpu(), self._rows)):
             return rows
         raise ValueError(
             "the script looks its timesteps up in other rows than the policy drew: it trains on a part of"
@@ -280,7 +325,7 @@ class SigmaCalls(PolicyHolder):
             noise = noise.where(noise > 0, noise[noise > 0].min() / 2)
             schedule = replace(schedule, alpha=schedule.sigma.flip(0), sigma=noise)
         # A shift of the script's sigma is one the other way of 1 - sigma.
-        shift = shift_of(scheduler)
+        shift = _shift_in(scheduler)
         return SeparateDraws(
             with_shifted_boundary(self._config, 1 / shift if is_reversed else shift),
             schedule=schedule,
@@ -297,6 +342,30 @@ class SigmaCalls(PolicyHolder):
                 "the script weighs its loss at other sigmas than the policy drew: a second draw of its own"
                 " (such as for audio), or a part of the batch"
             )
+
+
+@dataclass(frozen=True)
+class _Later:
+    u: Tensor
+    draw: Callable[[], Tensor]
+
+
+def _after(drawn: Tensor, own: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`own`, whose first value is drawn already: a script's generators go on as without the policy."""
+    first = [drawn]
+    return lambda: first.pop() if first else own()
+
+
+def _shift_in(scheduler: Any) -> float:
+    """The shift s > 0 in a scheduler's table as it is now, by resolution too; 1 if there is none."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return shift_of(scheduler)
+    sigmas = torch.as_tensor(scheduler.sigmas).double()
+    sigmas = sigmas[sigmas > 0]
+    row = len(sigmas) // 2
+    # Without a shift, row r of T has sigma 1 - r / T. A shift multiplies sigma / (1 - sigma).
+    plain, shifted = 1 - row / len(sigmas), float(sigmas[row])
+    return round(shifted * (1 - plain) / ((1 - shifted) * plain), 4)
 
 
 def _clock(num_rows: int, is_reversed: bool) -> HostsTime:

@@ -1,4 +1,4 @@
-"""Tiny Stable Diffusion 3 and Flux pipelines in the hub's layout, with random weights, and folders of images."""
+"""Tiny Stable Diffusion 3 and Flux pipelines in the hub's layout, random weights, and folders of images."""
 
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,7 @@ def write_sd3(folder: Path) -> None:
 
     parts = _parts()
     text = parts.pop("text_config")
-    encoders = {
-        name: CLIPTextModelWithProjection(text).eval() for name in ("text_encoder", "text_encoder_2")
-    }
+    encoders = {name: CLIPTextModelWithProjection(text).eval() for name in ("text_encoder", "text_encoder_2")}
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=RESOLUTION // 2,
         patch_size=2,
