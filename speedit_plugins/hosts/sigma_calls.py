@@ -175,8 +175,7 @@ class SigmaCalls(PolicyHolder):
         if not torch.is_grad_enabled():
             self._rows = self._sigmas = self._later = None
             return drawn
-        # After `set_timesteps` a row of zero follows, which no timestep has.
-        num_rows = int((torch.as_tensor(noise_scheduler().sigmas) > 0).sum())
+        num_rows = len(noise_scheduler().timesteps)
         again = _after(drawn, own)
         u = self.density(lambda: (again().float() + 0.5) / num_rows, noise_scheduler, **options)
         return (u.double() * num_rows).long().to(drawn)
@@ -360,8 +359,7 @@ def _shift_in(scheduler: Any) -> float:
     """The shift s > 0 in a scheduler's table as it is now, by resolution too; 1 if there is none."""
     if not scheduler.config.get("use_dynamic_shifting"):
         return shift_of(scheduler)
-    sigmas = torch.as_tensor(scheduler.sigmas).double()
-    sigmas = sigmas[sigmas > 0]
+    sigmas = torch.as_tensor(scheduler.sigmas).double()[: len(scheduler.timesteps)]
     row = len(sigmas) // 2
     # Without a shift, row r of T has sigma 1 - r / T. A shift multiplies sigma / (1 - sigma).
     plain, shifted = 1 - row / len(sigmas), float(sigmas[row])
