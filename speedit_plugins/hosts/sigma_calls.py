@@ -16,7 +16,7 @@ Dims: B batch, T rows of the scheduler's table.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import PolicyHolder, refuse_double_weights
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
-from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.schedules import from_diffusers, shift_of
+from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws, refuse_without_loss
+from speedit_plugins.hosts.sigma_rows import Later, clock_of, resumed, shift_in
 from speedit_plugins.hosts.state_file import keep_in_checkpoints
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
 from speedit_plugins.registry import Config
@@ -88,8 +88,10 @@ class SigmaCalls(PolicyHolder):
         # The rows (B,) of the last draw and their sigmas (B,); None after a draw of the script.
         self._rows: Tensor | None = None
         self._sigmas: Tensor | None = None
+        # Whether the script draws from a part of the rows.
+        self._is_part = False
         # A draw of the script in whose place the policy draws when its rows are looked up.
-        self._later: _Later | None = None
+        self._later: Later | None = None
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -127,6 +129,7 @@ class SigmaCalls(PolicyHolder):
                 or it weighs or learns, and the script has no place for that.
         """
         self._rows = self._sigmas = self._later = None
+        self._is_part = False
         if not torch.is_grad_enabled():
             return own()
         draw = partial(
@@ -140,7 +143,7 @@ class SigmaCalls(PolicyHolder):
         if not waits:
             return draw(own)
         u = own()
-        self._later = _Later(u, partial(draw, _after(u, own)))
+        self._later = Later(u, partial(draw, resumed(u, own)))
         return u
 
     def _drawn(
@@ -164,20 +167,34 @@ class SigmaCalls(PolicyHolder):
             self._on_use(self)
             self._on_use = None
         T = len(draws.policy.density)
-        u = draws.times(own, clock=_clock(T, is_reversed))
+        u = draws.times(own, clock=clock_of(T, is_reversed))
         self._rows = (u * T).long().clamp(max=T - 1).cpu()
         self._sigmas = torch.as_tensor(scheduler.sigmas).float().cpu()[self._rows]
         return u
 
-    def rows(self, own: Callable[[], Tensor], noise_scheduler: Callable[[], Any], **options: Any) -> Tensor:
-        """Rows (B,) in place of those that a script draws without u, in their dtype; see `density`."""
+    def rows(
+        self,
+        own: Callable[[], Tensor],
+        noise_scheduler: Callable[[], Any],
+        *,
+        by: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Rows (B,) in place of those that a script draws without u, in their dtype.
+
+        Args:
+            own, noise_scheduler, options: see `density`.
+            by: returns what draws them. If it draws from a part of the rows, its `num_idx` says so, as in
+                VideoX-Fun; then `checked` refuses a policy with a law of its own.
+        """
         drawn = own()
         if not torch.is_grad_enabled():
             self._rows = self._sigmas = self._later = None
             return drawn
         num_rows = len(noise_scheduler().timesteps)
-        again = _after(drawn, own)
+        again = resumed(drawn, own)
         u = self.density(lambda: (again().float() + 0.5) / num_rows, noise_scheduler, **options)
+        self._is_part = getattr(None if by is None else by(), "num_idx", num_rows) != num_rows
         return (u.double() * num_rows).long().to(drawn)
 
     def checked(self, rows: Any) -> Any:
@@ -194,10 +211,14 @@ class SigmaCalls(PolicyHolder):
                 later.draw()
             assert self._rows is not None
             T = len(self.policy.density)
-            if isinstance(rows, Tensor) and torch.equal(rows.cpu(), (later.u * T).long().cpu()):
-                return self._rows.to(rows)
-        elif self._rows is None or (isinstance(rows, Tensor) and torch.equal(rows.cpu(), self._rows)):
+            expected = (later.u * T).long().cpu()
+        elif self._rows is None:
             return rows
+        else:
+            expected = self._rows
+        is_all = not self._is_part or self.policy.is_relative
+        if is_all and isinstance(rows, Tensor) and torch.equal(rows.cpu(), expected):
+            return self._rows.to(rows) if later is not None else rows
         raise ValueError(
             "the script looks its timesteps up in other rows than the policy drew: it trains on a part of"
             " them (two experts; min and max timesteps), and that part cannot be drawn from here"
@@ -324,7 +345,7 @@ class SigmaCalls(PolicyHolder):
             noise = noise.where(noise > 0, noise[noise > 0].min() / 2)
             schedule = replace(schedule, alpha=schedule.sigma.flip(0), sigma=noise)
         # A shift of the script's sigma is one the other way of 1 - sigma.
-        shift = _shift_in(scheduler)
+        shift = shift_in(scheduler)
         return SeparateDraws(
             with_shifted_boundary(self._config, 1 / shift if is_reversed else shift),
             schedule=schedule,
@@ -341,40 +362,3 @@ class SigmaCalls(PolicyHolder):
                 "the script weighs its loss at other sigmas than the policy drew: a second draw of its own"
                 " (such as for audio), or a part of the batch"
             )
-
-
-@dataclass(frozen=True)
-class _Later:
-    u: Tensor
-    draw: Callable[[], Tensor]
-
-
-def _after(drawn: Tensor, own: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`own`, whose first value is drawn already: a script's generators go on as without the policy."""
-    first = [drawn]
-    return lambda: first.pop() if first else own()
-
-
-def _shift_in(scheduler: Any) -> float:
-    """The shift s > 0 in a scheduler's table as it is now, by resolution too; 1 if there is none."""
-    if not scheduler.config.get("use_dynamic_shifting"):
-        return shift_of(scheduler)
-    sigmas = torch.as_tensor(scheduler.sigmas).double()[: len(scheduler.timesteps)]
-    row = len(sigmas) // 2
-    # Without a shift, row r of T has sigma 1 - r / T. A shift multiplies sigma / (1 - sigma).
-    plain, shifted = 1 - row / len(sigmas), float(sigmas[row])
-    return round(shifted * (1 - plain) / ((1 - shifted) * plain), 4)
-
-
-def _clock(num_rows: int, is_reversed: bool) -> HostsTime:
-    """How a u in [0, 1) counts time: row floor(u T) of a table that begins with noise, or with data."""
-
-    def time_of(u: Tensor) -> Tensor:
-        row = (u.double() * num_rows).long()
-        return ((row if is_reversed else num_rows - 1 - row).float() + 0.5) / num_rows
-
-    def u_of(draw: TimestepDraw, u: Tensor) -> Tensor:
-        row = draw.index if is_reversed else num_rows - 1 - draw.index
-        return ((row.float() + 0.5) / num_rows).to(u)
-
-    return HostsTime(time_of, u_of)

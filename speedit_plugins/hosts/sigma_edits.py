@@ -142,6 +142,8 @@ class _Editor(ast.NodeTransformer):
             if lookup.preconditions is not None:
                 option = _deferred(copy.deepcopy(lookup.preconditions))
                 call.keywords.append(ast.keyword("preconditions", option))
+            if lookup.method == "rows":
+                call.keywords.append(ast.keyword("by", _deferred(copy.deepcopy(node.func))))
             if lookup.waits:
                 call.keywords.append(ast.keyword("waits", ast.Constant(True)))
             self.densities.append(call)

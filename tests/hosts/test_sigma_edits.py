@@ -196,6 +196,19 @@ class TestRefusedForms:
         with pytest.raises(ValueError, match="looks its timesteps up in other rows"):
             started(windowed, "logit_normal", batch=64)
 
+    def test_a_part_of_the_rows_in_another_branch(self) -> None:
+        class Part:
+            num_idx = 400
+
+            def __call__(self, number: int) -> torch.Tensor:
+                return torch.randint(600, 1000, (number,))
+
+        names = {"args": SimpleNamespace(is_uniform=True), "draw_rows": Part()}
+        with pytest.raises(ValueError, match=r"trains on a part of them \(two experts"):
+            started(OTHER_BRANCH, "logit_normal", **names)
+        # A policy that thins keeps the script's own draws.
+        assert int(started(OTHER_BRANCH, DRAWS_SPEED, batch=N, **names).rows.min()) == 600
+
     def test_weights_of_both(self) -> None:
         args = SimpleNamespace(scheme="sigma_sqrt")
         with pytest.raises(ValueError, match="--weighting_scheme weighs the loss already"):
