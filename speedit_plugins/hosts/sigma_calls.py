@@ -17,6 +17,7 @@ Dims: B batch, T rows of the scheduler's table.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import PolicyHolder, refuse_double_weights
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
-from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.schedules import from_diffusers, shift_of
+from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws, refuse_without_loss
+from speedit_plugins.hosts.sigma_rows import Later, clock_of, resumed, shift_in
 from speedit_plugins.hosts.state_file import keep_in_checkpoints
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
 from speedit_plugins.registry import Config
@@ -87,6 +88,10 @@ class SigmaCalls(PolicyHolder):
         # The rows (B,) of the last draw and their sigmas (B,); None after a draw of the script.
         self._rows: Tensor | None = None
         self._sigmas: Tensor | None = None
+        # Whether the script draws from a part of the rows.
+        self._is_part = False
+        # A draw of the script in whose place the policy draws when its rows are looked up.
+        self._later: Later | None = None
 
     @property
     def policy(self) -> TimestepPolicy:
@@ -102,6 +107,7 @@ class SigmaCalls(PolicyHolder):
         is_reversed: bool = False,
         has_weighting: bool = True,
         has_error: bool = True,
+        waits: bool = False,
     ) -> Tensor:
         """The u (B,) in [0, 1) in place of `compute_density_for_timestep_sampling(...)`.
 
@@ -115,14 +121,41 @@ class SigmaCalls(PolicyHolder):
             is_reversed: whether the script noises with 1 - sigma, as for Lumina2, where sigma = 1 is data.
             has_weighting: whether the script calls `weighting`.
             has_error: whether it calls `error`.
+            waits: whether the script sets the scheduler's table after its draw. Then its own u comes back,
+                and `checked` puts the policy's rows in place of its own.
 
         Raises:
             ValueError: the scheduler has no table of sigmas; the policy needs data, and `data` showed none;
                 or it weighs or learns, and the script has no place for that.
         """
+        self._rows = self._sigmas = self._later = None
+        self._is_part = False
         if not torch.is_grad_enabled():
-            self._rows = None
             return own()
+        draw = partial(
+            self._drawn,
+            noise_scheduler=noise_scheduler,
+            preconditions=preconditions,
+            is_reversed=is_reversed,
+            has_weighting=has_weighting,
+            has_error=has_error,
+        )
+        if not waits:
+            return draw(own)
+        u = own()
+        self._later = Later(u, partial(draw, resumed(u, own)))
+        return u
+
+    def _drawn(
+        self,
+        own: Callable[[], Tensor],
+        *,
+        noise_scheduler: Callable[[], Any],
+        preconditions: Callable[[], Any] | None,
+        is_reversed: bool,
+        has_weighting: bool,
+        has_error: bool,
+    ) -> Tensor:
         scheduler = noise_scheduler()
         predicted = "x0" if preconditions is not None and preconditions() else "flow"
         draws = self._draws_for(scheduler, self._prediction_type or predicted, is_reversed)
@@ -134,26 +167,58 @@ class SigmaCalls(PolicyHolder):
             self._on_use(self)
             self._on_use = None
         T = len(draws.policy.density)
-        u = draws.times(own, clock=_clock(T, is_reversed))
+        u = draws.times(own, clock=clock_of(T, is_reversed))
         self._rows = (u * T).long().clamp(max=T - 1).cpu()
         self._sigmas = torch.as_tensor(scheduler.sigmas).float().cpu()[self._rows]
         return u
 
-    def rows(self, own: Callable[[], Tensor], noise_scheduler: Callable[[], Any], **options: Any) -> Tensor:
-        """Rows (B,) in place of those that a script draws without u, in their dtype; see `density`."""
-        if not torch.is_grad_enabled():
-            self._rows = None
-            return own()
-        num_rows = len(noise_scheduler().sigmas)
+    def rows(
+        self,
+        own: Callable[[], Tensor],
+        noise_scheduler: Callable[[], Any],
+        *,
+        by: Callable[[], Any] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Rows (B,) in place of those that a script draws without u, in their dtype.
+
+        Args:
+            own, noise_scheduler, options: see `density`.
+            by: returns what draws them. If it draws from a part of the rows, its `num_idx` says so, as in
+                VideoX-Fun; then `checked` refuses a policy with a law of its own.
+        """
         drawn = own()
-        u = self.density(lambda: (own().float() + 0.5) / num_rows, noise_scheduler, **options)
+        if not torch.is_grad_enabled():
+            self._rows = self._sigmas = self._later = None
+            return drawn
+        num_rows = len(noise_scheduler().timesteps)
+        again = resumed(drawn, own)
+        u = self.density(lambda: (again().float() + 0.5) / num_rows, noise_scheduler, **options)
+        self._is_part = getattr(None if by is None else by(), "num_idx", num_rows) != num_rows
         return (u.double() * num_rows).long().to(drawn)
 
     def checked(self, rows: Any) -> Any:
-        """The rows (B,) by which a script looks its timesteps up. ValueError if others were drawn."""
-        drawn = self._rows if torch.is_grad_enabled() else None
-        if drawn is None or (isinstance(rows, Tensor) and torch.equal(rows.cpu(), drawn)):
+        """The rows (B,) by which a script looks its timesteps up, or the policy's in their place.
+
+        Raises:
+            ValueError: the script looks up other rows than were drawn.
+        """
+        if not torch.is_grad_enabled():
             return rows
+        later = self._later
+        if later is not None:
+            if self._rows is None:
+                later.draw()
+            assert self._rows is not None
+            T = len(self.policy.density)
+            expected = (later.u * T).long().cpu()
+        elif self._rows is None:
+            return rows
+        else:
+            expected = self._rows
+        is_all = not self._is_part or self.policy.is_relative
+        if is_all and isinstance(rows, Tensor) and torch.equal(rows.cpu(), expected):
+            return self._rows.to(rows) if later is not None else rows
         raise ValueError(
             "the script looks its timesteps up in other rows than the policy drew: it trains on a part of"
             " them (two experts; min and max timesteps), and that part cannot be drawn from here"
@@ -192,15 +257,26 @@ class SigmaCalls(PolicyHolder):
             )
         return scaled(weights.float(), ours.to(weights.device))
 
-    def error(self, error: Tensor) -> Tensor:
+    def error(self, error: Tensor, weights: Tensor | None = None) -> Tensor:
         """The squared error (B, ...) that a script multiplies by its weights, as it is, to learn from.
 
+        Args:
+            error: of the batch, or of a part of it.
+            weights: that multiply it, (B, 1, ...), as the script has them here.
+
         Raises:
-            ValueError: it is of a part of the batch, and the policy learns or draws pairs.
+            ValueError: it is of a part of the batch, and the policy learns or draws pairs; or the weights
+                are those of other samples too.
         """
         if not torch.is_grad_enabled() or self._rows is None:
             return error
         policy = self.policy
+        if weights is not None and len(weights) != len(error) and not is_constant(policy.weight):
+            raise ValueError(
+                f"the script multiplies the weights of {len(weights)} samples with the errors of"
+                f" {len(error)} (prior preservation), and {policy.name!r} weighs each of them: take a policy"
+                " that only draws, or edit the script by hand with FlowScript"
+            )
         if len(error) != len(self._rows) and (policy.learns or draws_pairs(policy)):
             raise ValueError(
                 f"{policy.name!r} {'learns from each loss' if policy.learns else 'draws pairs'}, and this"
@@ -269,7 +345,7 @@ class SigmaCalls(PolicyHolder):
             noise = noise.where(noise > 0, noise[noise > 0].min() / 2)
             schedule = replace(schedule, alpha=schedule.sigma.flip(0), sigma=noise)
         # A shift of the script's sigma is one the other way of 1 - sigma.
-        shift = shift_of(scheduler)
+        shift = shift_in(scheduler)
         return SeparateDraws(
             with_shifted_boundary(self._config, 1 / shift if is_reversed else shift),
             schedule=schedule,
@@ -286,17 +362,3 @@ class SigmaCalls(PolicyHolder):
                 "the script weighs its loss at other sigmas than the policy drew: a second draw of its own"
                 " (such as for audio), or a part of the batch"
             )
-
-
-def _clock(num_rows: int, is_reversed: bool) -> HostsTime:
-    """How a u in [0, 1) counts time: row floor(u T) of a table that begins with noise, or with data."""
-
-    def time_of(u: Tensor) -> Tensor:
-        row = (u.double() * num_rows).long()
-        return ((row if is_reversed else num_rows - 1 - row).float() + 0.5) / num_rows
-
-    def u_of(draw: TimestepDraw, u: Tensor) -> Tensor:
-        row = draw.index if is_reversed else num_rows - 1 - draw.index
-        return ((row.float() + 0.5) / num_rows).to(u)
-
-    return HostsTime(time_of, u_of)

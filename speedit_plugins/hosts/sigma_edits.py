@@ -70,6 +70,8 @@ class _Lookup:
     subscripts: list[ast.Subscript]
     # Tells whether the model's output is turned into data before its error is taken; None if it never is.
     preconditions: ast.expr | None
+    # Whether the scheduler's table is set between the draw and the lookup.
+    waits: bool
     method: str = "density"
 
 
@@ -90,13 +92,22 @@ def _lookups(tree: ast.Module, sites: SigmaSites) -> dict[ast.Call, _Lookup]:
             if len(schedulers) == 1:
                 scheduler: Any = subscripts[0].value
                 option = _option(scope, "precondition_outputs")
-                found[draw] = _Lookup(scheduler.value, subscripts, option)
+                waits = _sets_table(scope, schedulers.pop(), draw.lineno, subscripts[0].lineno)
+                found[draw] = _Lookup(scheduler.value, subscripts, option, waits)
                 looked_up = rows & {each for node in subscripts for each in _names_in(node.slice)}
                 others = _other_draws(scope, looked_up - {name})
-                found |= {other: _Lookup(scheduler.value, [], option, "rows") for other in others}
+                found |= {other: _Lookup(scheduler.value, [], option, waits, "rows") for other in others}
             else:
                 sites.other_draws.append(draw.lineno)
     return found
+
+
+def _sets_table(scope: ast.AST, scheduler: str, after: int, before: int) -> bool:
+    """Whether the scheduler's `set_timesteps` is called between two lines, as for a shift by resolution."""
+    calls = (node for node in _in_scope(scope) if isinstance(node, ast.Call))
+    return any(
+        called(node) == f"{scheduler}.set_timesteps" and after < node.lineno <= before for node in calls
+    )
 
 
 def _other_draws(scope: ast.AST, rows: set[str]) -> Iterator[ast.Call]:
@@ -131,6 +142,10 @@ class _Editor(ast.NodeTransformer):
             if lookup.preconditions is not None:
                 option = _deferred(copy.deepcopy(lookup.preconditions))
                 call.keywords.append(ast.keyword("preconditions", option))
+            if lookup.method == "rows":
+                call.keywords.append(ast.keyword("by", _deferred(copy.deepcopy(node.func))))
+            if lookup.waits:
+                call.keywords.append(ast.keyword("waits", ast.Constant(True)))
             self.densities.append(call)
             return ast.copy_location(call, node)
         if called(node) in ("Accelerator", "accelerate.Accelerator"):
@@ -163,13 +178,10 @@ class _Editor(ast.NodeTransformer):
             isinstance(node.op, ast.Mult) and self._weighed & _names_in(node.left) and _is_square(node.right)
         ):
             self._sites.errors.append(node.lineno)
-            node.right = ast.copy_location(_call("error", node.right), node.right)
+            call = _call("error", node.right, copy.deepcopy(node.left))
+            node.right = ast.copy_location(call, node.right)
         self.generic_visit(node)
         return node
-
-    def _is_weighed(self, node: ast.BinOp) -> bool:
-        is_product = isinstance(node.op, ast.Mult) and _is_square(node.right)
-        return is_product and bool(self._weighed & _names_in(node.left))
 
 
 def _interpolated(node: ast.BinOp) -> tuple[ast.BinOp, ast.BinOp] | None:
