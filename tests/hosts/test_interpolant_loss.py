@@ -1,6 +1,8 @@
 """Losses with an `interpolant`: the contract on stand-ins, and what is refused."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from speedit_plugins import policy_of, with_policy
 from speedit_plugins.hosts.factories import Factory
 from speedit_plugins.hosts.interpolant_call import form_of
-from speedit_plugins.launch import NoSeamError, parsed
+from speedit_plugins.launch import NoSeamError, main, parsed
 from speedit_plugins.policies.policy import TimestepPolicy
 
 IMAGES = torch.zeros(6, 4, 4, 4)
@@ -151,3 +153,45 @@ class TestTheLauncherKnowsTheClass:
         assert not factory.is_class(dict)
         assert not factory.is_class(SILoss())
         assert form_of(dict()) is None
+
+
+LOSS = """
+from interpolant_standins import SILoss as Base
+class SILoss(Base):
+    def interpolant(self, t):
+        return super().interpolant(t)
+    def __call__(self, model, images, model_kwargs=None, zs=None):
+        return super().__call__(model, images, model_kwargs, zs)
+"""
+INTERPOLANT_TRAIN = """
+import torch
+from loss import SILoss
+from conformance.interpolant import AlignedModel
+class Mine(SILoss):
+    pass
+model, loss_fn = AlignedModel(), {name}(path_type="cosine")
+assert isinstance(loss_fn, SILoss)
+opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+x = torch.zeros(5000, 4, 2, 2)
+loss_fn(model, x, {{}}, zs=[torch.ones(5000, 1, 8)])[0].mean().backward()
+opt.step()
+print("late", float((model.seen[0] > 0.9).float().mean()))
+"""
+
+
+@pytest.mark.parametrize("name", ["SILoss", "Mine"])
+def test_the_launcher_puts_a_policy_into_the_class(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.py").write_text(LOSS)
+    script = tmp_path / "train.py"
+    script.write_text(INTERPOLANT_TRAIN.format(name=name))
+    # What the script imports is forgotten afterwards.
+    monkeypatch.setitem(sys.modules, "loss", ModuleType("loss"))
+    del sys.modules["loss"]
+    assert main(["--policy", "speed", str(script)]) == 0
+    printed = capsys.readouterr()
+    assert "REPA, REG, seam B, policy speed: boundary 947 of 1000 timesteps" in printed.err
+    # On the cosine path sigma / alpha = tan(pi t / 2), so SNR 1/143 is t = 0.9469. Past 0.9 there are 0.0469
+    # of the times, and a fifth of 0.0531: 0.0600 of 0.9575, within 4 binomial sigma.
+    assert abs(float(printed.out.split()[-1]) - 0.0600) < 4 * (0.06 / 5000) ** 0.5
