@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
-from host_training import fit, tenths
 from torch import Tensor, nn
+from whole_trainings.checks import fit, tenths
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 
