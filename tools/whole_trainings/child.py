@@ -66,6 +66,8 @@ def start(spec_path: str, log: str, environment: Mapping[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # What it was forked from may have put others in their place.
+    sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
     os.environ.update(environment)
     code = 1
     try:
@@ -74,7 +76,6 @@ def start(spec_path: str, log: str, environment: Mapping[str, str]) -> None:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 

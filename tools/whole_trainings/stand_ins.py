@@ -6,6 +6,7 @@ Dims: B batch, F frames, C channels, H height, W width, N tokens, D width.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -192,7 +193,8 @@ def _without_cuda() -> None:
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, _nothing)
     torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
+    # mmengine looks for one device per rank.
+    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.current_device = lambda: 0
     OnCpu().__enter__()
 
