@@ -16,7 +16,7 @@ from whole_trainings.runs import Run, Script
 
 # The smallest size for patches of 8 and latents of an eighth.
 SIZE, NUM_FRAMES, BATCH, STEPS_PER_EPOCH = 64, 2, 32, 5
-NUM_EPOCHS = 12
+NUM_EPOCHS = 8
 SCHEDULE = NoiseSchedule.linear
 POLICY = "speedit"
 
