@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.trainer.parallel import booster
-from whole_trainings.stand_ins import _module
+from whole_trainings.stand_ins import module_with
 
 NAMES = (
     "ColossalAI's checks for a GPU (ZeRO is built on the CPU, without overlapped communication)",
@@ -66,6 +66,7 @@ class HybridAdam(torch.optim.AdamW):
 
 def install() -> list[str]:
     """Makes ColossalAI run here. Call it before CUDA is stood in for. Returns what was replaced."""
+    # The trainer of this project needs the same of ColossalAI on a CPU.
     booster._set_accelerator(torch.device("cpu"))
     booster._import_quietly()
     low_level = import_module("colossalai.zero.low_level").LowLevelZeroOptimizer
@@ -79,9 +80,9 @@ def install() -> list[str]:
 
     plugin.__init__ = without_overlap
     import_module("colossalai.nn.optimizer").HybridAdam = HybridAdam
-    fmha = _module("xformers.ops.fmha", BlockDiagonalMask=BlockDiagonalMask)
-    ops = _module("xformers.ops", fmha=fmha, memory_efficient_attention=attention)
-    for module in (_module("xformers", ops=ops), ops, fmha):
+    fmha = module_with("xformers.ops.fmha", BlockDiagonalMask=BlockDiagonalMask)
+    ops = module_with("xformers.ops", fmha=fmha, memory_efficient_attention=attention)
+    for module in (module_with("xformers", ops=ops), ops, fmha):
         sys.modules[module.__name__] = module
     dist.all_to_all = gathered_all_to_all
     return [*NAMES, ALL_TO_ALL]

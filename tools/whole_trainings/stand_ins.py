@@ -105,14 +105,15 @@ def install_common() -> list[str]:
     import_module("diffusers").AutoencoderKL, import_module("transformers").T5EncoderModel  # noqa: B018 - lazy
     sys.modules.update(_torchvision())
     sys.modules.update(_timm())
-    sys.modules["ftfy"] = _module("ftfy", fix_text=_same)
-    sys.modules["bs4"] = _module("bs4", BeautifulSoup=lambda text, **_: SimpleNamespace(text=text))
+    sys.modules["ftfy"] = module_with("ftfy", fix_text=_same)
+    sys.modules["bs4"] = module_with("bs4", BeautifulSoup=lambda text, **_: SimpleNamespace(text=text))
     sys.meta_path.append(StandIns(UNUSED))
     _without_cuda()
     return list(COMMON)
 
 
-def _module(name: str, **contents: Any) -> ModuleType:
+def module_with(name: str, **contents: Any) -> ModuleType:
+    """A module of this name that counts as installed."""
     module = ModuleType(name)
     # Libraries look at the spec to see what is installed.
     vars(module).update(contents, __spec__=ModuleSpec(name, None), __path__=[], __version__="0")
@@ -124,13 +125,13 @@ def _torchvision() -> dict[str, ModuleType]:
     top, transforms = modules["torchvision"], modules["torchvision.transforms"]
     vars(transforms).update(Normalize=Normalize, RandomResizedCrop=diffusers_stand_ins.RandomCrop)
     vars(transforms).update(Lambda=_same)
-    video = _module("torchvision.io", read_video=read_video, write_video=write_video)
-    video_file = _module("torchvision.io.video", read_video=read_video, write_video=write_video)
-    utils = _module("torchvision.utils", save_image=_refused, make_grid=_refused)
+    video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
+    video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
+    utils = module_with("torchvision.utils", save_image=_refused, make_grid=_refused)
     # What a host's CSV data set needs beside the videos.
-    folder = _module("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
-    download = _module("torchvision.datasets.utils", download_url=_refused)
-    datasets = _module("torchvision.datasets", folder=folder, utils=download)
+    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    download = module_with("torchvision.datasets.utils", download_url=_refused)
+    datasets = module_with("torchvision.datasets", folder=folder, utils=download)
     vars(top).update(io=video, utils=utils, datasets=datasets)
     added = (video, video_file, utils, folder, download, datasets)
     kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
@@ -150,32 +151,25 @@ def _timm() -> dict[str, ModuleType]:
     original = import_module("original_dit")
 
     class Mlp(original.Mlp):
-        """With timm's default for a width that is not given."""
+        """With timm's argument for another width of the result."""
 
         def __init__(
             self,
             in_features: int,
-            hidden_features: int | None = None,
+            hidden_features: int,
             out_features: int | None = None,
             act_layer: Any = nn.GELU,
             drop: float = 0.0,
         ) -> None:
-            activation = act_layer if callable(act_layer) and not isinstance(act_layer, nn.Module) else None
-            super().__init__(
-                in_features, hidden_features or in_features, activation or (lambda: act_layer), drop
-            )
-            out = out_features or in_features
-            if out != in_features:
-                self.fc2 = nn.Linear(hidden_features or in_features, out)
+            super().__init__(in_features, hidden_features, act_layer, drop)
+            if out_features is not None:
+                self.fc2 = nn.Linear(hidden_features, out_features)
 
-    layers = _module("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
+    layers = module_with("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
     vars(layers).update(Attention=original.Attention)
-    others = _module("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
-    timm = (_module("timm"), _module("timm.models"), layers, others, _module("timm.layers", **vars(others)))
-    return {
-        name: module
-        for name, module in zip([m.__name__ for m in timm[:4]] + ["timm.layers"], timm, strict=True)
-    }
+    others = module_with("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
+    timm = (module_with("timm"), module_with("timm.models"), layers, others)
+    return {module.__name__: module for module in timm}
 
 
 def _without_cuda() -> None:
