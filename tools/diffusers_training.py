@@ -36,8 +36,8 @@ from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_
 from diffusers_flows import is_flow
 from diffusers_flows import is_right as is_right_flow
 from diffusers_flows import run as run_flow
-from host_training import fit, tenths
 from torch import Tensor, nn
+from whole_trainings.checks import fit, tenths
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 
