@@ -1,0 +1,187 @@
+"""A training script and the modules of its project that it imports, read and parsed. None of them is run."""
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from speedit_plugins.launch_options import LaunchError
+
+# A folder with one of these is the root of a project.
+_ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "LICENSE*")
+# Calls that import modules whose names the text of a script may not have.
+_IMPORTERS = ("__import__", "import_dir", "import_module", "iter_modules", "walk_packages")
+MAX_MODULES = 400
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file.
+
+    Args:
+        path: of the file, absolute.
+        name: the path from the project's root, with forward slashes.
+        tree: of the whole file.
+    """
+
+    path: Path
+    name: str
+    tree: ast.Module = field(repr=False)
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        """The node around each node."""
+        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Names and attributes that the file uses or defines."""
+        found = (getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(self.tree))
+        defined = (getattr(node, "name", "") for node in ast.walk(self.tree))
+        return frozenset(word for word in (*found, *defined) if isinstance(word, str) and word)
+
+
+@dataclass(frozen=True)
+class Project:
+    """What was read.
+
+    Args:
+        root: the project's folder.
+        folders: where its modules are looked for: the script's folder, and those around it up to the root.
+        sources: the script, then modules that were asked for, then what the script imports, then what these do.
+        unread: modules that could not be read, by name.
+        is_cut: whether there are more than `MAX_MODULES`.
+    """
+
+    root: Path
+    folders: tuple[Path, ...]
+    sources: tuple[Source, ...]
+    unread: tuple[str, ...] = ()
+    is_cut: bool = False
+
+    @property
+    def script(self) -> Source:
+        return self.sources[0]
+
+
+def read_project(script: str, *also: str) -> Project:
+    """A script and its project's modules.
+
+    Args:
+        script: its path.
+        also: paths of more modules, from one of the project's folders; one that is missing is left out.
+
+    Raises:
+        LaunchError: there is no such file, or it is not Python.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise LaunchError(f"no script {script!r}")
+    path = path.resolve()
+    root = _root(path)
+    folders = tuple(folder for folder in path.parents if folder.is_relative_to(root))
+    try:
+        first = _read(path, root)
+    except (SyntaxError, ValueError) as error:
+        raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
+    sources, unread = [first], []
+    seen = {path}
+    waiting = [*_present(also, folders), *_imported(first, folders)]
+    # The list grows while it is read: what the script imports comes before what its modules import.
+    for found in waiting:
+        if found in seen:
+            continue
+        seen.add(found)
+        if len(sources) > MAX_MODULES:
+            return Project(root, folders, tuple(sources), tuple(unread), is_cut=True)
+        try:
+            source = _read(found, root)
+        except (SyntaxError, ValueError, OSError):
+            unread.append(found.relative_to(root).as_posix())
+            continue
+        sources.append(source)
+        waiting += _imported(source, folders)
+    return Project(root, folders, tuple(sources), tuple(unread))
+
+
+def _read(path: Path, root: Path) -> Source:
+    text = path.read_text(encoding="utf-8-sig")
+    return Source(path, path.relative_to(root).as_posix(), ast.parse(text, filename=str(path)))
+
+
+def _root(path: Path) -> Path:
+    """The nearest folder around a script that looks like a project's root; else the script's own folder."""
+    for folder in path.parents:
+        if any(next(folder.glob(mark), None) is not None for mark in _ROOT_MARKS):
+            return folder
+    return path.parent
+
+
+def _present(names: Iterable[str], folders: Sequence[Path]) -> Iterator[Path]:
+    for name in names:
+        yield from [folder / name for folder in folders if (folder / name).is_file()][:1]
+
+
+def _imported(source: Source, folders: Sequence[Path]) -> Iterator[Path]:
+    """Files that a file imports, with the packages around them."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _files(folders, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            start = [source.path.parents[node.level - 1]] if node.level else folders
+            prefix = f"{node.module}." if node.module else ""
+            for alias in node.names:
+                yield from _files(start, f"{prefix}{alias.name}")
+        elif isinstance(node, ast.Call) and _last_name(node.func) in _IMPORTERS:
+            yield from _imported_by_call(source, node, folders)
+
+
+def _imported_by_call(source: Source, call: ast.Call, folders: Sequence[Path]) -> Iterator[Path]:
+    """Files that `import_module` and the like may import."""
+    for text in (_beginning(value) for value in call.args):
+        name = text.rstrip(".")
+        if name.isidentifier() or "." in name.lstrip("."):
+            yield from _files(folders, name)
+            yield from _below(_folder(folders, name))
+    if source.path.name == "__init__.py" and not any(isinstance(value, ast.Constant) for value in call.args):
+        yield from _below(source.path.parent)
+
+
+def _files(folders: Sequence[Path], module: str) -> list[Path]:
+    """The files that importing a module runs; empty if no folder has it."""
+    for folder in folders:
+        found, here = [], folder
+        for part in module.split("."):
+            here = here / part
+            init, plain = here / "__init__.py", here.with_name(f"{part}.py")
+            if here.is_dir():
+                found += [init] if init.is_file() else []
+            elif plain.is_file():
+                return [*found, plain]
+            else:
+                # The last name may be a class or a function of the module before it.
+                break
+        if found:
+            return found
+    return []
+
+
+def _folder(folders: Sequence[Path], module: str) -> Path | None:
+    places = (folder.joinpath(*module.split(".")) for folder in folders)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _below(folder: Path | None) -> list[Path]:
+    return [] if folder is None else sorted(folder.rglob("*.py"))
+
+
+def _beginning(value: ast.expr) -> str:
+    """The text at the start of a string expression; "" if it begins with something else."""
+    first = value.values[0] if isinstance(value, ast.JoinedStr) and value.values else value
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
