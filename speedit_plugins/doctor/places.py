@@ -19,12 +19,15 @@ _TIME_FUNCTION = re.compile(r"time_?step|sigma|(^|_)t(_|$)|draw_time", re.IGNORE
 _LOSS = re.compile(r"loss|mse|(^|_)err(or)?s?($|_)", re.IGNORECASE)
 _PREDICTED = re.compile(r"pred|target|output|noise|(^|_)eps|velocity|(^|_)[uv]t?(_|$)", re.IGNORECASE)
 
+_TORCH = ("torch", "th")
 _DIRECT = {"randint": "index", "rand": "uniform", "rand_like": "uniform"}
 _NORMAL = ("randn", "randn_like", "normal")
 _SQUASHED: dict[str, DrawKind] = {"sigmoid": "logit_normal", "exp": "log_normal"}
+# The draw and the weights that many trainers have under these names (seam E).
+SHARED = ("compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3")
 # Functions of hosts that draw, by name. A new one is a word here.
 DRAWING = (
-    "compute_density_for_timestep_sampling",
+    SHARED[0],
     "get_noise_noisy_latents_and_timesteps",
     "get_noisy_model_input_and_timesteps",
     "sample_flow_sigmas",
@@ -34,12 +37,11 @@ DRAWING = (
 # Functions that return a loss, by name. The second group draws as well, if it is not given a timestep.
 LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "conditional_loss", "MSELoss")
 OBJECTIVES = ("training_losses", "p_losses")
-_WEIGHTING = ("compute_loss_weighting_for_sd3",)
 _MEANS = ("mean", "mean_flat", "sum", "sum_flat")
 # Files of other trainings and of parts that are not trained by timesteps.
 _ELSEWHERE = re.compile(
     r"(^|/)(tests?|vae|autoencoders?|tokenizers?|discriminators?|lpips|eval\w*|metrics?|infer\w*|demos?_?ui|"
-    r"pipelines?|samplers?|inference\w*|generate\w*|optimizers?|lyco\w*|stage1)(/|\.py|_)",
+    r"pipelines?|samplers?|inference\w*|generate\w*|optimizers?|datasets?|stage1)(/|\.py|_)",
     re.IGNORECASE,
 )
 
@@ -56,7 +58,8 @@ class Place:
         name: what it is assigned to, "" if nothing.
         call: the call that draws or makes the loss.
         scope: the function around it.
-        is_scalar: whether a loss is the mean of a batch, so that no weight of a sample can enter any more.
+        left: what a loss has one number for: "batch", "sample" or "value". After the mean of a batch no weight
+            of a sample can enter. "" for a draw, and for a place that only weighs.
     """
 
     source: Source
@@ -66,7 +69,7 @@ class Place:
     name: str
     call: ast.expr
     scope: ast.AST
-    is_scalar: bool = False
+    left: str = ""
 
     @property
     def where(self) -> str:
@@ -76,24 +79,23 @@ class Place:
     @property
     def code(self) -> str:
         """The statement on one line."""
-        node: ast.AST = self.call
-        while not isinstance(node, ast.stmt):
-            node = self.source.parents[node]
-        return ast.unparse(node) if not hasattr(node, "body") else ast.unparse(self.call)
+        statement = _statement(self.source, self.call)
+        return ast.unparse(self.call if hasattr(statement, "body") else statement)
+
+
+def is_training(source: Source) -> bool:
+    """Whether a module may be part of a training by timesteps, told by its path."""
+    return not _ELSEWHERE.search(source.name)
 
 
 def draws(source: Source) -> list[Place]:
     """The draws of timesteps in a file, by line."""
-    if _ELSEWHERE.search(source.name):
-        return []
     found = [place for scope in _scopes(source.tree) for place in _draws_in(source, scope)]
     return sorted(found, key=lambda place: place.line)
 
 
 def losses(source: Source) -> list[Place]:
     """The squared errors and losses in a file, by line."""
-    if _ELSEWHERE.search(source.name):
-        return []
     found: dict[int, Place] = {}
     for scope in _scopes(source.tree):
         for node in _in_scope(scope):
@@ -110,6 +112,12 @@ def last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def assigned_value(place: Place) -> ast.expr:
+    """The expression on the right of the place's assignment, or what it returns."""
+    value = getattr(_statement(place.source, place.call), "value", None)
+    return value if isinstance(value, ast.expr) else place.call
+
+
 def names_in(node: ast.AST) -> set[str]:
     """The names that an expression reads or writes."""
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
@@ -121,7 +129,7 @@ def _draws_in(source: Source, scope: ast.AST) -> Iterator[Place]:
     is_timed = any(_TIME.fullmatch(word) for word in _words(scope))
     for node in _in_scope(scope):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = _targets(node)
             name = _time_name(targets, is_timed)
             kind = _called(node.value, targets) or (_kind(node.value, normal) if name else None)
             if kind is not None:
@@ -163,27 +171,29 @@ def _called(value: ast.expr, targets: list[ast.expr]) -> tuple[str, ast.expr] | 
 
 
 def _loss(source: Source, scope: ast.AST, node: ast.AST) -> Place | None:
+    if not isinstance(node, ast.BinOp | ast.Call):
+        return None
     name = last_name(node) if isinstance(node, ast.Call) else ""
     statement = _statement(source, node)
-    assigned = getattr(statement, "targets", [getattr(statement, "target", None)])
-    target = "" if assigned[0] is None else _target(assigned)
-    if isinstance(node, ast.Call) and name in (*LOSSES, *OBJECTIVES, *_WEIGHTING):
-        is_reduced = name in LOSSES and not _keeps_samples(node)
-        outer = _around(source, node)
-        return _place(source, scope, statement, name, target, node, is_reduced or _takes_scalar(outer))
-    if not isinstance(node, ast.BinOp | ast.Call) or not _is_square(node):
-        return None
-    words = " ".join([target, *names_in(statement)])
-    function = getattr(scope, "name", "")
-    if not (_LOSS.search(target) or _LOSS.search(function) or _PREDICTED.search(words)):
-        return None
+    target = _target(_targets(statement))
+    if isinstance(node, ast.Call) and name == SHARED[1]:
+        return _place(source, scope, statement, name, target, node)
     outer = _around(source, node)
-    if outer is None and not _LOSS.search(target):
+    if isinstance(node, ast.Call) and name in LOSSES:
+        left = _left(outer, "value") if _keeps_values(node) else "batch"
+        return _place(source, scope, statement, name, target, node, left)
+    if isinstance(node, ast.Call) and name in OBJECTIVES and "super()" not in ast.unparse(node.func):
+        return _place(source, scope, statement, name, target, node, _left(outer, "sample"))
+    if not _is_square(node):
         return None
-    return _place(source, scope, statement, "square", target, node, _takes_scalar(outer))
+    is_loss = _LOSS.search(target) or (outer is not None and _LOSS.search(getattr(scope, "name", "")))
+    words = " ".join([target, *names_in(statement)])
+    if is_loss or (outer is not None and _PREDICTED.search(words)):
+        return _place(source, scope, statement, "square", target, node, _left(outer, "value"))
+    return None
 
 
-def _keeps_samples(call: ast.Call) -> bool:
+def _keeps_values(call: ast.Call) -> bool:
     """Whether a loss has `reduction="none"`, or one that is decided when it runs."""
     named = [keyword.value for keyword in call.keywords if keyword.arg in ("reduction", "reduce")]
     if named:
@@ -201,13 +211,14 @@ def _around(source: Source, node: ast.AST) -> ast.Call | None:
     return None
 
 
-def _takes_scalar(mean: ast.Call | None) -> bool:
-    """Whether `mean` or `sum` has no dimension to keep the samples by."""
-    if mean is None or last_name(mean).endswith("_flat"):
-        return False
-    is_of_torch = isinstance(mean.func, ast.Attribute) and ast.unparse(mean.func.value) in ("torch", "np", "jnp")
-    given = len(mean.args) - is_of_torch
-    return given < 1 and not any(keyword.arg in ("dim", "axis") for keyword in mean.keywords)
+def _left(mean: ast.Call | None, without: str) -> str:
+    """What is left of a batch by a mean or sum around a loss; `without` if there is none."""
+    if mean is None:
+        return without
+    is_of_torch = isinstance(mean.func, ast.Attribute) and ast.unparse(mean.func.value) in _TORCH
+    num_given = len(mean.args) - is_of_torch
+    has_dim = num_given > 0 or any(keyword.arg in ("dim", "axis") for keyword in mean.keywords)
+    return "sample" if has_dim or last_name(mean).endswith("_flat") else "batch"
 
 
 def _is_square(node: ast.AST) -> bool:
@@ -216,7 +227,7 @@ def _is_square(node: ast.AST) -> bool:
         base, power = node.left, node.right
     elif isinstance(node, ast.Call) and last_name(node) in ("pow", "square"):
         values = list(node.args)
-        is_method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "torch"
+        is_method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) not in _TORCH
         base = node.func.value if is_method and isinstance(node.func, ast.Attribute) else values.pop(0)
         power = values[0] if values else ast.Constant(2 if last_name(node) == "square" else None)
     else:
@@ -232,12 +243,11 @@ def _place(
     kind: str,
     name: str,
     call: ast.expr,
-    is_scalar: bool = False,
+    left: str = "",
 ) -> Place:
-    end = statement.end_lineno or statement.lineno
-    if hasattr(statement, "body"):
-        return Place(source, call.lineno, call.end_lineno or call.lineno, kind, name, call, scope, is_scalar)
-    return Place(source, statement.lineno, end, kind, name, call, scope, is_scalar)
+    # A loop or a condition is a statement of many lines: there the call is the place.
+    node = call if hasattr(statement, "body") else statement
+    return Place(source, node.lineno, node.end_lineno or node.lineno, kind, name, call, scope, left)
 
 
 def _time_name(targets: list[ast.expr], is_timed: bool) -> str:
@@ -249,8 +259,15 @@ def _time_name(targets: list[ast.expr], is_timed: bool) -> str:
     return ""
 
 
+def _targets(statement: ast.AST) -> list[ast.expr]:
+    """What an assignment assigns to."""
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    return [statement.target] if isinstance(statement, ast.AnnAssign | ast.AugAssign) else []
+
+
 def _target(targets: list[ast.expr]) -> str:
-    return ast.unparse(targets[0])
+    return ast.unparse(targets[0]) if targets else ""
 
 
 def _first(target: ast.expr) -> ast.expr:
@@ -268,7 +285,7 @@ def _call_of(value: ast.AST, names: tuple[str, ...], of_torch: bool = True) -> a
     """The first call of one of these functions in an expression; of_torch asks for `torch.` before it."""
     for node in ast.walk(value):
         if isinstance(node, ast.Call) and last_name(node) in names:
-            is_plain = not isinstance(node.func, ast.Attribute) or ast.unparse(node.func.value) == "torch"
+            is_plain = not isinstance(node.func, ast.Attribute) or ast.unparse(node.func.value) in _TORCH
             if is_plain or not of_torch:
                 return node
     return None

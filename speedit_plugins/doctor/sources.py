@@ -21,7 +21,7 @@ class Source:
 
     Args:
         path: of the file, absolute.
-        name: the path from the project's root, with forward slashes.
+        name: the path from the script's folder, or from the project's root if it is not in that folder.
         tree: of the whole file.
     """
 
@@ -48,8 +48,8 @@ class Project:
 
     Args:
         root: the project's folder.
-        folders: where its modules are looked for: the script's folder, and those around it up to the root.
-        sources: the script, then modules that were asked for, then what the script imports, then what these do.
+        folders: see `folders_of`.
+        sources: the script; modules that were asked for; what the script imports; what these import.
         unread: modules that could not be read, by name.
         is_cut: whether there are more than `MAX_MODULES`.
     """
@@ -79,13 +79,13 @@ def read_project(script: str, *also: str) -> Project:
     if not path.is_file():
         raise LaunchError(f"no script {script!r}")
     path = path.resolve()
-    root = _root(path)
-    folders = tuple(folder for folder in path.parents if folder.is_relative_to(root))
+    root = root_of(path)
+    folders = folders_of(path, root)
     try:
-        first = _read(path, root)
+        first = _read(path, folders)
     except (SyntaxError, ValueError) as error:
         raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
-    sources, unread = [first], []
+    sources, unread = [first], list[str]()
     seen = {path}
     waiting = [*_present(also, folders), *_imported(first, folders)]
     # The list grows while it is read: what the script imports comes before what its modules import.
@@ -95,23 +95,56 @@ def read_project(script: str, *also: str) -> Project:
         seen.add(found)
         if len(sources) > MAX_MODULES:
             return Project(root, folders, tuple(sources), tuple(unread), is_cut=True)
-        try:
-            source = _read(found, root)
-        except (SyntaxError, ValueError, OSError):
-            unread.append(found.relative_to(root).as_posix())
-            continue
-        sources.append(source)
-        waiting += _imported(source, folders)
+        source = read_file(found, folders)
+        if source is None:
+            unread.append(_short(found, folders))
+        else:
+            sources.append(source)
+            waiting += _imported(source, folders)
     return Project(root, folders, tuple(sources), tuple(unread))
 
 
-def _read(path: Path, root: Path) -> Source:
+def read_file(path: Path, folders: Sequence[Path]) -> Source | None:
+    """A file in one of a project's folders; None if it cannot be read, or is not Python."""
+    try:
+        return _read(path, folders)
+    except (SyntaxError, ValueError, OSError):
+        return None
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """Dotted names of the modules that a file imports by name; `a.b.c` too for `from a.b import c`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folders_of(script: Path, root: Path) -> tuple[Path, ...]:
+    """Where a project may have its modules: the script's folder, those around it up to the root, and src."""
+    around = [folder for folder in script.parents if folder.is_relative_to(root)]
+    # Examples import the installed package, and what trains is in the example.
+    is_example = "examples" in script.relative_to(root).parts
+    sources = [] if is_example or not (root / "src").is_dir() else [root / "src"]
+    return tuple(dict.fromkeys([*around, *sources]))
+
+
+def _read(path: Path, folders: Sequence[Path]) -> Source:
     text = path.read_text(encoding="utf-8-sig")
-    return Source(path, path.relative_to(root).as_posix(), ast.parse(text, filename=str(path)))
+    return Source(path, _short(path, folders), ast.parse(text, filename=str(path)))
 
 
-def _root(path: Path) -> Path:
-    """The nearest folder around a script that looks like a project's root; else the script's own folder."""
+def _short(path: Path, folders: Sequence[Path]) -> str:
+    """A path from the first of these folders, the script's, or else from the widest."""
+    inside = [folder for folder in folders if path.is_relative_to(folder)]
+    start = folders[0] if folders[0] in inside else min(inside, key=lambda folder: len(folder.parts))
+    return path.relative_to(start).as_posix()
+
+
+def root_of(path: Path) -> Path:
+    """The nearest folder around a script that looks like a project's root; else the script's folder."""
     for folder in path.parents:
         if any(next(folder.glob(mark), None) is not None for mark in _ROOT_MARKS):
             return folder
@@ -128,12 +161,12 @@ def _imported(source: Source, folders: Sequence[Path]) -> Iterator[Path]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _files(folders, alias.name)
+                yield from files_of(folders, alias.name)
         elif isinstance(node, ast.ImportFrom):
             start = [source.path.parents[node.level - 1]] if node.level else folders
             prefix = f"{node.module}." if node.module else ""
             for alias in node.names:
-                yield from _files(start, f"{prefix}{alias.name}")
+                yield from files_of(start, f"{prefix}{alias.name}")
         elif isinstance(node, ast.Call) and _last_name(node.func) in _IMPORTERS:
             yield from _imported_by_call(source, node, folders)
 
@@ -143,13 +176,13 @@ def _imported_by_call(source: Source, call: ast.Call, folders: Sequence[Path]) -
     for text in (_beginning(value) for value in call.args):
         name = text.rstrip(".")
         if name.isidentifier() or "." in name.lstrip("."):
-            yield from _files(folders, name)
+            yield from files_of(folders, name)
             yield from _below(_folder(folders, name))
     if source.path.name == "__init__.py" and not any(isinstance(value, ast.Constant) for value in call.args):
         yield from _below(source.path.parent)
 
 
-def _files(folders: Sequence[Path], module: str) -> list[Path]:
+def files_of(folders: Sequence[Path], module: str) -> list[Path]:
     """The files that importing a module runs; empty if no folder has it."""
     for folder in folders:
         found, here = [], folder
