@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from speedit_plugins.doctor.places import LOSSES, OBJECTIVES, Place, assigned_value
+from speedit_plugins.doctor.places import LOSSES, OBJECTIVES, Place, assigned_value, primary
 from speedit_plugins.doctor.script_code import (
     compared,
     counts_to_noise,
@@ -13,17 +13,16 @@ from speedit_plugins.doctor.script_code import (
     device_of,
     has_factors,
     is_without_gradients,
+    looks_up,
     made_in_script,
     num_dims_of,
-    owner_of_sigmas,
     scheduler_of,
     size_of,
 )
 from speedit_plugins.doctor.sources import Project
 
-# What only scripts on a flow scheduler's table have, and only those on a table of alpha-bars.
-_FLOW_WORDS = {"sigmas", "FlowMatchEulerDiscreteScheduler"}
-_DIFFUSION_WORDS = {"alphas_cumprod", "add_noise", "num_train_timesteps", "q_sample"}
+# What only scripts on a table of alpha-bars have.
+_DIFFUSION_WORDS = ("alphas_cumprod", "add_noise", "num_train_timesteps", "q_sample")
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,13 @@ def edits(project: Project, draws: list[Place], losses: list[Place], policy: str
         return _wrapped(project, objective, policy)
     if not draws:
         return None
-    draw, loss = draws[0], _loss_of(draws[0], losses)
+    draw = primary(draws)
+    loss = _loss_of(project, draw, losses)
     if draw.kind != "index":
         if is_without_gradients(draw):
             return _drawn(draw, loss, policy, "the draw runs without gradients, as a validation does")
         return _separate(draw, loss, policy)
-    if draw.source.words & _FLOW_WORDS:
+    if looks_up(draw):
         return _flow_script(draw, loss, policy)
     if loss is not None and loss.left == "batch" and scheduler_of(draw) and _is_plain(loss):
         return _script_policy(draw, loss, policy)
@@ -115,11 +115,10 @@ def _script_policy(draw: Place, loss: Place, policy: str) -> Edits:
 
 def _flow_script(draw: Place, loss: Place | None, policy: str) -> Edits:
     """`FlowScript` for rows of a flow scheduler's table."""
-    scheduler = owner_of_sigmas(draw) or "noise_scheduler"
     after = f"{draw.source.name}:{draw.end}, after it"
     lines = [
         (f"{draw.source.name}, once", "from speedit_plugins.hosts.flow_script import FlowScript"),
-        ("", f'seam = FlowScript({policy}, {scheduler}, prediction_type="flow")'),
+        ("", f'seam = FlowScript({policy}, {looks_up(draw)}, prediction_type="flow")'),
         (after, f"{draw.name} = seam.indices({draw.name}, {data_of(draw)})"),
     ]
     notes = ["the drawn rows are of the scheduler's table, in which row 0 is noise"]
@@ -162,7 +161,7 @@ def _separate(draw: Place, loss: Place | None, policy: str) -> Edits:
 
 def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     """The lines of `build_policy`, and why no adapter does it."""
-    is_flow = draw.kind != "index" or not draw.source.words & _DIFFUSION_WORDS
+    is_flow = draw.kind != "index" or not any(draw.source.has_word(word) for word in _DIFFUSION_WORDS)
     table = f"from_alphas_cumprod({scheduler_of(draw) or 'noise_scheduler'}.alphas_cumprod)"
     schedule = "rectified_flow(1000)" if is_flow else table
     toward_noise = counts_to_noise(draw)
@@ -231,9 +230,12 @@ def _is_plain(loss: Place) -> bool:
     return compared(loss) is not None and not has_factors(loss)
 
 
-def _loss_of(draw: Place, losses: list[Place]) -> Place | None:
-    """The error that belongs to a draw: in its function, in its file, or the first one."""
-    real = [place for place in losses if place.kind in (*LOSSES, "square")]
-    same = [place for place in real if place.scope is draw.scope]
-    near = [place for place in real if place.source is draw.source]
-    return next(iter([*same, *near, *real]), None)
+def _loss_of(project: Project, draw: Place, losses: list[Place]) -> Place | None:
+    """The error that belongs to a draw: in its function, else in its file or the script."""
+
+    def rank(place: Place) -> tuple[bool, bool, bool]:
+        is_near = place.source in (draw.source, project.script)
+        # Weights enter more easily before the mean of the batch.
+        return place.scope is not draw.scope, not is_near, place.left == "batch"
+
+    return min((place for place in losses if place.kind in (*LOSSES, "square")), key=rank, default=None)

@@ -27,6 +27,8 @@ _SHAPE = (16, 128, 128)
 # Methods after which a drawn number is the same.
 _KEEPING = ("clone", "cpu", "cuda", "detach", "float", "long", "to", "type_as", "view")
 
+_UNIFORM = {"density": "uniform", "weighting": "constant"}
+
 
 @dataclass(frozen=True)
 class HostLaw:
@@ -59,11 +61,13 @@ def law_of_host(name: str, script: ast.Module, arguments: Sequence[str]) -> Host
     try:
         return _law(host_config(name, {**usual, **given}), said)
     except ValueError as error:
-        return HostLaw(f"not known for these flags: {' '.join(str(error).split())}")
+        return HostLaw(f"not known without more flags after the script: {' '.join(str(error).split())}")
 
 
 def law_of_draw(draw: Place) -> HostLaw:
     """The law of a plain draw in a script that is not known: uniform, or logit-normal of mean 0 and std 1."""
+    if draw.kind == "sampler":
+        return _law(_UNIFORM, "uniform, unless its sampler is another than the usual one")
     name = _plain_law(draw)
     if name is None:
         return HostLaw(f"not told by {draw.where}, which computes with what it draws")

@@ -4,13 +4,22 @@ A new host is a row of `HOSTS`. A host that the launcher serves is a row of `hos
 needs one here only if its law is known, or if the script does not name the file in which it draws.
 """
 
+import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from speedit_plugins.doctor.places import SHARED
-from speedit_plugins.doctor.sources import Project, files_of, folders_of, imported_names, read_file, root_of
+from speedit_plugins.doctor.places import SHARED, last_name
+from speedit_plugins.doctor.sources import (
+    Project,
+    Source,
+    files_of,
+    folders_of,
+    imported_names,
+    read_file,
+    root_of,
+)
 from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, defines
 from speedit_plugins.hosts.script_edits import edited
 
@@ -42,6 +51,7 @@ _DENSITY = "compute_density_for_timestep_sampling"
 HOSTS = (
     KnownHost("sd-scripts, FLUX", "library/flux_train_utils.py", _DENSITY, "flux_*.py", "sd-scripts"),
     KnownHost("sd-scripts, SD3", "library/sd3_train_utils.py", _DENSITY, "sd3_*.py", "sd-scripts-sd3"),
+    KnownHost("sd-scripts", "library/train_util.py", "get_noise_noisy_latents_and_timesteps"),
     KnownHost("musubi-tuner", "training/trainer_base.py", _DENSITY, "*_train*.py", "musubi-tuner"),
     KnownHost("SimpleTuner", "helpers/models/common.py", "sample_flow_sigmas", law="simpletuner"),
     KnownHost("ai-toolkit", "jobs/process/BaseSDTrainProcess.py", "BaseSDTrainProcess", law="ai-toolkit"),
@@ -152,19 +162,22 @@ def _launched(project: Project) -> Iterator[Seam]:
         # A module that is installed, and not in the project, is known by its name alone.
         given = {f"{factory.module}.{name}" for name in factory.functions}
         is_installed = not files and given & named
-        if is_installed or any(source.words & set(factory.functions) for source in reached):
+        is_there = any(source.has_word(name) for source in reached for name in factory.functions)
+        if is_installed or is_there:
             what = f"{' or '.join(factory.functions)} of {factory.module}"
             yield Seam(factory.hosts, f"{factory.seam}: the launcher replaces {what}")
-    users = [source for source in project.sources if SHARED[0] in source.words]
-    if users:
-        names = " and ".join(name for name in SHARED if any(name in source.words for source in users))
-        yield Seam("functions that trainers share", f"E: the launcher replaces {names}")
+    shared = [name for name in SHARED if any(_calls(source, name) for source in project.sources)]
+    if SHARED[0] in shared:
+        yield Seam("functions that trainers share", f"E: the launcher replaces {' and '.join(shared)}")
+
+
+def _calls(source: Source, function: str) -> bool:
+    calls = (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
+    return source.has_word(function) and any(last_name(call) == function for call in calls)
 
 
 def _has(row: KnownHost, script: Path, folders: Sequence[Path]) -> bool:
     paths = [folder / row.file for folder in folders] if row.file else [script]
     path = next((path for path in paths if path.is_file()), None)
-    if path is None or row.word not in path.read_text(encoding="utf-8-sig", errors="replace"):
-        return False
-    source = read_file(path, folders)
-    return source is not None and row.word in source.words
+    source = None if path is None else read_file(path, folders)
+    return source is not None and source.has_word(row.word)

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +38,9 @@ DRAWING = (
 LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "conditional_loss", "MSELoss")
 OBJECTIVES = ("training_losses", "p_losses")
 _MEANS = ("mean", "mean_flat", "sum", "sum_flat")
+# A file without these has no place, and need not be walked through.
+_MAY_DRAW = re.compile(r"rand|normal\(|\.sample\(|" + "|".join(DRAWING))
+_MAY_LOSE = re.compile(r"\*\* ?2|pow\(|square\(|" + "|".join((*LOSSES, *OBJECTIVES, SHARED[1])))
 # Files of other trainings and of parts that are not trained by timesteps.
 _ELSEWHERE = re.compile(
     r"(^|/)(tests?|vae|autoencoders?|tokenizers?|discriminators?|lpips|eval\w*|metrics?|infer\w*|demos?_?ui|"
@@ -58,8 +61,8 @@ class Place:
         name: what it is assigned to, "" if nothing.
         call: the call that draws or makes the loss.
         scope: the function around it.
-        left: what a loss has one number for: "batch", "sample" or "value". After the mean of a batch no weight
-            of a sample can enter. "" for a draw, and for a place that only weighs.
+        left: what a loss has one number for: "batch", "sample" or "value". After the mean of a batch, weights
+            of samples cannot enter. "" for a draw, and for a place that only weighs.
     """
 
     source: Source
@@ -90,12 +93,21 @@ def is_training(source: Source) -> bool:
 
 def draws(source: Source) -> list[Place]:
     """The draws of timesteps in a file, by line."""
+    if not _MAY_DRAW.search(source.text):
+        return []
     found = [place for scope in _scopes(source.tree) for place in _draws_in(source, scope)]
     return sorted(found, key=lambda place: place.line)
 
 
+def primary(draws: Sequence[Place]) -> Place:
+    """The draw that lines are for: the first, unless its function returns more than times."""
+    return next((place for place in draws if not place.name.startswith("(")), draws[0])
+
+
 def losses(source: Source) -> list[Place]:
     """The squared errors and losses in a file, by line."""
+    if not _MAY_LOSE.search(source.text):
+        return []
     found: dict[int, Place] = {}
     for scope in _scopes(source.tree):
         for node in _in_scope(scope):

@@ -8,7 +8,7 @@ from typing import Any
 from speedit_plugins.doctor.edits import Edits, edits
 from speedit_plugins.doctor.host_law import HostLaw, law_of_draw, law_of_host, plot
 from speedit_plugins.doctor.known_hosts import KnownHost, Seam, known_host, seams
-from speedit_plugins.doctor.places import OBJECTIVES, Place, draws, is_training, losses
+from speedit_plugins.doctor.places import OBJECTIVES, Place, draws, is_training, losses, primary
 from speedit_plugins.doctor.sources import MAX_MODULES, Project, Source, read_project
 from speedit_plugins.launch_options import PROGRAM, advice, is_rank_0
 
@@ -69,7 +69,7 @@ def examined(
     name = config["type"] if set(config) == {"type"} else dict(config)
     by_hand = edits(project, drawn, lost, repr(name).replace("'", '"'))
     lines += [advice(config)] if by_hand is None else _lines_of(by_hand)
-    num_others = sum(place.scope is drawn[0].scope for place in drawn[1:])
+    num_others = sum(place.scope is primary(drawn).scope for place in drawn) - 1 if drawn else 0
     if by_hand is not None and num_others:
         lines.append(f"  note: {num_others} more in the same function, where the script draws by its options")
     return SEAM_UNKNOWN, "\n".join(lines)
@@ -132,7 +132,7 @@ def _law_of(
 ) -> HostLaw | None:
     if host is not None and host.law:
         return law_of_host(host.law, project.script.tree, arguments)
-    return law_of_draw(drawn[0]) if drawn else None
+    return law_of_draw(primary(drawn)) if drawn else None
 
 
 def _law(law: HostLaw | None) -> Iterator[str]:

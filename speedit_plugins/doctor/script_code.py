@@ -42,13 +42,16 @@ def scheduler_of(draw: Place) -> str:
     return "" if scheduler is None else ast.unparse(scheduler)
 
 
-def owner_of_sigmas(draw: Place) -> str:
-    """`S` in `S.sigmas` or `S.timesteps`, "" if there is none."""
-    for node in ast.walk(draw.source.tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("sigmas", "timesteps"):
-            owner = ast.unparse(node.value)
-            if "scheduler" in owner:
-                return owner
+def looks_up(draw: Place) -> str:
+    """Code of the scheduler in whose table the drawn rows are looked up, "" if they are not.
+
+    It is `S` in `S.timesteps[rows]` or `S.sigmas[rows]`.
+    """
+    for node in ast.walk(draw.scope):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+            is_table = node.value.attr in ("sigmas", "timesteps")
+            if is_table and draw.name in names_in(node.slice):
+                return ast.unparse(node.value.value)
     return ""
 
 

@@ -1,6 +1,7 @@
 """A training script and the modules of its project that it imports, read and parsed. None of them is run."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +23,12 @@ class Source:
     Args:
         path: of the file, absolute.
         name: the path from the script's folder, or from the project's root if it is not in that folder.
-        tree: of the whole file.
+        text, tree: of the whole file.
     """
 
     path: Path
     name: str
+    text: str = field(repr=False)
     tree: ast.Module = field(repr=False)
 
     @cached_property
@@ -34,12 +36,10 @@ class Source:
         """The node around each node."""
         return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
 
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """Names and attributes that the file uses or defines."""
-        found = (getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(self.tree))
-        defined = (getattr(node, "name", "") for node in ast.walk(self.tree))
-        return frozenset(word for word in (*found, *defined) if isinstance(word, str) and word)
+    def has_word(self, word: str) -> bool:
+        """Whether a name is anywhere in the text, as a whole word."""
+        # A plain search first: most files have none of the names that are asked for.
+        return word in self.text and re.search(rf"\b{re.escape(word)}\b", self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def folders_of(script: Path, root: Path) -> tuple[Path, ...]:
 
 def _read(path: Path, folders: Sequence[Path]) -> Source:
     text = path.read_text(encoding="utf-8-sig")
-    return Source(path, _short(path, folders), ast.parse(text, filename=str(path)))
+    return Source(path, _short(path, folders), text, ast.parse(text, filename=str(path)))
 
 
 def _short(path: Path, folders: Sequence[Path]) -> str:
