@@ -14,9 +14,9 @@ from speedit_plugins.doctor.places import SHARED, last_name
 from speedit_plugins.doctor.sources import (
     Project,
     Source,
-    files_of,
     folders_of,
     imported_names,
+    module_file,
     read_file,
     root_of,
 )
@@ -157,13 +157,12 @@ def _launched(project: Project) -> Iterator[Seam]:
         yield Seam("DiT-3D", f"B: the launcher wraps the class with {SCRIPT_METHOD}")
     named = set(imported_names(tree))
     for factory in FACTORIES:
-        files = files_of(project.folders, factory.module)
-        reached = [source for source in project.sources if source.path in files[-1:]]
+        file = module_file(project.folders, factory.module)
+        reached = [source for source in project.sources if source.path == file]
         # A module that is installed, and not in the project, is known by its name alone.
         given = {f"{factory.module}.{name}" for name in factory.functions}
-        is_installed = not files and given & named
-        is_there = any(source.has_word(name) for source in reached for name in factory.functions)
-        if is_installed or is_there:
+        is_installed = file is None and given & named
+        if is_installed or any(source.binds(factory.functions) for source in reached):
             what = f"{' or '.join(factory.functions)} of {factory.module}"
             yield Seam(factory.hosts, f"{factory.seam}: the launcher replaces {what}")
     shared = [name for name in SHARED if any(_calls(source, name) for source in project.sources)]

@@ -36,6 +36,14 @@ class Source:
         """The node around each node."""
         return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
 
+    def binds(self, names: Iterable[str]) -> bool:
+        """Whether the file defines or imports one of these names."""
+        kinds = (ast.FunctionDef, ast.ClassDef, ast.alias)
+        wanted = {name for name in names if name in self.text}
+        return bool(wanted) and any(
+            node.name in wanted for node in ast.walk(self.tree) if isinstance(node, kinds)
+        )
+
     def has_word(self, word: str) -> bool:
         """Whether a name is anywhere in the text, as a whole word."""
         # A plain search first: most files have none of the names that are asked for.
@@ -208,6 +216,14 @@ def _folder(folders: Sequence[Path], module: str) -> Path | None:
 
 def _below(folder: Path | None) -> list[Path]:
     return [] if folder is None else sorted(folder.rglob("*.py"))
+
+
+def module_file(folders: Sequence[Path], module: str) -> Path | None:
+    """The file of a module itself, None if no folder has it."""
+    files = files_of(folders, module)
+    last = module.split(".")[-1]
+    is_module = bool(files) and last in (files[-1].stem, files[-1].parent.name)
+    return files[-1] if is_module else None
 
 
 def _beginning(value: ast.expr) -> str:
