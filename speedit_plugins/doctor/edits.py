@@ -178,6 +178,10 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     if loss is not None:
         lines += _weighed(loss, _by_draw(loss))
     notes = [] if is_flow else ["the last argument is what the model predicts: epsilon, x0, v or flow"]
+    if not (is_flow or scheduler_of(draw)):
+        notes.append(
+            "`noise_scheduler` is the scheduler that noises the data, or what else has the alpha-bars"
+        )
     if loss is not None and has_factors(loss):
         notes.append("the script weighs its loss already, and weights multiply: see docs/questions.md")
     return Edits(
@@ -191,7 +195,7 @@ def _by_draw(loss: Place) -> Callable[[str], str]:
     """How the weights of a `TimestepDraw` enter a loss."""
     if loss.left == "sample":
         return lambda name: f"draw.weight * {name}"
-    return lambda name: f"(draw.weight.view(-1, *[1] * ({name}.dim() - 1)) * {name})"
+    return lambda name: f"draw.weight.view(-1, *[1] * ({name}.dim() - 1)) * {name}"
 
 
 def _weighed(loss: Place, weigh: Callable[[str], str]) -> Iterator[tuple[str, str]]:
@@ -206,7 +210,9 @@ def _weighed(loss: Place, weigh: Callable[[str], str]) -> Iterator[tuple[str, st
         call.keywords = [keyword for keyword in call.keywords if keyword.arg != "reduction"]
         call.keywords.append(ast.keyword("reduction", ast.Constant("none")))
     yield f"{loss.where}, in its place", f"each = {ast.unparse(call)}"
-    yield "", _assigned(loss, f"{weigh('each')}.{end}()")
+    weighed = weigh("each")
+    weighed = f"({weighed})" if " * " in weighed else weighed
+    yield "", _assigned(loss, f"{weighed}.{end}()")
 
 
 def _notes(draw: Place, loss: Place | None, name: str, toward_noise: bool | None = True) -> Iterator[str]:

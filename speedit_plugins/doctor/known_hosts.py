@@ -4,13 +4,12 @@ A new host is a row of `HOSTS`. A host that the launcher serves is a row of `hos
 needs one here only if its law is known, or if the script does not name the file in which it draws.
 """
 
-import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from speedit_plugins.doctor.places import SHARED, last_name
+from speedit_plugins.doctor.places import draws
 from speedit_plugins.doctor.sources import (
     Project,
     Source,
@@ -20,8 +19,9 @@ from speedit_plugins.doctor.sources import (
     read_file,
     root_of,
 )
-from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, defines
+from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, SHARED_FUNCTIONS, defines
 from speedit_plugins.hosts.script_edits import edited
+from speedit_plugins.hosts.sigma_edits import DENSITY, SigmaSites, edited_sigmas
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,12 @@ class KnownHost:
     by_hand: str = ""
 
 
-_DENSITY = "compute_density_for_timestep_sampling"
 # The first row that fits is the host, so a special case comes before the usual one.
 HOSTS = (
-    KnownHost("sd-scripts, FLUX", "library/flux_train_utils.py", _DENSITY, "flux_*.py", "sd-scripts"),
-    KnownHost("sd-scripts, SD3", "library/sd3_train_utils.py", _DENSITY, "sd3_*.py", "sd-scripts-sd3"),
+    KnownHost("sd-scripts, FLUX", "library/flux_train_utils.py", DENSITY, "flux_*.py", "sd-scripts"),
+    KnownHost("sd-scripts, SD3", "library/sd3_train_utils.py", DENSITY, "sd3_*.py", "sd-scripts-sd3"),
     KnownHost("sd-scripts", "library/train_util.py", "get_noise_noisy_latents_and_timesteps"),
-    KnownHost("musubi-tuner", "training/trainer_base.py", _DENSITY, "*_train*.py", "musubi-tuner"),
+    KnownHost("musubi-tuner", "training/trainer_base.py", DENSITY, "*_train*.py", "musubi-tuner"),
     KnownHost("SimpleTuner", "helpers/models/common.py", "sample_flow_sigmas", law="simpletuner"),
     KnownHost("ai-toolkit", "jobs/process/BaseSDTrainProcess.py", "BaseSDTrainProcess", law="ai-toolkit"),
     KnownHost(
@@ -110,8 +109,8 @@ HOSTS = (
         "skewed_timestep_sample",
         by_hand="flow_matching: two lines of train_loop.py",
     ),
-    KnownHost("diffusers, SD3", "", _DENSITY, "train_*sd3*.py", "diffusers-sd3"),
-    KnownHost("diffusers flow script", "", _DENSITY, "train_*.py", "diffusers"),
+    KnownHost("diffusers, SD3", "", DENSITY, "train_*sd3*.py", "diffusers-sd3"),
+    KnownHost("diffusers flow script", "", DENSITY, "train_*.py", "diffusers"),
 )
 
 
@@ -123,11 +122,13 @@ class Seam:
         hosts: whose way it is.
         what: the letter of the seam, and what is replaced or edited.
         page: in integrations/, if the user has something to do; else "".
+        but: what it leaves out; "" if nothing is known.
     """
 
     hosts: str
     what: str
     page: str = ""
+    but: str = ""
 
 
 def known_host(script: str) -> KnownHost | None:
@@ -165,14 +166,24 @@ def _launched(project: Project) -> Iterator[Seam]:
         if is_installed or any(source.binds(factory.functions) for source in reached):
             what = f"{' or '.join(factory.functions)} of {factory.module}"
             yield Seam(factory.hosts, f"{factory.seam}: the launcher replaces {what}")
-    shared = [name for name in SHARED if any(_calls(source, name) for source in project.sources)]
-    if SHARED[0] in shared:
-        yield Seam("functions that trainers share", f"E: the launcher replaces {' and '.join(shared)}")
+    for source in project.sources:
+        sites = edited_sigmas(source.tree)[1] if source.has_word(DENSITY) else SigmaSites()
+        if sites.draws:
+            weights = _listed([*sites.weights, *sites.errors]) or "none"
+            what = f"{source.name} as it is read: draw {_listed(sites.draws)}, weights {weights}"
+            yield Seam(SHARED_FUNCTIONS, f"E: the launcher edits {what}", but=_left_alone(source, sites))
 
 
-def _calls(source: Source, function: str) -> bool:
-    calls = (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
-    return source.has_word(function) and any(last_name(call) == function for call in calls)
+def _left_alone(source: Source, sites: SigmaSites) -> str:
+    """The draws of the same functions that are not edited: a script's options may choose them."""
+    found = draws(source)
+    scopes = {draw.scope for draw in found if draw.line in sites.draws}
+    others = [draw.line for draw in found if draw.scope in scopes and draw.line not in sites.draws]
+    return f"not edited: {_listed(others)}; a run that draws there has no policy" if others else ""
+
+
+def _listed(lines: list[int]) -> str:
+    return f":{', '.join(map(str, sorted(lines)))}" if lines else ""
 
 
 def _has(row: KnownHost, script: Path, folders: Sequence[Path]) -> bool:

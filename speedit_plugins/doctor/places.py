@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from speedit_plugins.doctor.sources import Source
+from speedit_plugins.hosts.sigma_edits import DENSITY, WEIGHTING
 
 # How a draw is made. "call" is a call of a function in DRAWING, "sampler" one of a schedule sampler.
 DrawKind = Literal["index", "uniform", "logit_normal", "log_normal", "call", "sampler"]
@@ -23,11 +24,9 @@ _TORCH = ("torch", "th")
 _DIRECT = {"randint": "index", "rand": "uniform", "rand_like": "uniform"}
 _NORMAL = ("randn", "randn_like", "normal")
 _SQUASHED: dict[str, DrawKind] = {"sigmoid": "logit_normal", "exp": "log_normal"}
-# The draw and the weights that many trainers have under these names (seam E).
-SHARED = ("compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3")
 # Functions of hosts that draw, by name. A new one is a word here.
 DRAWING = (
-    SHARED[0],
+    DENSITY,
     "get_noise_noisy_latents_and_timesteps",
     "get_noisy_model_input_and_timesteps",
     "sample_flow_sigmas",
@@ -40,7 +39,7 @@ OBJECTIVES = ("training_losses", "p_losses")
 _MEANS = ("mean", "mean_flat", "sum", "sum_flat")
 # A file without these has no place, and need not be walked through.
 _MAY_DRAW = re.compile(r"rand|normal\(|\.sample\(|" + "|".join(DRAWING))
-_MAY_LOSE = re.compile(r"\*\* ?2|pow\(|square\(|" + "|".join((*LOSSES, *OBJECTIVES, SHARED[1])))
+_MAY_LOSE = re.compile(r"\*\* ?2|pow\(|square\(|" + "|".join((*LOSSES, *OBJECTIVES, WEIGHTING)))
 # Files of other trainings and of parts that are not trained by timesteps.
 _ELSEWHERE = re.compile(
     r"(^|/)(tests?|vae|autoencoders?|tokenizers?|discriminators?|lpips|eval\w*|metrics?|infer\w*|demos?_?ui|"
@@ -188,7 +187,7 @@ def _loss(source: Source, scope: ast.AST, node: ast.AST) -> Place | None:
     name = last_name(node) if isinstance(node, ast.Call) else ""
     statement = _statement(source, node)
     target = _target(_targets(statement))
-    if isinstance(node, ast.Call) and name == SHARED[1]:
+    if isinstance(node, ast.Call) and name == WEIGHTING:
         return _place(source, scope, statement, name, target, node)
     outer = _around(source, node)
     if isinstance(node, ast.Call) and name in LOSSES:

@@ -104,6 +104,8 @@ def _who(host: KnownHost | None, found: list[Seam]) -> Iterator[str]:
     yield _line("host", ", ".join(names) or "not known")
     for number, seam in enumerate(found):
         yield _line("" if number else "seam", seam.what)
+        if seam.but:
+            yield _line("", seam.but)
     if not found:
         yield _line("seam", "none that is known")
 

@@ -13,10 +13,11 @@ from speedit_plugins import NoiseSchedule, build_policy, launch
 from speedit_plugins.doctor.edits import edits
 from speedit_plugins.doctor.host_law import law_of_host
 from speedit_plugins.doctor.known_hosts import HOSTS as ROWS
-from speedit_plugins.doctor.places import SHARED, draws, losses
+from speedit_plugins.doctor.places import draws, losses
 from speedit_plugins.doctor.report import examined
 from speedit_plugins.doctor.sources import read_project
 from speedit_plugins.hosts.laws.laws import HOSTS, host_config
+from speedit_plugins.hosts.sigma_edits import DENSITY, WEIGHTING
 from speedit_plugins.launch_options import LaunchError
 
 ROOT = Path(__file__).parents[2]
@@ -308,13 +309,23 @@ class TestReport:
         assert "seam    none that is known" in report
 
     def test_shared_functions_and_edited_scripts_are_seams(self, tmp_path: Path) -> None:
-        steps = f"u = {SHARED[0]}('none', 4)\nw = {SHARED[1]}('none', sigmas)\n"
+        steps = (
+            f"u = {DENSITY}('none', 4)\nindices = (u * 1000).long()\n"
+            f"timesteps = scheduler.timesteps[indices]\nw = {WEIGHTING}('none', sigmas)\n"
+            "loss = (w * (a - b) ** 2).mean()\n"
+        )
         shared = written(tmp_path, {"train.py": "import steps\n", "steps.py": steps})
         code, report = examined(shared, [], {"type": "speed"})
         assert code == 0
-        assert f"E: the launcher replaces {SHARED[0]} and {SHARED[1]}" in report
-        only_imported = written(tmp_path, {"other.py": f"from d import {SHARED[0]}\n"})
-        assert examined(only_imported, [], {"type": "speed"})[0] == 2
+        assert "E: the launcher edits steps.py as it is read: draw :1, weights :4, 5" in report
+        # Its options may choose another draw in the same function.
+        branch = steps.replace("indices =", "if 1: u = torch.rand(4)\nindices =", 1)
+        report = examined(written(tmp_path, {"branch.py": branch}), [], {"type": "speed"})[1]
+        assert "not edited: :2; a run that draws there has no policy" in report
+        # What only imports the function, or uses u for something else, is no seam.
+        for number, line in enumerate((f"from d import {DENSITY}\n", f"t = {DENSITY}('none', 4)\n")):
+            other = written(tmp_path, {f"other_{number}.py": line})
+            assert examined(other, [], {"type": "speed"})[0] == 2
         own = "t = torch.randint(0, s.config.num_train_timesteps, (4,))\nloss = F.mse_loss(a, b)\n"
         code, report = examined(written(tmp_path, {"own.py": own}), [], {"type": "speed"})
         assert code == 0
