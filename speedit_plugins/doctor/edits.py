@@ -15,6 +15,7 @@ from speedit_plugins.doctor.script_code import (
     is_without_gradients,
     looks_up,
     made_in_script,
+    noises_by_scheduler,
     num_dims_of,
     scheduler_of,
     size_of,
@@ -56,9 +57,14 @@ def edits(project: Project, draws: list[Place], losses: list[Place], policy: str
         return _wrapped(project, objective, policy)
     if not draws:
         return None
-    draw = primary(draws)
-    loss = _loss_of(project, draw, losses)
+    return _by_itself(primary(draws), _loss_of(project, primary(draws), losses), policy)
+
+
+def _by_itself(draw: Place, loss: Place | None, policy: str) -> Edits:
+    """The lines for a script that draws in its own code."""
     if draw.kind != "index":
+        if noises_by_scheduler(draw):
+            return _drawn(draw, loss, policy, "what is drawn becomes the timestep of a noise scheduler")
         if is_without_gradients(draw):
             return _drawn(draw, loss, policy, "the draw runs without gradients, as a validation does")
         return _separate(draw, loss, policy)
@@ -161,12 +167,13 @@ def _separate(draw: Place, loss: Place | None, policy: str) -> Edits:
 
 def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     """The lines of `build_policy`, and why no adapter does it."""
-    is_flow = draw.kind != "index" or not any(draw.source.has_word(word) for word in _DIFFUSION_WORDS)
+    has_table = any(draw.source.has_word(word) for word in _DIFFUSION_WORDS)
+    is_flow = not (noises_by_scheduler(draw) or (draw.kind == "index" and has_table))
     table = f"from_alphas_cumprod({scheduler_of(draw) or 'noise_scheduler'}.alphas_cumprod)"
     schedule = "rectified_flow(1000)" if is_flow else table
     toward_noise = counts_to_noise(draw)
     value = "1 - draw.time" if toward_noise is False else "draw.time"
-    value = "draw.index" if draw.kind == "index" else value
+    value = value if is_flow and draw.kind != "index" else "draw.index"
     model = '"flow"' if is_flow else '"epsilon"'
     lines = [
         (f"{draw.source.name}, once", "from speedit_plugins import NoiseSchedule, build_policy"),
@@ -178,6 +185,8 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     if loss is not None:
         lines += _weighed(loss, _by_draw(loss))
     notes = [] if is_flow else ["the last argument is what the model predicts: epsilon, x0, v or flow"]
+    if not is_flow and draw.kind != "index":
+        notes.append(f"{draw.name} is whole numbers then: leave out what the script makes of it afterwards")
     if not (is_flow or scheduler_of(draw)):
         notes.append(
             "`noise_scheduler` is the scheduler that noises the data, or what else has the alpha-bars"
@@ -187,7 +196,7 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     return Edits(
         f"build_policy: {why}",
         tuple(lines),
-        (*notes, *_notes(draw, loss, "draw", toward_noise)),
+        (*notes, *_notes(draw, loss, "draw", toward_noise if is_flow else True)),
     )
 
 

@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from speedit_plugins.doctor.sources import Source
@@ -37,7 +38,7 @@ DRAWING = (
 LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "conditional_loss", "MSELoss")
 OBJECTIVES = ("training_losses", "p_losses")
 _MEANS = ("mean", "mean_flat", "sum", "sum_flat")
-# A file without these has no place, and need not be walked through.
+# A function without these has no place, and need not be walked through.
 _MAY_DRAW = re.compile(r"rand|normal\(|\.sample\(|" + "|".join(DRAWING))
 _MAY_LOSE = re.compile(r"\*\* ?2|pow\(|square\(|" + "|".join((*LOSSES, *OBJECTIVES, WEIGHTING)))
 # Files of other trainings and of parts that are not trained by timesteps.
@@ -92,9 +93,8 @@ def is_training(source: Source) -> bool:
 
 def draws(source: Source) -> list[Place]:
     """The draws of timesteps in a file, by line."""
-    if not _MAY_DRAW.search(source.text):
-        return []
-    found = [place for scope in _scopes(source.tree) for place in _draws_in(source, scope)]
+    scopes = _scopes(source, _MAY_DRAW)
+    found = [place for scope in scopes for place in _draws_in(source, scope)]
     return sorted(found, key=lambda place: place.line)
 
 
@@ -105,10 +105,8 @@ def primary(draws: Sequence[Place]) -> Place:
 
 def losses(source: Source) -> list[Place]:
     """The squared errors and losses in a file, by line."""
-    if not _MAY_LOSE.search(source.text):
-        return []
     found: dict[int, Place] = {}
-    for scope in _scopes(source.tree):
+    for scope in _scopes(source, _MAY_LOSE):
         for node in _in_scope(scope):
             place = _loss(source, scope, node)
             if place is not None:
@@ -182,21 +180,21 @@ def _called(value: ast.expr, targets: list[ast.expr]) -> tuple[str, ast.expr] | 
 
 
 def _loss(source: Source, scope: ast.AST, node: ast.AST) -> Place | None:
-    if not isinstance(node, ast.BinOp | ast.Call):
-        return None
     name = last_name(node) if isinstance(node, ast.Call) else ""
+    is_named = name in (*LOSSES, *OBJECTIVES, WEIGHTING)
+    # Most nodes end here, before anything is looked for around them.
+    if not isinstance(node, ast.BinOp | ast.Call) or not (is_named or _is_square(node)):
+        return None
     statement = _statement(source, node)
     target = _target(_targets(statement))
-    if isinstance(node, ast.Call) and name == WEIGHTING:
-        return _place(source, scope, statement, name, target, node)
+    place = partial(_place, source, scope, statement, name or "square", target, node)
     outer = _around(source, node)
+    if name == WEIGHTING:
+        return place()
     if isinstance(node, ast.Call) and name in LOSSES:
-        left = _left(outer, "value") if _keeps_values(node) else "batch"
-        return _place(source, scope, statement, name, target, node, left)
-    if isinstance(node, ast.Call) and name in OBJECTIVES and "super()" not in ast.unparse(node.func):
-        return _place(source, scope, statement, name, target, node, _left(outer, "sample"))
-    if not _is_square(node):
-        return None
+        return place(_left(outer, "value") if _keeps_values(node) else "batch")
+    if isinstance(node, ast.Call) and name in OBJECTIVES:
+        return None if "super()" in ast.unparse(node.func) else place(_left(outer, "sample"))
     is_loss = _LOSS.search(target) or (outer is not None and _LOSS.search(getattr(scope, "name", "")))
     words = " ".join([target, *names_in(statement)])
     if is_loss or (outer is not None and _PREDICTED.search(words)):
@@ -316,14 +314,24 @@ def _statement(source: Source, node: ast.AST) -> ast.stmt:
     return node
 
 
-def _scopes(tree: ast.Module) -> Iterator[ast.AST]:
-    yield tree
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+def _scopes(source: Source, pattern: re.Pattern[str]) -> Iterator[ast.AST]:
+    """The functions of a file, and the file itself, that have a line with the pattern."""
+    lines = [number for number, line in enumerate(source.text.splitlines(), 1) if pattern.search(line)]
+    if not lines:
+        return
+    yield source.tree
+    for node in source.nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            end = node.end_lineno or node.lineno
+            if any(node.lineno <= line <= end for line in lines):
+                yield node
 
 
 def _in_scope(scope: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function or a script, in order, without those of functions in it."""
-    for child in ast.iter_child_nodes(scope):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-            yield from _in_scope(child)
+    waiting = list(ast.iter_child_nodes(scope))[::-1]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            waiting += list(ast.iter_child_nodes(node))[::-1]

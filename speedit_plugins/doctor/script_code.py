@@ -80,7 +80,7 @@ def device_of(draw: Place) -> str:
 
 def data_of(draw: Place) -> str:
     """Code of what the script noises; a plain word if that is not seen."""
-    for node in ast.walk(draw.source.tree):
+    for node in draw.source.nodes:
         if isinstance(node, ast.Call) and last_name(node) in _NOISERS and node.args:
             return ast.unparse(node.args[0])
     mixed = _mixture(draw.source)
@@ -98,13 +98,19 @@ def is_without_gradients(draw: Place) -> bool:
     if _is_in_no_grad(draw.source, draw.call):
         return True
     name = getattr(draw.scope, "name", "")
-    calls = (node for node in ast.walk(draw.source.tree) if isinstance(node, ast.Call))
+    calls = (node for node in draw.source.nodes if isinstance(node, ast.Call))
     return any(name == last_name(call) and _is_in_no_grad(draw.source, call) for call in calls)
+
+
+def noises_by_scheduler(draw: Place) -> bool:
+    """Whether the function that draws noises by a method of a scheduler or a diffusion object."""
+    calls = (node for node in ast.walk(draw.scope) if isinstance(node, ast.Call))
+    return any(last_name(call) in ("add_noise", "q_sample") for call in calls)
 
 
 def made_in_script(project: Project, word: str) -> tuple[str, str] | None:
     """(place, name) of the assignment in the script that makes an object, told by the end of its name."""
-    for node in ast.walk(project.script.tree):
+    for node in project.script.nodes:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             name = ast.unparse(node.targets[0])
             if name.endswith(word):
@@ -144,7 +150,7 @@ def _sizes(draw: Place) -> list[ast.expr]:
 def _mixture(source: Source) -> tuple[str, bool | None] | None:
     """The data x in `a * x + b * noise`; and whether a is 1 - t: None if neither a nor b is."""
     noise = {*_NOISE_WORDS, *_assigned_noise(source)}
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)):
             continue
         sides = [side for side in (_factors(node.left), _factors(node.right)) if side is not None]
@@ -168,6 +174,6 @@ def _factors(node: ast.expr) -> tuple[bool, ast.expr] | None:
 
 def _assigned_noise(source: Source) -> Iterator[str]:
     """Names that get normal random numbers."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Assign) and last_name(node.value) in ("randn", "randn_like"):
             yield from (name for target in node.targets for name in names_in(target))

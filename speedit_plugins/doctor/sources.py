@@ -13,7 +13,7 @@ from speedit_plugins.launch_options import LaunchError
 _ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "LICENSE*")
 # Calls that import modules whose names the text of a script may not have.
 _IMPORTERS = ("__import__", "import_dir", "import_module", "iter_modules", "walk_packages")
-MAX_MODULES = 400
+MAX_MODULES = 300
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,20 @@ class Source:
     tree: ast.Module = field(repr=False)
 
     @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """Every node of the file, the outer ones first."""
+        return tuple(ast.walk(self.tree))
+
+    @cached_property
     def parents(self) -> dict[ast.AST, ast.AST]:
         """The node around each node."""
-        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        return {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
 
     def binds(self, names: Iterable[str]) -> bool:
         """Whether the file defines or imports one of these names."""
         kinds = (ast.FunctionDef, ast.ClassDef, ast.alias)
         wanted = {name for name in names if name in self.text}
-        return bool(wanted) and any(
-            node.name in wanted for node in ast.walk(self.tree) if isinstance(node, kinds)
-        )
+        return bool(wanted) and any(node.name in wanted for node in self.nodes if isinstance(node, kinds))
 
     def has_word(self, word: str) -> bool:
         """Whether a name is anywhere in the text, as a whole word."""
@@ -166,7 +169,7 @@ def _present(names: Iterable[str], folders: Sequence[Path]) -> Iterator[Path]:
 
 def _imported(source: Source, folders: Sequence[Path]) -> Iterator[Path]:
     """Files that a file imports, with the packages around them."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from files_of(folders, alias.name)

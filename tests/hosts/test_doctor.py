@@ -1,6 +1,7 @@
 """`--doctor`: what is found in scripts without running them, and that the lines it writes work in them."""
 
 import ast
+import doctest
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
+from speedit_plugins.doctor import host_law
 from speedit_plugins.doctor.edits import edits
 from speedit_plugins.doctor.host_law import law_of_host
 from speedit_plugins.doctor.known_hosts import HOSTS as ROWS
@@ -348,6 +350,9 @@ class TestReport:
 
 
 class TestLaw:
+    def test_the_plot_in_its_docstring(self) -> None:
+        assert doctest.testmod(host_law).failed == 0
+
     def test_the_scripts_flags_and_defaults_make_the_law(self) -> None:
         script = ast.parse(
             "p.add_argument('--discrete_flow_shift', type=float, default=2.0)\n"
