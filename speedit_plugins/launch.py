@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from speedit_plugins.doctor.report import report
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.factories import (
     FACTORIES,
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         import_modules(arguments.imports, source="--import")
         launch = _launch(arguments)
+        if arguments.doctor:
+            return report(arguments, launch.config, sys.argv[1:] if argv is None else argv)
         tree = parsed(arguments.script)
         run(launch, tree, [arguments.script, *arguments.local_rank, *arguments.arguments])
         if not launch.num_attached:

@@ -104,6 +104,12 @@ def parser() -> argparse.ArgumentParser:
         help="each N timesteps, over ranks and micro-batches, are of N equally likely strata",
     )
     options.add_argument(
+        "--doctor",
+        action="store_true",
+        help="do not run the script: say where it draws timesteps and makes its loss, by which law, and where"
+        " the policy goes in",
+    )
+    options.add_argument(
         "--local_rank",
         "--local-rank",
         action="append",

@@ -47,10 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "policies": _GROUND,
     "hosts": _METHOD,
-    # The launcher: its command line, what it replaces in a host, and the run of a host's script.
+    # The launcher: its command line, what it replaces in a host, what it says without a run, and the run.
     "launch_options": _METHOD | {"hosts"},
     "launch_seams": _METHOD | {"hosts", "launch_options"},
-    "launch": _METHOD | {"hosts", "launch_options", "launch_seams"},
+    "doctor": _METHOD | {"hosts", "launch_options"},
+    "launch": _METHOD | {"hosts", "launch_options", "launch_seams", "doctor"},
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
