@@ -81,15 +81,14 @@ class Launch:
 
         return ScriptCalls(self.script_policy("diffusers script"), self.state)
 
-    def script_policy(self, hosts: str) -> ScriptPolicy:
+    def script_policy(self, hosts: str, **options: Any) -> ScriptPolicy:
         """What draws and weighs for a host that draws an index of its noise scheduler."""
 
         def announce(policy: TimestepPolicy) -> None:
             self.announce(hosts, "D", policy)
 
-        return ScriptPolicy(
-            self.config, prediction_type=self.prediction_type, on_use=announce, **self.draw_options
-        )
+        options = {"prediction_type": self.prediction_type, **options}
+        return ScriptPolicy(self.config, on_use=announce, **self.draw_options, **options)
 
     @cached_property
     def sigma_calls(self) -> SigmaCalls:
@@ -238,25 +237,35 @@ def draws_maker(launch: Launch, hosts: str) -> Callable[..., SeparateDraws]:
         launch.announce(hosts, "F", draws.policy)
 
     def draws_of(**options: Any) -> SeparateDraws:
-        told, given = options.get("prediction_type"), launch.prediction_type
-        if told and given not in (None, told):
-            raise LaunchError(f"{hosts} predicts {told}: leave out --prediction-type {given}")
-        options = {"prediction_type": given or "flow", **options}
         stream = DrawStream(**launch.draw_options)
+        options = {"prediction_type": "flow", **_stated(launch, hosts, options)}
         return SeparateDraws(launch.config, stream=stream, on_use=used, **options)
 
     return draws_of
 
 
-def scripted_maker(launch: Launch, hosts: str) -> Callable[[], ScriptPolicy]:
+def scripted_maker(launch: Launch, hosts: str) -> Callable[..., ScriptPolicy]:
     """What makes the `ScriptPolicy` of a host in a launch, whose state is kept."""
 
-    def seam_of() -> ScriptPolicy:
-        seam = launch.script_policy(hosts)
+    def seam_of(**options: Any) -> ScriptPolicy:
+        seam = launch.script_policy(hosts, **_stated(launch, hosts, options))
         launch.keep(seam)
         return seam
 
     return seam_of
+
+
+def _stated(launch: Launch, hosts: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a host's draws, with what its model predicts if the host or the user says so.
+
+    Raises:
+        LaunchError: the host and the user say different things.
+    """
+    own, given = options.get("prediction_type"), launch.prediction_type
+    if own and given and own != given:
+        raise LaunchError(f"{hosts} predicts {own}: leave out --prediction-type {given}")
+    told = own or given
+    return {**options, "prediction_type": told} if told else options
 
 
 def _object_factory(

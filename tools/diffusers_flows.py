@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from conformance.diffusers_flows import SHIFT, write_flux, write_images, write_sd3
 from conformance.diffusers_stand_ins import RESOLUTION, stand_ins
-from host_training import fit
 from torch import Tensor
+from whole_trainings.checks import fit
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 from speedit_plugins.hosts.state_file import CHECKPOINT_FILE, read_state

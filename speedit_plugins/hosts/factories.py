@@ -131,6 +131,42 @@ FACTORIES = (
         "D",
         "speedit_plugins.hosts.scheduler_draws.adapt",
     ),
+    # sd-scripts. All of its trainers import train_util; the flows draw in a module of their own.
+    Factory(
+        "sd-scripts (SD, SDXL)",
+        "library.train_util",
+        ("get_noise_noisy_latents_and_timesteps",),
+        "D",
+        "speedit_plugins.hosts.indexed_batch.adapt",
+    ),
+    *(
+        Factory(
+            f"sd-scripts ({models})",
+            f"library.{module}",
+            ("get_noisy_model_input_and_timesteps",),
+            "F",
+            "speedit_plugins.hosts.noisy_batch.adapt",
+        )
+        for models, module in (
+            ("Flux, HunyuanImage, Anima", "flux_train_utils"),
+            ("SD3", "sd3_train_utils"),
+            ("Lumina", "lumina_train_util"),
+        )
+    ),
+    Factory(
+        "musubi-tuner",
+        "musubi_tuner.training.trainer_base",
+        ("NetworkTrainer",),
+        "F",
+        "speedit_plugins.hosts.noisy_trainer.adapt",
+    ),
+    Factory(
+        "sd-scripts (Anima's weights)",
+        "library.anima_train_utils",
+        ("compute_loss_weighting_for_anima",),
+        "F",
+        "speedit_plugins.hosts.noisy_batch.adapt_weighting",
+    ),
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 # The functions of seam E, which scripts of many projects import or have copies of.

@@ -271,10 +271,10 @@ class ScriptPolicy(PolicyHolder):
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
 
     def weigh(self, loss: Tensor) -> Tensor:
-        """The loss (B,) of each sample of the newest draw, weighed. Without gradients it comes back as it is.
+        """A script's own loss (B, ...) of the newest draw, weighed. Without gradients it comes back as it is.
 
         Args:
-            loss: as the script makes it, before the mean over the batch.
+            loss: of each sample or each value of it, before the mean over the batch.
 
         Raises:
             ValueError: see `mse_loss`; or the loss is reduced already.
@@ -282,15 +282,13 @@ class ScriptPolicy(PolicyHolder):
         refuse_checkpoint()
         if not torch.is_grad_enabled():
             return loss
-        if loss.dim() != 1:
-            raise ValueError(f"wanted the loss (B,) of each sample, got shape {tuple(loss.shape)}")
+        if loss.dim() == 0:
+            raise ValueError("wanted the loss (B, ...) of each sample, got one that is reduced already")
         policy, index, table = self._of_loss(len(loss), (0, 1), None)
-        policy.update(index, loss.detach())
-        return (
-            loss
-            if is_constant(table) and float(table[0]) == 1
-            else scaled(loss, self._weight.at(table, index))
-        )
+        index = index.to(loss.device)
+        policy.update(index, loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach())
+        is_plain = is_constant(table) and float(table[0]) == 1
+        return loss if is_plain else scaled(loss, self._weight.at(table, index))
 
     def _of_loss(
         self, num_rows: int, part: tuple[int, int], timesteps: Tensor | None

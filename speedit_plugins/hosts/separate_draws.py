@@ -18,6 +18,7 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import LastDraw
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
+from speedit_plugins.hosts.host_window import ALL_TIMES, windowed
 from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import NUM_BINS
@@ -49,6 +50,8 @@ class SeparateDraws(FlowAttachment):
         sees_later: whether the host shows its data to `see` after the draw; else `times` gets them.
         without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy
             that weighs or learns is then refused with it. "" if each sample has a loss.
+        window: lowest and highest time of the host's own law, in [0, 1], 1 is noise. A law of the policy's
+            own is cut to it.
         stream: of random numbers; None is one for each data-parallel rank, see `DrawStream`.
         on_use: called with this object before its first draw with gradients.
 
@@ -72,11 +75,15 @@ class SeparateDraws(FlowAttachment):
         prediction_type: str = "flow",
         sees_later: bool = False,
         without_loss: str = "",
+        window: tuple[float, float] = ALL_TIMES,
         stream: DrawStream | None = None,
         on_use: Callable[["SeparateDraws"], None] | None = None,
     ) -> None:
         schedule = NoiseSchedule.rectified_flow(NUM_BINS) if schedule is None else schedule
         built = build_policy(policy, schedule, prediction_type)
+        if not built.is_relative and window != ALL_TIMES:
+            policy = windowed(policy, window)
+            built = build_policy(policy, schedule, prediction_type)
         if built.is_relative and (draws_pairs(built) or built.stratified):
             raise ValueError(
                 f"{built.name!r} draws in {'strata' if built.stratified else 'pairs'}, and it thins the"
