@@ -90,6 +90,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help=f"optimizer steps between writings of --state, beside that at the end; default: {STATE_EVERY}",
     )
+    _add_draw_options(options)
+    options.add_argument(
+        "--local_rank",
+        "--local-rank",
+        action="append",
+        type="--local_rank={}".format,
+        default=[],
+        metavar="RANK",
+        help="passed on to the script, for launchers such as deepspeed's, which put it in front",
+    )
+    options.add_argument("script", help="the host's training script")
+    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return options
+
+
+def _add_draw_options(options: argparse.ArgumentParser) -> None:
+    """The options of `DrawStream`."""
     options.add_argument(
         "--ranks-alike",
         type=int,
@@ -109,18 +126,6 @@ def parser() -> argparse.ArgumentParser:
         help="do not run the script: say where it draws timesteps and makes its loss, by which law, and where"
         " the policy goes in",
     )
-    options.add_argument(
-        "--local_rank",
-        "--local-rank",
-        action="append",
-        type="--local_rank={}".format,
-        default=[],
-        metavar="RANK",
-        help="passed on to the script, for launchers such as deepspeed's, which put it in front",
-    )
-    options.add_argument("script", help="the host's training script")
-    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
-    return options
 
 
 def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]:
