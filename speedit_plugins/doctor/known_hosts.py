@@ -4,6 +4,7 @@ A new host is a row of `HOSTS`. A host that the launcher serves is a row of `hos
 needs one here only if its law is known, or if the script does not name the file in which it draws.
 """
 
+import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,7 +20,8 @@ from speedit_plugins.doctor.sources import (
     read_file,
     root_of,
 )
-from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, SHARED_FUNCTIONS, defines
+from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, SHARED_FUNCTIONS, Factory, defines
+from speedit_plugins.hosts.inline_draws import INLINE_CALLS, SCRIPTS, edited_script
 from speedit_plugins.hosts.script_edits import edited
 from speedit_plugins.hosts.sigma_edits import DENSITY, SigmaSites, edited_sigmas
 
@@ -59,7 +61,6 @@ HOSTS = (
         "modules/modelSetup/mixin/ModelSetupNoiseMixin.py",
         "ModelSetupNoiseMixin",
         law="onetrainer",
-        by_hand="one_trainer: a file beside scripts/train.py",
     ),
     KnownHost("DiffSynth-Studio", "diffsynth/diffusion/loss.py", "FlowMatchSFTLoss", law="diffsynth"),
     KnownHost("LTX-2 trainer", "src/ltx_trainer/timestep_samplers.py", "SAMPLERS", law="ltx-2"),
@@ -152,18 +153,20 @@ def seams(project: Project, host: KnownHost | None) -> list[Seam]:
 def _launched(project: Project) -> Iterator[Seam]:
     """What the launcher would replace or edit."""
     tree = project.script.tree
+    inline = edited_script(tree)
+    if inline is not None:
+        text = ast.unparse(inline)
+        host = next(each for each in SCRIPTS if f"{INLINE_CALLS}[{each.hosts!r}]" in text)
+        yield Seam(host.hosts, f"F: the launcher edits {', '.join(host.places)} of the script as it is read")
+        return
     if edited(tree)[1].are_a_seam:
         yield Seam("diffusers", "D: the launcher edits draw and loss when it reads the script")
     if defines(tree, SCRIPT_METHOD):
         yield Seam("DiT-3D", f"B: the launcher wraps the class with {SCRIPT_METHOD}")
     named = set(imported_names(tree))
     for factory in FACTORIES:
-        file = module_file(project.folders, factory.module)
-        reached = [source for source in project.sources if source.path == file]
-        # A module that is installed, and not in the project, is known by its name alone.
         given = {f"{factory.module}.{name}" for name in factory.functions}
-        is_installed = file is None and given & named
-        if is_installed or any(source.binds(factory.functions) for source in reached):
+        if _is_reached(factory, project, named) or (given & named and not _file_of(factory, project)):
             what = f"{' or '.join(factory.functions)} of {factory.module}"
             yield Seam(factory.hosts, f"{factory.seam}: the launcher replaces {what}")
     for source in project.sources:
@@ -172,6 +175,21 @@ def _launched(project: Project) -> Iterator[Seam]:
             weights = _listed([*sites.weights, *sites.errors]) or "none"
             what = f"{source.name} as it is read: draw {_listed(sites.draws)}, weights {weights}"
             yield Seam(SHARED_FUNCTIONS, f"E: the launcher edits {what}", but=_left_alone(source, sites))
+
+
+def _file_of(factory: Factory, project: Project) -> Source | None:
+    file = module_file(project.folders, factory.module)
+    return None if file is None else read_file(file, project.folders)
+
+
+def _is_reached(factory: Factory, project: Project, named: set[str]) -> bool:
+    """Whether the script comes to a host's module that makes what the launcher replaces."""
+    source = _file_of(factory, project)
+    if source is None:
+        return bool(named & set(factory.entries))
+    is_read = source.path in {each.path for each in project.sources} or named & set(factory.entries)
+    has_methods = all(source.has_word(name) for name in factory.methods)
+    return bool(is_read) and source.binds(factory.functions) and has_methods
 
 
 def _left_alone(source: Source, sites: SigmaSites) -> str:

@@ -103,9 +103,9 @@ def _who(host: KnownHost | None, found: list[Seam]) -> Iterator[str]:
     names = [host.name] if host is not None else list(dict.fromkeys(seam.hosts for seam in found))
     yield _line("host", ", ".join(names) or "not known")
     for number, seam in enumerate(found):
-        yield _line("" if number else "seam", seam.what)
+        yield f"{'' if number else 'seam':<{_LABEL}}{seam.what}"
         if seam.but:
-            yield _line("", seam.but)
+            yield f"{'':<{_LABEL}}{seam.but}"
     if not found:
         yield _line("seam", "none that is known")
 

@@ -405,8 +405,8 @@ REAL = {
         "opensora/schedulers/rf/rectified_flow.py:74",
     ),
     "willisma+SiT/train.py": (0, "SiT", "transport/transport.py:111"),
-    "genmoai+mochi/demos/fine_tuner/train.py": (2, "not known", "train.py:290"),
-    "zai-org+CogVideo/finetune/train.py": (2, "not known", "models/cogvideox_i2v/lora_trainer.py:146"),
+    "genmoai+mochi/demos/fine_tuner/train.py": (0, "Mochi", "train.py:290"),
+    "zai-org+CogVideo/finetune/train.py": (0, "CogVideoX", "models/cogvideox_i2v/lora_trainer.py:146"),
 }
 
 
