@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from speedit_plugins.doctor.report import report
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.factories import (
     FACTORIES,
@@ -32,8 +33,11 @@ from speedit_plugins.hosts.factories import (
     defines,
     looked_for,
     reaches_a_factory,
+    reaches_text,
 )
+from speedit_plugins.hosts.inline_draws import INLINE_CALLS, SCRIPTS, InlineCalls, edited_script
 from speedit_plugins.hosts.script_edits import CALLS, edited
+from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.state_file import StateFile
 from speedit_plugins.launch_options import (
     PROGRAM,
@@ -46,7 +50,7 @@ from speedit_plugins.launch_options import (
     policy_config,
     write,
 )
-from speedit_plugins.launch_seams import Launch, SeamFinder, class_builder, replace_factory
+from speedit_plugins.launch_seams import Launch, SeamFinder, class_builder, draws_maker, replace_factory
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import Config, import_modules, is_raised_here
@@ -70,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         import_modules(arguments.imports, source="--import")
         launch = _launch(arguments)
+        if arguments.doctor:
+            return report(arguments, launch.config, sys.argv[1:] if argv is None else argv)
         tree = parsed(arguments.script)
-        run(launch, tree, [arguments.script, *arguments.arguments])
+        run(launch, tree, [arguments.script, *arguments.local_rank, *arguments.arguments])
         if not launch.num_attached:
             raise NoSeamError(_untrained(launch))
     except (LaunchError, ValueError, OSError) as error:
@@ -109,7 +115,8 @@ def parsed(script: str) -> ast.Module:
     """A script with a known seam, edited if it draws itself. Nothing is imported or run for this.
 
     A known module has to be where the script would import it from, or the script itself names one, defines
-    DiT-3D's `p_losses`, or draws timesteps of a noise scheduler and makes a squared error.
+    DiT-3D's `p_losses`, has the functions of a known script (`inline_draws`), or draws timesteps of a noise
+    scheduler and makes a squared error.
 
     Raises:
         LaunchError: there is no script, or it is not Python.
@@ -122,9 +129,13 @@ def parsed(script: str) -> ast.Module:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=script)
     except SyntaxError as error:
         raise LaunchError(f"{script} is not Python that this interpreter reads: {error}") from error
+    if (inline := edited_script(tree)) is not None:
+        return inline
     changed, sites = edited(tree)
+    changed, sigmas = edited_sigmas(changed)
     folders = [str(path.resolve().parent), *sys.path[1:]]
-    if not (sites.are_a_seam or reaches_a_factory(tree, folders) or defines(tree, SCRIPT_METHOD)):
+    is_seam = sites.are_a_seam or sigmas.draws or defines(tree, SCRIPT_METHOD)
+    if not (is_seam or reaches_a_factory(tree, folders) or reaches_text(tree, folders, f"{DENSITY}(")):
         raise NoSeamError(f"{script} has no seam: {sites.shortfall()}looked for {looked_for()}")
     return changed
 
@@ -150,7 +161,10 @@ def run(launch: Launch, tree: ast.Module, argv: Sequence[str]) -> None:
         if factory.module in sys.modules:
             replace_factory(launch, factory, sys.modules[factory.module])
     module = ModuleType("__main__")
-    vars(module).update({"__file__": script, "__builtins__": builtins, CALLS: launch.calls})
+    inline = {host.hosts: InlineCalls(host, draws_maker(launch, host.hosts)) for host in SCRIPTS}
+    vars(module).update({"__file__": script, "__builtins__": builtins})
+    vars(module).update({CALLS: launch.calls, INLINE_CALLS: inline})
+    vars(module)[SIGMA_CALLS] = launch.sigma_calls
     try:
         sys.meta_path.insert(0, finder)
         # Every class that the script defines itself passes through here.

@@ -103,6 +103,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="each N timesteps, over ranks and micro-batches, are of N equally likely strata",
     )
+    options.add_argument(
+        "--doctor",
+        action="store_true",
+        help="do not run the script: say where it draws timesteps and makes its loss, by which law, and where"
+        " the policy goes in",
+    )
+    options.add_argument(
+        "--local_rank",
+        "--local-rank",
+        action="append",
+        type="--local_rank={}".format,
+        default=[],
+        metavar="RANK",
+        help="passed on to the script, for launchers such as deepspeed's, which put it in front",
+    )
     options.add_argument("script", help="the host's training script")
     options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     return options

@@ -5,6 +5,7 @@ is replaced when its module is imported. An object's policy is built when the ob
 only samples stays as it is.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,26 +13,29 @@ from functools import cached_property, wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, cast
 
 import torch
 
-from speedit_plugins.hosts import diffusion_object, flow_object
-from speedit_plugins.hosts.attachment import Attachment, PolicyHolder, attach, attachment_of, is_attached
+from speedit_plugins.hosts.attachment import PolicyHolder, attachment_of, is_attached
 from speedit_plugins.hosts.draw_stream import DrawStream, replica
-from speedit_plugins.hosts.entry import no_seam
+from speedit_plugins.hosts.entry import launched_seam, no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
     SCRIPT_METHOD,
+    SHARED_FUNCTIONS,
     Factory,
+    is_installed,
 )
-from speedit_plugins.hosts.flow import FlowAttachment
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.script_edits import ScriptCalls
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.sigma_calls import SigmaCalls
+from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.state_file import StateFile
 from speedit_plugins.launch_options import (
     PROGRAM,
@@ -75,13 +79,32 @@ class Launch:
     def calls(self) -> ScriptCalls:
         """What the edited script calls to draw and to make its loss."""
 
-        def announce(policy: TimestepPolicy) -> None:
-            self.announce("diffusers script", "D", policy)
+        return ScriptCalls(self.script_policy("diffusers script"), self.state)
 
-        seam = ScriptPolicy(
-            self.config, prediction_type=self.prediction_type, on_use=announce, **self.draw_options
+    def script_policy(self, hosts: str, **options: Any) -> ScriptPolicy:
+        """What draws and weighs for a host that draws an index of its noise scheduler."""
+
+        def announce(policy: TimestepPolicy) -> None:
+            self.announce(hosts, "D", policy)
+
+        options = {"prediction_type": self.prediction_type, **options}
+        return ScriptPolicy(self.config, on_use=announce, **self.draw_options, **options)
+
+    @cached_property
+    def sigma_calls(self) -> SigmaCalls:
+        """What edited files call to draw u and to weigh by sigma."""
+
+        def used(calls: SigmaCalls) -> None:
+            self.keep(calls)
+            self.announce(SHARED_FUNCTIONS, "E", calls.policy)
+
+        return SigmaCalls(
+            self.config,
+            prediction_type=self.prediction_type,
+            on_use=used,
+            in_checkpoints=self.state is None,
+            **self.draw_options,
         )
-        return ScriptCalls(seam, self.state)
 
     @property
     def draw_options(self) -> dict[str, Any]:
@@ -116,8 +139,8 @@ class DeferredPolicy:
 
     def __call__(self) -> TimestepPolicy:
         """The policy, in use from now on."""
-        seam = flow_object if flow_object.fits(self.host) else diffusion_object
-        policy: TimestepPolicy = seam.policy_for(self.host, self.launch.config, self.launch.prediction_type)
+        seam, launch = launched_seam(self.host), self.launch
+        policy: TimestepPolicy = seam.policy_for(self.host, launch.config, launch.prediction_type)
         self.launch.keep(attachment_of(self.host))
         self.launch.announce(self.hosts, "B", policy)
         return policy
@@ -130,23 +153,47 @@ class SeamFinder(MetaPathFinder):
         self._launch = launch
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that is known, or that calls the functions of seam E; None for any other."""
         known = [factory for factory in FACTORIES if factory.module == name]
-        if not known:
-            return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                loader: Any = spec.loader
-                execute = loader.exec_module
-
-                def executed(module: ModuleType, execute: Callable[[ModuleType], None] = execute) -> None:
-                    execute(module)
-                    for factory in known:
-                        replace_factory(self._launch, factory, module)
-
-                loader.exec_module = executed
+            if spec is None or spec.loader is None:
+                continue
+            if known:
+                self._replace_after(spec.loader, known)
                 return spec
+            return spec if self._edit_before(spec) else None
         return None
+
+    def _replace_after(self, loader: Any, known: list[Factory]) -> None:
+        execute = loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            execute(module)
+            for factory in known:
+                replace_factory(self._launch, factory, module)
+
+        loader.exec_module = executed
+
+    def _edit_before(self, spec: ModuleSpec) -> bool:
+        """Lets a module run as `edited_sigmas` returns it. Returns whether anything in it is edited."""
+        origin = spec.origin or ""
+        if not origin.endswith(".py") or is_installed(origin):
+            return False
+        source = Path(origin).read_text(encoding="utf-8", errors="ignore")
+        if f"{DENSITY}(" not in source:
+            return False
+        tree, sites = edited_sigmas(ast.parse(source, filename=origin))
+        if not sites.draws:
+            return False
+
+        def executed(module: ModuleType) -> None:
+            vars(module)[SIGMA_CALLS] = self._launch.sigma_calls
+            exec(compile(tree, origin, "exec"), vars(module))
+
+        loader: Any = spec.loader
+        loader.exec_module = executed
+        return True
 
 
 def replace_factory(launch: Launch, factory: Factory, module: ModuleType) -> None:
@@ -157,6 +204,10 @@ def replace_factory(launch: Launch, factory: Factory, module: ModuleType) -> Non
     for name in factory.functions:
         made = getattr(module, name, None)
         if made is None or hasattr(made, _MARK):
+            continue
+        if factory.methods:
+            if factory.is_class(made):
+                _replace_init(launch, made, factory.hosts)
             continue
         launched = _object_factory if factory.seam == "B" else _sampler_factory
         replacement = launched(launch, factory, module, made)
@@ -170,24 +221,51 @@ def _adapt(launch: Launch, factory: Factory, module: ModuleType) -> None:
     if hasattr(module, _MARK) or not any(hasattr(module, name) for name in factory.functions):
         return
     setattr(module, _MARK, True)
-
-    def used(draws: SeparateDraws) -> None:
-        launch.keep(draws)
-        launch.announce(factory.hosts, factory.seam, draws.policy)
-
-    def draws_of(**options: Any) -> SeparateDraws:
-        told, given = options.get("prediction_type"), launch.prediction_type
-        if told and given not in (None, told):
-            raise LaunchError(f"{factory.hosts} predicts {told}: leave out --prediction-type {given}")
-        options = {"prediction_type": given or "flow", **options}
-        stream = DrawStream(**launch.draw_options)
-        return SeparateDraws(launch.config, stream=stream, on_use=used, **options)
-
     home, _, name = factory.adapter.rpartition(".")
-    getattr(import_module(home), name)(module, draws_of)
+    adapt: Callable[[ModuleType, Callable[..., Any]], None] = getattr(import_module(home), name)
+    adapt(module, (scripted_maker if factory.seam == "D" else draws_maker)(launch, factory.hosts))
     # A process that the host spawns would import it without this launcher, and draw by itself.
     setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
     launch.found.append(factory.hosts)
+
+
+def draws_maker(launch: Launch, hosts: str) -> Callable[..., SeparateDraws]:
+    """What makes the `SeparateDraws` of a host in a launch, with options that the host decides."""
+
+    def used(draws: SeparateDraws) -> None:
+        launch.keep(draws)
+        launch.announce(hosts, "F", draws.policy)
+
+    def draws_of(**options: Any) -> SeparateDraws:
+        stream = DrawStream(**launch.draw_options)
+        options = {"prediction_type": "flow", **_stated(launch, hosts, options)}
+        return SeparateDraws(launch.config, stream=stream, on_use=used, **options)
+
+    return draws_of
+
+
+def scripted_maker(launch: Launch, hosts: str) -> Callable[..., ScriptPolicy]:
+    """What makes the `ScriptPolicy` of a host in a launch, whose state is kept."""
+
+    def seam_of(**options: Any) -> ScriptPolicy:
+        seam = launch.script_policy(hosts, **_stated(launch, hosts, options))
+        launch.keep(seam)
+        return seam
+
+    return seam_of
+
+
+def _stated(launch: Launch, hosts: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a host's draws, with what its model predicts if the host or the user says so.
+
+    Raises:
+        LaunchError: the host and the user say different things.
+    """
+    own, given = options.get("prediction_type"), launch.prediction_type
+    if own and given and own != given:
+        raise LaunchError(f"{hosts} predicts {own}: leave out --prediction-type {given}")
+    told = own or given
+    return {**options, "prediction_type": told} if told else options
 
 
 def _object_factory(
@@ -227,16 +305,11 @@ def _sampler_factory(
 def _defer(launch: Launch, hosts: str, host: Any) -> Any:
     if is_attached(host):
         return host
-    source, stream = DeferredPolicy(launch, hosts, host), DrawStream(**launch.draw_options)
-    diffusion_object.refuse_other_seams(host)
-    if flow_object.fits(host):
-        moves = moves_with_shift(launch.config)
-        flow_object.attach_flow(host, FlowAttachment(source, stream, moves_boundary=moves))
-    elif diffusion_object.fits(host):
-        attach(host, Attachment(source, stream), diffusion_object.steered_methods)
-    else:
+    seam, stream = launched_seam(host), DrawStream(**launch.draw_options)
+    if seam is None:
         raise NoSeamError(no_seam(host))
-    return host
+    source, moves = DeferredPolicy(launch, hosts, host), moves_with_shift(launch.config)
+    return seam.attach_later(host, source, stream, moves_boundary=moves)
 
 
 def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[..., type]:
@@ -245,7 +318,7 @@ def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[
     def build(function: Any, name: str, *bases: Any, **kwargs: Any) -> type:
         made = build_class(function, name, *bases, **kwargs)
         if getattr(made, "__module__", None) == "__main__" and SCRIPT_METHOD in vars(made):
-            _replace_init(launch, made)
+            _replace_init(launch, made, SCRIPT_CLASS)
             # A process that the script spawns would import it without this launcher, and draw uniformly.
             setattr(torch.multiprocessing, "spawn", _refused_spawn)  # noqa: B010 - mypy: a function of its own
         return made
@@ -253,16 +326,17 @@ def class_builder(launch: Launch, build_class: Callable[..., type]) -> Callable[
     return build
 
 
-def _replace_init(launch: Launch, made: type) -> None:
+def _replace_init(launch: Launch, made: type, hosts: str) -> None:
     init = cast(Callable[..., None], getattr(made, "__init__"))  # noqa: B009 - mypy: unsound on an instance
 
     @wraps(init)
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        _defer(launch, SCRIPT_CLASS, self)
+        _defer(launch, hosts, self)
 
     setattr(made, "__init__", launched)  # noqa: B010 - mypy: a method is assigned
-    launch.found.append(SCRIPT_CLASS)
+    setattr(made, _MARK, True)
+    launch.found.append(hosts)
 
 
 def _refused_spawn(*_: Any, **__: Any) -> NoReturn:

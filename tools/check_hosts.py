@@ -57,7 +57,8 @@ model = SmallModel(axis, answers_tuple=as_tuple)
 opt = torch.optim.SGD(model.parameters(), lr=1e-3)
 weights = torch.ones(shape[0])
 {draw}
-loss = diffusion.{method}(model, torch.randn(shape){t})
+x = torch.randn(shape)
+loss = {call}
 loss = loss["loss"] if isinstance(loss, dict) else loss
 (loss * weights).mean().backward()
 opt.step()
@@ -157,13 +158,12 @@ def launcher_script(host: Host, seam: Any, checkout: Path) -> str:
         replaced=host.replaced,
         factory_import=statement,
         factory_call=host.factory_call,
-        method="training_losses" if is_flow else seam.method,
+        call=getattr(seam, "training_call", "") or f"diffusion.{seam.method}(model, x, t)",
         shape=seam.shape,
         axis=seam.sigma_axis,
         as_tuple=not is_flow and seam.answers_tuple,
         # A flow draws inside its training call.
         draw="" if is_flow else draws[host.kind],
-        t="" if is_flow else ", t",
     )
 
 

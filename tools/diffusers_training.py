@@ -1,4 +1,4 @@
-"""Runs an unmodified text-to-image script of a diffusers checkout through the launcher, on the CPU.
+"""Runs an unmodified training script of a diffusers checkout through the launcher, on the CPU.
 
     python tools/diffusers_training.py --checkout DIR/huggingface+diffusers --work EMPTY_DIR \\
         [--policy speedit] [--script examples/text_to_image/train_text_to_image.py] \\
@@ -8,6 +8,9 @@ The pipeline is tiny and made on the spot, and the images are random. This needs
 LoRA. The result is printed as JSON: the launcher's exit code, how well the t that the UNet saw fit the
 policy's density, and how far the loss is from the mean of weight * mse. With `--policy uniform` the script
 also runs without the launcher at the same t, and the difference of the losses is printed.
+
+This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in `diffusers_flows`, and are
+started by the same command.
 
 Dims: B batch.
 """
@@ -30,8 +33,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
-from host_training import fit, tenths
+from diffusers_flows import is_flow
+from diffusers_flows import is_right as is_right_flow
+from diffusers_flows import run as run_flow
 from torch import Tensor, nn
+from whole_trainings.checks import fit, tenths
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 
@@ -64,15 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkout", type=Path, required=True, help="of diffusers")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and results")
     parser.add_argument("--script", default=SCRIPT, help="within the checkout (default: %(default)s)")
-    parser.add_argument("--policy", default="speedit")
+    parser.add_argument("--policy", default="speedit", help='its name; of a flow also "NAME --set KEY=VALUE"')
     parser.add_argument("arguments", nargs="*", help="more of the script's own, after --")
     args = parser.parse_args(argv)
     script, work = args.checkout.resolve() / args.script, args.work.resolve()
+    if is_flow(script):
+        code, result = run_flow(script, work, args.policy, args.arguments)
+        print(json.dumps(result))
+        return code or (0 if is_right_flow(result) else 1)
     seen, arguments = Seen(), [*script_arguments(script, work), *args.arguments]
     write_pipeline(work / "pipeline", is_xl="sdxl" in script.name)
     is_compared = args.policy == "uniform"
     code = recorded(seen, lambda: launch.main(["--policy", args.policy, str(script), *arguments]))
-    result: dict[str, Any] = {"script": script.name, "exit": code, "stand_ins": NAMES}
+    result = {"script": script.name, "exit": code, "stand_ins": NAMES}
     if code == 0:
         result |= report(args.policy, arguments, seen)
         if is_compared:

@@ -1,326 +1,88 @@
-"""Runs the unmodified train.py of DiT, fast-DiT, SiT or LightningDiT through the launcher, on the CPU.
+"""Whole, unmodified trainings of hosts with a policy, on the CPU, and what was found about each.
 
+    python tools/host_training.py --hosts DIR [--only NAME ...] [--work DIR] [--json FILE]
     python tools/host_training.py --checkout DIR/willisma+SiT --work EMPTY_DIR [--policy speedit]
 
-The data are random, and the model is the smallest of the host's own. STAND_INS lists what is replaced because
-a CPU lacks it. The result is printed as JSON: the launcher's exit code, and how well the t that the model saw
-fit the policy's density.
+The first form prints a table and the stand-ins, and can write JSON. The checks of a host:
 
-Dims: B batch, T timesteps.
+    exit      the scripts ended as they should
+    law       the share of each tenth of the t that the model saw is within 4 sigma of the policy's
+    loss      the reported loss is w * mse + vb
+    uniform   the policy `uniform` gives the run without the plugin to the bit, at the same t and noise
+    sampling  the host's sampling script gives the same to the bit with the plugin and without
+    resume    the host goes on from its own checkpoint, and the policy from its state
+
+The second form runs one train.py of DiT, fast-DiT, SiT or LightningDiT on random data, and prints one line.
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+import tempfile
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import yaml
 
 # The contract is part of the test suite.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from conformance.stand_ins import StandIns
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import torch
+from whole_trainings import checks, image_hosts, latte, open_sora
+from whole_trainings.checks import Check, Result
 
-from speedit_plugins import NoiseSchedule, build_policy, launch
-
-ROOT = Path(__file__).resolve().parents[1]
-STAND_INS = (
-    "torch.cuda (present, device 'cpu')",
-    "torch.compile (none)",
-    "NCCL (gloo)",
-    "accelerate (one process)",
-    "timm (its three layers)",
-    "torchvision (random images)",
-    "the VAE (a mean over 8 x 8 pixels)",
-    "wandb, torchdiffeq, fairscale (imported, never called)",
-)
-BATCH, NUM_BATCHES, LATENT_SIZE = 64, 16, 32
-_UNUSED = ("torchvision", "wandb", "torchdiffeq", "fairscale")
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a host's train.py is started, and what its model sees.
-
-    Args:
-        host: name.
-        marker: a text in this host's train.py that no later host of the list has.
-        model: class of the model.
-        arguments: returns those of the script for a checkout and a work folder, and may write data there.
-        schedule: noise schedule of the policy.
-        time_of: turns the t that the model sees into time in [0, 1], 1 is noise.
-    """
-
-    host: str
-    marker: str
-    model: str
-    arguments: Callable[[Path, Path], list[str]]
-    schedule: Callable[[], NoiseSchedule]
-    time_of: Callable[[Tensor], Tensor]
-
-
-class _CpuCount:
-    """`rank % device_count()` is the CPU."""
-
-    def __rmod__(self, rank: int) -> torch.device:
-        return torch.device("cpu")
-
-
-class _Accelerator:
-    """accelerate's class for one process on the CPU."""
-
-    device = torch.device("cpu")
-    is_main_process = True
-    num_processes = 1
-    local_process_index = 0
-    mixed_precision = "no"
-
-    def __init__(self) -> None:
-        # accelerate starts the process group, and some train.py rely on that.
-        dist.init_process_group("gloo")
-
-    def prepare(self, *objects: Any) -> tuple[Any, ...]:
-        return objects
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-
-class _Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Random images in place of torchvision's ImageFolder."""
-
-    def __init__(self, root: str, transform: object = None) -> None:
-        self._colours = torch.rand(BATCH * NUM_BATCHES, 3, 1, 1) * 2 - 1
-
-    def __len__(self) -> int:
-        return len(self._colours)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._colours[index].expand(3, 8 * LATENT_SIZE, 8 * LATENT_SIZE), index % 10
-
-
-class _Encoder(nn.Module):
-    def encode(self, x: Tensor) -> SimpleNamespace:
-        latent = nn.functional.avg_pool2d(x, 8)
-        return SimpleNamespace(
-            latent_dist=SimpleNamespace(sample=lambda: torch.cat([latent, latent[:, :1]], 1))
-        )
+HOSTS = (*open_sora.HOSTS, *latte.HOSTS, *image_hosts.HOSTS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0 if the script ran and its timesteps follow the policy."""
-    parser = argparse.ArgumentParser(prog="host_training", description="A host's train.py, on the CPU.")
-    parser.add_argument("--checkout", type=Path, required=True, help="of DiT, fast-DiT, SiT or LightningDiT")
-    parser.add_argument("--work", type=Path, required=True, help="folder for data and results")
-    parser.add_argument("--policy", default="speedit")
+    """Runs the command line. Returns 0 if every host that was run passed all of its checks."""
+    parser = argparse.ArgumentParser(prog="host_training", description="Whole trainings, on the CPU.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--hosts", type=Path, help="folder of checkouts named owner+name")
+    which.add_argument("--checkout", type=Path, help="one checkout of DiT, fast-DiT, SiT or LightningDiT")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="hosts whose name contains one of these")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
+    parser.add_argument("--work", type=Path, help="folder for data and results; default: a temporary one")
+    parser.add_argument("--policy", default="speedit", help="with --checkout")
     args = parser.parse_args(argv)
-    script, work = args.checkout.resolve() / "train.py", args.work.resolve()
-    training = training_of(script)
-    work.mkdir(parents=True, exist_ok=True)
-    seen: list[Tensor] = []
-    code = run(training, script, args.policy, work, seen)
-    shares = tenths(args.policy, training.schedule())
-    fitted = fit(shares, [training.time_of(t) for t in seen])
-    print(json.dumps({"host": args.checkout.name, "exit": code, "stand_ins": STAND_INS, **fitted}))
-    return 0 if code == 0 and fitted["draws"] and fitted["worst_sigma"] < 4 else 1
+    if args.checkout is not None:
+        if args.work is None:
+            parser.error("--checkout needs --work")
+        return image_hosts.run_one(args.checkout, args.work, args.policy)
+    hosts = chosen(HOSTS, args.only)
+    if not hosts:
+        parser.error(f"no host {' '.join(args.only)}; known: {', '.join(host.name for host in HOSTS)}")
+    # What is forked from here keeps to one core, and asks no hub.
+    torch.set_num_threads(1)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        results = [trained(host, args.hosts, (args.work or Path(scratch)).resolve()) for host in hosts]
+    print(checks.table(results))
+    if args.json is not None:
+        args.json.write_text(checks.to_json(results), encoding="utf-8")
+    return 0 if all(result.holds for result in results) else 1
 
 
-def training_of(script: Path) -> Training:
-    """How this train.py is started.
-
-    Raises:
-        SystemExit: it is not the script of a known host.
-    """
-    text = script.read_text(encoding="utf-8") if script.is_file() else ""
-    known = next((training for training in TRAININGS if training.marker in text), None)
-    if known is None:
-        raise SystemExit(f"no train.py of {', '.join(training.host for training in TRAININGS)}: {script}")
-    return known
+def chosen(hosts: Sequence[Any], only: Sequence[str] | None) -> list[Any]:
+    """The hosts whose name contains one of some texts, whatever the case; all without any."""
+    return [host for host in hosts if not only or any(text.lower() in host.name.lower() for text in only)]
 
 
-def run(training: Training, script: Path, policy: str, work: Path, seen: list[Tensor]) -> int:
-    """Runs the launcher. Returns its exit code, and adds the t (B,) of every call of the model to `seen`."""
-
-    def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if type(module).__name__ == training.model:
-            seen.append(inputs[1].detach().clone())
-
-    arguments = training.arguments(script.parent, work)
-    with ExitStack() as stack:
-        stack.callback(nn.modules.module.register_module_forward_pre_hook(record).remove)
-        for replaced in _replacements():
-            stack.enter_context(replaced)
-        # LightningDiT writes its log into the current folder.
-        stack.callback(os.chdir, Path.cwd())
-        os.chdir(work)
-        code = launch.main(["--policy", policy, str(script), *arguments])
-        # Some scripts end their process group and some do not.
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return code
-
-
-def write_features(folder: Path) -> None:
-    """Random latents and labels in the files that fast-DiT's train.py reads."""
-    generator = np.random.default_rng(0)
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for index in range(BATCH * NUM_BATCHES):
-        latent = generator.standard_normal((1, 4, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)
-        np.save(folder / "imagenet256_features" / f"{index}.npy", latent)
-        np.save(folder / "imagenet256_labels" / f"{index}.npy", np.array([index % 10]))
-
-
-def write_lightningdit(checkout: Path, folder: Path) -> Path:
-    """Writes the host's published config, with a small model and few steps, and the latents that it names.
-
-    Its logit-normal draw is off: in 1,000 draws it could not be told from the policy's density.
-    """
-    published = checkout / "configs" / "lightningdit_xl_vavae_f16d32.yaml"
-    # The host's own train.py reads it in this way.
-    config = yaml.safe_load(published.read_text(encoding="utf-8"))
-    channels, count = config["model"]["in_chans"], BATCH * NUM_BATCHES
-    config["data"].update(data_path=str(folder), image_size=16, num_classes=10, num_workers=0)
-    # The smallest model with one token. A step with its 130 million weights is costly, so there are four.
-    config["model"].update(model_type="LightningDiT-B/1")
-    steps = {"max_steps": 4, "global_batch_size": count // 4, "log_every": 2, "ckpt_every": 1000}
-    config["train"].update(steps, output_dir=str(folder / "results"), exp_name="run")
-    config["transport"].update(use_lognorm=False)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(count, channels, 1, 1, generator=generator)
-    tensors = {"latents": latents, "latents_flip": latents.clone(), "labels": torch.arange(count) % 10}
-    save_file(tensors, folder / "latents.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return folder / "config.yaml"
-
-
-def tenths(policy: str, schedule: NoiseSchedule) -> Tensor:
-    """The policy's share of draws in each tenth of time, float64 (10,)."""
-    density = build_policy(policy, schedule).density_for(BATCH)
-    return density.view(10, -1).sum(1)
-
-
-def fit(shares: Tensor, seen: Sequence[Tensor]) -> dict[str, Any]:
-    """How far the share of times in each tenth is from the expected and from 0.1, in binomial sigmas.
-
-    Args:
-        shares: expected, shape (10,); they sum to 1.
-        seen: batches of times in [0, 1].
-    """
-    if not seen:
-        return {"draws": 0, "worst_sigma": float("inf")}
-    tenth = (torch.cat(list(seen)).double() * 10).long().clamp(max=9)
-    found = torch.bincount(tenth, minlength=10) / len(tenth)
-
-    def worst(expected: Tensor) -> float:
-        sigma = (expected * (1 - expected) / len(tenth)).sqrt()
-        return round(float(((found - expected).abs() / sigma).max()), 2)
-
-    equal = torch.full_like(shares, 0.1)
-    return {"draws": len(tenth), "worst_sigma": worst(shares), "sigma_from_uniform": worst(equal)}
-
-
-def _replacements() -> list[Any]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import original_dit
-
-    layers = ModuleType("timm.models.vision_transformer")
-    names = ("PatchEmbed", "Attention", "Mlp")
-    vars(layers).update({name: getattr(original_dit, name) for name in names})
-    timm = {"timm": ModuleType("timm"), "timm.models": ModuleType("timm.models"), layers.__name__: layers}
-    accelerate, datasets = ModuleType("accelerate"), ModuleType("torchvision.datasets")
-    vars(accelerate).update(Accelerator=_Accelerator)
-    # SiT's own download.py imports from a module below it.
-    vars(datasets).update(ImageFolder=_Images, __path__=[])
-    modules = {**timm, "accelerate": accelerate, "torchvision.datasets": datasets}
-    ddp, start = nn.parallel.DistributedDataParallel, dist.init_process_group
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    # SiT's train.py reads two names for wandb even if it does not use it.
-    environment.update(ENTITY="none", PROJECT="none")
-
-    def on_cpu(model: nn.Module, device_ids: object = None) -> nn.Module:
-        return ddp(model)
-
-    def with_gloo(backend: str) -> None:
-        start("gloo")
-
-    def present() -> bool:
-        return True
-
-    def uncompiled(function: Any) -> Any:
-        return function
-
-    cuda = {"is_available": present, "device_count": _CpuCount, "set_device": id, "synchronize": present}
-    return [
-        # This is first, since diffusers looks at what is installed when it is imported.
-        mock.patch("diffusers.models.AutoencoderKL.from_pretrained", return_value=_Encoder()),
-        mock.patch.dict("os.environ", environment),
-        mock.patch.dict(sys.modules, modules),
-        mock.patch.object(sys, "meta_path", [*sys.meta_path, StandIns(_UNUSED)]),
-        mock.patch.multiple(torch.cuda, **cuda),
-        mock.patch.object(torch, "compile", uncompiled),
-        mock.patch.object(nn.parallel, "DistributedDataParallel", on_cpu),
-        mock.patch.object(dist, "init_process_group", with_gloo),
-    ]
-
-
-def _image_arguments(model: str, checkout: Path, work: Path) -> list[str]:
-    arguments = ["--data-path", str(work), "--results-dir", str(work / "results"), "--model", model]
-    arguments += ["--image-size", "256", "--num-classes", "10", "--epochs", "1", "--num-workers", "0"]
-    return [*arguments, "--global-batch-size", str(BATCH), "--log-every", "8", "--ckpt-every", "1000"]
-
-
-def _feature_arguments(checkout: Path, work: Path) -> list[str]:
-    write_features(work)
-    return ["--feature-path", *_image_arguments("DiT-S/8", checkout, work)[1:]]
-
-
-def _config_arguments(checkout: Path, work: Path) -> list[str]:
-    return ["--config", str(write_lightningdit(checkout, work))]
-
-
-def _middle(t: Tensor) -> Tensor:
-    return (t + 0.5) / 1000
-
-
-def _flipped(t: Tensor) -> Tensor:
-    # A transport has noise at 0.
-    return 1 - t
-
-
-TRAININGS = (
-    Training(
-        "LightningDiT",
-        "LightningDiT_models",
-        "LightningDiT",
-        _config_arguments,
-        NoiseSchedule.rectified_flow,
-        _flipped,
-    ),
-    Training(
-        "SiT",
-        "SiT_models",
-        "SiT",
-        partial(_image_arguments, "SiT-S/8"),
-        NoiseSchedule.rectified_flow,
-        _flipped,
-    ),
-    Training("fast-DiT", "--feature-path", "DiT", _feature_arguments, NoiseSchedule.linear, _middle),
-    Training("DiT", "DiT_models", "DiT", partial(_image_arguments, "DiT-S/8"), NoiseSchedule.linear, _middle),
-)
+def trained(host: Any, hosts: Path, work: Path) -> Result:
+    """The result of one host, in a folder of its own below `work`."""
+    checkout = (hosts / host.folder).resolve()
+    if not checkout.is_dir():
+        return Result(host.name, {"exit": Check(None, f"no checkout {host.folder}")})
+    folder = work / host.name.replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"host_training: {host.name} in {folder}", file=sys.stderr, flush=True)
+    try:
+        result: Result = host.train(checkout, folder)
+    except Exception as error:
+        # One host that cannot be run does not keep the others from running.
+        traceback.print_exc()
+        return Result(host.name, {"exit": Check(False, f"{type(error).__name__}: {error}")})
+    return result
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from host_laws.flags import host_configs, split_hosts, value_of
-from host_laws.laws import HOSTS
+from host_flags import host_configs, split_hosts, value_of
 from policy_figure import save_figure
 from policy_tables import AREAS, QUARTILES, areas, describe
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.files import write_whole
+from speedit_plugins.hosts.laws.laws import HOSTS
 from speedit_plugins.policies.schedule import PREDICTION_TYPES
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.policies.weightings.loss_normalized import LossNormalizedPolicy

@@ -58,6 +58,26 @@ def wrapped(
     return attach(host, Attachment(policy_for(host, policy, prediction_type), stream), steered_methods)
 
 
+def attach_later(
+    host: Any,
+    source: Callable[[], TimestepPolicy],
+    stream: DrawStream,
+    *,
+    moves_boundary: bool = False,
+) -> Any:
+    """Lets a policy that is built when it first draws draw and weigh. Returns the same object.
+
+    Args:
+        host, source, stream: see `Attachment`.
+        moves_boundary: has no effect: a diffusion host does not shift its draws.
+
+    Raises:
+        ValueError: see `refuse_other_seams`.
+    """
+    refuse_other_seams(host)
+    return attach(host, Attachment(source, stream), steered_methods)
+
+
 def refuse_other_seams(host: Any) -> None:
     """Raises ValueError if a policy goes in elsewhere for the object's host; the message says where."""
     reason = _SAMPLED.get(type(host).__module__.split(".")[0])

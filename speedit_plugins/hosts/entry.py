@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.hosts import diffusion_object, flow_object, imagen
+from speedit_plugins.hosts import diffusion_object, drawing_object, flow_object, imagen, interpolant_loss
 from speedit_plugins.hosts.attachment import refuse_attached, without_policy
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.policies.policy import TimestepPolicy
@@ -15,8 +15,10 @@ from speedit_plugins.registry import Config
 
 __all__ = ["with_policy", "without_policy"]
 
-# In this order, for a rectified flow's training_losses takes a t as a diffusion object's does.
-_SEAMS = (imagen, flow_object, diffusion_object)
+# Those of the launcher. In this order, for a rectified flow's training_losses takes a t as a diffusion
+# object's does.
+_LAUNCHED: tuple[Any, ...] = (interpolant_loss, flow_object, diffusion_object, drawing_object)
+_SEAMS: tuple[Any, ...] = (imagen, *_LAUNCHED)
 
 
 def with_policy(
@@ -51,9 +53,10 @@ def with_policy(
     Args:
         diffusion: the host's object, one of
             a diffusion object with `alphas_cumprod`, and `training_losses(model, x_start, t, ...)` or
-            DiT-3D's `p_losses(denoise_fn, data, t, ...)`;
+            DiT-3D's `p_losses(denoise_fn, data, t, ...)`, or HunyuanDiT's, which draws t itself;
             a flow: SiT's transport, or a rectified flow with a `scheduler` (VideoSys, Open-Sora 1.2 and 1.3).
             A relative density (`Density`) thins its draws; any other replaces them, their shift included;
+            a loss with `interpolant(t)`: the `SILoss` of REPA and REG, or REPA-E's model, also flows;
             an `Imagen` of imagen-pytorch.
         policy: see `build_policy`; or one that is built already, for this T (for a flow or an Imagen any T).
         prediction_type: what the model predicts; None reads it from the object. Needed if it does not say.
@@ -79,6 +82,14 @@ def with_policy(
     raise ValueError(no_seam(diffusion))
 
 
+def launched_seam(host: Any) -> Any:
+    """The module of the seam by which the launcher puts a policy into this object; None if there is none.
+
+    It has `attach_later` and `policy_for`.
+    """
+    return next((seam for seam in _LAUNCHED if seam.fits(host)), None)
+
+
 def refuse_beside_built(policy: str | Config | TimestepPolicy, prediction_type: str | None) -> None:
     """Raises ValueError if a prediction type is given for a policy that is built already."""
     if prediction_type is not None and isinstance(policy, TimestepPolicy):
@@ -93,6 +104,9 @@ def no_seam(host: Any) -> str:
         f"{type(host).__module__}.{type(host).__qualname__} has no seam: looked for a method"
         f" {', '.join(diffusion_object.METHODS)} with an argument"
         f" {' or '.join(diffusion_object.TIMESTEP_NAMES)} (DiT, Latte, PixArt-alpha, OpenDiT, DiT-3D,"
-        " Open-Sora-Plan 1.0); path_sampler and training_losses (SiT); a scheduler with add_noise and"
-        " training_losses (VideoSys 2.0, Open-Sora 1.2); noise_schedulers and p_losses (imagen-pytorch 2.1)"
+        " Open-Sora-Plan 1.0); training_losses without it beside q_sample and _wrap_model"
+        " (HunyuanDiT); path_sampler and training_losses (SiT, RAE); a scheduler with add_noise and"
+        " training_losses (VideoSys 2.0, Open-Sora 1.2); noise_schedulers and p_losses (imagen-pytorch 2.1);"
+        " interpolant, and __call__(model, images, ...) (REPA, REG) or forward(x, ..., loss_kwargs,"
+        " time_input) (REPA-E)"
     )

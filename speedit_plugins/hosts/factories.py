@@ -4,9 +4,14 @@ The launcher replaces these functions.
 """
 
 import ast
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from speedit_plugins.hosts.inline_draws import SCRIPTS
 
 
 @dataclass(frozen=True)
@@ -18,11 +23,14 @@ class Factory:
         module: its dotted name, as the host's scripts import it.
         functions: names in that module, of functions or classes; one that is missing is skipped.
         seam: "B" returns a diffusion object or a flow; "C" takes (name, diffusion) and returns a schedule
-            sampler; "F" draws times, and another makes the loss.
-        adapter: for "F", the dotted name of a function of ours. It takes the module of the host and a
-            function that makes its `SeparateDraws`, and replaces what draws and what makes the loss.
+            sampler; "F" draws times, and another makes the loss; "D" the same with a noise scheduler's index.
+        adapter: for "F" and "D", the dotted name of a function of ours. It takes the module of the host and a
+            function that makes its `SeparateDraws` or its `ScriptPolicy`, and replaces what draws and what
+            makes the loss.
         entries: modules that the host's scripts import, if they reach this one from elsewhere than a folder
             on sys.path.
+        methods: if the functions are classes, names of theirs. Other projects have modules with this name, so
+            a class without these methods is none of the host.
     """
 
     hosts: str
@@ -31,11 +39,17 @@ class Factory:
     seam: str = "B"
     adapter: str = ""
     entries: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+
+    def is_class(self, made: Any) -> bool:
+        """Whether this is a class with the host's methods."""
+        return isinstance(made, type) and all(hasattr(made, name) for name in self.methods)
 
 
 FACTORIES = (
     Factory("DiT, fast-DiT, Latte", "diffusion", ("create_diffusion",)),
-    Factory("PixArt-alpha", "diffusion.iddpm", ("IDDPM",)),
+    Factory("PixArt-alpha, PixArt-sigma", "diffusion.iddpm", ("IDDPM",)),
+    Factory("HunyuanDiT", "hydit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 1.0", "opendit.diffusion", ("create_diffusion",)),
     Factory("OpenDiT 0.0.1", "opendit.models.diffusion", ("create_diffusion",)),
     Factory(
@@ -43,7 +57,10 @@ FACTORIES = (
         "opensora.models.diffusion.diffusion",
         ("create_diffusion", "create_diffusion_T"),
     ),
-    Factory("SiT, LightningDiT", "transport", ("create_transport",)),
+    Factory("SiT, LightningDiT, Lumina-Image 2.0", "transport", ("create_transport",)),
+    Factory("RAE", "stage2.transport", ("create_transport",)),
+    Factory("REPA, REG", "loss", ("SILoss",), methods=("interpolant", "__call__")),
+    Factory("REPA-E", "models.sit", ("SiT",), methods=("interpolant", "forward")),
     Factory("guided-diffusion", "guided_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory("MDT", "masked_diffusion.resample", ("create_named_schedule_sampler",), "C"),
     Factory(
@@ -79,18 +96,130 @@ FACTORIES = (
         "speedit_plugins.hosts.ai_toolkit.adapt",
         ("toolkit.job",),
     ),
+    Factory(
+        "torchtitan Flux",
+        "torchtitan.models.flux.trainer",
+        ("FluxTrainer",),
+        "F",
+        "speedit_plugins.hosts.inline_draws.adapt_torchtitan",
+    ),
+    Factory(
+        "LTX-2",
+        "ltx_trainer.training_strategies",
+        ("FlexibleStrategy",),
+        "F",
+        "speedit_plugins.hosts.modality_draws.adapt",
+    ),
+    Factory(
+        "diffusion-pipe",
+        "models.base",
+        ("CommonPipeline",),
+        "F",
+        "speedit_plugins.hosts.prepared_inputs.adapt",
+    ),
+    Factory(
+        "NeMo Automodel",
+        "nemo_automodel.components.flow_matching.pipeline",
+        ("FlowMatchingPipeline",),
+        "F",
+        "speedit_plugins.hosts.flow_pipeline.adapt",
+    ),
+    Factory(
+        "CogVideoX",
+        "finetune.models.utils",
+        ("get_model_cls",),
+        "D",
+        "speedit_plugins.hosts.scheduler_draws.adapt",
+    ),
+    # sd-scripts. All of its trainers import train_util; the flows draw in a module of their own.
+    Factory(
+        "sd-scripts (SD, SDXL)",
+        "library.train_util",
+        ("get_noise_noisy_latents_and_timesteps",),
+        "D",
+        "speedit_plugins.hosts.indexed_batch.adapt",
+    ),
+    *(
+        Factory(
+            f"sd-scripts ({models})",
+            f"library.{module}",
+            ("get_noisy_model_input_and_timesteps",),
+            "F",
+            "speedit_plugins.hosts.noisy_batch.adapt",
+        )
+        for models, module in (
+            ("Flux, HunyuanImage, Anima", "flux_train_utils"),
+            ("SD3", "sd3_train_utils"),
+            ("Lumina", "lumina_train_util"),
+        )
+    ),
+    Factory(
+        "musubi-tuner",
+        "musubi_tuner.training.trainer_base",
+        ("NetworkTrainer",),
+        "F",
+        "speedit_plugins.hosts.noisy_trainer.adapt",
+    ),
+    Factory(
+        "sd-scripts (Anima's weights)",
+        "library.anima_train_utils",
+        ("compute_loss_weighting_for_anima",),
+        "F",
+        "speedit_plugins.hosts.noisy_batch.adapt_weighting",
+    ),
 )
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+# The functions of seam E, which scripts of many projects import or have copies of.
+SHARED_FUNCTIONS = "flow trainers with compute_density_for_timestep_sampling"
+# How many imports lie between a script and a module that draws for it.
+_IMPORT_DEPTH = 3
 # DiT-3D defines its class in the training script itself.
 SCRIPT_METHOD = "p_losses"
 
 
 def reaches_a_factory(tree: ast.Module, folders: Sequence[str]) -> bool:
-    """Whether a script names a known module, or one is in the folders that it would import from."""
+    """Whether a script names a known module, or one is in the folders that it would import from.
+
+    A module whose name other projects have too has to be both, and to define the host's class.
+    """
     named = set(_imported(tree))
-    return any(
-        not named.isdisjoint((factory.module, *factory.entries)) or _is_in(folders, factory.module)
-        for factory in FACTORIES
-    )
+
+    def is_reached(factory: Factory) -> bool:
+        is_named = not named.isdisjoint((factory.module, *factory.entries))
+        place = _origin(folders, factory.module)
+        if factory.methods:
+            return is_named and place is not None and _has_class(place, factory)
+        return is_named or place is not None
+
+    return any(map(is_reached, FACTORIES))
+
+
+def reaches_text(tree: ast.Module, folders: Sequence[str], text: str) -> bool:
+    """Whether a script, or a module of its own project that it imports, has a text.
+
+    Args:
+        tree: of the script.
+        folders: that it would import from. Those of installed packages are not searched.
+        text: to look for.
+    """
+    own = [each for each in folders if not is_installed(each)]
+    seen: set[str] = set()
+    trees = [tree]
+    for _ in range(_IMPORT_DEPTH):
+        names = {name for each in trees for name in _imported(each)} - seen
+        seen |= names
+        origins = {origin for name in names if (origin := _origin(own, name)) is not None}
+        sources = [_source(origin) for origin in origins]
+        if any(text in source for source in sources):
+            return True
+        trees = [ast.parse(source) for source in sources]
+    return False
+
+
+def is_installed(path: str) -> bool:
+    """Whether a file or folder belongs to an installed package or to Python itself."""
+    parts = Path(path).parts
+    return not {"site-packages", "dist-packages"}.isdisjoint(parts) or path.startswith(_STANDARD_LIBRARY)
 
 
 def defines(tree: ast.Module, function: str) -> bool:
@@ -102,7 +231,10 @@ def known_hosts() -> dict[str, str]:
     """What the launcher looks for in a script, for each group of hosts."""
     return {
         **{f.hosts: f"{f.module}.{' or '.join(f.functions)}" for f in FACTORIES},
+        **{host.hosts: f"{' and '.join(host.places)} in the script itself" for host in SCRIPTS},
         "DiT-3D": f"a class with {SCRIPT_METHOD} in the script itself",
+        SHARED_FUNCTIONS: "a call of it whose u looks up rows of a scheduler, in the script or in modules of"
+        " its project",
         "diffusers": "F.mse_loss in the script itself, and torch.randint(0, noise_scheduler.config.num_train_"
         "timesteps, ...) or another torch.randint whose timesteps one noise scheduler's add_noise gets",
     }
@@ -122,14 +254,33 @@ def _imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _is_in(folders: Sequence[str], module: str) -> bool:
-    """Whether one of these folders has a module; packages are looked into, not imported."""
+def _has_class(place: str, factory: Factory) -> bool:
+    """Whether a file of Python defines a class of a factory, with its methods."""
+    tree = ast.parse(_source(place))
+    classes = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in factory.functions
+    ]
+    return any(set(factory.methods) <= {getattr(each, "name", "") for each in node.body} for node in classes)
+
+
+def _origin(folders: Sequence[str], module: str) -> str | None:
+    """The file of a module in these folders; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
     code = None
     for part in module.split("."):
         spec = PathFinder.find_spec(part, search)
         if spec is None:
-            return False
+            return None
         search, code = spec.submodule_search_locations, spec.origin
     # A folder of this name without an __init__.py has no code that could make anything.
-    return code is not None
+    return code
+
+
+def _source(origin: str) -> str:
+    """The text of a Python file; "" if it is none that can be read."""
+    try:
+        text = Path(origin).read_text(encoding="utf-8") if origin.endswith(".py") else ""
+        ast.parse(text)
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return ""
+    return text

@@ -217,7 +217,13 @@ class FlowAttachment(Attachment):
             refuse_strata(self.stream, policy)
 
     def draw_from(
-        self, hosts_draw: Callable[[], Tensor], clock: HostsTime, *, t: Tensor, data: Tensor | None
+        self,
+        hosts_draw: Callable[[], Tensor],
+        clock: HostsTime,
+        *,
+        t: Tensor,
+        data: Tensor | None,
+        observed: Tensor | None = None,
     ) -> Tensor:
         """The t (B,) to train at, in the host's dtype. `weighted_call` weighs the loss of this draw.
 
@@ -228,34 +234,35 @@ class FlowAttachment(Attachment):
             t: what the host has drawn in this call, (B,).
             data: of the batch, on the device that trains; None if the host does not show them. With t, it
                 tells which call is computed again.
+            observed: the data as the model sees them, which the policy observes; None is `data`.
 
         Raises:
             ValueError: see `draw_by_rejection`.
         """
         if not self.policy.is_relative:
-            self._draw = self.draw(t, data)
+            self._draw = self.draw(t, data, observed=observed)
             return clock.t_of(self._draw, t)
         if is_recomputing():
             recomputed: tuple[Tensor, TimestepDraw] = self._recent.of_recomputed(t, data)
             self._draw = recomputed[1]
             return recomputed[0]
-        self.begin_step(data)
+        self.begin_step(data if observed is None else observed)
         device = t.device if data is None else data.device
         with self.stream.hosts_generators(self.policy.num_steps - 1, device):
-            thinned, self._draw = self._thinned(hosts_draw, clock)
+            thinned, self._draw = self._thinned(hosts_draw, clock, t)
         self._recent.add((thinned, self._draw), t, data)
         return thinned
 
-    def _thinned(self, hosts_draw: Callable[[], Tensor], clock: HostsTime) -> tuple[Tensor, TimestepDraw]:
+    def _thinned(
+        self, hosts_draw: Callable[[], Tensor], clock: HostsTime, t: Tensor
+    ) -> tuple[Tensor, TimestepDraw]:
         T = len(self.policy.density)
 
         def bins(time: Tensor) -> Tensor:
             return (time.float() * T).long().clamp(0, T - 1)
 
-        # A flat density keeps every draw.
-        if is_constant(self.policy.density):
-            t = hosts_draw()
-        else:
+        # A flat density keeps the host's own draw: the run is the one without a policy.
+        if not is_constant(self.policy.density):
             time_of = clock.unshifted() if self._moves_boundary else clock.time_of
             t = draw_by_rejection(
                 hosts_draw, lambda t: self._acceptance.at(self.policy.density, bins(time_of(t)))
@@ -269,17 +276,20 @@ class FlowAttachment(Attachment):
         Raises:
             ValueError: the call drew no t, or returned no dict with a loss.
         """
-        try:
-            terms = train()
-            draw = self._draw
-        finally:
-            self._draw = None
+        terms, draw = self.drawn_in(train)
         if draw is None or not isinstance(terms, Mapping) or "loss" not in terms:
             raise ValueError(
                 "the host's training_losses draws its t elsewhere, or returns no dict with a loss: known to"
                 " work are SiT, LightningDiT, VideoSys 2.0 and Open-Sora 1.2 and 1.3"
             )
         return {**terms, "loss": self.weighted_whole(terms["loss"], draw)}
+
+    def drawn_in(self, train: Callable[[], Any]) -> tuple[Any, TimestepDraw | None]:
+        """What a host's training call returns, and the draw (B,) that `draw_from` made during it, if any."""
+        try:
+            return train(), self._draw
+        finally:
+            self._draw = None
 
 
 class ThinningAttachment:

@@ -1,17 +1,17 @@
 """Seam B for flow matching: the host's object draws a continuous t inside `training_losses`.
 
-There are two kinds. A transport (SiT, LightningDiT) has noise at t = 0. A rectified flow (VideoSys, Open-Sora
-1.2 and 1.3) shifts its t by the resolution. Both draw as they always do. Then the policy's draw replaces
+There are two kinds. A transport (SiT, LightningDiT, Lumina-Image 2.0, RAE) has a path, which says whether
+noise is at t = 0 or at t = 1. A rectified flow (VideoSys, Open-Sora 1.2 and 1.3) shifts its t by the
+resolution. Both draw as they always do. Then the policy's draw replaces
 theirs, or theirs are thinned by its density (`FlowAttachment`).
 
 Dims: T timesteps, B batch.
 """
 
-import contextlib
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,12 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
+from speedit_plugins.hosts.flow_policy import FlowTraits, flow_policy
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
-from speedit_plugins.hosts.schedules import NUM_BINS, binned, refuse_contradiction
-from speedit_plugins.policies.advice import warn_if_slow
-from speedit_plugins.policies.build import build_policy
+from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import moves_with_shift
@@ -75,6 +74,17 @@ def attach_flow(host: Any, attachment: FlowAttachment) -> Any:
     return attach(host, attachment, transport_methods if is_transport(host) else rectified_flow_methods)
 
 
+def attach_later(
+    host: Any,
+    source: Callable[[], TimestepPolicy],
+    stream: DrawStream,
+    *,
+    moves_boundary: bool = False,
+) -> Any:
+    """Lets a policy that is built when it first draws draw and weigh. Returns the same object."""
+    return attach_flow(host, FlowAttachment(source, stream, moves_boundary=moves_boundary))
+
+
 def policy_for(
     host: Any, policy: str | Config | TimestepPolicy, prediction_type: str | None = None
 ) -> TimestepPolicy:
@@ -92,66 +102,37 @@ def policy_for(
     Warns:
         UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
-    refuse_contradiction(host, prediction_type, flow_prediction_type)
-    if isinstance(policy, TimestepPolicy):
-        built = policy
-    else:
-        schedule = binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
-        built = _built(policy, schedule, host, prediction_type)
-    if built.is_relative and (draws_pairs(built) or built.stratified):
-        how = "strata" if built.stratified else "pairs"
-        raise ValueError(
-            f"{built.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one by"
-            " one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
-            " 'spectral_flow'"
-        )
+
+    def schedule() -> NoiseSchedule:
+        return binned(_levels_of(host)) if is_transport(host) else NoiseSchedule.rectified_flow(NUM_BINS)
+
+    traits = FlowTraits(host, schedule, flow_prediction_type, tuple(own_laws(host)))
+    built = flow_policy(traits, policy, prediction_type)
     own_weights = getattr(getattr(host, "loss_type", None), "name", "NONE")
     if is_transport(host) and own_weights != "NONE" and host.model_type.name in _NOISE:
         refuse_double_weights(
             built, f"this {type(host).__name__} weighs its loss by {own_weights.lower()}", "drop loss_weight"
         )
-    _warn(host, built, policy, prediction_type)
     return built
-
-
-def _warn(host: Any, built: TimestepPolicy, policy: Any, prediction_type: str | None) -> None:
-    with contextlib.suppress(ValueError):
-        warn_if_slow(built, prediction_type or flow_prediction_type(host), policy)
-    replaced = [] if built.is_relative else own_laws(host)
-    if replaced:
-        warnings.warn(
-            f"the law of {built.name!r} replaces the {' and the '.join(replaced)} of this"
-            f" {type(host).__name__}; shift=... in the policy's config shifts its law",
-            stacklevel=4,
-        )
 
 
 def own_laws(host: Any) -> list[str]:
     """What a flow host does to its draws of t beyond drawing them uniformly, with its names for it."""
     sampler = host if is_transport(host) else time_sampler_of(host)
     method = getattr(sampler, "sample_method", "uniform")
+    # Lumina-Image 2.0 and RAE name a law of a transport.
+    named = {key: str(getattr(host, key, "uniform")) for key in ("snr_type", "time_dist_type")}
     found = {
         "resolution shift (use_timestep_transform)": getattr(sampler, "use_timestep_transform", False),
         f"{method} draw (sample_method)": method != "uniform",
         "logit-normal draw (use_lognorm)": getattr(host, "use_lognorm", False),
         "shift of it (shift_lg)": getattr(host, "shift_lg", False),
+        **{f"{law} draw ({key})": law != "uniform" for key, law in named.items()},
+        "resolution shift (do_shift)": getattr(host, "do_shift", False),
+        "shift for the size of the data (time_dist_shift)": getattr(host, "time_dist_shift", 1.0) != 1.0,
         "partial interval (partitial_train)": getattr(host, "partitial_train", None) is not None,
     }
     return [law for law, is_there in found.items() if is_there]
-
-
-def _built(
-    policy: str | Config, schedule: NoiseSchedule, host: Any, prediction_type: str | None
-) -> TimestepPolicy:
-    try:
-        predicted = prediction_type or flow_prediction_type(host)
-    except ValueError:
-        # The host does not say. That matters only for weights that are converted to its prediction type.
-        first, other = (build_policy(policy, schedule, each) for each in ("epsilon", "v"))
-        if torch.equal(first.weight, other.weight):
-            return first
-        raise
-    return build_policy(policy, schedule, predicted)
 
 
 def flow_prediction_type(host: Any) -> str:
@@ -188,15 +169,17 @@ def transport_methods(host_class: type) -> Mapping[str, Callable[..., Any]]:
         if bound.arguments.get("sp_timesteps") is not None or not is_training():
             return drawn
         # The host has drawn its t with the noise. We draw again for rows of one pixel: the noise stays.
-        x1: Tensor = bound.arguments["x1"]
-        bound.arguments["x1"] = x1.new_empty(len(x1), 1)
+        x1: Tensor | list[Tensor] = bound.arguments["x1"]
+        bound.arguments["x1"] = _rows(x1)
 
         def hosts_draw() -> Tensor:
             t: Tensor = own(*bound.args[1:], **bound.kwargs)[0]
             return t
 
         attachment: FlowAttachment = attachment_of(self)
-        t = attachment.draw_from(hosts_draw, _clock_of_transport(self, bound.arguments), t=drawn[0], data=x1)
+        clock = _clock_of_transport(self, host_class, bound.arguments)
+        first, seen = (x1, x1) if isinstance(x1, Tensor) else (x1[0], _of_one_shape(x1))
+        t = attachment.draw_from(hosts_draw, clock, t=drawn[0], data=first, observed=seen)
         return (t, *drawn[1:])
 
     def training_losses(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,33 +204,75 @@ def _interval(host: Any) -> tuple[float, float]:
     return float(start), float(end)
 
 
+def _rows(x1: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Rows of one value for data (B, ...), or for a list of B images of several sizes (Lumina-Image 2.0)."""
+    if isinstance(x1, Tensor):
+        return x1.new_empty(len(x1), 1)
+    return [each.new_empty(1) for each in x1]
+
+
+def _of_one_shape(images: Sequence[Tensor]) -> Tensor:
+    """Those images (B, ...) of a list that have its most frequent shape."""
+    shape, _ = Counter(each.shape for each in images).most_common(1)[0]
+    return torch.stack([each.detach() for each in images if each.shape == shape])
+
+
+def _ends(host: Any) -> tuple[float, float]:
+    """The t of a transport at which it trains on the cleanest data, and on the noisiest.
+
+    SiT has noise at t = 0, RAE at t = 1.
+    """
+    start, end = _interval(host)
+    alpha = host.path_sampler.compute_alpha_t(torch.tensor([start, end], dtype=torch.float64))[0]
+    return (end, start) if alpha[0] < alpha[1] else (start, end)
+
+
 def _levels_of(host: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function from our time to a transport's scales of signal and noise.
 
     Our time covers the interval on which the host trains. So the policy's tables are for those noise levels,
     and no draw has to be cut off at an end.
     """
-    path, (start, end) = host.path_sampler, _interval(host)
+    path, (clean, noise) = host.path_sampler, _ends(host)
 
     def levels(time: Tensor) -> tuple[Tensor, Tensor]:
-        # A transport has noise at 0.
-        t = end - time * (end - start)
+        t = clean + time * (noise - clean)
         return path.compute_alpha_t(t)[0], path.compute_sigma_t(t)[0]
 
     return levels
 
 
-def _clock_of_transport(host: Any, arguments: Mapping[str, Any]) -> HostsTime:
+def _clock_of_transport(host: Any, host_class: type, arguments: Mapping[str, Any]) -> HostsTime:
     """How a transport counts its time, in a call of its `sample` with these arguments."""
-    start, end = _interval(host)
+    clean, noise = _ends(host)
+
+    def time_of(t: Tensor) -> Tensor:
+        return (t - clean) / (noise - clean)
 
     def t_of(draw: TimestepDraw, t: Tensor) -> Tensor:
-        return (end - draw.time * (end - start)).clamp(start, end).to(t)
+        return (clean + draw.time * (noise - clean)).clamp(min(clean, noise), max(clean, noise)).to(t)
 
-    def shift() -> float:
+    def measured() -> float:
+        return _measured_shift(host, host_class, time_of)
+
+    fixed = float(getattr(host, "time_dist_shift", 1.0))
+    shift: Callable[[], float] | None = None if fixed == 1 else lambda: fixed
+    if getattr(host, "shift_lg", False):
         # LightningDiT moves the mean of logit(t), and its t = 1 is data.
-        return math.exp(-float(arguments.get("shifted_mu", 0)))
+        mean = float(arguments.get("shifted_mu", 0))
+        shift = lambda: math.exp(-mean)  # noqa: E731 - one of three, each one expression
+    elif getattr(host, "do_shift", False):
+        shift = measured
+    return HostsTime(time_of, t_of, shift)
 
-    return HostsTime(
-        lambda t: (end - t) / (end - start), t_of, shift if getattr(host, "shift_lg", False) else None
-    )
+
+def _measured_shift(host: Any, host_class: Any, time_of: Callable[[Tensor], Tensor]) -> float:
+    """The shift s > 0 of Lumina-Image 2.0, from draws with it and without. It multiplies their odds by s."""
+    odds = []
+    for shifts in (True, False):
+        copied: Any = object.__new__(host_class)
+        vars(copied).update(vars(host), do_shift=shifts)
+        with torch.random.fork_rng([]):
+            time = time_of(copied.sample(torch.zeros(9, 1, dtype=torch.float64, device="cpu"))[0])
+        odds.append(time / (1 - time))
+    return float((odds[0] / odds[1]).median())

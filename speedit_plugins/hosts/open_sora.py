@@ -6,7 +6,6 @@ Dims: T timesteps, B batch.
 """
 
 import inspect
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, under_way
 from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.filled_timestep import FilledTimestep, Watched
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
-from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
+from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
 
 try:
@@ -34,6 +34,7 @@ except ImportError as error:
         f" and opensora.schedulers.iddpm); importing it failed: {error}"
     ) from error
 
+_KNOWN = "Open-Sora 1.0.0, 1.1.0, 1.2.0, 1.3"
 _TRAINING_LOSSES = inspect.signature(GaussianDiffusion.training_losses)
 # From 1.1 on the tables are on a device for which IDDPM has no argument.
 _TAKES_DEVICE = "device" in inspect.signature(GaussianDiffusion.__init__).parameters
@@ -108,7 +109,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         if isinstance(bound.arguments.get("t"), Tensor):
             # Our t is written into this copy; the trainer's tensor stays as it is.
             bound.arguments["t"] = bound.arguments["t"].clone()
-        attachment, filled = self._speedit_attachment, _FilledTimestep(model)
+        attachment, filled = self._speedit_attachment, FilledTimestep(model, _KNOWN)
         with under_way(attachment, filled):
             terms = super().training_losses(*bound.args[1:], **bound.kwargs)
         return attachment.weighted(terms, filled.confirmed())
@@ -117,18 +118,17 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         """The host's noised sample. The first call in a training step writes our t into the host's."""
         filled = self._filled
         if filled is not None and filled.draw is None:
-            filled.fill(t, lambda t: self._speedit_attachment.draw(t.clone(), x_start))
+            filled.fill(t, lambda t: self._speedit_attachment.draw(t, x_start))
         return super().q_sample(x_start, t, *args, **kwargs)
 
     def _wrap_model(self, model: Any) -> Any:
-        if isinstance(model, _Watched):
+        if isinstance(model, Watched):
             return model
         wrapped, filled = super()._wrap_model(model), self._filled
-        # The variational term calls a function in place of the model. Only the model itself is watched.
-        return _Watched(wrapped, filled) if filled is not None and model is filled.model else wrapped
+        return wrapped if filled is None else filled.watched(wrapped, model)
 
     @property
-    def _filled(self) -> "_FilledTimestep | None":
+    def _filled(self) -> FilledTimestep | None:
         # The host's constructor may call a method that looks here.
         attachment: Attachment | None = getattr(self, "_speedit_attachment", None)
         return None if attachment is None else attachment.call
@@ -138,54 +138,6 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
         built = build_policy(self._policy_config, schedule_of(self), predicted)
         warn_if_slow(built, predicted, self._policy_config)
         return built
-
-
-class _FilledTimestep:
-    """The host's t of one training call, filled with our draw, and whether the model has seen it."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.draw: TimestepDraw | None = None
-        self._t: Tensor | None = None
-        self._version: int | None = None
-        self._is_seen = False
-
-    def fill(self, t: Tensor, draw: Callable[[Tensor], TimestepDraw]) -> None:
-        self.draw = draw(t)
-        t.copy_(self.draw.index)
-        self._t, self._version = t, t._version
-
-    def see(self, t: Tensor) -> None:
-        """Notes a t (B,) that goes to the model. Raises ValueError unless it is the drawn one."""
-        # If it is the same tensor and nobody wrote to it since, no host-device synchronisation is needed.
-        is_ours = t is self._t and t._version == self._version
-        if not is_ours and not (self.draw is not None and torch.equal(t, self.draw.index.to(t))):
-            raise ValueError(
-                "the model gets another t than the policy drew: this Open-Sora draws or changes t between"
-                " q_sample and the model; known to work: 1.0.0, 1.1.0, 1.2.0, 1.3"
-            )
-        self._is_seen = True
-
-    def confirmed(self) -> TimestepDraw:
-        """The draw; ValueError unless the model has seen it."""
-        if self.draw is None or not self._is_seen:
-            raise ValueError(
-                "the host's training_losses did not call q_sample and then the model, so its t is not ours;"
-                " known to work: Open-Sora 1.0.0, 1.1.0, 1.2.0, 1.3"
-            )
-        return self.draw
-
-
-class _Watched:
-    """The host's wrapped model. It reports the t of every call."""
-
-    def __init__(self, model: Any, filled: _FilledTimestep) -> None:
-        self._model = model
-        self._filled = filled
-
-    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-        self._filled.see(t)
-        return self._model(x, t, **kwargs)
 
 
 SCHEDULERS.register_module(name="SpeeDiffusion", module=SpeeDiffusion)

@@ -81,9 +81,11 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
             f"{_name(noise_scheduler)} has neither alphas_cumprod nor a table of sigmas: its index is not a"
             " timestep of a schedule that a policy could read"
         )
-    # diffusers counts from noise to data, and ends an EDM table with zeros.
-    sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flip(0)
-    sigma = sigma[sigma > 0]
+    # diffusers counts from noise to data, and ends a table with zeros that no timestep has.
+    sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if is_flow and getattr(noise_scheduler, "timesteps", None) is not None:
+        sigma = _without_zero(sigma[: len(noise_scheduler.timesteps)])
+    sigma = sigma[sigma > 0].flip(0)
     num_timesteps, wanted = len(sigma), int(config.get("num_train_timesteps", 0))
     # EDMEulerScheduler has one sigma more than it is asked for.
     if num_timesteps < wanted:
@@ -93,6 +95,12 @@ def from_diffusers(noise_scheduler: Any) -> NoiseSchedule:
         )
     alpha = 1 - sigma if is_flow else torch.full_like(sigma, config.get("sigma_data", 1.0))
     return NoiseSchedule(alpha, sigma, torch.arange(num_timesteps, device="cpu"), num_timesteps)
+
+
+def _without_zero(sigma: Tensor) -> Tensor:
+    """The sigmas (T,) of timesteps, of which the last may be data without noise; no schedule has that."""
+    is_zero = len(sigma) > 1 and float(sigma[-1]) == 0
+    return torch.cat([sigma[:-1], sigma[-2:-1] / 2]) if is_zero else sigma
 
 
 def shift_of(noise_scheduler: Any) -> float:

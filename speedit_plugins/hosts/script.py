@@ -260,18 +260,7 @@ class ScriptPolicy(PolicyHolder):
         refuse_checkpoint()
         if not torch.is_grad_enabled():
             return functional.mse_loss(prediction, target, reduction=reduction)
-        self._in_use()
-        drawn = self._draws.of_loss(timesteps, is_further_part=part[0] > 0)
-        policy = self._policy_of(drawn.scheduled)
-        index = self._rows(drawn.index, len(prediction), part)
-        self._last_draw.used()
-        confirm_noising(drawn.scheduled.scheduler, drawn.index)
-        if self._on_use is not None:
-            self._on_use(policy)
-            self._on_use = None
-        # An update may change the policy's weights between the parts of a batch; the draw has those before.
-        table = drawn.weight if drawn.policy is policy else policy.weight
-        drawn.policy, drawn.weight = policy, table
+        policy, index, table = self._of_loss(len(prediction), part, timesteps)
         error = functional.mse_loss(prediction, target, reduction="none")
         per_sample = error.flatten(1).mean(1)
         policy.update(index, per_sample.detach())
@@ -280,6 +269,44 @@ class ScriptPolicy(PolicyHolder):
             return error if reduction == "none" else functional.mse_loss(prediction, target)
         weight = self._weight.at(table, index)
         return scaled(error, weight) if reduction == "none" else scaled(per_sample, weight).mean()
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """A script's own loss (B, ...) of the newest draw, weighed. Without gradients it comes back as it is.
+
+        Args:
+            loss: of each sample or each value of it, before the mean over the batch.
+
+        Raises:
+            ValueError: see `mse_loss`; or the loss is reduced already.
+        """
+        refuse_checkpoint()
+        if not torch.is_grad_enabled():
+            return loss
+        if loss.dim() == 0:
+            raise ValueError("wanted the loss (B, ...) of each sample, got one that is reduced already")
+        policy, index, table = self._of_loss(len(loss), (0, 1), None)
+        index = index.to(loss.device)
+        policy.update(index, loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach())
+        is_plain = is_constant(table) and float(table[0]) == 1
+        return loss if is_plain else scaled(loss, self._weight.at(table, index))
+
+    def _of_loss(
+        self, num_rows: int, part: tuple[int, int], timesteps: Tensor | None
+    ) -> tuple[TimestepPolicy, Tensor, Tensor]:
+        """The policy, the timesteps (B,) and the weights (T,) of the draw to which a loss belongs."""
+        self._in_use()
+        drawn = self._draws.of_loss(timesteps, is_further_part=part[0] > 0)
+        policy = self._policy_of(drawn.scheduled)
+        index = self._rows(drawn.index, num_rows, part)
+        self._last_draw.used()
+        confirm_noising(drawn.scheduled.scheduler, drawn.index)
+        if self._on_use is not None:
+            self._on_use(policy)
+            self._on_use = None
+        # An update may change the policy's weights between the parts of a batch; the draw has those before.
+        table = drawn.weight if drawn.policy is policy else policy.weight
+        drawn.policy, drawn.weight = policy, table
+        return policy, index, table
 
     def has_drawn(self, timesteps: Any) -> bool:
         """Whether these are the timesteps (B,) of a draw that waits for its loss, or of one of the last."""

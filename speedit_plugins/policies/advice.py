@@ -12,7 +12,9 @@ from speedit_plugins.registry import Config
 REPORT = "docs/benchmarks/2026-11-26-convergence.md"
 FLOW_REPORT = "docs/benchmarks/2026-11-29-flow.md"
 # What to take for each prediction type, with its speed-up on the same data.
-TAKE = {"flow": f"'auto' (1.33, {FLOW_REPORT})", "v": "'auto' (spectral: 2.17)"}
+TAKE = {"flow": f"'auto' (1.33, {FLOW_REPORT})", "v": "'auto' (spectral: 2.17)", "x0": "'auto' (1.89)"}
+# Where a prediction type was measured, if not in `REPORT`.
+_REPORTS = {"x0": FLOW_REPORT}
 # Speed-up over uniform in the report, digits; None was not measured.
 _MEASURED: dict[str, dict[str, str | None]] = {
     "flow": {
@@ -33,14 +35,23 @@ _MEASURED: dict[str, dict[str, str | None]] = {
         "p2": None,
         "min_snr": None,
     },
+    # Min-SNR's weights are for any prediction type, and gain here.
+    "x0": {
+        "speedit": "0.31",
+        "speedit_reference": None,
+        "open_sora_speed": None,
+        "speed": None,
+        "speed_reference": None,
+        "p2": None,
+    },
 }
-_MODELS = {"flow": "a rectified flow", "v": "a model of v"}
+_MODELS = {"flow": "a rectified flow", "v": "a model of v", "x0": "a model of x0"}
 
 
 def warn_if_slow(
     policy: TimestepPolicy, prediction_type: str | None, config: str | Config | TimestepPolicy | None = None
 ) -> None:
-    """Warns if a policy of noise prediction is attached to a model of flow or v.
+    """Warns if a policy of noise prediction is attached to a model of flow, v or x0.
 
     Args:
         policy: that the model is trained with.
@@ -66,7 +77,7 @@ def warn_if_slow(
     model, figure = _MODELS[str(prediction_type)], measured[policy.name]
     found = f"a speed-up over uniform of {figure}" if figure else "no measured speed-up"
     warnings.warn(
-        f"{policy.name!r} was made for a model of noise. On {model} it has {found} ({REPORT}); take"
-        f" {TAKE[str(prediction_type)]}",
+        f"{policy.name!r} was made for a model of noise. On {model} it has {found}"
+        f" ({_REPORTS.get(str(prediction_type), REPORT)}); take {TAKE[str(prediction_type)]}",
         stacklevel=4,
     )

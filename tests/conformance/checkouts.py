@@ -4,6 +4,7 @@ A function here is called with the checkout's folder, which is on sys.path, and 
 of the packages that it replaces to that list, and yields one `Seam` after the other.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,8 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from conformance import flow, imagen, latent_diffusion, mmagic, mmagic_checkout, open_sora_flow, script
-from conformance.diffusion_object import ObjectSeam
+from conformance import (
+    flow,
+    image_lists,
+    imagen,
+    interpolant,
+    latent_diffusion,
+    mmagic,
+    mmagic_checkout,
+    open_sora_flow,
+    script,
+    timm_layers,
+)
+from conformance.diffusion_object import DrawingSeam, ObjectSeam
 from conformance.open_sora import OpenSoraSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam
@@ -32,6 +44,18 @@ def factory(module: str, function: str = "create_diffusion", **options: Any) -> 
         yield ObjectSeam(getattr(import_module(module), function), **{"shape": IMAGES, **options})
 
     return seams
+
+
+def hunyuan(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """HunyuanDiT's object, which draws t itself."""
+    create = import_module("hydit.diffusion").create_diffusion
+
+    def make(respacing: str) -> Any:
+        return create(
+            timestep_respacing=respacing, predict_type="v_prediction", noise_schedule="scaled_linear"
+        )
+
+    yield DrawingSeam(make, IMAGES)
 
 
 def guided_diffusion(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
@@ -75,6 +99,94 @@ def transports(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
         return sampler(torch.randn(2, 4, 4, 4), model)[-1]
 
     yield flow.transport(package.create_transport, sample)
+
+
+def raes(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """RAE's transport, whose t = 1 is noise and whose training ends at 0.999."""
+    # The package above it imports the models.
+    package = ModuleType("stage2")
+    package.__path__ = [str(checkout / "stage2")]
+    sys.modules["stage2"] = package
+    rae = import_module("stage2.transport")
+
+    def sample(host: Any, model: Any) -> Any:
+        # The default noise is infinite at t = 1, where the host starts.
+        options: Any = {"sampling_method": "euler", "diffusion_form": "sigma", "last_step_size": 0.1}
+        sampler = rae.Sampler(host).sample_sde(num_steps=4, **options)
+        return sampler(torch.randn(2, 4, 4, 4), model)[-1]
+
+    shifting = {
+        "shifted": partial(rae.create_transport, time_dist_shift=2.0),
+        "shift_option": "time_dist_shift",
+    }
+    yield flow.transport(rae.create_transport, sample, noise_at=0.999, clean_at=0.0, **shifting)
+
+
+def luminas(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """Lumina-Image 2.0's transport: for lists of images, and with its shift for the length of a sequence."""
+    create, sampler = import_module("transport").create_transport, import_module("transport").Sampler
+
+    def sample(host: Any, model: Any) -> Any:
+        sde = sampler(host).sample_sde(num_steps=4, diffusion_form="sigma", last_step_size=0.1)
+        return sde(torch.randn(2, 4, 4, 4), model)[-1]
+
+    # mu = 0.5 + 0.65 (length - 256) / 3840 is log 2.
+    shifted = partial(create, seq_len=256 + (math.log(2) - 0.5) * 3840 / 0.65)
+    seam = flow.transport(partial(create, do_shift=False), sample, shifted=shifted, shift_option="do_shift")
+    image_lists.check_lists(seam)
+    yield seam
+
+
+def si_losses(*, has_class_token: bool = False) -> Seams:
+    """REPA's or REG's loss. REG's has a class token, and its sampler denoises one."""
+
+    def sample(host: Any, model: Any) -> Any:
+        sampler = import_module("samplers").euler_maruyama_sampler
+        x, y = torch.randn(2, 4, 4, 4), torch.zeros(2, dtype=torch.long)
+        token = {"cls_latents": torch.randn(2, interpolant.WIDTH)} if has_class_token else {}
+        return sampler(model, x, y, num_steps=4, **token)
+
+    def seams(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+        loss = import_module("loss").SILoss
+        yield interpolant.loss_seam(loss, sample, has_class_token=has_class_token)
+
+    return seams
+
+
+def self_training_models(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:
+    """REPA-E's model, small and with random weights."""
+    stood_in += timm_layers.install()
+
+    def sample(host: Any, model: Any) -> Any:
+        sampler = import_module("samplers").euler_sampler
+        return sampler(model, torch.randn(2, 4, 2, 2), torch.zeros(2, dtype=torch.long), num_steps=4)
+
+    yield interpolant.model_seam(small_sit, sample)
+
+
+def small_sit() -> Any:
+    """REPA-E's SiT for 2 x 2 pixels in 4 channels. The host begins with zeros in its last layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = import_module("models.sit").SiT(
+            input_size=2,
+            hidden_size=8,
+            decoder_hidden_size=8,
+            encoder_depth=1,
+            depth=2,
+            num_heads=2,
+            class_dropout_prob=0.0,
+            num_classes=10,
+            z_dims=[interpolant.WIDTH],
+            projector_dim=8,
+            fused_attn=False,
+            qk_norm=False,
+        )
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    # As in train_ldm_only.py.
+    model.bn.eval()
+    return model
 
 
 def video_sys(checkout: Path, stood_in: list[str]) -> Iterator[Seam]:

@@ -214,25 +214,11 @@ def examples() -> Examples:
 def write_pipeline(folder: Path, *, is_xl: bool) -> None:
     """Saves a Stable Diffusion or SDXL pipeline in the hub's layout, with random weights from seed 0."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=_TOKENS)
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=_WIDTH,
-        intermediate_size=_WIDTH,
-        projection_dim=_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        max_position_embeddings=_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer = byte_tokenizer(_TOKENS)
+    text = text_config(tokenizer)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4, 4),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -252,6 +238,34 @@ def write_pipeline(folder: Path, *, is_xl: bool) -> None:
         unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = diffusers.StableDiffusionPipeline(**parts, **unchecked, unet=_unet(_WIDTH))
     pipeline.save_pretrained(folder)
+
+
+def byte_tokenizer(num_tokens: int) -> Any:
+    """A CLIP tokenizer whose words are bytes, for texts of so many tokens at most."""
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=num_tokens)
+
+
+def text_config(tokenizer: Any) -> Any:
+    """The config of a tiny text encoder of CLIP, for this tokenizer."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=_WIDTH,
+        projection_dim=_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _unet(cross_attention_dim: int, **added: Any) -> Any:

@@ -6,16 +6,19 @@ Dims: B batch, C channels.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from conformance import points
-from conformance.models import SmallModel
+from conformance.models import KeyedModel, SmallModel
 from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, seeded
+from speedit_plugins.hosts import drawing_object
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of
 from speedit_plugins.hosts.diffusion_object import steered_methods
+from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw
@@ -132,10 +135,54 @@ def each_call_is_weighed_by_itself(seam: ObjectSeam) -> None:
         assert error <= 1e-6, f"loss * {factor} + {value} in a later step: off by {error:.1e} relative"
 
 
+@dataclass(frozen=True)
+class DrawingSeam(ObjectSeam):
+    """A host's object that draws t inside of its training call (HunyuanDiT)."""
+
+    training_call = "diffusion.training_losses(lambda x, t: {'x': model(x, t)}, x_start=x)"
+
+    def model(self, host: Any, dtype: torch.dtype = torch.float32) -> SmallModel:
+        return KeyedModel(self.sigma_axis).to(dtype)
+
+    def train(self, host: Any, model: Any, batch: Batch, t: Tensor | None = None) -> Terms:
+        x, noise = batch
+        own = torch.randint
+
+        def given(*args: Any, **kwargs: Any) -> Tensor:
+            drawn = own(*args, **kwargs)
+            return drawn if t is None else t.clone().to(drawn)
+
+        with mock.patch.object(torch, "randint", given):
+            return terms_of(host.training_losses(model=model, x_start=x, noise=noise))
+
+    def sample(self, host: Any) -> Tensor:
+        model = KeyedModel(self.sigma_axis)
+        samplers = [getattr(host, name) for name in self.sampling]
+        return torch.stack([sample(model, self.shape, device="cpu") for sample in samplers])
+
+    def idle(self) -> Any:
+        host = self.make()
+        source = DeferredPolicy(Launch({"type": POLICY}), "host", host)
+        return drawing_object.attach_later(host, source, DrawStream())
+
+
+def hosts_weights_are_refused(seam: DrawingSeam) -> None:
+    """Point 7: the host's Min-SNR weights beside those of a policy; one without weights trains."""
+    host = seam.make()
+    host.mse_loss_weight_type = "min_snr_5"
+    refused(lambda: with_policy(host, POLICY), "mse_loss_weight_type 'min_snr_5' weighs the mse")
+    with_policy(host, {"type": "logit_normal", "weighting": "constant"})
+
+
 ObjectSeam.contract = points.COMMON | {
     1: (on([{"respacing": ""}, {"respacing": "50"}], points.draws_are_seen), points.data_are_observed),
     2: (*points.COMMON[2], each_call_is_weighed_by_itself),
     4: (on([{"respacing": "5"}], points.sampling_is_untouched),),
     5: (*points.COMMON[5], attributes_reach_the_host),
     6: (missing_seam_is_refused,),
+}
+DrawingSeam.contract = {
+    **ObjectSeam.contract,
+    2: points.COMMON[2],
+    7: (*points.COMMON[7], hosts_weights_are_refused),
 }

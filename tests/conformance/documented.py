@@ -29,16 +29,26 @@ PAGES = {
     "OpenDiT 0.0.1": "opendit",
     "OpenDiT 1.0.0": "opendit",
     "PixArt-alpha": "pixart_alpha",
+    "PixArt-sigma": "pixart_sigma",
+    "HunyuanDiT": "hunyuan_dit",
     "Open-Sora-Plan 1.0.0": "open_sora_plan",
     "DiT-3D": "dit_3d",
     "guided-diffusion": "guided_diffusion",
     "MDT": "mdt",
     "SiT": "sit",
     "LightningDiT": "lightning_dit",
+    "Lumina-Image 2.0": "lumina_image",
+    "RAE": "rae",
+    "REPA": "repa",
+    "REG": "reg",
+    "REPA-E": "repa_e",
     "VideoSys 2.0": "video_sys",
     "imagen-pytorch": "imagen_pytorch",
 }
-_FACTORIES = ("create_diffusion", "create_transport", "IDDPM", "GaussianDiffusion", "RFLOW", "Imagen")
+_FACTORIES = (
+    *("create_diffusion", "create_transport", "IDDPM", "GaussianDiffusion", "RFLOW", "Imagen"),
+    "SILoss",
+)
 
 
 def block_of(page: str) -> str:
@@ -74,7 +84,9 @@ class Documented:
         assert policy == self.policy_name, f"the block has {self.policy_name}"
         host = self.seam.make()
         names: dict[str, Any] = {"diffusion": host, "self": SimpleNamespace(), "options": {}, "unets": []}
+        names |= {"transport_params": {}, "time_dist_shift": 1.0}
         names |= {name: lambda *_, **__: host for name in _FACTORIES}
+        names["SiT_models"] = {"model": lambda *_, **__: host}
         exec(block_of(self.page), names | {"args": _Options(), "config": _Options()}, names)
         if isinstance(self.seam, SamplerSeam):
             host.sampler = names["schedule_sampler"]
@@ -114,7 +126,7 @@ def _sees_the_law(documented: Any) -> None:
     host = documented.attached(documented.policy_name)
     tables = attachment_of(host).policy
     model = documented.model(host)
-    host.training_losses(model, torch.zeros(NUM_DRAWS, *documented.shape[1:])[..., :1])
+    documented.call(host, model, documented.many(NUM_DRAWS))
     time = documented.time_of(model.seen[-1]).float()
     density = policy.density.view(10, -1).sum(1)
     shares = torch.bincount((time * 10).long().clamp(max=9), minlength=10) / NUM_DRAWS

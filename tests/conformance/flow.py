@@ -20,9 +20,8 @@ from conformance.models import SmallModel
 from conformance.points import refused
 from conformance.seam import POLICY, Batch, Seam, Terms
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.hosts.flow import FlowAttachment
-from speedit_plugins.hosts.flow_object import attach_flow, policy_for
+from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.entry import launched_seam, with_policy
 from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
@@ -42,7 +41,9 @@ class FlowSeam(Seam):
         sampler: returns a sample by the host's own sampler, from (host, model).
         shape: of the data, (B, ...).
         sigma_axis: where the model's variance channels are appended; None if it has none.
-        shifted: makes the host's object with its resolution shift; None if it has none.
+        shifted: makes the host's object with its shift, which is 2 (for 1024 x 1024 pixels); None if it has
+            none.
+        shift_option: the host's name for it.
     """
 
     factory: Callable[[], Any]
@@ -52,9 +53,21 @@ class FlowSeam(Seam):
     shape: tuple[int, ...]
     sigma_axis: int | None = None
     shifted: Callable[[], Any] | None = None
+    shift_option: str = "use_timestep_transform"
+
+    # In the launcher's script: the host's training call for data x.
+    training_call = "diffusion.training_losses(model, x)"
 
     def make(self) -> Any:
         return self.factory()
+
+    def call(self, host: Any, model: Any, x: Tensor) -> Any:
+        """What the host's training call returns for these data, at a t that it draws."""
+        return host.training_losses(model, x)
+
+    def many(self, num: int) -> Tensor:
+        """Many small rows of data, zeros."""
+        return torch.zeros(num, *self.shape[1:])[..., :1]
 
     def model(self, host: Any, dtype: torch.dtype = torch.float32) -> SmallModel:
         return SmallModel(self.sigma_axis).to(dtype)
@@ -62,8 +75,8 @@ class FlowSeam(Seam):
     def train(self, host: Any, model: Any, batch: Batch, t: Tensor | None = None) -> Terms:
         x, noise = batch
         if t is None:
-            with _same_noise(noise):
-                terms = dict(host.training_losses(model, x))
+            with same_noise(noise):
+                terms = dict(self.call(host, model, x))
         else:
             terms = dict(self.replay(host, model, x, t, noise))
         loss = terms.pop("loss")
@@ -94,20 +107,37 @@ class FlowSeam(Seam):
     def idle(self) -> Any:
         """As the launcher makes it: the policy is built when the object first trains."""
         host = self.make()
-        return attach_flow(host, FlowAttachment(DeferredPolicy(Launch({"type": POLICY}), "host", host)))
+        source = DeferredPolicy(Launch({"type": POLICY}), "host", host)
+        return launched_seam(host).attach_later(host, source, DrawStream())
 
     def is_unused(self, host: Any) -> bool:
         return not attachment_of(host).is_built
 
 
-def transport(factory: Callable[[], Any], sampler: Callable[[Any, Any], Tensor]) -> FlowSeam:
-    """The seam of SiT's transport, whose t = 0 is noise."""
+def transport(
+    factory: Callable[[], Any],
+    sampler: Callable[[Any, Any], Tensor],
+    *,
+    noise_at: float = 0.0,
+    clean_at: float = 1.0,
+    **shifting: Any,
+) -> FlowSeam:
+    """The seam of a transport.
+
+    Args:
+        factory, sampler: see `FlowSeam`.
+        noise_at, clean_at: the host's t at both ends of its training; in SiT t = 0 is noise.
+        shifting: `shifted` and `shift_option` of `FlowSeam`.
+    """
 
     def replay(host: Any, model: Any, x: Tensor, t: Tensor, noise: Tensor) -> Any:
         with mock.patch.object(host, "sample", lambda x1, *_, **__: (t, noise, x1)):
             return host.training_losses(model, x)
 
-    return FlowSeam(factory, replay, lambda t: 1 - t, sampler, (6, 4, 4, 4))
+    def time_of(t: Tensor) -> Tensor:
+        return (t - clean_at) / (noise_at - clean_at)
+
+    return FlowSeam(factory, replay, time_of, sampler, (6, 4, 4, 4), **shifting)
 
 
 def rectified_flow(
@@ -141,9 +171,9 @@ def weighed_t_is_seen(seam: FlowSeam) -> None:
     """Point 1. Since the host draws uniformly, what it keeps follows the policy."""
     host = with_policy(seam.make(), POLICY)
     model = seam.model(host)
-    with _recorded(host) as drawn:
-        host.training_losses(model, torch.zeros(seam.shape))
-        host.training_losses(model, torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1])
+    with recorded(host) as drawn:
+        seam.call(host, model, torch.zeros(seam.shape))
+        seam.call(host, model, seam.many(NUM_DRAWS))
     assert len(drawn) == len(model.seen), f"{len(drawn)} draws, the model was called {len(model.seen)} times"
     for draw, seen in zip(drawn, model.seen, strict=True):
         assert torch.equal(seam.time_of(seen).float(), draw.time), "the model saw another t"
@@ -158,9 +188,9 @@ def law_replaces_the_hosts(seam: FlowSeam) -> None:
     """Point 1: a policy with a law of its own draws itself, here in strata, and the model sees its draws."""
     host = with_policy(seam.make(), LAW)
     model, policy = seam.model(host), attachment_of(host).policy
-    with _recorded(host) as drawn:
-        host.training_losses(model, torch.zeros(seam.shape))
-        host.training_losses(model, torch.zeros(NUM_DRAWS, *seam.shape[1:])[..., :1])
+    with recorded(host) as drawn:
+        seam.call(host, model, torch.zeros(seam.shape))
+        seam.call(host, model, seam.many(NUM_DRAWS))
     for draw, seen in zip(drawn, model.seen, strict=True):
         assert seam.sees(host, draw, seen), "the model saw another t"
         assert torch.equal(draw.weight, policy.weight.float()[draw.index]), "the weight is one of another t"
@@ -175,9 +205,9 @@ def strata_span_the_calls(seam: FlowSeam) -> None:
     """Point 1: `num_strata` over two training calls; a policy that thins has no effect to give it."""
     size = seam.shape[0]
     host = with_policy(seam.make(), "logit_normal", num_strata=2 * size)
-    with _recorded(host) as drawn:
+    with recorded(host) as drawn:
         for _ in range(2):
-            host.training_losses(seam.model(host), torch.zeros(seam.shape))
+            seam.call(host, seam.model(host), torch.zeros(seam.shape))
     time = torch.cat([draw.time for draw in drawn])
     strata = (quantile_of(attachment_of(host).policy, time) * 2 * size).long().sort().values
     assert strata.tolist() == list(range(2 * size)), f"strata {strata.tolist()}"
@@ -191,10 +221,10 @@ def law_replaces_the_shift(seam: FlowSeam) -> None:
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         host = with_policy(seam.shifted(), LAW)
-    told = [str(note.message) for note in notes if "use_timestep_transform" in str(note.message)]
+    told = [str(note.message) for note in notes if seam.shift_option in str(note.message)]
     assert len(told) == 1 and "shift=" in told[0], f"warned {told}"  # noqa: PT018 - one fact
     _follows(seam, attachment_of(host).policy, _seen_in_megapixels(seam, host))
-    # 1024 x 1024 pixels shift by s = 2, so 1/143 becomes 1/572: t = 1 / (1 + 572^-1/2).
+    # The host shifts by s = 2, so 1/143 becomes 1/572: t = 1 / (1 + 572^-1/2).
     first, moved = (1 / (1 + snr**-0.5) for snr in (143.0, 572.0))
     for policy, boundary in (("speed", moved), ({"type": "speed", "snr_boundary": 1 / 143}, first)):
         time = seam.time_of(_seen_in_megapixels(seam, with_policy(seam.shifted(), policy)))
@@ -231,6 +261,10 @@ def _follows(seam: FlowSeam, policy: TimestepPolicy, seen: Tensor) -> None:
 
 def _seen_in_megapixels(seam: FlowSeam, host: Any) -> Tensor:
     """The t of one large batch of images of 1024 x 1024 pixels."""
+    if seam.shift_option != "use_timestep_transform":
+        transports_model = seam.model(host)
+        seam.call(host, transports_model, seam.many(NUM_DRAWS))
+        return transports_model.seen[-1]  # type: ignore[no-any-return]  # a list of a stand-in
     sides = {name: torch.full((NUM_DRAWS,), 1024.0) for name in ("height", "width")}
     names = inspect.signature(type(seam.make()).training_losses).parameters
     name = "model_args" if "model_args" in names else "model_kwargs"
@@ -257,15 +291,29 @@ def missing_seam_is_refused(seam: FlowSeam) -> None:
     refused(lambda: with_policy(seam.make(), {"type": "speed", "stratified": True}), "draws in strata")
 
 
+def uniform_is_the_run_without(seam: FlowSeam) -> None:
+    """Point 3: `uniform` keeps the host's own draws: the run is the one without the plugin, to the bit."""
+    seen, losses = [], []
+    for host in (seam.make(), seam.attached("uniform")):
+        model = seam.model(host)
+        torch.manual_seed(3)
+        for _ in range(3):
+            losses.append(seam.train(host, model, seam.batch()).loss)
+        seen.append(torch.stack(model.seen))
+    assert torch.equal(*seen), "other timesteps than without the plugin"
+    assert torch.equal(torch.stack(losses[:3]), torch.stack(losses[3:])), "another loss"
+
+
 def bfloat16_keeps_the_law(seam: FlowSeam) -> None:
     """Point 8: in a bfloat16 default dtype our coin refuses the policy's share of the host's draws."""
-    model = seam.model(seam.make())
+    plain = seam.make()
+    model = seam.model(plain)
     with default_dtype(torch.bfloat16):
-        policy = policy_for(seam.make(), POLICY)
+        host = with_policy(plain, POLICY)
+        with recorded(host) as drawn:
+            seam.call(host, model, seam.many(NUM_DRAWS))
+        policy = attachment_of(host).policy
         assert policy.density.dtype == torch.float64, "tables in another dtype"
-        host = with_policy(seam.make(), policy)
-        with _recorded(host) as drawn:
-            host.training_losses(model, seam.rows(NUM_DRAWS)[0])
     late, kept = float((drawn[0].time > 0.95).double().mean()), policy.density[950:].sum()
     assert abs(late - kept) < 0.02, f"{late:.3f} of the draws are past 0.95, wanted {kept:.3f}"
 
@@ -278,6 +326,7 @@ FlowSeam.contract = points.COMMON | {
         law_replaces_the_shift,
         points.data_are_observed,
     ),
+    3: (*points.COMMON[3], uniform_is_the_run_without),
     5: (*points.COMMON[5], members_are_the_hosts),
     6: (missing_seam_is_refused,),
     8: (points.wrapped_models_train_alike, bfloat16_keeps_the_law),
@@ -285,7 +334,7 @@ FlowSeam.contract = points.COMMON | {
 
 
 @contextmanager
-def _recorded(host: Any) -> Iterator[list[TimestepDraw]]:
+def recorded(host: Any) -> Iterator[list[TimestepDraw]]:
     """A list to which every draw whose loss is weighed is added."""
     drawn: list[TimestepDraw] = []
     attachment = attachment_of(host)
@@ -301,7 +350,7 @@ def _recorded(host: Any) -> Iterator[list[TimestepDraw]]:
 
 
 @contextmanager
-def _same_noise(noise: Tensor) -> Iterator[None]:
+def same_noise(noise: Tensor) -> Iterator[None]:
     """The host gets this noise for data of its shape. For rows without pixels it draws as always."""
     own = torch.randn_like
 

@@ -12,12 +12,17 @@ from conformance.checkouts import (
     diffusers_scripts,
     factory,
     guided_diffusion,
+    hunyuan,
     imagens,
     latent_diffusion_classes,
+    luminas,
     masked_diffusion,
     mmagic_registry,
     open_sora,
     point_clouds,
+    raes,
+    self_training_models,
+    si_losses,
     transports,
     video_sys,
 )
@@ -91,6 +96,22 @@ HOSTS = (
         stand_ins=("timm", "torchvision", "xformers", "mmcv"),
     ),
     creating(
+        "PixArt-sigma",
+        "PixArt-alpha+PixArt-sigma",
+        "diffusion",
+        "IDDPM",
+        'IDDPM("1000", learn_sigma=True, pred_sigma=True, snr=False)',
+        stand_ins=("timm", "torchvision", "xformers", "mmcv"),
+    ),
+    Host(
+        "HunyuanDiT",
+        "Tencent-Hunyuan+HunyuanDiT",
+        "B",
+        hunyuan,
+        "from hydit.diffusion import create_diffusion",
+        'create_diffusion(predict_type="v_prediction", noise_schedule="scaled_linear")',
+    ),
+    creating(
         "Open-Sora-Plan 1.0.0",
         "PKU-YuanGroup+Open-Sora-Plan@v1.0.0",
         "opensora.models.diffusion.diffusion",
@@ -131,6 +152,36 @@ HOSTS = (
     ),
     Host("SiT", "willisma+SiT", "B", transports, *FLOW),
     Host("LightningDiT", "hustvl+LightningDiT", "B", transports, *FLOW),
+    Host("Lumina-Image 2.0", "Alpha-VLLM+Lumina-Image-2.0", "B", luminas, *FLOW),
+    Host(
+        "RAE",
+        "bytetriper+RAE/src",
+        "B",
+        raes,
+        "import sys, types\nstage2 = sys.modules['stage2'] = types.ModuleType('stage2')\n"
+        "stage2.__path__ = [folder + '/stage2' for folder in sys.path]\n"
+        "from stage2.transport import create_transport",
+        "create_transport()",
+        ("torchdiffeq",),
+    ),
+    Host("REPA", "sihyun-yu+REPA", "B", si_losses(), "from loss import SILoss", "SILoss()"),
+    Host(
+        "REG",
+        "Martinser+REG",
+        "B",
+        si_losses(has_class_token=True),
+        "from loss import SILoss",
+        "SILoss()",
+    ),
+    Host(
+        "REPA-E",
+        "End2End-Diffusion+REPA-E",
+        "B",
+        self_training_models,
+        "from conformance.checkouts import small_sit, timm_layers\n"
+        "timm_layers.install()\nfrom models.sit import SiT",
+        "small_sit()",
+    ),
     Host("VideoSys 2.0", "NUS-HPC-AI-Lab+VideoSys", "B", video_sys),
     *(
         Host(f"Open-Sora {version}", f"hpcaitech+Open-Sora@v{version}", "A", open_sora(version))

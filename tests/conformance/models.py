@@ -54,6 +54,13 @@ class NamedUnet(SmallModel):
         return {"sample": super().forward(x_t, t)}
 
 
+class KeyedModel(SmallModel):
+    """The same for HunyuanDiT, whose model returns a mapping with the answer as `x`."""
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        return {"x": super().forward(x, t, **kwargs)}
+
+
 class TextEncoder:
     """Embeds each prompt by its length, for Open-Sora's samplers."""
 

@@ -45,6 +45,11 @@ class StandIns(MetaPathFinder, Loader):
         """Nothing runs in a stand-in."""
 
 
+def inert_module(name: str) -> ModuleType:
+    """A module that has every attribute, and does nothing."""
+    return _Anything(name)
+
+
 class _Anything(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -16,6 +16,7 @@ import check_hosts
 import diffusers
 import flow_standins
 import host_standins
+import interpolant_standins
 import mmagic_standin
 import open_sora_standin
 import pytest
@@ -35,11 +36,16 @@ from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 ROOT = INTEGRATIONS.parent
+INTERPOLANTS = {"repa": "REPA", "reg": "REG", "repa_e": "REPA-E"}
 STAND_INS: dict[str, Seam] = {
     **dict.fromkeys(("dit", "fast_dit", "opendit"), host_standins.SEAMS["dit"]),
     **{name: host_standins.SEAMS[name] for name in ("latte", "open_sora_plan", "pixart_alpha", "dit_3d")},
-    **{name: host_standins.SEAMS[name] for name in ("guided_diffusion", "mdt")},
+    **{name: host_standins.SEAMS[name] for name in ("guided_diffusion", "mdt", "hunyuan_dit")},
+    "pixart_sigma": host_standins.SEAMS["pixart_alpha"],
     **dict.fromkeys(("sit", "lightning_dit"), flow_standins.SEAMS["transport"]),
+    "lumina_image": flow_standins.SEAMS["transport of lists"],
+    "rae": flow_standins.SEAMS["transport, noise at 1"],
+    **{name: interpolant_standins.SEAMS[host] for name, host in INTERPOLANTS.items()},
     "video_sys": flow_standins.SEAMS["rectified flow"],
 }
 

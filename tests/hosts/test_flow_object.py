@@ -7,12 +7,15 @@ import conformance.flow as flow_seams
 import pytest
 import torch
 from conformance.flow import LAW
+from conformance.image_lists import check_lists
 from conformance.models import SmallModel
 from conformance.points import check
 from flow_standins import (
     SEAMS,
+    ListTransport,
     ModelType,
     RectifiedFlow,
+    ReversedTransport,
     Transport,
     VPCPlan,
     WeightType,
@@ -32,6 +35,10 @@ VIDEOS = torch.zeros(6, 4, 2, 4, 4)
 @pytest.mark.parametrize("name", SEAMS)
 def test_the_contract_holds_on_stand_ins(name: str) -> None:
     assert check(SEAMS[name]) == list(range(1, 12))
+
+
+def test_a_list_of_images() -> None:
+    check_lists(SEAMS["transport of lists"])
 
 
 class TestTheContractCanFail:
@@ -159,6 +166,8 @@ class TestAPolicyWithALawOfItsOwn:
         [
             (RectifiedFlow(use_timestep_transform=True), r"resolution shift \(use_timestep_transform\)"),
             (RectifiedFlow(sample_method="logit-normal"), r"logit-normal draw \(sample_method\)"),
+            (ReversedTransport(6.9), r"shift for the size of the data \(time_dist_shift\)"),
+            (ListTransport(do_shift=True), r"resolution shift \(do_shift\)"),
             (Shifted(), r"logit-normal draw \(use_lognorm\) and the shift of it \(shift_lg\)"),
         ],
     )

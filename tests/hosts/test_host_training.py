@@ -21,6 +21,7 @@ from conformance.diffusers_stand_ins import Examples
 from diffusers_training import Seen
 from PIL import Image
 from safetensors.torch import load_file
+from whole_trainings import checks, image_hosts
 
 from speedit_plugins import NoiseSchedule, build_policy
 
@@ -57,9 +58,9 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     [
         ("facebookresearch+DiT", "speedit", "DiT, fast-DiT, Latte"),
         ("chuanyangjin+fast-DiT", "speedit", "DiT, fast-DiT, Latte"),
-        ("willisma+SiT", "speedit", "SiT, LightningDiT"),
-        ("willisma+SiT", "speed", "SiT, LightningDiT"),
-        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT"),
+        ("willisma+SiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
+        ("willisma+SiT", "speed", "SiT, LightningDiT, Lumina-Image 2.0"),
+        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
     ],
 )
 def test_an_unmodified_train_script_runs_to_its_end(
@@ -68,7 +69,7 @@ def test_an_unmodified_train_script_runs_to_its_end(
     code, result, lines = started(host_training, folder, tmp_path, "--policy", policy)
     assert code == 0
     assert [line.split(":")[1].split(", seam")[0].strip() for line in lines] == [announced]
-    assert result["draws"] == host_training.BATCH * host_training.NUM_BATCHES
+    assert result["draws"] == image_hosts.BATCH * image_hosts.NUM_BATCHES
     # Binomial sigmas of ten shares. If the host drew itself, they would be over 6 from the policy's.
     assert result["worst_sigma"] < 4
     assert result["sigma_from_uniform"] > 4
@@ -123,23 +124,23 @@ class TestFit:
     def test_draws_of_the_policy_fit_and_uniform_ones_do_not(
         self, policy: str, schedule: NoiseSchedule
     ) -> None:
-        shares = host_training.tenths(policy, schedule)
+        shares = checks.tenths(policy, schedule)
         index = build_policy(policy, schedule).draw(20_000).index
-        assert host_training.fit(shares, [(index + 0.5) / 1000])["worst_sigma"] < 4
+        assert checks.fit(shares, [(index + 0.5) / 1000])["worst_sigma"] < 4
         evenly = (torch.arange(1000).repeat(2) + 0.5) / 1000
-        assert host_training.fit(shares, [evenly])["worst_sigma"] > 4
+        assert checks.fit(shares, [evenly])["worst_sigma"] > 4
 
     def test_a_hundred_draws_in_the_first_tenth_are_thirty_sigmas_off(self) -> None:
         # (1 - 0.1) / sqrt(0.1 * 0.9 / 100) = 30.
-        fitted = host_training.fit(torch.full((10,), 0.1), [torch.full((50,), 0.05)] * 2)
+        fitted = checks.fit(torch.full((10,), 0.1), [torch.full((50,), 0.05)] * 2)
         assert fitted == {"draws": 100, "worst_sigma": 30.0, "sigma_from_uniform": 30.0}
 
     def test_pure_noise_lies_in_the_last_tenth(self) -> None:
         last = torch.tensor([0.0] * 9 + [1.0])
-        assert host_training.fit(last, [torch.ones(7)])["draws"] == 7
+        assert checks.fit(last, [torch.ones(7)])["draws"] == 7
 
     def test_nothing_drawn(self) -> None:
-        assert host_training.fit(torch.full((10,), 0.1), []) == {"draws": 0, "worst_sigma": float("inf")}
+        assert checks.fit(torch.full((10,), 0.1), []) == {"draws": 0, "worst_sigma": float("inf")}
 
 
 class TestTrainings:
@@ -154,24 +155,24 @@ class TestTrainings:
     )
     def test_a_script_is_known_by_its_text(self, text: str, host: str, tmp_path: Path) -> None:
         (tmp_path / "train.py").write_text(text)
-        assert host_training.training_of(tmp_path / "train.py").host == host
+        assert image_hosts.training_of(tmp_path / "train.py").host == host
 
     def test_another_script_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="no train.py of LightningDiT, SiT, fast-DiT, DiT"):
-            host_training.training_of(tmp_path / "train.py")
+            image_hosts.training_of(tmp_path / "train.py")
 
     def test_time_is_one_at_noise(self) -> None:
-        clocks = {training.host: training.time_of for training in host_training.TRAININGS}
+        clocks = {training.host: training.time_of for training in image_hosts.TRAININGS}
         # DiT counts 1000 steps towards noise; a transport starts from noise at 0.
         assert float(clocks["DiT"](torch.tensor(999))) == pytest.approx(0.9995)
         assert float(clocks["SiT"](torch.tensor(0.25))) == 0.75
 
     def test_features_are_what_fast_dit_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(host_training, "NUM_BATCHES", 1)
-        host_training.write_features(tmp_path)
+        monkeypatch.setattr(image_hosts, "NUM_BATCHES", 1)
+        image_hosts.write_features(tmp_path)
         for name, shape in (("features", (1, 4, 32, 32)), ("labels", (1,))):
             files = list((tmp_path / f"imagenet256_{name}").iterdir())
-            assert len(files) == host_training.BATCH
+            assert len(files) == image_hosts.BATCH
             assert np.load(files[0]).shape == shape
 
     def test_lightningdit_keeps_its_published_config(self, tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ class TestTrainings:
         (tmp_path / "configs").mkdir()
         path = tmp_path / "configs" / "lightningdit_xl_vavae_f16d32.yaml"
         path.write_text(yaml.safe_dump(published))
-        config = yaml.safe_load(host_training.write_lightningdit(tmp_path, tmp_path).read_text())
+        config = yaml.safe_load(image_hosts.write_lightningdit(tmp_path, tmp_path).read_text())
         assert config["transport"] == {"use_cosine_loss": True, "use_lognorm": False}
         assert config["model"]["use_rope"]
         assert config["train"]["max_steps"] * config["train"]["global_batch_size"] == 1024

@@ -218,7 +218,7 @@ def test_a_transport(tmp_path: Path) -> None:
     done = start("--policy", "speed", str(script))
     assert done.returncode == 0, done.stderr
     assert reports(done)[0].startswith(
-        "SiT, LightningDiT, seam B, policy speed: boundary 923 of 1000 timesteps"
+        "SiT, LightningDiT, Lumina-Image 2.0, seam B, policy speed: boundary 923 of 1000 timesteps"
     )
     # A transport has noise at t = 0: 0.077 / 5 of 0.938, within 4 binomial sigma.
     assert abs(float(done.stdout.split()[-1]) - 0.0164) < 4 * (0.0164 / 5000) ** 0.5

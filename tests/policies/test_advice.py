@@ -30,11 +30,15 @@ def warned(config: object, schedule: NoiseSchedule, predicted: str | None) -> li
     "name", ["speedit", "speedit_reference", "speed", "speed_reference", "p2", "min_snr"]
 )
 def test_one_warning_names_the_report_and_what_to_take(name: str) -> None:
-    for schedule, predicted in ((FLOW, "flow"), (LINEAR, "v")):
+    for schedule, predicted in ((FLOW, "flow"), (LINEAR, "v"), (LINEAR, "x0")):
+        if name not in advice._MEASURED[predicted]:
+            assert warned(name, schedule, predicted) == []
+            continue
         (told,) = warned(name, schedule, predicted)
         assert repr(name) in told
         assert advice.TAKE[predicted] in told
-        assert (ROOT / advice.REPORT).is_file()
+        (report,) = re.findall(r"\((docs/\S+)\); take", told)
+        assert (ROOT / report).is_file()
         # Parameters do not make it another policy.
         assert len(warned({"type": name}, schedule, predicted)) == 1
 
@@ -52,6 +56,10 @@ def test_the_figures_are_those_of_the_report() -> None:
         r"\| digits_8 \| classifier \|(.*)\|", (ROOT / advice.FLOW_REPORT).read_text("utf-8")
     )
     assert of_auto.split("|")[3].split()[0] == "1.33"
+    (of_x0,) = re.findall(r"\| x0 \| classifier \|(.*)\|", (ROOT / advice.FLOW_REPORT).read_text("utf-8"))
+    auto, speedit = (of_x0.split("|")[column].split()[0] for column in (1, 2))
+    assert (auto, speedit) == ("1.89", advice._MEASURED["x0"]["speedit"])
+    assert auto in advice.TAKE["x0"]
     assert of_v.split("|")[2].split()[0] == "2.17"
     for predicted, figure in (("flow", "1.33"), ("v", "2.17")):
         assert figure in advice.TAKE[predicted]
@@ -61,7 +69,7 @@ def test_the_figures_are_those_of_the_report() -> None:
     ("config", "schedule", "predicted"),
     [
         ("speedit", LINEAR, "epsilon"),
-        ("speedit", LINEAR, "x0"),
+        ("min_snr", LINEAR, "x0"),
         ("speedit", FLOW, None),
         ("uniform", FLOW, "flow"),
         ({"type": "spectral_flow", "mean": 0.0}, FLOW, "flow"),

@@ -47,10 +47,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "policies": _GROUND,
     "hosts": _METHOD,
-    # The launcher: its command line, what it replaces in a host, and the run of a host's script.
+    # The launcher: its command line, what it replaces in a host, what it says without a run, and the run.
     "launch_options": _METHOD | {"hosts"},
     "launch_seams": _METHOD | {"hosts", "launch_options"},
-    "launch": _METHOD | {"hosts", "launch_options", "launch_seams"},
+    "doctor": _METHOD | {"hosts", "launch_options"},
+    "launch": _METHOD | {"hosts", "launch_options", "launch_seams", "doctor"},
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
@@ -76,12 +77,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Tools that run a host import the packages that the host is made of.
-_HOST_TOOLS = ("tools/*_training.py",)
+_HOST_TOOLS = ("tools/*_training.py", "tools/whole_trainings/*.py")
 # Heavy or optional packages, and the files that may import them, even inside a function. A path is relative
 # to the package, or to the project's root.
 CONFINED: dict[str, tuple[str, ...]] = {
     "mmengine": ("hosts/*.py", "trainer/config/loading.py", *_HOST_TOOLS),
-    "colossalai": ("trainer/parallel/booster.py",),
+    "colossalai": ("trainer/parallel/booster.py", *_HOST_TOOLS),
     "diffusers": (
         "trainer/models/autoencoder.py",
         "trainer/models/exported.py",
@@ -97,7 +98,12 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "wandb": ("trainer/logging/loggers.py",),
     "xformers": ("trainer/models/attention.py",),
     # The launcher reads a policy from YAML where the host has omegaconf.
-    "omegaconf": ("launch_options.py", "trainer/config/loading.py", "trainer/models/weights.py"),
+    "omegaconf": (
+        "launch_options.py",
+        "trainer/config/loading.py",
+        "trainer/models/weights.py",
+        *_HOST_TOOLS,
+    ),
 }
 
 _POLICY_NAMES = {"TimestepPolicy", "TimestepDraw", "build_policy"}

@@ -21,8 +21,9 @@ import diffusers
 import one_trainer_standin
 import pytest
 import torch
-from flow_standins import RectifiedFlow, Transport
-from host_standins import PixArtDiffusion, create, create_points
+from flow_standins import RectifiedFlow, ReversedTransport, Transport
+from host_standins import HunyuanDiffusion, PixArtDiffusion, create, create_points
+from interpolant_standins import SILoss, TokenSILoss, self_training
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
 
 from speedit_plugins import cli, launch_options, spectrum_command
@@ -92,6 +93,11 @@ def of_sit(_: ExitStack) -> dict[str, Any]:
     return {"create_transport": lambda *_: Transport(), "transport": Transport(), "args": Anything()}
 
 
+def of_pixart(_: ExitStack) -> dict[str, Any]:
+    """PixArt's factory."""
+    return {"IDDPM": lambda *_: create(PixArtDiffusion), "config": Anything()}
+
+
 def of_one_trainer(stack: ExitStack) -> dict[str, Any]:
     """Its mixins, under the names by which the lines import them."""
     one_trainer_standin.install(stack.enter_context(pytest.MonkeyPatch.context()))
@@ -137,15 +143,30 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/fast_dit/README.md": of_dit,
     "integrations/flow_matching/README.md": names_for_flow_matching,
     "integrations/guided_diffusion/README.md": of_dit,
+    "integrations/hunyuan_dit/README.md": lambda _: {
+        **{"create_diffusion": lambda *_, **__: create(HunyuanDiffusion), "args": Anything()}
+    },
     "integrations/imagen_pytorch/README.md": names_for_imagen,
     "integrations/latte/README.md": of_dit,
     "integrations/lightning_dit/README.md": of_sit,
+    "integrations/lumina_image/README.md": of_sit,
     "integrations/mdt/README.md": of_dit,
     "integrations/one_trainer/README.md": of_one_trainer,
     "integrations/open_sora_plan/README.md": of_dit,
     "integrations/opendit/README.md": of_dit,
-    "integrations/pixart_alpha/README.md": lambda _: {
-        **{"IDDPM": lambda *_: create(PixArtDiffusion), "config": Anything()}
+    "integrations/pixart_alpha/README.md": of_pixart,
+    "integrations/pixart_sigma/README.md": of_pixart,
+    "integrations/rae/README.md": lambda _: {
+        **{
+            "create_transport": lambda **_: ReversedTransport(),
+            "transport_params": {},
+            "time_dist_shift": 1.0,
+        }
+    },
+    "integrations/reg/README.md": lambda _: {"SILoss": lambda *_: TokenSILoss()},
+    "integrations/repa/README.md": lambda _: {"SILoss": lambda *_: SILoss()},
+    "integrations/repa_e/README.md": lambda _: {
+        **{"SiT_models": {"SiT-XL/2": lambda *_: self_training()}, "args": SimpleNamespace(model="SiT-XL/2")}
     },
     "integrations/sit/README.md": of_sit,
     "integrations/video_sys/README.md": lambda _: {"RFLOW": lambda **_: RectifiedFlow(), "options": {}},

@@ -35,6 +35,16 @@ class ICPlan:
         return 1 - t, -1
 
 
+class ReversedPlan(ICPlan):
+    """RAE's straight path, whose t = 1 is noise."""
+
+    def compute_alpha_t(self, t: Tensor) -> tuple[Tensor, Any]:
+        return 1 - t, -1
+
+    def compute_sigma_t(self, t: Tensor) -> tuple[Tensor, Any]:
+        return t, 1
+
+
 class VPCPlan(ICPlan):
     """A path on which no closed form relates velocity and noise; its tables do not matter here."""
 
@@ -72,6 +82,59 @@ class Transport:
         return {"pred": prediction, "loss": ((prediction - target) ** 2).flatten(1).mean(1)}
 
 
+class ReversedTransport(Transport):
+    """RAE's object: t = 1 is noise, training ends at 0.999, and t is shifted towards the noise."""
+
+    train_eps = sample_eps = 0
+
+    def __init__(self, time_dist_shift: float = 1.0) -> None:
+        super().__init__(path_sampler=ReversedPlan())
+        self.time_dist_type, self.time_dist_shift = "uniform", time_dist_shift
+
+    def check_interval(self, train_eps: float, sample_eps: float) -> tuple[float, float]:
+        return 0, 0.999
+
+    def sample(self, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # RAE's signature
+        x0 = torch.randn_like(x1)
+        t = (torch.rand(len(x1)) * 0.999).to(x1)
+        return self.time_dist_shift * t / (1 + (self.time_dist_shift - 1) * t), x0, x1
+
+    def training_losses(self, model: Any, x1: Tensor, model_kwargs: Any = None) -> dict[str, Tensor]:  # type: ignore[override]  # RAE's signature
+        t, x0, x1 = self.sample(x1)
+        prediction = model((1 - rows(t, x1)) * x1 + rows(t, x1) * x0, t, **(model_kwargs or {}))
+        return {"pred": prediction, "loss": ((prediction - x0 + x1) ** 2).flatten(1).mean(1)}
+
+
+class ListTransport(Transport):
+    """Lumina-Image 2.0's object: the data may be a list of images, and t is shifted to the noise at 0."""
+
+    snr_type = "uniform"
+
+    def __init__(self, do_shift: bool = False) -> None:
+        super().__init__()
+        self.do_shift = do_shift
+
+    def sample(self, x1: Any) -> Any:  # type: ignore[override]  # Lumina's signature
+        x0 = [torch.randn_like(each) for each in x1] if isinstance(x1, list) else torch.randn_like(x1)
+        time = 1 - torch.rand((len(x1),))
+        # A shift of 2.
+        t = 1 - (2 * time / (1 + time) if self.do_shift else time)
+        return t.to(x1[0]), x0, x1
+
+    def training_losses(self, model: Any, x1: Any, model_kwargs: Any = None) -> dict[str, Tensor]:  # type: ignore[override]  # Lumina's signature
+        t, x0, x1 = self.sample(x1)
+        pairs = [*zip(t, x1, x0, strict=True)]
+        noised = [time * x + (1 - time) * noise for time, x, noise in pairs]
+        predictions = model(
+            noised if isinstance(x1, list) else torch.stack(noised), t, **(model_kwargs or {})
+        )
+        errors = [
+            (found - x + noise).square().mean()
+            for found, (_, x, noise) in zip(predictions, pairs, strict=True)
+        ]
+        return {"loss": torch.stack(errors), "t": t}
+
+
 class RectifiedFlow(RFLOW12):
     """VideoSys' object."""
 
@@ -85,9 +148,20 @@ def sampled(host: Any, model: Any) -> Tensor:
     return x
 
 
-SEAMS = {
+SEAMS: dict[str, Any] = {
     "transport": transport(Transport, sampled),
     "transport of noise": transport(lambda: Transport(ModelType.NOISE), sampled),
+    "transport, noise at 1": transport(
+        ReversedTransport,
+        sampled,
+        noise_at=0.999,
+        clean_at=0.0,
+        shifted=lambda: ReversedTransport(2.0),
+        shift_option="time_dist_shift",
+    ),
+    "transport of lists": transport(
+        ListTransport, sampled, shifted=lambda: ListTransport(do_shift=True), shift_option="do_shift"
+    ),
     "rectified flow": rectified_flow(RectifiedFlow, sampled),
     "rectified flow, discrete": rectified_flow(
         lambda: RectifiedFlow(use_discrete_timesteps=True), sampled, can_shift=False

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conformance.diffusion_object import ObjectSeam
+from conformance.diffusion_object import DrawingSeam, ObjectSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam
 from torch import Tensor
@@ -168,6 +168,45 @@ class MaskedDiffusion(SpacedDiffusion):
         return snr.clamp(max=5.0) / snr * error
 
 
+class _Respaced:
+    """A model at the timesteps of the whole schedule."""
+
+    def __init__(self, model: Any, timestep_map: list[int]) -> None:
+        self.model, self.timestep_map = model, timestep_map
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
+        return self.model(x, torch.tensor(self.timestep_map)[t].float(), **kwargs)
+
+
+class HunyuanDiffusion:
+    """HunyuanDiT's object: it draws t itself, and its model returns a mapping."""
+
+    sigma_axis = 1
+    mse_loss_weight_type = "constant"
+    # It is no subclass: no training method of its classes has an argument for t.
+    q_sample, terms, mse = GaussianDiffusion.q_sample, GaussianDiffusion.terms, GaussianDiffusion.mse
+    _loop, p_sample_loop = GaussianDiffusion._loop, GaussianDiffusion.p_sample_loop
+    ddim_sample_loop = GaussianDiffusion.ddim_sample_loop
+
+    def __init__(self, use_timesteps: Any, **kwargs: Any) -> None:
+        vars(self).update(vars(SpacedDiffusion(use_timesteps, **kwargs)))
+
+    def training_losses(self, model: Any, controlnet: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self._drawn_losses(self._wrap_model(model), *args, **kwargs)
+
+    def _drawn_losses(self, model: Any, x_start: Tensor, model_kwargs: Any = None, noise: Any = None) -> Any:
+        t = torch.randint(0, self.num_timesteps, (len(x_start),), device=x_start.device)
+        noise = torch.randn_like(x_start) if noise is None else noise
+        answer = model(self.q_sample(x_start, t, noise=noise), t, **(model_kwargs or {}))
+        return self.terms(answer["x"], noise, t)
+
+    def _wrap_model(self, model: Any) -> Any:
+        return model if isinstance(model, _Respaced) else _Respaced(model, self.timestep_map)
+
+    def wrapped(self, model: Any) -> Any:
+        return lambda x, t: self._wrap_model(model)(x, t)["x"]
+
+
 class PointDiffusion:
     """DiT-3D's object: float32 torch tables, and a training method of another name that returns (B,)."""
 
@@ -235,6 +274,7 @@ SEAMS: dict[str, Seam] = {
     "open_sora_plan": ObjectSeam(
         lambda r: create(OpenSoraPlanDiffusion, r), VIDEOS, answers_tuple=True, sampling=("ddim_sample_loop",)
     ),
+    "hunyuan_dit": DrawingSeam(lambda r: create(HunyuanDiffusion, r), IMAGES),
     "pixart_alpha": ObjectSeam(lambda r: create(PixArtDiffusion, r), IMAGES),
     "dit_3d": ObjectSeam(create_points, (6, 3, 8), None, "p_losses", sampling=("p_sample_loop",)),
     "guided_diffusion": SamplerSeam(lambda r: create(respacing=r), IMAGES, sampler_class=ScheduleSampler),

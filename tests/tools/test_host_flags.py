@@ -4,8 +4,9 @@ from pathlib import Path
 
 import inspect_policy
 import pytest
-from host_laws.flags import host_configs, split_hosts
-from host_laws.laws import HOSTS, host_config
+from host_flags import host_configs, split_hosts
+
+from speedit_plugins.hosts.laws.laws import HOSTS, host_config
 
 
 def test_names_and_flags_that_are_not_known() -> None:

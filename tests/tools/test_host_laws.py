@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_laws.laws import HOSTS, host_config
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
+from speedit_plugins.hosts.laws.laws import HOSTS, host_config
 
 T, N, BINS = 1000, 400_000, 50
 # With these numbers, chance alone makes a total variation of about

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from host_laws.laws import HOSTS, Config, host_config
+from speedit_plugins.hosts.laws.laws import HOSTS, Config, host_config
 
 
 def split_hosts(words: Sequence[str], own: Collection[str]) -> tuple[list[str], list[list[str]]]:

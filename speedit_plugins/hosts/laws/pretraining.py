@@ -3,7 +3,8 @@
 import math
 from typing import Literal
 
-from host_laws.laws import HOSTS, Config, curve, interpolated, law, logit_normal, mixture
+from speedit_plugins.hosts.laws.laws import HOSTS, Config, curve, interpolated, law, logit_normal, mixture
+from speedit_plugins.registry import Builder
 
 
 def sit(*, path_type: Literal["Linear"] = "Linear", prediction: Literal["velocity"] = "velocity") -> Config:
@@ -183,7 +184,7 @@ def diffsynth(
     return {**law(density, "bell", shift), "normalize": True}
 
 
-for _name, _host in {
+_HOSTS: dict[str, Builder] = {
     "sit": sit,
     "lightningdit": lightningdit,
     "repa": repa,
@@ -194,5 +195,6 @@ for _name, _host in {
     "hunyuanvideo-1.5": hunyuanvideo_1_5,
     "ltx-2": ltx_2,
     "diffsynth": diffsynth,
-}.items():
+}
+for _name, _host in _HOSTS.items():
     HOSTS.register_module(name=_name, module=_host)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from speedit_plugins.registry import Registry, build, nearest
 
-HOSTS = Registry("host", "host_laws")
+HOSTS = Registry("host", "speedit_plugins.hosts.laws")
 
 Config = dict[str, Any]
 

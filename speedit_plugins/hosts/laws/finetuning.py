@@ -3,7 +3,8 @@
 import math
 from typing import Any, Literal
 
-from host_laws.laws import HOSTS, Config, curve, law, logit_normal, mixture
+from speedit_plugins.hosts.laws.laws import HOSTS, Config, curve, law, logit_normal, mixture
+from speedit_plugins.registry import Builder
 
 Scheme = Literal["none", "uniform", "logit_normal", "mode", "cosmap", "sigma_sqrt"]
 
@@ -144,7 +145,8 @@ def diffusers_sd3(
             "constant": lambda u: u**2,
             "cosmap": lambda u: 2 * u**2 / (math.pi * (1 - 2 * u + 2 * u**2)),
         }
-        weighting = "constant" if weighting == "sigma_sqrt" else curve(factors[weighting])
+        of_x0: Any = "constant" if weighting == "sigma_sqrt" else curve(factors[weighting])
+        return law(density, of_x0, shift)
     return law(density, weighting, shift)
 
 
@@ -257,7 +259,7 @@ def _scheme(name: str, mean: float, std: float, scale: float) -> tuple[Any, str]
     return densities.get(name, "uniform"), name if name in ("cosmap", "sigma_sqrt") else "constant"
 
 
-for _name, _host in {
+_HOSTS: dict[str, Builder] = {
     "sd-scripts": sd_scripts,
     "sd-scripts-sd3": sd_scripts_sd3,
     "musubi-tuner": musubi_tuner,
@@ -266,5 +268,6 @@ for _name, _host in {
     "simpletuner": simpletuner,
     "ai-toolkit": ai_toolkit,
     "onetrainer": onetrainer,
-}.items():
+}
+for _name, _host in _HOSTS.items():
     HOSTS.register_module(name=_name, module=_host)

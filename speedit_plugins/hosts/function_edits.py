@@ -1,0 +1,248 @@
+"""A draw and a loss in the middle of a host's function: the function's source is edited, then compiled again.
+
+    timesteps = sampler.sample(B)             def hosts_draw():
+    timesteps = shifted(timesteps)                timesteps = sampler.sample(B)
+                                      ->          timesteps = shifted(timesteps)
+                                                  return timesteps
+                                              timesteps = CALLS.times(hosts_draw, latents)
+    loss = F.mse_loss(output, target)         loss = CALLS.squared_error(F.mse_loss, output, target)
+
+Line numbers stay, so a traceback shows the host's own lines.
+"""
+
+import __future__
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_HOSTS_DRAW = "_speedit_hosts_draw"
+_CALLS = "_speedit_calls"
+_NESTING = (ast.With, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.ClassDef)
+
+
+@dataclass(frozen=True)
+class InlineDraw:
+    """A draw of t in the middle of a function.
+
+    It is the statements from the first that assigns the name to the last before the name is used otherwise.
+
+    Args:
+        name: of the variable that gets t.
+        by: names of functions, as the host writes them. The draw has to call one of them.
+        arguments: of `times` after the draw, as expressions in the host's function.
+    """
+
+    name: str
+    by: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InlineLoss:
+    """A call of a function that makes the loss.
+
+    Args:
+        function: its name, as the host writes it, such as `F.mse_loss`.
+        method: of the calls that take its place, which gets the function and then its arguments.
+    """
+
+    function: str
+    method: str = "squared_error"
+
+
+Place = InlineDraw | InlineLoss
+
+
+def edited_function(function: Callable[..., Any], places: Sequence[Place], calls: Any) -> Callable[..., Any]:
+    """A host's function with its draw and its loss edited.
+
+    Args:
+        function: of a module, or of a class as its `__dict__` has it.
+        places: what to edit.
+        calls: has the methods that the edited function calls.
+
+    Raises:
+        ValueError: a place is not there, or the function has no source or is defined in another function.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from speedit_plugins.hosts import function_edits
+        >>> draw = InlineDraw("tree", ("ast.parse",))
+        >>> edited_function(function_edits.parsed_function, (draw,), None).__name__
+        'parsed_function'
+    """
+    if getattr(function, "__closure__", None):
+        raise ValueError(f"{function.__qualname__} uses names of a function around it, and cannot be edited")
+    tree = parsed_function(function)
+    for place in places:
+        edit(tree, place, _CALLS, function.__qualname__)
+    tree.decorator_list = []
+    outer = ast.FunctionDef(
+        name="_speedit_outer",
+        args=_parameters(_CALLS),
+        body=[tree, ast.Return(ast.Name(tree.name, ast.Load()))],
+        decorator_list=[],
+    )
+    module = ast.fix_missing_locations(ast.Module([outer], []))
+    names: dict[str, Any] = {}
+    # The host's own file and names, so that its tracebacks and its later changes of a name hold.
+    code = compile(
+        module, function.__code__.co_filename, "exec", flags=_future_flags(function), dont_inherit=True
+    )
+    exec(code, function.__globals__, names)
+    made: Callable[..., Any] = names["_speedit_outer"](calls)
+    setattr(made, "__defaults__", getattr(function, "__defaults__"))  # noqa: B009, B010 - mypy: of any function
+    setattr(made, "__kwdefaults__", getattr(function, "__kwdefaults__"))  # noqa: B009, B010 - as above
+    return functools.update_wrapper(made, function)
+
+
+def parsed_function(function: Callable[..., Any]) -> ast.FunctionDef:
+    """The syntax tree of a host's function, with its own line numbers. ValueError if it has no source."""
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"{function.__qualname__} has no source that could be edited") from error
+    tree = ast.parse(textwrap.dedent("".join(lines)))
+    ast.increment_lineno(tree, first - 1)
+    (found,) = tree.body
+    assert isinstance(found, ast.FunctionDef)
+    for argument in ast.walk(found.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    found.returns = None
+    # Defaults are taken from the host's function: they must not be computed again.
+    found.args.defaults = [ast.Constant(None) for _ in found.args.defaults]
+    found.args.kw_defaults = [each and ast.Constant(None) for each in found.args.kw_defaults]
+    return found
+
+
+def edit(function: ast.FunctionDef, place: Place, calls: str, where: str) -> None:
+    """Edits one place of a function's syntax tree.
+
+    Args:
+        function: is changed.
+        place: in it, or in a function in it.
+        calls: the expression by which the function finds the object that it calls.
+        where: the function's name, for messages.
+
+    Raises:
+        ValueError: the place is not there, or what the draw assigns besides t is used after it.
+    """
+    if isinstance(place, InlineDraw):
+        _edit_draw(function, place, calls, where)
+    else:
+        _edit_losses(function, place, calls, where)
+
+
+def has(function: ast.FunctionDef, place: Place) -> bool:
+    """Whether a function has a place."""
+    if isinstance(place, InlineDraw):
+        return next(_spans(function, place), None) is not None
+    return any(_calls_of(function, (place.function,)))
+
+
+def _edit_draw(function: ast.FunctionDef, place: InlineDraw, calls: str, where: str) -> None:
+    found = next(_spans(function, place), None)
+    if found is None:
+        raise ValueError(
+            f"{where} assigns no {place.name!r} by {' or '.join(place.by)}: this version of the host draws"
+            " its timesteps in another place than the plugin knows"
+        )
+    body, first, last = found
+    span = body[first : last + 1]
+    kept = _stored(span) - {place.name}
+    used = {node.id for node in _names(body[last + 1 :], ast.Load)} & kept
+    if used:
+        raise ValueError(f"{where} uses {', '.join(sorted(used))} of its draw later, and cannot be edited")
+    draw = ast.FunctionDef(
+        name=_HOSTS_DRAW,
+        args=_parameters(),
+        body=[*span, ast.Return(ast.Name(place.name, ast.Load()))],
+        decorator_list=[],
+    )
+    arguments = [ast.parse(each, mode="eval").body for each in place.arguments]
+    call = _call(calls, "times", [ast.Name(_HOSTS_DRAW, ast.Load()), *arguments])
+    assign = ast.Assign([ast.Name(place.name, ast.Store())], call)
+    for each in (draw, assign):
+        ast.copy_location(each, span[0])
+        ast.fix_missing_locations(each)
+    body[first : last + 1] = [draw, assign]
+
+
+def _edit_losses(function: ast.FunctionDef, place: InlineLoss, calls: str, where: str) -> None:
+    found = [*_calls_of(function, (place.function,))]
+    if not found:
+        raise ValueError(
+            f"{where} calls no {place.function}: this version of the host makes its loss in another place"
+            " than the plugin knows"
+        )
+    for node in found:
+        node.args.insert(0, node.func)
+        node.func = _call(calls, place.method, []).func
+        ast.fix_missing_locations(ast.copy_location(node.func, node))
+
+
+def _spans(function: ast.AST, place: InlineDraw) -> Iterator[tuple[list[ast.stmt], int, int]]:
+    """The block of each draw in a function, and the numbers of its first and last statement."""
+    for body in _blocks(function):
+        # A draw inside a `with`, a loop or another function is found there.
+        stores = [not isinstance(each, _NESTING) and place.name in _stored([each]) for each in body]
+        if not any(stores):
+            continue
+        first = last = stores.index(True)
+        for number in range(first + 1, len(body)):
+            if stores[number]:
+                last = number
+            elif any(node.id == place.name for node in _names([body[number]], ast.Load)):
+                break
+        if any(True for each in body[first : last + 1] for _ in _calls_of(each, place.by)):
+            yield body, first, last
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The lists of statements in a node, outer ones first."""
+    for field in ("body", "orelse", "finalbody"):
+        block = getattr(node, field, None)
+        if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+            yield block
+    for child in ast.iter_child_nodes(node):
+        yield from _blocks(child)
+
+
+def _stored(statements: Sequence[ast.stmt]) -> set[str]:
+    return {node.id for node in _names(statements, ast.Store)}
+
+
+def _names(statements: Sequence[ast.stmt], context: type[ast.expr_context]) -> Iterator[ast.Name]:
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, context):
+                yield node
+
+
+def _calls_of(node: ast.AST, functions: Sequence[str]) -> Iterator[ast.Call]:
+    for each in ast.walk(node):
+        if isinstance(each, ast.Call) and ast.unparse(each.func) in functions:
+            yield each
+
+
+def _call(owner: str, method: str, arguments: Sequence[ast.expr]) -> ast.Call:
+    return ast.Call(ast.Attribute(ast.parse(owner, mode="eval").body, method, ast.Load()), [*arguments], [])
+
+
+def _parameters(*names: str) -> ast.arguments:
+    arguments = [ast.arg(name) for name in names]
+    return ast.arguments(posonlyargs=[], args=arguments, kwonlyargs=[], kw_defaults=[], defaults=[])
+
+
+def _future_flags(function: Callable[..., Any]) -> int:
+    """The flags of `from __future__ import ...` in the function's module."""
+    known = (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+    flags: int = function.__code__.co_flags
+    return functools.reduce(lambda kept, flag: kept | (flags & flag), known, 0)

@@ -1,0 +1,1 @@
+"""Whole, unmodified trainings of hosts with a policy, on the CPU; `tools/host_training.py` runs them."""

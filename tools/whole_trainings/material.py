@@ -1,0 +1,93 @@
+"""Data and small networks for the hosts: moving digits as MP4, and a VAE and a T5 in the hub's layout.
+
+Dims: F frames, H height, W width.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedit_plugins.trainer.data.videos.files import write_mp4
+from speedit_plugins.trainer.data.videos.moving_digits import MovingDigits
+
+TEXT_WIDTH = 16
+
+
+def write_videos(folder: Path, count: int, *, size: int, num_frames: int) -> list[tuple[Path, str]]:
+    """Writes the first `count` moving digits as 0000.mp4, ...
+
+    Args:
+        folder: is made.
+        count: of videos.
+        size: H and W: 16, 32 or 64.
+        num_frames: F.
+
+    Returns:
+        Path and caption of each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digits, generator = MovingDigits(image_size=size, num_frames=num_frames), torch.Generator().manual_seed(0)
+    written = []
+    for index in range(count):
+        sample = digits.load(index, generator)
+        path = folder / f"{index:04d}.mp4"
+        write_mp4(path, pixels(sample["video"]), fps=8)
+        written.append((path, sample["caption"]))
+    return written
+
+
+def pixels(video: Tensor) -> Tensor:
+    """A grey video (1, F, H, W) in [-1, 1] as uint8 (F, H, W, 1)."""
+    return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+
+
+def write_table(path: Path, rows: list[list[Any]]) -> Path:
+    """Writes a CSV file. Returns its path."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def write_vae(folder: Path) -> Path:
+    """An AutoencoderKL with few channels, 8 times smaller latents and random weights. Returns its folder."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def write_t5(folder: Path) -> Path:
+    """A T5 encoder with one layer, random weights, and a tokenizer with the words of the captions."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *sorted({word for text in MovingDigits.captions for word in text.split()}),
+    ]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - not a password
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder

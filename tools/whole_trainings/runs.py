@@ -1,0 +1,136 @@
+"""Starts a host's script in processes of its own, and reads what they recorded."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whole_trainings import child
+from whole_trainings.recording import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+# torchrun's variables, for a plain process.
+_PLAIN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@dataclass(frozen=True)
+class Script:
+    """A host, for all of its runs.
+
+    Args:
+        checkout: of the host.
+        work: folder for data, specs and results; the scripts run in it.
+        model: class name of the model.
+        factories: (module, function) pairs that make the object that trains.
+        colossalai: whether it trains under ColossalAI.
+        unused: modules of the host that these trainings do not use and that cannot be imported here.
+    """
+
+    checkout: Path
+    work: Path
+    model: str
+    factories: tuple[tuple[str, str], ...]
+    colossalai: bool = False
+    unused: tuple[str, ...] = ()
+
+    def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
+        """Runs one of the host's scripts to its end. `name` is that of the run's files."""
+        return Run(self, name, script, arguments, **options).done()
+
+
+@dataclass
+class Run:
+    """One run of a script.
+
+    Args:
+        host: of the script.
+        name: of the run's files.
+        script: path in the checkout.
+        arguments: of the script.
+        launch: options of the launcher; None runs the script without it.
+        replay: name of the run whose t this one gets; '' for none.
+        num_processes: 1 is a single process, more are started by torchrun.
+        asserts: whether the host's assertions hold; without, it is `python -O`.
+    """
+
+    host: Script
+    name: str
+    script: str
+    arguments: list[str]
+    launch: list[str] | None = None
+    replay: str = ""
+    num_processes: int = 1
+    asserts: bool = True
+    exit_code: int = -1
+    seconds: float = 0.0
+    records: list[Record] = field(default_factory=list)
+
+    def done(self) -> "Run":
+        """Runs it. The output goes to NAME.log in the work folder.
+
+        A single process is forked from this one, which has imported the large libraries already.
+        """
+        work = self.host.work
+        spec = {
+            "script": str(self.host.checkout / self.script),
+            "arguments": self.arguments,
+            "launch": self.launch,
+            "factories": self.host.factories,
+            "colossalai": self.host.colossalai,
+            "model": self.host.model,
+            "unused": self.host.unused,
+            "record": str(work / self.name),
+            "replay": str(work / self.replay) if self.replay else "",
+            "folder": str(work),
+            "checkout": str(self.host.checkout),
+        }
+        path = work / f"{self.name}.json"
+        path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+        started = time.monotonic()
+        log = work / f"{self.name}.log"
+        if self.num_processes == 1:
+            forked = multiprocessing.get_context("fork").Process(
+                target=child.start, args=(str(path), str(log), _PLAIN)
+            )
+            forked.start()
+            forked.join()
+            self.exit_code = forked.exitcode or 0
+        else:
+            with log.open("w", encoding="utf-8") as file:
+                done = subprocess.run(
+                    self.command(path), stdout=file, stderr=file, env=self.environment(), check=False
+                )
+            self.exit_code = done.returncode
+        self.seconds = time.monotonic() - started
+        self.records = [Record.load(work / f"{self.name}.{rank}.pt") for rank in range(self.num_processes)]
+        return self
+
+    def command(self, spec: Path) -> list[str]:
+        """The command line of several processes."""
+        processes = ["--standalone", f"--nproc_per_node={self.num_processes}"]
+        module = ["-m", "whole_trainings.child", str(spec)]
+        return [sys.executable, "-m", "torch.distributed.run", *processes, *module]
+
+    def environment(self) -> dict[str, str]:
+        """The environment of several processes: one thread each, no network."""
+        path = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+        environment.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+        if not self.asserts:
+            environment["PYTHONOPTIMIZE"] = "1"
+        return environment
+
+    def last_words(self) -> str:
+        """The last line of its output that says something."""
+        text = (self.host.work / f"{self.name}.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1][-300:] if lines else ""
+
+    def said(self, words: str) -> bool:
+        """Whether its output has these words."""
+        return words in (self.host.work / f"{self.name}.log").read_text(encoding="utf-8", errors="replace")

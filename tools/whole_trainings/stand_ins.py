@@ -1,0 +1,197 @@
+"""What a host needs and a CPU or this environment lacks: CUDA, NCCL, torchvision, timm, xformers, decord.
+
+Everything here is put in place for the rest of the process, before the host's script starts.
+
+Dims: B batch, F frames, C channels, H height, W width, N tokens, D width.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conformance import diffusers_stand_ins
+from conformance.stand_ins import StandIns
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from speedit_plugins.trainer.data.videos.files import read_frames, read_header, write_mp4
+
+ROOT = Path(__file__).resolve().parents[2]
+# Imported by the hosts, and never called in these trainings.
+UNUSED = ("decord", "wandb", "imageio", "apex", "pandarallel")
+COMMON = (
+    "torch.cuda (present, device 'cpu')",
+    "NCCL (gloo)",
+    "DistributedDataParallel (without device_ids)",
+    "timm (its layers)",
+    "torchvision (its transforms; videos by PyAV)",
+    "ftfy and bs4 (the captions are plain text)",
+    "imported, never called: " + ", ".join(UNUSED),
+)
+
+
+class OnCpu(TorchFunctionMode):
+    """Every torch call that names a CUDA device gets the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.cuda:
+            return args[0]
+        if func is torch.device and _on_cpu(args[0]) is not args[0]:
+            return torch.device("cpu")
+        placed = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_on_cpu, args), **placed)
+
+
+def _on_cpu(value: Any) -> Any:
+    is_cuda = isinstance(value, torch.device) and value.type == "cuda"
+    return torch.device("cpu") if is_cuda or (isinstance(value, str) and value.startswith("cuda")) else value
+
+
+class Normalize:
+    """(video - mean) / std over the channels of (..., C, H, W)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], inplace: bool = False) -> None:
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self._mean) / self._std
+
+
+class DropPath(nn.Module):
+    """timm's class at a rate of 0, the only one that these trainings use."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if rate:
+            raise ValueError(f"the stand-in for DropPath needs rate 0, got {rate}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@functools.cache
+def read_video(
+    filename: str, pts_unit: str = "sec", output_format: str = "TCHW"
+) -> tuple[Tensor, None, dict]:
+    """A video as uint8 (F, C, H, W), without sound. All of them fit into memory."""
+    count = read_header(Path(filename)).num_frames
+    images = read_frames(Path(filename), range(count), num_frames=count)
+    pixels = torch.stack([(diffusers_stand_ins.to_tensor(image) * 255).round().byte() for image in images])
+    if output_format == "THWC":
+        pixels = pixels.permute(0, 2, 3, 1)
+    return pixels, None, {"video_fps": 8.0}
+
+
+def write_video(filename: str, video_array: Tensor, fps: float, **_: Any) -> None:
+    """Writes uint8 (F, H, W, C)."""
+    write_mp4(Path(filename), video_array, fps=fps)
+
+
+def install_common() -> list[str]:
+    """Puts what every host here needs in place. Returns its names."""
+    # They look at what is installed when they are imported, so this comes before the stand-ins.
+    for name in ("diffusers.models", "diffusers.optimization", "transformers"):
+        import_module(name)
+    import_module("diffusers").AutoencoderKL, import_module("transformers").T5EncoderModel  # noqa: B018 - lazy
+    sys.modules.update(_torchvision())
+    sys.modules.update(_timm())
+    sys.modules["ftfy"] = module_with("ftfy", fix_text=_same)
+    sys.modules["bs4"] = module_with("bs4", BeautifulSoup=lambda text, **_: SimpleNamespace(text=text))
+    sys.meta_path.append(StandIns(UNUSED))
+    _without_cuda()
+    return list(COMMON)
+
+
+def module_with(name: str, **contents: Any) -> ModuleType:
+    """A module of this name that counts as installed."""
+    module = ModuleType(name)
+    # Libraries look at the spec to see what is installed.
+    vars(module).update(contents, __spec__=ModuleSpec(name, None), __path__=[], __version__="0")
+    return module
+
+
+def _torchvision() -> dict[str, ModuleType]:
+    modules = diffusers_stand_ins.stand_ins()
+    top, transforms = modules["torchvision"], modules["torchvision.transforms"]
+    vars(transforms).update(Normalize=Normalize, RandomResizedCrop=diffusers_stand_ins.RandomCrop)
+    vars(transforms).update(Lambda=_same)
+    video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
+    video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
+    utils = module_with("torchvision.utils", save_image=_refused, make_grid=_refused)
+    # What a host's CSV data set needs beside the videos.
+    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    download = module_with("torchvision.datasets.utils", download_url=_refused)
+    datasets = module_with("torchvision.datasets", folder=folder, utils=download)
+    vars(top).update(io=video, utils=utils, datasets=datasets)
+    added = (video, video_file, utils, folder, download, datasets)
+    kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
+    return {module.__name__: module for module in kept}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _refused(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("these trainings do without this function of torchvision")
+
+
+def _timm() -> dict[str, ModuleType]:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    original = import_module("original_dit")
+
+    class Mlp(original.Mlp):
+        """With timm's argument for another width of the result."""
+
+        def __init__(
+            self,
+            in_features: int,
+            hidden_features: int,
+            out_features: int | None = None,
+            act_layer: Any = nn.GELU,
+            drop: float = 0.0,
+        ) -> None:
+            super().__init__(in_features, hidden_features, act_layer, drop)
+            if out_features is not None:
+                self.fc2 = nn.Linear(hidden_features, out_features)
+
+    layers = module_with("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
+    vars(layers).update(Attention=original.Attention)
+    others = module_with("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
+    timm = (module_with("timm"), module_with("timm.models"), layers, others)
+    return {module.__name__: module for module in timm}
+
+
+def _without_cuda() -> None:
+    ddp, start = nn.parallel.DistributedDataParallel, dist.init_process_group
+
+    class OnGloo(ddp):
+        def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
+            super().__init__(module, **options)
+
+    def with_gloo(backend: str | None = None, **options: Any) -> None:
+        start("gloo", **options)
+
+    nn.parallel.DistributedDataParallel = OnGloo  # type: ignore[misc]  # a stand-in
+    dist.init_process_group = with_gloo
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(torch.cuda, name, _nothing)
+    torch.cuda.is_available = lambda: True
+    # mmengine looks for one device per rank.
+    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.cuda.current_device = lambda: 0
+    OnCpu().__enter__()
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A CPU has done an operation when it returns."""
