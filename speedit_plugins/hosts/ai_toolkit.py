@@ -3,9 +3,9 @@
     import extensions_built_in.sd_trainer.SDTrainer as module
     adapt(module, partial(SeparateDraws, "auto"))
 
-Both happen in the midst of long methods, where one statement each is changed (`rewritten`). A row's timestep is
-1000 times our time for a flow, and an index of the noise schedule for the other models. The host draws without
-gradients: all its draws are those of a training step.
+Both happen in the midst of long methods, where one statement each is changed (`rewritten`). The timestep of a
+row is 1000 times our time for a flow, and an index of the noise schedule for the other models. The host draws
+without gradients: all its draws are those of a training step.
 
 Dims: N rows of the table, B batch.
 """
@@ -114,8 +114,8 @@ class _Steps:
             raise ValueError(f"ai-toolkit's timestep_type {kind} changes t after the draw: no policy fits")
         if kind in _FEW_STEPS and not self.draws.policy.is_relative:
             raise ValueError(
-                f"ai-toolkit's timestep_type {kind} trains at few rows, and {self.draws.policy.name!r} draws by a"
-                " law of its own: take another timestep_type, or a policy that thins, such as 'uniform'"
+                f"ai-toolkit's timestep_type {kind} trains at few rows, and {self.draws.policy.name!r} draws"
+                " by a law of its own: take another timestep_type, or a policy that thins, such as 'uniform'"
             )
 
     def _built(self, trainer: Any) -> SeparateDraws:

@@ -3,9 +3,10 @@
     import diffsynth.diffusion.loss as module
     adapt(module, partial(SeparateDraws, "auto"))
 
-Three functions train a flow or, with its DDIMScheduler, a model of noise: `FlowMatchSFTLoss`, and two for video
-with sound. They draw, make the loss and multiply `scheduler.training_weight`, a bell over the rows of a flow.
-A policy with weights takes the place of these weights; any other keeps them. Its other losses stay as they are.
+Three functions train a flow or, with its DDIMScheduler, a model of noise: `FlowMatchSFTLoss`, and two for
+video with sound. They draw, make the loss, and multiply it by `scheduler.training_weight`, a bell over the
+rows of a flow. A policy with weights takes the place of these weights; any other keeps them. The host's other
+losses stay as they are.
 
 Dims: N rows of the scheduler's table, T timesteps of the policy.
 """
@@ -134,6 +135,8 @@ def _times(scheduler: Any, dtype: torch.dtype) -> Tensor:
     rounded = timesteps.to(dtype).to(timesteps)
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         T = len(scheduler.alphas_cumprod)
-        return (rounded.long().clamp(0, T - 1) + 0.5) / T
+        index: Tensor = (rounded.long().clamp(0, T - 1) + 0.5) / T
+        return index
     nearest = (timesteps.view(1, -1) - rounded.view(-1, 1)).abs().argmin(1)
-    return scheduler.sigmas.cpu().float()[nearest]
+    sigmas: Tensor = scheduler.sigmas.cpu().float()
+    return sigmas[nearest]

@@ -1,4 +1,4 @@
-"""A host's function with a few of its statements changed, for hosts that draw or reduce their loss in its midst.
+"""A host's function with a few of its statements changed, for hosts that draw in the midst of one.
 
 The function is read from its file, changed as a tree, and made again in its module: its lines keep their
 numbers, and what is not changed is the host's. A statement that is not there once raises.

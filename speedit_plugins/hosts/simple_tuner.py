@@ -1,4 +1,4 @@
-"""SimpleTuner: each model draws the sigmas of a batch in a method of its own, and reduces its loss in another.
+"""SimpleTuner: each model draws the sigmas of a batch in a method, and reduces its loss in another.
 
     import simpletuner.helpers.models.common as module
     adapt(module, partial(SeparateDraws, "auto"))
@@ -154,8 +154,8 @@ class _Models:
         if not self.is_weighed and (policy.learns or not is_constant(policy.weight)):
             raise ValueError(
                 f"{type(model).__name__} of SimpleTuner makes a loss of its own, a scalar, and"
-                f" {policy.name!r} weighs or learns from the loss of each sample: take a policy that only draws,"
-                " such as 'logit_normal', or add weighting='constant'"
+                f" {policy.name!r} weighs or learns from the loss of each sample: take a policy that only"
+                " draws, such as 'logit_normal', or add weighting='constant'"
             )
         return loss
 

@@ -26,7 +26,8 @@ class Anything(SimpleNamespace):
     """An object of the host; what is not given is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        # The host asks by hasattr for some of the methods of a model.
+        if name.startswith(("__", "get_")):
             raise AttributeError(name)
         return None
 
