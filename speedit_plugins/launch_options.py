@@ -91,17 +91,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"optimizer steps between writings of --state, beside that at the end; default: {STATE_EVERY}",
     )
     _add_draw_options(options)
-    options.add_argument(
-        "--local_rank",
-        "--local-rank",
-        action="append",
-        type="--local_rank={}".format,
-        default=[],
-        metavar="RANK",
-        help="passed on to the script, for launchers such as deepspeed's, which put it in front",
-    )
-    options.add_argument("script", help="the host's training script")
-    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    _add_script_options(options)
     return options
 
 
@@ -120,12 +110,27 @@ def _add_draw_options(options: argparse.ArgumentParser) -> None:
         metavar="N",
         help="each N timesteps, over ranks and micro-batches, are of N equally likely strata",
     )
+
+
+def _add_script_options(options: argparse.ArgumentParser) -> None:
+    """The script, its arguments, and what is done with it."""
     options.add_argument(
         "--doctor",
         action="store_true",
         help="do not run the script: say where it draws timesteps and makes its loss, by which law, and where"
         " the policy goes in",
     )
+    options.add_argument(
+        "--local_rank",
+        "--local-rank",
+        action="append",
+        type="--local_rank={}".format,
+        default=[],
+        metavar="RANK",
+        help="passed on to the script, for launchers such as deepspeed's, which put it in front",
+    )
+    options.add_argument("script", help="the host's training script")
+    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
 
 
 def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]:
