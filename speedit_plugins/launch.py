@@ -35,10 +35,10 @@ from speedit_plugins.hosts.factories import (
     reaches_a_factory,
     reaches_text,
 )
-from speedit_plugins.hosts.inline_draws import INLINE_CALLS, SCRIPTS, InlineCalls, edited_script
 from speedit_plugins.hosts.script_edits import CALLS, edited
 from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.state_file import StateFile
+from speedit_plugins.hosts.trainers.inline_draws import INLINE_CALLS, SCRIPTS, InlineCalls, edited_script
 from speedit_plugins.launch_options import (
     PROGRAM,
     STATE_EVERY,

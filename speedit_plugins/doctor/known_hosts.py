@@ -21,9 +21,9 @@ from speedit_plugins.doctor.sources import (
     root_of,
 )
 from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, SHARED_FUNCTIONS, Factory, defines
-from speedit_plugins.hosts.inline_draws import INLINE_CALLS, SCRIPTS, edited_script
 from speedit_plugins.hosts.script_edits import edited
 from speedit_plugins.hosts.sigma_edits import DENSITY, SigmaSites, edited_sigmas
+from speedit_plugins.hosts.trainers.inline_draws import INLINE_CALLS, SCRIPTS, edited_script
 
 
 @dataclass(frozen=True)

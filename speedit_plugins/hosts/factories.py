@@ -11,7 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from speedit_plugins.hosts.inline_draws import SCRIPTS
+from speedit_plugins.hosts.trainers.inline_draws import SCRIPTS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ FACTORIES = (
         "modules.modelSetup.mixin.ModelSetupNoiseMixin",
         ("ModelSetupNoiseMixin",),
         "F",
-        "speedit_plugins.hosts.one_trainer.adapt",
+        "speedit_plugins.hosts.trainers.one_trainer.adapt",
         # Its scripts put their parent folder on sys.path by this module.
         ("util.import_util",),
     ),
@@ -77,7 +77,7 @@ FACTORIES = (
         "simpletuner.helpers.models.common",
         ("ModelFoundation",),
         "F",
-        "speedit_plugins.hosts.simple_tuner.adapt",
+        "speedit_plugins.hosts.trainers.simple_tuner.adapt",
         ("simpletuner.helpers.training.trainer",),
     ),
     Factory(
@@ -85,7 +85,7 @@ FACTORIES = (
         "diffsynth.diffusion.loss",
         ("FlowMatchSFTLoss",),
         "F",
-        "speedit_plugins.hosts.diffsynth.adapt",
+        "speedit_plugins.hosts.trainers.diffsynth.adapt",
         ("diffsynth.diffusion",),
     ),
     Factory(
@@ -93,7 +93,7 @@ FACTORIES = (
         "extensions_built_in.sd_trainer.SDTrainer",
         ("SDTrainer",),
         "F",
-        "speedit_plugins.hosts.ai_toolkit.adapt",
+        "speedit_plugins.hosts.trainers.ai_toolkit.adapt",
         ("toolkit.job",),
     ),
     Factory(
@@ -101,35 +101,35 @@ FACTORIES = (
         "torchtitan.models.flux.trainer",
         ("FluxTrainer",),
         "F",
-        "speedit_plugins.hosts.inline_draws.adapt_torchtitan",
+        "speedit_plugins.hosts.trainers.inline_draws.adapt_torchtitan",
     ),
     Factory(
         "LTX-2",
         "ltx_trainer.training_strategies",
         ("FlexibleStrategy",),
         "F",
-        "speedit_plugins.hosts.modality_draws.adapt",
+        "speedit_plugins.hosts.trainers.modality_draws.adapt",
     ),
     Factory(
         "diffusion-pipe",
         "models.base",
         ("CommonPipeline",),
         "F",
-        "speedit_plugins.hosts.prepared_inputs.adapt",
+        "speedit_plugins.hosts.trainers.prepared_inputs.adapt",
     ),
     Factory(
         "NeMo Automodel",
         "nemo_automodel.components.flow_matching.pipeline",
         ("FlowMatchingPipeline",),
         "F",
-        "speedit_plugins.hosts.flow_pipeline.adapt",
+        "speedit_plugins.hosts.trainers.flow_pipeline.adapt",
     ),
     Factory(
         "CogVideoX",
         "finetune.models.utils",
         ("get_model_cls",),
         "D",
-        "speedit_plugins.hosts.scheduler_draws.adapt",
+        "speedit_plugins.hosts.trainers.scheduler_draws.adapt",
     ),
     # sd-scripts. All of its trainers import train_util; the flows draw in a module of their own.
     Factory(
@@ -137,7 +137,7 @@ FACTORIES = (
         "library.train_util",
         ("get_noise_noisy_latents_and_timesteps",),
         "D",
-        "speedit_plugins.hosts.indexed_batch.adapt",
+        "speedit_plugins.hosts.trainers.indexed_batch.adapt",
     ),
     *(
         Factory(
@@ -145,7 +145,7 @@ FACTORIES = (
             f"library.{module}",
             ("get_noisy_model_input_and_timesteps",),
             "F",
-            "speedit_plugins.hosts.noisy_batch.adapt",
+            "speedit_plugins.hosts.trainers.noisy_batch.adapt",
         )
         for models, module in (
             ("Flux, HunyuanImage, Anima", "flux_train_utils"),
@@ -158,14 +158,14 @@ FACTORIES = (
         "musubi_tuner.training.trainer_base",
         ("NetworkTrainer",),
         "F",
-        "speedit_plugins.hosts.noisy_trainer.adapt",
+        "speedit_plugins.hosts.trainers.noisy_trainer.adapt",
     ),
     Factory(
         "sd-scripts (Anima's weights)",
         "library.anima_train_utils",
         ("compute_loss_weighting_for_anima",),
         "F",
-        "speedit_plugins.hosts.noisy_batch.adapt_weighting",
+        "speedit_plugins.hosts.trainers.noisy_batch.adapt_weighting",
     ),
 )
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")

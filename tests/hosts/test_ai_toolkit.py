@@ -15,7 +15,7 @@ from conformance.stand_ins import StandIns
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from speedit_plugins.hosts.ai_toolkit import adapt
+from speedit_plugins.hosts.trainers.ai_toolkit import adapt
 
 B = 4000
 HOME = "extensions_built_in.sd_trainer.SDTrainer"

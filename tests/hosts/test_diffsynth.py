@@ -14,7 +14,7 @@ from conformance.separate import Made, check_law
 from conformance.stand_ins import StandIns
 from torch import Tensor
 
-from speedit_plugins.hosts.diffsynth import adapt
+from speedit_plugins.hosts.trainers.diffsynth import adapt
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 STEPS = 600

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins import launch
-from speedit_plugins.hosts.inline_draws import (
+from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.inline_draws import (
     INLINE_CALLS,
     SCRIPTS,
     InlineCalls,
     adapt_torchtitan,
     edited_script,
 )
-from speedit_plugins.hosts.separate_draws import SeparateDraws
 
 SHAPE = (4, 3, 4, 4)
 

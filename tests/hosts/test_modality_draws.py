@@ -15,7 +15,7 @@ from conformance.host_imports import checkout, imported
 from conformance.split_step import WEIGHING, Made, Recorded, SplitHost
 from torch import Tensor
 
-from speedit_plugins.hosts.modality_draws import adapt
+from speedit_plugins.hosts.trainers.modality_draws import adapt
 
 Hosts = Callable[[], Any]
 

@@ -17,7 +17,7 @@ from conformance.stand_ins import StandIns
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from speedit_plugins.hosts.one_trainer import adapt
+from speedit_plugins.hosts.trainers.one_trainer import adapt
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule
 

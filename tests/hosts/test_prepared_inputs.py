@@ -17,8 +17,8 @@ from conformance.host_imports import checkout, imported
 from conformance.split_step import WEIGHING, Made, Recorded, SplitHost
 from torch import Tensor
 
-from speedit_plugins.hosts.function_edits import edit
-from speedit_plugins.hosts.prepared_inputs import DRAW, adapt
+from speedit_plugins.hosts.trainers.function_edits import edit
+from speedit_plugins.hosts.trainers.prepared_inputs import DRAW, adapt
 
 HOST = "tdrussell+diffusion-pipe"
 # Draws an index of DDPM; draws a noise level of EDM.

@@ -15,8 +15,8 @@ from diffusers import CogVideoXDPMScheduler
 from torch import Tensor
 from torch.testing import assert_close
 
-from speedit_plugins.hosts.scheduler_draws import adapt
 from speedit_plugins.hosts.script import ScriptPolicy
+from speedit_plugins.hosts.trainers.scheduler_draws import adapt
 
 Modules = Callable[[], Any]
 SHAPE = (4, 3, 2, 4, 4)

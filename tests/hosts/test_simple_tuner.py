@@ -16,7 +16,7 @@ from conformance.stand_ins import StandIns
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from speedit_plugins.hosts.simple_tuner import adapt
+from speedit_plugins.hosts.trainers.simple_tuner import adapt
 
 B = 4000
 UNUSED = ("torchvision", "ftfy", "bs4")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
-from speedit_plugins.hosts.replaced import replace
-from speedit_plugins.hosts.rewritten import Edit, rewritten
-from speedit_plugins.hosts.rows import clock_of_rows, refuse_outside
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.replaced import replace
+from speedit_plugins.hosts.trainers.rewritten import Edit, rewritten
+from speedit_plugins.hosts.trainers.rows import clock_of_rows, refuse_outside
 
 _HOST = "ai-toolkit"
 _DRAWING, _LOSS = "process_general_training_batch", "calculate_loss"

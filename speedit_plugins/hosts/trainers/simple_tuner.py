@@ -23,10 +23,10 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.replaced import replace, replace_in_subclasses
-from speedit_plugins.hosts.rewritten import Edit, has_statement, rewritten
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.separate_draws import OUR_TIME, SeparateDraws
+from speedit_plugins.hosts.trainers.replaced import replace, replace_in_subclasses
+from speedit_plugins.hosts.trainers.rewritten import Edit, has_statement, rewritten
 from speedit_plugins.hosts.weighted_loss import is_constant
 
 Own = Callable[..., Any]

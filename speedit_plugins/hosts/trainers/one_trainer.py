@@ -22,9 +22,9 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.replaced import replace, replace_in_subclasses
 from speedit_plugins.hosts.schedules import prediction_type_of
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.replaced import replace, replace_in_subclasses
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 Own = Callable[..., Any]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.element_loss import losses_of, refuse_beside
-from speedit_plugins.hosts.noisy_batch import is_validation
 from speedit_plugins.hosts.script import ScriptPolicy
+from speedit_plugins.hosts.trainers.element_loss import losses_of, refuse_beside
+from speedit_plugins.hosts.trainers.noisy_batch import is_validation
 
 FUNCTION = "get_noise_noisy_latents_and_timesteps"
 DRAW = "get_timesteps"

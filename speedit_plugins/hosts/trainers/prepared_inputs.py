@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.function_edits import InlineDraw, edited_function
 from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.function_edits import InlineDraw, edited_function
 from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 
 METHOD = "prepare_inputs"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.replacement import replace
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.replacement import replace
 
 HOST_CLASS = "FlowMatchingPipeline"
 

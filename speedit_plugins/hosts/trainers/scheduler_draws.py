@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.function_edits import InlineDraw, InlineLoss, edited_function
-from speedit_plugins.hosts.replacement import replace
 from speedit_plugins.hosts.script import ScriptPolicy
+from speedit_plugins.hosts.trainers.function_edits import InlineDraw, InlineLoss, edited_function
+from speedit_plugins.hosts.trainers.replacement import replace
 
 # `torch.mean(weights * (latent_pred - latent) ** 2, dim=1)` with weights 1 / (1 - alpha_bar), which make it
 # the squared error of the velocity that the model predicts.

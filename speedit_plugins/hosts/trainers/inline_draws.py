@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.function_edits import InlineDraw, InlineLoss, Place, edit, edited_function, has
-from speedit_plugins.hosts.replacement import replace
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.function_edits import (
+    InlineDraw,
+    InlineLoss,
+    Place,
+    edit,
+    edited_function,
+    has,
+)
+from speedit_plugins.hosts.trainers.replacement import replace
 
 # The name under which an edited script finds the `InlineCalls` of each host.
 INLINE_CALLS = "_speedit_inline_calls"

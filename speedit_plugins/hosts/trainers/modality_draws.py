@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.replacement import replace
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.replacement import replace
 
 STRATEGIES = ("FlexibleStrategy", "TextToVideoStrategy", "VideoToVideoStrategy")
 

@@ -72,7 +72,7 @@ def edited_function(function: Callable[..., Any], places: Sequence[Place], calls
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from speedit_plugins.hosts import function_edits
+        >>> from speedit_plugins.hosts.trainers import function_edits
         >>> draw = InlineDraw("tree", ("ast.parse",))
         >>> edited_function(function_edits.parsed_function, (draw,), None).__name__
         'parsed_function'

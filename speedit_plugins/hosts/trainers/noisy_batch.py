@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.element_loss import losses_of, refuse_second_weights
 from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.host_window import ALL_TIMES
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.element_loss import losses_of, refuse_second_weights
 from speedit_plugins.policies.policy import TimestepDraw
 
 FUNCTION = "get_noisy_model_input_and_timesteps"
