@@ -264,8 +264,10 @@ def test_a_loss_that_is_a_scalar_at_once_gets_the_draw_alone(host: Host) -> None
 
 
 def test_a_statement_that_is_missing_is_named() -> None:
-    base = type("ModelFoundation", (), dict(vars(simple_tuner_standin.ModelFoundation)))
-    setattr(base, "loss", test_a_loss_that_is_a_scalar_at_once_gets_the_draw_alone)  # noqa: B010 - any function
-    base.loss.__qualname__ = "ModelFoundation.loss"  # type: ignore[attr-defined]
+    def loss(self: Any, prepared_batch: Any, model_output: Any) -> float:
+        return 0.0
+
+    loss.__qualname__ = "ModelFoundation.loss"
+    base = type("ModelFoundation", (), {**vars(simple_tuner_standin.ModelFoundation), "loss": loss})
     with pytest.raises(ValueError, match=r"has the statement 'loss = loss.mean\(\)' 0 times, wanted once"):
         adapt(SimpleNamespace(ModelFoundation=base), Made())  # type: ignore[arg-type]
