@@ -131,6 +131,7 @@ class OpenSora10:
         result.stand_ins.append(
             "for zero2-seq alone: python -O, since the host asserts input_.device.type == 'cuda'"
         )
+        result.stand_ins.append("by config: no flash-attn, apex or shardformer; bf16 for sampling")
         result.commands = [f"{run.script} {' '.join(run.arguments)}" for run in runs.values()]
         bad = [f"{name} {run.exit_code}: {run.last_words()}" for name, run in runs.items() if run.exit_code]
         result.checks["exit"] = Check(not bad, "; ".join(bad) or f"0 in {len(runs)} runs")
@@ -167,7 +168,7 @@ def _law(runs: dict[str, Run]) -> Check:
 
 
 def _resumed(runs: dict[str, Run]) -> Check:
-    """Whether the host took its checkpoint over, and what the policy did then."""
+    """Whether the host took its checkpoint over, and the policy draws what it would have drawn next."""
     resumed, long = runs["resumed"].records[0], runs["long"].records[0]
     half = NUM_EPOCHS // 2
     loaded = runs["resumed"].said(f"at epoch {half - 1} step {STEPS_PER_EPOCH}")
@@ -177,7 +178,7 @@ def _resumed(runs: dict[str, Run]) -> Check:
     again = whole and all(map(torch.equal, resumed.t, long.t[:STEPS_PER_EPOCH]))
     words = f"--load: {len(resumed.t)} steps from epoch {half} on; the draws "
     kept = "go on" if goes_on else "begin again: the host's checkpoint has no place for the policy's state"
-    return Check(whole, words + (kept if goes_on or again else "are those of neither part"))
+    return Check(bool(goes_on), words + (kept if goes_on or again else "are those of neither part"))
 
 
 def _checkpoint(work: Path, name: str, epochs: int) -> Path:
