@@ -90,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help=f"optimizer steps between writings of --state, beside that at the end; default: {STATE_EVERY}",
     )
+    _add_run_options(options)
+    options.add_argument("script", help="the host's training script")
+    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return options
+
+
+def _add_run_options(options: argparse.ArgumentParser) -> None:
+    """The options of a run's processes, and the one that runs nothing."""
     options.add_argument(
         "--ranks-alike",
         type=int,
@@ -118,9 +126,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="RANK",
         help="passed on to the script, for launchers such as deepspeed's, which put it in front",
     )
-    options.add_argument("script", help="the host's training script")
-    options.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
-    return options
 
 
 def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]:
