@@ -25,6 +25,7 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
 )
 from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.host_window import ALL_TIMES, windowed
 from speedit_plugins.hosts.noising import confirm_noising, watch_noising
 from speedit_plugins.hosts.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.recomputation import refuse_checkpoint
@@ -69,6 +70,7 @@ class ScriptPolicy(PolicyHolder):
         policy: see `build_policy`. It is built for the noise scheduler of the first draw.
         prediction_type: what the script takes the squared error of, which its own code decides; None reads it
             from the noise scheduler, as the diffusers examples do.
+        window: lowest and highest time that the script draws, in [0, 1], 1 is noise.
         generator, ranks_alike, num_strata: of the draws, see `with_policy`.
         on_use: called with the policy when the first loss is weighed.
 
@@ -81,11 +83,13 @@ class ScriptPolicy(PolicyHolder):
         policy: str | Config = "recommended",
         *,
         prediction_type: str | None = None,
+        window: tuple[float, float] = ALL_TIMES,
         generator: torch.Generator | None = None,
         ranks_alike: int | None = None,
         num_strata: int | None = None,
         on_use: Callable[[TimestepPolicy], None] | None = None,
     ) -> None:
+        policy = windowed(policy, window)
         # Raises now, not at the first draw, if a name or a parameter is wrong.
         self._stream = DrawStream(generator, ranks_alike=ranks_alike, num_strata=num_strata)
         self._stream.check(build_policy(policy, NoiseSchedule.linear(), prediction_type or "epsilon"))
