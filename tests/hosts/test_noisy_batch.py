@@ -5,13 +5,11 @@ Each test runs on a stand-in with the host's signatures, and on the checkout if 
 
 import importlib
 import inspect
-import json
 import math
 import os
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +17,9 @@ from typing import Any
 from unittest import mock
 
 import diffusers
-import library_standin
 import pytest
 import torch
 from conformance.stand_ins import StandIns
-from test_launch import reports, start
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -127,8 +123,8 @@ def modules(request: pytest.FixtureRequest) -> Iterator[dict[str, ModuleType]]:
     if not folder.is_dir():
         pytest.skip(f"no checkout {CHECKOUT}")
     # transformers looks once at what is installed, so these come before the stand-ins.
-    from diffusers import StableDiffusionPipeline  # noqa: F401
-    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401
+    from diffusers import StableDiffusionPipeline  # noqa: F401 - for the import alone
+    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401 - for the import alone
 
     # Versions of transformers after 4 have it no more.
     absent = mock.patch.dict(vars(sys.modules["transformers"]), CLIPFeatureExtractor=object)
@@ -397,50 +393,3 @@ class TestStableDiffusion:
         library.indexed("uniform")
         with pytest.raises(ValueError, match="outside of get_noise_noisy_latents.*train_control_net.py"):
             library.train_util.get_timesteps(0, 1000, 4, "cpu")
-
-
-SCRIPT = """
-import argparse, json, sys
-import torch
-from library import flux_train_utils, train_util
-from diffusers import FlowMatchEulerDiscreteScheduler
-args = argparse.Namespace(**json.loads(sys.argv[1]))
-torch.manual_seed(5)
-scheduler, parameter, seen = FlowMatchEulerDiscreteScheduler(), torch.nn.Parameter(torch.ones(1)), []
-opt = torch.optim.SGD([parameter], lr=0.0)
-for step in range(int(sys.argv[2])):
-    latents, noise = torch.randn(2, 4, 1, 2, 2)
-    noisy, timesteps, _ = flux_train_utils.get_noisy_model_input_and_timesteps(
-        args, scheduler, latents, noise, "cpu", torch.float32
-    )
-    train_util.conditional_loss(parameter * noisy, noise - latents, "l2", "none").mean().backward()
-    opt.step()
-    seen.append([round(float(t), 2) for t in timesteps])
-print("seen", json.dumps(seen))
-"""
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Callable[..., list[list[float]]]:
-    shutil.copytree(Path(library_standin.__file__).parent, tmp_path / "library")
-    (tmp_path / "train.py").write_text(SCRIPT)
-
-    def run(num_steps: int, *options: str) -> list[list[float]]:
-        flags = json.dumps({**FLAGS, "timestep_sampling": "shift"})
-        done = start(*options, str(tmp_path / "train.py"), flags, str(num_steps))
-        assert done.returncode == 0, done.stderr
-        assert reports(done)[0].startswith("sd-scripts (Flux, HunyuanImage, Anima), seam F, policy auto: ")
-        seen: list[list[float]] = json.loads(done.stdout.split("seen ")[1])
-        return seen
-
-    return run
-
-
-def test_the_launcher_draws_and_resumes(tmp_path: Path, script: Callable[..., list[list[float]]]) -> None:
-    """Two launches with a state draw what one launch draws; the data of a step are the same in each."""
-    state = ("--state", str(tmp_path / "policy.pt"))
-    first, second = script(2, "--policy", "auto", *state), script(3, "--policy", "auto", *state)
-    assert first == script(5, "--policy", "auto")[:2]
-    # The draws go on: with the same seed those of the first launch do not come again.
-    assert second[0] != first[0]
-    assert torch.load(tmp_path / "policy.pt", weights_only=True)["states"][0]["num_steps"] == 5

@@ -42,8 +42,8 @@ def imported(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     if not folder.is_dir():
         pytest.skip(f"no checkout {CHECKOUT}")
     # transformers looks once at what is installed, so these come before the stand-ins.
-    from diffusers import StableDiffusionPipeline  # noqa: F401
-    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401
+    from diffusers import StableDiffusionPipeline  # noqa: F401 - for the import alone
+    from transformers import CLIPTextModel, T5EncoderModel  # noqa: F401 - for the import alone
 
     before = set(sys.modules)
     paths = {"path": [str(folder), *sys.path], "meta_path": [*sys.meta_path, StandIns(ABSENT)]}

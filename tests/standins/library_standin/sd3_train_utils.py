@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flux_train_utils import (  # noqa: TID252 - the package has another name in a launch
+from library_standin.flux_train_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,  # noqa: F401 - the host's module has it too
 )
