@@ -119,6 +119,8 @@ def of_trainer(name: str, stand_in: str) -> Callable[[ExitStack], dict[str, Any]
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
         patch.setitem(sys.modules, name, module)
+        home, _, last = name.rpartition(".")
+        setattr(sys.modules[home], last, module)
         return {}
 
     return names
@@ -129,6 +131,18 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/ai_toolkit/README.md": of_trainer(
         "extensions_built_in.sd_trainer.SDTrainer", "ai_toolkit_standin"
     ),
+    "integrations/diffusion_pipe/README.md": of_trainer("models.base", "prepared_input_standin"),
+    "integrations/ltx_2/README.md": of_trainer("ltx_trainer.training_strategies", "modality_draw_standin"),
+    "integrations/musubi_tuner/README.md": of_trainer(
+        "musubi_tuner.training.trainer_base", "library_standin.trainer_base"
+    ),
+    "integrations/nemo_automodel/README.md": of_trainer(
+        "nemo_automodel.components.flow_matching.pipeline", "flow_pipeline_standin"
+    ),
+    "integrations/sd_scripts/README.md": of_trainer(
+        "library.flux_train_utils", "library_standin.flux_train_utils"
+    ),
+    "integrations/torchtitan/README.md": of_trainer("torchtitan.models.flux.trainer", "inline_draw_standin"),
     "integrations/diffsynth/README.md": of_trainer("diffsynth.diffusion.loss", "diffsynth_standin"),
     "integrations/simple_tuner/README.md": of_trainer(
         "simpletuner.helpers.models.common", "simple_tuner_standin"

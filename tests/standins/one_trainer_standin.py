@@ -72,18 +72,7 @@ def _losses(batch: dict[str, Any], data: dict[str, Any]) -> Tensor:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, type, type]:
     """Fresh copies of the mixins as the host's modules. Returns the first, and setups of a flow and of SD."""
-    mixins = [ModelSetupNoiseMixin, ModelSetupDiffusionLossMixin, ModelSetupFlowMatchingMixin]
-    fresh = {each.__name__: type(each.__name__, (), dict(vars(each))) for each in mixins}
-    home = ModuleType(HOME)
-    for package in ("modules", "modules.modelSetup"):
-        monkeypatch.setitem(sys.modules, package, ModuleType(package))
-    monkeypatch.setitem(sys.modules, HOME, home)
-    for name, mixin in fresh.items():
-        module = ModuleType(f"{HOME}.{name}")
-        setattr(module, name, mixin)
-        setattr(home, name, module)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    bases: Any = tuple(fresh.values())
+    bases: Any = _fresh_mixins(monkeypatch)
 
     class FlowSetup(*bases):  # type: ignore[misc]  # bases of a run
         def predict(
@@ -141,3 +130,18 @@ def config() -> SimpleNamespace:
         max_noising_strength=1.0,
         timestep_shift=1.0,
     )
+
+
+def _fresh_mixins(monkeypatch: pytest.MonkeyPatch) -> tuple[type, ...]:
+    mixins = [ModelSetupNoiseMixin, ModelSetupDiffusionLossMixin, ModelSetupFlowMatchingMixin]
+    fresh = {each.__name__: type(each.__name__, (), dict(vars(each))) for each in mixins}
+    home = ModuleType(HOME)
+    for package in ("modules", "modules.modelSetup"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    monkeypatch.setitem(sys.modules, HOME, home)
+    for name, mixin in fresh.items():
+        module = ModuleType(f"{HOME}.{name}")
+        setattr(module, name, mixin)
+        setattr(home, name, module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return tuple(fresh.values())
