@@ -167,7 +167,9 @@ class _Models:
         is_flow = self.schedule == "flow"
         scheme = getattr(model.config, "weighting_scheme" if is_flow else "snr_gamma", None)
         # Of the flow models only those that have `weighting` in their own loss read the scheme.
-        if scheme not in (None, 0, "none") and (not is_flow or "loss" in vars(type(model))):
+        if scheme not in (None, 0, "none") and (
+            not is_flow or not type(model).loss.__qualname__.startswith("ModelFoundation")
+        ):
             name = "weighting_scheme" if is_flow else "snr_gamma"
             refuse_double_weights(
                 self.draws.policy, f"SimpleTuner's {name} {scheme} weighs the loss", f"leave out --{name}"
