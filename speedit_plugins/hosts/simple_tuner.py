@@ -166,7 +166,7 @@ class _Models:
         self.is_weighed = True
         is_flow = self.schedule == "flow"
         scheme = getattr(model.config, "weighting_scheme" if is_flow else "snr_gamma", None)
-        # Of the flow models only those that have `weighting` in their own loss read the scheme.
+        # Only flow models with a loss of their own read the scheme.
         if scheme not in (None, 0, "none") and (
             not is_flow or not type(model).loss.__qualname__.startswith("ModelFoundation")
         ):
