@@ -20,7 +20,7 @@ class Made:
 
     def __call__(self, **options: object) -> SeparateDraws:
         """As the launcher's `draws_of`."""
-        self.all.append(SeparateDraws(self.policy_config, **{**self.options, **options}))  # type: ignore[arg-type]  # whatever a host passes
+        self.all.append(SeparateDraws(self.policy_config, **{**self.options, **options}))  # type: ignore[arg-type]  # options of any kind
         return self.all[-1]
 
     @property

@@ -270,4 +270,4 @@ def test_a_statement_that_is_missing_is_named() -> None:
     loss.__qualname__ = "ModelFoundation.loss"
     base = type("ModelFoundation", (), {**vars(simple_tuner_standin.ModelFoundation), "loss": loss})
     with pytest.raises(ValueError, match=r"has the statement 'loss = loss.mean\(\)' 0 times, wanted once"):
-        adapt(SimpleNamespace(ModelFoundation=base), Made())  # type: ignore[arg-type]  # a stand-in
+        adapt(SimpleNamespace(ModelFoundation=base), Made())  # type: ignore[arg-type]  # only this is read

@@ -166,8 +166,10 @@ class _Models:
         self.is_weighed = True
         is_flow = self.schedule == "flow"
         scheme = getattr(model.config, "weighting_scheme" if is_flow else "snr_gamma", None)
-        # Of the flow models only those that have `weighting` in their own loss read the scheme.
-        if scheme not in (None, 0, "none") and (not is_flow or "loss" in vars(type(model))):
+        # Only flow models with a loss of their own read the scheme.
+        if scheme not in (None, 0, "none") and (
+            not is_flow or not type(model).loss.__qualname__.startswith("ModelFoundation")
+        ):
             name = "weighting_scheme" if is_flow else "snr_gamma"
             refuse_double_weights(
                 self.draws.policy, f"SimpleTuner's {name} {scheme} weighs the loss", f"leave out --{name}"
