@@ -9,7 +9,7 @@ LoRA. The result is printed as JSON: the launcher's exit code, how well the t th
 policy's density, and how far the loss is from the mean of weight * mse. With `--policy uniform` the script
 also runs without the launcher at the same t, and the difference of the losses is printed.
 
-This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in `diffusers_flows`, and are
+This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in `diffusers_flow_training`, and are
 started by the same command.
 
 Dims: B batch.
@@ -33,9 +33,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
-from diffusers_flows import is_flow
-from diffusers_flows import is_right as is_right_flow
-from diffusers_flows import run as run_flow
+from diffusers_flow_training import is_flow
+from diffusers_flow_training import is_right as is_right_flow
+from diffusers_flow_training import run as run_flow
 from host_training import fit, tenths
 from torch import Tensor, nn
 
