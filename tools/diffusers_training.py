@@ -9,8 +9,8 @@ LoRA. The result is printed as JSON: the launcher's exit code, how well the t th
 policy's density, and how far the loss is from the mean of weight * mse. With `--policy uniform` the script
 also runs without the launcher at the same t, and the difference of the losses is printed.
 
-This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in `diffusers_flow_training`, and are
-started by the same command.
+This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in
+`diffusers_flow_training`, and are started by the same command.
 
 Dims: B batch.
 """
