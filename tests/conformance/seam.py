@@ -117,7 +117,9 @@ class Seam(ABC):
 
     def drawn(self, host: Any, policy: Any, model: Any) -> TimestepDraw:
         """The draw that a step should have had: from a policy of our own and the same seed."""
-        return self.policy(policy).draw(self.shape[0], generator=seeded())
+        built = self.policy(policy)
+        built.observe(self.as_the_model_sees(self.batch()[0]))
+        return built.draw(self.shape[0], generator=seeded())
 
     def as_the_model_sees(self, x: Tensor) -> Tensor:
         """The data of a batch, without their gradient, as the host noises them."""
