@@ -120,7 +120,7 @@ def test_a_factory_that_a_package_passes_on(tmp_path: Path) -> None:
     )
     done = start(str(script))
     assert done.returncode == 0, done.stderr
-    assert reports(done)[0].startswith("PixArt-alpha, seam B, policy speedit: boundary 642")
+    assert reports(done)[0].startswith("PixArt-alpha, PixArt-sigma, seam B, policy speedit: boundary 642")
 
 
 SAMPLER = """

@@ -126,6 +126,13 @@ def of_trainer(name: str, stand_in: str) -> Callable[[ExitStack], dict[str, Any]
     return names
 
 
+def of_sd_scripts(stack: ExitStack) -> dict[str, Any]:
+    """A stand-in of its flow trainers. The module of their losses, which changes too, is put back."""
+    losses = import_module("library_standin.train_util")
+    stack.callback(vars(losses).update, dict(vars(losses)))
+    return of_trainer("library.flux_train_utils", "library_standin.flux_train_utils")(stack)
+
+
 # Page -> names that its blocks take from the reader's own code.
 STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/ai_toolkit/README.md": of_trainer(
@@ -139,9 +146,7 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/nemo_automodel/README.md": of_trainer(
         "nemo_automodel.components.flow_matching.pipeline", "flow_pipeline_standin"
     ),
-    "integrations/sd_scripts/README.md": of_trainer(
-        "library.flux_train_utils", "library_standin.flux_train_utils"
-    ),
+    "integrations/sd_scripts/README.md": of_sd_scripts,
     "integrations/torchtitan/README.md": of_trainer("torchtitan.models.flux.trainer", "inline_draw_standin"),
     "integrations/diffsynth/README.md": of_trainer("diffsynth.diffusion.loss", "diffsynth_standin"),
     "integrations/simple_tuner/README.md": of_trainer(
