@@ -25,7 +25,7 @@ class Made:
 
     @property
     def policy(self) -> TimestepPolicy:
-        """Of the newest draws."""
+        """The policy of the newest draws."""
         return self.all[-1].policy
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def latents() -> Tensor:
-    """Of a batch, (4, C, F, H, W)."""
+    """Latents (4, C, F, H, W) of a batch."""
     return torch.randn(4, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 

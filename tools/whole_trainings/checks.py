@@ -16,7 +16,7 @@ from whole_trainings.recording import Record
 
 # The columns of the table, in this order.
 CHECKS = ("exit", "law", "loss", "uniform", "sampling", "resume")
-# Of the contract: relative to the direct sum.
+# The contract's tolerance: relative to the direct sum.
 LOSS_TOLERANCE = 2e-7
 SIGMAS = 4.0
 

@@ -59,7 +59,7 @@ class Recorder:
         nn.modules.module.register_module_forward_pre_hook(self._before)
 
     def watching(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-        """A host's factory. Of the objects that it makes, training and sampling calls are recorded."""
+        """A host's factory. Training and sampling calls of the objects that it makes are recorded."""
 
         @functools.wraps(factory)
         def made(*args: Any, **kwargs: Any) -> Any:
