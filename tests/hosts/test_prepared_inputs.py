@@ -34,7 +34,7 @@ UNIFORM = {"timestep_sample_method": "uniform", "guidance": 1.0}
 
 
 def latents(num_dims: int) -> Tensor:
-    """Of a batch, (4, C, [F,] H, W)."""
+    """Latents (4, C, [F,] H, W) of a batch."""
     shape = (4, 16, 4, 4) if num_dims == 4 else (4, 16, 1, 4, 4)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -149,7 +149,7 @@ def host_of(made: Callable[[], Any], num_dims: int = 4, **config: Any) -> Callab
 
 
 def image_ids(*_: Any) -> Tensor:
-    """Of the host's pipeline of diffusers."""
+    """Positions (4, 3) of the tokens, as diffusers' pipeline makes them."""
     return torch.zeros(4, 3)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import refuse_double_weights
 from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.replacement import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 HOST_CLASS = "FlowMatchingPipeline"
 
@@ -37,9 +37,9 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
     if pipeline is None:
         raise ValueError(f"{module.__name__} has no {HOST_CLASS} (NeMo Automodel)")
     calls = PipelineCalls(draws_of)
-    replace(pipeline, "step", calls.stepping)
-    replace(pipeline, "sample_timesteps", calls.drawing)
-    replace(pipeline, "compute_loss", calls.weighing)
+    exchange(pipeline, "step", calls.stepping)
+    exchange(pipeline, "sample_timesteps", calls.drawing)
+    exchange(pipeline, "compute_loss", calls.weighing)
 
 
 class PipelineCalls:

@@ -29,7 +29,7 @@ from speedit_plugins.hosts.trainers.function_edits import (
     edited_function,
     has,
 )
-from speedit_plugins.hosts.trainers.replacement import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 # The name under which an edited script finds the `InlineCalls` of each host.
 INLINE_CALLS = "_speedit_inline_calls"
@@ -155,7 +155,7 @@ def adapt(module: Any, draws_of: Callable[..., SeparateDraws], host: InlineHost)
         owner = getattr(module, owner_name, None) if owner_name else module
         if owner is None:
             raise ValueError(f"{module.__name__} has no {owner_name} ({host.hosts})")
-        replace(owner, function, editing(places))
+        exchange(owner, function, editing(places))
 
 
 def edited_script(tree: ast.Module) -> ast.Module | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.replacement import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 STRATEGIES = ("FlexibleStrategy", "TextToVideoStrategy", "VideoToVideoStrategy")
 
@@ -38,8 +38,8 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
         strategy = getattr(module, name, None)
         if strategy is None:
             raise ValueError(f"{module.__name__} has no {name}, a training strategy of LTX-2")
-        replace(strategy, "prepare_training_inputs", draws.preparing)
-        replace(strategy, "compute_loss", draws.weighing)
+        exchange(strategy, "prepare_training_inputs", draws.preparing)
+        exchange(strategy, "compute_loss", draws.weighing)
 
 
 class ModalityDraws:

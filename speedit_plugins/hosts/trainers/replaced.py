@@ -1,10 +1,44 @@
-"""Functions of a host that the adapters of `SeparateDraws` replace, each once."""
+"""Functions of a host that the adapters replace by functions of ours, each once."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 _MARK = "_speedit_replaced"
+
+
+def exchange(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts a function in the place of one of a module or a class.
+
+    Args:
+        owner: the module or class.
+        name: of its function, or of one that a class inherits.
+        make: returns the new function; it is given the host's own.
+
+    Raises:
+        ValueError: the function is not there, or it has been replaced already.
+
+    Example:
+        >>> class Host:
+        ...     def loss(self):
+        ...         return 2.0
+        >>> exchange(Host, "loss", lambda own: lambda self: 3 * own(self))
+        >>> Host().loss()
+        6.0
+    """
+    own = getattr(owner, name, None)
+    if own is None:
+        raise ValueError(
+            f"{owner.__name__} has no {name}: this version of the host draws its timesteps, or makes its"
+            " loss, in another place than the plugin knows"
+        )
+    if hasattr(own, _MARK):
+        raise ValueError(
+            f"{owner.__name__}.{name} has a policy already, from a line of yours or from the launcher"
+        )
+    made = functools.wraps(own)(make(own))
+    setattr(made, _MARK, True)
+    setattr(owner, name, made)
 
 
 def replace(owner: Any, name: str, around: Callable[..., Any], host: str) -> None:
@@ -19,22 +53,15 @@ def replace(owner: Any, name: str, around: Callable[..., Any], host: str) -> Non
     Raises:
         ValueError: there is none, or it is replaced already.
     """
-    own = getattr(owner, name, None)
-    if own is None:
+    if getattr(owner, name, None) is None:
         raise ValueError(
             f"{owner.__name__} has no {name}, which the plugin replaces in {host}: another version?"
         )
-    if hasattr(own, _MARK):
-        raise ValueError(
-            f"{owner.__name__}.{name} has a policy already, from a line of yours or from the launcher"
-        )
 
-    @functools.wraps(own)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return around(own, *args, **kwargs)
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: around(own, *args, **kwargs)
 
-    setattr(replaced, _MARK, True)
-    setattr(owner, name, replaced)
+    exchange(owner, name, make)
 
 
 def replace_in_subclasses(base: Any, name: str, around: Callable[..., Any], host: str) -> None:

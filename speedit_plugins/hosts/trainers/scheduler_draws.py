@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.trainers.function_edits import InlineDraw, InlineLoss, edited_function
-from speedit_plugins.hosts.trainers.replacement import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 # `torch.mean(weights * (latent_pred - latent) ** 2, dim=1)` with weights 1 / (1 - alpha_bar), which make it
 # the squared error of the velocity that the model predicts.
@@ -48,13 +48,13 @@ def adapt(module: ModuleType, seam_of: Callable[[], ScriptPolicy]) -> None:
             # The SFT and 1.5 trainers inherit it from those for LoRA.
             home = next((each for each in trainer.__mro__ if "compute_loss" in vars(each)), trainer)
             if home not in edited:
-                replace(home, "compute_loss", editing)
+                exchange(home, "compute_loss", editing)
                 edited.add(home)
             return trainer
 
         return get_model_cls
 
-    replace(module, "get_model_cls", made)
+    exchange(module, "get_model_cls", made)
 
 
 class SchedulerCalls:
