@@ -29,6 +29,8 @@ class Script:
         factories: (module, function) pairs that make the object that trains.
         colossalai: whether it trains under ColossalAI.
         unused: modules of the host that these trainings do not use and that cannot be imported here.
+        needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
+            that comes first on the path, so another version of a library is possible; torch stays.
     """
 
     checkout: Path
@@ -37,10 +39,33 @@ class Script:
     factories: tuple[tuple[str, str], ...]
     colossalai: bool = False
     unused: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
         """Runs one of the host's scripts to its end. `name` is that of the run's files."""
+        self.install()
         return Run(self, name, script, arguments, **options).done()
+
+    @property
+    def packages(self) -> Path:
+        """The folder of what `needs` names."""
+        return self.work / "packages"
+
+    def install(self) -> None:
+        """Installs what `needs` names, once.
+
+        Raises:
+            RuntimeError: pip failed; with its last line.
+        """
+        if not self.needs or self.packages.is_dir():
+            return
+        unfinished = self.packages.with_suffix(".part")
+        options = ["--quiet", "--no-deps", "--target", str(unfinished)]
+        pip = [sys.executable, "-m", "pip", "install", *options, *self.needs]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"pip install {' '.join(self.needs)}: {done.stderr.strip().splitlines()[-1]}")
+        unfinished.rename(self.packages)
 
 
 @dataclass
@@ -73,7 +98,8 @@ class Run:
     def done(self) -> "Run":
         """Runs it. The output goes to NAME.log in the work folder.
 
-        A single process is forked from this one, which has imported the large libraries already.
+        A single process is forked from this one, which has imported the large libraries already, unless the
+        host needs libraries of its own.
         """
         work = self.host.work
         spec = {
@@ -93,7 +119,7 @@ class Run:
         path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
         started = time.monotonic()
         log = work / f"{self.name}.log"
-        if self.num_processes == 1:
+        if self.num_processes == 1 and not self.host.needs:
             forked = multiprocessing.get_context("fork").Process(
                 target=child.start, args=(str(path), str(log), _PLAIN)
             )
@@ -111,15 +137,20 @@ class Run:
         return self
 
     def command(self, spec: Path) -> list[str]:
-        """The command line of several processes."""
-        processes = ["--standalone", f"--nproc_per_node={self.num_processes}"]
+        """The command line of one process of its own, or of several."""
         module = ["-m", "whole_trainings.child", str(spec)]
+        if self.num_processes == 1:
+            return [sys.executable, *module]
+        processes = ["--standalone", f"--nproc_per_node={self.num_processes}"]
         return [sys.executable, "-m", "torch.distributed.run", *processes, *module]
 
     def environment(self) -> dict[str, str]:
-        """The environment of several processes: one thread each, no network."""
+        """The environment of these processes: one thread each, no network."""
         path = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+        if self.host.needs:
+            path.insert(0, str(self.host.packages))
+        plain = _PLAIN if self.num_processes == 1 else {}
+        environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         environment.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
         if not self.asserts:
             environment["PYTHONOPTIMIZE"] = "1"
