@@ -111,6 +111,8 @@ def loss_error(weight: Tensor, record: Record, index_of: Callable[[Tensor], Tens
         expected = weight[index_of(t)].to(terms["loss"].dtype) * terms["mse"]
         if "vb" in terms:
             expected = expected + terms["vb"]
+        # A script reports one number for the batch.
+        expected = expected if terms["loss"].dim() else expected.mean()
         error = (terms["loss"] - expected).abs() / expected.abs().clamp(min=1e-30)
         worst = max(worst, float(error.max()))
     return worst if record.terms else float("inf")
