@@ -14,7 +14,7 @@ from whole_trainings.runs import ROOT, Run, Script
 from whole_trainings.script_checks import Law, Training
 from whole_trainings.trainer_material import write_images
 
-NEEDS = ("torchvision", "kornia", "kornia_rs", "ema_pytorch", "pytorch_warmup", "beartype")
+NEEDS = ("torchvision==0.28.0", "kornia", "kornia_rs", "ema_pytorch", "pytorch_warmup", "beartype")
 LONG, PAIR, PART = 100, 20, 20
 
 

@@ -1,6 +1,6 @@
 """A training with imagen-pytorch's ImagenTrainer, as the host's README shows it, with and without a policy.
 
-    python imagen_script.py IMAGES RESULTS --steps 100 [--policy speedit] [--resume RESULTS/trainer.pt]
+python imagen_script.py IMAGES RESULTS --steps 100 [--policy speedit] [--resume RESULTS/trainer.pt]
 """
 
 import argparse

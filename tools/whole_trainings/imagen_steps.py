@@ -18,11 +18,13 @@ from whole_trainings.script_steps import Steps
 def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> list[str]:
     """Records the times of each step, the errors before weights, and what `train_step` returns.
 
-    The class's own `p_losses` is the last place at which a time is replaced, and the unet has to get its noise
-    level.
+    The class's own `p_losses` gets the times that a policy chose, and the unet has to get their noise levels.
     """
     # Its data come from a hub.
     sys.meta_path.append(StandIns(["datasets"]))
+    # The host asks the hub for the width of T5 when it is imported.
+    config = import_module("transformers").T5Config
+    config.from_pretrained = _width_of_t5(config)
     module, trainer = import_module("imagen_pytorch.imagen_pytorch"), import_module("imagen_pytorch.trainer")
     steps = Steps(record)
     _replay_and_confirm(module, record, replayed)
@@ -43,7 +45,14 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
         return loss
 
     trainer.ImagenTrainer.train_step = train_step
-    return ["datasets (imported, never called)"]
+    return ["datasets (imported, never called)", "the hub (T5's config; no captions are encoded)"]
+
+
+def _width_of_t5(config: Any) -> Callable[[str], Any]:
+    def from_pretrained(name: str) -> Any:
+        return config(d_model=768)
+
+    return from_pretrained
 
 
 def _replay_and_confirm(module: Any, record: Record, replayed: Sequence[Tensor] | None) -> None:

@@ -20,7 +20,7 @@ NEEDS = (
     "pyDeprecate==0.3.1",
     "setuptools==75.8.0",
     "future",
-    "torchvision",
+    "torchvision==0.28.0",
 )
 CONFIG = "configs/latent-diffusion/lsun_churches-ldm-kl-8.yaml"
 OURS = "speedit_plugins.hosts.latent_diffusion.LatentDiffusion"

@@ -12,7 +12,6 @@ Dims: B batch, T timesteps.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +107,9 @@ class Training:
 
 def same_pictures(ours: Path, hosts: Path) -> Check:
     """Whether two folders have the same PNG files, whatever their names."""
-    pair: list[list[bytes]] = [[file.read_bytes() for file in sorted(each.glob("*.png"))] for each in (ours, hosts)]
+    pair: list[list[bytes]] = [
+        [file.read_bytes() for file in sorted(each.glob("*.png"))] for each in (ours, hosts)
+    ]
     if not pair[1]:
         return Check(False, "the host sampled nothing")
     equal = pair[0] == pair[1]

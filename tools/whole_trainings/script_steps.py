@@ -1,4 +1,4 @@
-"""The steps of a training whose script makes the loss itself: what the model saw, the errors, what is reported.
+"""The steps of a training whose script makes the loss itself: t, errors, and the reported loss.
 
 A host's `prepare` says where these three are; see `runs.Script`.
 
@@ -73,7 +73,8 @@ class Steps:
         """
         if len(self._t) != 1 or len(self._errors) != 1:
             raise RuntimeError(
-                f"a step called the model {len(self._t)} times and made {len(self._errors)} errors, wanted 1 each"
+                f"a step called the model {len(self._t)} times and made {len(self._errors)} errors, wanted 1"
+                " of each"
             )
         self._record.t.append(self._t.pop())
         scalar = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(loss)

@@ -25,7 +25,7 @@ NEEDS = (
     "toml",
     "voluptuous",
     "wcwidth",
-    "torchvision",
+    "torchvision==0.28.0",
 )
 SIZE, BATCH, COUNT = 64, 16, 16
 LONG, PAIR, PART = 48, 8, 8
@@ -119,7 +119,12 @@ HOSTS = (
         "flux",
         Law("speed", _flow, "flow", _bin),
         [
-            *("--pretrained_model_name_or_path", "WORK/flux/flux.safetensors", "--ae", "WORK/flux/ae.safetensors"),
+            *(
+                "--pretrained_model_name_or_path",
+                "WORK/flux/flux.safetensors",
+                "--ae",
+                "WORK/flux/ae.safetensors",
+            ),
             *("--clip_l", "small", "--t5xxl", "small", "--t5xxl_max_token_length", "32", "--sdpa"),
             *("--network_module", "networks.lora_flux", "--guidance_scale", "1"),
         ],

@@ -84,6 +84,7 @@ def _small_unet(folder: Path) -> tuple[type, str]:
     module = import_module("library.original_unet")
     width = UNET_WIDTHS[0]
     vars(module).update(BLOCK_OUT_CHANNELS=UNET_WIDTHS, TIMESTEP_INPUT_DIM=width, TIME_EMBED_DIM=4 * width)
+    vars(module).update(LAYERS_PER_BLOCK=1, LAYERS_PER_BLOCK_UP=2)
     if not folder.is_dir():
         _write_pipeline(folder)
     return module.UNet2DConditionModel, "timestep"
@@ -93,7 +94,11 @@ def _write_pipeline(folder: Path) -> None:
     diffusers = import_module("diffusers")
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=UNET_WIDTHS, cross_attention_dim=TEXT_WIDTH, attention_head_dim=4
+        sample_size=8,
+        block_out_channels=UNET_WIDTHS,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
     )
     write_vae(folder / "made_vae")
     write_clip_tokenizer(folder / "made_tokenizer")

@@ -1,4 +1,4 @@
-"""Images with captions, and small text encoders and tokenizers in the hub's layout, for trainers of images."""
+"""For trainers of images: images with captions, small text encoders, and tokenizers in the hub's layout."""
 
 import json
 from pathlib import Path
@@ -77,6 +77,4 @@ def t5_encoder() -> Any:
 
     torch.manual_seed(0)
     sizes = {"d_model": TEXT_WIDTH, "d_kv": 16, "d_ff": TEXT_WIDTH, "num_layers": 1, "num_heads": 2}
-    return T5EncoderModel(
-        T5Config(vocab_size=64, feed_forward_proj="gated-gelu", pad_token_id=0, **sizes)
-    )
+    return T5EncoderModel(T5Config(vocab_size=64, feed_forward_proj="gated-gelu", pad_token_id=0, **sizes))
