@@ -74,5 +74,5 @@ def _cosine() -> NoiseSchedule:
     return binned(levels)
 
 
-LAW = Law("speedit", _cosine, "epsilon", _bin)
+LAW = Law("speed", _cosine, "epsilon", _bin)
 HOSTS = (ImagenTrainer(),)

@@ -27,8 +27,8 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
     config.from_pretrained = _width_of_t5(config)
     module, trainer = import_module("imagen_pytorch.imagen_pytorch"), import_module("imagen_pytorch.trainer")
     steps = Steps(record)
-    _replay_and_confirm(module, record, replayed)
     steps.watch_model(module.Imagen, "times", "p_losses")
+    _replay_and_confirm(module, record, replayed)
     own_init: Callable[..., None] = module.Imagen.__init__
 
     @functools.wraps(own_init)

@@ -24,15 +24,17 @@ NEEDS = (
 )
 CONFIG = "configs/latent-diffusion/lsun_churches-ldm-kl-8.yaml"
 OURS = "speedit_plugins.hosts.latent_diffusion.LatentDiffusion"
-SIZE, BATCH, STEPS_PER_EPOCH, NUM_EPOCHS = 64, 16, 8, 10
+SIZE, BATCH, STEPS_PER_EPOCH, NUM_EPOCHS = 32, 16, 8, 8
+# The first stage divides by 8.
+LATENT_SIZE = SIZE // 8
 SIZES: dict[str, Any] = {
     "model": {
         "params": {
-            "image_size": 8,
+            "image_size": LATENT_SIZE,
             "scheduler_config": {"params": {"warm_up_steps": [10]}},
             "unet_config": {
                 "params": {
-                    "image_size": 8,
+                    "image_size": LATENT_SIZE,
                     "model_channels": 32,
                     "attention_resolutions": [2],
                     "num_res_blocks": 1,

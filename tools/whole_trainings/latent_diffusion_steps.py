@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conformance.stand_ins import StandIns
 from torch import Tensor
@@ -20,7 +21,7 @@ STAND_INS = (
     "torch.cuda (device 'cpu'; its memory is 0)",
     "taming (imported, never called)",
     "torch.load as before torch 2.6, for Lightning's checkpoints",
-    "PIL.Image.LINEAR (its name before Pillow 10)",
+    "PIL.Image.LINEAR, numpy.Inf, Lightning's enums in texts (as before Pillow 10, NumPy 2, Python 3.11)",
 )
 
 
@@ -29,6 +30,9 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
     sys.meta_path.append(StandIns(["taming"]))
     image = import_module("PIL.Image")
     vars(image)["LINEAR"] = image.BILINEAR
+    vars(np)["Inf"] = np.inf
+    enum = import_module("pytorch_lightning.utilities.enums").LightningEnum
+    enum.__format__ = _as_value
     # What Lightning 1.4 saves has classes as keys.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
@@ -60,6 +64,10 @@ def _replay(host: Any, record: Record, replayed: Sequence[Tensor]) -> None:
         return own(self, x_start, cond, t, *args, **kwargs)
 
     host.p_losses = p_losses
+
+
+def _as_value(member: Any, spec: str) -> str:
+    return format(str(member.value), spec)
 
 
 def _nothing(*_: Any, **__: Any) -> int:
