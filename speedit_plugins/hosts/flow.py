@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, TableOnDevices
+from speedit_plugins.hosts.booster_checkpoints import booster_states, keep_in_boosters
 from speedit_plugins.hosts.draw_stream import DrawStream
 from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
 from speedit_plugins.hosts.weighted_loss import is_constant
@@ -303,6 +304,8 @@ class ThinningAttachment:
 
     def __init__(self, thinning: FlowThinning, stream: DrawStream, *, moves_boundary: bool = False) -> None:
         refuse_strata(stream)
+        # A host may load its checkpoint before it trains.
+        booster_states()
         self._moves_boundary = moves_boundary
         self.thinning = thinning
         self.stream = stream
@@ -314,6 +317,7 @@ class ThinningAttachment:
         if is_recomputing():
             recomputed: Tensor = self._recent.of_recomputed(t, data)
             return recomputed
+        keep_in_boosters(self)
         thinned = t
         if self.thinning.k > 1:
             with self.stream.hosts_generators(self.num_calls, data.device):

@@ -91,7 +91,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weighs. The host's checkpoints do not keep its state, see `policy_state`."""
+        """What draws and weighs. The host's checkpoints keep its state."""
         return self._speedit_attachment.policy
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:
