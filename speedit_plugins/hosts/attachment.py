@@ -17,11 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.booster_checkpoints import booster_states, keep_in_boosters
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.observation import observe
-from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
-from speedit_plugins.hosts.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.observation import observe
+from speedit_plugins.hosts.draws.recomputation import RecentCalls, is_recomputing
+from speedit_plugins.hosts.draws.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
+from speedit_plugins.hosts.states.booster_checkpoints import booster_states, keep_in_boosters
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 # Makes the methods that replace those of a host's class. It is a function of a module, since an object with a

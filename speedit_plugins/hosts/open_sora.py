@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, under_way
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.filled_timestep import FilledTimestep, Watched
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.objects.filled_timestep import FilledTimestep, Watched
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from speedit_plugins.hosts.state_file import CHECKPOINT_FILE, PolicyStates, read_state, write_state
+from speedit_plugins.hosts.states.state_file import CHECKPOINT_FILE, PolicyStates, read_state, write_state
 
 _STATES = "_speedit_states"
 
