@@ -11,6 +11,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from speedit_plugins.hosts.trainers.diffusion_trainer import MODULES as DDT_MODULES
 from speedit_plugins.hosts.trainers.inline_draws import SCRIPTS
 
 
@@ -124,6 +125,18 @@ FACTORIES = (
         "F",
         "speedit_plugins.hosts.trainers.flow_pipeline.adapt",
     ),
+    *(
+        Factory(
+            "DDT",
+            f"src.diffusion.{module}",
+            names,
+            "F",
+            "speedit_plugins.hosts.trainers.diffusion_trainer.adapt",
+            ("src.lightning_model",),
+            methods=("_impl_trainstep",),
+        )
+        for module, names in DDT_MODULES.items()
+    ),
     Factory(
         "CogVideoX",
         "finetune.models.utils",
@@ -209,10 +222,10 @@ def reaches_text(tree: ast.Module, folders: Sequence[str], text: str) -> bool:
         names = {name for each in trees for name in _imported(each)} - seen
         seen |= names
         origins = {origin for name in names if (origin := _origin(own, name)) is not None}
-        sources = [_source(origin) for origin in origins]
-        if any(text in source for source in sources):
+        modules = [_source(origin) for origin in origins]
+        if any(text in source for source, _ in modules):
             return True
-        trees = [ast.parse(source) for source in sources]
+        trees = [parsed for _, parsed in modules]
     return False
 
 
@@ -256,7 +269,7 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 def _has_class(place: str, factory: Factory) -> bool:
     """Whether a file of Python defines a class of a factory, with its methods."""
-    tree = ast.parse(_source(place))
+    _, tree = _source(place)
     classes = [
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in factory.functions
     ]
@@ -276,11 +289,10 @@ def _origin(folders: Sequence[str], module: str) -> str | None:
     return code
 
 
-def _source(origin: str) -> str:
-    """The text of a Python file; "" if it is none that can be read."""
+def _source(origin: str) -> tuple[str, ast.Module]:
+    """The text of a Python file and its tree; both empty if it is none that can be read."""
     try:
         text = Path(origin).read_text(encoding="utf-8") if origin.endswith(".py") else ""
-        ast.parse(text)
+        return text, ast.parse(text)
     except (OSError, UnicodeDecodeError, SyntaxError):
-        return ""
-    return text
+        return "", ast.Module([], [])
