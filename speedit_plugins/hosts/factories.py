@@ -4,10 +4,11 @@ The launcher replaces these functions.
 """
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
+from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -280,13 +281,20 @@ def _origin(folders: Sequence[str], module: str) -> str | None:
     """The file of a module in these folders; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
     code = None
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part, search)
+    for number, part in enumerate(module.split(".")):
+        spec = PathFinder.find_spec(part, search) or (None if number else _hooked(part))
         if spec is None:
             return None
         search, code = spec.submodule_search_locations, spec.origin
     # A folder of this name without an __init__.py has no code that could make anything.
     return code
+
+
+def _hooked(package: str) -> ModuleSpec | None:
+    """The spec of a package that an import hook knows, as after `pip install -e` of a flat project."""
+    own = (BuiltinImporter, FrozenImporter, PathFinder)
+    hooks = (hook for hook in sys.meta_path if hook not in own)
+    return next((spec for hook in hooks if (spec := hook.find_spec(package, None)) is not None), None)
 
 
 def _source(origin: str) -> tuple[str, ast.Module]:

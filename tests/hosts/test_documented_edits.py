@@ -103,6 +103,9 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
     exec("\n".join(added), names)
     policy = names["draws"].policy
     assert policy.num_steps == 1
+    weighing = "\n".join(added).replace('policy = "auto"', 'policy = "speedit"')
+    with pytest.raises(ValueError, match=r"'speedit' weighs .*Open-Sora 2\.0 takes the mean of the batch"):
+        exec(weighing, names)
     # Draws are stratified over the batch: a share is exact to a draw or two.
     assert abs(float((names["t"] > 0.6).double().mean()) - float(policy.density[600:].sum())) < 1e-4
     assert bool((policy.weight == 1).all())

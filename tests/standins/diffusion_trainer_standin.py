@@ -33,7 +33,7 @@ class REPATrainer:
         self.lognorm_t = False
 
     def _impl_trainstep(self, net: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
-        if self.lognorm_t:
+        if self.lognorm_t:  # noqa: SIM108 - as the host has it
             base_t = torch.randn(len(x)).sigmoid()
         else:
             base_t = torch.rand(len(x))

@@ -74,7 +74,7 @@ def change(tree: ast.FunctionDef, edit: Edit, where: str) -> None:
     if len(found) != 1:
         raise ValueError(
             f"{where} has the statement {edit.begins!r} {len(found)} times, wanted once: the policy goes in"
-            " there; another version?"
+            " there, and this version of the host is another than the one that the plugin knows"
         )
     body, place = found[0]
     statement = body[place]

@@ -183,7 +183,7 @@ class _Awaited:
         draws: what has drawn.
     """
 
-    # The function of torch while another stands in its place, and the one that stands there.
+    # torch's own mse_loss, while ours replaces it.
     _own: Callable[..., Tensor] = staticmethod(functional.mse_loss)
 
     def __init__(self, draws: SeparateDraws) -> None:
