@@ -67,6 +67,7 @@ HOSTS = (
     KnownHost("HunyuanVideo-1.5", "", "TimestepSampler", "train.py", "hunyuanvideo-1.5"),
     KnownHost("REPA, REG", "loss.py", "SILoss", law="repa"),
     KnownHost("REPA-E", "models/sit.py", "loss_kwargs", "train_repae.py", "repa"),
+    KnownHost("DDT", "src/diffusion/flow_matching/training_repa.py", "REPATrainer", "main.py"),
     KnownHost("torchtitan Flux", "torchtitan/models/flux/trainer.py", "FluxTrainer", law="torchtitan"),
     KnownHost("LightningDiT", "transport/transport.py", "use_lognorm", law="lightningdit"),
     KnownHost("RAE", "stage2/transport/transport.py", "Transport", law="rae"),
