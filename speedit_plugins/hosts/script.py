@@ -361,6 +361,6 @@ def check_scheduler(noise_scheduler: Any) -> None:
     if getattr(noise_scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-            " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has"
+            " timestep. For flow matching there is FlowScript (integrations/diffusers_flow); EDM has"
             " nothing to gain"
         )

@@ -72,7 +72,7 @@ class TestReadmes:
 def test_sd3_keeps_its_law_thinned_by_sigma() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     own = import_module("diffusers.training_utils").compute_density_for_timestep_sampling
-    text = (INTEGRATIONS / "diffusers" / "README.md").read_text(encoding="utf-8")
+    text = (INTEGRATIONS / "diffusers_flow" / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"`(u = FlowThinning.+)`", text)
 
     def draw(*_: Any) -> Tensor:
