@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from speedit_plugins.hosts.draws.host_window import ALL_TIMES
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.host_window import ALL_TIMES
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.element_loss import refuse_beside
 from speedit_plugins.hosts.trainers.noisy_batch import DENSITY, NO_WINDOW, UNIFORM, Rows, changed, replaced
-from speedit_plugins.hosts.weighted_loss import is_constant
 
 TRAINER = "NetworkTrainer"
 METHOD = "get_noisy_model_input_and_timesteps"
@@ -183,7 +183,7 @@ class _Awaited:
         draws: what has drawn.
     """
 
-    # The function of torch while another stands in its place, and the one that stands there.
+    # torch's own mse_loss, while ours replaces it.
     _own: Callable[..., Tensor] = staticmethod(functional.mse_loss)
 
     def __init__(self, draws: SeparateDraws) -> None:

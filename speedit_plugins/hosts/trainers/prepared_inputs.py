@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.draws.weighted_loss import is_one, scaled
+from speedit_plugins.hosts.edits.function_edits import InlineDraw, edited_function
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.function_edits import InlineDraw, edited_function
-from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 
 METHOD = "prepare_inputs"
 # The draws of its models, with their shift: `dist.sample(...)`, or Wan's from a table of quantiles.
@@ -84,7 +84,7 @@ class PreparedCalls:
         """
         assert self._draws is not None
         weight, policy = self._draws.weights(len(target)), self._draws.policy
-        if is_constant(policy.weight) and float(policy.weight[0]) == 1:
+        if is_one(policy.weight):
             return mask
         if mask is None or mask.numel() == 0:
             mask = torch.ones(len(target), *[1] * (target.dim() - 1), device=target.device)

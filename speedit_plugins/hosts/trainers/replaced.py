@@ -55,7 +55,7 @@ def replace(owner: Any, name: str, around: Callable[..., Any], host: str) -> Non
     """
     if getattr(owner, name, None) is None:
         raise ValueError(
-            f"{owner.__name__} has no {name}, which the plugin replaces in {host}: another version?"
+            f"{owner.__name__} has no {name}, which the plugin replaces in {host}: it knows another version"
         )
 
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
