@@ -125,7 +125,8 @@ def loss(weight: Tensor, records: Sequence[Record], index_of: Callable[[Tensor],
     error = max(loss_error(weight, record, index_of) for record in records)
     steps = sum(len(record.t) for record in records)
     is_mean = any(not terms["loss"].dim() for record in records for terms in record.terms)
-    return Check(error <= (MEAN_TOLERANCE if is_mean else LOSS_TOLERANCE), f"{steps} steps, largest relative error {error:.1e}")
+    tolerance = MEAN_TOLERANCE if is_mean else LOSS_TOLERANCE
+    return Check(error <= tolerance, f"{steps} steps, largest relative error {error:.1e}")
 
 
 def same_steps(ours: Record, hosts: Record) -> Check:

@@ -90,7 +90,7 @@ class LatentDiffusion:
             self.name,
             runs,
             LAW,
-            lambda name: _weights(_folder(work / name) / "checkpoints" / "last.ckpt"),
+            lambda name: _weights(_folder(work / name) / "checkpoints" / "last.weights"),
             "Restored all states from the checkpoint file",
             lambda name: next((work / name).glob("samples/*/*/img"), work / name / "nothing"),
             ["by config: no GPU, no first-stage weights, CSVLogger in place of TestTubeLogger"],
@@ -152,8 +152,7 @@ def _folder(logs: Path) -> Path:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    # What Lightning 1.4 saves has classes as keys.
-    return torch.load(path, weights_only=False)["state_dict"] if path.is_file() else {}
+    return torch.load(path, weights_only=True) if path.is_file() else {}
 
 
 def _index(t: Tensor) -> Tensor:
@@ -161,8 +160,9 @@ def _index(t: Tensor) -> Tensor:
 
 
 def _schedule() -> NoiseSchedule:
-    # The betas of this config.
-    return NoiseSchedule.scaled_linear(beta_start=0.0015, beta_end=0.0155)
+    """That of this config; the host keeps it as float32."""
+    exact = NoiseSchedule.scaled_linear(beta_start=0.0015, beta_end=0.0155)
+    return NoiseSchedule.from_alphas_cumprod(exact.alphas_cumprod.float())
 
 
 LAW = Law("speedit", _schedule, "epsilon", _index)

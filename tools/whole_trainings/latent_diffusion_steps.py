@@ -50,9 +50,22 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
         return loss
 
     ddpm.DDPM.training_step = training_step
+    _save_weights_beside(import_module("pytorch_lightning").Trainer)
     if replayed is not None:
         _replay(ddpm.LatentDiffusion, record, replayed)
     return list(STAND_INS)
+
+
+def _save_weights_beside(trainer: Any) -> None:
+    """Each checkpoint NAME.ckpt gets its weights alone in NAME.weights, to be read without Lightning."""
+    own: Callable[..., None] = trainer.save_checkpoint
+
+    @functools.wraps(own)
+    def save_checkpoint(self: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, filepath, *args, **kwargs)
+        torch.save(self.lightning_module.state_dict(), Path(filepath).with_suffix(".weights"))
+
+    trainer.save_checkpoint = save_checkpoint
 
 
 def _replay(host: Any, record: Record, replayed: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -109,6 +110,12 @@ def _index(t: Tensor) -> Tensor:
     return t.long()
 
 
+def _diffusion() -> NoiseSchedule:
+    """The table of diffusers' scheduler, which is float32."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+    return NoiseSchedule.from_alphas_cumprod((1 - betas).cumprod(0))
+
+
 def _flow() -> NoiseSchedule:
     return NoiseSchedule.rectified_flow(1000)
 
@@ -136,7 +143,7 @@ HOSTS = (
     Network(
         "train_network.py",
         "sd",
-        Law("speedit", NoiseSchedule.scaled_linear, "epsilon", _index),
+        Law("speedit", _diffusion, "epsilon", _index),
         ["--pretrained_model_name_or_path", "WORK/sd", "--network_module", "networks.lora"],
         {"policy": [], "uniform": []},
     ),

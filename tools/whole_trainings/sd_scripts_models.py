@@ -43,10 +43,21 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
 
     module.LossRecorder.add = add
     if replayed is not None:
-        module.get_timesteps = lambda *_: replayed[len(record.t)].clone()
+        _replay(module, record, replayed)
     _write_tokenizers(work / "tokenizers")
     names = {"Flux": "Flux, CLIP-L and T5-XXL", "UNet2DConditionModel": "the UNet"}
     return [f"{names[model.__name__]} (the host's classes, of a few channels, random weights)"]
+
+
+def _replay(module: Any, record: Record, replayed: Sequence[Tensor]) -> None:
+    own: Callable[..., Tensor] = module.get_timesteps
+
+    def get_timesteps(*args: Any) -> Tensor:
+        # The host's own draw comes before the noise, from the same random numbers.
+        own(*args)
+        return replayed[len(record.t)].clone()
+
+    module.get_timesteps = get_timesteps
 
 
 def _write_tokenizers(folder: Path) -> None:
