@@ -41,6 +41,8 @@ class ZImage:
         folders = {"images": str(work / "images"), "cache": str(work / "cache")}
         (work / "data.toml").write_text(DATA.format(size=SIZE, batch=BATCH, **folders), encoding="utf-8")
         policy, state = ["--policy", LAW.policy], ["--state", str(work / "policy.pt")]
+        # A work folder may have been used before.
+        (work / "policy.pt").unlink(missing_ok=True)
         shifted = ["--timestep_sampling", "shift", "--discrete_flow_shift", "3.0"]
         own = ["--timestep_sampling", "uniform"]
         saved = ["--save_state", "--save_every_n_steps", str(PART)]

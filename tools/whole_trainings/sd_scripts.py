@@ -60,6 +60,8 @@ class Network:
         if self._models == "flux":
             (work / "flux").mkdir(exist_ok=True)
         policy, state = ["--policy", self._law.policy], ["--state", str(work / "policy.pt")]
+        # A work folder may have been used before.
+        (work / "policy.pt").unlink(missing_ok=True)
         shown = ["--sample_every_n_steps", str(PAIR), "--sample_prompts", str(work / "prompts.txt")]
         saved = ["--save_state", "--save_every_n_steps", str(PART)]
         found = str(work / "first" / f"lora-step{PART:08d}-state")
