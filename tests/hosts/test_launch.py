@@ -195,7 +195,9 @@ def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path
     script.write_text(POINTS.format(body="torch.multiprocessing.spawn(print, nprocs=1)"))
     done = start(str(script))
     assert done.returncode == 2
-    assert "starts processes by torch.multiprocessing.spawn, and these do not get the policy" in reports(done)[0]
+    assert (
+        "starts processes by torch.multiprocessing.spawn, and these do not get the policy" in reports(done)[0]
+    )
 
 
 FLOW = "from flow_standins import Transport as create_transport\n"
