@@ -28,10 +28,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from whole_trainings import checks, image_hosts, latte, open_sora
+from whole_trainings import (
+    checks,
+    image_hosts,
+    imagen,
+    latent_diffusion,
+    latte,
+    musubi_tuner,
+    open_sora,
+    sd_scripts,
+)
 from whole_trainings.checks import Check, Result
 
-HOSTS = (*open_sora.HOSTS, *latte.HOSTS, *image_hosts.HOSTS)
+HOSTS = (
+    *open_sora.HOSTS,
+    *latte.HOSTS,
+    *image_hosts.HOSTS,
+    *sd_scripts.HOSTS,
+    *imagen.HOSTS,
+    *latent_diffusion.HOSTS,
+    *musubi_tuner.HOSTS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ def main(spec_path: str) -> int:
     """Runs one spec. Returns the exit code of the launcher, or of the script."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
-    replaced += stand_ins.install_common()
+    replaced += [] if spec["on_cpu"] else stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
     replayed = Record.load(Path(f"{spec['replay']}.{rank}.pt")).t if spec["replay"] else None
     recorder = Recorder(spec["model"], replayed)
@@ -43,6 +43,9 @@ def main(spec_path: str) -> int:
     os.chdir(spec["folder"])
     # The script's own folder comes first when it runs; this one is what PYTHONPATH=. gives.
     sys.path.insert(0, spec["checkout"])
+    if spec["prepare"]:
+        prepare = import_module(f"whole_trainings.{spec['prepare']}").prepare
+        recorder.record.stand_ins += prepare(recorder.record, Path(spec["folder"]), replayed)
     for module, function in spec["factories"]:
         made = import_module(module)
         setattr(made, function, recorder.watching(getattr(made, function)))

@@ -31,6 +31,10 @@ class Script:
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
             that comes first on the path, so another version of a library is possible; torch stays.
+        prepare: module below `whole_trainings` whose `prepare(record, work, replayed)` runs before the
+            script. It records the steps, replays the t of another run if there is one, and returns the
+            stand-ins.
+        on_cpu: whether the host runs on a CPU by itself; it gets no stand-ins then but those of `prepare`.
     """
 
     checkout: Path
@@ -40,6 +44,8 @@ class Script:
     colossalai: bool = False
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    prepare: str = ""
+    on_cpu: bool = False
 
     def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
         """Runs one of the host's scripts to its end. `name` is that of the run's files."""
@@ -110,6 +116,8 @@ class Run:
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
+            "prepare": self.host.prepare,
+            "on_cpu": self.host.on_cpu,
             "record": str(work / self.name),
             "replay": str(work / self.replay) if self.replay else "",
             "folder": str(work),
@@ -149,9 +157,12 @@ class Run:
         path = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
         if self.host.needs:
             path.insert(0, str(self.host.packages))
-        plain = _PLAIN if self.num_processes == 1 else {}
+        # Without these variables a trainer that runs on a CPU by itself takes one process.
+        plain = _PLAIN if self.num_processes == 1 and not self.host.on_cpu else {}
         environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         environment.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+        if self.host.on_cpu:
+            environment["ACCELERATE_USE_CPU"] = "1"
         if not self.asserts:
             environment["PYTHONOPTIMIZE"] = "1"
         return environment
