@@ -5,6 +5,7 @@
 `runs.Run` writes the spec.
 """
 
+import functools
 import json
 import os
 import random
@@ -31,6 +32,8 @@ from whole_trainings.recording import Record, Recorder
 def main(spec_path: str) -> int:
     """Runs one spec. Returns the exit code of the launcher, or of the script."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    if spec["packages"] and spec["packages"] not in sys.path:
+        sys.path.insert(0, spec["packages"])
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
     replaced += stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
@@ -43,6 +46,11 @@ def main(spec_path: str) -> int:
     os.chdir(spec["folder"])
     # The script's own folder comes first when it runs; this one is what PYTHONPATH=. gives.
     sys.path.insert(0, spec["checkout"])
+    if spec["stand_ins"]:
+        module, _, function = spec["stand_ins"].rpartition(".")
+        recorder.record.stand_ins += getattr(import_module(module), function)()
+    for model in spec["small"]:
+        add_small(**model)
     for module, function in spec["factories"]:
         made = import_module(module)
         setattr(made, function, recorder.watching(getattr(made, function)))
@@ -55,10 +63,18 @@ def main(spec_path: str) -> int:
         code = _run(spec)
     finally:
         recorder.record.exit_code = code
+        recorder.record.samples += stand_ins.SAVED
         recorder.record.save(Path(f"{spec['record']}.{rank}.pt"))
         if dist.is_initialized():
             dist.destroy_process_group()
     return code
+
+
+def add_small(module: str, model: str, name: str, sizes: dict, table: str) -> None:
+    """Gives a small model of a host its name; see `SmallModel`."""
+    home = import_module(module)
+    models = getattr(home, table) if table else vars(home)
+    models[name] = functools.partial(getattr(home, model), **sizes)
 
 
 def start(spec_path: str, log: str, environment: Mapping[str, str]) -> None:

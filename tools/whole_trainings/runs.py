@@ -19,6 +19,25 @@ _PLAIN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127
 
 
 @dataclass(frozen=True)
+class SmallModel:
+    """A model of a host with few parameters.
+
+    Args:
+        module: of the host, that has the class and the table of its models.
+        model: the class.
+        name: that a configuration names the small model by.
+        sizes: arguments of the class.
+        table: the dict of the host's models; "" if they are the module's own functions.
+    """
+
+    module: str
+    model: str
+    name: str
+    sizes: dict[str, Any]
+    table: str = ""
+
+
+@dataclass(frozen=True)
 class Script:
     """A host, for all of its runs.
 
@@ -31,6 +50,8 @@ class Script:
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
             that comes first on the path, so another version of a library is possible; torch stays.
+        stand_ins: dotted name of a function that puts in place what this host alone needs, and returns its names.
+        small: small models, which get a name beside the host's own.
     """
 
     checkout: Path
@@ -40,6 +61,8 @@ class Script:
     colossalai: bool = False
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    small: tuple[SmallModel, ...] = ()
+    stand_ins: str = ""
 
     def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
         """Runs one of the host's scripts to its end. `name` is that of the run's files."""
@@ -68,6 +91,11 @@ class Script:
         unfinished.rename(self.packages)
 
 
+    def replaces_imported(self) -> bool:
+        """Whether one of its own packages is imported here already, perhaps in another version."""
+        return bool(self.needs) and any(path.stem in sys.modules for path in self.packages.iterdir())
+
+
 @dataclass
 class Run:
     """One run of a script.
@@ -80,6 +108,7 @@ class Run:
         launch: options of the launcher; None runs the script without it.
         replay: name of the run whose t this one gets; '' for none.
         num_processes: 1 is a single process, more are started by torchrun.
+        variables: of the process's environment.
         asserts: whether the host's assertions hold; without, it is `python -O`.
     """
 
@@ -90,6 +119,7 @@ class Run:
     launch: list[str] | None = None
     replay: str = ""
     num_processes: int = 1
+    variables: dict[str, str] = field(default_factory=dict)
     asserts: bool = True
     exit_code: int = -1
     seconds: float = 0.0
@@ -99,7 +129,7 @@ class Run:
         """Runs it. The output goes to NAME.log in the work folder.
 
         A single process is forked from this one, which has imported the large libraries already, unless the
-        host needs libraries of its own.
+        host needs another version of one of these.
         """
         work = self.host.work
         spec = {
@@ -110,18 +140,21 @@ class Run:
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
+            "stand_ins": self.host.stand_ins,
+            "small": [vars(model) for model in self.host.small],
             "record": str(work / self.name),
             "replay": str(work / self.replay) if self.replay else "",
             "folder": str(work),
+            "packages": str(self.host.packages) if self.host.needs else "",
             "checkout": str(self.host.checkout),
         }
         path = work / f"{self.name}.json"
         path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
         started = time.monotonic()
         log = work / f"{self.name}.log"
-        if self.num_processes == 1 and not self.host.needs:
+        if self.num_processes == 1 and not self.host.replaces_imported():
             forked = multiprocessing.get_context("fork").Process(
-                target=child.start, args=(str(path), str(log), _PLAIN)
+                target=child.start, args=(str(path), str(log), {**_PLAIN, **self.variables})
             )
             forked.start()
             forked.join()
@@ -151,7 +184,7 @@ class Run:
             path.insert(0, str(self.host.packages))
         plain = _PLAIN if self.num_processes == 1 else {}
         environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-        environment.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+        environment.update(self.variables, HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
         if not self.asserts:
             environment["PYTHONOPTIMIZE"] = "1"
         return environment
