@@ -33,7 +33,7 @@ def main(spec_path: str) -> int:
     """Runs one spec. Returns the exit code of the launcher, or of the script."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     if spec["packages"] and spec["packages"] not in sys.path:
-        sys.path.insert(0, spec["packages"])
+        sys.path.insert(1, spec["packages"])
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
     replaced += stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
@@ -44,8 +44,8 @@ def main(spec_path: str) -> int:
         sys.modules[name] = inert_module(name)
         recorder.record.stand_ins.append(f"{name} (not used here, and cannot be imported)")
     os.chdir(spec["folder"])
-    # The script's own folder comes first when it runs; this one is what PYTHONPATH=. gives.
-    sys.path.insert(0, spec["checkout"])
+    # As Python starts a script, with PYTHONPATH=. in the checkout.
+    sys.path[:1] = [str(Path(spec["script"]).parent), spec["checkout"]]
     if spec["stand_ins"]:
         module, _, function = spec["stand_ins"].rpartition(".")
         recorder.record.stand_ins += getattr(import_module(module), function)()

@@ -40,7 +40,7 @@ def write_videos(folder: Path, count: int, *, size: int, num_frames: int) -> lis
 
 
 def write_images(folder: Path, count: int, *, size: int) -> list[tuple[Path, str]]:
-    """Writes `count` pictures of digits as DIGIT/0000.png, ...
+    """Writes `count` pictures of digits as DIGIT/DIGIT_0000.png, ...
 
     Args:
         folder: is made.
@@ -56,7 +56,7 @@ def write_images(folder: Path, count: int, *, size: int) -> list[tuple[Path, str
     written = []
     for index in range(count):
         sample = digits.load(index, generator)
-        path = folder / str(sample["label"]) / f"{index:04d}.png"
+        path = folder / str(sample["label"]) / f"{sample['label']}_{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels(sample["video"])[0, :, :, 0].numpy()).convert("RGB")
         image.resize((size, size)).save(path)

@@ -128,6 +128,13 @@ class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
         return image if self._transform is None else self._transform(image), label
 
 
+class CIFAR10(ImageFolder):
+    """A folder of images, with the arguments of torchvision's class."""
+
+    def __init__(self, root: str, transform: Any = None, download: bool = False) -> None:
+        super().__init__(root, transform)
+
+
 def save_image(images: Tensor, path: str, **_: Any) -> None:
     """Keeps pictures (B, C, H, W) in `SAVED`, in place of a file."""
     SAVED.append(images.detach().float().clone())
@@ -173,7 +180,8 @@ def _torchvision() -> dict[str, ModuleType]:
     # What a host's CSV data set needs beside the videos.
     folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
     download = module_with("torchvision.datasets.utils", download_url=_refused)
-    datasets = module_with("torchvision.datasets", folder=folder, utils=download, ImageFolder=ImageFolder)
+    datasets = module_with("torchvision.datasets", folder=folder, utils=download)
+    vars(datasets).update(ImageFolder=ImageFolder, CIFAR10=CIFAR10)
     vars(top).update(io=video, utils=utils, datasets=datasets)
     added = (video, video_file, utils, folder, download, datasets)
     kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
@@ -207,8 +215,16 @@ def _timm() -> dict[str, ModuleType]:
             if out_features is not None:
                 self.fc2 = nn.Linear(hidden_features, out_features)
 
+    class Attention(original.Attention):
+        """With timm's switch for norms of queries and keys, off."""
+
+        def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
+            if qk_norm:
+                raise ValueError("the stand-in for timm's Attention has no qk_norm")
+            super().__init__(dim, num_heads, qkv_bias)
+
     layers = module_with("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
-    vars(layers).update(Attention=original.Attention)
+    vars(layers).update(Attention=Attention)
     others = module_with("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
     # ImageNet's.
     statistics = {"MEAN": (0.485, 0.456, 0.406), "STD": (0.229, 0.224, 0.225)}
@@ -230,6 +246,7 @@ def _without_cuda() -> None:
         start("gloo", **options)
 
     nn.parallel.DistributedDataParallel = OnGloo  # type: ignore[misc]  # a stand-in
+    vars(nn.parallel.distributed)["DistributedDataParallel"] = OnGloo
     dist.init_process_group = with_gloo
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, _nothing)
