@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from whole_trainings import checks, guided_diffusion, image_hosts, latte, open_sora, opendit, repa
+from whole_trainings import checks, guided_diffusion, image_hosts, latte, open_sora, opendit, pixart, repa
 from whole_trainings.checks import Check, Result
 
 HOSTS = (
@@ -35,6 +35,7 @@ HOSTS = (
     *repa.HOSTS,
     *guided_diffusion.HOSTS,
     *opendit.HOSTS,
+    *pixart.HOSTS,
 )
 
 

@@ -74,6 +74,8 @@ def add_small(module: str, model: str, name: str, sizes: dict, table: str) -> No
     """Gives a small model of a host its name; see `SmallModel`."""
     home = import_module(module)
     models = getattr(home, table) if table else vars(home)
+    # A registry of mmengine has a dict.
+    models = getattr(models, "module_dict", models)
     models[name] = functools.partial(getattr(home, model), **sizes)
 
 

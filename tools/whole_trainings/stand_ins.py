@@ -179,6 +179,7 @@ def _torchvision() -> dict[str, ModuleType]:
     utils = module_with("torchvision.utils", save_image=save_image, make_grid=make_grid)
     # What a host's CSV data set needs beside the videos.
     folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    vars(folder).update(default_loader=_refused)
     download = module_with("torchvision.datasets.utils", download_url=_refused)
     datasets = module_with("torchvision.datasets", folder=folder, utils=download)
     vars(datasets).update(ImageFolder=ImageFolder, CIFAR10=CIFAR10)
