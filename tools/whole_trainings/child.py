@@ -12,9 +12,14 @@ import random
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # The contract is part of the test suite.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -49,11 +54,12 @@ def main(spec_path: str) -> int:
     if spec["stand_ins"]:
         module, _, function = spec["stand_ins"].rpartition(".")
         recorder.record.stand_ins += getattr(import_module(module), function)()
+    finder = AfterImport()
     for model in spec["small"]:
-        add_small(**model)
+        finder.add(model["module"], functools.partial(add_small, **model))
     for module, function in spec["factories"]:
-        made = import_module(module)
-        setattr(made, function, recorder.watching(getattr(made, function)))
+        finder.add(module, functools.partial(watch, recorder=recorder, function=function))
+    sys.meta_path.insert(0, finder)
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)
@@ -70,9 +76,40 @@ def main(spec_path: str) -> int:
     return code
 
 
-def add_small(module: str, model: str, name: str, sizes: dict, table: str) -> None:
+class AfterImport(MetaPathFinder):
+    """Changes modules of the host as soon as they are imported, in the host's own order."""
+
+    def __init__(self) -> None:
+        self._actions: dict[str, list[Callable[[ModuleType], None]]] = defaultdict(list)
+
+    def add(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        """Lets a function have the module of this name after it has run."""
+        self._actions[name].append(action)
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that is to be changed; None for any other."""
+        spec = PathFinder.find_spec(name, path) if name in self._actions else None
+        if spec is None or spec.loader is None:
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            execute(module)
+            for action in self._actions[name]:
+                action(module)
+
+        loader.exec_module = executed
+        return spec
+
+
+def watch(module: ModuleType, recorder: Recorder, function: str) -> None:
+    """Lets a recorder watch what a function of a host makes."""
+    setattr(module, function, recorder.watching(getattr(module, function)))
+
+
+def add_small(home: ModuleType, module: str, model: str, name: str, sizes: dict, table: str) -> None:
     """Gives a small model of a host its name; see `SmallModel`."""
-    home = import_module(module)
     models = getattr(home, table) if table else vars(home)
     # A registry of mmengine has a dict.
     models = getattr(models, "module_dict", models)

@@ -78,6 +78,8 @@ class MDT(GuidedDiffusion):
 
     name, folder, model = "MDT", "sail-sg+MDT", "MDTv2"
     factories = (("masked_diffusion", "create_diffusion"),)
+    # The whole picture, and a masked one.
+    calls_per_step = 2
     options = {
         **GuidedDiffusion.options,
         "small": (

@@ -77,7 +77,16 @@ class SiT(DiT):
     schedule = NoiseSchedule.rectified_flow
     options = {
         "needs": ("torchdiffeq==0.2.5",),
-        "small": (SmallModel("models", "SiT", "SiT-small/8", {"patch_size": 8, **SIZES}, "SiT_models"),),
+        "small": (
+            SmallModel(
+                "models",
+                "SiT",
+                "SiT-small/8",
+                # sample.py makes every model of a --ckpt so; the host's train.py does not, and the two differ.
+                {"patch_size": 8, "learn_sigma": False, **SIZES},
+                "SiT_models",
+            ),
+        ),
     }
     replays = False
     no_resume = "the host's --ckpt uses `opt` before it is made, whatever the checkpoint"

@@ -3,9 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import accelerate
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
@@ -33,7 +36,14 @@ def install() -> list[str]:
     ops = module_with("xformers.ops", fmha=fmha, memory_efficient_attention=attention)
     for module in (module_with("xformers", ops=ops), ops, fmha):
         sys.modules[module.__name__] = module
-    return [*mmcv_stand_ins.install(), "xformers.ops.memory_efficient_attention (SDPA with a block mask)"]
+    start = Accelerator.__init__
+
+    def without_even_batches(self: Any, even_batches: bool = True, **options: Any) -> None:
+        start(self, **options)
+
+    vars(accelerate)["Accelerator"].__init__ = without_even_batches
+    names = ["xformers.ops.memory_efficient_attention (SDPA with a block mask)"]
+    return [*mmcv_stand_ins.install(), *names, "accelerate's even_batches (True is the default of version 1)"]
 
 
 class PixArt(Training):

@@ -60,7 +60,7 @@ class Recorder:
         self._depth, self._mse = 0, None
         # What the model of a transport should answer, (B, ...).
         self._target: Tensor | None = None
-        nn.modules.module.register_module_forward_pre_hook(self._before)
+        self._watch_calls()
 
     def watching(self, factory: Callable[..., Any]) -> Callable[..., Any]:
         """A host's factory. Training and sampling calls of the objects that it makes are recorded."""
@@ -170,6 +170,15 @@ class Recorder:
         self.record.samples.append(samples.detach().float().clone())
         return samples
 
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if type(module).__name__ == self._model and len(inputs) > 1:
-            self._seen.append(inputs[1].detach().clone())
+    def _watch_calls(self) -> None:
+        """Notes the t of every call of the model. Hooks for all modules do not get arguments by name."""
+        call: Any = nn.Module.__call__
+
+        @functools.wraps(call)
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            t = args[1] if len(args) > 1 else kwargs.get("timestep")
+            if type(module).__name__ == self._model and isinstance(t, Tensor):
+                self._seen.append(t.detach().clone())
+            return call(module, *args, **kwargs)
+
+        nn.Module.__call__ = called  # type: ignore[method-assign]  # for the rest of the process

@@ -174,6 +174,8 @@ def _torchvision() -> dict[str, ModuleType]:
     top, transforms = modules["torchvision"], modules["torchvision.transforms"]
     vars(transforms).update(Normalize=Normalize, RandomResizedCrop=diffusers_stand_ins.RandomCrop)
     vars(transforms).update(Lambda=_same)
+    functional = modules["torchvision.transforms.functional"]
+    vars(functional).update(InterpolationMode=diffusers_stand_ins.Interpolation)
     video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
     video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
     utils = module_with("torchvision.utils", save_image=save_image, make_grid=make_grid)
@@ -185,7 +187,7 @@ def _torchvision() -> dict[str, ModuleType]:
     vars(datasets).update(ImageFolder=ImageFolder, CIFAR10=CIFAR10)
     vars(top).update(io=video, utils=utils, datasets=datasets)
     added = (video, video_file, utils, folder, download, datasets)
-    kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
+    kept = (top, transforms, functional, *added)
     return {module.__name__: module for module in kept}
 
 

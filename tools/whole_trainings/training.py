@@ -45,6 +45,7 @@ class Training:
         sampler: path of the host's sampling script.
         steps_per_epoch, num_epochs, batch: of the longest run.
         options: further arguments of `Script`.
+        calls_per_step: how often a step asks the model at one t.
         replays: whether the run without the plugin gets the t of `uniform`. A flow keeps its own.
         says_resumed: what the host reports when it has read a checkpoint.
         no_resume: why the host cannot go on from a checkpoint; "" if it can.
@@ -60,6 +61,7 @@ class Training:
     sampler = "sample.py"
     steps_per_epoch, num_epochs, batch = 5, 8, 32
     options: Mapping[str, Any] = {}
+    calls_per_step = 1
     replays = True
     says_resumed = ""
     no_resume = ""
@@ -129,13 +131,22 @@ class Training:
         weight = build_policy(POLICY, self.schedule()).weight
         result.checks = {
             "exit": _exits(runs),
-            "law": checks.law(checks.tenths(POLICY, self.schedule()), [self.time(t) for t in record.t]),
+            "law": self._law(record),
             "loss": checks.loss(weight, [record], self.index),
             "uniform": self._uniform(runs, work),
             "sampling": checks.same_samples(*(runs[name].records[0] for name in self.samples)),
             "resume": Check(None, self.no_resume) if self.no_resume else self._resumed(runs),
         }
         return result
+
+    def _law(self, record: Record) -> Check:
+        """The law of the draws, each counted once."""
+        calls = [record.t[first :: self.calls_per_step] for first in range(self.calls_per_step)]
+        alike = all(all(map(torch.equal, calls[0], others)) for others in calls[1:])
+        found = checks.law(checks.tenths(POLICY, self.schedule()), [self.time(t) for t in calls[0]])
+        if self.calls_per_step > 1:
+            found.words += f"; {self.calls_per_step} calls of a step are at one t: {alike}"
+        return Check(bool(found.holds and alike), found.words)
 
     def _uniform(self, runs: dict[str, Run], work: Path) -> Check:
         found = checks.same_steps(runs["uniform"].records[0], runs["plain"].records[0])
