@@ -25,7 +25,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from whole_trainings import checks, guided_diffusion, image_hosts, latte, open_sora, opendit, pixart, repa
+from whole_trainings import (
+    checks,
+    dit_3d,
+    guided_diffusion,
+    image_hosts,
+    latte,
+    open_sora,
+    opendit,
+    pixart,
+    repa,
+)
 from whole_trainings.checks import Check, Result
 
 HOSTS = (
@@ -36,6 +46,7 @@ HOSTS = (
     *guided_diffusion.HOSTS,
     *opendit.HOSTS,
     *pixart.HOSTS,
+    *dit_3d.HOSTS,
 )
 
 
@@ -43,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0 if every host that was run passed all of its checks."""
     parser = argparse.ArgumentParser(prog="host_training", description="Whole trainings, on the CPU.")
     parser.add_argument("--hosts", type=Path, required=True, help="folder of checkouts named owner+name")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="hosts whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="hosts of these names, or whose name contains one of these"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
     parser.add_argument("--work", type=Path, help="folder for data and results; default: a temporary one")
     args = parser.parse_args(argv)
@@ -62,8 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def chosen(hosts: Sequence[Any], only: Sequence[str] | None) -> list[Any]:
-    """The hosts whose name contains one of some texts, whatever the case; all without any."""
-    return [host for host in hosts if not only or any(text.lower() in host.name.lower() for text in only)]
+    """The hosts with one of some names; a text that is no whole name is part of one, whatever the case."""
+    if not only:
+        return list(hosts)
+    names = {host.name.lower() for host in hosts}
+
+    def is_meant(name: str, text: str) -> bool:
+        return name == text if text in names else text in name
+
+    return [host for host in hosts if any(is_meant(host.name.lower(), text.lower()) for text in only)]
 
 
 def trained(host: Any, hosts: Path, work: Path) -> Result:

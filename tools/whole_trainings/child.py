@@ -5,6 +5,7 @@
 `runs.Run` writes the spec.
 """
 
+import builtins
 import functools
 import json
 import os
@@ -56,10 +57,12 @@ def main(spec_path: str) -> int:
         recorder.record.stand_ins += getattr(import_module(module), function)()
     finder = AfterImport()
     for model in spec["small"]:
-        finder.add(model["module"], functools.partial(add_small, **model))
+        finder.add(model["module"], functools.partial(add_small, model=model))
     for module, function in spec["factories"]:
         finder.add(module, functools.partial(watch, recorder=recorder, function=function))
     sys.meta_path.insert(0, finder)
+    if spec["script_class"]:
+        watch_script(recorder, *spec["script_class"])
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)
@@ -108,12 +111,31 @@ def watch(module: ModuleType, recorder: Recorder, function: str) -> None:
     setattr(module, function, recorder.watching(getattr(module, function)))
 
 
-def add_small(home: ModuleType, module: str, model: str, name: str, sizes: dict, table: str) -> None:
+def watch_script(recorder: Recorder, name: str, method: str) -> None:
+    """Lets a recorder watch a class that a script will define."""
+    build_class: Any = builtins.__build_class__
+
+    def build(body: Any, class_name: str, *bases: Any, **options: Any) -> type:
+        made = build_class(body, class_name, *bases, **options)
+        is_it = class_name == name and made.__module__ == "__main__"
+        return recorder.watch_class(made, method) if is_it else made
+
+    setattr(builtins, "__build_class__", build)  # noqa: B010 - mypy: it is final
+
+
+def add_small(home: ModuleType, model: dict[str, Any]) -> None:
     """Gives a small model of a host its name; see `SmallModel`."""
+    table, name = model["table"], model["name"]
     models = getattr(home, table) if table else vars(home)
     # A registry of mmengine has a dict.
     models = getattr(models, "module_dict", models)
-    models[name] = functools.partial(getattr(home, model), **sizes)
+    made = getattr(home, model["model"])
+
+    def small(*args: Any, **options: Any) -> Any:
+        kept = {key: value for key, value in options.items() if key not in model["ignores"]}
+        return made(*args, **{**model["sizes"], **kept})
+
+    models[name] = small
 
 
 def start(spec_path: str, log: str, environment: Mapping[str, str]) -> None:

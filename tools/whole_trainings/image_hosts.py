@@ -15,7 +15,7 @@ from whole_trainings.training import Part, Training, images_of
 
 # The smallest that these train.py take; latents are an eighth.
 IMAGE_SIZE = 256
-SIZES = {"depth": 2, "hidden_size": 64, "num_heads": 4}
+SIZES = {"patch_size": 8, "depth": 2, "hidden_size": 64, "num_heads": 4}
 
 
 class DiT(Training):
@@ -23,7 +23,7 @@ class DiT(Training):
 
     name, folder, model = "DiT", "facebookresearch+DiT", "DiT"
     factories = (("diffusion", "create_diffusion"),)
-    options = {"small": (SmallModel("models", "DiT", "DiT-small/8", {"patch_size": 8, **SIZES}, "DiT_models"),)}
+    options = {"small": (SmallModel("models", "DiT", "DiT-small/8", SIZES, "DiT_models"),)}
     no_resume = "the host's train.py reads no checkpoint"
 
     def prepare(self, host: Script) -> None:
@@ -82,8 +82,8 @@ class SiT(DiT):
                 "models",
                 "SiT",
                 "SiT-small/8",
-                # sample.py makes every model of a --ckpt so; the host's train.py does not, and the two differ.
-                {"patch_size": 8, "learn_sigma": False, **SIZES},
+                # sample.py makes the model of any --ckpt so, and cannot read those of the host's own sizes.
+                {**SIZES, "learn_sigma": False},
                 "SiT_models",
             ),
         ),
@@ -120,7 +120,7 @@ class LightningDiT(SiT):
                 "models.lightningdit",
                 "LightningDiT",
                 "LightningDiT-small/1",
-                {"patch_size": 1, **SIZES},
+                {**SIZES, "patch_size": 1},
                 "LightningDiT_models",
             ),
         ),

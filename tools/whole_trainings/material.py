@@ -52,7 +52,10 @@ def write_images(folder: Path, count: int, *, size: int) -> list[tuple[Path, str
     """
     from PIL import Image
 
-    digits, generator = MovingDigits(image_size=min(size, 64), class_cond=True), torch.Generator().manual_seed(0)
+    digits, generator = (
+        MovingDigits(image_size=min(size, 64), class_cond=True),
+        torch.Generator().manual_seed(0),
+    )
     written = []
     for index in range(count):
         sample = digits.load(index, generator)

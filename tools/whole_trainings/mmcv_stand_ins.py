@@ -66,7 +66,9 @@ def build_optimizer(model: nn.Module, config: Any) -> Any:
 
 def modules() -> dict[str, ModuleType]:
     """mmcv and its modules, for sys.modules."""
-    runner = module_with("mmcv.runner", get_dist_info=get_dist_info, LogBuffer=LogBuffer, OPTIMIZERS=OPTIMIZERS)
+    runner = module_with(
+        "mmcv.runner", get_dist_info=get_dist_info, LogBuffer=LogBuffer, OPTIMIZERS=OPTIMIZERS
+    )
     vars(runner).update(build_optimizer=build_optimizer, OPTIMIZER_BUILDERS=OPTIMIZER_BUILDERS)
     vars(runner).update(DefaultOptimizerConstructor=DefaultOptimizerConstructor)
     logging = module_with("mmcv.utils.logging", logger_initialized={})

@@ -69,7 +69,10 @@ class PixArt(Training):
         t5 = write_t5(work / "t5" / "t5-v1_1-xxl")
         tokenizer, encoder = AutoTokenizer.from_pretrained(t5), T5EncoderModel.from_pretrained(t5)
         root = work / "data" / "InternData"
-        features, captions = root / f"img_vae_features_{SIZE}resolution" / "noflip", root / "caption_feature_wmask"
+        features, captions = (
+            root / f"img_vae_features_{SIZE}resolution" / "noflip",
+            root / "caption_feature_wmask",
+        )
         for folder in (features, captions, root / "partition"):
             folder.mkdir(parents=True)
         rows = []

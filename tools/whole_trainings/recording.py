@@ -56,7 +56,7 @@ class Recorder:
         self._model = model
         self._replayed = replayed
         self._seen: list[Tensor] = []
-        # The training call of a watched class that runs now: how many are in one another, and the host's loss.
+        # Of a watched class: how many of its training calls are in one another now, and the host's own loss.
         self._depth, self._mse = 0, None
         # What the model of a transport should answer, (B, ...).
         self._target: Tensor | None = None
@@ -84,6 +84,9 @@ class Recorder:
         call is the mse, and the loss of the outermost is reported.
         """
         setattr(host_class, method, self._recorded(getattr(host_class, method)))
+        for name in SAMPLERS:
+            if hasattr(host_class, name):
+                setattr(host_class, name, self._recorded_sampler(getattr(host_class, name)))
 
         def for_subclass(subclass: type, **_: Any) -> None:
             if method in vars(subclass):
@@ -91,6 +94,15 @@ class Recorder:
 
         host_class.__init_subclass__ = classmethod(for_subclass)  # type: ignore[assignment, method-assign]  # for all
         return host_class
+
+    def _recorded_sampler(self, theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(theirs)
+        def sample(*args: Any, **kwargs: Any) -> Tensor:
+            samples = theirs(*args, **kwargs)
+            self.record.samples.append(samples.detach().float().clone())
+            return samples
+
+        return sample
 
     def _recorded(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(theirs)

@@ -28,6 +28,7 @@ class SmallModel:
         name: that a configuration names the small model by.
         sizes: arguments of the class.
         table: the dict of the host's models; "" if they are the module's own functions.
+        ignores: arguments of the host's functions that the class does not have.
     """
 
     module: str
@@ -35,6 +36,7 @@ class SmallModel:
     name: str
     sizes: dict[str, Any]
     table: str = ""
+    ignores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Script:
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
             that comes first on the path, so another version of a library is possible; torch stays.
-        stand_ins: dotted name of a function that puts in place what this host alone needs, and returns its names.
+        script_class: (class, method) of a class in the script itself that makes the loss.
+        stand_ins: dotted name of a function that puts in place what this host alone needs, and returns the
+            names of what was replaced.
         small: small models, which get a name beside the host's own.
     """
 
@@ -62,6 +66,7 @@ class Script:
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     small: tuple[SmallModel, ...] = ()
+    script_class: tuple[str, str] | None = None
     stand_ins: str = ""
 
     def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
@@ -89,7 +94,6 @@ class Script:
         if done.returncode:
             raise RuntimeError(f"pip install {' '.join(self.needs)}: {done.stderr.strip().splitlines()[-1]}")
         unfinished.rename(self.packages)
-
 
     def replaces_imported(self) -> bool:
         """Whether one of its own packages is imported here already, perhaps in another version."""
@@ -140,6 +144,7 @@ class Run:
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
+            "script_class": self.host.script_class,
             "stand_ins": self.host.stand_ins,
             "small": [vars(model) for model in self.host.small],
             "record": str(work / self.name),

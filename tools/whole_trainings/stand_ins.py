@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from conformance import diffusers_stand_ins
 from conformance.stand_ins import StandIns
+from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -229,6 +229,7 @@ def _timm() -> dict[str, ModuleType]:
     layers = module_with("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
     vars(layers).update(Attention=Attention)
     others = module_with("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
+    vars(others).update(to_2tuple=lambda value: (value, value))
     # ImageNet's.
     statistics = {"MEAN": (0.485, 0.456, 0.406), "STD": (0.229, 0.224, 0.225)}
     data = module_with("timm.data", **{f"IMAGENET_DEFAULT_{name}": each for name, each in statistics.items()})
