@@ -19,8 +19,8 @@ from speedit_plugins.doctor.known_hosts import HOSTS as ROWS
 from speedit_plugins.doctor.places import draws, losses
 from speedit_plugins.doctor.report import examined
 from speedit_plugins.doctor.sources import read_project
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, WEIGHTING
 from speedit_plugins.hosts.laws.laws import HOSTS, host_config
-from speedit_plugins.hosts.sigma_edits import DENSITY, WEIGHTING
 
 ROOT = Path(__file__).parents[2]
 # A law that draws nowhere else: whoever draws by it shows by each t.
@@ -165,6 +165,14 @@ def test_the_lines_for_an_unknown_script_put_the_policy_into_it(case: str, tmp_p
     # A row of a table is half a bin from its place.
     assert bool(((seen > 0.398) & (seen < 0.602)).all()), seen
     assert names["model"].weight.grad is not None
+
+
+def test_the_report_in_the_documentation(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    (number,) = [number for number, block in enumerate(blocks) if block.startswith("import torch\n")]
+    _, report = examined(written(tmp_path, {"train.py": blocks[number]}), [], {"type": "recommended"})
+    assert report.partition("\n")[2] == blocks[number + 1].rstrip("\n")
 
 
 @pytest.mark.parametrize("case", ["toward noise", "without gradients", "scheduler by an attribute"])

@@ -177,7 +177,7 @@ def _resumed(runs: dict[str, Run]) -> Check:
     goes_on = whole and all(map(torch.equal, resumed.t, after))
     again = whole and all(map(torch.equal, resumed.t, long.t[:STEPS_PER_EPOCH]))
     words = f"--load: {len(resumed.t)} steps from epoch {half} on; the draws "
-    kept = "go on" if goes_on else "begin again: the host's checkpoint has no place for the policy's state"
+    kept = "go on" if goes_on else "begin again: the policy's state was not restored"
     return Check(bool(goes_on), words + (kept if goes_on or again else "are those of neither part"))
 
 

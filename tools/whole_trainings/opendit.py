@@ -18,7 +18,7 @@ class OpenDiT10(Training):
         "colossalai": True,
         "small": (SmallModel("opendit.models.dit", "DiT", "DiT-small/8", SIZES, "DiT_models"),),
     }
-    says_resumed = "Loaded checkpoint"
+    keeps_state, says_resumed = True, "Loaded checkpoint"
 
     def prepare(self, host: Script) -> None:
         write_vae(host.work / "stabilityai" / "sd-vae-ft-ema")

@@ -47,6 +47,7 @@ class Training:
         options: further arguments of `Script`.
         calls_per_step: how often a step asks the model at one t.
         replays: whether the run without the plugin gets the t of `uniform`. A flow keeps its own.
+        keeps_state: whether the host's checkpoint keeps the policy's state; else --state does.
         says_resumed: what the host reports when it has read a checkpoint.
         no_resume: why the host cannot go on from a checkpoint; "" if it can.
         samples: names of the two runs whose samples are compared.
@@ -63,6 +64,7 @@ class Training:
     options: Mapping[str, Any] = {}
     calls_per_step = 1
     replays = True
+    keeps_state = False
     says_resumed = ""
     no_resume = ""
     samples = ("sampled", "sampled_plain")
@@ -99,9 +101,10 @@ class Training:
         """Runs the trainings and their checks."""
         host = Script(checkout, work, self.model, self.factories, **self.options)
         self.prepare(host)
-        long, state = Part("long", self.num_epochs), ["--policy", POLICY, "--state", str(work / "state.pt")]
+        long, ours = Part("long", self.num_epochs), ["--policy", POLICY]
+        state = ours if self.keeps_state else [*ours, "--state", str(work / "state.pt")]
         runs = {
-            "long": self._run(host, long, launch=["--policy", POLICY]),
+            "long": self._run(host, long, launch=ours),
             "uniform": self._run(host, Part("uniform", 1), launch=["--policy", "uniform"]),
             "plain": self._run(host, Part("plain", 1), replay="uniform" if self.replays else ""),
         }
@@ -110,7 +113,7 @@ class Training:
             runs["second"] = self._run(host, Part("second", 2, "first"), launch=state)
         if "sampled" in self.samples:
             checkpoint = self.checkpoint(work, "long", self.num_epochs)
-            runs["sampled"] = self.sampled(host, "sampled", checkpoint, launch=["--policy", POLICY])
+            runs["sampled"] = self.sampled(host, "sampled", checkpoint, launch=ours)
             runs["sampled_plain"] = self.sampled(host, "sampled_plain", checkpoint)
         return self._result(runs, work)
 
@@ -163,7 +166,8 @@ class Training:
         steps = len(runs["uniform"].records[0].t)
         equal = len(parts) == 2 * steps > 0 and all(map(torch.equal, parts, whole))
         took_over = runs["second"].said(self.says_resumed)
-        words = f"the host's checkpoint and --state: {len(parts)} draws of two parts "
+        kept = "alone" if self.keeps_state else "and --state"
+        words = f"the host's checkpoint {kept}: {len(parts)} draws of two parts "
         words += "are those of one run" if equal else "are not those of one run"
         return Check(equal and took_over, words if took_over else f"{words}; the checkpoint was not read")
 

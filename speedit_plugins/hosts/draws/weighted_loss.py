@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.recomputation import is_first_of_two
+from speedit_plugins.hosts.draws.recomputation import is_first_of_two
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 
@@ -102,6 +102,11 @@ def is_shared(t: Tensor) -> bool:
     """Whether all columns of timesteps (B, ...) are the same: the frames of a sample share their t."""
     rows = t.flatten(1)
     return bool((rows == rows[:, :1]).all())
+
+
+def is_one(weight: Tensor) -> bool:
+    """Whether a table (T,) weighs nothing: it is 1 for every timestep."""
+    return bool((weight == 1).all())
 
 
 def is_constant(weight: Tensor) -> bool:

@@ -3,7 +3,6 @@
 Dims: T timesteps.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.hosts.draw_stream import draws_pairs
 from speedit_plugins.hosts.schedules import refuse_contradiction
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
@@ -48,23 +46,16 @@ def flow_policy(
         prediction_type: what the model predicts; None asks the host.
 
     Raises:
-        ValueError: the policy is bad, or thins the host's own draws in pairs or strata; or the host says that
-            its model predicts something else.
+        ValueError: the policy is bad, or the host says that its model predicts something else.
 
     Warns:
         UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
     refuse_contradiction(traits.host, prediction_type, traits.prediction_type)
     built = policy if isinstance(policy, TimestepPolicy) else _built(traits, policy, prediction_type)
-    if built.is_relative and (draws_pairs(built) or built.stratified):
-        how = "strata" if built.stratified else "pairs"
-        raise ValueError(
-            f"{built.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one by"
-            " one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
-            " 'spectral_flow'"
-        )
-    with contextlib.suppress(ValueError):
-        warn_if_slow(built, prediction_type or traits.prediction_type(traits.host), policy)
+    predicted = prediction_type or _stated(traits)
+    if predicted is not None:
+        warn_if_slow(built, predicted, policy)
     if traits.own_laws and not built.is_relative:
         warnings.warn(
             f"the law of {built.name!r} replaces the {' and the '.join(traits.own_laws)} of this"
@@ -72,6 +63,14 @@ def flow_policy(
             stacklevel=4,
         )
     return built
+
+
+def _stated(traits: FlowTraits) -> str | None:
+    """What the host says that its model predicts; None if it does not say."""
+    try:
+        return traits.prediction_type(traits.host)
+    except ValueError:
+        return None
 
 
 def _built(traits: FlowTraits, policy: str | Config, prediction_type: str | None) -> TimestepPolicy:
