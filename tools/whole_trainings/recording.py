@@ -64,7 +64,6 @@ class Recorder:
 
     def watching(self, factory: Callable[..., Any]) -> Callable[..., Any]:
         """A host's factory. Training and sampling calls of the objects that it makes are recorded."""
-
         if isinstance(factory, type) and hasattr(factory, "interpolant"):
             return self.watch_class(factory, "__call__")
 
