@@ -191,8 +191,7 @@ def advice(config: Config) -> str:
     policy = build_policy({policy!r}, NoiseSchedule.from_alphas_cumprod(alphas_cumprod))  # once
     draw = policy.draw(batch_size, device=device)  # in each step; t = draw.index
     loss = (draw.weight * mse_of_each_sample).mean()
-{PROGRAM}: in the repository of speedit_plugins, docs/index.md has such a loop, and
-    integrations/README.md the lines of each framework"""
+{PROGRAM}: in the repository of speedit_plugins, docs/index.md and integrations/README.md show more"""
 
 
 def _given_policy(text: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ FACTORIES = (
     ),
     *(
         Factory(
-            "DDT",
+            f"DDT ({module})",
             f"src.diffusion.{module}",
             names,
             "F",

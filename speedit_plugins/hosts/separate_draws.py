@@ -84,10 +84,10 @@ class SeparateDraws(FlowAttachment):
         if not built.is_relative and window != ALL_TIMES:
             policy = windowed(policy, window)
             built = build_policy(policy, schedule, prediction_type)
+        super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
         if without_loss:
             refuse_without_loss(built, without_loss)
         warn_if_slow(built, prediction_type, policy)
-        super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
         self._waiting: WaitingDraws[TimestepDraw] = WaitingDraws()
         self._last = LastDraw()
         self._needs_loss = built.learns or not is_constant(built.weight)
