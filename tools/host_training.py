@@ -1,9 +1,8 @@
 """Whole, unmodified trainings of hosts with a policy, on the CPU, and what was found about each.
 
     python tools/host_training.py --hosts DIR [--only NAME ...] [--work DIR] [--json FILE]
-    python tools/host_training.py --checkout DIR/willisma+SiT --work EMPTY_DIR [--policy speedit]
 
-The first form prints a table and the stand-ins, and can write JSON. The checks of a host:
+It prints a table and the stand-ins, and can write JSON. The checks of a host:
 
     exit      the scripts ended as they should
     law       the share of each tenth of the t that the model saw is within 4 sigma of the policy's
@@ -11,8 +10,6 @@ The first form prints a table and the stand-ins, and can write JSON. The checks 
     uniform   the policy `uniform` gives the run without the plugin to the bit, at the same t and noise
     sampling  the host's sampling script gives the same to the bit with the plugin and without
     resume    the host goes on from its own checkpoint, and the policy from its state
-
-The second form runs one train.py of DiT, fast-DiT, SiT or LightningDiT on random data, and prints one line.
 """
 
 import argparse
@@ -30,12 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from whole_trainings import (
     checks,
+    dit_3d,
+    guided_diffusion,
     image_hosts,
     imagen,
     latent_diffusion,
     latte,
     musubi_tuner,
     open_sora,
+    opendit,
+    pixart,
+    repa,
     sd_scripts,
 )
 from whole_trainings.checks import Check, Result
@@ -48,24 +50,24 @@ HOSTS = (
     *imagen.HOSTS,
     *latent_diffusion.HOSTS,
     *musubi_tuner.HOSTS,
+    *repa.HOSTS,
+    *guided_diffusion.HOSTS,
+    *opendit.HOSTS,
+    *pixart.HOSTS,
+    *dit_3d.HOSTS,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0 if every host that was run passed all of its checks."""
     parser = argparse.ArgumentParser(prog="host_training", description="Whole trainings, on the CPU.")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--hosts", type=Path, help="folder of checkouts named owner+name")
-    which.add_argument("--checkout", type=Path, help="one checkout of DiT, fast-DiT, SiT or LightningDiT")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="hosts whose name contains one of these")
+    parser.add_argument("--hosts", type=Path, required=True, help="folder of checkouts named owner+name")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="hosts of these names, or whose name contains one of these"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the results are written")
     parser.add_argument("--work", type=Path, help="folder for data and results; default: a temporary one")
-    parser.add_argument("--policy", default="speedit", help="with --checkout")
     args = parser.parse_args(argv)
-    if args.checkout is not None:
-        if args.work is None:
-            parser.error("--checkout needs --work")
-        return image_hosts.run_one(args.checkout, args.work, args.policy)
     hosts = chosen(HOSTS, args.only)
     if not hosts:
         parser.error(f"no host {' '.join(args.only)}; known: {', '.join(host.name for host in HOSTS)}")
@@ -81,8 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def chosen(hosts: Sequence[Any], only: Sequence[str] | None) -> list[Any]:
-    """The hosts whose name contains one of some texts, whatever the case; all without any."""
-    return [host for host in hosts if not only or any(text.lower() in host.name.lower() for text in only)]
+    """The hosts with one of some names; a text that is no whole name is part of one, whatever the case."""
+    if not only:
+        return list(hosts)
+    names = {host.name.lower() for host in hosts}
+
+    def is_meant(name: str, text: str) -> bool:
+        return name == text if text in names else text in name
+
+    return [host for host in hosts if any(is_meant(host.name.lower(), text.lower()) for text in only)]
 
 
 def trained(host: Any, hosts: Path, work: Path) -> Result:

@@ -96,7 +96,7 @@ class Interpolation(enum.Enum):
 class Resize:
     """Scales the shorter side of an image to `size`."""
 
-    def __init__(self, size: int, interpolation: Interpolation) -> None:
+    def __init__(self, size: int, interpolation: Interpolation = Interpolation.BILINEAR) -> None:
         self._size, self._filter = size, interpolation.value
 
     def __call__(self, image: Image.Image) -> Image.Image:

@@ -12,16 +12,13 @@ from typing import Any
 
 import conformance.diffusers_stand_ins as diffusers_stand_ins
 import diffusers_training
-import host_training
 import numpy as np
 import pytest
 import torch
-import yaml
 from conformance.diffusers_stand_ins import Examples
 from diffusers_training import Seen
 from PIL import Image
-from safetensors.torch import load_file
-from whole_trainings import checks, image_hosts
+from whole_trainings import checks
 
 from speedit_plugins import NoiseSchedule, build_policy
 
@@ -49,30 +46,6 @@ def started(tool: Any, folder: str, work: Path, *arguments: str) -> tuple[int, d
     # A progress bar may come before the launcher's words in the same line.
     lines = re.findall(r"speedit-launch: [^\r\n]*", done.stderr)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), lines
-
-
-@pytest.mark.slow
-@pytest.mark.hosts
-@pytest.mark.parametrize(
-    ("folder", "policy", "announced"),
-    [
-        ("facebookresearch+DiT", "speedit", "DiT, fast-DiT, Latte"),
-        ("chuanyangjin+fast-DiT", "speedit", "DiT, fast-DiT, Latte"),
-        ("willisma+SiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
-        ("willisma+SiT", "speed", "SiT, LightningDiT, Lumina-Image 2.0"),
-        ("hustvl+LightningDiT", "speedit", "SiT, LightningDiT, Lumina-Image 2.0"),
-    ],
-)
-def test_an_unmodified_train_script_runs_to_its_end(
-    folder: str, policy: str, announced: str, tmp_path: Path
-) -> None:
-    code, result, lines = started(host_training, folder, tmp_path, "--policy", policy)
-    assert code == 0
-    assert [line.split(":")[1].split(", seam")[0].strip() for line in lines] == [announced]
-    assert result["draws"] == image_hosts.BATCH * image_hosts.NUM_BATCHES
-    # Binomial sigmas of ten shares. If the host drew itself, they would be over 6 from the policy's.
-    assert result["worst_sigma"] < 4
-    assert result["sigma_from_uniform"] > 4
 
 
 @pytest.mark.slow
@@ -141,57 +114,6 @@ class TestFit:
 
     def test_nothing_drawn(self) -> None:
         assert checks.fit(torch.full((10,), 0.1), []) == {"draws": 0, "worst_sigma": float("inf")}
-
-
-class TestTrainings:
-    @pytest.mark.parametrize(
-        ("text", "host"),
-        [
-            ("from models import DiT_models", "DiT"),
-            ("from models import DiT_models\nparser.add_argument('--feature-path')", "fast-DiT"),
-            ("from models import SiT_models", "SiT"),
-            ("from models.lightningdit import LightningDiT_models", "LightningDiT"),
-        ],
-    )
-    def test_a_script_is_known_by_its_text(self, text: str, host: str, tmp_path: Path) -> None:
-        (tmp_path / "train.py").write_text(text)
-        assert image_hosts.training_of(tmp_path / "train.py").host == host
-
-    def test_another_script_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(SystemExit, match="no train.py of LightningDiT, SiT, fast-DiT, DiT"):
-            image_hosts.training_of(tmp_path / "train.py")
-
-    def test_time_is_one_at_noise(self) -> None:
-        clocks = {training.host: training.time_of for training in image_hosts.TRAININGS}
-        # DiT counts 1000 steps towards noise; a transport starts from noise at 0.
-        assert float(clocks["DiT"](torch.tensor(999))) == pytest.approx(0.9995)
-        assert float(clocks["SiT"](torch.tensor(0.25))) == 0.75
-
-    def test_features_are_what_fast_dit_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(image_hosts, "NUM_BATCHES", 1)
-        image_hosts.write_features(tmp_path)
-        for name, shape in (("features", (1, 4, 32, 32)), ("labels", (1,))):
-            files = list((tmp_path / f"imagenet256_{name}").iterdir())
-            assert len(files) == image_hosts.BATCH
-            assert np.load(files[0]).shape == shape
-
-    def test_lightningdit_keeps_its_published_config(self, tmp_path: Path) -> None:
-        published = {
-            "data": {"latent_norm": True},
-            "model": {"in_chans": 32, "use_rope": True},
-            "train": {"global_seed": 0},
-            "transport": {"use_cosine_loss": True, "use_lognorm": True},
-        }
-        (tmp_path / "configs").mkdir()
-        path = tmp_path / "configs" / "lightningdit_xl_vavae_f16d32.yaml"
-        path.write_text(yaml.safe_dump(published))
-        config = yaml.safe_load(image_hosts.write_lightningdit(tmp_path, tmp_path).read_text())
-        assert config["transport"] == {"use_cosine_loss": True, "use_lognorm": False}
-        assert config["model"]["use_rope"]
-        assert config["train"]["max_steps"] * config["train"]["global_batch_size"] == 1024
-        latents = load_file(tmp_path / "latents.safetensors")
-        assert latents["latents"].shape == latents["latents_flip"].shape == (1024, 32, 1, 1)
-        assert latents["labels"].shape == (1024,)
 
 
 class TestStandIns:

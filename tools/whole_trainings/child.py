@@ -5,15 +5,22 @@
 `runs.Run` writes the spec.
 """
 
+import builtins
+import functools
 import json
 import os
 import random
 import runpy
 import sys
 import traceback
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # The contract is part of the test suite.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -31,6 +38,8 @@ from whole_trainings.recording import Record, Recorder
 def main(spec_path: str) -> int:
     """Runs one spec. Returns the exit code of the launcher, or of the script."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    if spec["packages"] and spec["packages"] not in sys.path:
+        sys.path.insert(1, spec["packages"])
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
     replaced += [] if spec["on_cpu"] else stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
@@ -41,14 +50,22 @@ def main(spec_path: str) -> int:
         sys.modules[name] = inert_module(name)
         recorder.record.stand_ins.append(f"{name} (not used here, and cannot be imported)")
     os.chdir(spec["folder"])
-    # The script's own folder comes first when it runs; this one is what PYTHONPATH=. gives.
-    sys.path.insert(0, spec["checkout"])
+    # As Python starts a script, with PYTHONPATH=. in the checkout.
+    sys.path[:1] = [str(Path(spec["script"]).parent), spec["checkout"]]
+    if spec["stand_ins"]:
+        module, _, function = spec["stand_ins"].rpartition(".")
+        recorder.record.stand_ins += getattr(import_module(module), function)()
     if spec["prepare"]:
         prepare = import_module(f"whole_trainings.{spec['prepare']}").prepare
         recorder.record.stand_ins += prepare(recorder.record, Path(spec["folder"]), replayed)
+    finder = AfterImport()
+    for model in spec["small"]:
+        finder.add(model["module"], functools.partial(add_small, model=model))
     for module, function in spec["factories"]:
-        made = import_module(module)
-        setattr(made, function, recorder.watching(getattr(made, function)))
+        finder.add(module, functools.partial(watch, recorder=recorder, function=function))
+    sys.meta_path.insert(0, finder)
+    if spec["script_class"]:
+        watch_script(recorder, *spec["script_class"])
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)
@@ -58,10 +75,70 @@ def main(spec_path: str) -> int:
         code = _run(spec)
     finally:
         recorder.record.exit_code = code
+        recorder.record.samples += stand_ins.SAVED
         recorder.record.save(Path(f"{spec['record']}.{rank}.pt"))
         if dist.is_initialized():
             dist.destroy_process_group()
     return code
+
+
+class AfterImport(MetaPathFinder):
+    """Changes modules of the host as soon as they are imported, in the host's own order."""
+
+    def __init__(self) -> None:
+        self._actions: dict[str, list[Callable[[ModuleType], None]]] = defaultdict(list)
+
+    def add(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        """Lets a function have the module of this name after it has run."""
+        self._actions[name].append(action)
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module that is to be changed; None for any other."""
+        spec = PathFinder.find_spec(name, path) if name in self._actions else None
+        if spec is None or spec.loader is None:
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            execute(module)
+            for action in self._actions[name]:
+                action(module)
+
+        loader.exec_module = executed
+        return spec
+
+
+def watch(module: ModuleType, recorder: Recorder, function: str) -> None:
+    """Lets a recorder watch what a function of a host makes."""
+    setattr(module, function, recorder.watching(getattr(module, function)))
+
+
+def watch_script(recorder: Recorder, name: str, method: str) -> None:
+    """Lets a recorder watch a class that a script will define."""
+    build_class: Any = builtins.__build_class__
+
+    def build(body: Any, class_name: str, *bases: Any, **options: Any) -> type:
+        made = build_class(body, class_name, *bases, **options)
+        is_it = class_name == name and made.__module__ == "__main__"
+        return recorder.watch_class(made, method) if is_it else made
+
+    setattr(builtins, "__build_class__", build)  # noqa: B010 - mypy: it is final
+
+
+def add_small(home: ModuleType, model: dict[str, Any]) -> None:
+    """Gives a small model of a host its name; see `SmallModel`."""
+    table, name = model["table"], model["name"]
+    models = getattr(home, table) if table else vars(home)
+    # A registry of mmengine has a dict.
+    models = getattr(models, "module_dict", models)
+    made = getattr(home, model["model"])
+
+    def small(*args: Any, **options: Any) -> Any:
+        kept = {key: value for key, value in options.items() if key not in model["ignores"]}
+        return made(*args, **{**model["sizes"], **kept})
+
+    models[name] = small
 
 
 def start(spec_path: str, log: str, environment: Mapping[str, str]) -> None:

@@ -39,6 +39,34 @@ def write_videos(folder: Path, count: int, *, size: int, num_frames: int) -> lis
     return written
 
 
+def write_images(folder: Path, count: int, *, size: int) -> list[tuple[Path, str]]:
+    """Writes `count` pictures of digits as DIGIT/DIGIT_0000.png, ...
+
+    Args:
+        folder: is made.
+        count: of pictures.
+        size: H and W; the digits are drawn at 64 pixels at most, and enlarged.
+
+    Returns:
+        Path and caption of each.
+    """
+    from PIL import Image
+
+    digits, generator = (
+        MovingDigits(image_size=min(size, 64), class_cond=True),
+        torch.Generator().manual_seed(0),
+    )
+    written = []
+    for index in range(count):
+        sample = digits.load(index, generator)
+        path = folder / str(sample["label"]) / f"{sample['label']}_{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels(sample["video"])[0, :, :, 0].numpy()).convert("RGB")
+        image.resize((size, size)).save(path)
+        written.append((path, sample["caption"]))
+    return written
+
+
 def pixels(video: Tensor) -> Tensor:
     """A grey video (1, F, H, W) in [-1, 1] as uint8 (F, H, W, 1)."""
     return ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0)

@@ -19,6 +19,27 @@ _PLAIN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127
 
 
 @dataclass(frozen=True)
+class SmallModel:
+    """A model of a host with few parameters.
+
+    Args:
+        module: of the host, that has the class and the table of its models.
+        model: the class.
+        name: that a configuration names the small model by.
+        sizes: arguments of the class.
+        table: the dict of the host's models; "" if they are the module's own functions.
+        ignores: arguments of the host's functions that the class does not have.
+    """
+
+    module: str
+    model: str
+    name: str
+    sizes: dict[str, Any]
+    table: str = ""
+    ignores: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Script:
     """A host, for all of its runs.
 
@@ -35,6 +56,10 @@ class Script:
             script. It records the steps, replays the t of another run if there is one, and returns the
             stand-ins.
         on_cpu: whether the host runs on a CPU by itself; it gets no stand-ins then but those of `prepare`.
+        script_class: (class, method) of a class in the script itself that makes the loss.
+        stand_ins: dotted name of a function that puts in place what this host alone needs, and returns the
+            names of what was replaced.
+        small: small models, which get a name beside the host's own.
     """
 
     checkout: Path
@@ -46,6 +71,9 @@ class Script:
     needs: tuple[str, ...] = ()
     prepare: str = ""
     on_cpu: bool = False
+    small: tuple[SmallModel, ...] = ()
+    script_class: tuple[str, str] | None = None
+    stand_ins: str = ""
 
     def run(self, name: str, script: str, arguments: list[str], **options: Any) -> "Run":
         """Runs one of the host's scripts to its end. `name` is that of the run's files."""
@@ -73,6 +101,10 @@ class Script:
             raise RuntimeError(f"pip install {' '.join(self.needs)}: {done.stderr.strip().splitlines()[-1]}")
         unfinished.rename(self.packages)
 
+    def replaces_imported(self) -> bool:
+        """Whether one of its own packages is imported here already, perhaps in another version."""
+        return bool(self.needs) and any(path.stem in sys.modules for path in self.packages.iterdir())
+
 
 @dataclass
 class Run:
@@ -86,6 +118,7 @@ class Run:
         launch: options of the launcher; None runs the script without it.
         replay: name of the run whose t this one gets; '' for none.
         num_processes: 1 is a single process, more are started by torchrun.
+        variables: of the process's environment.
         asserts: whether the host's assertions hold; without, it is `python -O`.
     """
 
@@ -96,6 +129,7 @@ class Run:
     launch: list[str] | None = None
     replay: str = ""
     num_processes: int = 1
+    variables: dict[str, str] = field(default_factory=dict)
     asserts: bool = True
     exit_code: int = -1
     seconds: float = 0.0
@@ -105,7 +139,7 @@ class Run:
         """Runs it. The output goes to NAME.log in the work folder.
 
         A single process is forked from this one, which has imported the large libraries already, unless the
-        host needs libraries of its own.
+        host needs another version of one of these.
         """
         work = self.host.work
         spec = {
@@ -118,18 +152,22 @@ class Run:
             "unused": self.host.unused,
             "prepare": self.host.prepare,
             "on_cpu": self.host.on_cpu,
+            "script_class": self.host.script_class,
+            "stand_ins": self.host.stand_ins,
+            "small": [vars(model) for model in self.host.small],
             "record": str(work / self.name),
             "replay": str(work / self.replay) if self.replay else "",
             "folder": str(work),
+            "packages": str(self.host.packages) if self.host.needs else "",
             "checkout": str(self.host.checkout),
         }
         path = work / f"{self.name}.json"
         path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
         started = time.monotonic()
         log = work / f"{self.name}.log"
-        if self.num_processes == 1 and not self.host.needs:
+        if self.num_processes == 1 and not self.host.replaces_imported():
             forked = multiprocessing.get_context("fork").Process(
-                target=child.start, args=(str(path), str(log), _PLAIN)
+                target=child.start, args=(str(path), str(log), {**_PLAIN, **self.variables})
             )
             forked.start()
             forked.join()
@@ -160,9 +198,9 @@ class Run:
         # Without these variables a trainer that runs on a CPU by itself takes one process.
         plain = _PLAIN if self.num_processes == 1 and not self.host.on_cpu else {}
         environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-        environment.update(HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
         if self.host.on_cpu:
             environment["ACCELERATE_USE_CPU"] = "1"
+        environment.update(self.variables, HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
         if not self.asserts:
             environment["PYTHONOPTIMIZE"] = "1"
         return environment

@@ -5,6 +5,7 @@ Everything here is put in place for the rest of the process, before the host's s
 Dims: B batch, F frames, C channels, H height, W width, N tokens, D width.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -19,20 +20,25 @@ import torch
 import torch.distributed as dist
 from conformance import diffusers_stand_ins
 from conformance.stand_ins import StandIns
+from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedit_plugins.trainer.data.videos.files import read_frames, read_header, write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
+# The pictures (B, C, H, W) that were given to `save_image`.
+SAVED: list[Tensor] = []
 # Imported by the hosts, and never called in these trainings.
-UNUSED = ("decord", "wandb", "imageio", "apex", "pandarallel")
+UNUSED = ("decord", "wandb", "imageio", "apex", "pandarallel", "fairscale")
 COMMON = (
     "torch.cuda (present, device 'cpu')",
     "NCCL (gloo)",
     "DistributedDataParallel (without device_ids)",
     "timm (its layers)",
-    "torchvision (its transforms; videos by PyAV)",
+    "torchvision (its transforms; folders of images by PIL, videos by PyAV)",
+    "torch.compile (none: it would cost minutes)",
+    "torch.load (reads argparse.Namespace, as before torch 2.6)",
     "ftfy and bs4 (the captions are plain text)",
     "imported, never called: " + ", ".join(UNUSED),
 )
@@ -55,6 +61,13 @@ class OnCpu(TorchFunctionMode):
 def _on_cpu(value: Any) -> Any:
     is_cuda = isinstance(value, torch.device) and value.type == "cuda"
     return torch.device("cpu") if is_cuda or (isinstance(value, str) and value.startswith("cuda")) else value
+
+
+class DeviceCount(int):
+    """One device for each rank, as mmengine wants it. `rank % count` is the device that DiT trains on."""
+
+    def __rmod__(self, rank: int) -> Any:
+        return torch.device("cpu")
 
 
 class Normalize:
@@ -97,6 +110,42 @@ def write_video(filename: str, video_array: Tensor, fps: float, **_: Any) -> Non
     write_mp4(Path(filename), video_array, fps=fps)
 
 
+class ImageFolder(torch.utils.data.Dataset[tuple[Any, int]]):
+    """The images below `root`, with the number of their folder as the label."""
+
+    def __init__(self, root: str, transform: Any = None) -> None:
+        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
+        files = [sorted(folder.iterdir()) for folder in folders]
+        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        image: Any = Image.open(path).convert("RGB")
+        return image if self._transform is None else self._transform(image), label
+
+
+class CIFAR10(ImageFolder):
+    """A folder of images, with the arguments of torchvision's class."""
+
+    def __init__(self, root: str, transform: Any = None, download: bool = False) -> None:
+        super().__init__(root, transform)
+
+
+def save_image(images: Tensor, path: str, **_: Any) -> None:
+    """Keeps pictures (B, C, H, W) in `SAVED`, in place of a file."""
+    SAVED.append(images.detach().float().clone())
+
+
+def make_grid(images: Tensor, **_: Any) -> Tensor:
+    """Keeps pictures (B, C, H, W) in `SAVED`. Returns them side by side."""
+    save_image(images, "")
+    return torch.cat(list(images), dim=-1)
+
+
 def install_common() -> list[str]:
     """Puts what every host here needs in place. Returns its names."""
     # They look at what is installed when they are imported, so this comes before the stand-ins.
@@ -125,16 +174,20 @@ def _torchvision() -> dict[str, ModuleType]:
     top, transforms = modules["torchvision"], modules["torchvision.transforms"]
     vars(transforms).update(Normalize=Normalize, RandomResizedCrop=diffusers_stand_ins.RandomCrop)
     vars(transforms).update(Lambda=_same)
+    functional = modules["torchvision.transforms.functional"]
+    vars(functional).update(InterpolationMode=diffusers_stand_ins.Interpolation)
     video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
     video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
-    utils = module_with("torchvision.utils", save_image=_refused, make_grid=_refused)
+    utils = module_with("torchvision.utils", save_image=save_image, make_grid=make_grid)
     # What a host's CSV data set needs beside the videos.
     folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    vars(folder).update(default_loader=_refused)
     download = module_with("torchvision.datasets.utils", download_url=_refused)
     datasets = module_with("torchvision.datasets", folder=folder, utils=download)
+    vars(datasets).update(ImageFolder=ImageFolder, CIFAR10=CIFAR10)
     vars(top).update(io=video, utils=utils, datasets=datasets)
     added = (video, video_file, utils, folder, download, datasets)
-    kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
+    kept = (top, transforms, functional, *added)
     return {module.__name__: module for module in kept}
 
 
@@ -165,10 +218,22 @@ def _timm() -> dict[str, ModuleType]:
             if out_features is not None:
                 self.fc2 = nn.Linear(hidden_features, out_features)
 
+    class Attention(original.Attention):
+        """With timm's switch for norms of queries and keys, off."""
+
+        def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
+            if qk_norm:
+                raise ValueError("the stand-in for timm's Attention has no qk_norm")
+            super().__init__(dim, num_heads, qkv_bias)
+
     layers = module_with("timm.models.vision_transformer", PatchEmbed=original.PatchEmbed, Mlp=Mlp)
-    vars(layers).update(Attention=original.Attention)
+    vars(layers).update(Attention=Attention)
     others = module_with("timm.models.layers", DropPath=DropPath, trunc_normal_=nn.init.trunc_normal_)
-    timm = (module_with("timm"), module_with("timm.models"), layers, others)
+    vars(others).update(to_2tuple=lambda value: (value, value))
+    # ImageNet's.
+    statistics = {"MEAN": (0.485, 0.456, 0.406), "STD": (0.229, 0.224, 0.225)}
+    data = module_with("timm.data", **{f"IMAGENET_DEFAULT_{name}": each for name, each in statistics.items()})
+    timm = (module_with("timm"), module_with("timm.models"), layers, others, data)
     return {module.__name__: module for module in timm}
 
 
@@ -176,21 +241,32 @@ def _without_cuda() -> None:
     ddp, start = nn.parallel.DistributedDataParallel, dist.init_process_group
 
     class OnGloo(ddp):
-        def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
+        def __init__(
+            self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **options: Any
+        ) -> None:
             super().__init__(module, **options)
 
     def with_gloo(backend: str | None = None, **options: Any) -> None:
         start("gloo", **options)
 
     nn.parallel.DistributedDataParallel = OnGloo  # type: ignore[misc]  # a stand-in
+    vars(nn.parallel.distributed)["DistributedDataParallel"] = OnGloo
     dist.init_process_group = with_gloo
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, _nothing)
+    torch.compile = uncompiled
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    # accelerate would look for the device itself.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.cuda.is_available = lambda: True
-    # mmengine looks for one device per rank.
-    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.cuda.device_count = lambda: DeviceCount(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.current_device = lambda: 0
     OnCpu().__enter__()
+
+
+def uncompiled(model: Any = None, **_: Any) -> Any:
+    """`torch.compile`, as a function and as a decorator, that leaves everything as it is."""
+    return uncompiled if model is None else model
 
 
 def _nothing(*_: Any, **__: Any) -> None:
