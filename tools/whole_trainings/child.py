@@ -31,6 +31,8 @@ from whole_trainings.recording import Record, Recorder
 def main(spec_path: str) -> int:
     """Runs one spec. Returns the exit code of the launcher, or of the script."""
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    if spec["packages"]:
+        sys.path.insert(0, spec["packages"])
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
     replaced += stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
@@ -46,6 +48,9 @@ def main(spec_path: str) -> int:
     for module, function in spec["factories"]:
         made = import_module(module)
         setattr(made, function, recorder.watching(getattr(made, function)))
+    for module, function in spec["losses"]:
+        made = import_module(module)
+        setattr(made, function, recorder.keeping(getattr(made, function)))
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)

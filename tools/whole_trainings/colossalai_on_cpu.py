@@ -64,11 +64,16 @@ class HybridAdam(torch.optim.AdamW):
         super().__init__(params, **options)
 
 
-def install() -> list[str]:
-    """Makes ColossalAI run here. Call it before CUDA is stood in for. Returns what was replaced."""
+def preload() -> None:
+    """Imports ColossalAI for the CPU, which takes seconds."""
     # The trainer of this project needs the same of ColossalAI on a CPU.
     booster._set_accelerator(torch.device("cpu"))
     booster._import_quietly()
+
+
+def install() -> list[str]:
+    """Makes ColossalAI run here. Call it before CUDA is stood in for. Returns what was replaced."""
+    preload()
     low_level = import_module("colossalai.zero.low_level").LowLevelZeroOptimizer
     low_level._sanity_checks = lambda self: None
     low_level._param_store = property(lambda self: self)

@@ -51,13 +51,13 @@ def write_table(path: Path, rows: list[list[Any]]) -> Path:
     return path
 
 
-def write_vae(folder: Path) -> Path:
+def write_vae(folder: Path, channels: tuple[int, ...] = (4, 4, 4, 4)) -> Path:
     """An AutoencoderKL with few channels, 8 times smaller latents and random weights. Returns its folder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=2,

@@ -22,6 +22,7 @@ class Record:
     Args:
         t: of each training call, as the model saw it, (B,).
         terms: of each training call: `loss`, and `mse` and `vb` where the host has them, each (B,).
+        shapes: of the x that the model saw with it.
         samples: what each sampling call returned.
         exit_code: of the launcher or the script.
         stand_ins: what was replaced.
@@ -29,6 +30,7 @@ class Record:
 
     t: list[Tensor] = field(default_factory=list)
     terms: list[dict[str, Tensor]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     exit_code: int = -1
     stand_ins: list[str] = field(default_factory=list)
@@ -56,6 +58,8 @@ class Recorder:
         self._model = model
         self._replayed = replayed
         self._seen: list[Tensor] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._unweighted: Tensor | None = None
         nn.modules.module.register_module_forward_pre_hook(self._before)
 
     def watching(self, factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +73,16 @@ class Recorder:
             return host
 
         return made
+
+    def keeping(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A host's function for the unweighted loss (B,). What it returns is kept as `mse`, if terms have none."""
+
+        @functools.wraps(loss)
+        def kept(*args: Any, **kwargs: Any) -> Tensor:
+            self._unweighted = loss(*args, **kwargs)
+            return self._unweighted
+
+        return kept
 
     def watch(self, host: Any) -> None:
         """Records the calls of one object. A policy may be attached to it before or after."""
@@ -96,7 +110,11 @@ class Recorder:
             )
         self.record.t.append(self._seen[0])
         kept = ("loss", "mse", "vb")
-        self.record.terms.append({name: terms[name].detach().clone() for name in kept if name in terms})
+        found = {name: terms[name].detach().clone() for name in kept if name in terms}
+        if self._unweighted is not None:
+            found.setdefault("mse", self._unweighted.detach().clone())
+        self.record.shapes.append(self._shapes[-1])
+        self.record.terms.append(found)
 
     def _sampled(self, host: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         samples = getattr(type(host), name)(host, *args, **kwargs)
@@ -106,3 +124,4 @@ class Recorder:
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if type(module).__name__ == self._model and len(inputs) > 1:
             self._seen.append(inputs[1].detach().clone())
+            self._shapes[:] = [tuple(inputs[0].shape)]

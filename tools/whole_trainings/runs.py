@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whole_trainings import child
+from whole_trainings import child, colossalai_on_cpu
 from whole_trainings.recording import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +27,7 @@ class Script:
         work: folder for data, specs and results; the scripts run in it.
         model: class name of the model.
         factories: (module, function) pairs that make the object that trains.
+        losses: (module, function) pairs that compute the unweighted loss (B,), where the terms have no mse.
         colossalai: whether it trains under ColossalAI.
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
@@ -37,6 +38,7 @@ class Script:
     work: Path
     model: str
     factories: tuple[tuple[str, str], ...]
+    losses: tuple[tuple[str, str], ...] = ()
     colossalai: bool = False
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -50,6 +52,12 @@ class Script:
     def packages(self) -> Path:
         """The folder of what `needs` names."""
         return self.work / "packages"
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether nothing that `needs` names is imported here already."""
+        names = {path.name.split(".")[0] for path in self.packages.iterdir()} if self.needs else set()
+        return not names & set(sys.modules)
 
     def install(self) -> None:
         """Installs what `needs` names, once.
@@ -99,7 +107,7 @@ class Run:
         """Runs it. The output goes to NAME.log in the work folder.
 
         A single process is forked from this one, which has imported the large libraries already, unless the
-        host needs libraries of its own.
+        host needs other versions of them.
         """
         work = self.host.work
         spec = {
@@ -107,6 +115,7 @@ class Run:
             "arguments": self.arguments,
             "launch": self.launch,
             "factories": self.host.factories,
+            "losses": self.host.losses,
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
@@ -114,12 +123,15 @@ class Run:
             "replay": str(work / self.replay) if self.replay else "",
             "folder": str(work),
             "checkout": str(self.host.checkout),
+            "packages": str(self.host.packages) if self.host.needs else "",
         }
         path = work / f"{self.name}.json"
         path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
         started = time.monotonic()
         log = work / f"{self.name}.log"
-        if self.num_processes == 1 and not self.host.needs:
+        if self.num_processes == 1 and self.host.is_forked:
+            if self.host.colossalai:
+                colossalai_on_cpu.preload()
             forked = multiprocessing.get_context("fork").Process(
                 target=child.start, args=(str(path), str(log), _PLAIN)
             )

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from conformance import diffusers_stand_ins
 from conformance.stand_ins import StandIns
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from speedit_plugins.trainer.data.videos.files import read_frames, read_header, write_mp4
@@ -27,9 +29,12 @@ from speedit_plugins.trainer.data.videos.files import read_frames, read_header, 
 ROOT = Path(__file__).resolve().parents[2]
 # Imported by the hosts, and never called in these trainings.
 UNUSED = ("decord", "wandb", "imageio", "apex", "pandarallel")
+# Without AVX-512 they take up to 25 times longer in bfloat16.
+PRODUCTS = ("conv2d", "conv3d", "linear", "scaled_dot_product_attention")
 COMMON = (
     "torch.cuda (present, device 'cpu')",
     "NCCL (gloo)",
+    "bfloat16 products and convolutions (float32, rounded afterwards)",
     "DistributedDataParallel (without device_ids)",
     "timm (its layers)",
     "torchvision (its transforms; videos by PyAV)",
@@ -50,6 +55,23 @@ class OnCpu(TorchFunctionMode):
             return torch.device("cpu")
         placed = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         return func(*map(_on_cpu, args), **placed)
+
+
+def in_float32(function: Any) -> Any:
+    """A product that is computed in float32 if it is one of bfloat16."""
+
+    @functools.wraps(function)
+    def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            return function(x, *args, **kwargs)
+        named = {name: _wide(value) for name, value in kwargs.items()}
+        return function(x.float(), *map(_wide, args), **named).bfloat16()
+
+    return computed
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value
 
 
 def _on_cpu(value: Any) -> Any:
@@ -92,6 +114,11 @@ def read_video(
     return pixels, None, {"video_fps": 8.0}
 
 
+def read_image(path: str) -> Image.Image:
+    """torchvision's `pil_loader`."""
+    return Image.open(path).convert("RGB")
+
+
 def write_video(filename: str, video_array: Tensor, fps: float, **_: Any) -> None:
     """Writes uint8 (F, H, W, C)."""
     write_mp4(Path(filename), video_array, fps=fps)
@@ -127,12 +154,17 @@ def _torchvision() -> dict[str, ModuleType]:
     vars(transforms).update(Lambda=_same)
     video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
     video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
+    # What Open-Sora 1.2 takes of torchvision's own reader, beside the public functions.
+    backend = SimpleNamespace(_read_video=lambda path, *_: read_video(path, output_format="THWC"))
+    vars(video_file).update(_video_opt=backend, _log_api_usage_once=_nothing)
+    for name in ("_align_audio_frames", "_check_av_available", "_read_from_stream"):
+        setattr(video_file, name, _refused)
     utils = module_with("torchvision.utils", save_image=_refused, make_grid=_refused)
     # What a host's CSV data set needs beside the videos.
-    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=read_image)
     download = module_with("torchvision.datasets.utils", download_url=_refused)
     datasets = module_with("torchvision.datasets", folder=folder, utils=download)
-    vars(top).update(io=video, utils=utils, datasets=datasets)
+    vars(top).update(io=video, utils=utils, datasets=datasets, get_video_backend=lambda: "video_reader")
     added = (video, video_file, utils, folder, download, datasets)
     kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
     return {module.__name__: module for module in kept}
@@ -190,6 +222,8 @@ def _without_cuda() -> None:
     # mmengine looks for one device per rank.
     torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.current_device = lambda: 0
+    for name in PRODUCTS:
+        setattr(functional, name, in_float32(getattr(functional, name)))
     OnCpu().__enter__()
 
 
