@@ -9,7 +9,7 @@ from speedit_plugins.version import __version__
 
 if TYPE_CHECKING:
     from speedit_plugins.hosts.entry import with_policy, without_policy
-    from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
+    from speedit_plugins.hosts.states.policy_state import load_policy_state, policy_of, policy_state
     from speedit_plugins.policies.build import build_policy
     from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
     from speedit_plugins.policies.schedule import NoiseSchedule
@@ -35,9 +35,9 @@ _HOMES = {
     "TimestepDraw": "speedit_plugins.policies.policy",
     "TimestepPolicy": "speedit_plugins.policies.policy",
     "build_policy": "speedit_plugins.policies.build",
-    "load_policy_state": "speedit_plugins.hosts.state",
-    "policy_of": "speedit_plugins.hosts.state",
-    "policy_state": "speedit_plugins.hosts.state",
+    "load_policy_state": "speedit_plugins.hosts.states.policy_state",
+    "policy_of": "speedit_plugins.hosts.states.policy_state",
+    "policy_state": "speedit_plugins.hosts.states.policy_state",
     "with_policy": "speedit_plugins.hosts.entry",
     "without_policy": "speedit_plugins.hosts.entry",
 }

@@ -26,7 +26,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from speedit_plugins.doctor.report import report
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.edits.script_edits import CALLS, edited
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.factories import (
     FACTORIES,
     SCRIPT_METHOD,
@@ -35,9 +37,7 @@ from speedit_plugins.hosts.factories import (
     reaches_a_factory,
     reaches_text,
 )
-from speedit_plugins.hosts.script_edits import CALLS, edited
-from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
-from speedit_plugins.hosts.state_file import StateFile
+from speedit_plugins.hosts.states.state_file import StateFile
 from speedit_plugins.hosts.trainers.inline_draws import INLINE_CALLS, SCRIPTS, InlineCalls, edited_script
 from speedit_plugins.launch_options import (
     PROGRAM,

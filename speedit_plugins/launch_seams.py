@@ -20,7 +20,9 @@ from typing import Any, NoReturn, cast
 import torch
 
 from speedit_plugins.hosts.attachment import PolicyHolder, attachment_of, is_attached
-from speedit_plugins.hosts.draw_stream import DrawStream, replica
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, replica
+from speedit_plugins.hosts.edits.script_edits import ScriptCalls
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.entry import launched_seam, no_seam
 from speedit_plugins.hosts.factories import (
     FACTORIES,
@@ -32,11 +34,9 @@ from speedit_plugins.hosts.factories import (
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import ScriptCalls
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.sigma_calls import SigmaCalls
-from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, edited_sigmas
-from speedit_plugins.hosts.state_file import StateFile
+from speedit_plugins.hosts.states.state_file import StateFile
 from speedit_plugins.launch_options import (
     PROGRAM,
     LaunchError,

@@ -25,7 +25,7 @@ from torch import Tensor
 from whole_trainings.checks import fit
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
-from speedit_plugins.hosts.state_file import CHECKPOINT_FILE, read_state
+from speedit_plugins.hosts.states.state_file import CHECKPOINT_FILE, read_state
 from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
 
 BATCH, NUM_STEPS, NUM_MORE = 32, 200, 20

@@ -20,9 +20,9 @@ from speedit_plugins.doctor.sources import (
     read_file,
     root_of,
 )
+from speedit_plugins.hosts.edits.script_edits import edited
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, SigmaSites, edited_sigmas
 from speedit_plugins.hosts.factories import FACTORIES, SCRIPT_METHOD, SHARED_FUNCTIONS, Factory, defines
-from speedit_plugins.hosts.script_edits import edited
-from speedit_plugins.hosts.sigma_edits import DENSITY, SigmaSites, edited_sigmas
 from speedit_plugins.hosts.trainers.inline_draws import INLINE_CALLS, SCRIPTS, edited_script
 
 

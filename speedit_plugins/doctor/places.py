@@ -8,7 +8,8 @@ from functools import partial
 from typing import Literal
 
 from speedit_plugins.doctor.sources import Source
-from speedit_plugins.hosts.sigma_edits import DENSITY, WEIGHTING
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, WEIGHTING
+from speedit_plugins.hosts.edits.syntax import in_scope
 
 # How a draw is made. "call" is a call of a function in DRAWING, "sampler" one of a schedule sampler.
 DrawKind = Literal["index", "uniform", "logit_normal", "log_normal", "call", "sampler"]
@@ -107,7 +108,7 @@ def losses(source: Source) -> list[Place]:
     """The squared errors and losses in a file, by line."""
     found: dict[int, Place] = {}
     for scope in _scopes(source, _MAY_LOSE):
-        for node in _in_scope(scope):
+        for node in in_scope(scope):
             place = _loss(source, scope, node)
             if place is not None:
                 found.setdefault(place.line, place)
@@ -136,7 +137,7 @@ def _draws_in(source: Source, scope: ast.AST) -> Iterator[Place]:
     """The draws in one function, or in the script outside of functions."""
     normal: set[str] = set()
     is_timed = any(_TIME.fullmatch(word) for word in _words(scope))
-    for node in _in_scope(scope):
+    for node in in_scope(scope):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = _targets(node)
             name = _time_name(targets, is_timed)
@@ -302,7 +303,7 @@ def _call_of(value: ast.AST, names: tuple[str, ...], of_torch: bool = True) -> a
 
 def _words(scope: ast.AST) -> Iterator[str]:
     """Names and attributes of a function, without those that are one letter: these may be anything."""
-    for node in _in_scope(scope):
+    for node in in_scope(scope):
         word = getattr(node, "id", getattr(node, "attr", ""))
         if isinstance(word, str) and len(word) > 2:
             yield word
@@ -325,13 +326,3 @@ def _scopes(source: Source, pattern: re.Pattern[str]) -> Iterator[ast.AST]:
             end = node.end_lineno or node.lineno
             if any(node.lineno <= line <= end for line in lines):
                 yield node
-
-
-def _in_scope(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function or a script, in order, without those of functions in it."""
-    waiting = list(ast.iter_child_nodes(scope))[::-1]
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-            waiting += list(ast.iter_child_nodes(node))[::-1]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from speedit_plugins.doctor.places import Place, last_name, names_in
 from speedit_plugins.doctor.sources import Project, Source
-from speedit_plugins.hosts.script_draws import schedulers_of_draws
+from speedit_plugins.hosts.edits.script_draws import schedulers_of_draws
 
 # Names of noise, if no `randn_like` says which name it has.
 _NOISE_WORDS = ("noise", "noises", "eps", "epsilon")

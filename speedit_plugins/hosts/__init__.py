@@ -1,0 +1,1 @@
+"""The plugin: one file for each place where a host draws t, and folders of what these share."""

@@ -17,10 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.observation import observe
-from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
-from speedit_plugins.hosts.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.observation import observe
+from speedit_plugins.hosts.draws.recomputation import RecentCalls, is_recomputing
+from speedit_plugins.hosts.draws.weighted_loss import draw_for_loss, is_constant, is_shared, weighted_mse
+from speedit_plugins.hosts.states.booster_checkpoints import booster_states, keep_in_boosters
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 # Makes the methods that replace those of a host's class. It is a function of a module, since an object with a
@@ -127,6 +128,8 @@ class Attachment(PolicyHolder):
     def __init__(
         self, policy: TimestepPolicy | Callable[[], TimestepPolicy], stream: DrawStream | None = None
     ) -> None:
+        # A host may load its checkpoint before it trains.
+        booster_states()
         self._source = policy
         self.stream = stream if stream is not None else DrawStream()
         self._waiting_state: Mapping[str, Any] | None = None
@@ -154,6 +157,7 @@ class Attachment(PolicyHolder):
 
     def begin_step(self, data: Tensor | None) -> None:
         """Begins a training step of the policy, which sees the batch's data first."""
+        keep_in_boosters(self)
         self.policy.advance()
         observe(self.policy, data)
 

@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.hosts import diffusion_object, drawing_object, flow_object, imagen, interpolant_loss
 from speedit_plugins.hosts.attachment import refuse_attached, without_policy
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.objects import (
+    diffusion_object,
+    drawing_object,
+    flow_object,
+    imagen,
+    interpolant_loss,
+)
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, TableOnDevices
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import RecentCalls, is_recomputing
-from speedit_plugins.hosts.weighted_loss import is_constant
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.recomputation import RecentCalls, is_recomputing
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
+from speedit_plugins.hosts.states.booster_checkpoints import booster_states, keep_in_boosters
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import CONVERGENCE_SNR
 
@@ -213,8 +214,16 @@ class FlowAttachment(Attachment):
     def check(self, policy: TimestepPolicy) -> None:
         """Raises ValueError if the host cannot be drawn for by this policy, in this stream."""
         super().check(policy)
-        if policy.is_relative:
-            refuse_strata(self.stream, policy)
+        if not policy.is_relative:
+            return
+        refuse_strata(self.stream, policy)
+        if policy.stratified or draws_pairs(policy):
+            how = "strata" if policy.stratified else "pairs"
+            raise ValueError(
+                f"{policy.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one"
+                " by one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
+                " 'spectral_flow'"
+            )
 
     def draw_from(
         self,
@@ -303,6 +312,8 @@ class ThinningAttachment:
 
     def __init__(self, thinning: FlowThinning, stream: DrawStream, *, moves_boundary: bool = False) -> None:
         refuse_strata(stream)
+        # A host may load its checkpoint before it trains.
+        booster_states()
         self._moves_boundary = moves_boundary
         self.thinning = thinning
         self.stream = stream
@@ -314,6 +325,7 @@ class ThinningAttachment:
         if is_recomputing():
             recomputed: Tensor = self._recent.of_recomputed(t, data)
             return recomputed
+        keep_in_boosters(self)
         thinned = t
         if self.thinning.k > 1:
             with self.stream.hosts_generators(self.num_calls, data.device):

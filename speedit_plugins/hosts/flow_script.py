@@ -21,12 +21,12 @@ from speedit_plugins.hosts.attachment import (
     TableOnDevices,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
-from speedit_plugins.hosts.observation import observe
-from speedit_plugins.hosts.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.observation import observe
+from speedit_plugins.hosts.draws.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.draws.waiting_draws import WaitingDraws
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.hosts.schedules import from_diffusers, shift_of
-from speedit_plugins.hosts.waiting_draws import WaitingDraws
-from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, under_way
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.draws.weighted_loss import scaled
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
-from speedit_plugins.hosts.state import load_policy_state, policy_state
-from speedit_plugins.hosts.weighted_loss import scaled
+from speedit_plugins.hosts.states.policy_state import load_policy_state, policy_state
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
 from speedit_plugins.hosts.schedules import schedule_of
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import Attachment, refuse_given_weights, under_way
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.filled_timestep import FilledTimestep, Watched
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.objects.filled_timestep import FilledTimestep, Watched
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
@@ -91,7 +91,7 @@ class SpeeDiffusion(IDDPM, _Placed):  # type: ignore[misc]  # the host has no ty
 
     @property
     def policy(self) -> TimestepPolicy:
-        """What draws and weighs. The host's checkpoints do not keep its state, see `policy_state`."""
+        """What draws and weighs. The host's checkpoints keep its state."""
         return self._speedit_attachment.policy
 
     def training_losses(self, model: Any, x_start: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_given_weights
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
 from speedit_plugins.hosts.flow import FlowAttachment, FlowThinning, ThinningAttachment
-from speedit_plugins.hosts.flow_object import policy_for
-from speedit_plugins.hosts.recomputation import is_training
-from speedit_plugins.hosts.rectified_flow import (
+from speedit_plugins.hosts.objects.flow_object import policy_for
+from speedit_plugins.hosts.objects.rectified_flow import (
     checked,
     clock_of,
     draw_hosts_t,

@@ -24,13 +24,13 @@ from speedit_plugins.hosts.attachment import (
     attach,
     refuse_attached,
 )
-from speedit_plugins.hosts.diffusion_object import fits, policy_for, steered_methods
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.observation import observe, refuse_missing_data
+from speedit_plugins.hosts.draws.recomputation import is_recomputing, refuse_checkpoint
+from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING, are_equal
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.hosts.entry import no_seam, refuse_beside_built
-from speedit_plugins.hosts.observation import observe, refuse_missing_data
-from speedit_plugins.hosts.recomputation import is_recomputing, refuse_checkpoint
-from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
-from speedit_plugins.hosts.weighted_loss import is_constant
+from speedit_plugins.hosts.objects.diffusion_object import fits, policy_for, steered_methods
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.registry import Config
 

@@ -24,14 +24,14 @@ from speedit_plugins.hosts.attachment import (
     TableOnDevices,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
-from speedit_plugins.hosts.host_window import ALL_TIMES, windowed
-from speedit_plugins.hosts.noising import confirm_noising, watch_noising
-from speedit_plugins.hosts.observation import observe, refuse_missing_data
-from speedit_plugins.hosts.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.host_window import ALL_TIMES, windowed
+from speedit_plugins.hosts.draws.noising import confirm_noising, watch_noising
+from speedit_plugins.hosts.draws.observation import observe, refuse_missing_data
+from speedit_plugins.hosts.draws.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.draws.waiting_draws import WaitingDraws
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
-from speedit_plugins.hosts.waiting_draws import WaitingDraws
-from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy

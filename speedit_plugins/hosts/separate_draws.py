@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import LastDraw
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.host_window import ALL_TIMES, windowed
+from speedit_plugins.hosts.draws.observation import observe, refuse_missing_data
+from speedit_plugins.hosts.draws.recomputation import refuse_checkpoint
+from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING, WaitingDraws
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
-from speedit_plugins.hosts.host_window import ALL_TIMES, windowed
-from speedit_plugins.hosts.observation import observe, refuse_missing_data
-from speedit_plugins.hosts.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.schedules import NUM_BINS
-from speedit_plugins.hosts.waiting_draws import MAX_WAITING, WaitingDraws
-from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
@@ -84,11 +84,6 @@ class SeparateDraws(FlowAttachment):
         if not built.is_relative and window != ALL_TIMES:
             policy = windowed(policy, window)
             built = build_policy(policy, schedule, prediction_type)
-        if built.is_relative and (draws_pairs(built) or built.stratified):
-            raise ValueError(
-                f"{built.name!r} draws in {'strata' if built.stratified else 'pairs'}, and it thins the"
-                " host's own draws, which are refused one by one: take a policy with a law of its own"
-            )
         if without_loss:
             refuse_without_loss(built, without_loss)
         warn_if_slow(built, prediction_type, policy)

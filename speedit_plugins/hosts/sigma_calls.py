@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import PolicyHolder, refuse_double_weights
-from speedit_plugins.hosts.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, draws_pairs
+from speedit_plugins.hosts.draws.sigma_rows import Later, clock_of, resumed, shift_in
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws, refuse_without_loss
-from speedit_plugins.hosts.sigma_rows import Later, clock_of, resumed, shift_in
-from speedit_plugins.hosts.state_file import keep_in_checkpoints
-from speedit_plugins.hosts.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.states.state_file import keep_in_checkpoints
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule

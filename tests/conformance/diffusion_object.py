@@ -15,11 +15,11 @@ from conformance import points
 from conformance.models import KeyedModel, SmallModel
 from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, seeded
-from speedit_plugins.hosts import drawing_object
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of
-from speedit_plugins.hosts.diffusion_object import steered_methods
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import with_policy
+from speedit_plugins.hosts.objects import drawing_object
+from speedit_plugins.hosts.objects.diffusion_object import steered_methods
 from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw
 

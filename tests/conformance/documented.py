@@ -16,7 +16,7 @@ from conformance.flow import NUM_DRAWS, FlowSeam
 from conformance.schedule_sampler import SamplerSeam
 from conformance.seam import Seam, trained
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 

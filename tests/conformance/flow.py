@@ -20,7 +20,7 @@ from conformance.models import SmallModel
 from conformance.points import refused
 from conformance.seam import POLICY, Batch, Seam, Terms
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import launched_seam, with_policy
 from speedit_plugins.launch_seams import DeferredPolicy, Launch
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy

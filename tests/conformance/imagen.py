@@ -21,7 +21,7 @@ from conformance.seam import POLICY, Batch, Seam, Terms, seeded, trained
 from conformance.stand_ins import StandIns
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.hosts.imagen import schedule_of_unet
+from speedit_plugins.hosts.objects.imagen import schedule_of_unet
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 

@@ -20,7 +20,7 @@ from conformance.models import SmallModel
 from conformance.points import on, refused, same
 from conformance.seam import POLICY, Batch, Seam, Terms, gradient, new_process, seeded, trained
 from speedit_plugins.hosts.entry import with_policy
-from speedit_plugins.hosts.state import policy_of
+from speedit_plugins.hosts.states.policy_state import policy_of
 
 WIDTH = 8
 

@@ -24,7 +24,7 @@ from conformance.points import on, refused, same
 from conformance.seam import POLICY, Batch, Seam, Step, Terms, seeded, trained
 from conformance.stand_ins import StandIns
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 
 HOST = "ldm.models.diffusion.ddpm"
 PLUGIN = "speedit_plugins.hosts.latent_diffusion"

@@ -25,7 +25,7 @@ from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, replayed, trained
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.policies.policy import TimestepPolicy
 
 PLUGIN = "speedit_plugins.hosts.mmagic"

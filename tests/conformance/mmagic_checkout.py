@@ -16,7 +16,7 @@ from conformance.mmagic import PLUGIN
 from conformance.seam import seeded
 from conformance.stand_ins import StandIns
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 
 # Packages that the checkout imports, and its scheduler, unet and ADM do not use.
 STAND_INS = (

@@ -24,7 +24,7 @@ from conformance.models import SmallModel, TextEncoder
 from conformance.points import on, refused
 from conformance.seam import ATTACHED, POLICY, Batch, Seam, Terms, replayed, trained
 from speedit_plugins.hosts.attachment import attachment_of, is_attached
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 

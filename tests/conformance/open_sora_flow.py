@@ -24,8 +24,8 @@ from conformance.points import refused
 from conformance.seam import POLICY, Batch, Seam, Terms, new_process
 from conformance.whole_training import seeds_kept
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.states.policy_state import load_policy_state, policy_of, policy_state
 from speedit_plugins.policies.policy import TimestepDraw
 
 # SNR = ((1 - t) / t)^2 = 1 / 143.

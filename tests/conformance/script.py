@@ -23,10 +23,10 @@ from conformance import points
 from conformance.models import SmallModel
 from conformance.points import on, refused
 from conformance.seam import POLICY, Batch, Seam, Terms, new_process, trained
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.edits.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from conformance.models import SmallModel
-from speedit_plugins.hosts import draw_stream
 from speedit_plugins.hosts.attachment import attachment_of
+from speedit_plugins.hosts.draws import draw_stream
 from speedit_plugins.hosts.entry import with_policy
 from speedit_plugins.hosts.schedules import prediction_type_of, schedule_of
 from speedit_plugins.policies.build import build_policy

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conformance.seam import refused
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 
 WEIGHING = {"density": "logit_normal", "weighting": "min_snr"}

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from conformance.seam import Batch, Seam, Terms, new_process, refused
-from speedit_plugins.hosts import draw_stream
-from speedit_plugins.hosts.draw_stream import Replica
-from speedit_plugins.hosts.state import load_policy_state, policy_of, policy_state
+from speedit_plugins.hosts.draws import draw_stream
+from speedit_plugins.hosts.draws.draw_stream import Replica
+from speedit_plugins.hosts.states.policy_state import load_policy_state, policy_of, policy_state
 from speedit_plugins.policies import expected_calls
 from speedit_plugins.policies.policy import TimestepDraw
 

@@ -24,7 +24,7 @@ import speedit_plugins
 from speedit_plugins import NoiseSchedule, build_policy, policy_of, with_policy
 from speedit_plugins.hosts import entry
 from speedit_plugins.hosts.attachment import Attachment, attach, attachment_of, is_attached, without_policy
-from speedit_plugins.hosts.diffusion_object import steered_methods
+from speedit_plugins.hosts.objects.diffusion_object import steered_methods
 from speedit_plugins.hosts.schedule_sampler import schedule_sampler
 
 ZEROS = torch.zeros(6, dtype=torch.long)

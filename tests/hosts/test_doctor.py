@@ -19,8 +19,8 @@ from speedit_plugins.doctor.known_hosts import HOSTS as ROWS
 from speedit_plugins.doctor.places import draws, losses
 from speedit_plugins.doctor.report import examined
 from speedit_plugins.doctor.sources import read_project
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, WEIGHTING
 from speedit_plugins.hosts.laws.laws import HOSTS, host_config
-from speedit_plugins.hosts.sigma_edits import DENSITY, WEIGHTING
 
 ROOT = Path(__file__).parents[2]
 # A law that draws nowhere else: whoever draws by it shows by each t.

@@ -32,7 +32,7 @@ from mmengine.config import Config
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.schedule import NoiseSchedule
 

@@ -11,8 +11,8 @@ from host_standins import HunyuanDiffusion, SpacedDiffusion, create
 from torch import Tensor
 
 from speedit_plugins import policy_of, with_policy
-from speedit_plugins.hosts import drawing_object
 from speedit_plugins.hosts.entry import launched_seam
+from speedit_plugins.hosts.objects import drawing_object
 
 X = torch.zeros(6, 4, 4, 4)
 

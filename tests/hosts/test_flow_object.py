@@ -25,7 +25,7 @@ from open_sora_standin import RFlowScheduler
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.flow import draw_by_rejection
-from speedit_plugins.hosts.flow_object import flow_prediction_type, policy_for
+from speedit_plugins.hosts.objects.flow_object import flow_prediction_type, policy_for
 from speedit_plugins.policies.policy import TimestepPolicy
 
 IMAGES = torch.zeros(6, 4, 4, 4)

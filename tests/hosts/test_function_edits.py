@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from speedit_plugins.hosts.trainers.function_edits import InlineDraw, InlineLoss, edited_function
+from speedit_plugins.hosts.edits.function_edits import InlineDraw, InlineLoss, edited_function
 
 DRAW = InlineDraw("t", ("sample",), ("data",))
 LOSS = InlineLoss("sum")

@@ -9,7 +9,7 @@ from conformance.points import check
 
 from speedit_plugins import NoiseSchedule, build_policy, policy_of, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.imagen import schedule_of_unet
+from speedit_plugins.hosts.objects.imagen import schedule_of_unet
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speedit_plugins import policy_of, with_policy
 from speedit_plugins.hosts.factories import Factory
-from speedit_plugins.hosts.interpolant_call import form_of
+from speedit_plugins.hosts.objects.interpolant_call import form_of
 from speedit_plugins.launch import NoSeamError, main, parsed
 from speedit_plugins.policies.policy import TimestepPolicy
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.hosts.attachment import attachment_of
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 
 SPEED_YAML = Path(__file__).parents[2] / "integrations/latent_diffusion/speed.yaml"
 CHECKOUTS = ("CompVis+latent-diffusion", "CompVis+stable-diffusion", "Stability-AI+stablediffusion")

@@ -15,9 +15,9 @@ from processes import Job
 from test_launch import FOLDERS, host, reports, start
 
 from speedit_plugins import policy_state
+from speedit_plugins.hosts.edits.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
-from speedit_plugins.hosts.state_file import CHECKPOINT_FILE, StateFile, read_state
+from speedit_plugins.hosts.states.state_file import CHECKPOINT_FILE, StateFile, read_state
 
 TRAIN = """
 import sys

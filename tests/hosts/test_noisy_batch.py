@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers import indexed_batch, noisy_batch

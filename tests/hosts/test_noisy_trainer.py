@@ -22,7 +22,7 @@ from test_noisy_batch import FLAGS, NUM_SIGMAS, worst_tenth
 from torch import Tensor, nn
 from torch.nn import functional
 
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers import noisy_trainer
 

@@ -17,7 +17,7 @@ from conformance.host_imports import checkout, imported
 from conformance.split_step import WEIGHING, Made, Recorded, SplitHost
 from torch import Tensor
 
-from speedit_plugins.hosts.trainers.function_edits import edit
+from speedit_plugins.hosts.edits.function_edits import edit
 from speedit_plugins.hosts.trainers.prepared_inputs import DRAW, adapt
 
 HOST = "tdrussell+diffusion-pipe"

@@ -15,9 +15,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from speedit_plugins.hosts.edits.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 

@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from speedit_plugins.hosts.script_draws import schedulers_of_draws
-from speedit_plugins.hosts.script_edits import CALLS, edited
+from speedit_plugins.hosts.edits.script_draws import schedulers_of_draws
+from speedit_plugins.hosts.edits.script_edits import CALLS, edited
 
 LOSS = "loss = F.mse_loss(a, b)\n"
 NOISED = "x = s.add_noise(x, noise, t)\n"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING
 from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.waiting_draws import MAX_WAITING
 
 B = 6
 

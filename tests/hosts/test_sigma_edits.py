@@ -17,8 +17,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
+from speedit_plugins.hosts.edits.sigma_edits import DENSITY, SIGMA_CALLS, WEIGHTING, edited_sigmas
 from speedit_plugins.hosts.sigma_calls import SigmaCalls
-from speedit_plugins.hosts.sigma_edits import DENSITY, SIGMA_CALLS, WEIGHTING, edited_sigmas
 
 N, T = 20_000, 1000
 MIN_SNR = {"density": "logit_normal", "weighting": "min_snr"}

@@ -24,8 +24,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from speedit_plugins import NoiseSchedule, build_policy
+from speedit_plugins.hosts.edits.sigma_edits import SIGMA_CALLS, edited_sigmas
 from speedit_plugins.hosts.sigma_calls import SigmaCalls
-from speedit_plugins.hosts.sigma_edits import SIGMA_CALLS, edited_sigmas
 
 VIDEOX = "aigc-apps+VideoX-Fun"
 # A script -> the shape of a sample as the lines have it, and the latents' size by which it shifts its table.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from speedit_plugins.hosts.edits.script_edits import CALLS, ScriptCalls, edited
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.script_edits import CALLS, ScriptCalls, edited
 
 
 def test_two_draws_before_two_losses() -> None:

@@ -25,7 +25,7 @@ from speedit_plugins import (
     with_policy,
 )
 from speedit_plugins.hosts.attachment import Attachment
-from speedit_plugins.hosts.draw_stream import DrawStream, Replica, replica
+from speedit_plugins.hosts.draws.draw_stream import DrawStream, Replica, replica
 from speedit_plugins.hosts.flow_script import FlowScript
 from speedit_plugins.hosts.script import ScriptPolicy
 

@@ -19,7 +19,7 @@ from conformance.whole_training import whole_training
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, build_policy
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
 
 NUM_STEPS = 200
 

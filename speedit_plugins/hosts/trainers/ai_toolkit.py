@@ -3,9 +3,9 @@
     import extensions_built_in.sd_trainer.SDTrainer as module
     adapt(module, partial(SeparateDraws, "auto"))
 
-Both happen in the midst of long methods, where one statement each is changed (`rewritten`). The timestep of a
-row is 1000 times our time for a flow, and an index of the noise schedule for the other models. The host draws
-without gradients: all its draws are those of a training step.
+Both are statements of long methods, and these two statements are changed (`statement_edits`). The timestep of
+a row is 1000 times our time for a flow, and an index of the noise schedule for the other models. The host
+draws without gradients: all its draws are those of a training step.
 
 Dims: N rows of the table, B batch.
 """
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
+from speedit_plugins.hosts.edits.statement_edits import Edit, rewritten
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.replaced import replace
-from speedit_plugins.hosts.trainers.rewritten import Edit, rewritten
 from speedit_plugins.hosts.trainers.rows import clock_of_rows, refuse_outside
 
 _HOST = "ai-toolkit"

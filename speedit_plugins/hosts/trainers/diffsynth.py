@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
+from speedit_plugins.hosts.edits.statement_edits import Edit, rewritten
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.replaced import replace
-from speedit_plugins.hosts.trainers.rewritten import Edit, rewritten
 from speedit_plugins.hosts.trainers.rows import clock_of_rows, refuse_outside
-from speedit_plugins.hosts.weighted_loss import is_constant
 from speedit_plugins.policies.schedule import NoiseSchedule
 
 _HOST = "DiffSynth-Studio"

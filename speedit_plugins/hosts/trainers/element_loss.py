@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
-from speedit_plugins.hosts.weighted_loss import is_constant
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.policies.policy import TimestepPolicy
 
 FUNCTION = "conditional_loss"

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.function_edits import (
+from speedit_plugins.hosts.edits.function_edits import (
     InlineDraw,
     InlineLoss,
     Place,
@@ -29,6 +27,8 @@ from speedit_plugins.hosts.trainers.function_edits import (
     edited_function,
     has,
 )
+from speedit_plugins.hosts.flow import HostsTime
+from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.replaced import exchange
 
 # The name under which an edited script finds the `InlineCalls` of each host.

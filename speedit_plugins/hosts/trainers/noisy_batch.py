@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.draws.host_window import ALL_TIMES
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.host_window import ALL_TIMES
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.element_loss import losses_of, refuse_second_weights
 from speedit_plugins.policies.policy import TimestepDraw

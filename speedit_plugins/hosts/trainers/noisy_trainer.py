@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from speedit_plugins.hosts.draws.host_window import ALL_TIMES
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.hosts.flow import HostsTime
-from speedit_plugins.hosts.host_window import ALL_TIMES
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.element_loss import refuse_beside
 from speedit_plugins.hosts.trainers.noisy_batch import DENSITY, NO_WINDOW, UNIFORM, Rows, changed, replaced
-from speedit_plugins.hosts.weighted_loss import is_constant
 
 TRAINER = "NetworkTrainer"
 METHOD = "get_noisy_model_input_and_timesteps"

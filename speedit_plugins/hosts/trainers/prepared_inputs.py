@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.edits.function_edits import InlineDraw, edited_function
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.function_edits import InlineDraw, edited_function
-from speedit_plugins.hosts.weighted_loss import is_constant, scaled
 
 METHOD = "prepare_inputs"
 # The draws of its models, with their shift: `dist.sample(...)`, or Wan's from a table of quantiles.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedit_plugins.hosts.edits.function_edits import InlineDraw, InlineLoss, edited_function
 from speedit_plugins.hosts.script import ScriptPolicy
-from speedit_plugins.hosts.trainers.function_edits import InlineDraw, InlineLoss, edited_function
 from speedit_plugins.hosts.trainers.replaced import exchange
 
 # `torch.mean(weights * (latent_pred - latent) ** 2, dim=1)` with weights 1 / (1 - alpha_bar), which make it

@@ -4,8 +4,8 @@
     adapt(module, partial(SeparateDraws, "auto"))
 
 `sample_flow_sigmas` of a flow model returns sigma, our time, and the timesteps that the network gets for it.
-The other models draw in the midst of `prepare_batch`. The loss is weighed per sample before `loss` takes its
-mean: there the two functions are changed (`rewritten`). Its evaluation has draws and losses of its own.
+The other models draw inside `prepare_batch`, and the loss is weighed per sample before `loss` takes its mean:
+these two functions are changed (`statement_edits`). Its evaluation has draws and losses of its own.
 
 Dims: B batch.
 """
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import refuse_double_weights
+from speedit_plugins.hosts.draws.weighted_loss import is_constant
+from speedit_plugins.hosts.edits.statement_edits import Edit, has_statement, rewritten
 from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.hosts.separate_draws import OUR_TIME, SeparateDraws
 from speedit_plugins.hosts.trainers.replaced import replace, replace_in_subclasses
-from speedit_plugins.hosts.trainers.rewritten import Edit, has_statement, rewritten
-from speedit_plugins.hosts.weighted_loss import is_constant
 
 Own = Callable[..., Any]
 

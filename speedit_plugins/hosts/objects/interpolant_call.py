@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from speedit_plugins.hosts.draws.waiting_draws import are_equal
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
-from speedit_plugins.hosts.waiting_draws import are_equal
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from speedit_plugins.hosts.script_draws import called
+from speedit_plugins.hosts.edits.syntax import called, deferred, in_scope
 
 # The name under which an edited file finds its `SigmaCalls`.
 SIGMA_CALLS = "_speedit_sigma_calls"
@@ -82,7 +82,7 @@ def _lookups(tree: ast.Module, sites: SigmaSites) -> dict[ast.Call, _Lookup]:
             rows = {name, *_assigned_from(scope, name)}
             subscripts = [
                 node
-                for node in _in_scope(scope)
+                for node in in_scope(scope)
                 if isinstance(node, ast.Subscript)
                 and isinstance(node.value, ast.Attribute)
                 and node.value.attr in ("timesteps", "sigmas")
@@ -104,7 +104,7 @@ def _lookups(tree: ast.Module, sites: SigmaSites) -> dict[ast.Call, _Lookup]:
 
 def _sets_table(scope: ast.AST, scheduler: str, after: int, before: int) -> bool:
     """Whether the scheduler's `set_timesteps` is called between two lines, as for a shift by resolution."""
-    calls = (node for node in _in_scope(scope) if isinstance(node, ast.Call))
+    calls = (node for node in in_scope(scope) if isinstance(node, ast.Call))
     return any(
         called(node) == f"{scheduler}.set_timesteps" and after < node.lineno <= before for node in calls
     )
@@ -112,7 +112,7 @@ def _sets_table(scope: ast.AST, scheduler: str, after: int, before: int) -> bool
 
 def _other_draws(scope: ast.AST, rows: set[str]) -> Iterator[ast.Call]:
     """Calls that draw the rows without u in another branch, as VideoX-Fun does with uniform_sampling."""
-    for node in _in_scope(scope):
+    for node in in_scope(scope):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             (target, *_) = node.targets
             is_rows = isinstance(target, ast.Name) and target.id in rows
@@ -138,12 +138,12 @@ class _Editor(ast.NodeTransformer):
         self.generic_visit(node)
         if lookup is not None:
             self._sites.draws.append(node.lineno)
-            call = _call(lookup.method, _deferred(node), _deferred(copy.deepcopy(lookup.scheduler)))
+            call = _call(lookup.method, deferred(node), deferred(copy.deepcopy(lookup.scheduler)))
             if lookup.preconditions is not None:
-                option = _deferred(copy.deepcopy(lookup.preconditions))
+                option = deferred(copy.deepcopy(lookup.preconditions))
                 call.keywords.append(ast.keyword("preconditions", option))
             if lookup.method == "rows":
-                call.keywords.append(ast.keyword("by", _deferred(copy.deepcopy(node.func))))
+                call.keywords.append(ast.keyword("by", deferred(copy.deepcopy(node.func))))
             if lookup.waits:
                 call.keywords.append(ast.keyword("waits", ast.Constant(True)))
             self.densities.append(call)
@@ -222,18 +222,10 @@ def _scopes(tree: ast.Module) -> Iterator[ast.AST]:
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def _in_scope(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function or file, without those of functions and classes in it."""
-    for child in ast.iter_child_nodes(scope):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield child
-            yield from _in_scope(child)
-
-
 def _calls_with_names(scope: ast.AST, function: str) -> Iterator[tuple[ast.Call, str]]:
     """Calls of a function, and the name that each is assigned to; "" if there is none."""
-    calls = {node for node in _in_scope(scope) if isinstance(node, ast.Call) and _ends_with(node, function)}
-    for node in _in_scope(scope):
+    calls = {node for node in in_scope(scope) if isinstance(node, ast.Call) and _ends_with(node, function)}
+    for node in in_scope(scope):
         if isinstance(node, ast.Assign) and node.value in calls and isinstance(node.targets[0], ast.Name):
             calls.discard(node.value)
             yield node.value, node.targets[0].id
@@ -248,7 +240,7 @@ def _assigned_from(scope: ast.AST, name: str) -> set[str]:
     """The names that are assigned an expression of another name."""
     return {
         target.id
-        for node in _in_scope(scope)
+        for node in in_scope(scope)
         if isinstance(node, ast.Assign) and name in _names_in(node.value)
         for target in node.targets
         if isinstance(target, ast.Name)
@@ -257,7 +249,7 @@ def _assigned_from(scope: ast.AST, name: str) -> set[str]:
 
 def _option(scope: ast.AST, name: str) -> ast.expr | None:
     """The option `args.NAME` that a function asks for, if it does."""
-    options = (node for node in _in_scope(scope) if isinstance(node, ast.Attribute) and node.attr == name)
+    options = (node for node in in_scope(scope) if isinstance(node, ast.Attribute) and node.attr == name)
     return next(options, None)
 
 
@@ -269,11 +261,6 @@ def _names_in(node: ast.AST) -> set[str]:
 
 def _ends_with(node: ast.Call, function: str) -> bool:
     return (called(node) or "").rpartition(".")[2] == function
-
-
-def _deferred(value: ast.expr) -> ast.Lambda:
-    nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-    return ast.Lambda(nothing, value)
 
 
 def _call(method: str, *arguments: ast.expr) -> ast.Call:

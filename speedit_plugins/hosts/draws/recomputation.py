@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
+from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING, are_equal
 
 
 def is_training() -> bool:

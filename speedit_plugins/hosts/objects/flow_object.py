@@ -23,11 +23,11 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
-from speedit_plugins.hosts.flow_policy import FlowTraits, flow_policy
-from speedit_plugins.hosts.recomputation import is_training
-from speedit_plugins.hosts.rectified_flow import rectified_flow_methods, time_sampler_of
+from speedit_plugins.hosts.objects.flow_policy import FlowTraits, flow_policy
+from speedit_plugins.hosts.objects.rectified_flow import rectified_flow_methods, time_sampler_of
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import attachment_of, hosts_method, refuse_given_weights
+from speedit_plugins.hosts.draws.recomputation import is_training
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
-from speedit_plugins.hosts.recomputation import is_training
 from speedit_plugins.policies.policy import TimestepDraw
 
 # Open-Sora 1.2 and 1.3 have different names for the model's arguments.

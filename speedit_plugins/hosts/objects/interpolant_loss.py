@@ -18,13 +18,20 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.attachment import attach, attachment_of, hosts_method, under_way
-from speedit_plugins.hosts.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.draws.waiting_draws import are_equal
 from speedit_plugins.hosts.flow import FlowAttachment
-from speedit_plugins.hosts.flow_policy import FlowTraits, flow_policy
-from speedit_plugins.hosts.interpolant_call import LOSS, MODEL, Form, InterpolantCall, form_of, form_of_class
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.objects.flow_policy import FlowTraits, flow_policy
+from speedit_plugins.hosts.objects.interpolant_call import (
+    LOSS,
+    MODEL,
+    Form,
+    InterpolantCall,
+    form_of,
+    form_of_class,
+)
 from speedit_plugins.hosts.schedules import binned
-from speedit_plugins.hosts.waiting_draws import are_equal
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.policies.shifted_boundary import moves_with_shift
 from speedit_plugins.registry import Config

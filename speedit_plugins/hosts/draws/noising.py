@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.waiting_draws import MAX_WAITING, are_equal
+from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING, are_equal
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.hosts.recomputation import is_first_of_two
+from speedit_plugins.hosts.draws.recomputation import is_first_of_two
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 
 

@@ -22,8 +22,8 @@ from speedit_plugins.hosts.attachment import (
     hosts_method,
     refuse_double_weights,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
 from speedit_plugins.hosts.schedules import prediction_type_of, refuse_contradiction, schedule_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy

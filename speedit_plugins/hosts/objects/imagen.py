@@ -22,10 +22,10 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
     under_way,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.recomputation import is_first_of_two, is_recomputing, is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_first_of_two, is_recomputing, is_training
+from speedit_plugins.hosts.draws.weighted_loss import scaled
 from speedit_plugins.hosts.schedules import binned
-from speedit_plugins.hosts.weighted_loss import scaled
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.schedule import NoiseSchedule

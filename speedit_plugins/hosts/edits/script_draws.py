@@ -9,6 +9,8 @@ The second form counts if only one scheduler noises at that name, and nothing el
 import ast
 from collections.abc import Iterator, Mapping
 
+from speedit_plugins.hosts.edits.syntax import called
+
 _NUM_TIMESTEPS = "num_train_timesteps"
 # Methods of a tensor that keep its values.
 _KEEPING = ("clone", "cpu", "cuda", "detach", "long", "to")
@@ -24,13 +26,6 @@ def schedulers_of_draws(tree: ast.Module) -> dict[ast.Call, ast.expr | None]:
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_draw(node)]
     return {call: _named_scheduler(call) or _noising_scheduler(call, parents) for call in calls}
-
-
-def called(node: ast.AST) -> str:
-    """The dotted name that a node calls, "" if it is another node."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
-        return ast.unparse(node.func)
-    return ""
 
 
 def _is_draw(node: ast.AST) -> bool:

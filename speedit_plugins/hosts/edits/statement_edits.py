@@ -1,20 +1,15 @@
-"""A host's function with a few of its statements changed, for hosts that draw in the midst of one.
-
-The function is read from its file, changed as a tree, and made again in its module: its lines keep their
-numbers, and what is not changed is the host's. A statement that is not there once raises.
-"""
+"""A host's function with a few of its statements changed. A statement that is not there once raises."""
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
+
+from speedit_plugins.hosts.edits.function_source import made_function, parsed_function
 
 # In the text of an edit: the statement that it replaces.
 HOSTS = "HOSTS_STATEMENT"
-_FUTURE_ANNOTATIONS = 0x1000000
 
 
 @dataclass(frozen=True)
@@ -56,38 +51,19 @@ def rewritten(
         >>> rewritten(textwrap.shorten, [loud], {}, host="textwrap")("a b", 10)
         'A B'
     """
-    own = cast(FunctionType, inspect.unwrap(function))
-    where = f"{own.__module__}.{own.__qualname__}"
-    cells = set(own.__code__.co_freevars)
-    if cells - {"__class__"}:
-        raise ValueError(f"{where} of {host} is made inside of another function, and cannot be changed")
-    try:
-        lines, first = inspect.getsourcelines(own)
-    except OSError as error:
-        raise ValueError(f"{where} of {host} has no source to change: {error}") from error
-    tree = ast.parse(textwrap.dedent("".join(lines)))
-    ast.increment_lineno(tree, first - 1)
+    own = inspect.unwrap(function)
+    tree = parsed_function(own)
     for edit in edits:
-        _apply(tree, edit, f"{where} of {host}")
-    given = {**names, **({"__class__": owner} if cells else {})}
-    maker = ast.parse(f"def make({', '.join(given)}):\n    pass").body[0]
-    assert isinstance(maker, ast.FunctionDef)
-    maker.body = [*tree.body, ast.Return(ast.Name(own.__name__, ast.Load()))]
-    module = ast.fix_missing_locations(ast.Module([maker], []))
-    flags = own.__code__.co_flags & _FUTURE_ANNOTATIONS
-    made: dict[str, Any] = {}
-    exec(compile(module, own.__code__.co_filename, "exec", flags, dont_inherit=True), own.__globals__, made)
-    changed: Callable[..., Any] = made["make"](**given)
-    return changed
+        _apply(tree, edit, f"{own.__module__}.{own.__qualname__} of {host}")
+    return made_function(own, tree, names, owner)
 
 
 def has_statement(function: Callable[..., Any], begins: str) -> bool:
     """Whether a function has a statement that begins so, exactly once."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    return len(_found(tree, begins)) == 1
+    return len(_found(parsed_function(inspect.unwrap(function)), begins)) == 1
 
 
-def _apply(tree: ast.Module, edit: Edit, where: str) -> None:
+def _apply(tree: ast.FunctionDef, edit: Edit, where: str) -> None:
     found = _found(tree, edit.begins)
     if len(found) != 1:
         raise ValueError(
@@ -102,7 +78,7 @@ def _apply(tree: ast.Module, edit: Edit, where: str) -> None:
     body[place : place + 1] = _Insert(statement).visit(new).body
 
 
-def _found(tree: ast.Module, begins: str) -> list[tuple[list[ast.stmt], int]]:
+def _found(tree: ast.FunctionDef, begins: str) -> list[tuple[list[ast.stmt], int]]:
     bodies = (
         body
         for node in ast.walk(tree)

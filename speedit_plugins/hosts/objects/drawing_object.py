@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from speedit_plugins.hosts import diffusion_object
 from speedit_plugins.hosts.attachment import (
     Attachment,
     attach,
@@ -17,9 +16,10 @@ from speedit_plugins.hosts.attachment import (
     refuse_double_weights,
     under_way,
 )
-from speedit_plugins.hosts.draw_stream import DrawStream
-from speedit_plugins.hosts.filled_timestep import FilledTimestep, Watched
-from speedit_plugins.hosts.recomputation import is_training
+from speedit_plugins.hosts.draws.draw_stream import DrawStream
+from speedit_plugins.hosts.draws.recomputation import is_training
+from speedit_plugins.hosts.objects import diffusion_object
+from speedit_plugins.hosts.objects.filled_timestep import FilledTimestep, Watched
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.registry import Config
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.hosts.draw_stream import draws_pairs
 from speedit_plugins.hosts.schedules import refuse_contradiction
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
@@ -48,21 +47,13 @@ def flow_policy(
         prediction_type: what the model predicts; None asks the host.
 
     Raises:
-        ValueError: the policy is bad, or thins the host's own draws in pairs or strata; or the host says that
-            its model predicts something else.
+        ValueError: the policy is bad, or the host says that its model predicts something else.
 
     Warns:
         UserWarning: the policy's law replaces one of the host that is not uniform; or see `warn_if_slow`.
     """
     refuse_contradiction(traits.host, prediction_type, traits.prediction_type)
     built = policy if isinstance(policy, TimestepPolicy) else _built(traits, policy, prediction_type)
-    if built.is_relative and (draws_pairs(built) or built.stratified):
-        how = "strata" if built.stratified else "pairs"
-        raise ValueError(
-            f"{built.name!r} draws in {how}, and it thins a flow host's own draws, which are refused one by"
-            " one: take independent draws, such as 'speed', or a policy with a law of its own, such as"
-            " 'spectral_flow'"
-        )
     with contextlib.suppress(ValueError):
         warn_if_slow(built, prediction_type or traits.prediction_type(traits.host), policy)
     if traits.own_laws and not built.is_relative:

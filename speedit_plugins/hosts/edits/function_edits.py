@@ -10,15 +10,12 @@
 Line numbers stay, so a traceback shows the host's own lines.
 """
 
-import __future__
-
 import ast
-import functools
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from speedit_plugins.hosts.edits.function_source import made_function, parsed_function
 
 _HOSTS_DRAW = "_speedit_hosts_draw"
 _CALLS = "_speedit_calls"
@@ -72,54 +69,15 @@ def edited_function(function: Callable[..., Any], places: Sequence[Place], calls
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from speedit_plugins.hosts.trainers import function_edits
+        >>> from speedit_plugins.hosts.edits import function_source
         >>> draw = InlineDraw("tree", ("ast.parse",))
-        >>> edited_function(function_edits.parsed_function, (draw,), None).__name__
+        >>> edited_function(function_source.parsed_function, (draw,), None).__name__
         'parsed_function'
     """
-    if getattr(function, "__closure__", None):
-        raise ValueError(f"{function.__qualname__} uses names of a function around it, and cannot be edited")
     tree = parsed_function(function)
     for place in places:
         edit(tree, place, _CALLS, function.__qualname__)
-    tree.decorator_list = []
-    outer = ast.FunctionDef(
-        name="_speedit_outer",
-        args=_parameters(_CALLS),
-        body=[tree, ast.Return(ast.Name(tree.name, ast.Load()))],
-        decorator_list=[],
-    )
-    module = ast.fix_missing_locations(ast.Module([outer], []))
-    names: dict[str, Any] = {}
-    # The host's own file and names, so that its tracebacks and its later changes of a name hold.
-    code = compile(
-        module, function.__code__.co_filename, "exec", flags=_future_flags(function), dont_inherit=True
-    )
-    exec(code, function.__globals__, names)
-    made: Callable[..., Any] = names["_speedit_outer"](calls)
-    setattr(made, "__defaults__", getattr(function, "__defaults__"))  # noqa: B009, B010 - mypy: of any function
-    setattr(made, "__kwdefaults__", getattr(function, "__kwdefaults__"))  # noqa: B009, B010 - as above
-    return functools.update_wrapper(made, function)
-
-
-def parsed_function(function: Callable[..., Any]) -> ast.FunctionDef:
-    """The syntax tree of a host's function, with its own line numbers. ValueError if it has no source."""
-    try:
-        lines, first = inspect.getsourcelines(function)
-    except (OSError, TypeError) as error:
-        raise ValueError(f"{function.__qualname__} has no source that could be edited") from error
-    tree = ast.parse(textwrap.dedent("".join(lines)))
-    ast.increment_lineno(tree, first - 1)
-    (found,) = tree.body
-    assert isinstance(found, ast.FunctionDef)
-    for argument in ast.walk(found.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    found.returns = None
-    # Defaults are taken from the host's function: they must not be computed again.
-    found.args.defaults = [ast.Constant(None) for _ in found.args.defaults]
-    found.args.kw_defaults = [each and ast.Constant(None) for each in found.args.kw_defaults]
-    return found
+    return made_function(function, tree, {_CALLS: calls})
 
 
 def edit(function: ast.FunctionDef, place: Place, calls: str, where: str) -> None:
@@ -239,10 +197,3 @@ def _call(owner: str, method: str, arguments: Sequence[ast.expr]) -> ast.Call:
 def _parameters(*names: str) -> ast.arguments:
     arguments = [ast.arg(name) for name in names]
     return ast.arguments(posonlyargs=[], args=arguments, kwonlyargs=[], kw_defaults=[], defaults=[])
-
-
-def _future_flags(function: Callable[..., Any]) -> int:
-    """The flags of `from __future__ import ...` in the function's module."""
-    known = (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-    flags: int = function.__code__.co_flags
-    return functools.reduce(lambda kept, flag: kept | (flags & flag), known, 0)

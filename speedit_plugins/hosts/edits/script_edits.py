@@ -8,7 +8,7 @@ Dims: B batch.
 
 import ast
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from speedit_plugins.hosts.edits.script_draws import schedulers_of_draws
+from speedit_plugins.hosts.edits.syntax import called, deferred, in_scope
 from speedit_plugins.hosts.script import ScriptPolicy, check_scheduler
-from speedit_plugins.hosts.script_draws import called, schedulers_of_draws
-from speedit_plugins.hosts.state_file import StateFile, keep_in_checkpoints
+from speedit_plugins.hosts.states.state_file import StateFile, keep_in_checkpoints
 
 # The name under which the edited script finds its `ScriptCalls`.
 CALLS = "_speedit_calls"
@@ -240,9 +241,8 @@ class _Editor(ast.NodeTransformer):
         if name in ("F.mse_loss", "torch.nn.functional.mse_loss", "nn.functional.mse_loss"):
             self.sites.losses.append(node.lineno)
             if self._drawn_name is not None:
-                nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-                value = ast.Lambda(nothing, ast.Name(self._drawn_name, ast.Load()))
-                node.keywords.append(ast.keyword("drawn", value))
+                value = ast.Name(self._drawn_name, ast.Load())
+                node.keywords.append(ast.keyword("drawn", deferred(value)))
             return _call(node, "scaled_mse_loss" if is_scaled else "mse_loss")
         if name in ("Accelerator", "accelerate.Accelerator"):
             return ast.copy_location(_bare_call("accelerator", [node], []), node)
@@ -271,7 +271,7 @@ class _Editor(ast.NodeTransformer):
     def _names_of_draws(self, scope: ast.AST) -> set[str | None]:
         """The names that draws get in a function or script, without those of functions in it."""
         names: set[str | None] = set()
-        for node in _in_scope(scope):
+        for node in in_scope(scope):
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 calls = (each for each in ast.walk(node.value) if isinstance(each, ast.Call))
@@ -282,14 +282,6 @@ class _Editor(ast.NodeTransformer):
     def _visited(self, node: Any) -> Any:
         self.generic_visit(node)
         return node
-
-
-def _in_scope(scope: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function or script, without those of functions and classes in it."""
-    for child in ast.iter_child_nodes(scope):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield child
-            yield from _in_scope(child)
 
 
 def _is_per_element(node: ast.Call) -> bool:

@@ -1,7 +1,7 @@
 """The state of policies in files: one of the launcher's own, or one in each checkpoint of accelerate."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -68,6 +68,55 @@ def keep_in_checkpoints(accelerator: Any, holder: Any) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+class PolicyStates:
+    """The states of several policies, in the order in which the policies first train.
+
+    Args:
+        holders: where they are kept; None keeps them for good.
+    """
+
+    def __init__(self, holders: MutableMapping[Any, None] | None = None) -> None:
+        self._holders = {} if holders is None else holders
+        self._waiting: list[Mapping[str, Any]] = []
+        self._source = ""
+
+    def load(self, states: Sequence[Mapping[str, Any]], source: str) -> None:
+        """Gives states to the policies that have trained, and the rest to those that train next.
+
+        Args:
+            states: what `state_dicts` returned.
+            source: where they are from, for messages.
+
+        Raises:
+            ValueError: a state is of another policy.
+        """
+        self._waiting, self._source = list(states), source
+        for holder in list(self._holders):
+            self._give(holder)
+
+    def add(self, holder: Any) -> None:
+        """A policy is about to train. The first time it is kept, and gets the next of the loaded states.
+
+        Raises:
+            ValueError: that is the state of another policy.
+        """
+        if holder not in self._holders:
+            self._give(holder)
+            self._holders[holder] = None
+
+    def state_dicts(self) -> list[dict[str, Any]]:
+        """The state of each policy, and those that wait still; empty if no policy has trained."""
+        states = [holder.state_dict() for holder in self._holders]
+        return states and [*states, *map(dict, self._waiting)]
+
+    def _give(self, holder: Any) -> None:
+        if self._waiting:
+            try:
+                holder.load_state_dict(self._waiting.pop(0))
+            except ValueError as error:
+                raise ValueError(f"{self._source}: {error}") from error
+
+
 class StateFile:
     """One file for the state of all policies of a launched script, in the order in which they first train.
 
@@ -88,23 +137,17 @@ class StateFile:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"no folder {path.parent} for --state {path}")
         self._path, self._every, self._config, self._writes = path, every, config, writes
-        self._holders: list[Any] = []
-        self._states: list[dict[str, Any]] = []
+        self._states = PolicyStates()
         self._num_steps = 0
         if path.is_file():
             found = read_state(path)
             if found.get("config") != config:
                 raise ValueError(f"{path} has the state of policy {found.get('config')}, not of {config}")
-            self._states = list(found["states"])
+            self._states.load(found["states"], str(path))
 
     def add(self, holder: Any) -> None:
         """A policy is about to train. The first time it gets its state, if the file had one, and is kept."""
-        if any(each is holder for each in self._holders):
-            return
-        number = len(self._holders)
-        self._holders.append(holder)
-        if number < len(self._states):
-            holder.load_state_dict(self._states[number])
+        self._states.add(holder)
 
     def step_done(self) -> None:
         """An optimizer has made a step."""
@@ -114,7 +157,5 @@ class StateFile:
 
     def write(self) -> None:
         """Writes the states now, in the process that writes. Those of policies that did not train stay."""
-        if self._holders and self._writes():
-            states = [holder.state_dict() for holder in self._holders]
-            states += self._states[len(states) :]
+        if self._writes() and (states := self._states.state_dicts()):
             write_state(self._path, {"config": self._config, "states": states})

@@ -1,0 +1,1 @@
+"""Hosts' code that is changed as a syntax tree before it runs."""

@@ -1,0 +1,1 @@
+"""The state of policies, for a host's checkpoint or a file."""
