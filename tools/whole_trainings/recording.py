@@ -75,7 +75,7 @@ class Recorder:
         return made
 
     def keeping(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A host's function for the unweighted loss (B,). What it returns is kept as `mse`, if terms have none."""
+        """A host's function for the unweighted loss (B,); it is kept as `mse` where the terms have none."""
 
         @functools.wraps(loss)
         def kept(*args: Any, **kwargs: Any) -> Tensor:

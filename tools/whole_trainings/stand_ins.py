@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -154,20 +155,25 @@ def _torchvision() -> dict[str, ModuleType]:
     vars(transforms).update(Lambda=_same)
     video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
     video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
-    # What Open-Sora 1.2 takes of torchvision's own reader, beside the public functions.
-    backend = SimpleNamespace(_read_video=lambda path, *_: read_video(path, output_format="THWC"))
-    vars(video_file).update(_video_opt=backend, _log_api_usage_once=_nothing)
-    for name in ("_align_audio_frames", "_check_av_available", "_read_from_stream"):
-        setattr(video_file, name, _refused)
+    # What Open-Sora 1.2 and 1.3 take of torchvision's own reader, beside the public functions.
+    backend = SimpleNamespace(default_timebase=Fraction(0, 1))
+    vars(video_file).update(_video_opt=backend, _read_from_stream=_frames, _align_audio_frames=_refused)
+    vars(video_file).update(_log_api_usage_once=_nothing, _check_av_available=_nothing)
     utils = module_with("torchvision.utils", save_image=_refused, make_grid=_refused)
     # What a host's CSV data set needs beside the videos.
-    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=read_image)
+    folder = module_with(
+        "torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=read_image
+    )
     download = module_with("torchvision.datasets.utils", download_url=_refused)
     datasets = module_with("torchvision.datasets", folder=folder, utils=download)
-    vars(top).update(io=video, utils=utils, datasets=datasets, get_video_backend=lambda: "video_reader")
+    vars(top).update(io=video, utils=utils, datasets=datasets, get_video_backend=lambda: "pyav")
     added = (video, video_file, utils, folder, download, datasets)
     kept = (top, transforms, modules["torchvision.transforms.functional"], *added)
     return {module.__name__: module for module in kept}
+
+
+def _frames(container: Any, *_: Any) -> list[Any]:
+    return list(container.decode(video=0))
 
 
 def _same(value: Any) -> Any:
