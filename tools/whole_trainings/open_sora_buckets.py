@@ -45,7 +45,7 @@ dtype = "bf16"
 """
 TRAINING = """dataset = dict(data_path={data!r}, frame_interval=1)
 bucket_config = {{"_delete_": True, "144p": {{1: (1.0, {images}), {frames}: (1.0, {videos})}}}}
-num_workers, num_bucket_build_workers = 0, 1
+num_workers, num_bucket_build_workers, accumulation_steps = 0, 1, 1
 outputs, epochs, ckpt_every, plugin, log_every = {outputs!r}, {epochs}, {every}, "zero2", 1
 """
 SAMPLING = """prompt_path, save_dir, batch_size = {prompts!r}, {outputs!r}, 2

@@ -110,9 +110,9 @@ class Recorder:
             )
         self.record.t.append(self._seen[0])
         kept = ("loss", "mse", "vb")
-        found = {name: terms[name].detach().clone() for name in kept if name in terms}
+        found = {name: _copied(terms[name]) for name in kept if name in terms}
         if self._unweighted is not None:
-            found.setdefault("mse", self._unweighted.detach().clone())
+            found.setdefault("mse", _copied(self._unweighted))
         self.record.shapes.append(self._shapes[-1])
         self.record.terms.append(found)
 
@@ -123,5 +123,11 @@ class Recorder:
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if type(module).__name__ == self._model and len(inputs) > 1:
-            self._seen.append(inputs[1].detach().clone())
+            self._seen.append(_copied(inputs[1]))
             self._shapes[:] = [tuple(inputs[0].shape)]
+
+
+def _copied(values: Tensor) -> Tensor:
+    # ColossalAI's tensors are of a class of their own.
+    with torch._C.DisableTorchFunctionSubclass():
+        return values.detach().clone().as_subclass(Tensor)
