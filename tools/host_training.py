@@ -28,10 +28,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from whole_trainings import checks, image_hosts, latte, open_sora, open_sora_buckets
+from whole_trainings import checks, image_hosts, latte, open_sora, open_sora_2, open_sora_buckets
 from whole_trainings.checks import Check, Result
 
-HOSTS = (*open_sora.HOSTS, *latte.HOSTS, *image_hosts.HOSTS, *open_sora_buckets.HOSTS)
+HOSTS = (
+    *open_sora.HOSTS,
+    *latte.HOSTS,
+    *image_hosts.HOSTS,
+    *open_sora_buckets.HOSTS,
+    *open_sora_2.HOSTS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

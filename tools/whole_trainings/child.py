@@ -45,12 +45,15 @@ def main(spec_path: str) -> int:
     os.chdir(spec["folder"])
     # The script's own folder comes first when it runs; this one is what PYTHONPATH=. gives.
     sys.path.insert(0, spec["checkout"])
-    for module, function in spec["factories"]:
-        made = import_module(module)
-        setattr(made, function, recorder.watching(getattr(made, function)))
-    for module, function in spec["losses"]:
-        made = import_module(module)
-        setattr(made, function, recorder.keeping(getattr(made, function)))
+    watched = {
+        "factories": recorder.watching,
+        "losses": recorder.keeping,
+        "embeddings": recorder.seeing,
+    }
+    for kind, watching in watched.items():
+        for module, function in spec.get(kind, ()):
+            made = import_module(module)
+            setattr(made, function, watching(getattr(made, function)))
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)

@@ -23,9 +23,9 @@ from whole_trainings.open_sora_results import NUM_TIMESTEPS, checkpoint
 from whole_trainings.runs import Run, Script
 
 SIZE, SOURCE_SIZE = 192, 64
-NUM_IMAGES, IMAGE_BATCH, NUM_VIDEOS, VIDEO_BATCH = 96, 12, 4, 2
+NUM_IMAGES, IMAGE_BATCH, NUM_VIDEOS, VIDEO_BATCH = 64, 8, 4, 2
 STEPS_PER_EPOCH = NUM_IMAGES // IMAGE_BATCH + NUM_VIDEOS // VIDEO_BATCH
-NUM_EPOCHS = 6
+NUM_EPOCHS = 5
 # In the middle of an epoch.
 RESUMED_AT = 2 * STEPS_PER_EPOCH + 5
 # pandarallel cannot be imported beside pandas 3.
@@ -105,7 +105,9 @@ class OpenSora:
             "plain": self._run(host, "plain", None, 1, every=STEPS_PER_EPOCH, replay=replay),
         }
         half = str(checkpoint(work, "long", RESUMED_AT))
-        runs["resumed"] = self._run(host, "resumed", first, 4, every=0, arguments=["--load", half])
+        runs["resumed"] = self._run(
+            host, "resumed", first, RESUMED_AT // STEPS_PER_EPOCH + 1, every=0, arguments=["--load", half]
+        )
         last = str(checkpoint(work, "long", NUM_EPOCHS * STEPS_PER_EPOCH) / "ema.pt")
         for name, policy in (("sampled", first), ("sampled_plain", None)):
             options = {"num_sampling_steps": 4}
@@ -216,27 +218,33 @@ class OpenSora:
 
 def write_material(work: Path, frames: int) -> None:
     """Writes images and videos of moving digits in the size of the bucket, their table, a VAE and a T5."""
+    write_data(work, frames, SIZE)
+    write_vae(work / "vae", (2, 2, 2, 4))
+    # The hosts' T5Embedder knows no other name, and looks for it below the folder that they run in.
+    write_t5(work / "DeepFloyd" / "t5-v1_1-xxl")
+
+
+def write_data(work: Path, frames: int, size: int) -> None:
+    """Writes data.csv, prompts.txt, and the images and videos (H = W = `size`) of the table."""
+    source = min(size, SOURCE_SIZE)
     # The hosts cut a video out of a longer one.
-    digits, generator = MovingDigits(image_size=SOURCE_SIZE, num_frames=frames + 4), torch.Generator()
+    digits, generator = MovingDigits(image_size=source, num_frames=frames + 4), torch.Generator()
     generator.manual_seed(0)
     (work / "data").mkdir(parents=True, exist_ok=True)
-    rows: list[list[Any]] = [["path", "text", "num_frames", "height", "width"]]
-    scale = SIZE // SOURCE_SIZE
+    rows: list[list[Any]] = [["path", "text", "num_frames", "height", "width", "fps"]]
     for index in range(NUM_IMAGES + NUM_VIDEOS):
         sample = digits.load(index, generator)
-        video = pixels(sample["video"]).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        video = pixels(sample["video"])
+        video = video.repeat_interleave(size // source, 1).repeat_interleave(size // source, 2)
         is_image = index < NUM_IMAGES
         path = work / "data" / f"{index:04d}.{'png' if is_image else 'mp4'}"
         if is_image:
             Image.fromarray(video[0, :, :, 0].numpy()).save(path)
         else:
             write_mp4(path, video, fps=8)
-        rows.append([str(path), sample["caption"], 1 if is_image else len(video), SIZE, SIZE])
+        rows.append([str(path), sample["caption"], 1 if is_image else len(video), size, size, 8])
     write_table(work / "data.csv", rows)
     (work / "prompts.txt").write_text("\n".join(row[1] for row in rows[1:3]), encoding="utf-8")
-    write_vae(work / "vae", (2, 2, 2, 4))
-    # The hosts' T5Embedder knows no other name, and looks for it below the folder that they run in.
-    write_t5(work / "DeepFloyd" / "t5-v1_1-xxl")
 
 
 # sqrt(H W / 512^2), and for videos times sqrt(F), by the hosts' timestep_transform.
@@ -272,7 +280,7 @@ HOSTS = (
         folder="hpcaitech+Open-Sora@v1.3",
         training="opensora-v1-3/train/stage1.py",
         sampling="opensora-v1-3/inference/t2v.py",
-        model='type="STDiT3-small", qk_norm=True, kernel_size=(8, 8, -1), use_spatial_rope=True',
+        model='type="STDiT3-small", qk_norm=True, kernel_size=(3, 3, -1), use_spatial_rope=True',
         # The VAE of 1.3 has groups of 32 channels, which a CPU cannot encode in the time of a test.
         vae='type="VideoAutoencoderKL", micro_batch_size=4',
         frames=9,

@@ -10,7 +10,7 @@ from typing import Any
 MODELS = import_module("opensora.registry").MODELS
 load_checkpoint = import_module("opensora.utils.ckpt_utils").load_checkpoint
 # The width divides by 3 for the place embedding of STDiT2.
-SMALL: dict[str, Any] = {"depth": 1, "hidden_size": 48, "patch_size": (1, 2, 2), "num_heads": 2}
+SMALL: dict[str, Any] = {"depth": 1, "hidden_size": 48, "patch_size": (1, 4, 4), "num_heads": 2}
 
 
 def small_stdit(version: str, from_pretrained: str | None = None, **options: Any) -> Any:

@@ -84,6 +84,17 @@ class Recorder:
 
         return kept
 
+    def seeing(self, embedding: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's function that embeds t, for a script that draws by itself; its argument is recorded."""
+
+        @functools.wraps(embedding)
+        def embedded(t: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                self.record.t.append(_copied(t))
+            return embedding(t, *args, **kwargs)
+
+        return embedded
+
     def watch(self, host: Any) -> None:
         """Records the calls of one object. A policy may be attached to it before or after."""
 

@@ -28,6 +28,7 @@ class Script:
         model: class name of the model.
         factories: (module, function) pairs that make the object that trains.
         losses: (module, function) pairs that compute the unweighted loss (B,), where the terms have no mse.
+        embeddings: (module, function) pairs that embed t, where no object trains.
         colossalai: whether it trains under ColossalAI.
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
@@ -39,6 +40,7 @@ class Script:
     model: str
     factories: tuple[tuple[str, str], ...]
     losses: tuple[tuple[str, str], ...] = ()
+    embeddings: tuple[tuple[str, str], ...] = ()
     colossalai: bool = False
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -116,6 +118,7 @@ class Run:
             "launch": self.launch,
             "factories": self.host.factories,
             "losses": self.host.losses,
+            "embeddings": self.host.embeddings,
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
