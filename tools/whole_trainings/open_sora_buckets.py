@@ -282,7 +282,7 @@ HOSTS = (
         sampling="opensora-v1-3/inference/t2v.py",
         model='type="STDiT3-small", qk_norm=True, kernel_size=(3, 3, -1), use_spatial_rope=True',
         # The VAE of 1.3 has groups of 32 channels, which a CPU cannot encode in the time of a test.
-        vae='type="VideoAutoencoderKL", micro_batch_size=4',
+        vae='type="VideoAutoencoderKL_V1_3", micro_batch_size=4',
         frames=9,
         ours="SpeeDFlow",
         plain="rflow",

@@ -49,7 +49,19 @@ def small_vae_1_2(from_pretrained: str, micro_frame_size: int = 17) -> Any:
     return vae.VideoAutoencoderPipeline(config)
 
 
+def small_vae_1_3(**options: Any) -> Any:
+    """The image VAE of version 1.3; it decodes one video without a batch too, as the script gives it."""
+    hosts: Any = import_module("opensora.models.vae.vae").VideoAutoencoderKL
+
+    class Unbatched(hosts):
+        def decode(self, x: Any, **kwargs: Any) -> Any:
+            return super().decode(x[None] if x.ndim == 4 else x)
+
+    return Unbatched(**options)
+
+
 MODELS.register_module(name="STDiT2-small", module=small_stdit2)
 if find_spec("opensora.models.stdit.stdit3") is not None:
     MODELS.register_module(name="STDiT3-small", module=small_stdit3)
     MODELS.register_module(name="OpenSoraVAE_V1_2-small", module=small_vae_1_2)
+    MODELS.register_module(name="VideoAutoencoderKL_V1_3", module=small_vae_1_3)

@@ -228,6 +228,7 @@ def _without_cuda() -> None:
     # mmengine looks for one device per rank.
     torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.current_device = lambda: 0
+    Tensor.pin_memory = _same  # type: ignore[method-assign]  # a CPU has no pinned memory
     for name in PRODUCTS:
         setattr(functional, name, in_float32(getattr(functional, name)))
     OnCpu().__enter__()
