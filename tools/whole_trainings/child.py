@@ -51,7 +51,7 @@ def main(spec_path: str) -> int:
         "embeddings": recorder.seeing,
     }
     for kind, watching in watched.items():
-        for module, function in spec.get(kind, ()):
+        for module, function in spec[kind]:
             made = import_module(module)
             setattr(made, function, watching(getattr(made, function)))
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
