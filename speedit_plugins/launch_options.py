@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "--state",
         metavar="FILE",
         help="keep the policies' state (steps, what they learned) in this file, and restore it at the start;"
-        " without it, scripts with accelerate keep it in their own checkpoints",
+        " without it, only the checkpoints of diffusers' scripts, VideoX-Fun, Open-Sora and OpenDiT have it",
     )
     options.add_argument(
         "--state-every",
@@ -108,7 +108,7 @@ def _add_draw_options(options: argparse.ArgumentParser) -> None:
         "--num-strata",
         type=int,
         metavar="N",
-        help="each N timesteps, over ranks and micro-batches, are of N equally likely strata",
+        help="spread each N timesteps in a row, over ranks and micro-batches, over N equally likely strata",
     )
 
 
@@ -142,7 +142,7 @@ def policy_config(policy: str | None, settings: Sequence[str]) -> dict[str, Any]
         settings: each KEY=VALUE, in this order. A later one wins.
 
     Raises:
-        LaunchError: a mapping or a file that cannot be read, or a setting that is none.
+        LaunchError: a mapping or a file that cannot be read, or a setting that is not KEY=VALUE.
     """
     config = {} if policy is None else _given_policy(policy)
     for setting in settings:
@@ -185,12 +185,13 @@ def advice(config: Config) -> str:
     """What to do with a script that has no place for a policy: four lines of code, and the pages to read."""
     policy: Any = dict(config)
     policy = policy["type"] if set(policy) == {"type"} else policy
-    return f"""{PROGRAM}: by hand it is four lines, with the noise schedule that the script trains on:
+    return f"""{PROGRAM}: by hand it is four lines, with the noise schedule that the script trains on
+(a flow's is NoiseSchedule.rectified_flow(), and its t is draw.time, 1 is noise):
     from speedit_plugins import NoiseSchedule, build_policy
     policy = build_policy({policy!r}, NoiseSchedule.from_alphas_cumprod(alphas_cumprod))  # once
     draw = policy.draw(batch_size, device=device)  # in each step; t = draw.index
     loss = (draw.weight * mse_of_each_sample).mean()
-{PROGRAM}: docs/index.md has such a loop, integrations/README.md the lines of each framework"""
+{PROGRAM}: in the repository of speedit_plugins, docs/index.md and integrations/README.md show more"""
 
 
 def _given_policy(text: str) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def _sampler_factory(
     @wraps(made)
     def launched(name: str, diffusion: Any) -> Any:
         if name != "uniform":
-            raise LaunchError(f"the host draws with its own sampler {name!r}: drop it or the policy")
+            raise LaunchError(f"--schedule_sampler needs uniform beside a policy, got {name!r}: leave it out")
         scope = build_policy(launch.config, schedule_of(diffusion)).scope
         # The host reports losses to its LossAwareSampler alone.
         base = "LossAwareSampler" if scope == "loss" else "ScheduleSampler"
@@ -340,4 +340,7 @@ def _replace_init(launch: Launch, made: type, hosts: str) -> None:
 
 
 def _refused_spawn(*_: Any, **__: Any) -> NoReturn:
-    raise LaunchError("the script spawns processes, and these do not get the policy: start it on one process")
+    raise LaunchError(
+        "the script starts processes by torch.multiprocessing.spawn, and these do not get the policy: start"
+        " one process, or put the policy in by hand (integrations/README.md)"
+    )

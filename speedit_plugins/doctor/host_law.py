@@ -67,10 +67,10 @@ def law_of_host(name: str, script: ast.Module, arguments: Sequence[str]) -> Host
 def law_of_draw(draw: Place) -> HostLaw:
     """The law of a plain draw in a script that is not known: uniform, or logit-normal of mean 0 and std 1."""
     if draw.kind == "sampler":
-        return _law(_UNIFORM, "uniform, unless its sampler is another than the usual one")
+        return _law(_UNIFORM, "uniform, if the script uses its uniform sampler")
     name = _plain_law(draw)
     if name is None:
-        return HostLaw(f"not told by {draw.where}, which computes with what it draws")
+        return HostLaw(f"not known: {draw.where} changes the number that it draws")
     return _law(
         {"density": name, "weighting": "constant"}, f"{name.replace('_', '-')}, by {draw.where} alone"
     )

@@ -36,8 +36,8 @@ class KnownHost:
         word: a name that this file uses or defines.
         scripts: pattern of the script's file name.
         law: its name in `hosts.laws`; "" if that has none.
-        by_hand: what to do where the launcher does not serve it: the page in integrations/, and after a colon
-            what it says in short. "" if there is no page.
+        page: in integrations/, if the launcher does not serve the host; else "".
+        by_hand: what that page says in short.
     """
 
     name: str
@@ -45,6 +45,7 @@ class KnownHost:
     word: str
     scripts: str = "*.py"
     law: str = ""
+    page: str = ""
     by_hand: str = ""
 
 
@@ -65,9 +66,10 @@ HOSTS = (
     KnownHost("DiffSynth-Studio", "diffsynth/diffusion/loss.py", "FlowMatchSFTLoss", law="diffsynth"),
     KnownHost("LTX-2 trainer", "src/ltx_trainer/timestep_samplers.py", "SAMPLERS", law="ltx-2"),
     KnownHost("HunyuanVideo-1.5", "", "TimestepSampler", "train.py", "hunyuanvideo-1.5"),
-    KnownHost("REPA or REG", "loss.py", "SILoss", law="repa"),
+    KnownHost("REPA, REG", "loss.py", "SILoss", law="repa"),
     KnownHost("REPA-E", "models/sit.py", "loss_kwargs", "train_repae.py", "repa"),
-    KnownHost("torchtitan, FLUX", "torchtitan/models/flux/trainer.py", "FluxTrainer", law="torchtitan"),
+    KnownHost("DDT", "src/diffusion/flow_matching/training_repa.py", "REPATrainer", "main.py"),
+    KnownHost("torchtitan Flux", "torchtitan/models/flux/trainer.py", "FluxTrainer", law="torchtitan"),
     KnownHost("LightningDiT", "transport/transport.py", "use_lognorm", law="lightningdit"),
     KnownHost("RAE", "stage2/transport/transport.py", "Transport", law="rae"),
     KnownHost("SiT", "train_utils.py", "parse_transport_args", law="sit"),
@@ -76,39 +78,45 @@ HOSTS = (
         "opensora/schedulers/rf/rectified_flow.py",
         "RFlowScheduler",
         law="open-sora-1.2",
-        by_hand='open_sora: two lines of the config, scheduler = dict(type="SpeeDFlow", ...)',
+        page="open_sora",
+        by_hand='two lines of the config, scheduler = dict(type="SpeeDFlow", ...)',
     ),
     KnownHost(
         "Open-Sora 1.0 or 1.1",
         "opensora/schedulers/iddpm/__init__.py",
         "IDDPM",
-        by_hand='open_sora: two lines of the config, scheduler = dict(type="SpeeDiffusion", ...)',
+        page="open_sora",
+        by_hand='two lines of the config, scheduler = dict(type="SpeeDiffusion", ...)',
     ),
     KnownHost(
         "Open-Sora 2.0",
         "opensora/utils/sampling.py",
         "time_shift",
         law="open-sora-2",
-        by_hand="open_sora: `git apply open_sora_2.patch`",
+        page="open_sora",
+        by_hand="`git apply open_sora_2.patch`",
     ),
     KnownHost(
         "latent-diffusion",
         "ldm/models/diffusion/ddpm.py",
         "LatentDiffusion",
         "main.py",
-        by_hand="latent_diffusion: `target:` in the YAML config",
+        page="latent_diffusion",
+        by_hand="`target:` in the YAML config",
     ),
     KnownHost(
         "VideoSys",
         "videosys/schedulers/scheduling_rflow_open_sora.py",
         "RFLOW",
-        by_hand="video_sys: one line, scheduler = with_policy(RFLOW(...), policy)",
+        page="video_sys",
+        by_hand="one line, scheduler = with_policy(RFLOW(...), policy)",
     ),
     KnownHost(
         "flow_matching",
         "training/train_loop.py",
         "skewed_timestep_sample",
-        by_hand="flow_matching: two lines of train_loop.py",
+        page="flow_matching",
+        by_hand="two lines of train_loop.py",
     ),
     KnownHost("diffusers, SD3", "", DENSITY, "train_*sd3*.py", "diffusers-sd3"),
     KnownHost("diffusers flow script", "", DENSITY, "train_*.py", "diffusers"),
@@ -144,9 +152,8 @@ def known_host(script: str) -> KnownHost | None:
 def seams(project: Project, host: KnownHost | None) -> list[Seam]:
     """The seams of a script: those of the launcher first, then what is done by hand."""
     found = list(_launched(project))
-    if not found and host is not None and host.by_hand:
-        page, _, what = host.by_hand.partition(": ")
-        found.append(Seam(host.name, what, page))
+    if not found and host is not None and host.page:
+        found.append(Seam(host.name, host.by_hand, host.page))
     return found
 
 

@@ -26,7 +26,7 @@ _TORCH = ("torch", "th")
 _DIRECT = {"randint": "index", "rand": "uniform", "rand_like": "uniform"}
 _NORMAL = ("randn", "randn_like", "normal")
 _SQUASHED: dict[str, DrawKind] = {"sigmoid": "logit_normal", "exp": "log_normal"}
-# Functions of hosts that draw, by name. A new one is a word here.
+# Functions of hosts that draw. To add one, write its name here.
 DRAWING = (
     DENSITY,
     "get_noise_noisy_latents_and_timesteps",

@@ -16,7 +16,7 @@ SEAM_KNOWN, SEAM_UNKNOWN = 0, 2
 # Lines of a kind that are listed, and characters of one.
 _MOST, _LINE = 4, 110
 _LABEL = 8
-# What a loss is the mean of, if a weight can no longer enter there; and if it can, what it has a number for.
+# What a loss has a number for. After the mean of a batch, weights can no longer enter.
 _LEFT = {"batch": "mean of the batch", "sample": "of each sample", "value": "of each value"}
 
 

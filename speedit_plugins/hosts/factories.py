@@ -4,13 +4,15 @@ The launcher replaces these functions.
 """
 
 import ast
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
+from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from speedit_plugins.hosts.trainers.diffusion_trainer import MODULES as DDT_MODULES
 from speedit_plugins.hosts.trainers.inline_draws import SCRIPTS
 
 
@@ -124,6 +126,18 @@ FACTORIES = (
         "F",
         "speedit_plugins.hosts.trainers.flow_pipeline.adapt",
     ),
+    *(
+        Factory(
+            f"DDT ({module})",
+            f"src.diffusion.{module}",
+            names,
+            "F",
+            "speedit_plugins.hosts.trainers.diffusion_trainer.adapt",
+            ("src.lightning_model",),
+            methods=("_impl_trainstep",),
+        )
+        for module, names in DDT_MODULES.items()
+    ),
     Factory(
         "CogVideoX",
         "finetune.models.utils",
@@ -209,10 +223,10 @@ def reaches_text(tree: ast.Module, folders: Sequence[str], text: str) -> bool:
         names = {name for each in trees for name in _imported(each)} - seen
         seen |= names
         origins = {origin for name in names if (origin := _origin(own, name)) is not None}
-        sources = [_source(origin) for origin in origins]
-        if any(text in source for source in sources):
+        modules = [_source(origin) for origin in origins]
+        if any(text in source for source, _ in modules):
             return True
-        trees = [ast.parse(source) for source in sources]
+        trees = [parsed for _, parsed in modules]
     return False
 
 
@@ -256,7 +270,7 @@ def _imported(tree: ast.Module) -> Iterator[str]:
 
 def _has_class(place: str, factory: Factory) -> bool:
     """Whether a file of Python defines a class of a factory, with its methods."""
-    tree = ast.parse(_source(place))
+    _, tree = _source(place)
     classes = [
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in factory.functions
     ]
@@ -267,8 +281,8 @@ def _origin(folders: Sequence[str], module: str) -> str | None:
     """The file of a module in these folders; packages are looked into, not imported."""
     search: Sequence[str] | None = folders
     code = None
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part, search)
+    for number, part in enumerate(module.split(".")):
+        spec = PathFinder.find_spec(part, search) or (None if number else _hooked(part))
         if spec is None:
             return None
         search, code = spec.submodule_search_locations, spec.origin
@@ -276,11 +290,17 @@ def _origin(folders: Sequence[str], module: str) -> str | None:
     return code
 
 
-def _source(origin: str) -> str:
-    """The text of a Python file; "" if it is none that can be read."""
+def _hooked(package: str) -> ModuleSpec | None:
+    """The spec of a package that an import hook knows, as after `pip install -e` of a flat project."""
+    own = (BuiltinImporter, FrozenImporter, PathFinder)
+    hooks = (hook for hook in sys.meta_path if hook not in own)
+    return next((spec for hook in hooks if (spec := hook.find_spec(package, None)) is not None), None)
+
+
+def _source(origin: str) -> tuple[str, ast.Module]:
+    """The text of a Python file and its tree; both empty if it is none that can be read."""
     try:
         text = Path(origin).read_text(encoding="utf-8") if origin.endswith(".py") else ""
-        ast.parse(text)
+        return text, ast.parse(text)
     except (OSError, UnicodeDecodeError, SyntaxError):
-        return ""
-    return text
+        return "", ast.Module([], [])

@@ -30,7 +30,7 @@ from speedit_plugins.hosts.draws.noising import confirm_noising, watch_noising
 from speedit_plugins.hosts.draws.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.draws.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.draws.waiting_draws import WaitingDraws
-from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.draws.weighted_loss import is_one, scaled
 from speedit_plugins.hosts.schedules import from_diffusers, prediction_type_of
 from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
@@ -268,7 +268,7 @@ class ScriptPolicy(PolicyHolder):
         error = functional.mse_loss(prediction, target, reduction="none")
         per_sample = error.flatten(1).mean(1)
         policy.update(index, per_sample.detach())
-        if is_constant(table) and float(table[0]) == 1:
+        if is_one(table):
             # The host's own reduction gives the host's loss to the bit.
             return error if reduction == "none" else functional.mse_loss(prediction, target)
         weight = self._weight.at(table, index)
@@ -291,7 +291,7 @@ class ScriptPolicy(PolicyHolder):
         policy, index, table = self._of_loss(len(loss), (0, 1), None)
         index = index.to(loss.device)
         policy.update(index, loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach())
-        is_plain = is_constant(table) and float(table[0]) == 1
+        is_plain = is_one(table)
         return loss if is_plain else scaled(loss, self._weight.at(table, index))
 
     def _of_loss(
@@ -361,6 +361,6 @@ def check_scheduler(noise_scheduler: Any) -> None:
     if getattr(noise_scheduler, "alphas_cumprod", None) is None:
         raise ValueError(
             f"{type(noise_scheduler).__name__} has no alphas_cumprod: what a script draws for it is not a"
-            " timestep. For flow matching there is FlowScript (integrations/diffusers); EDM has"
+            " timestep. For flow matching there is FlowScript (integrations/diffusers_flow); EDM has"
             " nothing to gain"
         )

@@ -21,7 +21,7 @@ from speedit_plugins.hosts.draws.host_window import ALL_TIMES, windowed
 from speedit_plugins.hosts.draws.observation import observe, refuse_missing_data
 from speedit_plugins.hosts.draws.recomputation import refuse_checkpoint
 from speedit_plugins.hosts.draws.waiting_draws import MAX_WAITING, WaitingDraws
-from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, is_one, scaled
 from speedit_plugins.hosts.flow import FlowAttachment, HostsTime
 from speedit_plugins.hosts.schedules import NUM_BINS
 from speedit_plugins.policies.advice import warn_if_slow
@@ -31,7 +31,7 @@ from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.shifted_boundary import moves_with_shift
 from speedit_plugins.registry import Config
 
-# So many draws may wait for their data, before a policy that needs them is refused.
+# Draws without data after which a policy that needs data is refused.
 _MAX_UNSEEN = 8
 # A host whose t is our time: in [0, 1], 1 is noise.
 OUR_TIME = HostsTime(torch.Tensor.float, lambda draw, t: draw.time.to(t))
@@ -44,8 +44,8 @@ class SeparateDraws(FlowAttachment):
 
     Args:
         policy: see `build_policy`.
-        schedule: of the host's noise levels; None is a rectified flow in continuous time. For one of T
-            timesteps `clock` counts them: time (index + 1/2) / T.
+        schedule: of the host's noise levels; None is a rectified flow. A host that draws an index of T
+            timesteps passes its schedule, and a `clock` whose time is (index + 1/2) / T.
         prediction_type: what the host takes the squared error of.
         sees_later: whether the host shows its data to `see` after the draw; else `times` gets them.
         without_loss: says why no loss can be weighed, if the host's is the mean of a batch already; a policy
@@ -84,10 +84,10 @@ class SeparateDraws(FlowAttachment):
         if not built.is_relative and window != ALL_TIMES:
             policy = windowed(policy, window)
             built = build_policy(policy, schedule, prediction_type)
+        super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
         if without_loss:
             refuse_without_loss(built, without_loss)
         warn_if_slow(built, prediction_type, policy)
-        super().__init__(built, stream, moves_boundary=moves_with_shift(policy))
         self._waiting: WaitingDraws[TimestepDraw] = WaitingDraws()
         self._last = LastDraw()
         self._needs_loss = built.learns or not is_constant(built.weight)
@@ -165,7 +165,7 @@ class SeparateDraws(FlowAttachment):
         refuse_checkpoint()
         if not torch.is_grad_enabled():
             return loss
-        is_plain = is_constant(self.policy.weight) and float(self.policy.weight[0]) == 1
+        is_plain = is_one(self.policy.weight)
         draw = self._of_loss(len(loss) if loss.dim() else 0, t)
         per_sample = loss.detach().flatten(1).mean(1) if loss.dim() > 1 else loss.detach()
         self.policy.update(draw.index.to(loss.device), per_sample)
@@ -199,7 +199,7 @@ class SeparateDraws(FlowAttachment):
         if prediction.shape != target.shape:
             shapes = f"{tuple(prediction.shape)} and {tuple(target.shape)}"
             raise ValueError(f"a squared error needs a prediction and a target of one shape, got {shapes}")
-        is_plain = is_constant(self.policy.weight) and float(self.policy.weight[0]) == 1
+        is_plain = is_one(self.policy.weight)
         draw = self._of_loss(len(prediction), t)
         if is_plain and not self.policy.learns:
             return prediction, target

@@ -26,7 +26,7 @@ from torch import Tensor
 from speedit_plugins.hosts.attachment import PolicyHolder, refuse_double_weights
 from speedit_plugins.hosts.draws.draw_stream import DrawStream, draws_pairs
 from speedit_plugins.hosts.draws.sigma_rows import Later, clock_of, resumed, shift_in
-from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.draws.weighted_loss import is_constant, is_one, scaled
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws, refuse_without_loss
 from speedit_plugins.hosts.states.state_file import keep_in_checkpoints
@@ -38,7 +38,7 @@ from speedit_plugins.registry import Config
 
 # Tables whose policies are kept: a scheduler that shifts by resolution has one for each bucket.
 _MAX_TABLES = 64
-# Sigmas in bfloat16 are off by 2^-9 of their value.
+# Sigmas in bfloat16 are off by 2^-9 of their value, and a script may round twice; another row is further off.
 _TOLERANCE = 2**-7
 
 
@@ -247,7 +247,7 @@ class SigmaCalls(PolicyHolder):
         self._check_sigmas(kwargs["sigmas"] if "sigmas" in kwargs else args[1])
         table = draws.policy.weight
         ours = draws.weights(len(weights), learns_by_teach=True)
-        if is_constant(table) and float(table[0]) == 1:
+        if is_one(table):
             return weights
         if bool((weights != weights.flatten()[0]).any()):
             refuse_double_weights(

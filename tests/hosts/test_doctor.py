@@ -167,6 +167,14 @@ def test_the_lines_for_an_unknown_script_put_the_policy_into_it(case: str, tmp_p
     assert names["model"].weight.grad is not None
 
 
+def test_the_report_in_the_documentation(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    (number,) = [number for number, block in enumerate(blocks) if block.startswith("import torch\n")]
+    _, report = examined(written(tmp_path, {"train.py": blocks[number]}), [], {"type": "recommended"})
+    assert report.partition("\n")[2] == blocks[number + 1].rstrip("\n")
+
+
 @pytest.mark.parametrize("case", ["toward noise", "without gradients", "scheduler by an attribute"])
 def test_the_lines_weigh_the_loss(case: str, tmp_path: Path) -> None:
     text = script_of(case).replace("loss.backward()", "raise StopIteration")

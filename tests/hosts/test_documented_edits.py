@@ -72,7 +72,7 @@ class TestReadmes:
 def test_sd3_keeps_its_law_thinned_by_sigma() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     own = import_module("diffusers.training_utils").compute_density_for_timestep_sampling
-    text = (INTEGRATIONS / "diffusers" / "README.md").read_text(encoding="utf-8")
+    text = (INTEGRATIONS / "diffusers_flow" / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"`(u = FlowThinning.+)`", text)
 
     def draw(*_: Any) -> Tensor:
@@ -103,6 +103,9 @@ def test_the_patch_of_open_sora_2(tmp_path: Path) -> None:
     exec("\n".join(added), names)
     policy = names["draws"].policy
     assert policy.num_steps == 1
+    weighing = "\n".join(added).replace('policy = "auto"', 'policy = "speedit"')
+    with pytest.raises(ValueError, match=r"'speedit' weighs .*Open-Sora 2\.0 takes the mean of the batch"):
+        exec(weighing, names)
     # Draws are stratified over the batch: a share is exact to a draw or two.
     assert abs(float((names["t"] > 0.6).double().mean()) - float(policy.density[600:].sum())) < 1e-4
     assert bool((policy.weight == 1).all())

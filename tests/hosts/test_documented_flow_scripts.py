@@ -1,4 +1,4 @@
-"""The edit of integrations/diffusers for SD3 and Flux, made in the four scripts' own training steps.
+"""The edit of integrations/diffusers_flow for SD3 and Flux, made in the four scripts' own training steps.
 
 The scripts' lines from the noise to the loss run here with a model of one line, at every option that changes
 them, beside the formulas of what they should give.
@@ -32,7 +32,7 @@ MIN_SNR = {"density": "logit_normal", "weighting": "min_snr"}
 
 def readme_block() -> str:
     """The block of the README that is about these scripts."""
-    page = ROOT / "integrations/diffusers/README.md"
+    page = ROOT / "integrations/diffusers_flow/README.md"
     (block,) = (each.text for each in blocks(page) if "FlowScript" in each.text)
     return block
 

@@ -25,7 +25,7 @@ from open_sora_standin import RFlowScheduler
 from speedit_plugins import NoiseSchedule, build_policy, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
 from speedit_plugins.hosts.flow import draw_by_rejection
-from speedit_plugins.hosts.objects.flow_object import flow_prediction_type, policy_for
+from speedit_plugins.hosts.objects.flow_object import flow_prediction_type
 from speedit_plugins.policies.policy import TimestepPolicy
 
 IMAGES = torch.zeros(6, 4, 4, 4)
@@ -272,7 +272,7 @@ class TestRefusals:
     def test_a_built_policy_that_draws_pairs(self) -> None:
         policy = build_policy("speedit_reference", NoiseSchedule.rectified_flow(1000), "flow")
         with pytest.raises(ValueError, match="'speedit_reference' draws in pairs"):
-            policy_for(Transport(), policy)
+            with_policy(Transport(), policy)
 
     def test_a_density_of_zero_where_the_host_draws(self) -> None:
         with pytest.raises(ValueError, match="no t that the host drew in 10000 passes was kept"):

@@ -158,7 +158,7 @@ def test_the_hosts_own_sampler_beside_a_policy_is_refused(tmp_path: Path) -> Non
     done = start(str(script))
     assert done.returncode == 2
     assert reports(done) == [
-        "error: the host draws with its own sampler 'loss-second-moment': drop it or the policy"
+        "error: --schedule_sampler needs uniform beside a policy, got 'loss-second-moment': leave it out"
     ]
 
 
@@ -195,7 +195,9 @@ def test_processes_that_would_leave_the_policy_behind_are_refused(tmp_path: Path
     script.write_text(POINTS.format(body="torch.multiprocessing.spawn(print, nprocs=1)"))
     done = start(str(script))
     assert done.returncode == 2
-    assert "spawns processes, and these do not get the policy" in reports(done)[0]
+    assert (
+        "starts processes by torch.multiprocessing.spawn, and these do not get the policy" in reports(done)[0]
+    )
 
 
 FLOW = "from flow_standins import Transport as create_transport\n"

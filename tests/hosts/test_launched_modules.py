@@ -2,6 +2,8 @@
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from conformance.host_imports import checkout
 from warm_python import WarmPython
 
 from speedit_plugins.launch import parsed
+from speedit_plugins.launch_options import NoSeamError
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "standins")))
@@ -123,6 +126,7 @@ def test_a_step_is_drawn_by_the_policy(tmp_path: Path, host: str) -> None:
         ("Tencent-Hunyuan+HunyuanVideo-1.5", "train.py", ""),
         ("genmoai+mochi", "demos/fine_tuner/train.py", ""),
         ("zai-org+CogVideo", "finetune/train.py", ""),
+        ("MCG-NJU+DDT", "main.py", ""),
         ("NVIDIA-NeMo+Automodel", "examples/diffusion/finetune/finetune.py", "."),
     ],
 )
@@ -134,3 +138,28 @@ def test_the_hosts_own_script_has_a_seam(
         # The first entry is the launcher's own, and gives way to the script's.
         monkeypatch.setattr(sys, "path", [sys.path[0], str(folder / installed), *sys.path[1:]])
     assert parsed(str(folder / script)).body
+
+
+class Hook:
+    """An import hook as `pip install -e` leaves it for a flat project: it knows one top-level package."""
+
+    def __init__(self, package: Path) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        place = self.package / "__init__.py"
+        return spec_from_file_location(name, place) if name == self.package.name else None
+
+
+def test_a_host_that_an_import_hook_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = tmp_path / "clone/nemo_automodel/components/flow_matching/pipeline.py"
+    pipeline.parent.mkdir(parents=True)
+    for folder in (pipeline.parent, *list(pipeline.parents)[1:3]):
+        (folder / "__init__.py").write_text("")
+    pipeline.write_text("class FlowMatchingPipeline: ...\n")
+    script = tmp_path / "finetune.py"
+    script.write_text("from nemo_automodel import recipe\n")
+    with pytest.raises(NoSeamError):
+        parsed(str(script))
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Hook(tmp_path / "clone/nemo_automodel")])
+    assert parsed(str(script)).body

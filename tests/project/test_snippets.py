@@ -154,7 +154,11 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     ),
     "docs/index.md": of_dit,
     "docs/questions.md": of_sit,
+    "integrations/ddt/README.md": of_trainer(
+        "src.diffusion.stateful_flow_matching.training_repa", "diffusion_trainer_standin"
+    ),
     "integrations/diffusers/README.md": names_for_diffusers,
+    "integrations/diffusers_flow/README.md": names_for_diffusers,
     "integrations/dit/README.md": of_dit,
     "integrations/dit_3d/README.md": lambda _: {
         **{"GaussianDiffusion": lambda *_: create_points(), "self": Anything()}

@@ -104,6 +104,11 @@ def is_shared(t: Tensor) -> bool:
     return bool((rows == rows[:, :1]).all())
 
 
+def is_one(weight: Tensor) -> bool:
+    """Whether a table (T,) weighs nothing: it is 1 for every timestep."""
+    return bool((weight == 1).all())
+
+
 def is_constant(weight: Tensor) -> bool:
     """Whether a table (T,) has one value for every timestep."""
     return bool((weight == weight[0]).all())

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from speedit_plugins.hosts.edits.function_source import made_function, parsed_function
+from speedit_plugins.hosts.edits.statement_edits import Edit, change, statements
 
+# The name under which an edited function finds what it calls.
+CALLS = "_speedit_calls"
 _HOSTS_DRAW = "_speedit_hosts_draw"
-_CALLS = "_speedit_calls"
 _NESTING = (ast.With, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.ClassDef)
 
 
@@ -52,7 +54,7 @@ class InlineLoss:
     method: str = "squared_error"
 
 
-Place = InlineDraw | InlineLoss
+Place = InlineDraw | InlineLoss | Edit
 
 
 def edited_function(function: Callable[..., Any], places: Sequence[Place], calls: Any) -> Callable[..., Any]:
@@ -76,8 +78,8 @@ def edited_function(function: Callable[..., Any], places: Sequence[Place], calls
     """
     tree = parsed_function(function)
     for place in places:
-        edit(tree, place, _CALLS, function.__qualname__)
-    return made_function(function, tree, {_CALLS: calls})
+        edit(tree, place, CALLS, function.__qualname__)
+    return made_function(function, tree, {CALLS: calls})
 
 
 def edit(function: ast.FunctionDef, place: Place, calls: str, where: str) -> None:
@@ -94,6 +96,8 @@ def edit(function: ast.FunctionDef, place: Place, calls: str, where: str) -> Non
     """
     if isinstance(place, InlineDraw):
         _edit_draw(function, place, calls, where)
+    elif isinstance(place, Edit):
+        change(function, place, where)
     else:
         _edit_losses(function, place, calls, where)
 
@@ -102,6 +106,8 @@ def has(function: ast.FunctionDef, place: Place) -> bool:
     """Whether a function has a place."""
     if isinstance(place, InlineDraw):
         return next(_spans(function, place), None) is not None
+    if isinstance(place, Edit):
+        return statements(function, place.begins) == 1
     return any(_calls_of(function, (place.function,)))
 
 

@@ -185,7 +185,7 @@ class _Editor(ast.NodeTransformer):
 
 
 def _interpolated(node: ast.BinOp) -> tuple[ast.BinOp, ast.BinOp] | None:
-    """The products (1 - s) * a and s * b of a sum of the two, in this order; the factor stands first."""
+    """The products (1 - s) * a and s * b of a sum of the two, in this order; the factor comes first."""
     if not isinstance(node.op, ast.Add):
         return None
     products = [each for each in (node.left, node.right) if isinstance(each, ast.BinOp)]

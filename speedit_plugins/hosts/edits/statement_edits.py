@@ -54,21 +54,27 @@ def rewritten(
     own = inspect.unwrap(function)
     tree = parsed_function(own)
     for edit in edits:
-        _apply(tree, edit, f"{own.__module__}.{own.__qualname__} of {host}")
+        change(tree, edit, f"{own.__module__}.{own.__qualname__} of {host}")
     return made_function(own, tree, names, owner)
 
 
 def has_statement(function: Callable[..., Any], begins: str) -> bool:
     """Whether a function has a statement that begins so, exactly once."""
-    return len(_found(parsed_function(inspect.unwrap(function)), begins)) == 1
+    return statements(parsed_function(inspect.unwrap(function)), begins) == 1
 
 
-def _apply(tree: ast.FunctionDef, edit: Edit, where: str) -> None:
+def statements(tree: ast.FunctionDef, begins: str) -> int:
+    """How many statements of a function begin so."""
+    return len(_found(tree, begins))
+
+
+def change(tree: ast.FunctionDef, edit: Edit, where: str) -> None:
+    """Edits a function's syntax tree. ValueError, with `where`, if it has the statement not exactly once."""
     found = _found(tree, edit.begins)
     if len(found) != 1:
         raise ValueError(
             f"{where} has the statement {edit.begins!r} {len(found)} times, wanted once: the policy goes in"
-            " there; another version?"
+            " there, and this version of the host is another than the one that the plugin knows"
         )
     body, place = found[0]
     statement = body[place]

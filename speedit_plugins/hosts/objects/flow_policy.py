@@ -3,7 +3,6 @@
 Dims: T timesteps.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,8 +53,9 @@ def flow_policy(
     """
     refuse_contradiction(traits.host, prediction_type, traits.prediction_type)
     built = policy if isinstance(policy, TimestepPolicy) else _built(traits, policy, prediction_type)
-    with contextlib.suppress(ValueError):
-        warn_if_slow(built, prediction_type or traits.prediction_type(traits.host), policy)
+    predicted = prediction_type or _stated(traits)
+    if predicted is not None:
+        warn_if_slow(built, predicted, policy)
     if traits.own_laws and not built.is_relative:
         warnings.warn(
             f"the law of {built.name!r} replaces the {' and the '.join(traits.own_laws)} of this"
@@ -63,6 +63,14 @@ def flow_policy(
             stacklevel=4,
         )
     return built
+
+
+def _stated(traits: FlowTraits) -> str | None:
+    """What the host says that its model predicts; None if it does not say."""
+    try:
+        return traits.prediction_type(traits.host)
+    except ValueError:
+        return None
 
 
 def _built(traits: FlowTraits, policy: str | Config, prediction_type: str | None) -> TimestepPolicy:

@@ -39,7 +39,7 @@ from speedit_plugins.registry import Config
 # What the model predicts, by the host's names for its path. On the cosine path the velocity is v times pi/2.
 _VELOCITY = {"linear": "flow", "cosine": "v"}
 _LOSS = "denoising_loss"
-# Of REPA-E's scripts.
+# The default of REPA-E's scripts.
 _DEFAULT_PATH = "linear"
 
 

@@ -12,6 +12,7 @@ Dims: N rows of the table, B batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +23,7 @@ from speedit_plugins.hosts.attachment import refuse_double_weights
 from speedit_plugins.hosts.edits.statement_edits import Edit, rewritten
 from speedit_plugins.hosts.schedules import from_diffusers
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.replaced import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 from speedit_plugins.hosts.trainers.rows import clock_of_rows, refuse_outside
 
 _HOST = "ai-toolkit"
@@ -54,14 +55,8 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
     steps = _Steps(draws_of)
     drawing = next((each for each in trainer.__mro__ if _DRAWING in vars(each)), trainer)
     for owner, name, edit in ((drawing, _DRAWING, _DRAW), (trainer, _LOSS, _MEAN)):
-        own = getattr(owner, name, None)
-        if own is None:
-            raise ValueError(
-                f"{owner.__name__} has no {name}, where {_HOST} would get the policy: another version?"
-            )
         names = {"speedit_rows": steps.rows, "speedit_weigh": steps.weigh}
-        changed = rewritten(own, [edit], names, host=_HOST, owner=owner)
-        replace(owner, name, lambda _, *args, changed=changed, **kwargs: changed(*args, **kwargs), _HOST)
+        exchange(owner, name, partial(rewritten, edits=[edit], names=names, host=_HOST, owner=owner))
 
 
 @dataclass
@@ -92,8 +87,10 @@ class _Steps:
 
     def weigh(self, trainer: Any, loss: Tensor) -> Tensor:
         """The losses (B,), each times its weight."""
-        if self.draws is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return loss
+        if self.draws is None:
+            raise ValueError(f"{_HOST} makes a loss, and the policy drew no timesteps for it")
         weighing = [
             *(name for name in _WEIGHTS if getattr(trainer.train_config, name, None)),
             *(["timestep_type weighted"] if trainer.train_config.timestep_type == "weighted" else []),

@@ -14,6 +14,7 @@ Dims: N rows of the scheduler's table, T timesteps of the policy.
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from speedit_plugins.hosts.draws.weighted_loss import is_constant
 from speedit_plugins.hosts.edits.statement_edits import Edit, rewritten
 from speedit_plugins.hosts.separate_draws import SeparateDraws
-from speedit_plugins.hosts.trainers.replaced import replace
+from speedit_plugins.hosts.trainers.replaced import exchange
 from speedit_plugins.hosts.trainers.rows import clock_of_rows, refuse_outside
 from speedit_plugins.policies.schedule import NoiseSchedule
 
@@ -67,7 +68,8 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
     known = [name for name in _FUNCTIONS if hasattr(module, name)]
     if not known:
         raise ValueError(
-            f"{module.__name__} of {_HOST} has none of {', '.join(_FUNCTIONS)}: another version?"
+            f"{module.__name__} of {_HOST} has none of {', '.join(_FUNCTIONS)}: the plugin knows another"
+            " version"
         )
     losses = _Losses(draws_of)
     package = sys.modules.get(module.__name__.rpartition(".")[0])
@@ -78,8 +80,7 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
             "speedit_keeps_weights": losses.keeps_weights,
             "speedit_weigh": losses.weigh,
         }
-        changed = rewritten(own, _FUNCTIONS[name], names, host=_HOST)
-        replace(module, name, lambda _, *args, changed=changed, **kwargs: changed(*args, **kwargs), _HOST)
+        exchange(module, name, partial(rewritten, edits=_FUNCTIONS[name], names=names, host=_HOST))
         if getattr(package, name, None) is own:
             setattr(package, name, getattr(module, name))
 
@@ -108,8 +109,10 @@ class _Losses:
 
     def weigh(self, loss: Tensor) -> Tensor:
         """The loss () of a step with the weight of its draw."""
-        if self.draws is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return loss
+        if self.draws is None:
+            raise ValueError(f"{_HOST} makes a loss, and the policy drew no timesteps for it")
         return self.draws.weigh(loss.reshape(1)).reshape(loss.shape)
 
     def _times(self, pipe: Any) -> Tensor:

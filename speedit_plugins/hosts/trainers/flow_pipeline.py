@@ -60,9 +60,9 @@ class PipelineCalls:
         """The host's `step`, whose batch the policy observes."""
 
         def step(self_: Any, model: Any, batch: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
-            self._latents = next(
-                (batch[key] for key in ("video_latents", "image_latents") if key in batch), None
-            )
+            self._latents = next((batch[key] for key in _LATENTS if key in batch), None)
+            if self._latents is None and torch.is_grad_enabled():
+                raise ValueError(f"a batch of NeMo needs {' or '.join(_LATENTS)}, got {sorted(batch)}")
             try:
                 return own(self_, model, batch, *arguments, **options)
             finally:
@@ -113,6 +113,10 @@ class PipelineCalls:
             return (loss, mean if loss is weighted else loss.mean(), *others)
 
         return compute_loss
+
+
+# The names that a batch has for its data.
+_LATENTS = ("video_latents", "image_latents")
 
 
 def shifts(pipeline: Any) -> bool:

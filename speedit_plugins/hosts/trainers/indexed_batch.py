@@ -9,7 +9,6 @@ Dims: B batch.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from speedit_plugins.hosts.script import ScriptPolicy
 from speedit_plugins.hosts.trainers.element_loss import losses_of, refuse_beside
 from speedit_plugins.hosts.trainers.noisy_batch import is_validation
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 FUNCTION = "get_noise_noisy_latents_and_timesteps"
 DRAW = "get_timesteps"
@@ -45,11 +45,8 @@ def adapt(module: ModuleType, draws_of: Callable[..., ScriptPolicy]) -> None:
     if missing:
         raise ValueError(f"{module.__name__} has no {' and no '.join(missing)} (sd-scripts 48d368f)")
     batches = IndexedBatches(module, draws_of)
-    for name, replacement in ((FUNCTION, batches.noised), (DRAW, batches.timesteps)):
-        own = getattr(module, name)
-        if hasattr(own, "_speedit_batches"):
-            raise ValueError(f"{module.__name__} has a policy already, from a line of yours or the launcher")
-        setattr(module, name, _marked(own, replacement))
+    exchange(module, FUNCTION, lambda _: lambda *args, **kwargs: batches.noised(*args, **kwargs))
+    exchange(module, DRAW, lambda _: lambda *args, **kwargs: batches.timesteps(*args, **kwargs))
 
 
 class IndexedBatches:
@@ -110,12 +107,3 @@ class IndexedBatches:
             flags = " and ".join(weighing)
             refuse_beside(self._draws.policy, f"the host weighs its loss by {flags}", f"drop {flags}")
         return index.to(device)
-
-
-def _marked(own: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(own)
-    def drawing(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*args, **kwargs)
-
-    vars(drawing)["_speedit_batches"] = replacement
-    return drawing

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from functools import wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from speedit_plugins.hosts.draws.host_window import ALL_TIMES
 from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.element_loss import losses_of, refuse_second_weights
+from speedit_plugins.hosts.trainers.replaced import exchange
 from speedit_plugins.policies.policy import TimestepDraw
 
 FUNCTION = "get_noisy_model_input_and_timesteps"
@@ -48,21 +48,15 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
     Raises:
         ValueError: the module lacks one of the two, or draws by a policy already.
     """
-    own = getattr(module, FUNCTION, None)
     missing = [name for name in (FUNCTION, DENSITY) if not hasattr(module, name)]
-    if own is None or missing:
+    if missing:
         raise ValueError(f"{module.__name__} has no {' and no '.join(missing)} (sd-scripts 48d368f)")
-    if hasattr(own, "_speedit_batches"):
-        raise ValueError(f"{module.__name__} has a policy already, from a line of yours or from the launcher")
-    batches = NoisyBatches(module, own, draws_of)
-    signature = inspect.signature(own)
 
-    @wraps(own)
-    def get_noisy_model_input_and_timesteps(*args: Any, **kwargs: Any) -> Noised:
-        return batches.noised(signature.bind(*args, **kwargs).arguments)
+    def drawing(own: Callable[..., Noised]) -> Callable[..., Noised]:
+        batches, signature = NoisyBatches(module, own, draws_of), inspect.signature(own)
+        return lambda *args, **kwargs: batches.noised(signature.bind(*args, **kwargs).arguments)
 
-    vars(get_noisy_model_input_and_timesteps)["_speedit_batches"] = batches
-    setattr(module, FUNCTION, get_noisy_model_input_and_timesteps)
+    exchange(module, FUNCTION, drawing)
 
 
 def adapt_weighting(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:

@@ -11,8 +11,8 @@ The host's own method noises, at the times of the policy. Its scripts make their
 Dims: B batch.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,7 @@ from speedit_plugins.hosts.flow import HostsTime
 from speedit_plugins.hosts.separate_draws import SeparateDraws
 from speedit_plugins.hosts.trainers.element_loss import refuse_beside
 from speedit_plugins.hosts.trainers.noisy_batch import DENSITY, NO_WINDOW, UNIFORM, Rows, changed, replaced
+from speedit_plugins.hosts.trainers.replaced import exchange
 
 TRAINER = "NetworkTrainer"
 METHOD = "get_noisy_model_input_and_timesteps"
@@ -50,26 +51,18 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
     if own is None or missing:
         names = " and no ".join(missing or [f"{TRAINER}.{METHOD}"])
         raise ValueError(f"{module.__name__} has no {names} (musubi-tuner 30c658c)")
-    if hasattr(own, "_speedit_batches"):
-        raise ValueError(f"{module.__name__} has a policy already, from a line of yours or from the launcher")
-    batches = TrainersBatches(module, own, draws_of)
 
-    @wraps(own)
-    def get_noisy_model_input_and_timesteps(
-        self: Any,
-        args: Any,
-        noise: Tensor,
-        latents: Tensor,
-        timesteps: list[float] | None,
-        noise_scheduler: Any,
-        device: Any,
-        dtype: torch.dtype,
-    ) -> Noised:
-        given = {"noise": noise, "latents": latents, "timesteps": timesteps, "device": device, "dtype": dtype}
-        return batches.noised(self, {"args": args, "noise_scheduler": noise_scheduler, **given})
+    def drawing(own: Callable[..., Noised]) -> Callable[..., Noised]:
+        batches, signature = TrainersBatches(module, own, draws_of), inspect.signature(own)
 
-    vars(get_noisy_model_input_and_timesteps)["_speedit_batches"] = batches
-    setattr(trainer, METHOD, get_noisy_model_input_and_timesteps)
+        def drawn(self: Any, *args: Any, **kwargs: Any) -> Noised:
+            given = dict(signature.bind(self, *args, **kwargs).arguments)
+            trainer = given.pop(next(iter(given)))
+            return batches.noised(trainer, given)
+
+        return drawn
+
+    exchange(trainer, METHOD, drawing)
 
 
 class TrainersBatches:
@@ -183,7 +176,7 @@ class _Awaited:
         draws: what has drawn.
     """
 
-    # The function of torch while another stands in its place, and the one that stands there.
+    # torch's own mse_loss, while ours replaces it.
     _own: Callable[..., Tensor] = staticmethod(functional.mse_loss)
 
     def __init__(self, draws: SeparateDraws) -> None:

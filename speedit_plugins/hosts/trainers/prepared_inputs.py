@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.hosts.draws.recomputation import is_training
-from speedit_plugins.hosts.draws.weighted_loss import is_constant, scaled
+from speedit_plugins.hosts.draws.weighted_loss import is_one, scaled
 from speedit_plugins.hosts.edits.function_edits import InlineDraw, edited_function
 from speedit_plugins.hosts.separate_draws import SeparateDraws
+from speedit_plugins.hosts.trainers.replaced import all_subclasses
 
 METHOD = "prepare_inputs"
 # The draws of its models, with their shift: `dist.sample(...)`, or Wan's from a table of quantiles.
@@ -54,7 +55,7 @@ def adapt(module: ModuleType, draws_of: Callable[..., SeparateDraws]) -> None:
         _put_in(cls, calls, module.__name__)
 
     base.__init_subclass__ = classmethod(init_subclass)
-    for each in _subclasses(base):
+    for each in all_subclasses(base):
         _put_in(each, calls, module.__name__)
 
 
@@ -84,7 +85,7 @@ class PreparedCalls:
         """
         assert self._draws is not None
         weight, policy = self._draws.weights(len(target)), self._draws.policy
-        if is_constant(policy.weight) and float(policy.weight[0]) == 1:
+        if is_one(policy.weight):
             return mask
         if mask is None or mask.numel() == 0:
             mask = torch.ones(len(target), *[1] * (target.dim() - 1), device=target.device)
@@ -131,8 +132,3 @@ def _refusing(message: str) -> Callable[..., Any]:
         raise ValueError(f"{message}; known are diffusion-pipe's flow models, not SDXL and Cosmos 1")
 
     return refuse
-
-
-def _subclasses(cls: type) -> set[type]:
-    direct: list[type] = cls.__subclasses__()
-    return {each for sub in direct for each in (sub, *_subclasses(sub))}

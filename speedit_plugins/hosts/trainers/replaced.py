@@ -55,7 +55,7 @@ def replace(owner: Any, name: str, around: Callable[..., Any], host: str) -> Non
     """
     if getattr(owner, name, None) is None:
         raise ValueError(
-            f"{owner.__name__} has no {name}, which the plugin replaces in {host}: another version?"
+            f"{owner.__name__} has no {name}, which the plugin replaces in {host}: it knows another version"
         )
 
     def make(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,12 +84,13 @@ def replace_in_subclasses(base: Any, name: str, around: Callable[..., Any], host
         if name in vars(cls):
             replace(cls, name, around, host)
 
-    for each in _all_subclasses(base):
+    for each in all_subclasses(base):
         if name in vars(each):
             replace(each, name, around, host)
     setattr(base, "__init_subclass__", classmethod(cast(Any, made)))  # noqa: B010 - mypy: a method is assigned
 
 
-def _all_subclasses(base: Any) -> set[Any]:
+def all_subclasses(base: Any) -> set[Any]:
+    """The classes that derive from a class, at any depth."""
     direct: set[Any] = set(base.__subclasses__())
-    return direct.union(*(_all_subclasses(each) for each in direct))
+    return direct.union(*(all_subclasses(each) for each in direct))
