@@ -52,20 +52,8 @@ def main(spec_path: str) -> int:
     os.chdir(spec["folder"])
     # As Python starts a script, with PYTHONPATH=. in the checkout.
     sys.path[:1] = [str(Path(spec["script"]).parent), spec["checkout"]]
-    if spec["stand_ins"]:
-        module, _, function = spec["stand_ins"].rpartition(".")
-        recorder.record.stand_ins += getattr(import_module(module), function)()
-    if spec["prepare"]:
-        prepare = import_module(f"whole_trainings.{spec['prepare']}").prepare
-        recorder.record.stand_ins += prepare(recorder.record, Path(spec["folder"]), replayed)
-    finder = AfterImport()
-    for model in spec["small"]:
-        finder.add(model["module"], functools.partial(add_small, model=model))
-    for module, function in spec["factories"]:
-        finder.add(module, functools.partial(watch, recorder=recorder, function=function))
-    sys.meta_path.insert(0, finder)
-    if spec["script_class"]:
-        watch_script(recorder, *spec["script_class"])
+    recorder.record.stand_ins += _stand_ins_of_host(spec, recorder.record, replayed)
+    _watch_host(spec, recorder)
     # What a script leaves to chance, such as the crops of its videos, is the same in every run.
     random.seed(0)
     np.random.seed(0)
@@ -80,6 +68,34 @@ def main(spec_path: str) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return code
+
+
+def _stand_ins_of_host(
+    spec: dict[str, Any], record: Record, replayed: list[torch.Tensor] | None
+) -> list[str]:
+    """Puts in place what this host alone needs. Returns what was replaced."""
+    replaced: list[str] = []
+    if spec["stand_ins"]:
+        module, _, function = spec["stand_ins"].rpartition(".")
+        replaced += getattr(import_module(module), function)()
+    if spec["prepare"]:
+        prepare = import_module(f"whole_trainings.{spec['prepare']}").prepare
+        replaced += prepare(record, Path(spec["folder"]), replayed)
+    return replaced
+
+
+def _watch_host(spec: dict[str, Any], recorder: Recorder) -> None:
+    """Watches the host's functions as soon as they are imported, and gives small models their names."""
+    finder = AfterImport()
+    for model in spec["small"]:
+        finder.add(model["module"], functools.partial(add_small, model=model))
+    watched = {"factories": recorder.watching, "losses": recorder.keeping, "embeddings": recorder.seeing}
+    for kind, watching in watched.items():
+        for module, function in spec[kind]:
+            finder.add(module, functools.partial(watch, function=function, watching=watching))
+    sys.meta_path.insert(0, finder)
+    if spec["script_class"]:
+        watch_script(recorder, *spec["script_class"])
 
 
 class AfterImport(MetaPathFinder):
@@ -109,9 +125,9 @@ class AfterImport(MetaPathFinder):
         return spec
 
 
-def watch(module: ModuleType, recorder: Recorder, function: str) -> None:
-    """Lets a recorder watch what a function of a host makes."""
-    setattr(module, function, recorder.watching(getattr(module, function)))
+def watch(module: ModuleType, function: str, watching: Callable[..., Any]) -> None:
+    """Puts what a recorder makes of a host's function in its place."""
+    setattr(module, function, watching(getattr(module, function)))
 
 
 def watch_script(recorder: Recorder, name: str, method: str) -> None:

@@ -19,7 +19,8 @@ NAMES = (
     "ColossalAI's checks for a GPU (ZeRO is built on the CPU, without overlapped communication)",
     "HybridAdam (torch.optim.AdamW)",
     "optimizer._param_store of ColossalAI 0.3 (the optimizer itself in 0.5)",
-    "xformers.ops.memory_efficient_attention (SDPA with a block mask)",
+    "xformers.ops.memory_efficient_attention, flash_attn (SDPA with a block mask)",
+    "liger_kernel (torch's rms_norm)",
 )
 ALL_TO_ALL = "dist.all_to_all (all_gather; gloo has none)"
 
@@ -57,6 +58,20 @@ def gathered_all_to_all(outputs: list[Tensor], inputs: list[Tensor], group: Any 
         output.copy_(given[rank])
 
 
+def uncompiled(model: Any = None, **_: Any) -> Any:
+    """`torch.compile`, as a function or as a decorator with options."""
+    return uncompiled if model is None else model
+
+
+class RMSNorm:
+    """liger_kernel's function: x / rms(x) times a scale, over the last dimension."""
+
+    @staticmethod
+    def apply(x: Tensor, scale: Tensor, epsilon: float, *_: Any) -> Tensor:
+        """The norm of x, in its dtype."""
+        return functional.rms_norm(x, scale.shape, scale, epsilon)
+
+
 class HybridAdam(torch.optim.AdamW):
     """torch's AdamW, under the name and with the arguments of ColossalAI's fused one."""
 
@@ -64,11 +79,16 @@ class HybridAdam(torch.optim.AdamW):
         super().__init__(params, **options)
 
 
-def install() -> list[str]:
-    """Makes ColossalAI run here. Call it before CUDA is stood in for. Returns what was replaced."""
+def preload() -> None:
+    """Imports ColossalAI for the CPU, which takes seconds."""
     # The trainer of this project needs the same of ColossalAI on a CPU.
     booster._set_accelerator(torch.device("cpu"))
     booster._import_quietly()
+
+
+def install() -> list[str]:
+    """Makes ColossalAI run here. Call it before CUDA is stood in for. Returns what was replaced."""
+    preload()
     low_level = import_module("colossalai.zero.low_level").LowLevelZeroOptimizer
     low_level._sanity_checks = lambda self: None
     low_level._param_store = property(lambda self: self)
@@ -82,7 +102,11 @@ def install() -> list[str]:
     import_module("colossalai.nn.optimizer").HybridAdam = HybridAdam
     fmha = module_with("xformers.ops.fmha", BlockDiagonalMask=BlockDiagonalMask)
     ops = module_with("xformers.ops", fmha=fmha, memory_efficient_attention=attention)
-    for module in (module_with("xformers", ops=ops), ops, fmha):
+    norm = module_with("liger_kernel.ops.rms_norm", LigerRMSNormFunction=RMSNorm)
+    rope = module_with("liger_kernel.ops.rope", LigerRopeFunction=None)
+    flash = module_with("flash_attn", flash_attn_func=attention)
+    for module in (module_with("xformers", ops=ops), ops, fmha, norm, rope, flash):
         sys.modules[module.__name__] = module
     dist.all_to_all = gathered_all_to_all
+    torch.compile = uncompiled
     return [*NAMES, ALL_TO_ALL]

@@ -79,13 +79,13 @@ def write_table(path: Path, rows: list[list[Any]]) -> Path:
     return path
 
 
-def write_vae(folder: Path) -> Path:
+def write_vae(folder: Path, channels: tuple[int, ...] = (4, 4, 4, 4)) -> Path:
     """An AutoencoderKL with few channels, 8 times smaller latents and random weights. Returns its folder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=2,
@@ -96,26 +96,49 @@ def write_vae(folder: Path) -> Path:
     return folder
 
 
-def write_t5(folder: Path) -> Path:
-    """A T5 encoder with one layer, random weights, and a tokenizer with the words of the captions."""
+def caption_words() -> list[str]:
+    """The words of the captions."""
+    return sorted({word for text in MovingDigits.captions for word in text.split()})
+
+
+def write_t5(folder: Path, *, unigram: bool = False) -> Path:
+    """A T5 encoder with one layer, random weights, and a tokenizer with the words of the captions.
+
+    Args:
+        folder: is made.
+        unigram: whether the tokenizer is for the class T5Tokenizer.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5Tokenizer
 
     torch.manual_seed(0)
-    words = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        *sorted({word for text in MovingDigits.captions for word in text.split()}),
-    ]
+    words = ["<pad>", "</s>", "<unk>", *caption_words()]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - not a password
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    if unigram:
+        scores = [(f"\u2581{word}", -1.0) for word in words[3:]]
+        T5Tokenizer(vocab=[*((word, 0.0) for word in words[:3]), *scores]).save_pretrained(folder)
+    else:
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     config = T5Config(
         vocab_size=len(words), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
     )
     T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_clip(folder: Path) -> Path:
+    """A CLIP text model with one layer, random weights, and a tokenizer with the letters of the captions."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = sorted({letter for word in caption_words() for letter in word})
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    CLIPTokenizer(vocab={piece: row for row, piece in enumerate(pieces)}, merges=[]).save_pretrained(folder)
+    size = {"hidden_size": TEXT_WIDTH, "intermediate_size": 32, "projection_dim": TEXT_WIDTH}
+    size |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(pieces)}
+    CLIPTextModel(CLIPTextConfig(**size, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
     return folder

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, build_policy
-from whole_trainings import checks
+from whole_trainings import checks, open_sora_results
 from whole_trainings.checks import Check, Result
 from whole_trainings.material import write_t5, write_table, write_vae, write_videos
+from whole_trainings.open_sora_results import checkpoint
 from whole_trainings.runs import Run, Script
 
 SIZE, NUM_FRAMES, BATCH, STEPS_PER_EPOCH, NUM_EPOCHS = 32, 4, 8, 20, 10
@@ -57,7 +57,7 @@ class OpenSora10:
             "uniform": self._run(host, "uniform", 1, OURS.format("uniform"), every=epoch),
             "plain": self._run(host, "plain", 1, PLAIN, every=epoch, replay="uniform"),
         }
-        half = _checkpoint(work, "long", NUM_EPOCHS // 2)
+        half = checkpoint(work, "long", NUM_EPOCHS // 2 * epoch)
         runs["resumed"] = self._run(
             host,
             "resumed",
@@ -66,7 +66,7 @@ class OpenSora10:
             every=0,
             arguments=["--load", str(half)],
         )
-        last = str(_checkpoint(work, "long", NUM_EPOCHS) / "ema.pt")
+        last = str(checkpoint(work, "long", NUM_EPOCHS * epoch) / "ema.pt")
         for name, scheduler in (("sampled", "SpeeDiffusion"), ("sampled_plain", "iddpm")):
             scheduler = f'dict(_delete_=True, type="{scheduler}", num_sampling_steps=10, cfg_scale=7.0)'
             config = self._write_config(host, name, scheduler, "inference/16x256x256.py", SAMPLING)
@@ -75,7 +75,7 @@ class OpenSora10:
         runs["two"] = self._run(host, "two", 2, ours, every=0, num_processes=2)
         sequence = {"plugin": "zero2-seq", "sp_size": 2, "asserts": False}
         runs["sequence"] = self._run(host, "sequence", 1, ours, every=0, num_processes=2, **sequence)
-        return self._result(runs, work)
+        return self._result(runs)
 
     def _write_material(self, work: Path) -> None:
         count = BATCH * STEPS_PER_EPOCH
@@ -125,7 +125,7 @@ class OpenSora10:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def _result(self, runs: dict[str, Run], work: Path) -> Result:
+    def _result(self, runs: dict[str, Run]) -> Result:
         result = Result(self.name, seconds=sum(run.seconds for run in runs.values()))
         result.stand_ins = runs["long"].records[0].stand_ins
         result.stand_ins.append(
@@ -141,15 +141,15 @@ class OpenSora10:
         result.checks["loss"] = checks.loss(
             weight, [record for records in ours for record in records], _index
         )
-        result.checks["uniform"] = checks.same_steps(runs["uniform"].records[0], runs["plain"].records[0])
-        pair = [_weights(_checkpoint(work, name, 1)) for name in ("uniform", "plain")]
-        equal = checks.same_tensors(*pair) and bool(pair[0])
-        result.checks["uniform"].words += f"; equal ema.pt: {equal}"
-        result.checks["uniform"].holds = result.checks["uniform"].holds and equal
+        result.checks["uniform"] = open_sora_results.equal_runs(
+            runs["uniform"], runs["plain"], STEPS_PER_EPOCH
+        )
         result.checks["sampling"] = checks.same_samples(
             runs["sampled"].records[0], runs["sampled_plain"].records[0]
         )
-        result.checks["resume"] = _resumed(runs)
+        result.checks["resume"] = open_sora_results.resumed(
+            runs["long"], runs["resumed"], NUM_EPOCHS // 2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH
+        )
         return result
 
 
@@ -158,37 +158,11 @@ def _law(runs: dict[str, Run]) -> Check:
     shares = checks.tenths(POLICY, SCHEDULE())
     found = checks.law(shares, [_time(t) for t in runs["long"].records[0].t])
     two = checks.law(shares, [_time(t) for record in runs["two"].records for t in record.t])
-    first, second = (torch.cat(record.t) if record.t else torch.empty(0) for record in runs["two"].records)
-    differ = len(first) > 0 and not torch.equal(first, second)
-    pair = [torch.cat(record.t) if record.t else torch.empty(0) for record in runs["sequence"].records]
-    alike = len(pair[0]) > 0 and torch.equal(*pair)
+    differ = not open_sora_results.alike(runs["two"].records)
+    alike = open_sora_results.alike(runs["sequence"].records)
     words = f"{found.words}; two ranks of zero2: {two.words}, they differ: {differ}"
     words += f"; two ranks of zero2-seq draw alike: {alike}"
     return Check(bool(found.holds and two.holds and differ and alike), words)
-
-
-def _resumed(runs: dict[str, Run]) -> Check:
-    """Whether the host took its checkpoint over, and the policy draws what it would have drawn next."""
-    resumed, long = runs["resumed"].records[0], runs["long"].records[0]
-    half = NUM_EPOCHS // 2
-    loaded = runs["resumed"].said(f"at epoch {half - 1} step {STEPS_PER_EPOCH}")
-    whole = loaded and len(resumed.t) == STEPS_PER_EPOCH
-    after = long.t[half * STEPS_PER_EPOCH : (half + 1) * STEPS_PER_EPOCH]
-    goes_on = whole and all(map(torch.equal, resumed.t, after))
-    again = whole and all(map(torch.equal, resumed.t, long.t[:STEPS_PER_EPOCH]))
-    words = f"--load: {len(resumed.t)} steps from epoch {half} on; the draws "
-    kept = "go on" if goes_on else "begin again: the policy's state was not restored"
-    return Check(bool(goes_on), words + (kept if goes_on or again else "are those of neither part"))
-
-
-def _checkpoint(work: Path, name: str, epochs: int) -> Path:
-    found = sorted((work / name).glob(f"*/epoch{epochs - 1}-global_step{epochs * STEPS_PER_EPOCH}"))
-    return found[-1] if found else work / name / "no checkpoint"
-
-
-def _weights(checkpoint: Path) -> dict[str, Tensor]:
-    path = checkpoint / "ema.pt"
-    return torch.load(path, weights_only=True) if path.is_file() else {}
 
 
 def _index(t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Record:
     Args:
         t: of each training call, as the model saw it, (B,).
         terms: of each training call: `loss`, and `mse` and `vb` where the host has them, each (B,).
+        shapes: of the x that the model saw with it.
         samples: what each sampling call returned.
         exit_code: of the launcher or the script.
         stand_ins: what was replaced.
@@ -29,6 +30,7 @@ class Record:
 
     t: list[Tensor] = field(default_factory=list)
     terms: list[dict[str, Tensor]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     exit_code: int = -1
     stand_ins: list[str] = field(default_factory=list)
@@ -60,6 +62,8 @@ class Recorder:
         self._depth, self._mse = 0, None
         # What the model of a transport should answer, (B, ...).
         self._target: Tensor | None = None
+        self._shapes: list[tuple[int, ...]] = []
+        self._unweighted: Tensor | None = None
         self._watch_calls()
 
     def watching(self, factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,6 +132,27 @@ class Recorder:
 
         return call
 
+    def keeping(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A host's function for the unweighted loss (B,); it is kept as `mse` where the terms have none."""
+
+        @functools.wraps(loss)
+        def kept(*args: Any, **kwargs: Any) -> Tensor:
+            self._unweighted = loss(*args, **kwargs)
+            return self._unweighted
+
+        return kept
+
+    def seeing(self, embedding: Callable[..., Any]) -> Callable[..., Any]:
+        """A model's function that embeds t, for a script that draws by itself; its argument is recorded."""
+
+        @functools.wraps(embedding)
+        def embedded(t: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                self.record.t.append(_copied(t))
+            return embedding(t, *args, **kwargs)
+
+        return embedded
+
     def watch(self, host: Any) -> None:
         """Records the calls of one object. A policy may be attached to it before or after."""
         path = getattr(host, "path_sampler", None)
@@ -174,7 +199,11 @@ class Recorder:
             # In the order of the hosts' own mean, so that it has the same bits.
             squares = (terms["pred"] - self._target) ** 2
             terms = {**terms, "mse": squares.mean(dim=tuple(range(1, squares.dim())))}
-        self.record.terms.append({name: terms[name].detach().clone() for name in kept if name in terms})
+        found = {name: _copied(terms[name]) for name in kept if name in terms}
+        if self._unweighted is not None:
+            found.setdefault("mse", _copied(self._unweighted))
+        self.record.shapes.append(self._shapes[-1])
+        self.record.terms.append(found)
 
     def _sampled(self, host: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         samples = getattr(type(host), name)(host, *args, **kwargs)
@@ -189,7 +218,14 @@ class Recorder:
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             t = args[1] if len(args) > 1 else kwargs.get("timestep")
             if type(module).__name__ == self._model and isinstance(t, Tensor):
-                self._seen.append(t.detach().clone())
+                self._seen.append(_copied(t))
+                self._shapes[:] = [tuple(args[0].shape)]
             return call(module, *args, **kwargs)
 
         nn.Module.__call__ = called  # type: ignore[method-assign]  # for the rest of the process
+
+
+def _copied(values: Tensor) -> Tensor:
+    # ColossalAI's tensors are of a class of their own.
+    with torch._C.DisableTorchFunctionSubclass():
+        return values.detach().clone().as_subclass(Tensor)

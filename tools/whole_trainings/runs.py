@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whole_trainings import child
+from whole_trainings import child, colossalai_on_cpu
 from whole_trainings.recording import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +48,8 @@ class Script:
         work: folder for data, specs and results; the scripts run in it.
         model: class name of the model.
         factories: (module, function) pairs that make the object that trains.
+        losses: (module, function) pairs that compute the unweighted loss (B,), where the terms have no mse.
+        embeddings: (module, function) pairs that embed t, where no object trains.
         colossalai: whether it trains under ColossalAI.
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
@@ -66,6 +68,8 @@ class Script:
     work: Path
     model: str
     factories: tuple[tuple[str, str], ...]
+    losses: tuple[tuple[str, str], ...] = ()
+    embeddings: tuple[tuple[str, str], ...] = ()
     colossalai: bool = False
     unused: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
@@ -147,6 +151,8 @@ class Run:
             "arguments": self.arguments,
             "launch": self.launch,
             "factories": self.host.factories,
+            "losses": self.host.losses,
+            "embeddings": self.host.embeddings,
             "colossalai": self.host.colossalai,
             "model": self.host.model,
             "unused": self.host.unused,
@@ -166,6 +172,8 @@ class Run:
         started = time.monotonic()
         log = work / f"{self.name}.log"
         if self.num_processes == 1 and not self.host.replaces_imported():
+            if self.host.colossalai:
+                colossalai_on_cpu.preload()
             forked = multiprocessing.get_context("fork").Process(
                 target=child.start, args=(str(path), str(log), {**_PLAIN, **self.variables})
             )

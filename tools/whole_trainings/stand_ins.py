@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,6 +23,7 @@ from conformance import diffusers_stand_ins
 from conformance.stand_ins import StandIns
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from speedit_plugins.trainer.data.videos.files import read_frames, read_header, write_mp4
@@ -31,9 +33,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SAVED: list[Tensor] = []
 # Imported by the hosts, and never called in these trainings.
 UNUSED = ("decord", "wandb", "imageio", "apex", "pandarallel", "fairscale")
+# Without AVX-512 they take up to 25 times longer in bfloat16.
+PRODUCTS = ("conv2d", "conv3d", "linear", "scaled_dot_product_attention")
 COMMON = (
     "torch.cuda (present, device 'cpu')",
     "NCCL (gloo)",
+    "bfloat16 products and convolutions (float32, rounded afterwards)",
     "DistributedDataParallel (without device_ids)",
     "timm (its layers)",
     "torchvision (its transforms; folders of images by PIL, videos by PyAV)",
@@ -56,6 +61,23 @@ class OnCpu(TorchFunctionMode):
             return torch.device("cpu")
         placed = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         return func(*map(_on_cpu, args), **placed)
+
+
+def in_float32(function: Any) -> Any:
+    """A product that is computed in float32 if it is one of bfloat16."""
+
+    @functools.wraps(function)
+    def computed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            return function(x, *args, **kwargs)
+        named = {name: _wide(value) for name, value in kwargs.items()}
+        return function(x.float(), *map(_wide, args), **named).bfloat16()
+
+    return computed
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value
 
 
 def _on_cpu(value: Any) -> Any:
@@ -103,6 +125,11 @@ def read_video(
     if output_format == "THWC":
         pixels = pixels.permute(0, 2, 3, 1)
     return pixels, None, {"video_fps": 8.0}
+
+
+def read_image(path: str) -> Image.Image:
+    """torchvision's `pil_loader`."""
+    return Image.open(path).convert("RGB")
 
 
 def write_video(filename: str, video_array: Tensor, fps: float, **_: Any) -> None:
@@ -178,17 +205,27 @@ def _torchvision() -> dict[str, ModuleType]:
     vars(functional).update(InterpolationMode=diffusers_stand_ins.Interpolation)
     video = module_with("torchvision.io", read_video=read_video, write_video=write_video)
     video_file = module_with("torchvision.io.video", read_video=read_video, write_video=write_video)
+    # What Open-Sora 1.2 and 1.3 take of torchvision's own reader, beside the public functions.
+    backend = SimpleNamespace(default_timebase=Fraction(0, 1))
+    vars(video_file).update(_video_opt=backend, _read_from_stream=_frames, _align_audio_frames=_refused)
+    vars(video_file).update(_log_api_usage_once=_nothing, _check_av_available=_nothing)
     utils = module_with("torchvision.utils", save_image=save_image, make_grid=make_grid)
     # What a host's CSV data set needs beside the videos.
-    folder = module_with("torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=_refused)
+    folder = module_with(
+        "torchvision.datasets.folder", IMG_EXTENSIONS=(".png", ".jpg"), pil_loader=read_image
+    )
     vars(folder).update(default_loader=_refused)
     download = module_with("torchvision.datasets.utils", download_url=_refused)
     datasets = module_with("torchvision.datasets", folder=folder, utils=download)
     vars(datasets).update(ImageFolder=ImageFolder, CIFAR10=CIFAR10)
-    vars(top).update(io=video, utils=utils, datasets=datasets)
+    vars(top).update(io=video, utils=utils, datasets=datasets, get_video_backend=lambda: "pyav")
     added = (video, video_file, utils, folder, download, datasets)
     kept = (top, transforms, functional, *added)
     return {module.__name__: module for module in kept}
+
+
+def _frames(container: Any, *_: Any) -> list[Any]:
+    return list(container.decode(video=0))
 
 
 def _same(value: Any) -> Any:
@@ -261,6 +298,9 @@ def _without_cuda() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: DeviceCount(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.cuda.current_device = lambda: 0
+    Tensor.pin_memory = _same  # type: ignore[method-assign]  # a CPU has no pinned memory
+    for name in PRODUCTS:
+        setattr(functional, name, in_float32(getattr(functional, name)))
     OnCpu().__enter__()
 
 
