@@ -41,7 +41,7 @@ def main(spec_path: str) -> int:
     if spec["packages"] and spec["packages"] not in sys.path:
         sys.path.insert(1, spec["packages"])
     replaced = colossalai_on_cpu.install() if spec["colossalai"] else []
-    replaced += [] if spec["on_cpu"] else stand_ins.install_common()
+    replaced += stand_ins.install_on_cpu() if spec["on_cpu"] else stand_ins.install_common()
     rank = os.environ.get("RANK", "0")
     replayed = Record.load(Path(f"{spec['replay']}.{rank}.pt")).t if spec["replay"] else None
     recorder = Recorder(spec["model"], replayed)

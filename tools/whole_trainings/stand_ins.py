@@ -188,6 +188,23 @@ def install_common() -> list[str]:
     return list(COMMON)
 
 
+def install_on_cpu() -> list[str]:
+    """Lets a host that runs on a CPU by itself import PyPI's torchvision. Returns what was replaced.
+
+    That is built for CUDA, and beside a CPU's torch none of its kernels load. Then it fails where it
+    describes them to the compiler.
+    """
+    register: Any = torch.library.register_fake
+
+    def registered(operator: Any, *args: Any, **options: Any) -> Any:
+        if str(operator).startswith("torchvision::"):
+            return _same
+        return register(operator, *args, **options)
+
+    torch.library.register_fake = registered
+    return ["torchvision's kernels (none is called)"]
+
+
 def module_with(name: str, **contents: Any) -> ModuleType:
     """A module of this name that counts as installed."""
     module = ModuleType(name)
