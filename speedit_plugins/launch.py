@@ -33,7 +33,6 @@ from speedit_plugins.hosts.factories import (
     FACTORIES,
     SCRIPT_METHOD,
     defines,
-    looked_for,
     reaches_a_factory,
     reaches_text,
 )
@@ -136,7 +135,10 @@ def parsed(script: str) -> ast.Module:
     folders = [str(path.resolve().parent), *sys.path[1:]]
     is_seam = sites.are_a_seam or sigmas.draws or defines(tree, SCRIPT_METHOD)
     if not (is_seam or reaches_a_factory(tree, folders) or reaches_text(tree, folders, f"{DENSITY}(")):
-        raise NoSeamError(f"{script} has no seam: {sites.shortfall()}looked for {looked_for()}")
+        raise NoSeamError(
+            f"{script} has no seam: {sites.shortfall()}it reaches no function of a known host (--help lists"
+            f" them). `{PROGRAM} --doctor {script}` says where it draws, and what to write there"
+        )
     return changed
 
 
@@ -197,7 +199,7 @@ def _guard(launch: Launch) -> Callable[..., None]:
 
 def _untrained(launch: Launch) -> str:
     found = f"found {', '.join(dict.fromkeys(launch.found))}, but " if launch.found else ""
-    return f"{found}no training loss went through the policy; looked for {looked_for()}"
+    return f"{found}no training loss went through the policy; --help lists what is looked for in a script"
 
 
 if __name__ == "__main__":

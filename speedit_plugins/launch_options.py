@@ -82,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
         "--state",
         metavar="FILE",
         help="keep the policies' state (steps, what they learned) in this file, and restore it at the start;"
-        " without it, only the checkpoints of diffusers' scripts, VideoX-Fun, Open-Sora and OpenDiT have it",
+        " without it, only the checkpoints of diffusers' scripts, VideoX-Fun, Open-Sora-Plan 1.5, Open-Sora"
+        " and OpenDiT have it",
     )
     options.add_argument(
         "--state-every",
@@ -182,15 +183,18 @@ def write(text: str) -> None:
 
 
 def advice(config: Config) -> str:
-    """What to do with a script that has no place for a policy: four lines of code, and the pages to read."""
+    """What to do with a script that has no place for a policy: lines of code, and the pages to read."""
     policy: Any = dict(config)
     policy = policy["type"] if set(policy) == {"type"} else policy
-    return f"""{PROGRAM}: by hand it is four lines, with the noise schedule that the script trains on
-(a flow's is NoiseSchedule.rectified_flow(), and its t is draw.time, 1 is noise):
+    return f"""{PROGRAM}: by hand, for a flow; a model of noise takes NoiseSchedule.from_alphas_cumprod(...),
+"epsilon" and t = draw.index:
     from speedit_plugins import NoiseSchedule, build_policy
-    policy = build_policy({policy!r}, NoiseSchedule.from_alphas_cumprod(alphas_cumprod))  # once
-    draw = policy.draw(batch_size, device=device)  # in each step; t = draw.index
+    policy = build_policy({policy!r}, NoiseSchedule.rectified_flow(1000), "flow")  # once
+    policy.advance()  # in each step
+    policy.observe(x_0)  # the data, as the model sees them
+    draw = policy.draw(batch_size, device=device)  # t = draw.time, 1 is noise
     loss = (draw.weight * mse_of_each_sample).mean()
+    policy.update(draw.index, mse_of_each_sample)
 {PROGRAM}: in the repository of speedit_plugins, docs/index.md and integrations/README.md show more"""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from speedit_plugins.doctor.places import LOSSES, OBJECTIVES, Place, assigned_value, primary
 from speedit_plugins.doctor.script_code import (
+    alpha_bars_of,
     compared,
     counts_to_noise,
     data_of,
@@ -23,7 +24,7 @@ from speedit_plugins.doctor.script_code import (
 from speedit_plugins.doctor.sources import Project
 
 # What only scripts on a table of alpha-bars have.
-_DIFFUSION_WORDS = ("alphas_cumprod", "add_noise", "num_train_timesteps", "q_sample")
+_DIFFUSION_WORDS = ("alphas_cumprod", "cumprod", "add_noise", "num_train_timesteps", "q_sample")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,9 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     """The lines of `build_policy`, and why no adapter does it."""
     has_table = any(draw.source.has_word(word) for word in _DIFFUSION_WORDS)
     is_flow = not (noises_by_scheduler(draw) or (draw.kind == "index" and has_table))
-    table = f"from_alphas_cumprod({scheduler_of(draw) or 'noise_scheduler'}.alphas_cumprod)"
+    scheduler, own_table = scheduler_of(draw), alpha_bars_of(draw.source)
+    table = own_table if own_table and not scheduler else f"{scheduler or 'noise_scheduler'}.alphas_cumprod"
+    table = f"from_alphas_cumprod({table})"
     schedule = "rectified_flow(1000)" if is_flow else table
     toward_noise = counts_to_noise(draw)
     value = "1 - draw.time" if toward_noise is False else "draw.time"
@@ -178,7 +181,8 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     lines = [
         (f"{draw.source.name}, once", "from speedit_plugins import NoiseSchedule, build_policy"),
         ("", f"policy = build_policy({policy}, NoiseSchedule.{schedule}, {model})"),
-        (f"{draw.where}, in its place", f"policy.observe({data_of(draw)})"),
+        (f"{draw.where}, in its place", "policy.advance()"),
+        ("", f"policy.observe({data_of(draw)})"),
         ("", f"draw = policy.draw({size_of(draw)}, device={device_of(draw)})"),
         ("", f"{draw.name} = {value}" if draw.name else f"return {value}"),
     ]
@@ -187,7 +191,8 @@ def _drawn(draw: Place, loss: Place | None, policy: str, why: str) -> Edits:
     notes = [] if is_flow else ["the last argument is what the model predicts: epsilon, x0, v or flow"]
     if not is_flow and draw.kind != "index":
         notes.append(f"{draw.name} is whole numbers then: leave out what the script makes of it afterwards")
-    if not (is_flow or scheduler_of(draw)):
+    notes.append("a policy that learns also needs policy.update(draw.index, loss_of_each_sample)")
+    if not (is_flow or scheduler or own_table):
         notes.append(
             "`noise_scheduler` is the scheduler that noises the data, or what else has the alpha-bars"
         )

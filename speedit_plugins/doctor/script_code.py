@@ -73,9 +73,17 @@ def num_dims_of(draw: Place) -> int:
 
 
 def device_of(draw: Place) -> str:
-    """Code of the device of a draw."""
+    """Code of the device of a draw: what the draw names, else that of the data."""
     device = _named(draw).get("device")
-    return "device" if device is None else ast.unparse(device)
+    return f"{data_of(draw)}.device" if device is None else ast.unparse(device)
+
+
+def alpha_bars_of(source: Source) -> str:
+    """Name of the alpha-bars (T,) that a file makes by `cumprod`; "" if it makes none."""
+    for node in source.nodes:
+        if isinstance(node, ast.Assign) and "cumprod" in map(last_name, ast.walk(node.value)):
+            return ast.unparse(node.targets[0])
+    return ""
 
 
 def data_of(draw: Place) -> str:

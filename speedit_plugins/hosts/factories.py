@@ -254,11 +254,6 @@ def known_hosts() -> dict[str, str]:
     }
 
 
-def looked_for() -> str:
-    """What the launcher looks for in a script, for messages."""
-    return "; ".join(f"{place} ({hosts})" for hosts, place in known_hosts().items())
-
-
 def _imported(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

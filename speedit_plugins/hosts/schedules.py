@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.policies.schedule import NoiseSchedule
+from speedit_plugins.policies.schedule import PREDICTION_TYPES, NoiseSchedule
 
 # The hosts' names, in lower case, for what their models predict.
 _PREDICTION_TYPES = {
@@ -144,7 +144,10 @@ def prediction_type_of(host: Any) -> str:
             if name in _PREDICTION_TYPES:
                 return _PREDICTION_TYPES[name]
             raise ValueError(f"{_name(host)} predicts {name!r}; wanted one of {', '.join(_PREDICTION_TYPES)}")
-    raise ValueError(f"{_name(host)} does not say what its model predicts: pass prediction_type")
+    raise ValueError(
+        f"{_name(host)} does not say what its model predicts: pass prediction_type, one of"
+        f" {', '.join(PREDICTION_TYPES)}"
+    )
 
 
 def refuse_contradiction(

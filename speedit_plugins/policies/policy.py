@@ -247,6 +247,9 @@ class TimestepPolicy:
         """Mean weight under `density`, >= 0."""
         return float((self.density * self.weight).sum())
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def __str__(self) -> str:
         T = len(self.weight)
         if self.boundary_index is not None:

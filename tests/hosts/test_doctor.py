@@ -175,6 +175,23 @@ def test_the_report_in_the_documentation(tmp_path: Path) -> None:
     assert report.partition("\n")[2] == blocks[number + 1].rstrip("\n")
 
 
+def test_a_table_of_alpha_bars_is_no_flow(tmp_path: Path) -> None:
+    text = (
+        HEAD
+        + "bars = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)\n"
+        + LOOP.format(
+            draw="t = torch.randint(0, 1000, (8,))",
+            mix="bars[t, None].sqrt() * x + (1 - bars[t, None]).sqrt() * noise",
+            seen="t / 999",
+            loss="loss = ((model(noisy) - noise) ** 2).mean()",
+        )
+    )
+    _, report = examined(written(tmp_path, {"train.py": text}), [], {"type": "recommended"})
+    assert 'build_policy("recommended", NoiseSchedule.from_alphas_cumprod(bars), "epsilon")' in report
+    assert "t = draw.index" in report
+    assert "policy.advance()" in report
+
+
 @pytest.mark.parametrize("case", ["toward noise", "without gradients", "scheduler by an attribute"])
 def test_the_lines_weigh_the_loss(case: str, tmp_path: Path) -> None:
     text = script_of(case).replace("loss.backward()", "raise StopIteration")
@@ -284,8 +301,8 @@ class TestLaw:
     def test_every_law_belongs_to_a_row_and_every_page_is_there(self) -> None:
         assert {row.law for row in ROWS if row.law} == set(HOSTS.module_dict)
         for row in ROWS:
-            page = row.by_hand.partition(":")[0]
-            assert not page or (ROOT / "integrations" / page / "README.md").is_file(), row.name
+            assert not row.page or (ROOT / "integrations" / row.page / "README.md").is_file(), row.name
+            assert bool(row.page) == bool(row.by_hand), row.name
 
 
 # What is found in the hosts' own scripts: exit code, host, and where the first draw is.

@@ -50,7 +50,7 @@ def test_it_measures_the_data_over_the_first_steps(capsys: pytest.CaptureFixture
     assert torch.allclose(policy.density, known, atol=1e-12)
     assert not policy.needs_data
     text = capsys.readouterr().err
-    assert text.startswith("speedit_plugins: auto measured 200 samples of 2 x 2 x 2: half of their")
+    assert text.startswith("speedit_plugins: auto measured 200 different samples of 2 x 2 x 2: half of")
     assert f"log-SNR {centre:.2f} (a quarter at" in text
     # Once, and for good: other data change nothing any more.
     policy.observe(data(240, scale=9.0, seed=1))

@@ -221,8 +221,8 @@ def _found(measurement: DataMeasurement, centre: float, spectrum: DataSpectrum) 
         # So few samples tell the middle alone.
         pass
     return (
-        f"speedit_plugins: auto measured {measurement.num_samples} samples of {shape}: half of their variance"
-        f" is explained at log-SNR {centre:.2f}{sides}\n"
+        f"speedit_plugins: auto measured {measurement.num_samples} different samples of {shape}: half of"
+        f" their variance is explained at log-SNR {centre:.2f}{sides}\n"
     )
 
 
