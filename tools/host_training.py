@@ -25,31 +25,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
-from whole_trainings import (
-    checks,
-    dit_3d,
-    guided_diffusion,
-    image_hosts,
-    imagen,
-    latent_diffusion,
-    latte,
-    musubi_tuner,
-    open_sora,
-    open_sora_2,
-    open_sora_buckets,
-    opendit,
-    pixart,
-    repa,
-    sd_scripts,
-)
+from whole_trainings import checks
 from whole_trainings.checks import Check, Result
+from whole_trainings.hosts import dit_3d, guided_diffusion, image_hosts, latte, opendit, pixart, repa
+from whole_trainings.open_sora import buckets, version_1_0, version_2
+from whole_trainings.trainers import imagen, latent_diffusion, musubi_tuner, sd_scripts
 
 HOSTS = (
-    *open_sora.HOSTS,
+    *version_1_0.HOSTS,
     *latte.HOSTS,
     *image_hosts.HOSTS,
-    *open_sora_buckets.HOSTS,
-    *open_sora_2.HOSTS,
+    *buckets.HOSTS,
+    *version_2.HOSTS,
     *sd_scripts.HOSTS,
     *imagen.HOSTS,
     *latent_diffusion.HOSTS,

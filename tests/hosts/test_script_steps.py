@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from whole_trainings import checks, latent_diffusion, runs, script_checks, trainer_material
+from whole_trainings import checks, runs, script_checks, trainer_material
 from whole_trainings.recording import Record
 from whole_trainings.runs import Run, Script
 from whole_trainings.script_checks import Law, Training
 from whole_trainings.script_steps import Steps
+from whole_trainings.trainers import latent_diffusion
 
 from speedit_plugins import NoiseSchedule, build_policy
 

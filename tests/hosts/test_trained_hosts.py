@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from whole_trainings import child, dit_3d, image_hosts, material, mmcv_stand_ins, repa, stand_ins, training
+from whole_trainings import child, material, stand_ins, training
+from whole_trainings.hosts import dit_3d, image_hosts, mmcv_stand_ins, repa
 from whole_trainings.recording import Recorder
 
 

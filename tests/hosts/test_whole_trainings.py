@@ -13,14 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from whole_trainings import (
-    checks,
-    colossalai_on_cpu,
-    image_hosts,
-    material,
-    stand_ins,
-)
+from whole_trainings import checks, colossalai_on_cpu, material, stand_ins
 from whole_trainings.checks import Check, Result
+from whole_trainings.hosts import image_hosts
 from whole_trainings.recording import Record, Recorder
 from whole_trainings.runs import Run, Script
 

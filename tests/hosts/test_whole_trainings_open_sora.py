@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
-from whole_trainings import open_sora_results, stand_ins
+from whole_trainings import stand_ins
+from whole_trainings.open_sora import results
 from whole_trainings.recording import Record, Recorder
 from whole_trainings.runs import Script
 
@@ -72,7 +73,7 @@ def test_products_of_bfloat16_are_those_of_float32_rounded() -> None:
 
 
 def test_the_hosts_schedule_is_the_linear_one_to_float32() -> None:
-    exact, hosts = NoiseSchedule.linear().alphas_cumprod, open_sora_results.hosts_schedule().alphas_cumprod
+    exact, hosts = NoiseSchedule.linear().alphas_cumprod, results.hosts_schedule().alphas_cumprod
     # A thousand factors, each rounded to a step of 6e-8 below 1, and a root of as many roundings of products.
     assert_close(hosts, exact, rtol=1000 * 2**-24, atol=0)
     assert not torch.equal(hosts, exact)
@@ -90,9 +91,9 @@ def drawn(shift: float, kept: float) -> Record:
 
 
 def test_the_law_of_a_thinned_flow_moves_with_the_shift() -> None:
-    found = open_sora_results.thinned_law([drawn(2.0, 0.2)], k=5.0, shift={5: 2.0})
+    found = results.thinned_law([drawn(2.0, 0.2)], k=5.0, shift={5: 2.0})
     assert found.holds, found.words
-    assert not open_sora_results.thinned_law([drawn(2.0, 0.2)], k=5.0, shift={5: 1.0}).holds
+    assert not results.thinned_law([drawn(2.0, 0.2)], k=5.0, shift={5: 1.0}).holds
 
 
 def run(values: list[float], said: str = "") -> Any:
@@ -103,13 +104,13 @@ def run(values: list[float], said: str = "") -> Any:
 def test_a_resumed_run_draws_what_would_have_come_next() -> None:
     # With two steps an epoch, three steps end after the first of epoch 1.
     long, words = run([0.1, 0.2, 0.3, 0.4]), "Loaded checkpoint at epoch 1 step 1"
-    assert open_sora_results.resumed(long, run([0.4], words), 3, 2).holds
-    assert not open_sora_results.resumed(long, run([0.1], words), 3, 2).holds
-    assert not open_sora_results.resumed(long, run([0.4]), 3, 2).holds
+    assert results.resumed(long, run([0.4], words), 3, 2).holds
+    assert not results.resumed(long, run([0.1], words), 3, 2).holds
+    assert not results.resumed(long, run([0.4]), 3, 2).holds
 
 
 def test_ranks_are_compared_draw_by_draw() -> None:
     first, second = Record([torch.tensor([0.1])]), Record([torch.tensor([0.2])])
-    assert open_sora_results.alike([first, first])
-    assert not open_sora_results.alike([first, second])
-    assert not open_sora_results.alike([Record(), Record()])
+    assert results.alike([first, first])
+    assert not results.alike([first, second])
+    assert not results.alike([Record(), Record()])

@@ -79,7 +79,7 @@ def _stand_ins_of_host(
         module, _, function = spec["stand_ins"].rpartition(".")
         replaced += getattr(import_module(module), function)()
     if spec["prepare"]:
-        prepare = import_module(f"whole_trainings.{spec['prepare']}").prepare
+        prepare = import_module(spec["prepare"]).prepare
         replaced += prepare(record, Path(spec["folder"]), replayed)
     return replaced
 

@@ -54,7 +54,7 @@ class Script:
         unused: modules of the host that these trainings do not use and that cannot be imported here.
         needs: requirements for pip. They are installed without what they depend on, in a folder below `work`
             that comes first on the path, so another version of a library is possible; torch stays.
-        prepare: module below `whole_trainings` whose `prepare(record, work, replayed)` runs before the
+        prepare: dotted name of a module whose `prepare(record, work, replayed)` runs before the
             script. It records the steps, replays the t of another run if there is one, and returns the
             stand-ins.
         on_cpu: whether the host runs on a CPU by itself; it gets no stand-ins then but those of `prepare`.

@@ -16,10 +16,11 @@ from torch import Tensor
 from speedit_plugins import NoiseSchedule, build_policy
 from speedit_plugins.trainer.data.videos.files import write_mp4
 from speedit_plugins.trainer.data.videos.moving_digits import MovingDigits
-from whole_trainings import checks, open_sora_results
+from whole_trainings import checks
 from whole_trainings.checks import Check, Result
 from whole_trainings.material import pixels, write_t5, write_table, write_vae
-from whole_trainings.open_sora_results import NUM_TIMESTEPS, checkpoint
+from whole_trainings.open_sora import results
+from whole_trainings.open_sora.results import NUM_TIMESTEPS, checkpoint
 from whole_trainings.runs import Run, Script
 
 SIZE, SOURCE_SIZE = 192, 64
@@ -30,7 +31,7 @@ NUM_EPOCHS = 5
 RESUMED_AT = 2 * STEPS_PER_EPOCH + 5
 # pandarallel cannot be imported beside pandas 3.
 NEEDS = ("pandas<3", "pytz", "pandarallel", "dill", "rotary_embedding_torch")
-IMPORTS = ["speedit_plugins.hosts.open_sora", "whole_trainings.open_sora_small"]
+IMPORTS = ["speedit_plugins.hosts.open_sora", "whole_trainings.open_sora.small_models"]
 
 CONFIG = """_base_ = [{base!r}]
 custom_imports = dict(imports={imports}, allow_failed_imports=False)
@@ -170,15 +171,11 @@ class OpenSora:
         result.checks["exit"] = Check(not bad, "; ".join(bad) or f"0 in {len(runs)} runs")
         result.checks["law"] = self._law(runs)
         result.checks["loss"] = self._loss(runs)
-        result.checks["uniform"] = open_sora_results.equal_runs(
-            runs["uniform"], runs["plain"], STEPS_PER_EPOCH
-        )
+        result.checks["uniform"] = results.equal_runs(runs["uniform"], runs["plain"], STEPS_PER_EPOCH)
         result.checks["sampling"] = checks.same_samples(
             runs["sampled"].records[0], runs["sampled_plain"].records[0]
         )
-        result.checks["resume"] = open_sora_results.resumed(
-            runs["long"], runs["resumed"], RESUMED_AT, STEPS_PER_EPOCH
-        )
+        result.checks["resume"] = results.resumed(runs["long"], runs["resumed"], RESUMED_AT, STEPS_PER_EPOCH)
         return result
 
     def _law(self, runs: dict[str, Run]) -> Check:
@@ -187,8 +184,8 @@ class OpenSora:
         if self.shift is None:
             two = checks.law(checks.tenths(second, self.schedule), self._times(runs["two"]))
         else:
-            two = open_sora_results.thinned_law(runs["two"].records, k=5.0, shift=self.shift)
-        differ = not open_sora_results.alike(runs["two"].records)
+            two = results.thinned_law(runs["two"].records, k=5.0, shift=self.shift)
+        differ = not results.alike(runs["two"].records)
         words = f"{first}: {long.words}; {second} on two ranks: {two.words}; their draws differ: {differ}"
         return Check(bool(long.holds and two.holds and differ), words)
 
@@ -205,7 +202,7 @@ class OpenSora:
     def schedule(self) -> NoiseSchedule:
         """Of the policy."""
         if self.shift is None:
-            return open_sora_results.hosts_schedule()
+            return results.hosts_schedule()
         return NoiseSchedule.rectified_flow(NUM_TIMESTEPS)
 
     def _index(self, t: Tensor) -> Tensor:

@@ -70,7 +70,15 @@ class LatentDiffusion:
 
     def train(self, checkout: Path, work: Path) -> Result:
         """Runs the trainings and their checks."""
-        host = Script(checkout, work, "", (), needs=NEEDS, prepare="latent_diffusion_steps", on_cpu=True)
+        host = Script(
+            checkout,
+            work,
+            "",
+            (),
+            needs=NEEDS,
+            prepare=f"{__package__}.latent_diffusion_steps",
+            on_cpu=True,
+        )
         self._write_data(work)
         speed = str(ROOT / "integrations" / "latent_diffusion" / "speed.yaml")
         uniform = {"model": {"target": OURS, "params": {"policy": {"type": "uniform"}}}}

@@ -10,7 +10,7 @@ from torch import Tensor
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.hosts.schedules import NUM_BINS, binned
 from whole_trainings.checks import Result
-from whole_trainings.runs import ROOT, Run, Script
+from whole_trainings.runs import Run, Script
 from whole_trainings.script_checks import Law, Training
 from whole_trainings.trainer_material import write_images
 
@@ -26,7 +26,7 @@ class ImagenTrainer:
 
     def train(self, checkout: Path, work: Path) -> Result:
         """Runs the trainings and their checks."""
-        host = Script(checkout, work, "", (), needs=NEEDS, prepare="imagen_steps", on_cpu=True)
+        host = Script(checkout, work, "", (), needs=NEEDS, prepare=f"{__package__}.imagen_steps", on_cpu=True)
         write_images(work / "images", 128, size=16)
         saved = work / "first" / "trainer.pt"
         policy = ["--policy", LAW.policy]
@@ -50,7 +50,7 @@ class ImagenTrainer:
         return training.result()
 
     def _run(self, host: Script, name: str, steps: int, more: list[str], **options: Any) -> Run:
-        script = str(ROOT / "tools" / "whole_trainings" / "imagen_script.py")
+        script = str(Path(__file__).with_name("imagen_script.py"))
         arguments = [str(host.work / "images"), str(host.work / name), "--steps", str(steps), *more]
         return host.run(name, script, arguments, **options)
 

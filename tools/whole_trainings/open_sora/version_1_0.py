@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from speedit_plugins import NoiseSchedule, build_policy
-from whole_trainings import checks, open_sora_results
+from whole_trainings import checks
 from whole_trainings.checks import Check, Result
 from whole_trainings.material import write_t5, write_table, write_vae, write_videos
-from whole_trainings.open_sora_results import checkpoint
+from whole_trainings.open_sora import results
+from whole_trainings.open_sora.results import checkpoint
 from whole_trainings.runs import Run, Script
 
 SIZE, NUM_FRAMES, BATCH, STEPS_PER_EPOCH, NUM_EPOCHS = 32, 4, 8, 20, 10
@@ -18,7 +19,7 @@ SCHEDULE = NoiseSchedule.linear
 # The draws of the host's own scheduler, and those of ours with a policy.
 PLAIN = 'dict(_delete_=True, type="iddpm", timestep_respacing="")'
 OURS = 'dict(_delete_=True, type="SpeeDiffusion", policy=dict(type="{}"), timestep_respacing="")'
-IMPORTS = ["speedit_plugins.hosts.open_sora", "whole_trainings.open_sora_models"]
+IMPORTS = ["speedit_plugins.hosts.open_sora", "whole_trainings.open_sora.registered_models"]
 
 CONFIG = """_base_ = [{base!r}]
 custom_imports = dict(imports={imports}, allow_failed_imports=False)
@@ -141,13 +142,11 @@ class OpenSora10:
         result.checks["loss"] = checks.loss(
             weight, [record for records in ours for record in records], _index
         )
-        result.checks["uniform"] = open_sora_results.equal_runs(
-            runs["uniform"], runs["plain"], STEPS_PER_EPOCH
-        )
+        result.checks["uniform"] = results.equal_runs(runs["uniform"], runs["plain"], STEPS_PER_EPOCH)
         result.checks["sampling"] = checks.same_samples(
             runs["sampled"].records[0], runs["sampled_plain"].records[0]
         )
-        result.checks["resume"] = open_sora_results.resumed(
+        result.checks["resume"] = results.resumed(
             runs["long"], runs["resumed"], NUM_EPOCHS // 2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH
         )
         return result
@@ -158,8 +157,8 @@ def _law(runs: dict[str, Run]) -> Check:
     shares = checks.tenths(POLICY, SCHEDULE())
     found = checks.law(shares, [_time(t) for t in runs["long"].records[0].t])
     two = checks.law(shares, [_time(t) for record in runs["two"].records for t in record.t])
-    differ = not open_sora_results.alike(runs["two"].records)
-    alike = open_sora_results.alike(runs["sequence"].records)
+    differ = not results.alike(runs["two"].records)
+    alike = results.alike(runs["sequence"].records)
     words = f"{found.words}; two ranks of zero2: {two.words}, they differ: {differ}"
     words += f"; two ranks of zero2-seq draw alike: {alike}"
     return Check(bool(found.holds and two.holds and differ and alike), words)

@@ -41,7 +41,7 @@ class GuidedDiffusion(Training):
     name, folder, model = "guided-diffusion", "openai+guided-diffusion", "UNetModel"
     factories = (("guided_diffusion.script_util", "create_gaussian_diffusion"),)
     script, sampler = "scripts/image_train.py", "scripts/image_sample.py"
-    options = {"needs": BLOBFILE, "stand_ins": "whole_trainings.guided_diffusion.install"}
+    options = {"needs": BLOBFILE, "stand_ins": "whole_trainings.hosts.guided_diffusion.install"}
     says_resumed = "loading model from checkpoint"
     image_size = 16
 

@@ -54,7 +54,15 @@ class Network:
 
     def train(self, checkout: Path, work: Path) -> Result:
         """Runs the trainings and their checks."""
-        host = Script(checkout, work, "", (), needs=NEEDS, prepare="sd_scripts_models", on_cpu=True)
+        host = Script(
+            checkout,
+            work,
+            "",
+            (),
+            needs=NEEDS,
+            prepare=f"{__package__}.sd_scripts_models",
+            on_cpu=True,
+        )
         write_images(work / "images" / "8_digit", COUNT, size=SIZE)
         (work / "prompts.txt").write_text("a handwritten 7 --w 64 --h 64 --s 4 --d 1\n", encoding="utf-8")
         if self._models == "flux":

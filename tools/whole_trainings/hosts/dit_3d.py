@@ -107,7 +107,7 @@ class DiT3D(Training):
     # A cloud has 15,000 points, so there are few.
     batch, num_epochs = 16, 16
     options = {
-        "stand_ins": "whole_trainings.dit_3d.install",
+        "stand_ins": "whole_trainings.hosts.dit_3d.install",
         "script_class": ("GaussianDiffusion", "p_losses"),
         "unused": ("open3d", "tensorboardX", "trimesh", "utils_vit"),
         "small": (

@@ -10,8 +10,8 @@ from speedit_plugins import NoiseSchedule
 from whole_trainings.checks import Result
 from whole_trainings.runs import Run, Script
 from whole_trainings.script_checks import Law, Training
-from whole_trainings.sd_scripts import NEEDS
 from whole_trainings.trainer_material import write_images
+from whole_trainings.trainers.sd_scripts import NEEDS
 
 SIZE, BATCH, COUNT = 64, 16, 16
 LONG, PAIR, PART = 80, 16, 8
@@ -36,7 +36,15 @@ class ZImage:
 
     def train(self, checkout: Path, work: Path) -> Result:
         """Runs the trainings and their checks."""
-        host = Script(checkout, work, "", (), needs=NEEDS, prepare="musubi_tuner_models", on_cpu=True)
+        host = Script(
+            checkout,
+            work,
+            "",
+            (),
+            needs=NEEDS,
+            prepare=f"{__package__}.musubi_tuner_models",
+            on_cpu=True,
+        )
         write_images(work / "images", COUNT, size=SIZE)
         folders = {"images": str(work / "images"), "cache": str(work / "cache")}
         (work / "data.toml").write_text(DATA.format(size=SIZE, batch=BATCH, **folders), encoding="utf-8")

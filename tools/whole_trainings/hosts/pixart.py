@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
-from whole_trainings import mmcv_stand_ins
 from whole_trainings.colossalai_on_cpu import BlockDiagonalMask, attention
+from whole_trainings.hosts import mmcv_stand_ins
 from whole_trainings.material import TEXT_WIDTH, write_images, write_t5, write_vae
 from whole_trainings.runs import Script, SmallModel
 from whole_trainings.stand_ins import module_with
@@ -53,7 +53,7 @@ class PixArt(Training):
     factories = (("diffusion.iddpm", "IDDPM"),)
     script, sampler = "train_scripts/train.py", "scripts/inference.py"
     options = {
-        "stand_ins": "whole_trainings.pixart.install",
+        "stand_ins": "whole_trainings.hosts.pixart.install",
         "small": (
             SmallModel("diffusion.model.nets.PixArt", "PixArt", "PixArt_small", SIZES, "MODELS"),
             # inference.py has no option for the model.

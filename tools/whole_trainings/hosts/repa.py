@@ -56,7 +56,7 @@ class REPA(Training):
     factories = (("loss", "SILoss"),)
     schedule = NoiseSchedule.rectified_flow
     options = {
-        "stand_ins": "whole_trainings.repa.install",
+        "stand_ins": "whole_trainings.hosts.repa.install",
         "small": (SmallModel("models.sit", "SiT", "SiT-small/8", SIZES, "SiT_models"),),
         "unused": ("torchvision.models", "models.mocov3_vit"),
     }

@@ -5,17 +5,18 @@ import subprocess
 from pathlib import Path
 
 from speedit_plugins import NoiseSchedule
-from whole_trainings import checks, open_sora_buckets, open_sora_results
+from whole_trainings import checks
 from whole_trainings.checks import Check, Result
 from whole_trainings.material import TEXT_WIDTH, write_clip, write_t5
-from whole_trainings.open_sora_results import checkpoint
+from whole_trainings.open_sora import buckets, results
+from whole_trainings.open_sora.results import checkpoint
 from whole_trainings.runs import ROOT, Run, Script
 
 PATCH = ROOT / "integrations" / "open_sora" / "open_sora_2.patch"
 # In the patch.
 POLICY = "auto"
 SIZE, FRAMES, NUM_EPOCHS = 32, 5, 10
-STEPS_PER_EPOCH = open_sora_buckets.STEPS_PER_EPOCH
+STEPS_PER_EPOCH = buckets.STEPS_PER_EPOCH
 RESUMED_AT = 45
 UNUSED = (
     "flash_attn.flash_attn_interface",
@@ -63,9 +64,9 @@ class OpenSora2:
             embeddings=(("opensora.models.mmdit.model", "timestep_embedding"),),
             colossalai=True,
             unused=UNUSED,
-            needs=open_sora_buckets.NEEDS,
+            needs=buckets.NEEDS,
         )
-        open_sora_buckets.write_data(work, FRAMES, SIZE)
+        buckets.write_data(work, FRAMES, SIZE)
         write_t5(work / "google" / "t5-v1_1-xxl", unigram=True)
         write_clip(work / "openai" / "clip-vit-large-patch14")
         runs = {"long": self._run(host, "long", NUM_EPOCHS, every=5)}
@@ -81,8 +82,8 @@ class OpenSora2:
         text = CONFIG.format(
             base=str(host.checkout / "configs" / "diffusion" / "train" / "image.py"),
             data=str(host.work / "data.csv"),
-            images=open_sora_buckets.IMAGE_BATCH,
-            videos=open_sora_buckets.VIDEO_BATCH,
+            images=buckets.IMAGE_BATCH,
+            videos=buckets.VIDEO_BATCH,
             frames=FRAMES,
             width=TEXT_WIDTH,
             outputs=str(host.work / name),
@@ -106,7 +107,7 @@ class OpenSora2:
         result.checks["loss"] = Check(None, "the script takes the mean of a batch, and the patch no weights")
         result.checks["uniform"] = Check(None, "the patch replaces the host's law, whatever the policy")
         result.checks["sampling"] = Check(None, "the patch leaves the other scripts as they are")
-        result.checks["resume"] = open_sora_results.resumed(long, resumed, RESUMED_AT, STEPS_PER_EPOCH)
+        result.checks["resume"] = results.resumed(long, resumed, RESUMED_AT, STEPS_PER_EPOCH)
         return result
 
 

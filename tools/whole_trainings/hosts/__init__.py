@@ -1,0 +1,1 @@
+"""Trainings by the hosts' train.py, of images, videos and points."""

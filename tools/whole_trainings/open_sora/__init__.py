@@ -1,0 +1,1 @@
+"""Trainings of Open-Sora's versions under ColossalAI."""

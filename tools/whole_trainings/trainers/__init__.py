@@ -1,0 +1,1 @@
+"""Trainings by trainers that run on a CPU by themselves."""
