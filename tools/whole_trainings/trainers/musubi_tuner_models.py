@@ -32,8 +32,8 @@ def prepare(record: Record, work: Path, replayed: Sequence[Tensor] | None) -> li
 
     With `uniform` a flow draws as the host does, so no t are replayed.
     """
-    # Its package is below src.
-    sys.path.insert(1, str(Path(sys.path[0]) / "src"))
+    # The script's folder is the package itself.
+    sys.path.insert(1, str(Path(sys.path[0]).parent))
     vars(import_module("musubi_tuner.zimage.zimage_config")).update(SIZES)
     model = import_module("musubi_tuner.zimage.zimage_model")
     if not (work / "cache").is_dir():
