@@ -269,6 +269,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="got weights, and the policy weighs already"):
             with_policy(RectifiedFlow()).training_losses(None, VIDEOS, weights=torch.ones(1000))
 
+    def test_a_law_that_depends_on_what_an_unknown_path_predicts(self) -> None:
+        # For a flow `auto` draws by another law than for a model of noise.
+        with pytest.raises(ValueError, match="pass prediction_type"):
+            with_policy(Transport(path_sampler=VPCPlan()), "auto")
+        host = with_policy(Transport(path_sampler=VPCPlan()), "auto", prediction_type="flow")
+        assert bool((attachment_of(host).policy.weight == 1).all())
+
     def test_a_built_policy_that_draws_pairs(self) -> None:
         policy = build_policy("speedit_reference", NoiseSchedule.rectified_flow(1000), "flow")
         with pytest.raises(ValueError, match="'speedit_reference' draws in pairs"):

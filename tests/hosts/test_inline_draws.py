@@ -152,7 +152,7 @@ def test_another_script_is_no_seam(tmp_path: Path, capsys: pytest.CaptureFixture
     script = tmp_path / "train.py"
     script.write_text(MOCHI.replace("torch.rand(", "torch.empty("))
     assert launch.main([str(script)]) == 2
-    assert "HunyuanVideoTrainer.prepare_batch" in capsys.readouterr().err
+    assert "has no seam: it reaches no function of a known host" in capsys.readouterr().err
 
 
 @contextmanager

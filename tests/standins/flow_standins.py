@@ -45,6 +45,10 @@ class ReversedPlan(ICPlan):
         return t, 1
 
 
+# RAE's path has the name of SiT's.
+ReversedPlan.__name__ = "ICPlan"
+
+
 class VPCPlan(ICPlan):
     """A path on which no closed form relates velocity and noise; its tables do not matter here."""
 

@@ -78,9 +78,12 @@ def _built(traits: FlowTraits, policy: str | Config, prediction_type: str | None
     try:
         predicted = prediction_type or traits.prediction_type(traits.host)
     except ValueError:
-        # The host does not say. That matters only for weights that are converted to its prediction type.
-        first, other = (build_policy(policy, schedule, each) for each in ("epsilon", "v"))
-        if torch.equal(first.weight, other.weight):
+        # The host does not say. That matters only for a law or weights that depend on the prediction type.
+        first, *others = (build_policy(policy, schedule, each) for each in ("epsilon", "v", "flow"))
+        tables = ((each.density, each.weight) for each in others)
+        if all(
+            torch.equal(first.density, law) and torch.equal(first.weight, weight) for law, weight in tables
+        ):
             return first
         raise
     return build_policy(policy, schedule, predicted)
