@@ -288,7 +288,8 @@ def _origin(folders: Sequence[str], module: str) -> str | None:
 def _hooked(package: str) -> ModuleSpec | None:
     """The spec of a package that an import hook knows, as after `pip install -e` of a flat project."""
     own = (BuiltinImporter, FrozenImporter, PathFinder)
-    hooks = (hook for hook in sys.meta_path if hook not in own)
+    # An old hook may know find_module alone.
+    hooks = (hook for hook in sys.meta_path if hook not in own and hasattr(hook, "find_spec"))
     return next((spec for hook in hooks if (spec := hook.find_spec(package, None)) is not None), None)
 
 

@@ -124,6 +124,25 @@ class TestStateFile:
         assert [state["num_steps"] for state in read_state(path)["states"]] == [1, 1]
 
 
+def test_a_refused_state_is_not_lost(tmp_path: Path) -> None:
+    path, options = tmp_path / "policy.pt", {"writes": lambda: True}
+    seams = [ScriptPolicy("clts"), ScriptPolicy("clts")]
+    file = StateFile(path, 1, "clts", **options)
+    for seam in seams:
+        seam.timesteps(diffusers.DDPMScheduler(), 4)
+        file.add(seam)
+    file.write()
+    before = read_state(path)["states"]
+    again, other = StateFile(path, 1, "clts", **options), ScriptPolicy("speedit")
+    again.add(ScriptPolicy("clts"))
+    other.timesteps(diffusers.DDPMScheduler(), 4)
+    with pytest.raises(ValueError, match=r"policy\.pt: policy state needs policy 'speedit'"):
+        again.add(other)
+    again.write()
+    assert [state["num_steps"] for state in read_state(path)["states"]] == [1, 1]
+    assert [state["name"] for state in read_state(path)["states"]] == [state["name"] for state in before]
+
+
 SCRIPT = """
 accelerator = Accelerator(cpu=True)
 timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (4,))

@@ -161,5 +161,5 @@ def test_a_host_that_an_import_hook_finds(tmp_path: Path, monkeypatch: pytest.Mo
     script.write_text("from nemo_automodel import recipe\n")
     with pytest.raises(NoSeamError):
         parsed(str(script))
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Hook(tmp_path / "clone/nemo_automodel")])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, object(), Hook(tmp_path / "clone/nemo_automodel")])
     assert parsed(str(script)).body

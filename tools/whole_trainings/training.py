@@ -74,7 +74,7 @@ class Training:
         raise NotImplementedError
 
     def arguments(self, work: Path, part: Part) -> list[str]:
-        """Those of the training script."""
+        """The arguments of the training script."""
         raise NotImplementedError
 
     def checkpoint(self, work: Path, name: str, epochs: int) -> Path:

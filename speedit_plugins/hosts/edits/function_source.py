@@ -84,6 +84,6 @@ def made_function(
 
 
 def _future_flags(flags: int) -> int:
-    """Those of a function's flags that `from __future__ import ...` sets."""
+    """The flags among those of a function that `from __future__ import ...` sets."""
     known = (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
     return functools.reduce(lambda kept, flag: kept | (flags & flag), known, 0)

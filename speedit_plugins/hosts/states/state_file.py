@@ -112,9 +112,11 @@ class PolicyStates:
     def _give(self, holder: Any) -> None:
         if self._waiting:
             try:
-                holder.load_state_dict(self._waiting.pop(0))
+                holder.load_state_dict(self._waiting[0])
             except ValueError as error:
                 raise ValueError(f"{self._source}: {error}") from error
+            # A state that was refused still waits, so that it is written again.
+            del self._waiting[0]
 
 
 class StateFile:
