@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from speedit_plugins.trainer.config.checks import check_phase, check_same_run
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
-from speedit_plugins.trainer.config.schema import DiffusionConfig, EmaConfig, ExperimentConfig, SamplerConfig
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import DiffusionConfig, EmaConfig, SamplerConfig
 from speedit_plugins.trainer.config.validation import (
     ConfigError,
     build_section,

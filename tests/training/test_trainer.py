@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError
-from speedit_plugins.trainer.config.schema import OptimizerConfig
+from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, TIMESTEP_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.training.interrupt import StopRequest

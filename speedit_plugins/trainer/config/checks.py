@@ -8,14 +8,13 @@ from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
-from speedit_plugins.trainer.config.schema import (
+from speedit_plugins.trainer.config.schema import ExperimentConfig, settled_process
+from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
     GAUSSIAN_KEYS,
     DiffusionConfig,
-    ExperimentConfig,
     SamplerConfig,
-    settled_process,
 )
 from speedit_plugins.trainer.config.validation import ConfigError, build_section
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from speedit_plugins.trainer.config.schema import Component, ExperimentConfig
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import Component
 
 Config = TypeVar("Config")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from speedit_plugins.trainer.config.schema import EvaluationConfig
+from speedit_plugins.trainer.config.sections import EvaluationConfig
 from speedit_plugins.trainer.evaluation.collected import Collected, FeatureMoments
 from speedit_plugins.trainer.evaluation.distances import frechet_distance, inception_score, kernel_distance
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor

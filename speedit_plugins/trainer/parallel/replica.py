@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from speedit_plugins.trainer.config.schema import ExperimentConfig, OptimizerConfig
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.parallel.master_weights import Master, load_optimizer
 from speedit_plugins.trainer.parallel.runtime import Runtime
 

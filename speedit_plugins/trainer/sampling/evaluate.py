@@ -17,7 +17,8 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.registry import FEATURES, check, nearest
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import results
-from speedit_plugins.trainer.config.schema import EvaluationConfig, ExperimentConfig
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import EvaluationConfig
 from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
 from speedit_plugins.trainer.evaluation.collected import (
     Collected,

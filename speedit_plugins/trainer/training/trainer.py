@@ -18,7 +18,8 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
-from speedit_plugins.trainer.config.schema import ExperimentConfig, OptimizerConfig
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.data.loader import (
     MODEL_STREAM,
     NOISE_STREAM,

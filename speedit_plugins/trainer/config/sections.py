@@ -1,0 +1,175 @@
+"""The sections of an experiment's config: name, type, default and range of each key, and what it means.
+
+The documentation is built from this file and `schema.py`, as `schema.py` says. Standard library only.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# A section that a registry builds: `type` and free keys, checked by its builder's own signature.
+Component = dict[str, Any]
+FLOW = "RectifiedFlow"
+# Which keys of `diffusion` are arguments of which kind of process.
+FLOW_KEYS = ("base_density", "logit_mean", "logit_std", "shift")
+GAUSSIAN_KEYS = (
+    "prediction_type",
+    "learn_sigma",
+    "noise_schedule",
+    "zero_terminal_snr",
+    "timestep_respacing",
+    "sigma_small",
+    "rescale_learned_sigmas",
+)
+
+
+def limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:
+    """A field with a range, of each item in a sequence: `at_least`, `at_most`, `above`, `below`."""
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The process that is trained: arguments of a registered process, and the timestep policy.
+
+    null is the process's own choice.
+    """
+
+    type: str = "SpeeDiffusion"
+    """The process: `SpeeDiffusion`, a Gaussian process on a noise schedule, or `RectifiedFlow`, a straight
+    path."""
+    policy: Component = field(default_factory=lambda: {"type": "recommended"})
+    """Which timesteps are drawn and how their losses are weighed: `type` and parameters of a named policy, or
+    its parts `density` and `weighting`, with `draw` and `scope`. `recommended` is `auto` for a flow or a
+    model of v, and `speedit` for any other. The `mean` of `auto` and of the `spectral` policies is measured
+    before the training and saved with its config."""
+    diffusion_steps: int = limited(1000, at_least=2)
+    """Timesteps T before respacing; the linear schedule needs at least 20. For a flow it is the number of
+    rows of the policy's tables."""
+    prediction_type: Literal["epsilon", "x0", "v", "flow"] | None = None
+    """What the model predicts. null is epsilon. `RectifiedFlow` takes flow alone, the velocity, and null is
+    flow there."""
+    learn_sigma: bool | None = None
+    """Whether the model predicts a variance too, trained by the variational term. null is true. A
+    `RectifiedFlow` has none, and null is false there."""
+    noise_schedule: str | None = None
+    """`linear`, `scaled_linear` or `cosine`. null is linear; a flow has none."""
+    zero_terminal_snr: bool = False
+    """Rescales the noise schedule so that its last timestep is noise alone. It needs prediction_type v or x0.
+    Sample with `ddpm`, `ddim` or `dpm_solver`: the `ddim_leading` samplers begin before that timestep."""
+    timestep_respacing: str = ""
+    """Trains on these timesteps only, such as `250` or `ddim50`. For sampling see `sampler.num_steps`."""
+    sigma_small: bool = False
+    """Takes the smaller of the two fixed variances."""
+    rescale_learned_sigmas: bool = False
+    """Scales the variational term as IDDPM does."""
+    base_density: Literal["uniform", "logit_normal"] = "uniform"
+    """The law of a flow's time. The policy multiplies it."""
+    logit_mean: float | None = None
+    """Mean of the logit-normal law; null is 0."""
+    logit_std: float | None = limited(None, above=0)
+    """Standard deviation of the logit-normal law; null is 1."""
+    shift: float = limited(1.0, above=0)
+    """Resolution shift of a flow's time, in training and in sampling. SD3 takes 3 at 1024 x 1024."""
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether it is a rectified flow, and not a Gaussian process on a noise schedule."""
+        return self.type == FLOW
+
+    def process_config(self) -> Component:
+        """`type` and the process's arguments, without the policy: what `registry.build` takes."""
+        own = ("type", "diffusion_steps", *(FLOW_KEYS if self.is_flow else GAUSSIAN_KEYS))
+        return {key: getattr(self, key) for key in own if getattr(self, key) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How samples are drawn in inference, sample and training grids."""
+
+    type: Literal["ddpm", "ddim", "ddim_leading", "ddim_leading_1", "dpm_solver", "euler", "heun"] | None = (
+        None
+    )
+    """`ddpm`, `ddim` or `dpm_solver`; `ddim_leading` visits the timesteps of diffusers' pipelines,
+    `ddim_leading_1` those of Stable Diffusion's. A flow takes `euler` or `heun`. null is ddpm, or euler."""
+    num_steps: int = limited(250, at_least=1)
+    """Steps from noise to sample: at most `diffusion.diffusion_steps`; for a flow any number."""
+    eta: float = limited(0.0, at_least=0, at_most=1)
+    """Share of the noise that the ddim samplers add back at each step; refused for other samplers."""
+    guidance_channels: int | None = limited(None, at_least=1)
+    """Guides only the first channels; 3 is the variant of DiT's own code. null guides all of them."""
+    clip_sample: bool = False
+    """Clamps x_0 to [-1, 1] at each step. It is meant for pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and its schedule; lengths in optimizer steps."""
+
+    type: Literal["AdamW"] = "AdamW"
+    """The optimizer."""
+    lr: float = limited(1e-4, above=0)
+    """Learning rate after the warm-up."""
+    weight_decay: float = limited(0.0, at_least=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = limited((0.9, 0.999), at_least=0, below=1)
+    """Decay rates of the two moments."""
+    warmup_steps: int = limited(0, at_least=0)
+    """Steps of linear warm-up: step n has n / warmup_steps of the learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: `constant`, or half a cosine down to `min_lr` at `max_training_steps`."""
+    min_lr: float = limited(0.0, at_least=0)
+    """Learning rate at the end of the cosine."""
+    max_grad_norm: float = limited(0.0, at_least=0)
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    grad_accumulation: int = limited(1, at_least=1)
+    """Forward passes per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Moving average of the weights."""
+
+    halflife_steps: float = limited(6931.0, above=0)
+    """Steps in which the share of a step's weights halves. 6931 is the decay of DiT, ln 0.5 / ln 0.9999."""
+    ramp: bool = True
+    """Limits the decay to (1 + n) / (10 + n) after n steps, so that the average forgets the start sooner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    dataset: Component
+    """`type` and parameters of a dataset. `image_size` and `num_frames` are filled in from the top."""
+    batch_size: int = limited(at_least=1)
+    """Samples of one forward pass, over all processes: a multiple of their number."""
+    num_workers: int = limited(0, at_least=0)
+    """Loading processes of each training process; 0 loads in the training process itself."""
+    prefetch_factor: int | None = limited(None, at_least=1)
+    """Batches that each loading process keeps ready; null is 2. It needs `num_workers`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What test measures, and the numbers in its metrics."""
+
+    metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
+    """Any of fid, sfid, kid, prdc, inception_score and clip_score."""
+    batch_size: int = limited(16, at_least=1)
+    """Images that are read and passed through the feature network at once."""
+    reference_statistics: str | None = None
+    """A safetensors file that keeps what the metrics need of the reference: written by the first test, read
+    by later ones."""
+    kid_subsets: int = limited(100, at_least=1)
+    """Subsets that KID averages over."""
+    kid_subset_size: int = limited(1000, at_least=2)
+    """Samples in each subset of KID: at most the size of the smaller set."""
+    score_splits: int = limited(10, at_least=1)
+    """Parts of the Inception Score."""
+    precision_neighbors: int = limited(3, at_least=1)
+    """Neighbours k of precision and recall."""
+    density_neighbors: int = limited(5, at_least=1)
+    """Neighbours k of density and coverage."""
+    clip: str | None = None
+    """The CLIPModel of clip_score: a folder or a hub name."""
