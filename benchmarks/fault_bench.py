@@ -61,6 +61,7 @@ class Fault:
         ends: `error` wants an exit code other than 0 and one line on stderr; `well` wants 0.
         leaves: checks the files afterwards, and returns what is wrong with them.
         lines: lines that an error may take.
+        never: a text that must not be printed.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Fault:
     ends: Ending = "error"
     leaves: Callable[["Bench"], str | None] | None = None
     lines: int = 1
+    never: str | None = None
 
 
 @dataclass
@@ -173,6 +175,8 @@ def wrong_with(fault: Fault, outcome: Outcome, bench: Bench) -> list[str]:
         found.append(f"{len(outcome.lines)} lines on stderr")
     missing = [words for words in fault.says if not re.search(words, outcome.text, re.IGNORECASE)]
     found += [f"no word of {words!r}" for words in missing]
+    if fault.never is not None and fault.never in outcome.text:
+        found.append(f"it says {fault.never!r}")
     if fault.leaves is not None and (left := fault.leaves(bench)):
         found.append(left)
     return found

@@ -1,9 +1,9 @@
 """Breaks a training in every way its users have met, and reads what comes back.
 
 Each fault runs real commands in a folder of its own, on a tiny DiT of digits or on images made for it. It
-holds if a wrong input ends in one line on stderr that names the place, with an exit code other than 0. Where a
-run can go on, the fault holds if it does and says so. A traceback, exit code 0 after an error, and a lost file
-do not hold.
+holds if a wrong input ends in one line on stderr that names the place, with an exit code other than 0. Where
+a run can go on, the fault holds if it does and says so. A traceback, exit code 0 after an error, and a lost
+file do not hold.
 
     python benchmarks/faults.py --out faults.md [--only weights,processes] [--package CHECKOUT]
 """
