@@ -24,8 +24,12 @@ TINY = (
 )
 NUM_STEPS = 4
 HANG_SECONDS = 1200  # a command takes about five seconds
-# A progress bar, and what torchrun writes about a job that failed. The user's line is among them.
-_NOISE = re.compile(r"^\s*$|^\S.*: +\d+%\||^[WE]\d{4} |^\[rank\d+\]:\[W|^=+$|^-+$")
+# A progress bar, and the log of torchrun's processes.
+_NOISE = re.compile(r"^\s*$|^\S.*: +\d+%\||^[WE]\d{4} |^\[rank\d+\]:\[W")
+# What torchrun prints about a job that failed, after the lines of the job's own processes.
+_REPORT = re.compile(
+    r'^Traceback \(most recent call last\):\n  File "\S*torchrun".*', re.DOTALL | re.MULTILINE
+)
 
 Ending = Literal["error", "well"]
 
@@ -41,13 +45,13 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         """The lines on stderr, without progress bars and without torchrun's own report."""
-        found = [line.rsplit("\r", 1)[-1] for line in self.stderr.split("\n")]
+        found = [line.rsplit("\r", 1)[-1] for line in _REPORT.sub("", self.stderr).split("\n")]
         return [line for line in found if not _NOISE.match(line)]
 
     @property
     def text(self) -> str:
-        """Everything that was printed."""
-        return f"{self.stdout}\n{self.stderr}"
+        """Everything that was printed, without torchrun's own report."""
+        return f"{self.stdout}\n{_REPORT.sub('', self.stderr)}"
 
 
 @dataclass(frozen=True)
