@@ -74,9 +74,9 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder / "tensorboard"
-        self._previous_hook, threading.excepthook = threading.excepthook, self._leave_out_write_errors
         with naming(self._folder):
             self._writer = SummaryWriter(str(self._folder), purge_step=start_step + 1)
+        self._previous_hook, threading.excepthook = threading.excepthook, self._leave_out_write_errors
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         with naming(self._folder):
@@ -91,9 +91,8 @@ class TensorBoardLogger:
 
     def _leave_out_write_errors(self, args: threading.ExceptHookArgs) -> None:
         """Prints no traceback of the writing thread: `add` raises its error again."""
-        if not (
-            isinstance(args.exc_value, OSError) and str(raising_module(args.exc_value)).startswith(_WRITER)
-        ):
+        is_known = isinstance(args.exc_value, OSError)
+        if not (is_known and str(raising_module(args.exc_value)).startswith(_WRITER)):
             self._previous_hook(args)
 
 
