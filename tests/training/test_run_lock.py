@@ -39,10 +39,8 @@ def test_a_second_training_is_refused_while_the_first_lives_and_other_phases_are
         line = capfd.readouterr().err
         pid = job.process.pid
         holder = rf"process {pid} on {socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\S*"
-        wanted = (
-            rf"speedit: error: another training is in experiment_dir {tmp_path}: {holder}; wanted another"
-        )
-        assert re.fullmatch(rf"{wanted} experiment_dir, or wait until it ends\n", line), line
+        wanted = rf"speedit: error: another training is in experiment_dir {tmp_path}: {holder}; wanted"
+        assert re.fullmatch(rf"{wanted} another experiment_dir, or wait until it ends\n", line), line
         assert (tmp_path / "config_train.yaml").read_bytes() == config
         assert speedit("sample", tmp_path) == 0
         # Killed, it leaves the file behind, and no lock.

@@ -91,8 +91,8 @@ class TensorBoardLogger:
 
     def _leave_out_write_errors(self, args: threading.ExceptHookArgs) -> None:
         """Prints no traceback of the writing thread: `add` raises its error again."""
-        is_known = isinstance(args.exc_value, OSError)
-        if not (is_known and str(raising_module(args.exc_value)).startswith(_WRITER)):
+        error = args.exc_value
+        if not (isinstance(error, OSError) and str(raising_module(error)).startswith(_WRITER)):
             self._previous_hook(args)
 
 
