@@ -27,6 +27,7 @@ from speedit_plugins.trainer.data.loader import (
     ResumableLoader,
     stream_seed,
 )
+from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
@@ -41,6 +42,7 @@ from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Ema
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
+from speedit_plugins.trainer.training.step_batches import StepBatches
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
@@ -101,6 +103,7 @@ class Trainer:
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._num_tokens = 0
+        self._batches = StepBatches(self.runtime)
         self._saved_step = -1
         self._last_saved: Path | None = None
         self._draw_grid, self._mfu, self.profiler = draw_grid, parts.mfu, parts.profiler
@@ -113,13 +116,17 @@ class Trainer:
 
         Raises:
             ValueError: too many steps in a row were skipped. Nothing is saved then.
+            DataError: a batch cannot be read. A checkpoint of the last whole step is saved before.
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
         last = self.config.max_training_steps
         is_stopping = False
         while self.step < last and not is_stopping:
-            result, is_stopping = self.optimizer_step(stop)
+            try:
+                result, is_stopping = self.optimizer_step(stop)
+            except DataError as fault:
+                raise DataError(f"{fault}; {self._saved_before_the_end()}") from fault
             tracker.step_done()
             if self.step % self.config.log_every == 0 or self.step == last:
                 self._log(tracker, result)
@@ -141,6 +148,7 @@ class Trainer:
 
         Raises:
             ValueError: `max_skipped_steps` steps in a row were skipped.
+            DataError: a batch cannot be read, on any rank. The step does not count.
         """
         self.policy.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
@@ -148,18 +156,20 @@ class Trainer:
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
+        self._batches.begin(self.loader)
         for number in range(num_batches):
             with self.timer.phase("data"):
-                batch = next(self.loader)
+                batch = self._batches.next(self.loader)
             rows = self._seed_samples(number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
                 seen.append(self.train_step(batch, quantiles, rows))
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
-            bad_rank, is_any_asked = self.runtime.maximum(
-                [-1 if is_finite else self.runtime.rank, float(is_asked)]
+            bad_rank, is_any_asked, broken_rank = self.runtime.maximum(
+                [-1 if is_finite else self.runtime.rank, float(is_asked), self._batches.broken_rank]
             )
+            self._batches.end(int(broken_rank))
             lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
             result = self.engine.step(lr, is_healthy=bad_rank < 0)
         self.step += 1
@@ -223,7 +233,7 @@ class Trainer:
                 "step": self.step,
                 "num_skipped": self.num_skipped,
                 "ema_updates": self.ema.num_updates,
-                "loader": self.loader.state_dict(),
+                "loader": self._batches.position(self.loader),
                 "policy": self.policy.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "products": saved_products(self.model),
@@ -352,6 +362,15 @@ class Trainer:
             # With frozen tensors as they were saved, because a plugin may have cast those of the model.
             weights = {**self.engine.untrained(), **averages}
             draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
+
+    def _saved_before_the_end(self) -> str:
+        """Saves the last whole step, and says so. Collective."""
+        if self.step in (0, self._saved_step):
+            return self._last_checkpoint()
+        try:
+            return f"step {self.step} is saved as {self.save()}"
+        except ValueError as error:
+            return f"step {self.step} is not saved: {error}"
 
     def _last_checkpoint(self) -> str:
         last = self._last_saved
