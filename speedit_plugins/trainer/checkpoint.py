@@ -217,10 +217,16 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
+    step = step_in_name(path)
+    if step is None:
         raise CheckpointError(f"a checkpoint folder is named step_<number>, got {path}")
-    return int(match[1])
+    return step
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for a folder of another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list[Any]:
@@ -315,8 +321,7 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
 
 def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | None:
     """Why a manifest cannot be that of the checkpoint in `path`; None if it can."""
-    named = _NAME.fullmatch(path.name)
-    wanted = int(named[1]) if named else None
+    wanted = step_in_name(path)
     if type(step) is not int or step < 0 or (wanted is not None and step != wanted):
         return f"has step {step!r}, wanted {'an int >= 0' if wanted is None else wanted}"
     # A whole run has a file of moments per rank, numbered from 0.

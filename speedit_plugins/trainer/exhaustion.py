@@ -1,8 +1,12 @@
 """What to do when memory or open files run out: one line for each, with the options that lower the need."""
 
 import errno
+import inspect
 import re
 import resource
+
+from speedit_plugins.registry import MODELS
+from speedit_plugins.trainer.config.schema import ExperimentConfig
 
 _NO_FILES = re.compile(r"Too many open files|received \d+ items of ancdata")
 _NO_MEMORY = re.compile(
@@ -13,6 +17,8 @@ _NO_MEMORY = re.compile(
 _NO_SHARED_MEMORY = re.compile(
     r"(unable to (write to|resize|open|mmap)|allocat).*(/torch_|shm|shared memory)|Bus error", re.IGNORECASE
 )
+# "Tried to allocate 20.00 GiB", "you tried to allocate 4000 bytes", "Unable to allocate 3.6 TiB".
+_ASKED = re.compile(r"allocate ([\d.]+ ?[kMGTP]?i?[Bb](?:ytes)?)")
 
 
 def out_of_files(error: BaseException) -> str | None:
@@ -46,3 +52,43 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     is_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return is_system or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+def memory_line(error: BaseException, phase: str, config: ExperimentConfig) -> str | None:
+    """What to lower after memory ran out in a phase; None for another error."""
+    if not is_out_of_memory(error):
+        return None
+    # torch.OutOfMemoryError is that of a device.
+    on_device = type(error).__name__ == "OutOfMemoryError"
+    asked = _ASKED.search(str(error))
+    more = f" (asked for {asked[1]} more)" if asked else ""
+    where = "the device" if on_device else "the machine"
+    return f"out of memory of {where}{more}: {_less(phase, config, on_device=on_device)}"
+
+
+def _less(phase: str, config: ExperimentConfig, *, on_device: bool) -> str:
+    """The keys that lower the memory of a phase, with their values."""
+    sizes = {"evaluation.batch_size": config.evaluation.batch_size}
+    if phase != "test":
+        sizes = {"per_proc_batch_size": config.per_proc_batch_size}
+    if phase == "train":
+        grids = sizes if config.sample_every else {}
+        workers = {} if on_device else {"data.num_workers": config.data.num_workers}
+        sizes = {"data.batch_size": config.data.batch_size, **workers, **grids}
+    least = {"data.num_workers": 0}
+    found = [f"lower {key} (now {size})" for key, size in sizes.items() if size > least.get(key, 1)]
+    if phase == "train" and config.data.batch_size > 1:
+        found[0] += ", with as much more optimizer.grad_accumulation"
+    if phase == "train" and _recomputes(config) is False:
+        found.append("set model.gradient_checkpointing=true")
+    if phase != "test" and config.precision == "fp32":
+        found.append("set precision=bf16")
+    return ", or ".join(found) or "wanted a smaller model"
+
+
+def _recomputes(config: ExperimentConfig) -> bool | None:
+    """Whether the model recomputes activations in the backward pass; None if it cannot."""
+    builder = MODELS.get(str(config.model["type"]))
+    if builder is None or "gradient_checkpointing" not in inspect.signature(builder).parameters:
+        return None
+    return bool(config.model.get("gradient_checkpointing", False))

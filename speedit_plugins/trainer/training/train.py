@@ -17,6 +17,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
+from speedit_plugins.trainer.training.ending import told
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import choose_products, describe
 from speedit_plugins.trainer.training.run_lock import alone_in_folder
@@ -56,15 +57,19 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     started = trainer.step
     if runtime.is_main:
         _introduce(trainer, resumed)
-    if started < config.max_training_steps:
-        # Not of a run with nothing to train: these files describe how the weights were made.
+    # Not of a run with nothing to train: these files describe how the weights were made.
+    if runtime.is_main and started < config.max_training_steps:
+        results.save_config(config, "train")
+        save_environment(folder, runtime, linear_layers=describe(trainer.model))
+
+    def to_the_end() -> None:
+        if started < config.max_training_steps:
+            with _tracker(config, trainer) as tracker:
+                trainer.fit(tracker, stop)
         if runtime.is_main:
-            results.save_config(config, "train")
-            save_environment(folder, runtime, linear_layers=describe(trainer.model))
-        with _tracker(config, trainer) as tracker:
-            trainer.fit(tracker, stop)
-    if runtime.is_main:
-        _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
+            _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
+
+    told(trainer, to_the_end)
 
 
 def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:

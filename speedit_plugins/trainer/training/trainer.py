@@ -27,7 +27,6 @@ from speedit_plugins.trainer.data.loader import (
     ResumableLoader,
     stream_seed,
 )
-from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
@@ -42,6 +41,7 @@ from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Ema
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
+from speedit_plugins.trainer.training.saved_state import checked_state, load_part
 from speedit_plugins.trainer.training.step_batches import StepBatches
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
@@ -116,17 +116,14 @@ class Trainer:
 
         Raises:
             ValueError: too many steps in a row were skipped. Nothing is saved then.
-            DataError: a batch cannot be read. A checkpoint of the last whole step is saved before.
+            DataError: a batch cannot be read; `save` then writes the last whole step.
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
         last = self.config.max_training_steps
         is_stopping = False
         while self.step < last and not is_stopping:
-            try:
-                result, is_stopping = self.optimizer_step(stop)
-            except DataError as fault:
-                raise DataError(f"{fault}; {self._saved_before_the_end()}") from fault
+            result, is_stopping = self.optimizer_step(stop)
             tracker.step_done()
             if self.step % self.config.log_every == 0 or self.step == last:
                 self._log(tracker, result)
@@ -258,7 +255,7 @@ class Trainer:
             CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
         saved = checkpoint.load(path)
-        state = saved.state
+        state = checked_state(saved.state, path)
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
@@ -266,9 +263,9 @@ class Trainer:
             self.engine.load_weights(saved.model)
             self.ema.load(saved.ema, state["ema_updates"])
             self.engine.load_moments(saved.moments)
-            self.engine.load_scaler_state(state["scaler"])
-            self.loader.load_state_dict(state["loader"])
-            self.policy.load_state_dict(state["policy"])
+            load_part("scaler", state, self.engine.scaler_state(), self.engine.load_scaler_state)
+            load_part("loader", state, self.loader.state_dict(), self.loader.load_state_dict)
+            load_part("policy", state, self.policy.state_dict(), self.policy.load_state_dict)
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
@@ -362,15 +359,6 @@ class Trainer:
             # With frozen tensors as they were saved, because a plugin may have cast those of the model.
             weights = {**self.engine.untrained(), **averages}
             draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
-
-    def _saved_before_the_end(self) -> str:
-        """Saves the last whole step, and says so. Collective."""
-        if self.step in (0, self._saved_step):
-            return self._last_checkpoint()
-        try:
-            return f"step {self.step} is saved as {self.save()}"
-        except ValueError as error:
-            return f"step {self.step} is not saved: {error}"
 
     def _last_checkpoint(self) -> str:
         last = self._last_saved
