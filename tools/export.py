@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from speedit_plugins.files import naming, usual_mode
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -85,10 +86,16 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, config, exported, generator, text, model_only=model_only)
-        usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
-        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
-        partial.rename(folder)
+        with naming(folder, also=partial):
+            _write(partial, config, exported, generator, text, model_only=model_only)
+            usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
+            (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+            # safetensors makes its files private to the user.
+            mode = usual_mode(partial)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+            partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

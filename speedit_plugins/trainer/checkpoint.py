@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedit_plugins.files import flush, sha256_of
+from speedit_plugins.files import flush, sha256_of, usual_mode
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
@@ -26,6 +26,7 @@ from speedit_plugins.trainer.terminal import say
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{7,})")
+_MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -216,10 +217,16 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
+    step = step_in_name(path)
+    if step is None:
         raise CheckpointError(f"a checkpoint folder is named step_<number>, got {path}")
-    return int(match[1])
+    return step
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for a folder of another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list[Any]:
@@ -265,6 +272,8 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
 
 def _finished(path: Path) -> dict[str, Any]:
     """Flushes a file to the disk. Returns its size in bytes and its hash, for the manifest."""
+    # safetensors makes its files private to the user.
+    path.chmod(usual_mode(path.parent))
     flush(path)
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -293,6 +302,8 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
+        if wrong := _wrong_manifest(path, manifest["step"], files):
+            return f"{MANIFEST} {wrong}"
         names = sorted(files) if only is None else [only]
         for name in names[runtime.rank :: runtime.world_size]:
             facts = files[name]
@@ -305,6 +316,25 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
         return f"{error.filename or path}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable: {type(error).__name__}: {error}"
+    return None
+
+
+def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | None:
+    """Why a manifest cannot be that of the checkpoint in `path`; None if it can."""
+    wanted = step_in_name(path)
+    if type(step) is not int or step < 0 or (wanted is not None and step != wanted):
+        return f"has step {step!r}, wanted {'an int >= 0' if wanted is None else wanted}"
+    # A whole run has a file of moments per rank, numbered from 0.
+    moments = [match for match in map(_MOMENTS.fullmatch, files) if match]
+    num_ranks = len(moments) or 1
+    if any(int(match[2]) != num_ranks for match in moments):
+        return f"lists {num_ranks} files of optimizer moments, of {int(moments[0][2])}"
+    ranks = (f"optimizer_{rank:05d}_of_{num_ranks:05d}.safetensors" for rank in range(num_ranks))
+    whole = {MODEL, EMA, STATE, CONFIG, *ranks}
+    if missing := sorted(whole - set(files)):
+        return f"does not list {', '.join(missing)}"
+    if foreign := sorted(set(files) - whole):
+        return f"lists {foreign[0]!r}, which is no file of a checkpoint"
     return None
 
 

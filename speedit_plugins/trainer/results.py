@@ -1,8 +1,9 @@
 """The folder of an experiment: the names of its files.
 
 `experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (for
-videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, and the config of each
-phase that ran. Tools write timestep_profile.json, timestep_profile.png and report.html.
+videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, the config of each phase
+that ran, and train.lock, which names the training that is in it. Tools write timestep_profile.json,
+timestep_profile.png and report.html.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from speedit_plugins.trainer.terminal import say
 
 CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
+LOCK = "train.lock"
 # What inference writes: captions beside the samples, and the suffix of a folder that is not finished.
 CAPTIONS, UNFINISHED = "captions.jsonl", ".tmp"
 

@@ -38,7 +38,7 @@ STEP_PATH = (
 # of the package, or one in trainer/.
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
-_FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config"}
+_FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config", "trainer/exhaustion"}
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "results")}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
+    "trainer/exhaustion": _GROUND | {"trainer/config"},
+    "trainer/streams": set(),
     "trainer/condition": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},
@@ -69,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/logging"},
     "trainer/training": _SHARED | {"trainer/logging", "trainer/sampling"},
-    "cli": _SHARED | {"trainer/logging", "trainer/sampling", "trainer/training"},
+    "cli": _SHARED | {"trainer/streams", "trainer/logging", "trainer/sampling", "trainer/training"},
     # The command in three parts: the command line, the samples that it reads, and what it says about them.
     "spectrum_samples": _FLOOR | {"trainer/data", "trainer/models"},
     "spectrum_report": _METHOD,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import file_size_limit
 from saved_models import save_pipeline, save_text_encoder
 from torch.testing import assert_close
 
@@ -264,6 +265,14 @@ def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -
     net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     assert net.config.sample_size == 8
     assert DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.clip_sample
+    (tmp_path / "plain").touch()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+    with (
+        file_size_limit(1000),
+        pytest.raises(OSError, match=rf"cannot write {tmp_path}/full: File too large"),
+    ):
+        exported(DIGITS, arguments, tmp_path / "full", model_only=True)
     with pytest.raises(ValueError, match="--out needs a folder that does not exist"):
         exported(DIGITS, arguments, tmp_path / "out", model_only=True)
 

@@ -1,17 +1,22 @@
 """TensorBoard and Weights & Biases behind one interface."""
 
 import os
+import threading
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from speedit_plugins.files import naming, write_whole
+from speedit_plugins.registry import raising_module
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 
 RUN_ID = "wandb_run_id"
+_WRITER = "tensorboard"
 _WITHOUT_KEY = ("offline", "disabled")
 
 
@@ -59,19 +64,36 @@ def open_loggers(config: ExperimentConfig, *, start_step: int) -> list[Logger]:
 
 
 class TensorBoardLogger:
-    """Event files in `folder/tensorboard`."""
+    """Event files in `folder/tensorboard`.
+
+    Raises:
+        OSError: the files cannot be written; names their folder.
+    """
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._folder = folder / "tensorboard"
+        with naming(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=start_step + 1)
+        self._previous_hook, threading.excepthook = threading.excepthook, self._leave_out_write_errors
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        with naming(self._folder):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self, *, is_failed: bool) -> None:
-        self._writer.close()
+        # What an earlier write left fails again. Its error is being raised already.
+        with suppress(OSError) if is_failed else naming(self._folder):
+            self._writer.close()
+        threading.excepthook = self._previous_hook
+
+    def _leave_out_write_errors(self, args: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of the writing thread: `add` raises its error again."""
+        error = args.exc_value
+        if not (isinstance(error, OSError) and str(raising_module(error)).startswith(_WRITER)):
+            self._previous_hook(args)
 
 
 class WandbLogger:
@@ -124,5 +146,5 @@ def _run_id(folder: Path) -> str:
     """The id in the folder's file. The first call writes the file."""
     path = folder / RUN_ID
     if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+        write_whole(path, uuid.uuid4().hex.encode())
     return path.read_text(encoding="utf-8").strip()

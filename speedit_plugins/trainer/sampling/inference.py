@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,10 @@ def inference(config: ExperimentConfig) -> int:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    with progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar:
+    with (
+        progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
+        _all_or_none(partial, bar, generator.what),
+    ):
         if config.num_frames:
             for _ in _written(generator, conditions, partial, bar):
                 pass
@@ -61,6 +65,22 @@ def inference(config: ExperimentConfig) -> int:
     if not config.num_frames:
         say(f"  npz          {npz}")
     return 0
+
+
+@contextmanager
+def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
+    """A context that removes what was drawn if not all of it was.
+
+    Raises:
+        KeyboardInterrupt: a signal ended it. The message says how far it was.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (f"interrupted after {bar.n} of {bar.total} {what}; none of them is kept",)
+        raise
 
 
 def _name(config: ExperimentConfig, source: Path) -> str:

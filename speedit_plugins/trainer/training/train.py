@@ -17,8 +17,10 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
+from speedit_plugins.trainer.training.ending import told
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import choose_products, describe
+from speedit_plugins.trainer.training.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
 
 
@@ -31,7 +33,8 @@ def train(config: ExperimentConfig) -> int:
     # Before anything slow, so that no signal during the start is lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
-        _train(config, runtime, stop)
+        with alone_in_folder(config, runtime):
+            _train(config, runtime, stop)
         # Objects that hold the process group wait for peers when they are destroyed, so destroy them first.
         gc.collect()
         runtime.barrier()
@@ -53,14 +56,20 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
         choose_products(trainer.model, config, runtime)
     started = trainer.step
     if runtime.is_main:
+        _introduce(trainer, resumed)
+    # Not of a run with nothing to train: these files describe how the weights were made.
+    if runtime.is_main and started < config.max_training_steps:
         results.save_config(config, "train")
         save_environment(folder, runtime, linear_layers=describe(trainer.model))
-        _introduce(trainer, resumed)
-    if started < config.max_training_steps:
-        with _tracker(config, trainer) as tracker:
-            trainer.fit(tracker, stop)
-    if runtime.is_main:
-        _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
+
+    def to_the_end() -> None:
+        if started < config.max_training_steps:
+            with _tracker(config, trainer) as tracker:
+                trainer.fit(tracker, stop)
+        if runtime.is_main:
+            _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
+
+    told(trainer, to_the_end)
 
 
 def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:

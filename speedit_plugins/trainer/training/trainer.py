@@ -41,6 +41,8 @@ from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Ema
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
+from speedit_plugins.trainer.training.saved_state import checked_state, load_part
+from speedit_plugins.trainer.training.step_batches import StepBatches
 
 DrawGrid = Callable[[Mapping[str, Tensor], int], object]
 
@@ -101,6 +103,7 @@ class Trainer:
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._num_tokens = 0
+        self._batches = StepBatches(self.runtime)
         self._saved_step = -1
         self._last_saved: Path | None = None
         self._draw_grid, self._mfu, self.profiler = draw_grid, parts.mfu, parts.profiler
@@ -113,6 +116,7 @@ class Trainer:
 
         Raises:
             ValueError: too many steps in a row were skipped. Nothing is saved then.
+            DataError: a batch cannot be read; `save` then writes the last whole step.
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
@@ -141,6 +145,7 @@ class Trainer:
 
         Raises:
             ValueError: `max_skipped_steps` steps in a row were skipped.
+            DataError: a batch cannot be read, on any rank. The step does not count.
         """
         self.policy.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
@@ -148,18 +153,20 @@ class Trainer:
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
+        self._batches.begin(self.loader)
         for number in range(num_batches):
             with self.timer.phase("data"):
-                batch = next(self.loader)
+                batch = self._batches.next(self.loader)
             rows = self._seed_samples(number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
                 seen.append(self.train_step(batch, quantiles, rows))
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
-            bad_rank, is_any_asked = self.runtime.maximum(
-                [-1 if is_finite else self.runtime.rank, float(is_asked)]
+            bad_rank, is_any_asked, broken_rank = self.runtime.maximum(
+                [-1 if is_finite else self.runtime.rank, float(is_asked), self._batches.broken_rank]
             )
+            self._batches.end(int(broken_rank))
             lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
             result = self.engine.step(lr, is_healthy=bad_rank < 0)
         self.step += 1
@@ -223,7 +230,7 @@ class Trainer:
                 "step": self.step,
                 "num_skipped": self.num_skipped,
                 "ema_updates": self.ema.num_updates,
-                "loader": self.loader.state_dict(),
+                "loader": self._batches.position(self.loader),
                 "policy": self.policy.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "products": saved_products(self.model),
@@ -248,7 +255,7 @@ class Trainer:
             CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
         saved = checkpoint.load(path)
-        state = saved.state
+        state = checked_state(saved.state, path)
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
@@ -256,9 +263,9 @@ class Trainer:
             self.engine.load_weights(saved.model)
             self.ema.load(saved.ema, state["ema_updates"])
             self.engine.load_moments(saved.moments)
-            self.engine.load_scaler_state(state["scaler"])
-            self.loader.load_state_dict(state["loader"])
-            self.policy.load_state_dict(state["policy"])
+            load_part("scaler", state, self.engine.scaler_state(), self.engine.load_scaler_state)
+            load_part("loader", state, self.loader.state_dict(), self.loader.load_state_dict)
+            load_part("policy", state, self.policy.state_dict(), self.policy.load_state_dict)
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
