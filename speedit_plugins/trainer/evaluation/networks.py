@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from speedit_plugins.files import unlike_weights
 from speedit_plugins.registry import FEATURES
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor, Readings
 
@@ -247,6 +248,8 @@ class _Script:
         file = Path(path).expanduser()
         if not file.is_file():
             raise ValueError(f"path must be a TorchScript file, got '{path}'")
+        if fault := unlike_weights(file):
+            raise ValueError(f"'{path}' {fault}")
         try:
             self.module: Any = torch.jit.load(file, map_location=device).eval()
         except RuntimeError as error:

@@ -111,6 +111,9 @@ class TextEncoder(nn.Module):
         """Features of captions: "tokens", float32 (B, L, D), and "mask" of tokens to read, bool (B, L).
 
         Captions of more than L tokens are cut. `num_cut` counts them, and the first one causes a warning.
+
+        Raises:
+            ValueError: a feature is not finite.
         """
         self._count_cut(captions)
         tokens = self.tokenizer(
@@ -126,6 +129,13 @@ class TextEncoder(nn.Module):
         hidden = self.model(
             input_ids=tokens["input_ids"], attention_mask=None if self.attend_padding else mask
         ).last_hidden_state  # (B, L, D)
+        if not hidden.isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            wanted = "another encoder" if dtype == "float32" else "text_encoder.dtype float32 or bfloat16"
+            raise ValueError(
+                f"the text encoder gives features that are not finite in {dtype}, as T5 does in float16;"
+                f" wanted {wanted}"
+            )
         # Tokens that no model reads are zero, so that the features do not depend on the kind of padding.
         return {"tokens": hidden.float() * mask.unsqueeze(2), "mask": mask.bool()}
 
