@@ -30,7 +30,6 @@ __all__ = [
     "contents_of",
     "first_line",
     "load_weights",
-    "loading_advice",
     "read_checkpoint",
 ]
 
@@ -164,13 +163,6 @@ def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def loading_advice(allow_download: bool) -> str:
-    """Advice for an error message, after a library found no saved model."""
-    if allow_download:
-        return "check the name and the network"
-    return "give the folder of a saved model, or set allow_download: true to fetch a hub name"
 
 
 def _beside(path: Path) -> str:
