@@ -18,7 +18,9 @@ from types import FrameType
 from typing import NoReturn
 
 from speedit_plugins.registry import is_raised_here, raising_module
+from speedit_plugins.trainer.config.key_names import option_hint, value_hint
 from speedit_plugins.trainer.config.schema import PHASES, ExperimentConfig
+from speedit_plugins.trainer.config.validation import key_paths
 from speedit_plugins.trainer.exhaustion import memory_line, out_of_files
 from speedit_plugins.trainer.streams import lasting_streams
 from speedit_plugins.trainer.training.interrupt import Interrupted
@@ -183,7 +185,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises a ValueError where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see speedit --help")
+        keys = list(key_paths())
+        raise ValueError(f"{message}{option_hint(message, keys)}; see speedit --help")
+
+
+def _phase(name: str) -> str:
+    if name not in PHASES:
+        hint = value_hint(name, PHASES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r}{hint} (choose from {', '.join(PHASES)})")
+    return name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-c", "--config", required=True, help="a file, or a name below ./configs or the packaged configs"
     )
-    parser.add_argument("-p", "--phase", required=True, choices=PHASES)
+    parser.add_argument("-p", "--phase", required=True, type=_phase, metavar=f"{{{','.join(PHASES)}}}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--dry-run", action="store_true", help="print the config, sizes and memory, and exit")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Files that must be complete on disk: hashes, flushing, and writing a file whole or not at all."""
+"""Files that must be complete: hashes, flushing, whole writes; and what is found in place of weights."""
 
 import contextlib
 import errno

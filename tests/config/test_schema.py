@@ -47,7 +47,7 @@ def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("leerning_rate=1", "leerning_rate: unknown key; known here: experiment_dir,"),
+        ("wavelength=1", "wavelength: unknown key; known here: experiment_dir,"),
         ("num_clases=1", "num_clases: unknown key; did you mean 'num_classes'?"),
         ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
         ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'optimizer.warmup_steps'?"),

@@ -38,7 +38,9 @@ STEP_PATH = (
 # of the package, or one in trainer/.
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
-_FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config", "trainer/exhaustion"}
+_FLOOR = _METHOD | {
+    f"trainer/{name}" for name in ("terminal", "condition", "config", "exhaustion", "weight_files")
+}
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "results")}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -58,6 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/exhaustion": _GROUND | {"trainer/config"},
     "trainer/streams": set(),
     "trainer/condition": set(),
+    "trainer/weight_files": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},
     "trainer/models": _FLOOR - {"trainer/config"},

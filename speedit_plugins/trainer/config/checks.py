@@ -3,12 +3,13 @@
 Uses the standard library only, like `schema.py`: a contradiction fails before torch is imported.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
-from speedit_plugins.trainer.config.schema import ExperimentConfig, settled_process
+from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
@@ -29,6 +30,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     Raises:
         ConfigError: a key that the phase needs is missing, two keys contradict, or an option has no effect.
     """
+    _check_paths(config)
     _check_agreement(config)
     _check_process(config.diffusion)
     _check_text(config)
@@ -48,6 +50,18 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         )
     if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
         raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def _check_paths(config: ExperimentConfig) -> None:
+    """A `$HOME` in a path would become a folder of that name."""
+    for key in PATHS:
+        found = re.search(r"\$\{?(\w+)\}?", getattr(config, key) or "")
+        if found is not None:
+            raise ConfigError(
+                key,
+                f"environment variables are not replaced in a path, got {found[0]}; wanted"
+                f" ${{oc.env:{found[1]}}}, or quotes that let the shell replace it",
+            )
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -32,14 +32,23 @@ class SampleGenerator:
         model: on the device where samples are drawn.
         process: the process without respacing.
         encoder: decodes the model's latents.
+        config: the experiment.
+        source: the weights that the model has, for messages.
 
     Raises:
         ValueError: the model or the encoder's channels do not allow the config's guidance.
     """
 
     def __init__(
-        self, model: nn.Module, process: build.Process, encoder: Encoder, config: ExperimentConfig
+        self,
+        model: nn.Module,
+        process: build.Process,
+        encoder: Encoder,
+        config: ExperimentConfig,
+        *,
+        source: str | Path = "the model",
     ) -> None:
+        self.source = source
         self.model, self.process, self.encoder, self.config = model, process, encoder, config
         self.what = "videos" if config.num_frames else "images"
         self.device = next(model.parameters()).device
@@ -137,7 +146,7 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
     model = build.build_model(config, encoder, captions).to(device)
     load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
     process = build.build_process(config, respaced=False)
-    return SampleGenerator(model, process, encoder, config), captions, source
+    return SampleGenerator(model, process, encoder, config, source=source), captions, source
 
 
 def find_weights(config: ExperimentConfig) -> Path:

@@ -13,6 +13,7 @@ from speedit_plugins.trainer import results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
+from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 from speedit_plugins.trainer.sampling.inpaint import draw_fills
 from speedit_plugins.trainer.terminal import progress, say
@@ -43,6 +44,7 @@ def draw_grid(
     *,
     weights: Mapping[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
+    may_fail: bool = True,
 ) -> int:
     """Writes a PNG with `samples_per_class` samples of each condition. Returns the number of samples.
 
@@ -50,6 +52,10 @@ def draw_grid(
 
     Args:
         weights, callback: see `SampleGenerator.draw`.
+        may_fail: False writes a grid also without a single finite sample, as a training does.
+
+    Raises:
+        ValueError: no sample is finite, and `may_fail`. A cross marks each of a few.
     """
     config = generator.config
     columns = len(conditions.names) or min(8, config.samples_per_class)
@@ -58,7 +64,8 @@ def draw_grid(
     batches = generator.draw_batches(
         lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback
     )
-    samples = torch.cat([batch.cpu() for batch in batches])
+    drawn = torch.cat([batch.cpu() for batch in batches])
+    samples = marked(drawn, config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Classes are in order, so only prompts need titles.
     titles = conditions.names if conditions.captions is not None else ()

@@ -21,6 +21,7 @@ from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import CAPTIONS, UNFINISHED
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts
+from speedit_plugins.trainer.sampling.finite import not_finite, of_one_value, told
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.terminal import progress, say
 
@@ -32,7 +33,8 @@ def inference(config: ExperimentConfig) -> int:
     has the prompts. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written files of the same name.
+        ValueError: an earlier inference has written files of the same name, or a sample is not finite: a set
+            with black images in place of samples must not be scored.
     """
     source = find_weights(config)
     folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
@@ -106,14 +108,20 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     rows = torch.arange(config.num_samples) % max(1, len(conditions.names))
     if conditions.labels is not None:
         rows = torch.randint(len(conditions.names), (config.num_samples,), generator=chooser)
-    done = 0
+    done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
+        if (bad := not_finite(batch)).any():
+            fault = told(int(bad.sum()), done + len(bad), config, generator.source)
+            raise ValueError(f"inference stops without a set of samples: {fault}")
         samples = images.to_uint8(batch)
+        flat += of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
             images.save(item, folder / f"{i:06d}", frames_per_second=config.frames_per_second)
         done += len(samples)
         bar.update(len(samples))
         yield samples
+    if flat:
+        say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
     if conditions.captions is not None:
         suffix = ".mp4" if config.num_frames else ".png"
         captions = (conditions.names[row] for row in rows.tolist())

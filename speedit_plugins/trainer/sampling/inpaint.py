@@ -17,6 +17,7 @@ from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 
 
@@ -29,7 +30,8 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
         The number of fills.
 
     Raises:
-        ValueError: the image or the mask cannot be read, their sizes differ, or the mask has no hole.
+        ValueError: the image or the mask cannot be read, their sizes differ, the mask has no hole, or no fill
+            is finite. A cross marks each of a few.
     """
     config = generator.config
     image, mask = (part.to(generator.device) for part in _image_and_mask(config, generator))
@@ -45,7 +47,8 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     def condition_of(some: Tensor) -> Condition:
         return with_extra(conditions.of(some, generator.device), rest.expand(len(some), -1, -1, -1))
 
-    drawn = torch.cat(list(generator.draw_batches(condition_of, rows)))
+    drawn = torch.cat([batch.cpu() for batch in generator.draw_batches(condition_of, rows)])
+    drawn = marked(drawn, config, generator.source, may_fail=True).to(generator.device)
     fills = torch.where(mask > 0, drawn, originals)  # (B, C, H, W)
     given = image * (1 - mask)
     cells = torch.cat(

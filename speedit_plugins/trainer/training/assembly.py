@@ -106,7 +106,8 @@ def _grids(
 
     def write(averages: Mapping[str, Tensor], step: int) -> None:
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, conditions, path, weights=averages)
+        generator.source = f"step {step}"
+        draw_grid(generator, conditions, path, weights=averages, may_fail=False)
 
     return write
 
