@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
+from speedit_plugins.trainer.data.order import ChunkedOrder
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
@@ -29,7 +30,8 @@ class SampleSource(Protocol):
     """What the loader needs from a dataset.
 
     `load` takes all its random numbers from `generator`. A dataset with samples of several shapes also has
-    the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape.
+    the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape. A dataset that is
+    read fastest in chunks has the attribute `chunked`, a `ChunkedOrder`.
     """
 
     def __len__(self) -> int: ...
@@ -102,7 +104,10 @@ class ResumableLoader:
         self.rank, self.world_size = rank, world_size
         self.pin_memory = pin_memory
         self._buckets: Tensor | None = getattr(dataset, "buckets", None)
-        self._usable_size, self._arrangement = _arrangement(self._buckets, size=size, batch_size=batch_size)
+        self._chunked: ChunkedOrder | None = getattr(dataset, "chunked", None)
+        self._usable_size, self._arrangement = _arrangement(
+            self._buckets, self._chunked, size=size, batch_size=batch_size
+        )
         self._epoch = 0
         self._offset = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -146,7 +151,7 @@ class ResumableLoader:
         """The position as plain ints: seed, epoch, offset (samples of the epoch handed out), dataset size.
 
         With buckets it also has batch_size and a checksum of the buckets: the order of an epoch depends on
-        both.
+        both. With chunks it has a checksum of these.
         """
         return {
             "seed": self.seed,
@@ -160,7 +165,7 @@ class ResumableLoader:
         """Continues from a position saved by `state_dict`.
 
         The batch size may differ from the saved one, because the offset counts samples. With buckets, the
-        batch size and the buckets may change only at the start of an epoch.
+        batch size and the buckets may change only at the start of an epoch, and so may chunks.
 
         Raises:
             ValueError: a key is missing, unknown or out of range; the seed or the dataset size differs; or
@@ -193,11 +198,12 @@ class ResumableLoader:
         """Raises ValueError if the saved offset would point to other samples in this loader."""
         for key, value in self._arrangement.items():
             if state["offset"] and state[key] != value:
+                what = "chunks" if key == "chunks_crc32" else "buckets"
                 raise ValueError(
-                    f"the saved position is in the middle of an epoch with buckets and {key} {state[key]},"
+                    f"the saved position is in the middle of an epoch with {what} and {key} {state[key]},"
                     f" got {key} {value}: it must stay the same until the epoch ends, as it decides the order"
                 )
-        if self._arrangement and state["offset"] % self.batch_size:
+        if self._buckets is not None and state["offset"] % self.batch_size:
             raise ValueError(
                 f"with buckets the loader's state needs an offset that is a multiple of the batch size"
                 f" {self.batch_size}, got {state['offset']}"
@@ -208,6 +214,7 @@ class ResumableLoader:
         keys = _BatchKeys(
             size=len(self.dataset),
             buckets=self._buckets,
+            chunked=self._chunked,
             batch_size=self.batch_size,
             seed=self.seed,
             start=(self._epoch, self._offset),
@@ -232,10 +239,13 @@ def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
     return (epoch, offset) if offset + batch_size <= size else (epoch + 1, 0)
 
 
-def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
-    """Shuffled sample order of one epoch, int64 (size,): a permutation that depends on (seed, epoch) only."""
+def epoch_order(size: int, *, seed: int, epoch: int, chunked: ChunkedOrder | None = None) -> Tensor:
+    """Shuffled sample order of one epoch, int64 (size,).
+
+    A permutation that depends on (seed, epoch) only, and on the chunks if there are any.
+    """
     generator = torch.Generator().manual_seed(stream_seed(seed, DATA_STREAM, epoch))
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator) if chunked is None else chunked.draw(generator)
 
 
 def stream_seed(seed: int, *path: int) -> int:
@@ -261,13 +271,14 @@ class _BatchKeys:
         *,
         size: int,
         buckets: Tensor | None,
+        chunked: ChunkedOrder | None,
         batch_size: int,
         seed: int,
         start: Key,
         part: tuple[int, int],
     ) -> None:
         self.size = size
-        self.buckets = buckets
+        self.buckets, self.chunked = buckets, chunked
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
@@ -277,7 +288,7 @@ class _BatchKeys:
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, offset = self.start
         while True:
-            order = epoch_order(self.size, seed=self.seed, epoch=epoch)
+            order = epoch_order(self.size, seed=self.seed, epoch=epoch, chunked=self.chunked)
             if self.buckets is not None:
                 order = whole_batches(order, self.buckets, batch_size=self.batch_size)
             for first in range(offset, len(order) - self.batch_size + 1, self.batch_size):
@@ -286,10 +297,13 @@ class _BatchKeys:
             epoch, offset = epoch + 1, 0
 
 
-def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple[int, dict[str, int]]:
-    """Number of samples used per epoch, and the state entries that decide the order with buckets."""
+def _arrangement(
+    buckets: Tensor | None, chunked: ChunkedOrder | None, *, size: int, batch_size: int
+) -> tuple[int, dict[str, int]]:
+    """Number of samples used per epoch, and the state entries of the chunks and buckets."""
+    order = {} if chunked is None else {"chunks_crc32": chunked.checksum}
     if buckets is None:
-        return size, {}
+        return size, order
     if buckets.shape != (size,) or buckets.dtype != torch.int64:
         raise ValueError(
             f"the loader needs buckets int64 of shape ({size},), got {buckets.dtype} of shape"
@@ -300,7 +314,8 @@ def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple
         raise ValueError(
             f"the loader needs a bucket with at least batch_size = {batch_size} samples, got none"
         )
-    return usable, {"batch_size": batch_size, "buckets_crc32": zlib.crc32(buckets.numpy().tobytes())}
+    crc = zlib.crc32(buckets.numpy().tobytes())
+    return usable, {"batch_size": batch_size, "buckets_crc32": crc, **order}
 
 
 class _KeyedSamples:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class ImageFolder:
         return nearest_buckets(ratios, self._sides)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path | BinaryIO) -> tuple[int, int]:
     """Height and width of the upright image in pixels; reads only the file's header.
 
     Raises:
@@ -199,7 +199,7 @@ def read_size(path: Path) -> tuple[int, int]:
     return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
-def read_rgb(path: Path) -> Image.Image:
+def read_rgb(path: Path | BinaryIO) -> Image.Image:
     """Reads a file as an upright 8-bit RGB image at its own size.
 
     Applies the EXIF orientation. Transparent pixels are blended onto white, since the colour stored under
@@ -214,7 +214,7 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
+def _naming_damage(path: Path | BinaryIO) -> Iterator[None]:
     """Turns decoding errors into a ValueError that names the file; errors of the system pass unchanged."""
     try:
         yield
