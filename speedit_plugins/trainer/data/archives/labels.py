@@ -9,11 +9,11 @@ from torch import Tensor
 MOST_CLASSES = 2**20
 
 
-def numbered(values: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+def numbered(values: Sequence[str], names: Sequence[str] | None = None) -> tuple[tuple[str, ...], Tensor]:
     """Names of the classes, and the class of each value, int64 (N,).
 
-    If all values are whole numbers, they are the classes: the names are those of 0 up to the largest one.
-    Otherwise the classes are the distinct values, sorted.
+    If all values are whole numbers, they are the classes: the names are `names`, or the numbers from 0 up to
+    the largest one. Otherwise the classes are the distinct values, sorted.
 
     Raises:
         ValueError: a number is too large for a class.
@@ -22,10 +22,11 @@ def numbered(values: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
     if all(value.isdecimal() for value in distinct):
         numbers = {value: int(value) for value in distinct}
         largest = max(numbers.values(), default=-1)
-        if largest >= MOST_CLASSES:
-            raise ValueError(f"a label must be a class number below {MOST_CLASSES}, got {largest}")
-        names = tuple(map(str, range(largest + 1)))
+        most = MOST_CLASSES if names is None else len(names)
+        if largest >= most:
+            raise ValueError(f"a label must be a class number below {most}, got {largest}")
+        classes = tuple(map(str, range(largest + 1))) if names is None else tuple(names)
     else:
         numbers = {value: number for number, value in enumerate(distinct)}
-        names = tuple(distinct)
-    return names, torch.tensor([numbers[value] for value in values], dtype=torch.int64)
+        classes = tuple(distinct)
+    return classes, torch.tensor([numbers[value] for value in values], dtype=torch.int64)
