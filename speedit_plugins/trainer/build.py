@@ -159,3 +159,12 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         section.pop("random_flip", None)
         facts["random_flip"] = False
     return section, {key: value for key, value in facts.items() if key not in section}
+
+
+def summary_options(config: ExperimentConfig) -> dict[str, Any]:
+    """What `data_lines` takes from a config."""
+    return {
+        "batch_size": config.data.batch_size,
+        "accumulation": config.optimizer.grad_accumulation,
+        "shapes": config.data.dataset.get("buckets"),
+    }
