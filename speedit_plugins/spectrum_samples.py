@@ -154,7 +154,9 @@ def _of_images(
     root: Path, choice: Choice, image_size: int | None, encoder: "Autoencoder | None", *, grey: bool
 ) -> Samples:
     """Images below a folder at any depth, and their latents if there is an encoder."""
-    from speedit_plugins.trainer.data.images.folder import ImageFolder, as_tensor, center_crop, read_rgb
+    from speedit_plugins.trainer.data.images.fit import center_crop
+    from speedit_plugins.trainer.data.images.folder import ImageFolder
+    from speedit_plugins.trainer.data.images.pixels import as_tensor, read_rgb
     from speedit_plugins.trainer.terminal import progress
 
     # Without an image size, the folder only lists the files.

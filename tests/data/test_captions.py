@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.captions import ImageCaptions, Row, read_captions
+from speedit_plugins.trainer.data.images.caption_files import Row, read_captions
+from speedit_plugins.trainer.data.images.captions import ImageCaptions
 from speedit_plugins.trainer.data.images.folder import ImageFolder
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
@@ -107,9 +108,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("c.csv", "", r"c\.csv, line 1: wanted one column 'path', got nothing"),
-            ("c.csv", "path,caption\na.png,x\n", r"line 1: wanted one column 'text', got path, caption"),
-            ("c.csv", "path,text,text\na.png,x,y\n", r"wanted one column 'text', got path, text, text"),
+            ("c.csv", "", r"c\.csv, line 1: wanted one column 'file_name' or 'path', got nothing"),
+            (
+                "c.csv",
+                "path,words\na.png,x\n",
+                "line 1: wanted one column 'text' or 'caption', got path, words; te",
+            ),
+            (
+                "c.csv",
+                "path,text,text\na.png,x,y\n",
+                r"wanted one column 'text' or 'caption', got path, text, text",
+            ),
             ("c.csv", "path,text\n", r"c\.csv has no captions, wanted at least one"),
             ("c.csv", "path,text\na.png,x\na.png, \n", "line 3: wanted a text for the image 'a.png', got"),
             ("c.csv", "path,text\n,x\n", "line 2: wanted the path of an image, got none"),
@@ -139,7 +148,7 @@ class TestErrors:
                 '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}',
                 r"images\[0\]: wanted a text for the image 'a\.png', got none",
             ),
-            ("c.txt", TABLE, r"must end in one of \.csv, \.jsonl, \.json, got .*c\.txt"),
+            ("c.txt", TABLE, r"must end in one of \.csv, \.jsonl, \.json, \.parquet, got .*c\.txt"),
         ],
     )
     def test_an_error_says_where_and_what_is_wanted(
@@ -181,7 +190,7 @@ class TestImages:
             pixels = torch.randint(256, (20, 13, 3), generator=generator(len(name)), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / name)
         captioned = ImageCaptions(write(root / "c.csv", TABLE), image_size=8, random_flip=True)
-        folder = ImageFolder(root, image_size=8, class_cond=False)
+        folder = ImageFolder(root, image_size=8, class_cond=False, random_flip=True)
         for seed in range(20):
             for index in range(2):
                 mine, theirs = (d.load(index, generator(seed))["image"] for d in (captioned, folder))
