@@ -200,7 +200,7 @@ def _of_cache(root: Path, choice: Choice) -> Samples:
     """One draw from each cached posterior, as in training."""
     from speedit_plugins.trainer.data.latents.cache import LATENTS, LatentCache, sample_latents
 
-    cache = LatentCache(root, random_flip=False, verify=False)
+    cache = LatentCache(root, random_flip=False, verify=False, check_source=False)
 
     def batches() -> Iterator[Tensor]:
         for rows in _split(choice.indices(len(cache))):

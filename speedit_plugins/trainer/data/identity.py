@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,13 @@ _PHRASES = {
     "times": "files were written again",
     "latents": "the cached latents differ",
 }
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A dataset that knows what it consists of, see `identify`."""
+
+    def identity(self) -> Identity: ...
 
 
 class Digestible(Protocol):
@@ -71,6 +78,50 @@ def differences(saved: Identity, found: Identity, dataset: object = None) -> lis
     """
     shared = [aspect for aspect in _PHRASES if aspect in saved and aspect in found]
     return [_change(each, saved[each], found[each], dataset) for each in shared if saved[each] != found[each]]
+
+
+def position_in(
+    position: Mapping[str, int],
+    saved: Identity | None,
+    data: tuple[int, Identity | None, object],
+    *,
+    accept_changed: bool,
+) -> tuple[dict[str, int], list[str]]:
+    """A saved position of a loader, in the data as they are now, and lines about what changed.
+
+    Args:
+        position: has "epoch", "offset" and "size".
+        saved: the identity saved with it; None in a checkpoint of an earlier version.
+        data: number of samples, identity (None if it has none) and the dataset itself.
+        accept_changed: go to the start of the next epoch if the order of samples or the meaning of labels
+            changed. It stays the same if only captions, labels, sizes or times of files did.
+
+    Raises:
+        ValueError: these changed, and `accept_changed` is False.
+    """
+    size, found, dataset = data
+    changes = differences(saved or {}, found or {}, dataset)
+    decisive = [change.text for change in changes if change.aspect in DECISIVE]
+    if position["size"] != size:
+        decisive.insert(0, f"there were {position['size']} samples and are {size}")
+    notes = [
+        f"the data changed since the checkpoint: {change.text}"
+        for change in changes
+        if change.aspect not in DECISIVE
+    ]
+    if found is not None and not any(aspect in (saved or {}) and aspect in found for aspect in DECISIVE):
+        was = "does not say what data it has seen" if saved is None else "has seen data of another kind"
+        notes.append(f"the checkpoint {was}: only the number of samples was compared")
+    if not decisive:
+        return dict(position), notes
+    if not accept_changed:
+        raise ValueError(
+            f"the saved position belongs to other data: {'; '.join(decisive)}. data.accept_changed: true goes"
+            " on with the data as they are, from the start of the next epoch"
+        )
+    epoch = position["epoch"] + (position["offset"] > 0)
+    note = f"the data changed since the checkpoint: {'; '.join(decisive)}: going on with epoch {epoch}"
+    return {**position, "epoch": epoch, "offset": 0, "size": size}, [note, *notes]
 
 
 def _digests(values: Digestible | np.ndarray | Sequence[str]) -> str:
