@@ -63,7 +63,7 @@ def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> Sample
     """The dataset.
 
     Args:
-        augmented: False leaves out random flips.
+        augmented: False leaves out random flips and crops.
 
     Raises:
         ValueError: a class-conditional model gets a dataset without classes, or with more than num_classes.
@@ -157,6 +157,8 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         facts["num_frames"] = config.num_frames
     if not augmented:
         section.pop("random_flip", None)
+        if section.get("fit") == "random_crop":
+            del section["fit"]
         facts["random_flip"] = False
     return section, {key: value for key, value in facts.items() if key not in section}
 

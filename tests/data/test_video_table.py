@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.folder import center_crop
+from speedit_plugins.trainer.data.images.fit import center_crop
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.clips import frame_order

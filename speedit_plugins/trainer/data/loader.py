@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
+from speedit_plugins.trainer.data.identity import Identified, Identity, position_in
 from speedit_plugins.trainer.data.order import ChunkedOrder
+from speedit_plugins.trainer.terminal import say
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
@@ -30,8 +32,15 @@ class SampleSource(Protocol):
     """What the loader needs from a dataset.
 
     `load` takes all its random numbers from `generator`. A dataset with samples of several shapes also has
-    the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape. A dataset that is
-    read fastest in chunks has the attribute `chunked`, a `ChunkedOrder`.
+    the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape.
+
+    A dataset may also have:
+
+    - `identity()`, what it consists of, see `identity.py`: a resumed run compares it with the saved one;
+    - `chunked`, a `ChunkedOrder`, if it is read fastest in chunks;
+    - `classes`, a tuple of names;
+    - `left_out`, a mapping from a reason, such as the suffix ".gif", to the number of files not used;
+    - `num_corrupt`, the number of damaged samples that were found so far, by all workers.
     """
 
     def __len__(self) -> int: ...
@@ -59,6 +68,7 @@ class ResumableLoader:
         pin_memory: puts batches into page-locked memory for faster copies to a CUDA device; requires one.
         rank: this process yields part number `rank` of each batch, in [0, world_size).
         world_size: number of equal parts that a batch is split into; must divide batch_size.
+        accept_changed: go on from a saved position of other data, at the start of the next epoch.
 
     Yields:
         The samples of one part, stacked by key: "image" (B, C, H, W), "label" int64 (B,).
@@ -75,6 +85,7 @@ class ResumableLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        accept_changed: bool = False,
     ) -> None:
         size = len(dataset)
         if batch_size < 1:
@@ -108,6 +119,8 @@ class ResumableLoader:
         self._usable_size, self._arrangement = _arrangement(
             self._buckets, self._chunked, size=size, batch_size=batch_size
         )
+        self._accept_changed = accept_changed
+        self._identity: Identity | None = dataset.identity() if isinstance(dataset, Identified) else None
         self._epoch = 0
         self._offset = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -147,12 +160,20 @@ class ResumableLoader:
             # next forked worker would inherit it and shut down queues that belong to another process.
             batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def identity(self) -> Identity | None:
+        """What the dataset consists of, see `identity.py`; None if it does not say."""
+        return self._identity
+
+    def state_dict(self) -> dict[str, Any]:
         """The position as plain ints: seed, epoch, offset (samples of the epoch handed out), dataset size.
 
         With buckets it also has batch_size and a checksum of the buckets: the order of an epoch depends on
-        both. With chunks it has a checksum of these.
+        both. With chunks it has a checksum of these. "identity" is that of the dataset, if it has one.
         """
+        return {**self._position(), **({} if self._identity is None else {"identity": self._identity})}
+
+    def _position(self) -> dict[str, int]:
         return {
             "seed": self.seed,
             "epoch": self._epoch,
@@ -161,31 +182,35 @@ class ResumableLoader:
             **self._arrangement,
         }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a position saved by `state_dict`.
 
         The batch size may differ from the saved one, because the offset counts samples. With buckets, the
         batch size and the buckets may change only at the start of an epoch, and so may chunks.
 
+        The data must have the same number of samples, names and classes, unless `accept_changed`. Then
+        training goes on with the next epoch. Rank 0 prints a line for other changes, such as edited captions.
+
         Raises:
-            ValueError: a key is missing, unknown or out of range; the seed or the dataset size differs; or
-                the batch size or the buckets differ in the middle of an epoch.
+            ValueError: a key is missing, unknown or out of range; the seed or the data differ; or the batch
+                size or the buckets differ in the middle of an epoch.
         """
-        wanted = set(self.state_dict())
+        state = dict(state)
+        identity = state.pop("identity", None)
+        wanted = set(self._position())
         if set(state) != wanted:
             raise ValueError(f"the loader's state needs the keys {sorted(wanted)}, got {sorted(state)}")
         for key, value in state.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"the loader's state needs {key} to be an int >= 0, got {value!r}")
-        size = len(self.dataset)
-        if state["size"] != size:
-            raise ValueError(
-                f"the saved position belongs to a dataset of {state['size']} samples, got one of {size}"
-            )
         if state["seed"] != self.seed:
             raise ValueError(
                 f"the saved position belongs to seed {state['seed']}, got a loader with seed {self.seed}"
             )
+        data = (len(self.dataset), self._identity, self.dataset)
+        state, notes = position_in(state, identity, data, accept_changed=self._accept_changed)
+        for note in notes if self.rank == 0 else ():
+            say(note)
         self._check_arrangement(state)
         if state["offset"] > self._usable_size:
             raise ValueError(f"the loader's state needs offset <= {self._usable_size}, got {state['offset']}")

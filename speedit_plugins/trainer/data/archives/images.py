@@ -16,13 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from speedit_plugins.trainer.data.buckets import checked_sides, nearest_buckets
-from speedit_plugins.trainer.data.images.folder import (
-    ON_CORRUPT,
-    as_tensor,
-    center_crop,
-    read_rgb,
-    read_size,
-)
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.folder import ON_CORRUPT
+from speedit_plugins.trainer.data.images.pixels import as_tensor, read_rgb, read_size
 
 # A message names at most this many samples.
 NUM_NAMED = 3

@@ -29,7 +29,7 @@ from speedit_plugins.trainer.data.archives.kept import joined, kept, separated
 from speedit_plugins.trainer.data.archives.labels import numbered
 from speedit_plugins.trainer.data.archives.sources import Root, find_files
 from speedit_plugins.trainer.data.archives.tar import TarIndex, read_tar_index
-from speedit_plugins.trainer.data.images.folder import SUFFIXES
+from speedit_plugins.trainer.data.images.pixels import readable_suffixes
 from speedit_plugins.trainer.data.order import ChunkedOrder
 from speedit_plugins.trainer.data.strings import Strings
 
@@ -190,7 +190,7 @@ class WebDataset(StoredImages):
         """Offset and size of the image of each sample; offset -1 without."""
         if self._image_key is not None:
             return index.parts(self._image_key)
-        kinds = [kind for kind in index.extensions if f".{kind}" in SUFFIXES]
+        kinds = [kind for kind in index.extensions if f".{kind}" in readable_suffixes()]
         offset, size = index.parts("")
         for kind in kinds:
             others, sizes = index.parts(kind)

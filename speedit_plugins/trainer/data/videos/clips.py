@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from speedit_plugins.trainer.data.images.folder import ON_CORRUPT, center_crop, read_rgb, read_size
-from speedit_plugins.trainer.data.images.folder import SUFFIXES as IMAGE_SUFFIXES
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.folder import ON_CORRUPT
+from speedit_plugins.trainer.data.images.pixels import read_rgb, read_size, readable_suffixes
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_frames, read_header
 
 # GIF is listed among the videos, since it may be animated.
-STILL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in VIDEO_SUFFIXES)
+STILL_SUFFIXES = tuple(suffix for suffix in readable_suffixes() if suffix not in VIDEO_SUFFIXES)
 # An error message names at most this many unusable videos.
 NUM_NAMED = 5
 
