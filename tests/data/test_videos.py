@@ -1,3 +1,4 @@
+import os
 import struct
 from itertools import product
 from pathlib import Path
@@ -110,6 +111,16 @@ class TestReading:
     def test_each_is_applied_to_every_frame(self) -> None:
         small = read_frames(real_clip(), [1, 3], num_frames=50, each=lambda image: image.resize((4, 2)))
         assert [image.size for image in small] == [(4, 2)] * 2
+
+    def test_converting_a_frame_starts_no_thread(self) -> None:
+        def count(image: Image.Image) -> Image.Image:
+            threads.append(len(os.listdir("/proc/self/task")))
+            return image
+
+        # A forked worker would wait forever for the threads of a frame that its parent still holds.
+        threads = [len(os.listdir("/proc/self/task"))]
+        read_frames(real_clip(), [1, 3], num_frames=50, each=count)
+        assert threads == threads[:1] * 3
 
     def test_fewer_frames_than_num_frames_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"big_buck_bunny\.mp4 has 50 frames, wanted 51"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +278,20 @@ def _counted(
 
 def _upright(frame: Any) -> Image.Image:
     """The frame as an RGB image, turned and mirrored as the file's display matrix says."""
-    image = frame.to_image()
+    image = frame.to_image(**_one_thread())
     side_data = frame.side_data.get("DISPLAYMATRIX")
     turn = None if side_data is None else _turn(bytes(side_data))
     return image if turn is None else image.transpose(turn)
+
+
+@cache
+def _one_thread() -> dict[str, int]:
+    """Options for converting a frame in one thread.
+
+    By default PyAV 17 and later start a thread per core for each frame. A forked worker has none of them, and
+    waits for them forever when it frees such a frame of its parent's.
+    """
+    return {"threads": 1} if int(_av().__version__.split(".")[0]) >= 17 else {}
 
 
 def _turn(matrix: bytes) -> Image.Transpose | None:
