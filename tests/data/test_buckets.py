@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from speedit_plugins.trainer.data.buckets import checked_sides, nearest_buckets, usable_size, whole_batches
-from speedit_plugins.trainer.data.images.folder import ImageFolder, center_crop, read_rgb, read_size
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.data.images.pixels import read_rgb, read_size
 from speedit_plugins.trainer.data.loader import ResumableLoader, epoch_order
 from speedit_plugins.trainer.models.dit import DiT
 

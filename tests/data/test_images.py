@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.folder import ImageFolder, center_crop, read_rgb
+from speedit_plugins.trainer.data.images import pixels
+from speedit_plugins.trainer.data.images.fit import FITS, Fit, center_crop
+from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
 
@@ -37,6 +40,10 @@ def damage(path: Path) -> Path:
     """Cuts the file in half; the header stays."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
+
+
+def grey_16(level: int) -> Image.Image:
+    return Image.fromarray(np.full((4, 4), level, dtype=np.uint16))
 
 
 @pytest.fixture
@@ -103,6 +110,81 @@ class TestLayout:
             ImageFolder(root, image_size=8, on_corrupt="ignore")
         with pytest.raises(IndexError, match="has 4 images, got index 4"):
             ImageFolder(root, image_size=8).load(4, generator())
+
+
+class TestLeftOut:
+    @pytest.mark.parametrize("suffix", [".jfif", ".jp2", ".avif", ".pgm", ".tga", ".TIFF"])
+    def test_pictures_of_every_format_that_pillow_reads_are_used(self, root: Path, suffix: str) -> None:
+        if suffix.lower() not in pixels.readable_suffixes():
+            pytest.skip(f"this Pillow was built without {suffix}")
+        save(root / "cat" / f"y{suffix}", Image.new("L" if suffix == ".pgm" else "RGB", (8, 8), "white"))
+        folder = ImageFolder(root, image_size=8)
+        assert len(folder) == 5
+        torch.testing.assert_close(
+            folder.load([folder.name(i) for i in range(5)].index(f"cat/y{suffix}"), generator())["image"],
+            torch.ones(3, 8, 8),
+            atol=0.02,  # the formats that lose a little are off by at most a few of 255 levels
+            rtol=0,
+        )
+
+    @pytest.mark.parametrize("class_cond", [True, False])
+    def test_other_files_are_counted_by_suffix(self, root: Path, class_cond: bool) -> None:
+        for name in ("a.heic", "b.HEIC", "c.mov", "README"):
+            (root / "cat" / name).write_bytes(b"x")
+        folder = ImageFolder(root, image_size=8, class_cond=class_cond)
+        assert folder.left_out == {".heic": 2, ".mov": 1, ".txt": 1, "no suffix": 1}
+
+    def test_a_plugin_of_pillow_adds_its_formats(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert ".heic" not in pixels.readable_suffixes()
+        save(root / "cat" / "y.png").rename(root / "cat" / "y.heic")
+        Image.init()
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")
+        folder = ImageFolder(root, image_size=8)
+        assert (len(folder), folder.left_out) == (5, {".txt": 1})
+
+
+class TestFit:
+    def test_padding_keeps_the_whole_image_in_the_middle(self, tmp_path: Path) -> None:
+        # Twice as wide as high: scaled by a quarter to 8 x 4, with 2 rows above and below.
+        image = noise(16, 32)
+        expected = np.asarray(center_crop(image, 4, 8))
+        save(tmp_path / "a.png", image)
+        options = {"image_size": 8, "class_cond": False, "fit": "pad"}
+        for color, level in ((None, -1.0), ("white", 1.0), ([255, 255, 255], 1.0), ("#ffffff", 1.0)):
+            found = ImageFolder(tmp_path, **options, pad_color=color).load(0, generator())["image"]
+            torch.testing.assert_close(found[:, 2:6], pixels.as_tensor(Image.fromarray(expected)))
+            assert found[:, :2].unique().tolist() == found[:, 6:].unique().tolist() == [level]
+
+    @settings(max_examples=30)
+    @given(
+        size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+        target=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    )
+    def test_every_fit_has_the_target_size(self, size: tuple[int, int], target: tuple[int, int]) -> None:
+        for name in FITS:
+            fit = Fit(name)
+            assert fit.apply(noise(*size), *target, fit.draw(generator())).size == target[::-1]
+
+    def test_random_crops_are_uniform_over_all_parts(self, tmp_path: Path) -> None:
+        image = noise(8, 10)
+        fit, used = Fit("random_crop"), generator()
+        parts = [np.asarray(image)[:, left : left + 8] for left in range(3)]
+        counts = [0, 0, 0]
+        for _ in range(300):
+            found = np.asarray(fit.apply(image, 8, 8, fit.draw(used)))
+            counts[next(i for i, part in enumerate(parts) if np.array_equal(found, part))] += 1
+        # 4 sigma of a binomial count: 4 * sqrt(300 * 2 / 9) = 33.
+        assert all(abs(count - 100) <= 33 for count in counts)
+
+    def test_bad_fits_say_what_is_wanted(self, root: Path) -> None:
+        for options, message in (
+            ({"fit": "stretch"}, "fit must be one of crop, pad, random_crop, got 'stretch'"),
+            ({"pad_color": "white"}, "pad_color has no effect with fit: crop; wanted fit: pad"),
+            ({"fit": "pad", "pad_color": "whitish"}, "pad_color must be a name, .* got 'whitish'"),
+            ({"fit": "pad", "pad_color": [0, 0, 256]}, r"three numbers in 0..255, got \[0, 0, 256\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ImageFolder(root, image_size=8, **options)
 
 
 class TestLinks:
@@ -267,7 +349,7 @@ class TestPixels:
     def test_flip_is_a_fair_coin_of_the_generator(self, tmp_path: Path) -> None:
         save(tmp_path / "a" / "0.png")
         plain = ImageFolder(tmp_path, image_size=8, random_flip=False).load(0, generator())["image"]
-        folder = ImageFolder(tmp_path, image_size=8)
+        folder = ImageFolder(tmp_path, image_size=8, random_flip=True)
         flips = 0
         for seed in range(400):
             image = folder.load(0, generator(seed))["image"]
@@ -280,7 +362,7 @@ class TestPixels:
 
     def test_without_flips_no_random_number_is_used(self, root: Path) -> None:
         used = generator()
-        ImageFolder(root, image_size=8, random_flip=False).load(0, used)
+        ImageFolder(root, image_size=8).load(0, used)
         assert torch.equal(used.get_state(), generator().get_state())
 
 
@@ -298,6 +380,60 @@ class TestReading:
         grey = np.array([[0, 257 * 100, 257 * 255]], dtype=np.uint16)
         image = read_rgb(save(tmp_path / "16.png", Image.fromarray(grey)))
         np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 100, 255])
+
+    @pytest.mark.parametrize(
+        ("tags", "top"),
+        [
+            ({}, 65535),
+            ({281: 4095}, 4095),  # MaxSampleValue
+            ({262: 0}, 65535),  # WhiteIsZero
+        ],
+    )
+    def test_a_tiffs_tags_decide_which_level_is_white(
+        self, tmp_path: Path, tags: dict[int, int], top: int
+    ) -> None:
+        grey = np.array([[0, top // 5, top]], dtype=np.uint16)  # 65535 and 4095 are multiples of 5
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        for number, value in tags.items():
+            info[number] = value
+        levels = np.asarray(read_rgb(save(tmp_path / "t.tif", Image.fromarray(grey), tiffinfo=info)))[0, :, 0]
+        np.testing.assert_array_equal(levels, [255, 204, 0] if 262 in tags else [0, 51, 255])
+
+    def test_a_twelve_bit_tiff_is_not_nearly_black(self, tmp_path: Path) -> None:
+        # Two levels of 12 bits, 0x800 and 0xfff, are three bytes. Pillow cannot write such a file.
+        entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+        pixels = bytes([0x80, 0x0F, 0xFF])
+        directory = struct.pack("<H", len(entries)) + b"".join(
+            struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items()
+        )
+        path = tmp_path / "12.tif"
+        path.write_bytes(b"II*\0" + struct.pack("<I", 12) + pixels + b"\0" + directory + bytes(4))
+        assert [read_rgb(path).getpixel((x, 0)) for x in range(2)] == [(128,) * 3, (255,) * 3]
+
+    def test_twelve_bits_in_sixteen_are_said_once_and_scaled_on_request(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pixels, "_warned", set())
+        dim = [save(tmp_path / f"{number}.png", grey_16(4095)) for number in range(2)]
+        with pytest.warns(
+            UserWarning, match=r"0.png is nearly black: .*up to 4095 of 65535.*bit_depth: 12"
+        ) as said:
+            assert [read_rgb(path).getpixel((0, 0)) for path in dim] == [(16,) * 3] * 2
+        assert len(said) == 1
+        folder = ImageFolder(tmp_path, image_size=4, class_cond=False, bit_depth=12)
+        assert folder.load(0, generator())["image"].unique().tolist() == [1.0]
+
+    def test_transparent_levels_of_sixteen_bits_are_white(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "t.png", grey_16(40_000), transparency=40_000)
+        assert read_rgb(path).getpixel((0, 0)) == (255,) * 3
+
+    def test_an_adobe_cmyk_jpeg_is_not_inverted(self, tmp_path: Path) -> None:
+        # Adobe's programs store 255 - ink, and so does Pillow.
+        path = save(tmp_path / "c.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=100)
+        assert b"Adobe" in path.read_bytes()[:200]
+        red, green, blue = read_rgb(path).getpixel((8, 8))
+        assert red >= 250
+        assert max(green, blue) <= 5
 
     def test_transparency_is_blended_onto_white(self, tmp_path: Path) -> None:
         clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
@@ -334,9 +470,16 @@ class TestReading:
         floating = save(tmp_path / "f.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
         with pytest.raises(ValueError, match="f.tif: .*got floating-point pixels, whose range is unknown"):
             read_rgb(floating)
-        deep = save(tmp_path / "i.tif", Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)))
-        with pytest.raises(ValueError, match=r"i.tif: .*must fit in 16 bits, got 70000\.\.70000"):
+        deep = save(tmp_path / "i.tif", Image.fromarray(np.full((4, 4), 255, dtype=np.int32)))
+        with pytest.raises(
+            ValueError, match="i.tif: .*got 32-bit integers, whose range is unknown; bit_depth"
+        ):
             read_rgb(deep)
+        assert read_rgb(deep, bit_depth=8).getpixel((0, 0)) == (255,) * 3
+        with pytest.raises(ValueError, match=r"levels must be in 0\.\.4095, got 5000\.\.5000"):
+            read_rgb(save(tmp_path / "i.tif", grey_16(5000)), bit_depth=12)
+        with pytest.raises(ValueError, match=r"ImageFolder needs bit_depth in 8\.\.32, got 4"):
+            ImageFolder(tmp_path, image_size=8, class_cond=False, bit_depth=4)
 
     def test_a_decompression_bomb_is_refused(self, tmp_path: Path) -> None:
         path = save(tmp_path / "bomb.png")

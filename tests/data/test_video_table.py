@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.folder import center_crop
+from speedit_plugins.trainer.data.images.fit import center_crop
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.clips import frame_order
@@ -129,6 +129,20 @@ class TestSamples:
         moved = table(tmp_path / "elsewhere", listed.read_text(encoding="utf-8"))
         assert len(VideoTable(moved, image_size=8, num_frames=2, root=tmp_path)) == 3
 
+    def test_absolute_paths_and_the_home_folder_do_not_depend_on_root(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "frames").mkdir()
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "frames" / f"{number}.png")
+        video(tmp_path / "elsewhere" / "1.mp4", 4)
+        paths = ["~/frames", f"{tmp_path}/frames", "1.mp4", "../frames", f"{tmp_path}/elsewhere/1.mp4"]
+        listed = table(tmp_path, "path,text\n" + "".join(f"{path},{path}\n" for path in paths))
+        data = VideoTable(listed, image_size=8, num_frames=4, root="~/elsewhere")
+        assert [data.load(index, generator())["caption"] for index in range(len(paths))] == paths
+        assert data.num_captions == len(paths)
+
     def test_the_registry_builds_it(self, listed: Path) -> None:
         config = {"type": "VideoTable", "table": str(listed), "image_size": 8, "num_frames": 2}
         assert len(build(DATASETS, config)) == 3
@@ -223,6 +237,7 @@ class TestUnusableVideos:
         with pytest.warns(UserWarning, match=message) as caught:
             data = VideoTable(listed, image_size=8, num_frames=3, frame_interval=3, on_corrupt="skip")
         assert (len(caught), len(data), data.num_corrupt) == (1, 4, 2)
+        assert data.left_out == {"missing, too short or damaged videos": 2}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for index in range(4):

@@ -98,6 +98,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "peft": ("trainer/models/text_conditioned/unet.py", *_HOST_TOOLS),
     "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
+    "pyarrow": ("trainer/data/archives/parquet.py", "trainer/data/images/caption_files.py"),
+    "datasets": ("trainer/data/archives/saved.py",),
     "einops": ("trainer/*.py",),
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),

@@ -148,6 +148,8 @@ class DataConfig:
     """Loading processes of each training process; 0 loads in the training process itself."""
     prefetch_factor: int | None = limited(None, at_least=1)
     """Batches that each loading process keeps ready; null is 2. It needs `num_workers`."""
+    accept_changed: bool = False
+    """Go on from a checkpoint though files were added, removed or renamed: at the start of the next epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

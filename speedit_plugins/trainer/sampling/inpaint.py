@@ -12,7 +12,8 @@ from torch import Tensor
 
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.images.folder import center_crop, read_rgb
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images

@@ -21,8 +21,8 @@ from speedit_plugins.files import sha256_of
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.folders import Walk
-from speedit_plugins.trainer.data.images import captions
-from speedit_plugins.trainer.data.images.folder import read_rgb
+from speedit_plugins.trainer.data.images import caption_files
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES
@@ -274,7 +274,7 @@ def read_captions(samples: SampleSet) -> list[str]:
     path = samples.captions_file
     if path is None or not path.is_file():
         raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
-    rows = list(captions.read_captions(path))
+    rows = list(caption_files.read_captions(path))
     if len(rows) != len(samples):
         raise ValueError(f"clip_score needs {len(samples)} captions, got {len(rows)} in {path}")
     if samples.names is not None:

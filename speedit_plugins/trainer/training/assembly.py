@@ -1,5 +1,6 @@
 """From a checked config to a trainer, before its first step."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
@@ -38,7 +40,7 @@ def build_trainer(
     # The same on all ranks, so that they build the same model.
     torch.manual_seed(config.seed)
     encoder = build.build_encoder(config, runtime.device)
-    dataset = build.build_dataset(config)
+    dataset = _dataset(config, runtime)
     _check_cache(dataset, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
@@ -49,6 +51,7 @@ def build_trainer(
         model.compile()
     process = build.build_process(config, respaced=True)
     loader = _loader(dataset, config, runtime)
+    _check_same_data(loader, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
     inputs = _batch_encoder(encoder, model, captions, config, runtime)
@@ -72,7 +75,31 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
         pin_memory=runtime.device.type == "cuda",
         rank=runtime.rank,
         world_size=runtime.world_size,
+        accept_changed=config.data.accept_changed,
     )
+
+
+def _dataset(config: ExperimentConfig, runtime: Runtime) -> SampleSource:
+    """The dataset. The first process of each machine lists the files, and the others read its index."""
+    is_first = int(os.environ.get("LOCAL_RANK", runtime.rank)) == 0
+    if not is_first:
+        runtime.barrier()
+    try:
+        return build.build_dataset(config)
+    finally:
+        if is_first:
+            runtime.barrier()
+
+
+def _check_same_data(loader: ResumableLoader, runtime: Runtime) -> None:
+    """Raises ValueError if a process has other data than rank 0, as on a machine with another copy."""
+    own = {"number": str(len(loader.dataset)), **(loader.identity or {})}
+    own.pop(TIMES, None)
+    everyone = runtime.gather_objects(own)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            names = ", ".join(key for key in other if other[key] != everyone[0].get(key))
+            raise ValueError(f"data.dataset: rank {rank} has other data than rank 0: other {names}")
 
 
 def _batch_encoder(

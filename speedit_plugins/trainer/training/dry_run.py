@@ -1,4 +1,4 @@
-"""What --dry-run prints: parameters, tokens and memory of a config."""
+"""What --dry-run prints: parameters, tokens, memory and data of a config."""
 
 import torch
 from torch import Tensor, nn
@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MASKS, TEXT_ENCODERS, check
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.summary import data_lines
 from speedit_plugins.trainer.models.interface import example_inputs
 from speedit_plugins.trainer.training.data_centre import is_centred_by_data
 
 
 def describe(config: ExperimentConfig) -> str:
-    """Parameters, tokens per sample and training memory of a config, without allocating the model."""
+    """Parameters, tokens per sample, training memory and data of a config, without allocating the model."""
     check(ENCODERS, config.encoder, allow_download=False)
     check(FEATURES, config.features, images=None, labels=None)
     for registry, section in ((TEXT_ENCODERS, config.text_encoder), (MASKS, config.inpainting)):
@@ -38,8 +39,18 @@ def describe(config: ExperimentConfig) -> str:
             f"training state     {_gib(state)} (weights, gradients, AdamW, EMA in fp32)",
             f"activations        about {activations} kept for backward, batch {batch_size} in one process",
             f"policy             {policy}",
+            *(f"{name:<19}{text}" for name, text in _data(config)),
         ]
     )
+
+
+def _data(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """What the dataset holds, or why it cannot be used."""
+    try:
+        dataset = build.build_dataset(config)
+    except (ValueError, OSError, ImportError) as error:
+        return [("data", f"cannot be used: {' '.join(str(error).split())}")]
+    return data_lines(dataset, **build.summary_options(config))
 
 
 def saved_bytes(model: nn.Module, config: ExperimentConfig) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.summary import data_lines, skipped_line
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.environment import save_environment
 from speedit_plugins.trainer.logging.loggers import check_loggers, open_loggers
@@ -54,22 +55,26 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
         trainer.restore(resumed)
     else:
         choose_products(trainer.model, config, runtime)
-    started = trainer.step
     if runtime.is_main:
         _introduce(trainer, resumed)
     # Not of a run with nothing to train: these files describe how the weights were made.
-    if runtime.is_main and started < config.max_training_steps:
+    if runtime.is_main and trainer.step < config.max_training_steps:
         results.save_config(config, "train")
         save_environment(folder, runtime, linear_layers=describe(trainer.model))
+    told(trainer, lambda: _to_the_end(trainer, stop))
 
-    def to_the_end() -> None:
-        if started < config.max_training_steps:
-            with _tracker(config, trainer) as tracker:
-                trainer.fit(tracker, stop)
-        if runtime.is_main:
-            _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
 
-    told(trainer, to_the_end)
+def _to_the_end(trainer: Trainer, stop: StopRequest) -> None:
+    """Trains, then prints how it went."""
+    config, runtime, started = trainer.config, trainer.runtime, trainer.step
+    if started < config.max_training_steps:
+        with _tracker(config, trainer) as tracker:
+            trainer.fit(tracker, stop)
+    num_corrupt = runtime.gather_objects(getattr(trainer.loader.dataset, "num_corrupt", None))
+    if runtime.is_main:
+        if (line := skipped_line(num_corrupt)) is not None:
+            say(line)
+        _conclude(trainer, Path(config.experiment_dir), started=started, signal_name=stop.signal_name)
 
 
 def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
@@ -137,6 +142,8 @@ def _introduce(trainer: Trainer, resumed: Path | None) -> None:
     if runtime.world_size > 1:
         where += f", {runtime.world_size} processes, {config.plugin}"
     say(f"policy {trainer.policy}; {trained:,} trained parameters on {where}")
+    for name, text in data_lines(trainer.loader.dataset, **build.summary_options(config)):
+        say(f"{name}: {text}")
 
 
 def _conclude(trainer: Trainer, folder: Path, *, started: int, signal_name: str | None) -> None:

@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from speedit_plugins.trainer.data.images.folder import ON_CORRUPT, center_crop, read_rgb, read_size
-from speedit_plugins.trainer.data.images.folder import SUFFIXES as IMAGE_SUFFIXES
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.folder import ON_CORRUPT
+from speedit_plugins.trainer.data.images.pixels import read_rgb, read_size, readable_suffixes
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_frames, read_header
 
 # GIF is listed among the videos, since it may be animated.
-STILL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in VIDEO_SUFFIXES)
+STILL_SUFFIXES = tuple(suffix for suffix in readable_suffixes() if suffix not in VIDEO_SUFFIXES)
 # An error message names at most this many unusable videos.
 NUM_NAMED = 5
 
@@ -97,7 +98,7 @@ class Clips:
     With buckets, a video goes to the bucket with the nearest aspect ratio among those it is long enough for.
     A tie goes to the bucket with the most frames. Only images go to buckets of one frame, unless all buckets
     have one frame. The attribute `buckets` holds the bucket index of each video, int64 (N,); without buckets
-    it is None.
+    it is None. `left_out` counts what is known at the start not to be used, by reason.
 
     Args:
         entries: the videos. An unknown number of frames is read from the file; with buckets, so is an
@@ -134,6 +135,9 @@ class Clips:
         for index in np.flatnonzero(chosen < 0).tolist():
             faults.setdefault(index, _too_short(entries[index], int(lengths[index]), cut))
         self._report(faults)
+        self.left_out: dict[str, int] = (
+            {"missing, too short or damaged videos": len(faults)} if faults else {}
+        )
         # Length 0 marks videos that can never give a sample.
         self._lengths = torch.from_numpy(np.where(chosen < 0, 0, lengths))
         self._shapes = torch.from_numpy(self._placed(chosen, ratios))

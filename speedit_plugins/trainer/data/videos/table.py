@@ -43,7 +43,8 @@ class VideoTable(Clips):
         text: samples have a caption, from the column `text`.
         class_cond: samples have a label, from the column `label`. Labels that are numbers are numbered first,
             by value, then names in sorted order. If `text` is False too, every label is 0.
-        root: folder that paths are relative to; None uses the folder of the table.
+        root: folder that relative paths start from; None uses the folder of the table. Absolute paths and
+            those that begin with `~`, the home folder, do not depend on it.
         on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
             it. "skip" warns and uses the next usable video with its caption or label instead.
         random_flip: mirror left to right with probability 1/2.
@@ -77,7 +78,11 @@ class VideoTable(Clips):
         rows = read_rows(path, used)
         entries = [
             Entry(
-                os.fspath(folder / row["path"]), row["num_frames"], row["height"], row["width"], row["line"]
+                os.path.join(folder, os.path.expanduser(row["path"])),
+                row["num_frames"],
+                row["height"],
+                row["width"],
+                row["line"],
             )
             for row in rows
         ]
@@ -87,6 +92,11 @@ class VideoTable(Clips):
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[row["label"]] if class_cond else 0 for row in rows])
+
+    @property
+    def num_captions(self) -> int:
+        """Number of videos with captions."""
+        return 0 if self._captions is None else len(self._captions)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1], and "caption" str, "label" int, or both.
