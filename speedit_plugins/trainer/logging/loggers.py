@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from PIL import Image
+
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 
@@ -16,9 +18,10 @@ _WITHOUT_KEY = ("offline", "disabled")
 
 
 class Logger(Protocol):
-    """Receives the finite scalars of a logged step. Names are paths: "train/loss"."""
+    """Receives the finite scalars of a logged step, and image files. Names are paths: "train/loss"."""
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
+    def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None: ...
     def close(self, *, is_failed: bool) -> None: ...
 
 
@@ -70,6 +73,21 @@ class TensorBoardLogger:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
+    def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Adds PNG files, and GIF files, which TensorBoard plays, as they are."""
+        # The package has no types.
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]  # see above
+
+        for name, path in pictures.items():
+            with Image.open(path) as picture:
+                width, height = picture.size
+            # The writer's own `add_video` needs another package, and would encode the frames again.
+            image = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+            )
+            summary = Summary(value=[Summary.Value(tag=name, image=image)])
+            self._writer._get_file_writer().add_summary(summary, step)
+
     def close(self, *, is_failed: bool) -> None:
         self._writer.close()
 
@@ -104,6 +122,15 @@ class WandbLogger:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **scalars})
+
+    def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Adds PNG files as images, and GIF files as videos."""
+        wandb = _import_wandb()
+        shown = {
+            name: wandb.Video(str(path), format="gif") if path.suffix == ".gif" else wandb.Image(str(path))
+            for name, path in pictures.items()
+        }
+        self._run.log({"step": step, **shown})
 
     def close(self, *, is_failed: bool) -> None:
         self._run.finish(exit_code=int(is_failed))

@@ -73,6 +73,7 @@ def test(config: ExperimentConfig) -> int:
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
     measured += clip_scores
     results.save_config(config, "test")
+    results.keep_earlier(folder / results.TEST)
     # An absolute path can be found from any folder.
     _write(folder / results.TEST, measured, samples=str(Path(samples.source).absolute()), reference=source)
     for metric in measured:

@@ -1,6 +1,7 @@
 """From a checked config to a trainer, before its first step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +17,20 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
-from speedit_plugins.trainer.sampling.conditions import build_captions, grid_conditions
+from speedit_plugins.trainer.sampling.conditions import Conditions, build_captions, grid_conditions
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.trainer import DrawGrid, Trainer, TrainingParts
+from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
+from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
+from speedit_plugins.trainer.training.validation import (
+    Validation,
+    held_out_part,
+    training_part,
+    validation_dataset,
+)
 
 
 def build_trainer(
@@ -40,6 +48,9 @@ def build_trainer(
     encoder = build.build_encoder(config, runtime.device)
     dataset = build.build_dataset(config)
     _check_cache(dataset, encoder, config)
+    validation = validation_dataset(config, dataset)
+    if validation is not None:
+        _check_cache(validation, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     if weights is not None:
@@ -48,18 +59,29 @@ def build_trainer(
     if config.compile:
         model.compile()
     process = build.build_process(config, respaced=True)
-    loader = _loader(dataset, config, runtime)
+    trained = training_part(config, dataset)
+    loader = _loader(trained, config, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
     inputs = _batch_encoder(encoder, model, captions, config, runtime)
     profiler = None
     if config.profile_every and runtime.is_main:
         profiler = build_profiler(
-            model, process, policy, inputs, dataset, config, world_size=runtime.world_size
+            model, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
     parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
-    grids = _grids(model, encoder, captions, config) if config.sample_every else None
-    return Trainer(parts, config, draw_grid=grids)
+    periodic = []
+    if config.validate_every:
+        own = captions if validation is None else _other_captions(captions, validation, config, runtime)
+        undropped = _batch_encoder(encoder, model, own, replace(config, caption_dropout_prob=0.0), runtime)
+        measured = validation or held_out_part(config, dataset)
+        measure = Validation(model, process, undropped, measured, config, runtime)
+        periodic.append(Periodic("validate_every", config.validate_every, measure))
+    if config.sample_every:
+        conditions = grid_conditions(config, captions, tuple(getattr(dataset, "classes", ())))
+        grids = _grids(model, encoder, conditions, config)
+        periodic.append(Periodic("sample_every", config.sample_every, grids))
+    return Trainer(parts, config, periodic=periodic)
 
 
 def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -> ResumableLoader:
@@ -93,20 +115,33 @@ def _batch_encoder(
     )
 
 
+def _other_captions(
+    captions: CaptionSource | None, dataset: SampleSource, config: ExperimentConfig, runtime: Runtime
+) -> CaptionSource | None:
+    """What encodes the captions of another dataset than the one that is trained on."""
+    # In a table of its own: in the training's, other captions would change the last bits of the features.
+    if isinstance(captions, CaptionTable) or isinstance(dataset, LatentCache):
+        return build_captions(config, dataset, runtime.device)
+    return captions
+
+
 def _grids(
-    model: nn.Module, encoder: Encoder, captions: CaptionSource | None, config: ExperimentConfig
-) -> DrawGrid:
-    """What writes the sample grid of a step, with the averaged weights."""
+    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig
+) -> Callable[[Snapshot], Measured]:
+    """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
-    conditions = grid_conditions(config, captions)
 
-    def write(averages: Mapping[str, Tensor], step: int) -> None:
-        path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, conditions, path, weights=averages)
+    def write(snapshot: Snapshot) -> Measured:
+        weights = snapshot.on_main
+        if not weights:
+            return Measured()
+        path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
+        draw_grid(generator, conditions, path, weights=weights)
+        return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
 
     return write
 
