@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/inputs": _PARTS,
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
-    "trainer/best_checkpoint": _FLOOR,
+    "trainer/best_checkpoint": _PARTS,
     "trainer/results": _PARTS | {"trainer/checkpoint"},
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/logging"},

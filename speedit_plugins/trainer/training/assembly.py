@@ -21,13 +21,17 @@ from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
-from speedit_plugins.trainer.sampling.conditions import Conditions, build_captions, grid_conditions
+from speedit_plugins.trainer.sampling.conditions import (
+    Conditions,
+    all_conditions,
+    build_captions,
+    grid_conditions,
+)
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
 from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
 from speedit_plugins.trainer.training.validation import (
     Validation,
-    held_out_part,
     training_part,
     validation_dataset,
 )
@@ -48,9 +52,6 @@ def build_trainer(
     encoder = build.build_encoder(config, runtime.device)
     dataset = build.build_dataset(config)
     _check_cache(dataset, encoder, config)
-    validation = validation_dataset(config, dataset)
-    if validation is not None:
-        _check_cache(validation, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     if weights is not None:
@@ -70,18 +71,41 @@ def build_trainer(
             model, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
     parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
+    periodic = _periodic(model, encoder, dataset, captions, process, config, runtime)
+    return Trainer(parts, config, periodic=periodic)
+
+
+def _periodic(
+    model: nn.Module,
+    encoder: Encoder,
+    dataset: SampleSource,
+    captions: CaptionSource | None,
+    process: build.Process,
+    config: ExperimentConfig,
+    runtime: Runtime,
+) -> list[Periodic]:
+    """What the config wants measured in the training, in the order in which it is measured.
+
+    It is built after the model, so that random numbers drawn here do not change its initialisation.
+    """
     periodic = []
     if config.validate_every:
-        own = captions if validation is None else _other_captions(captions, validation, config, runtime)
+        own, measured = captions, validation_dataset(config, dataset)
+        if config.data.validation is not None:
+            _check_cache(measured, encoder, config)
+            own = _other_captions(captions, measured, config, runtime)
         undropped = _batch_encoder(encoder, model, own, replace(config, caption_dropout_prob=0.0), runtime)
-        measured = validation or held_out_part(config, dataset)
         measure = Validation(model, process, undropped, measured, config, runtime)
         periodic.append(Periodic("validate_every", config.validate_every, measure))
     if config.sample_every:
         conditions = grid_conditions(config, captions, tuple(getattr(dataset, "classes", ())))
         grids = _grids(model, encoder, conditions, config)
         periodic.append(Periodic("sample_every", config.sample_every, grids))
-    return Trainer(parts, config, periodic=periodic)
+    if config.evaluate_every:
+        conditions = all_conditions(config, captions)
+        evaluation = _evaluation(model, encoder, conditions, config, runtime)
+        periodic.append(Periodic("evaluate_every", config.evaluate_every, evaluation))
+    return periodic
 
 
 def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -> ResumableLoader:
@@ -167,3 +191,14 @@ def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None
     if runtime.is_main:
         fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
         say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")
+
+
+def _evaluation(
+    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig, runtime: Runtime
+) -> Callable[[Snapshot], Measured]:
+    # As in `_grids`.
+    from speedit_plugins.trainer.sampling.generator import SampleGenerator
+    from speedit_plugins.trainer.training.evaluation import Evaluation
+
+    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    return Evaluation(generator, conditions, config, runtime)

@@ -126,21 +126,20 @@ def spread_quantiles(num_samples: int) -> Tensor:
     return (torch.arange(NUM_BINS, dtype=torch.float64)[:, None] + within) / NUM_BINS
 
 
-def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> SampleSource | None:
-    """The dataset of `data.validation`, without random flips; None if the config has none.
+def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> SampleSource:
+    """What the loss is measured on: `data.validation` without random flips, or what is held out of `dataset`.
 
     Args:
-        dataset: what is trained on.
+        dataset: the whole dataset of the training.
 
     Raises:
-        ValueError: its classes have other names than those that are trained on.
+        ValueError: the classes of `data.validation` have other names than those that are trained on.
     """
     section = config.data.validation
     if section is None:
-        return None
-    own = build.build_dataset(
-        replace(config, data=replace(config.data, dataset=section, validation=None)), augmented=False
-    )
+        return hold_out(dataset, config.data.held_out_samples, seed=config.seed)[1]
+    data = replace(config.data, dataset=section, validation=None)
+    own = build.build_dataset(replace(config, data=data), augmented=False)
     ours, theirs = (tuple(getattr(each, "classes", ())) for each in (own, dataset))
     if ours and theirs and ours != theirs:
         different = sorted(set(ours) ^ set(theirs)) or list(ours)
@@ -155,11 +154,6 @@ def training_part(config: ExperimentConfig, dataset: SampleSource) -> SampleSour
     """What is trained on: the dataset without the samples that `data.held_out_samples` keeps out of it."""
     count = config.data.held_out_samples
     return hold_out(dataset, count, seed=config.seed)[0] if count else dataset
-
-
-def held_out_part(config: ExperimentConfig, dataset: SampleSource) -> SampleSource:
-    """The samples that `data.held_out_samples` keeps out of the training."""
-    return hold_out(dataset, config.data.held_out_samples, seed=config.seed)[1]
 
 
 def _generator(device: torch.device | str, *path: int) -> torch.Generator:
