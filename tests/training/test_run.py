@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from processes import Job
 from runs import arguments, last_step, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
@@ -96,7 +97,7 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == [*(f"{i:06d}.png" for i in range(30)), "labels.jsonl"]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
-    assert speedit("test", trained) == 0
+    assert speedit("test", trained, enable_tensorboard_log=True) == 0
     metrics = json.loads((trained / "test.json").read_text())["figures"]
     names = ("fid", "kid", "precision", "recall", "density", "coverage")
     assert list(metrics) == [f"{name}[digit_classifier]" for name in names]
@@ -107,6 +108,13 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
             1797,
         )
     assert metrics["fid[digit_classifier]"]["value"] > 0
+    # The boards of the training show them at the step of the samples, and keep what they had.
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    for name in names:
+        (event,) = events.Scalars(f"test/{name}[digit_classifier]")
+        assert event.step == 20
+        assert event.value == pytest.approx(metrics[f"{name}[digit_classifier]"]["value"], rel=1e-6)
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20]
     out = capfd.readouterr().out
     assert "(features digit_classifier; 30 samples, 1797 reference; few for 32 dimensions" in out
 

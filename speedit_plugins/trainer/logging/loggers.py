@@ -13,7 +13,7 @@ from PIL import Image
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 
-RUN_ID = "wandb_run_id"
+RUN_ID, TENSORBOARD = "wandb_run_id", "tensorboard"
 _WITHOUT_KEY = ("offline", "disabled")
 
 
@@ -61,13 +61,36 @@ def open_loggers(config: ExperimentConfig, *, start_step: int) -> list[Logger]:
     return loggers
 
 
-class TensorBoardLogger:
-    """Event files in `folder/tensorboard`."""
+def open_boards(config: ExperimentConfig) -> list[Logger]:
+    """The loggers that a training in `experiment_dir` has written to, as far as the config asks for them.
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
+    What they show stays, of all steps.
+
+    Raises:
+        ValueError: as `open_loggers`.
+    """
+    folder = Path(config.experiment_dir)
+    loggers: list[Logger] = []
+    if config.enable_tensorboard_log and (folder / TENSORBOARD).is_dir():
+        loggers.append(TensorBoardLogger(folder))
+    if config.enable_wandb_log and (folder / RUN_ID).is_file():
+        check_loggers(config)
+        loggers.append(WandbLogger(folder, config))
+    return loggers
+
+
+class TensorBoardLogger:
+    """Event files in `folder/tensorboard`.
+
+    Args:
+        start_step: later steps of earlier runs are no longer shown; None leaves them.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        purged = None if start_step is None else start_step + 1
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purged)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():

@@ -5,6 +5,7 @@ Dims: N images or videos, F frames, H x W pixels, C channels, D features.
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -41,6 +42,7 @@ from speedit_plugins.trainer.evaluation.metrics import (
 )
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
@@ -83,7 +85,20 @@ def test(config: ExperimentConfig) -> int:
     if source is not None:
         say(f"  reference    {source}")
     say(f"  result       {folder / results.TEST}")
+    # Last, because a board may be out of reach.
+    _show(config, measured, samples)
     return 0
+
+
+def _show(config: ExperimentConfig, measured: list[MetricValue], samples: SampleSet) -> None:
+    """Puts the figures on the run's boards, where the samples are inference's of one of its steps."""
+    path = Path(samples.source).absolute()
+    step = re.match(r"step_(\d+)_", path.name)
+    if step is None or path.parent != (Path(config.experiment_dir) / results.INFERENCE).absolute():
+        return
+    for logger in open_boards(config):
+        logger.add(int(step[1]), {f"test/{metric.name}": metric.value for metric in measured})
+        logger.close(is_failed=False)
 
 
 def _compared(
