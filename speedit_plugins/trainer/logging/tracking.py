@@ -217,6 +217,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest value of each key in lines of metrics.jsonl; empty without lines.
+
+    A line of a validation or an evaluation has other keys than one of the training.
+    """
+    return {key: value for row in rows for key, value in row.items()}
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: tensors on a CUDA device, otherwise resident memory."""
     if device.type == "cuda":
