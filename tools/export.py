@@ -29,7 +29,7 @@ from speedit_plugins.files import naming, usual_mode
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
-from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.logging.tracking import latest, read_metrics
 from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.exported import (
     Exported,
@@ -150,7 +150,7 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
 
 def _card(config: ExperimentConfig, exported: Exported, source: Path, usage: str) -> str:
     rows = read_metrics(Path(config.experiment_dir))
-    last = {k: v for k, v in (rows[-1] if rows else {}).items() if isinstance(v, int | float)}
+    last = {k: v for k, v in latest(rows).items() if isinstance(v, int | float)}
     metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items()) or "| none | |"
     named = ("diffusers", "speedit_plugins", config.diffusion.policy.get("type", "custom"))
     tags = "\n".join(f"- {tag}" for tag in named)

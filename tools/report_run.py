@@ -46,6 +46,12 @@ class Run:
         found = self.json(results.TEST)
         return found["figures"] if found is not None and "figures" in found else {}
 
+    @property
+    def samples_of_evaluation(self) -> int:
+        """Number of samples that the newest evaluation in training drew; 0 without one."""
+        found = self.series("evaluation_samples")
+        return int(found[-1][1]) if found else 0
+
     def age(self, path: Path) -> str:
         """A remark if a file of a later phase is older than the newest checkpoint, else ''."""
         newest = self.checkpoint

@@ -26,7 +26,11 @@ from speedit_plugins.trainer.training.assembly import build_trainer
 
 PROFILE = "timestep_profile.json"
 # Runs on several processes are measured in one; their other options are switched off.
-_ALONE = {"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"}
+_ALONE = {
+    **{"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"},
+    **{"validate_every": "0", "validate_samples": "500", "data.validation": "null"},
+    **{"evaluate_every": "0", "evaluate_samples": "1000", "keep_best": "null"},
+}
 _PANELS = {
     "loss": "loss\n(weight × mse + vb)",
     "mse": "mse\n(unweighted)",

@@ -2,13 +2,14 @@
 
 `checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
 optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
-config.yaml, and manifest.json with the size and SHA-256 of each file.
+config.yaml, classes.json where the data name their classes, and manifest.json with the size and SHA-256 of
+each file.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
-MANIFEST = "manifest.json"
+MANIFEST, CLASSES = "manifest.json", "classes.json"
 _NAME = re.compile(r"step_(\d{7,})")
 _MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
 
@@ -43,6 +44,7 @@ class Contents:
         state: plain values and tensors, at any depth.
         config: the run's config as YAML text.
         moments: this rank's slices of the optimizer's state.
+        classes: names of the classes, by number; empty if they have none.
     """
 
     model: Mapping[str, Tensor]
@@ -50,6 +52,7 @@ class Contents:
     state: Mapping[str, Any]
     config: str
     moments: Mapping[str, Slice] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def save(
     *,
     keep_last: int,
     keep_every: int = 0,
+    kept: Collection[str] = (),
     runtime: Runtime | None = None,
 ) -> Path:
     """Writes `folder/step_<step>`, then removes older checkpoints. Collective.
@@ -77,6 +81,7 @@ def save(
     Args:
         keep_last: how many of the newest checkpoints to keep, >= 1.
         keep_every: also keep checkpoints at multiples of this step; 0 keeps none of them.
+        kept: names of folders to keep as well.
         runtime: None is a single process.
 
     Returns:
@@ -105,7 +110,7 @@ def save(
         raise
     if runtime.is_main:
         try:
-            _remove_old(target, keep_last, keep_every)
+            _remove_old(target, keep_last, keep_every, kept)
         except OSError as error:
             say(f"older checkpoints beside {target} cannot be removed: {error}")
     return target
@@ -132,6 +137,21 @@ def load(path: Path) -> Saved:
     # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def class_names(source: Path) -> tuple[str, ...]:
+    """Names of the classes, by number, of a checkpoint's folder or of a file in it; empty if it has none.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    path = (source if source.is_dir() else source.parent) / CLASSES
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(map(str, json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
@@ -258,7 +278,11 @@ def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[st
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
-    once = {name: _finished(partial / name) for name in (MODEL, EMA, STATE, CONFIG)}
+    names = [MODEL, EMA, STATE, CONFIG]
+    if contents.classes:
+        (partial / CLASSES).write_text(json.dumps(list(contents.classes), indent=0) + "\n", encoding="utf-8")
+        names.append(CLASSES)
+    once = {name: _finished(partial / name) for name in names}
     return {**once, **_write_moments(partial, contents, runtime)}
 
 
@@ -333,18 +357,18 @@ def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | No
     whole = {MODEL, EMA, STATE, CONFIG, *ranks}
     if missing := sorted(whole - set(files)):
         return f"does not list {', '.join(missing)}"
-    if foreign := sorted(set(files) - whole):
+    if foreign := sorted(set(files) - whole - {CLASSES}):
         return f"lists {foreign[0]!r}, which is no file of a checkpoint"
     return None
 
 
-def _remove_old(target: Path, keep_last: int, keep_every: int) -> None:
+def _remove_old(target: Path, keep_last: int, keep_every: int, kept: Collection[str]) -> None:
     folder = target.parent
     for later in (path for path in newest_first(folder) if step_of(path) > step_of(target)):
         # A later checkpoint can only be one that was damaged, so that the run resumed from an earlier one.
         later.rename(later.with_suffix(".damaged"))
     for old in newest_first(folder)[keep_last:]:
-        if not keep_every or step_of(old) % keep_every:
+        if old.name not in kept and (not keep_every or step_of(old) % keep_every):
             _set_aside(old)
     # Also leftovers of an earlier process that was interrupted while saving or removing.
     for leftover in (*folder.glob("step_*.old"), *folder.glob("step_*.tmp")):

@@ -42,7 +42,9 @@ _FLOOR = _METHOD | {
     f"trainer/{name}" for name in ("terminal", "condition", "config", "exhaustion", "weight_files")
 }
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
-_SHARED = _PARTS | {f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "results")}
+_SHARED = _PARTS | {
+    f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "best_checkpoint", "results")
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "files": set(),
@@ -70,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/inputs": _PARTS,
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
+    "trainer/best_checkpoint": _PARTS,
     "trainer/results": _PARTS | {"trainer/checkpoint"},
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/logging"},

@@ -264,7 +264,7 @@ def test_grids_need_somebody_to_draw_them(tmp_path: Path) -> None:
     parts = TrainingParts(
         trainer.engine, trainer.inputs, trainer.process, trainer.policy, trainer.loader, trainer.runtime
     )
-    with pytest.raises(ValueError, match="sample_every: 2 needs draw_grid, got None"):
+    with pytest.raises(ValueError, match="sample_every: 2 needs its measurement, got none"):
         Trainer(parts, config)
 
 

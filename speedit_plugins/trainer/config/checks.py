@@ -37,19 +37,34 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_inpainting(config, phase)
     if phase == "train":
         _check_training(config)
-    if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
-        _check_sampler(config)
-        _check_classes(config)
-        if phase != "inference" and config.num_classes and not config.sample_classes:
-            raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
-        if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
-            raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+    if phase in ("inference", "sample") or (phase == "train" and _draws_in_training(config)):
+        _check_drawing(config, is_grid=phase == "sample" or (phase == "train" and config.sample_every > 0))
     if phase == "test" and config.ckpt_path is not None:
         raise ConfigError(
             "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
         )
-    if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
-        raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def _draws_in_training(config: ExperimentConfig) -> bool:
+    """Whether the training draws samples.
+
+    Raises:
+        ConfigError: its process cannot.
+    """
+    found = [key for key in ("sample_every", "evaluate_every") if getattr(config, key)]
+    if found and config.diffusion.timestep_respacing:
+        what = "grids" if found[0] == "sample_every" else "samples"
+        raise ConfigError(found[0], f"a respaced training process draws no {what}; wanted 0")
+    return bool(found)
+
+
+def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
+    _check_sampler(config)
+    _check_classes(config)
+    if is_grid and config.num_classes and not config.sample_classes:
+        raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
+    if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
+        raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
 
 
 def _check_paths(config: ExperimentConfig) -> None:
@@ -93,6 +108,7 @@ def _check_training(config: ExperimentConfig) -> None:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
+    _check_measurements(config)
     options = config.optimizer
     if options.min_lr and options.schedule == "constant":
         raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
@@ -103,6 +119,36 @@ def _check_training(config: ExperimentConfig) -> None:
         raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
 
 
+def _check_measurements(config: ExperimentConfig) -> None:
+    """Checks the keys of validation, of evaluation in training, and of the best checkpoint."""
+    data = config.data
+    if config.validate_every and data.validation is None and not data.held_out_samples:
+        wanted = "data.validation, a dataset's section, or data.held_out_samples > 0"
+        raise ConfigError("validate_every", f"has no samples to measure the loss on; wanted {wanted}")
+    if data.validation is not None and not config.validate_every:
+        raise ConfigError("data.validation", "has no effect without validate_every; wanted null")
+    if data.validation is not None and data.held_out_samples:
+        raise ConfigError("data.held_out_samples", "are not measured beside data.validation; wanted 0")
+    defaults = {entry.name: entry.default for entry in fields(ExperimentConfig)}
+    for key, every in (("validate_samples", "validate_every"), ("evaluate_samples", "evaluate_every")):
+        if not getattr(config, every) and getattr(config, key) != defaults[key]:
+            raise ConfigError(key, f"has no effect without {every}; wanted {defaults[key]}")
+    metrics = config.evaluation.metrics
+    if config.evaluate_every and "clip_score" in metrics:
+        raise ConfigError("evaluation.metrics", f"train measures no clip_score; wanted others, got {metrics}")
+    _check_best(config)
+
+
+def _check_best(config: ExperimentConfig) -> None:
+    best = config.keep_best
+    needed = "validate_every" if best == "val_loss" else "evaluate_every"
+    if best is not None and not getattr(config, needed):
+        raise ConfigError("keep_best", f"{best} is not measured with {needed}: 0; wanted more, or null")
+    if best in ("fid", "kid") and best not in config.evaluation.metrics:
+        metrics = ", ".join(config.evaluation.metrics)
+        raise ConfigError("keep_best", f"wanted one of evaluation.metrics, {metrics}, or null, got {best}")
+
+
 def _check_agreement(config: ExperimentConfig) -> None:
     """Keys that components repeat from the top level must have the same value."""
     pairs = (
@@ -110,6 +156,8 @@ def _check_agreement(config: ExperimentConfig) -> None:
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
         ("data.dataset.image_size", config.data.dataset, config.image_size),
         ("data.dataset.num_frames", config.data.dataset, config.num_frames),
+        ("data.validation.image_size", config.data.validation or {}, config.image_size),
+        ("data.validation.num_frames", config.data.validation or {}, config.num_frames),
     )
     for key, section, wanted in pairs:
         name = key.rpartition(".")[2]
@@ -156,8 +204,10 @@ def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
     if config.inpainting is not None and phase == "inference":
         raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
-    if config.inpainting is not None and phase == "train" and config.sample_every:
-        raise ConfigError("sample_every", "has no image to fill with inpainting; wanted 0")
+    if config.inpainting is not None and phase == "train":
+        for key in ("sample_every", "evaluate_every"):
+            if getattr(config, key):
+                raise ConfigError(key, "has no image to fill with inpainting; wanted 0")
 
 
 def _check_sampler(config: ExperimentConfig) -> None:
@@ -190,6 +240,7 @@ def _check_classes(config: ExperimentConfig) -> None:
     if config.text_encoder is not None and config.guidance_scale != 1 and not config.caption_dropout_prob:
         raise ConfigError("guidance_scale", "needs caption_dropout_prob > 0 in training, got 0; wanted 1")
     for label in config.sample_classes:
-        if not 0 <= label < config.num_classes:
+        # Whether there is a class of a name is known with the data or the checkpoint.
+        if not config.num_classes or (isinstance(label, int) and not 0 <= label < config.num_classes):
             known = f"in [0, {config.num_classes})" if config.num_classes else "an empty list without classes"
-            raise ConfigError("sample_classes", f"wanted {known}, got {label}")
+            raise ConfigError("sample_classes", f"wanted {known}, got {label!r}")

@@ -31,6 +31,7 @@ COMPONENTS = (
     "text_encoder",
     "inpainting",
     "data.dataset",
+    "data.validation",
     "features",
 )
 # Keys of the top that hold a path; of a component its builder expands them.
@@ -123,8 +124,24 @@ class ExperimentConfig:
     """Steps between log lines."""
     sample_every: int = limited(0, at_least=0)
     """Steps between sample grids in training; 0 draws none."""
+    validate_every: int = limited(0, at_least=0)
+    """Steps between measurements of the loss on samples that are not trained on; 0 takes none. They come from
+    `data.validation` or `data.held_out_samples`."""
+    validate_samples: int = limited(500, at_least=1)
+    """Samples of a validation, each at ten timesteps: at most this many of those that there are."""
+    evaluate_every: int = limited(0, at_least=0)
+    """Steps between evaluations in training, which draw samples and measure `evaluation.metrics`; 0 makes
+    none."""
+    evaluate_samples: int = limited(1000, at_least=2)
+    """Samples that an evaluation in training draws."""
+    keep_best: Literal["val_loss", "fid", "kid"] | None = None
+    """Keeps the checkpoint with the lowest value of this, besides those of `keep_last`; `ckpt_path: best`
+    draws with it. A step with a new lowest value is saved. null keeps none."""
     profile_every: int = limited(0, at_least=0)
     """Steps between measurements of loss and gradient norm per timestep, taken at log lines; 0 takes none."""
+    board_scalars: Literal["few", "all"] = "few"
+    """Numbers that TensorBoard and W&B show: the few that most people watch, or everything in
+    `metrics.jsonl`."""
     enable_tensorboard_log: bool = True
     """Writes TensorBoard files. `metrics.jsonl` is always written."""
     enable_wandb_log: bool = False
@@ -134,13 +151,15 @@ class ExperimentConfig:
     """Project of the W&B run."""
 
     ckpt_path: str | None = None
-    """The checkpoint that inference and sample draw with; null is the newest in `experiment_dir`."""
+    """The checkpoint that inference and sample draw with. null is the newest in `experiment_dir`; `best` is
+    the one of `keep_best`."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How samples are drawn."""
     guidance_scale: float = limited(1.0, at_least=0)
     """Scale of classifier-free guidance; 1 is off."""
-    sample_classes: list[int] = field(default_factory=list)
-    """The columns of a grid. Needed in sample, and for `sample_every`, where there are classes."""
+    sample_classes: list[int | str] = field(default_factory=list)
+    """The columns of a grid, as numbers or names of classes: `[207, cat]`. Needed in sample, and for
+    `sample_every`, where there are classes."""
     sample_prompts: list[str] = field(default_factory=list)
     """The columns of a grid where there is text."""
     prompts_file: str | None = None

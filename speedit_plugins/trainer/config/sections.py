@@ -142,6 +142,12 @@ class DataConfig:
 
     dataset: Component
     """`type` and parameters of a dataset. `image_size` and `num_frames` are filled in from the top."""
+    validation: Component | None = None
+    """`type` and parameters of the dataset that `validate_every` measures the loss on. null is the samples of
+    `held_out_samples`."""
+    held_out_samples: int = limited(0, at_least=0)
+    """Samples of `dataset` that are not trained on, chosen by the seed; `validate_every` measures the loss on
+    them."""
     batch_size: int = limited(at_least=1)
     """Samples of one forward pass, over all processes: a multiple of their number."""
     num_workers: int = limited(0, at_least=0)

@@ -105,10 +105,7 @@ def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> An
     if dataclasses.is_dataclass(hint):
         return build_section(cast(type, hint), value, key)
     if origin in (Union, types.UnionType):
-        inner = next(part for part in arguments if part is not type(None))
-        if value in ("None", "none", {"type": "None"}, {"type": "none"}):
-            raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}; YAML writes null")
-        return None if value is None else _checked(value, inner, key, limits)
+        return _optional(value, hint, key, limits)
     if origin is Literal:
         if value not in arguments:
             near = value_hint(value, arguments)
@@ -119,6 +116,23 @@ def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> An
     if origin in (list, tuple):
         return _sequence(value, hint, key, limits)
     return _scalar(value, hint, key, limits)
+
+
+def _optional(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
+    """A value of a union: of `X | None`, or of scalars such as `int | str`."""
+    inner = [part for part in get_args(hint) if part is not type(None)]
+    is_nullable = type(None) in get_args(hint)
+    if value is None and is_nullable:
+        return None
+    if is_nullable and value in ("None", "none", {"type": "None"}, {"type": "none"}):
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}; YAML writes null")
+    if len(inner) > 1:
+        # A text is no number, and a number no text: at most one of the types fits.
+        fitting = [part for part in inner if isinstance(value, str) == (part is str)]
+        if value is None or isinstance(value, bool) or not fitting:
+            raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+        inner = fitting
+    return _checked(value, inner[0], key, limits)
 
 
 def _component(value: Any, key: str) -> Component:
@@ -137,7 +151,7 @@ def _sequence(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> A
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if not is_list or (fixed and len(value) != len(arguments)):
         raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}{_list_hint(value)}")
-    items = [_scalar(item, arguments[0], f"{key}[{i}]", limits) for i, item in enumerate(value)]
+    items = [_checked(item, arguments[0], f"{key}[{i}]", limits) for i, item in enumerate(value)]
     return tuple(items) if fixed else items
 
 

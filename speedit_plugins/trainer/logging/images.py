@@ -150,7 +150,7 @@ def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
 
 
 def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Plots the logged losses against the step: weighted loss, raw mse, and mse under uniform timesteps.
+    """Plots the logged losses against the step: weighted, raw, under uniform timesteps, and of validation.
 
     Args:
         rows: lines of metrics.jsonl, each with `step` and the losses.
@@ -167,6 +167,7 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         "uniform_mse": "mse, corrected to uniform timesteps",
         "mse": "mse at the drawn timesteps",
         "loss": "training loss (weighted)",
+        "val_loss": "validation: mse of the averaged weights",
     }
     for key, label in curves.items():
         points = [(row["step"], row[key]) for row in rows if key in row]

@@ -25,6 +25,19 @@ from speedit_plugins.trainer.terminal import progress, say
 
 # Number of bins of mse_per_bin; it divides NUM_RANGES.
 NUM_BINS = 10
+# What boards show with `board_scalars: few`, besides everything below EVALUATION.
+EVALUATION = "evaluation"
+FEW = (
+    "train/loss",
+    "train/uniform_mse",
+    "validation/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/samples_per_second",
+    "train/peak_memory_bytes",
+    "train/mfu",
+    "train/skipped_steps",
+)
 
 
 class LossWindow:
@@ -102,17 +115,24 @@ class Tracker:
         start_step: step at which this run starts. Later lines of metrics.jsonl come from a run that was
             cut off after its last checkpoint, and are dropped.
         loggers: also receive what is logged. The tracker closes them.
+        only_few: the loggers receive the numbers of `FEW` and those of evaluations, and no others.
     """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, start_step: int, loggers: Sequence[Logger] = ()
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        loggers: Sequence[Logger] = (),
+        only_few: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / METRICS
         _replace_lines(self.metrics_path, [row for row in read_metrics(folder) if row["step"] <= start_step])
         self._lines = self.metrics_path.open("a", buffering=1)
         self._bar = progress("training", total=total_steps, initial=start_step)
-        self._loggers = loggers
+        self._loggers, self._only_few = loggers, only_few
 
     def step_done(self) -> None:
         """Moves the progress bar by one training step."""
@@ -123,15 +143,26 @@ class Tracker:
 
         Args:
             step: number of training steps done.
-            row: `loss` and other metrics. Values may be lists of numbers, or dicts of values.
+            row: metrics, among them the `loss` to show. Values may be lists of numbers, or dicts of values.
         """
         values = plain(row)
         with naming(self.metrics_path):
             self._lines.write(_line({"step": step, **values}))
-        self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        scalars = _scalars(values)
+        if "loss" in row:
+            self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        scalars = board_scalars(values, only_few=self._only_few)
         for logger in self._loggers:
             logger.add(step, scalars)
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Passes image files to the loggers.
+
+        Args:
+            step: number of training steps done.
+            pictures: PNG or GIF files, by name.
+        """
+        for logger in self._loggers:
+            logger.add_pictures(step, pictures)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -159,6 +190,9 @@ class SilentTracker(Tracker):
         pass
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
+        pass
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
@@ -203,6 +237,14 @@ def _logged(line: bytes) -> dict[str, Any] | None:
     return row if all(value is None or type(value) in (int, float) for value in curves) else None
 
 
+def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest value of each key in lines of metrics.jsonl; empty without lines.
+
+    A line of a validation or an evaluation has other keys than one of the training.
+    """
+    return {key: value for row in rows for key, value in row.items()}
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: tensors on a CUDA device, otherwise resident memory."""
     if device.type == "cuda":
@@ -231,6 +273,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def board_scalars(row: Mapping[str, Any], *, only_few: bool = False) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl by their path on a board.
+
+    These are train/loss, train/time_split/data, validation/loss, evaluation/fid, and mse_per_bin/0 for lists.
+
+    Args:
+        only_few: leaves out all but `FEW`, and those of evaluations.
+    """
+    values = {key: value for key, value in row.items() if key not in (EVALUATION, "val_loss")}
+    found = _scalars(values) | _scalars(row.get(EVALUATION, {}), EVALUATION)
+    if row.get("val_loss") is not None:
+        found["validation/loss"] = row["val_loss"]
+    return {
+        path: value
+        for path, value in found.items()
+        if not only_few or path in FEW or path.startswith(f"{EVALUATION}/")
+    }
 
 
 def _scalars(row: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:

@@ -56,6 +56,11 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replaces the values of `tensor` on other ranks by those of rank 0. All have one shape."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+
     def gather_objects(self, item: Any) -> list[Any]:
         """The picklable `item` of every rank, in rank order."""
         if self.world_size == 1:

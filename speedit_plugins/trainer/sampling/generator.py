@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.best_checkpoint import BEST, read_best
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -152,12 +153,16 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
 def find_weights(config: ExperimentConfig) -> Path:
     """`ckpt_path`, or else the folder of the newest checkpoint that is not damaged.
 
+    `ckpt_path: best` is the checkpoint that `keep_best` kept in the training.
+
     Raises:
-        ValueError: there is neither, or it has no averaged weights.
+        ValueError: there is neither, or it has no averaged weights, or the best checkpoint is damaged.
     """
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
     found = checkpoint.newest_first(checkpoints)
     named = config.ckpt_path
+    if named == BEST:
+        return _best(checkpoints)
     source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
@@ -166,3 +171,16 @@ def find_weights(config: ExperimentConfig) -> Path:
             f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
         )
     return source
+
+
+def _best(checkpoints: Path) -> Path:
+    best = read_best(checkpoints)
+    if best is None:
+        raise ValueError(
+            f"ckpt_path: best needs a best checkpoint, and none is noted in {checkpoints}; keep_best of the"
+            " training keeps one"
+        )
+    path = checkpoints / best.checkpoint
+    if reason := checkpoint.damage(path, only=checkpoint.EMA):
+        raise ValueError(f"the best checkpoint {path} is damaged: {reason}; wanted another ckpt_path")
+    return path

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speedit_plugins.trainer import results
+from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
@@ -23,7 +23,8 @@ def sample(config: ExperimentConfig) -> int:
     """Writes the sample grid: a column per class or prompt, `samples_per_class` rows. Returns 0."""
     folder = Path(config.experiment_dir)
     generator, captions, source = load_generator(config)
-    conditions, path = grid_conditions(config, captions), folder / results.SAMPLES
+    conditions = grid_conditions(config, captions, checkpoint.class_names(source))
+    path = results.free_path(folder / results.SAMPLES)
     if config.inpainting is not None:
         num_samples = draw_fills(generator, conditions, path)
     else:
@@ -33,7 +34,7 @@ def sample(config: ExperimentConfig) -> int:
             num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
     results.save_config(config, "sample")
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
-    results.say_where(folder)
+    results.say_where(folder, samples=path)
     return 0
 
 
@@ -67,8 +68,7 @@ def draw_grid(
     drawn = torch.cat([batch.cpu() for batch in batches])
     samples = marked(drawn, config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Classes are in order, so only prompts need titles.
-    titles = conditions.names if conditions.captions is not None else ()
+    titles = conditions.titles
     if samples.ndim == 5:
         images.save_videos(
             samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second

@@ -16,11 +16,10 @@ import torch
 from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.results import CAPTIONS, UNFINISHED
-from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts
+from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
+from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
 from speedit_plugins.trainer.sampling.finite import not_finite, of_one_value, told
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.terminal import progress, say
@@ -30,7 +29,7 @@ def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
 
     Images become PNG files and one npz in ADM's format, videos become MP4 files. captions.jsonl beside them
-    has the prompts. The folder gets its final name when it is complete.
+    has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
         ValueError: an earlier inference has written files of the same name, or a sample is not finite: a set
@@ -44,7 +43,7 @@ def inference(config: ExperimentConfig) -> int:
         if path.exists():
             raise ValueError(f"inference would write over {path}; move or delete it")
     generator, captions, _ = load_generator(config)
-    conditions = all_conditions(config, captions)
+    conditions = all_conditions(config, captions, checkpoint.class_names(source))
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -104,10 +103,7 @@ def _name(config: ExperimentConfig, source: Path) -> str:
 def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, bar: Any) -> Iterator[Any]:
     """Chunks of uint8 samples (B, [F,] H, W, C). Each is written to `folder` before it is yielded."""
     config = generator.config
-    chooser = torch.Generator().manual_seed(stream_seed(config.seed, LABEL_STREAM))
-    rows = torch.arange(config.num_samples) % max(1, len(conditions.names))
-    if conditions.labels is not None:
-        rows = torch.randint(len(conditions.names), (config.num_samples,), generator=chooser)
+    rows = random_rows(conditions, config.num_samples, seed=config.seed)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         if (bad := not_finite(batch)).any():
@@ -122,10 +118,21 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-    if conditions.captions is not None:
-        suffix = ".mp4" if config.num_frames else ".png"
-        captions = (conditions.names[row] for row in rows.tolist())
-        lines = [
-            json.dumps({"file_name": f"{i:06d}{suffix}", "caption": text}) for i, text in enumerate(captions)
-        ]
-        write_whole(folder / CAPTIONS, "".join(f"{line}\n" for line in lines).encode())
+    _write_conditions(conditions, rows.tolist(), folder, suffix=".mp4" if config.num_frames else ".png")
+
+
+def _write_conditions(conditions: Conditions, rows: list[int], folder: Path, *, suffix: str) -> None:
+    """Writes a line for each sample with its prompt, or with its class; nothing without conditions."""
+    if not conditions.names:
+        return
+    lines = []
+    for i, row in enumerate(rows):
+        about: dict[str, Any] = {"file_name": f"{i:06d}{suffix}"}
+        if conditions.labels is None:
+            about["caption"] = conditions.names[row]
+        else:
+            about["label"] = int(conditions.labels[row])
+            about |= {"class": conditions.titles[row]} if conditions.titles else {}
+        lines.append(json.dumps(about))
+    name = LABELS if conditions.captions is None else CAPTIONS
+    write_whole(folder / name, "".join(f"{line}\n" for line in lines).encode())

@@ -85,6 +85,7 @@ def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
         total_steps=config.max_training_steps,
         start_step=trainer.step,
         loggers=open_loggers(config, start_step=trainer.step),
+        only_few=config.board_scalars == "few",
     )
 
 

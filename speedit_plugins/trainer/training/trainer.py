@@ -4,7 +4,7 @@ Dims: B samples of this rank in a batch.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.best_checkpoint import Best, is_better, note_best, read_best
 from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
@@ -40,11 +41,13 @@ from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Ema
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
 from speedit_plugins.trainer.training.saved_state import checked_state, load_part
 from speedit_plugins.trainer.training.step_batches import StepBatches
 
-DrawGrid = Callable[[Mapping[str, Tensor], int], object]
+# Keys whose measurement the trainer is given.
+MEASURED = ("sample_every", "validate_every", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,18 @@ class Trainer:
     Args:
         parts: the objects that the trainer uses.
         config: the experiment, checked for the phase train.
-        draw_grid: called on rank 0 every `sample_every` steps, with the averaged weights and the step.
+        periodic: what is measured every so many steps: one for each key of `MEASURED` that is not 0.
 
     Raises:
-        ValueError: `sample_every` without `draw_grid`, `profile_every` without a profiler.
+        ValueError: such a key without its measurement, or `profile_every` without a profiler.
     """
 
     def __init__(
-        self, parts: TrainingParts, config: ExperimentConfig, *, draw_grid: DrawGrid | None = None
+        self, parts: TrainingParts, config: ExperimentConfig, *, periodic: Sequence[Periodic] = ()
     ) -> None:
-        if config.sample_every and draw_grid is None:
-            raise ValueError(f"sample_every: {config.sample_every} needs draw_grid, got None")
+        for key in MEASURED:
+            if getattr(config, key) and key not in {each.key for each in periodic}:
+                raise ValueError(f"{key}: {getattr(config, key)} needs its measurement, got none")
         if config.profile_every and parts.runtime.is_main and parts.profiler is None:
             raise ValueError(f"profile_every: {config.profile_every} needs a profiler, got None")
         self.engine, self.inputs, self.runtime = parts.engine, parts.inputs, parts.runtime
@@ -106,7 +110,8 @@ class Trainer:
         self._batches = StepBatches(self.runtime)
         self._saved_step = -1
         self._last_saved: Path | None = None
-        self._draw_grid, self._mfu, self.profiler = draw_grid, parts.mfu, parts.profiler
+        self.periodic, self._mfu, self.profiler = tuple(periodic), parts.mfu, parts.profiler
+        self.best: Best | None = None
         rows = config.data.batch_size // self.runtime.world_size
         self._generators = [torch.Generator(self.device) for _ in range(rows)]
         self._timestep_generator = torch.Generator(self.device)
@@ -129,9 +134,9 @@ class Trainer:
                 self._log(tracker, result)
             if self.step % self.config.ckpt_every == 0:
                 self.save()
-            # A grid takes many model calls, so a pending stop does not wait for it.
-            if self._draw_grid is not None and not is_stopping and self.step % self.config.sample_every == 0:
-                self._draw(self._draw_grid)
+            # It takes many model calls, so a pending stop does not wait for it.
+            if not is_stopping:
+                self.measure(tracker)
         if self.step != self._saved_step:
             self.save()
 
@@ -200,6 +205,22 @@ class Trainer:
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
         return draw, terms
 
+    def measure(self, tracker: Tracker) -> None:
+        """Takes the measurements that are due at this step, and keeps the checkpoint if it is the best.
+
+        Collective.
+        """
+        due = [each for each in self.periodic if self.step % each.every == 0]
+        if due:
+            gather, others = self.averaged_weights, self.engine.untrained()
+            snapshot = Snapshot(self.step, gather, self._shapes, others, self.runtime)
+            scores = take(due, snapshot, tracker, self.runtime)
+            score = self.config.keep_best
+            if score is not None and is_better(scores, self.best, score):
+                # The best so far is kept until the new one is there.
+                path = self._last_saved if self.step == self._saved_step else self.save()
+                self.best = note_best(cast(Path, path), scores, score, self.runtime)
+
     def weights(self) -> dict[str, Tensor]:
         """Every trained parameter on rank 0, nothing on other ranks. Collective."""
         return master_weights.gather(self._slices, self._shapes, self.runtime)
@@ -236,6 +257,7 @@ class Trainer:
                 "products": saved_products(self.model),
             },
             config=to_yaml(self.config),
+            classes=tuple(getattr(self.loader.dataset, "classes", ())),
         )
         path = checkpoint.save(
             self.folder / CHECKPOINTS,
@@ -243,6 +265,7 @@ class Trainer:
             contents,
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
+            kept=() if self.best is None else (self.best.checkpoint,),
             runtime=self.runtime,
         )
         self._saved_step, self._last_saved = self.step, path
@@ -273,6 +296,7 @@ class Trainer:
         self.step = self._saved_step = state["step"]
         self._last_saved = path
         self.num_skipped = state["num_skipped"]
+        self.best = read_best(self.folder / CHECKPOINTS, self.config.keep_best, up_to=self.step)
 
     def _draw_quantiles(self) -> Tensor:
         """Random numbers of the global batch, equal on all ranks, so that strata span the global batch."""
@@ -352,13 +376,6 @@ class Trainer:
             return {}
         profile = asdict(self.profiler.measure(weights, self.engine.untrained()))
         return {f"profile_{name}": values for name, values in profile.items()}
-
-    def _draw(self, draw_grid: DrawGrid) -> None:
-        averages = self.averaged_weights()
-        if self.runtime.is_main:
-            # With frozen tensors as they were saved, because a plugin may have cast those of the model.
-            weights = {**self.engine.untrained(), **averages}
-            draw_grid({name: value.to(self.device) for name, value in weights.items()}, self.step)
 
     def _last_checkpoint(self) -> str:
         last = self._last_saved
