@@ -3,13 +3,13 @@
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.validation import as_plain
 
 RUN_ID = "wandb_run_id"
 _WITHOUT_KEY = ("offline", "disabled")
@@ -90,7 +90,7 @@ class WandbLogger:
                 id=_run_id(folder),
                 resume="allow",
                 dir=folder,
-                config=redact(asdict(config)),
+                config=redact(as_plain(config)),
                 # Command line, terminal and repository may contain secrets that are redacted in the config.
                 settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
             )
