@@ -84,6 +84,7 @@ def optimizer_slices(
     What else there is in the state is in `optimizer_layout`.
     """
     found = {}
+    seen: set[int] = set()
     for master in masters:
         # There is no state before the first step, and none for a parameter without gradients. `get`, because
         # indexing would create an entry.
@@ -92,7 +93,10 @@ def optimizer_slices(
             if kind == STEP and _is_usual(master, kind, value):
                 found[name] = Slice(0, torch.as_tensor(value, dtype=torch.float32).reshape(1))
             elif isinstance(value, Tensor):
-                found[name] = _own(master, value.detach().reshape(-1), runtime)
+                flat = value.detach().reshape(-1)
+                # bitsandbytes shares its tables among the parameters. A file has no shared tensors.
+                found[name] = _own(master, flat.clone() if flat.data_ptr() in seen else flat, runtime)
+                seen.add(flat.data_ptr())
     return found
 
 
