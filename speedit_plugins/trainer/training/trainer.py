@@ -118,7 +118,7 @@ class Trainer:
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
-        if self.step == 0:
+        if self.step == 0 and self.config.ema.snapshot_every:
             check_no_snapshots(self.folder)
         last = self.config.max_training_steps
         is_stopping = False
