@@ -300,7 +300,7 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
 
 def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
     """`content` itself, changed so that a component given as a bare name is a section with that `type`."""
-    for path in COMPONENTS:
+    for path in (*COMPONENTS, "optimizer", "ema"):
         *parents, name = path.split(".")
         section: Any = content
         for parent in parents:

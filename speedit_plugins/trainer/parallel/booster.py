@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.gemini import check_gemini
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
 from speedit_plugins.trainer.parallel.master_weights import (
     STEP,
@@ -57,7 +58,7 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
             say(f"no ColossalAI: ddp is torch's own; zero1, zero2 and gemini need {INSTALLATION}")
         return Replica(model, config, runtime)
     if config.plugin == "gemini":
-        _check_gemini(config, runtime)
+        check_gemini(config, runtime)
     _import_quietly()
     _set_accelerator(runtime.device)
     engines = {"ddp": BoostedReplica, "zero1": ZeroEngine, "zero2": ZeroEngine, "gemini": GeminiEngine}
@@ -347,23 +348,6 @@ def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _is_vector(item: Any) -> bool:
     """Whether the input is a tensor with one value per sample."""
     return isinstance(item, Tensor) and item.ndim == 1
-
-
-def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
-    if runtime.device.type != "cuda":
-        raise ValueError(
-            f"plugin: gemini needs CUDA, got {runtime.device.type}: it manages chunks of GPU memory;"
-            " wanted ddp, zero1 or zero2 here"
-        )
-    if config.precision == "fp32":
-        raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
-    if config.diffusion.is_flow:
-        raise ValueError(
-            "diffusion.type: RectifiedFlow does not go with plugin: gemini, which rounds continuous times to"
-            " the model's precision; wanted ddp, zero1 or zero2"
-        )
-    if config.compile:
-        raise ValueError("compile: true does not go with plugin: gemini, which moves weights; wanted false")
 
 
 def _set_accelerator(device: torch.device) -> None:

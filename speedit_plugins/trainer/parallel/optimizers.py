@@ -73,7 +73,15 @@ def adamw(
     weight_decay: float = 0.0,
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """Fused AdamW. Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
+    """Fused AdamW. Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+
+    Args:
+        params: the trained parameters.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled weight decay.
+        eps: added to the root of the second moment.
+    """
     return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
 
 
@@ -118,6 +126,8 @@ def adafactor(
 
     Args:
         lr: bound of the step relative to the parameter's own size, and factor of the weight decay.
+        beta2_decay: the second moment's decay rate is 1 - t^beta2_decay at step t.
+        eps: least second moment (null is the smallest number of float32), and least size of a parameter.
         d: bound of the root mean square of a parameter's update.
     """
     # From YAML it is a list.
@@ -145,6 +155,8 @@ def prodigy(  # noqa: PLR0913 - one for each parameter of the config
 
     Args:
         lr: factor of the estimate, usually 1.
+        beta3: decay rate of what the estimate is made of; null is the root of the second of `betas`.
+        use_bias_correction: Adam's correction of the first moments.
         safeguard_warmup: for a training with warm-up.
         d0: first estimate.
         d_coef: factor of later estimates.
@@ -183,7 +195,11 @@ def adamw_schedule_free(
 ) -> torch.optim.Optimizer:
     """AdamW that averages its weights itself, by schedulefree. Source: Defazio et al. 2024, arXiv:2405.15682.
 
-    The trainer's warm-up is that of the paper: a step of it weighs as its rate to the power weight_lr_power.
+    The trainer's warm-up is that of the paper.
+
+    Args:
+        r: exponent of the step in the weight of its average.
+        weight_lr_power: exponent of the learning rate in that weight.
     """
     library = _imported("schedulefree", "AdamWScheduleFree")
     options = {"betas": betas, "weight_decay": weight_decay, "eps": eps, "r": r}
@@ -204,8 +220,10 @@ class Muon(torch.optim.Optimizer):
         params: the trained parameters.
         model: tells which of them are matrices of its blocks, see `hidden_matrices`.
         lr: learning rate of both.
-        momentum: of Muon, as are `nesterov` and `ns_steps`, the steps of its Newton-Schulz iteration.
-        betas: of AdamW, as is `eps`.
+        betas, eps: of AdamW.
+        momentum: of Muon.
+        nesterov: whether Muon looks ahead by its momentum.
+        ns_steps: steps of Muon's Newton-Schulz iteration.
 
     Raises:
         ValueError: the model has no such matrix, or this torch has no Muon.
