@@ -43,8 +43,7 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
     """The engine that the config's `plugin` names. `ddp` works without ColossalAI.
 
     Raises:
-        ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks; an
-            optimizer that does not work with the plugin.
+        ValueError: ColossalAI is missing, or the plugin does not go with device, precision or optimizer.
     """
     check_optimizer(config)
     if runtime.device.type == "cpu":
