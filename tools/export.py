@@ -13,7 +13,8 @@ Each pipeline has a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ... O
 the model card lists. A pipeline needs latents: for a model of pixels only the model and the scheduler can be
 written, with --model-only.
 
-The weights are the averaged ones of the newest checkpoint in experiment_dir, or of ckpt_path, as safetensors.
+The weights are the averaged ones of the newest checkpoint in experiment_dir, or of ckpt_path, as safetensors;
+those of the model if the run keeps no average.
 The model card README.md has the config, the data and the last metrics.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import cast
 
 from speedit_plugins.files import naming, usual_mode
+from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -165,7 +167,7 @@ tags:
 
 Trained by speedit_plugins with the timestep policy `{config.diffusion.policy}` on the dataset
 `{config.data.dataset}`.
-The weights are the exponential moving average of `{source.name}`.
+The weights are {_kind(config, source)} `{source.name}`.
 {usage}{notes}
 ## Last metrics
 
@@ -179,6 +181,11 @@ The weights are the exponential moving average of `{source.name}`.
 {to_yaml(config).strip()}
 ```
 """
+
+
+def _kind(config: ExperimentConfig, source: Path) -> str:
+    is_averaged = source.is_dir() and checkpoint.sampled_file(source) == checkpoint.EMA
+    return "the exponential moving average of" if is_averaged else "those of"
 
 
 def _usage(config: ExperimentConfig, pipeline: Pipeline, device: str) -> str:

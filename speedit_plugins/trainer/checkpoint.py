@@ -1,9 +1,10 @@
 """Checkpoints: folders that are complete or absent, written and read by all ranks together.
 
 `checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
-optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
-config.yaml, classes.json where the data name their classes, and manifest.json with the size and SHA-256 of
-each file.
+optimizer moments per rank, state.pt (data position, policy, loss scale, what the optimizer keeps besides
+moments: plain values and tensors), config.yaml, classes.json where the data name their classes, and
+manifest.json with the size and SHA-256 of each file. Without an average there is no ema.safetensors. If
+several are kept, others are ema_<length>.safetensors.
 """
 
 import json
@@ -27,6 +28,7 @@ from speedit_plugins.trainer.terminal import say
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 MANIFEST, CLASSES = "manifest.json", "classes.json"
 _NAME = re.compile(r"step_(\d{7,})")
+_AVERAGE = re.compile(r"ema_[\w.]+\.safetensors")
 _MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
 
 
@@ -40,11 +42,12 @@ class Contents:
 
     Args:
         model: state dict of the model.
-        ema: the state dict with averaged weights.
+        ema: the state dict with averaged weights; empty if the run keeps no average.
         state: plain values and tensors, at any depth.
         config: the run's config as YAML text.
         moments: this rank's slices of the optimizer's state.
         classes: names of the classes, by number; empty if they have none.
+        averages: state dicts with further averages, by label.
     """
 
     model: Mapping[str, Tensor]
@@ -53,17 +56,22 @@ class Contents:
     config: str
     moments: Mapping[str, Slice] = field(default_factory=dict)
     classes: Sequence[str] = ()
+    averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read. `moments` are whole flat tensors, each read when it is asked for."""
+    """A checkpoint that was read. `moments` are whole flat tensors, each read when it is asked for.
+
+    `ema` is empty if the run kept no average.
+    """
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     state: Mapping[str, Any]
     config: str
     moments: "Moments"
+    averages: Mapping[str, Mapping[str, Tensor]]
 
 
 def save(
@@ -122,17 +130,19 @@ def load(path: Path) -> Saved:
     Raises:
         CheckpointError: there is no such folder, or a file is missing or cannot be read.
     """
-    missing = [name for name in (MODEL, EMA, STATE, CONFIG, MANIFEST) if not (path / name).is_file()]
+    wanted = (MODEL, sampled_file(path), STATE, CONFIG, MANIFEST)
+    missing = [name for name in dict.fromkeys(wanted) if not (path / name).is_file()]
     if missing:
         what = f"lacks {', '.join(missing)}" if path.is_dir() else "is not a folder"
         raise CheckpointError(f"no checkpoint to read: {path} {what}")
     try:
         return Saved(
             model=load_file(path / MODEL),
-            ema=load_file(path / EMA),
+            ema=load_file(path / EMA) if sampled_file(path) == EMA else {},
             state=torch.load(path / STATE, map_location="cpu", weights_only=True),
             config=(path / CONFIG).read_text(encoding="utf-8"),
             moments=Moments(path),
+            averages={label: load_file(path / name) for name, label in _other_averages(path)},
         )
     # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
     except Exception as error:
@@ -154,13 +164,25 @@ def class_names(source: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
+def sampled_file(path: Path) -> str:
+    """Name of a checkpoint's file with the weights to sample with: EMA, or MODEL if no average is kept.
+
+    If the manifest cannot be read it is the average, so that its absence is noticed.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return MODEL if EMA not in files and MODEL in files else EMA
+    except (OSError, ValueError, KeyError, TypeError):
+        return EMA
+
+
 def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, by size and hash; None if nothing is. Collective.
 
     Each rank reads a part of the files.
 
     Args:
-        only: name of the only file to check; None checks all.
+        only: name of the only file to check; None checks all. EMA is the model where no average is kept.
     """
     runtime = runtime or Runtime()
     found = [report for report in runtime.gather_objects(_own_damage(path, runtime, only)) if report]
@@ -274,15 +296,16 @@ def _fresh(partial: Path) -> None:
 
 def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
     """Writes rank 0's files: those that exist once, and its own moments."""
-    for name, weights in ((MODEL, contents.model), (EMA, contents.ema)):
+    written = {MODEL: contents.model, **({EMA: contents.ema} if contents.ema else {})}
+    written |= {f"ema_{label}.safetensors": weights for label, weights in contents.averages.items()}
+    for name, weights in written.items():
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
-    names = [MODEL, EMA, STATE, CONFIG]
     if contents.classes:
         (partial / CLASSES).write_text(json.dumps(list(contents.classes), indent=0) + "\n", encoding="utf-8")
-        names.append(CLASSES)
-    once = {name: _finished(partial / name) for name in names}
+    classes = (CLASSES,) if contents.classes else ()
+    once = {name: _finished(partial / name) for name in (*written, STATE, CONFIG, *classes)}
     return {**once, **_write_moments(partial, contents, runtime)}
 
 
@@ -292,6 +315,12 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
     tensors = {name: part.values.cpu().contiguous() for name, part in contents.moments.items()}
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     return {path.name: _finished(path)}
+
+
+def _other_averages(path: Path) -> list[tuple[str, str]]:
+    """Name and label of each file with a further average."""
+    names = sorted(file.name for file in path.glob("ema_*.safetensors"))
+    return [(name, name.removeprefix("ema_").removesuffix(".safetensors")) for name in names]
 
 
 def _finished(path: Path) -> dict[str, Any]:
@@ -328,7 +357,7 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
         files = manifest["files"]
         if wrong := _wrong_manifest(path, manifest["step"], files):
             return f"{MANIFEST} {wrong}"
-        names = sorted(files) if only is None else [only]
+        names = sorted(files) if only is None else [sampled_file(path) if only == EMA else only]
         for name in names[runtime.rank :: runtime.world_size]:
             facts = files[name]
             size = (path / name).stat().st_size
@@ -354,11 +383,12 @@ def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | No
     if any(int(match[2]) != num_ranks for match in moments):
         return f"lists {num_ranks} files of optimizer moments, of {int(moments[0][2])}"
     ranks = (f"optimizer_{rank:05d}_of_{num_ranks:05d}.safetensors" for rank in range(num_ranks))
-    whole = {MODEL, EMA, STATE, CONFIG, *ranks}
+    whole = {MODEL, STATE, CONFIG, *ranks}
     if missing := sorted(whole - set(files)):
         return f"does not list {', '.join(missing)}"
-    if foreign := sorted(set(files) - whole - {CLASSES}):
-        return f"lists {foreign[0]!r}, which is no file of a checkpoint"
+    for name in sorted(set(files) - whole - {EMA, CLASSES}):
+        if not _AVERAGE.fullmatch(name):
+            return f"lists {name!r}, which is no file of a checkpoint"
     return None
 
 

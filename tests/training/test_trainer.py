@@ -17,7 +17,8 @@ from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, TIMESTEP_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.training.interrupt import StopRequest
-from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts, learning_rate
+from speedit_plugins.trainer.training.learning_rate import learning_rate
+from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
 
 
 def fit(trainer: Trainer) -> None:

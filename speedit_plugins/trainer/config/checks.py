@@ -17,6 +17,11 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     SamplerConfig,
 )
+from speedit_plugins.trainer.config.training_checks import (
+    check_average,
+    check_optimizer,
+    check_optimizer_keys,
+)
 from speedit_plugins.trainer.config.validation import ConfigError, build_section
 
 # The names in the schema's `Literal[...] | None`.
@@ -32,6 +37,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     """
     _check_paths(config)
     _check_agreement(config)
+    check_optimizer_keys(config.optimizer)
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
@@ -109,14 +115,8 @@ def _check_training(config: ExperimentConfig) -> None:
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
     _check_measurements(config)
-    options = config.optimizer
-    if options.min_lr and options.schedule == "constant":
-        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
-    if options.min_lr > options.lr:
-        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
-    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
-        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
-        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
+    check_optimizer(config)
+    check_average(config)
 
 
 def _check_measurements(config: ExperimentConfig) -> None:

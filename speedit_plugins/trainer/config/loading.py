@@ -24,7 +24,7 @@ from speedit_plugins.trainer.config.custom_imports import import_stated, listed
 from speedit_plugins.trainer.config.key_names import argument_hint
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
 from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
-from speedit_plugins.trainer.config.validation import ConfigError, build_section, check_keys, join
+from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys, join
 from speedit_plugins.trainer.config.yaml_text import check_text, other_number
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
@@ -37,6 +37,11 @@ REDACTED = "<redacted>"
 _KEPT_ON_TYPE_CHANGE = {
     "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
     "diffusion": ("policy", "diffusion_steps"),
+    # What the trainer does, whatever the optimizer.
+    "optimizer": (
+        *("warmup_steps", "schedule", "power", "decay_steps", "decay_shape"),
+        *("max_grad_norm", "grad_accumulation"),
+    ),
 }
 # Not every `..._key` or `..._token`: `image_key` and `pad_token` are ordinary arguments.
 _SECRET_KEY = re.compile(
@@ -115,8 +120,7 @@ def load_config(
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The config as YAML that `load_config` reads again; secret-looking values are redacted."""
-    plain = dataclasses.asdict(config)
-    return str(OmegaConf.to_yaml(OmegaConf.create(redact(plain))))
+    return str(OmegaConf.to_yaml(OmegaConf.create(redact(as_plain(config)))))
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -307,7 +311,7 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
 
 def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
     """`content` itself, changed so that a component given as a bare name is a section with that `type`."""
-    for path in COMPONENTS:
+    for path in (*COMPONENTS, "optimizer", "ema"):
         *parents, name = path.split(".")
         section: Any = content
         for parent in parents:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
+from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
     DataConfig,
@@ -111,7 +112,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of the weights. Samples are drawn with it."""
+    """Moving average of the weights. Samples are drawn with it, where one is kept."""
     ckpt_every: int = limited(50_000, at_least=1)
     """Steps between checkpoints."""
     keep_last: int = limited(3, at_least=1)
@@ -198,11 +199,29 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
         config.evaluation, reference_statistics=_expanded(statistics), clip=_expanded(clip)
     )
     paths: dict[str, Any] = {key: _expanded(getattr(config, key)) for key in PATHS}
-    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler, evaluation=evaluation, **paths)
+    return dataclasses.replace(
+        config,
+        diffusion=diffusion,
+        sampler=sampler,
+        evaluation=evaluation,
+        optimizer=_settled_optimizer(config.optimizer),
+        **paths,
+    )
 
 
 def _expanded(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)
+
+
+def _settled_optimizer(options: OptimizerConfig) -> OptimizerConfig:
+    facts = OPTIMIZER_FACTS.get(options.type)
+    if facts is None:
+        return options
+    own = {"lr": facts.lr, **facts.parameters}
+    unset: dict[str, Any] = {
+        key: own.get(key) for key in ("lr", "weight_decay", "betas") if getattr(options, key) is None
+    }
+    return dataclasses.replace(options, **unset)
 
 
 def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:

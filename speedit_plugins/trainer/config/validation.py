@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from speedit_plugins.trainer.config.key_names import key_hint, value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import Component
+from speedit_plugins.trainer.config.sections import REST, Component
 
 # "10k" and "2M" are numbers to a person.
 _THOUSANDS = {"k": "e3", "m": "e6"}
@@ -50,7 +50,9 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
     hints, values = get_type_hints(schema), {}
     for entry in fields(cast(Any, schema)):
         key = join(path, entry.name)
-        if entry.name in raw:
+        if entry.metadata.get(REST):
+            values[entry.name] = {name: raw[name] for name in raw if name not in _keys(schema)}
+        elif entry.name in raw:
             values[entry.name] = _checked(raw[entry.name], hints[entry.name], key, entry.metadata)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ConfigError(key, f"missing; wanted {describe_type(hints[entry.name])}")
@@ -59,8 +61,10 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
 
 def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
     """Raises for an unknown key of `raw` or of a typed section below it, and names the nearest known key."""
-    hints = get_type_hints(schema)
+    hints, is_open = _keys(schema), any(entry.metadata.get(REST) for entry in fields(cast(Any, schema)))
     for name, value in raw.items():
+        if is_open and isinstance(name, str) and name not in hints:
+            continue
         if name not in hints:
             hint = key_hint(str(name), path, hints, list(key_paths()))
             message = f"unknown key{hint}; known here: {', '.join(hints)}"
@@ -72,11 +76,18 @@ def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
 def key_paths(schema: type = ExperimentConfig, path: str = "") -> dict[str, Any]:
     """Every dotted key with its type; a section comes before its keys."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _keys(schema).items():
         found[join(path, name)] = hint
         if dataclasses.is_dataclass(hint):
             found.update(key_paths(cast(type, hint), join(path, name)))
     return found
+
+
+def as_plain(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as plain mappings, lists and scalars: what `build_section` reads again."""
+    plain = dataclasses.asdict(config)
+    plain["optimizer"] |= plain["optimizer"].pop("parameters")
+    return plain
 
 
 def join(path: str, name: str) -> str:
@@ -98,6 +109,12 @@ def describe_type(hint: Any) -> str:
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a section with keys"
     return str(hint.__name__)
+
+
+def _keys(schema: type) -> dict[str, Any]:
+    """The keys of a section with their types, without the field that collects other keys."""
+    hints = get_type_hints(schema)
+    return {entry.name: hints[entry.name] for entry in fields(schema) if not entry.metadata.get(REST)}
 
 
 def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:

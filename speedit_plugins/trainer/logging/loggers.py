@@ -5,7 +5,6 @@ import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -16,6 +15,7 @@ from speedit_plugins.files import naming, write_whole
 from speedit_plugins.registry import raising_module
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.validation import as_plain
 
 RUN_ID, TENSORBOARD = "wandb_run_id", "tensorboard"
 _WRITER = "tensorboard"
@@ -153,7 +153,7 @@ class WandbLogger:
                 id=_run_id(folder),
                 resume="allow",
                 dir=folder,
-                config=redact(asdict(config)),
+                config=redact(as_plain(config)),
                 # Command line, terminal and repository may contain secrets that are redacted in the config.
                 settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
             )

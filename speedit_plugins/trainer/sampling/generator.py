@@ -139,13 +139,13 @@ class SampleGenerator:
 
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
-    """The generator with averaged weights, the text encoder, and the path of the weights."""
+    """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path."""
     source = find_weights(config)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)
     model = build.build_model(config, encoder, captions).to(device)
-    load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
+    load_weights(model, source / checkpoint.sampled_file(source) if source.is_dir() else source)
     process = build.build_process(config, respaced=False)
     return SampleGenerator(model, process, encoder, config, source=source), captions, source
 
@@ -166,10 +166,9 @@ def find_weights(config: ExperimentConfig) -> Path:
     source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
-    if source.is_dir() and not (source / checkpoint.EMA).is_file():
-        raise ValueError(
-            f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
-        )
+    if source.is_dir() and not (source / checkpoint.sampled_file(source)).is_file():
+        wanted = checkpoint.sampled_file(source)
+        raise ValueError(f"ckpt_path needs a file or a step_... folder, got {source} without {wanted}")
     return source
 
 

@@ -207,7 +207,8 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
 
 
 def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
-    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
+    folder = Path(path)
+    source = folder / checkpoint.sampled_file(folder) if folder.is_dir() else folder
     # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
     # the run's own text encoder.
     named = (*model.state_dict(), *read_checkpoint(source))
