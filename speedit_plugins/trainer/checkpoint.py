@@ -1,8 +1,8 @@
 """Checkpoints: folders that are complete or absent, written and read by all ranks together.
 
-`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
-optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
-config.yaml, and manifest.json with the size and SHA-256 of each file.
+`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights; with adapters,
+the trained ones alone), a file of optimizer moments per rank, state.pt (data position, policy, loss scale:
+plain values and tensors), config.yaml, and manifest.json with the size and SHA-256 of each file.
 """
 
 import json
@@ -42,6 +42,7 @@ class Contents:
         state: plain values and tensors, at any depth.
         config: the run's config as YAML text.
         moments: this rank's slices of the optimizer's state.
+        metadata: of the two files of weights.
     """
 
     model: Mapping[str, Tensor]
@@ -49,6 +50,7 @@ class Contents:
     state: Mapping[str, Any]
     config: str
     moments: Mapping[str, Slice] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,8 @@ def _fresh(partial: Path) -> None:
 def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
     """Writes rank 0's files: those that exist once, and its own moments."""
     for name, weights in ((MODEL, contents.model), (EMA, contents.ema)):
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        save_file(tensors, partial / name, metadata=dict(contents.metadata))
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
     once = {name: _finished(partial / name) for name in (MODEL, EMA, STATE, CONFIG)}

@@ -71,7 +71,8 @@ def check_stable_diffusion_with_adapters(runtime: Runtime, folder: Path) -> None
     text = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_length: 8"
     options = (
         "image_size=16",
-        f"model={{type: UNet, path: {parts}, input_size: 8, text_width: 16, text_length: 8, lora_rank: 2}}",
+        f"model={{type: UNet, path: {parts}, input_size: 8, text_width: 16, text_length: 8}}",
+        "lora.rank=2",
         f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
         f"text_encoder={{type: TextEncoder, {text}}}",
         "data.dataset={type: Emoji, image_size: 16}",

@@ -33,6 +33,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
     if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
@@ -144,6 +145,16 @@ def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
         raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
     if config.inpainting is not None and phase == "train" and config.sample_every:
         raise ConfigError("sample_every", "has no image to fill with inpainting; wanted 0")
+
+
+def _check_lora(config: ExperimentConfig, phase: str) -> None:
+    options = config.lora
+    if not options.rank:
+        for key in ("alpha", "targets"):
+            if getattr(options, key):
+                raise ConfigError(f"lora.{key}", "has no effect with lora.rank 0; wanted a rank, or no lora")
+    elif phase == "train" and config.pretrained is None and config.model.get("path") is None:
+        raise ConfigError("lora.rank", "adapters need trained weights; wanted pretrained or model.path")
 
 
 def _check_sampler(config: ExperimentConfig) -> None:

@@ -16,6 +16,7 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     EmaConfig,
     EvaluationConfig,
+    LoraConfig,
     OptimizerConfig,
     SamplerConfig,
     limited,
@@ -106,7 +107,9 @@ class ExperimentConfig:
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
     write over a run; a path goes on from that checkpoint."""
     pretrained: str | None = None
-    """Weights that a new training starts from."""
+    """Weights that a new training starts from. With `lora` they are read again whenever its adapters are."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains low-rank adapters in place of all weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)

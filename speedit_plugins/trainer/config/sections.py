@@ -137,6 +137,20 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights, those of `pretrained` or `model.path`. Needs the package peft."""
+
+    rank: int = limited(0, at_least=0)
+    """Width of each adapter; 0 trains all weights, without adapters."""
+    alpha: float | None = limited(None, above=0)
+    """The adapters are scaled by alpha / rank; null is the rank."""
+    targets: list[str] = field(default_factory=list)
+    """Ends of the names of the layers that get adapters. None given takes the projections of the attentions:
+    `to_q`, `to_k`, `to_v` and `to_out.0` in networks of diffusers, `attn.qkv` and `attn.proj` in DiT and
+    Latte."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on."""
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
@@ -17,10 +17,10 @@ from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import build_captions, grid_conditions
+from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.trainer import DrawGrid, Trainer, TrainingParts
 
@@ -42,8 +42,9 @@ def build_trainer(
     _check_cache(dataset, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
-    if weights is not None:
-        _load_pretrained(model, weights, captions, runtime)
+    # The weights that adapters are trained on are in no checkpoint.
+    base = weights if weights is not None or not config.lora.rank else config.pretrained
+    start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
@@ -117,18 +118,3 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
             f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"
             f" {config.encoder}; wanted that one, or a cache made with this one"
         )
-
-
-def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
-    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
-    # the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
-    prefixes = ("y_embedder.", "null_tokens", "null_mask")
-    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
-    if captions is not None:
-        cast(Any, model).set_null_text(captions.encode([""]))
-    if runtime.is_main:
-        fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
-        say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")

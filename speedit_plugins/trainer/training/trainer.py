@@ -32,6 +32,7 @@ from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
 from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
+from speedit_plugins.trainer.models import lora
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.replica import Engine, StepResult
@@ -214,10 +215,12 @@ class Trainer:
                 f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
             )
         weights, averages = self.weights(), self.averaged_weights()
-        untrained = self.engine.untrained()
+        untrained = lora.without_base(self.model, self.engine.untrained())
+        adapters = lora.adapters_of(self.model)
         contents = checkpoint.Contents(
             model={**untrained, **weights},
             ema={**untrained, **averages},
+            metadata={} if adapters is None else adapters.metadata(),
             moments=master_weights.optimizer_slices(self.engine.optimizer, self.engine.masters, self.runtime),
             state={
                 "step": self.step,
@@ -252,7 +255,7 @@ class Trainer:
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
-            _check_shapes(saved.model, self.model.state_dict())
+            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoint.MODEL)
             self.engine.load_weights(saved.model)
             self.ema.load(saved.ema, state["ema_updates"])
             self.engine.load_moments(saved.moments)
@@ -369,11 +372,3 @@ def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
         return options.lr
     done = min(1.0, (step - options.warmup_steps) / (num_steps - options.warmup_steps))
     return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
-    for name in (*shapes[0], *shapes[1]):
-        got, needed = (table.get(name) for table in shapes)
-        if got != needed:
-            raise ValueError(f"{name} has shape {got}, wanted {needed}")
