@@ -39,16 +39,24 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
         _check_sampler(config)
         _check_classes(config)
-        if phase != "inference" and config.num_classes and not config.sample_classes:
-            raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
-        if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
-            raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+        _check_conditions(config, phase)
     if phase == "test" and config.ckpt_path is not None:
         raise ConfigError(
             "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
         )
     if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
         raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def _check_conditions(config: ExperimentConfig, phase: str) -> None:
+    """Refuses samples without a class or prompt."""
+    if config.inpainting is not None and config.inpaint_image is None:
+        # Images of the dataset are filled, each with its own class or caption.
+        return
+    if phase != "inference" and config.num_classes and not config.sample_classes:
+        raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
+    if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
+        raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -136,15 +144,13 @@ def _check_text(config: ExperimentConfig) -> None:
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
     is_filling = phase == "sample" and config.inpainting is not None
-    for key in ("inpaint_image", "inpaint_mask"):
-        if is_filling and getattr(config, key) is None:
-            raise ConfigError(key, "wanted a path: a model trained with inpainting fills a hole in an image")
+    keys = ("inpaint_image", "inpaint_mask")
+    is_given = any(getattr(config, key) is not None for key in keys)
+    for key in keys:
+        if is_filling and is_given and getattr(config, key) is None:
+            raise ConfigError(key, "wanted a path: the image and the mask of its hole, or neither")
         if not is_filling and getattr(config, key) is not None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
-    if config.inpainting is not None and phase == "inference":
-        raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
-    if config.inpainting is not None and phase == "train" and config.sample_every:
-        raise ConfigError("sample_every", "has no image to fill with inpainting; wanted 0")
 
 
 def _check_lora(config: ExperimentConfig, phase: str) -> None:

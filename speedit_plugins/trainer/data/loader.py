@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
-DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
+DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM, HOLE_STREAM = range(7)
 
 _FAULT = "fault"
 

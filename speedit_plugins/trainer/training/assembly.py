@@ -101,13 +101,19 @@ def _grids(
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
+    from speedit_plugins.trainer.sampling.holes import Holes
+    from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
     conditions = grid_conditions(config, captions)
+    holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
 
     def write(averages: Mapping[str, Tensor], step: int) -> None:
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, conditions, path, weights=averages)
+        if holes is not None:
+            draw_dataset_fills(generator, holes, conditions.captions, path, weights=averages)
+        else:
+            draw_grid(generator, conditions, path, weights=averages)
 
     return write
 
