@@ -1,10 +1,10 @@
 """Checkpoints: folders that are complete or absent, written and read by all ranks together.
 
-`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
-optimizer moments per rank, state.pt (data position, policy, loss scale, what the optimizer keeps besides
-moments: plain values and tensors), config.yaml, classes.json where the data name their classes, and
-manifest.json with the size and SHA-256 of each file. Without an average there is no ema.safetensors. If
-several are kept, others are ema_<length>.safetensors.
+`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights; with adapters,
+the trained ones alone), a file of optimizer moments per rank, state.pt (data position, policy, loss scale,
+what the optimizer keeps besides moments: plain values and tensors), config.yaml, classes.json where the data
+name their classes, and manifest.json with the size and SHA-256 of each file. Without an average there is no
+ema.safetensors. If several are kept, others are ema_<length>.safetensors.
 """
 
 import json
@@ -48,6 +48,7 @@ class Contents:
         moments: this rank's slices of the optimizer's state.
         classes: names of the classes, by number; empty if they have none.
         averages: state dicts with further averages, by label.
+        metadata: of the files of weights.
     """
 
     model: Mapping[str, Tensor]
@@ -57,6 +58,7 @@ class Contents:
     moments: Mapping[str, Slice] = field(default_factory=dict)
     classes: Sequence[str] = ()
     averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,8 @@ def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[st
     written = {MODEL: contents.model, **({EMA: contents.ema} if contents.ema else {})}
     written |= {f"ema_{label}.safetensors": weights for label, weights in contents.averages.items()}
     for name, weights in written.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        save_file(tensors, partial / name, metadata=dict(contents.metadata))
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
     if contents.classes:

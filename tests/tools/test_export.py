@@ -19,6 +19,7 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
@@ -140,8 +141,8 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
         layers_per_block=1,
         text_width=16,
         text_length=8,
-        lora_rank=2,
     ).eval()
+    add_adapters(model, rank=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -150,9 +151,12 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
     x, tokens = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4), (8, 16)))
     given = x, torch.tensor([3, 500]), {"tokens": tokens, "mask": torch.ones(2, 8, dtype=torch.bool)}
     adapted = model(*given)
-    model.net.disable_lora()
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
     assert not torch.allclose(model(*given), adapted, atol=1e-2)
-    model.net.enable_lora()
+    for layer in layers:
+        layer.enable_adapters(True)
     net = export_model(model, num_steps=STEPS, num_timesteps=1000).net
     assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
     # W x + B (A x) against (W + B A) x in float32, summed in another order.
@@ -196,7 +200,7 @@ def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
         ("PixArt", "bert", ()),
         ("UNet", "clip", ()),
         # The pipeline's own weights include the adapters.
-        ("UNet", "clip", ("model.lora_rank=2",)),
+        ("UNet", "clip", ("lora.rank=2",)),
     ],
     ids=["PixArt", "PixArt with BERT", "UNet", "adapters"],
 )

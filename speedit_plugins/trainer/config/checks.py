@@ -41,6 +41,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
     if phase in ("inference", "sample") or (phase == "train" and _draws_in_training(config)):
@@ -67,6 +68,9 @@ def _draws_in_training(config: ExperimentConfig) -> bool:
 def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
     _check_sampler(config)
     _check_classes(config)
+    if config.inpainting is not None and config.inpaint_image is None:
+        # Images of the dataset are filled, each with its own class or caption.
+        return
     if is_grid and config.num_classes and not config.sample_classes:
         raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
     if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
@@ -197,17 +201,25 @@ def _check_text(config: ExperimentConfig) -> None:
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
     is_filling = phase == "sample" and config.inpainting is not None
-    for key in ("inpaint_image", "inpaint_mask"):
-        if is_filling and getattr(config, key) is None:
-            raise ConfigError(key, "wanted a path: a model trained with inpainting fills a hole in an image")
+    keys = ("inpaint_image", "inpaint_mask")
+    is_given = any(getattr(config, key) is not None for key in keys)
+    for key in keys:
+        if is_filling and is_given and getattr(config, key) is None:
+            raise ConfigError(key, "wanted a path: the image and the mask of its hole, or neither")
         if not is_filling and getattr(config, key) is not None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
-    if config.inpainting is not None and phase == "inference":
-        raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
-    if config.inpainting is not None and phase == "train":
-        for key in ("sample_every", "evaluate_every"):
-            if getattr(config, key):
-                raise ConfigError(key, "has no image to fill with inpainting; wanted 0")
+    if config.inpainting is not None and phase == "train" and config.evaluate_every:
+        raise ConfigError("evaluate_every", "draws whole images, which inpainting does not; wanted 0")
+
+
+def _check_lora(config: ExperimentConfig, phase: str) -> None:
+    options = config.lora
+    if not options.rank:
+        for key in ("alpha", "targets"):
+            if getattr(options, key):
+                raise ConfigError(f"lora.{key}", "has no effect with lora.rank 0; wanted a rank, or no lora")
+    elif phase == "train" and config.pretrained is None and config.model.get("path") is None:
+        raise ConfigError("lora.rank", "adapters need trained weights; wanted pretrained or model.path")
 
 
 def _check_sampler(config: ExperimentConfig) -> None:

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from speedit_plugins.registry import import_modules
 from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.custom_imports import import_stated, listed
+from speedit_plugins.trainer.config.earlier_keys import with_lora_section
 from speedit_plugins.trainer.config.key_names import argument_hint
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
 from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
@@ -105,7 +106,7 @@ def load_config(
         layers.append(_translated(layer, reference))
         merged = merge(merged, layers[-1].content)
     try:
-        resolved = reference.finish(_resolve(merged))
+        resolved = with_lora_section(reference.finish(_resolve(merged)))
         config = settled(build_section(ExperimentConfig, resolved))
         check_phase(config, phase)
         # Last: a wrong config fails before other people's modules, and torch with them, are imported.

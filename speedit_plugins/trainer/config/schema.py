@@ -17,6 +17,7 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     EmaConfig,
     EvaluationConfig,
+    LoraConfig,
     OptimizerConfig,
     SamplerConfig,
     limited,
@@ -108,7 +109,9 @@ class ExperimentConfig:
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
     write over a run; a path goes on from that checkpoint."""
     pretrained: str | None = None
-    """Weights that a new training starts from."""
+    """Weights that a new training starts from. With `lora` they are read again whenever its adapters are."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains low-rank adapters in place of all weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -166,15 +169,16 @@ class ExperimentConfig:
     prompts_file: str | None = None
     """A text file with a prompt a line, in place of `sample_prompts`. inference takes the prompts in turn."""
     inpaint_image: str | None = None
-    """The image in which sample fills a hole."""
+    """The image in which sample fills a hole. null fills holes in images of the dataset."""
     inpaint_mask: str | None = None
     """The hole: an image of the same size that is white where it is to be filled."""
     samples_per_class: int = limited(1, at_least=1)
-    """The rows of a grid. Without classes, the images of the grid, in rows of 8."""
+    """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
+    of the dataset that are filled."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes."""
+    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills."""
     per_proc_batch_size: int = limited(32, at_least=1)
     """Samples that are drawn at once, in grids too."""
 

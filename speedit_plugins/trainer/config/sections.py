@@ -162,6 +162,20 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights, those of `pretrained` or `model.path`. Needs the package peft."""
+
+    rank: int = limited(0, at_least=0)
+    """Width of each adapter; 0 trains all weights, without adapters."""
+    alpha: float | None = limited(None, above=0)
+    """The adapters are scaled by alpha / rank; null is the rank."""
+    targets: list[str] = field(default_factory=list)
+    """Ends of the names of the layers that get adapters. None given takes the projections of the attentions:
+    `to_q`, `to_k`, `to_v` and `to_out.0` in networks of diffusers, `attn.qkv` and `attn.proj` in DiT and
+    Latte."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on."""
 
@@ -188,7 +202,8 @@ class EvaluationConfig:
     """What test measures, and the numbers in its metrics."""
 
     metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
-    """Any of fid, sfid, kid, prdc, inception_score and clip_score."""
+    """Any of fid, sfid, kid, prdc, inception_score and clip_score; with inpainting also psnr, ssim and
+    hole_error."""
     batch_size: int = limited(16, at_least=1)
     """Images that are read and passed through the feature network at once."""
     reference_statistics: str | None = None

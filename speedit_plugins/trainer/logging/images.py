@@ -52,6 +52,13 @@ def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
     write_whole(path, _png(image))
 
 
+def save_with_hole(image: npt.NDArray[np.uint8], hole: npt.NDArray[np.bool_], path: Path) -> None:
+    """Writes an image (H, W, C) as PNG, transparent in the hole (H, W), where its pixels become mid-grey."""
+    shown = np.where(hole[..., None], np.uint8(128), image)
+    alpha = np.where(hole, 0, 255).astype(np.uint8)[..., None]
+    Image.fromarray(np.concatenate([shown, alpha], axis=-1)).save(path)
+
+
 def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
     """Writes images (B, C, H, W) in [-1, 1] as one PNG, row by row. Small images are enlarged.
 

@@ -20,10 +20,10 @@ from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.inputs import Encoder, decode_video
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.models.weights import load_weights
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.starting_weights import load_trained
 
 
 class SampleGenerator:
@@ -145,7 +145,8 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)
     model = build.build_model(config, encoder, captions).to(device)
-    load_weights(model, source / checkpoint.sampled_file(source) if source.is_dir() else source)
+    path = source / checkpoint.sampled_file(source) if source.is_dir() else source
+    load_trained(model, path, config, captions)
     process = build.build_process(config, respaced=False)
     return SampleGenerator(model, process, encoder, config, source=source), captions, source
 

@@ -15,7 +15,8 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
-from speedit_plugins.trainer.sampling.inpaint import draw_fills
+from speedit_plugins.trainer.sampling.holes import Holes
+from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -25,8 +26,12 @@ def sample(config: ExperimentConfig) -> int:
     generator, captions, source = load_generator(config)
     conditions = grid_conditions(config, captions, checkpoint.class_names(source))
     path = results.free_path(folder / results.SAMPLES)
-    if config.inpainting is not None:
+    if config.inpainting is not None and config.inpaint_image is not None:
         num_samples = draw_fills(generator, conditions, path)
+    elif config.inpainting is not None:
+        num_samples = draw_dataset_fills(
+            generator, Holes(config, num_images=config.samples_per_class), captions, path
+        )
     else:
         num_samples = _grid_size(config, conditions)
         num_batches = -(-num_samples // config.per_proc_batch_size)

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
@@ -20,7 +20,6 @@ from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
-from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import (
@@ -29,6 +28,7 @@ from speedit_plugins.trainer.sampling.conditions import (
     build_captions,
     grid_conditions,
 )
+from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
 from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
@@ -56,8 +56,9 @@ def build_trainer(
     _check_cache(dataset, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
-    if weights is not None:
-        _load_pretrained(model, weights, captions, runtime)
+    # The weights that adapters are trained on are in no checkpoint.
+    base = weights if weights is not None or not config.lora.rank else config.pretrained
+    start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
@@ -183,8 +184,11 @@ def _grids(
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
+    from speedit_plugins.trainer.sampling.holes import Holes
+    from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
 
     def write(snapshot: Snapshot) -> Measured:
         weights = snapshot.on_main
@@ -192,7 +196,10 @@ def _grids(
             return Measured()
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
         generator.source = f"step {snapshot.step}"
-        draw_grid(generator, conditions, path, weights=weights, may_fail=False)
+        if holes is not None:
+            draw_dataset_fills(generator, holes, conditions.captions, path, weights=weights)
+        else:
+            draw_grid(generator, conditions, path, weights=weights, may_fail=False)
         return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
 
     return write
@@ -204,22 +211,6 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
             f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"
             f" {config.encoder}; wanted that one, or a cache made with this one"
         )
-
-
-def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
-    folder = Path(path)
-    source = folder / checkpoint.sampled_file(folder) if folder.is_dir() else folder
-    # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
-    # the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
-    prefixes = ("y_embedder.", "null_tokens", "null_mask")
-    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
-    if captions is not None:
-        cast(Any, model).set_null_text(captions.encode([""]))
-    if runtime.is_main:
-        fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
-        say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")
 
 
 def _evaluation(

@@ -10,6 +10,7 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.summary import data_lines
 from speedit_plugins.trainer.models.interface import example_inputs
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
+from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.training.data_centre import is_centred_by_data
 
 
@@ -24,6 +25,7 @@ def describe(config: ExperimentConfig) -> str:
     check(DATASETS, section, **given)
     with torch.device("meta"):
         model = build.build_model(config)
+        start_from(model, None, config)
     batch_size = config.data.batch_size
     num_parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

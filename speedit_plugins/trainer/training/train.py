@@ -136,7 +136,8 @@ def _check_imports(config: ExperimentConfig, resumed: Path) -> None:
 def _introduce(trainer: Trainer, resumed: Path | None) -> None:
     config, runtime = trainer.config, trainer.runtime
     if resumed is not None:
-        ignored = "" if config.pretrained is None else f"; {config.pretrained} is not read again"
+        is_read = config.pretrained is None or config.lora.rank
+        ignored = "" if is_read else f"; {config.pretrained} is not read again"
         say(f"going on from {resumed}{ignored}")
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     where = f"{trainer.device.type}, {config.precision}"

@@ -32,6 +32,7 @@ from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
 from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
+from speedit_plugins.trainer.models import lora
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.replica import Engine, StepResult
@@ -254,7 +255,8 @@ class Trainer:
             raise ValueError(
                 f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
             )
-        weights, untrained = self.weights(), self.engine.untrained()
+        weights, untrained = self.weights(), lora.without_base(self.model, self.engine.untrained())
+        adapters = lora.adapters_of(self.model)
         kept = {"": self.ema.slices, **self.ema.others} if self.ema.slices else {}
         averages = {
             label: {**untrained, **master_weights.gather(slices, self._shapes, self.runtime)}
@@ -264,6 +266,7 @@ class Trainer:
             model={**untrained, **weights},
             ema=averages.pop("", {}),
             averages=averages,
+            metadata={} if adapters is None else adapters.metadata(),
             moments=self.engine.moments(self.runtime),
             state={
                 "optimizer": self.engine.optimizer_state(),
@@ -302,7 +305,7 @@ class Trainer:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             was = yaml.safe_load(saved.config)
             check_same_run(was, yaml.safe_load(to_yaml(self.config)))
-            _check_shapes(saved.model, self.model.state_dict())
+            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoint.MODEL)
             self.engine.load_weights(saved.model)
             restore_average(self.ema, saved, was, self.config, self.runtime)
             restore_optimizer(self.engine, saved, was, self.config, self.runtime)
@@ -402,11 +405,3 @@ class Trainer:
     def _last_checkpoint(self) -> str:
         last = self._last_saved
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"
-
-
-def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
-    for name in (*shapes[0], *shapes[1]):
-        got, needed = (table.get(name) for table in shapes)
-        if got != needed:
-            raise ValueError(f"{name} has shape {got}, wanted {needed}")

@@ -46,6 +46,8 @@ class TextConditioned(nn.Module):
     """
 
     num_classes, null_label = 0, None
+    # What gets LoRA's adapters, and the layers in it that get them if the config names none.
+    adapted_part, lora_targets = "net", ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(  # noqa: PLR0913 - what a subclass knows about its network
         self,
