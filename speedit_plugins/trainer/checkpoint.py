@@ -10,19 +10,19 @@ ema.safetensors. If several are kept, others are ema_<length>.safetensors.
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedit_plugins.files import flush, sha256_of, usual_mode
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.saved_moments import Moments
 from speedit_plugins.trainer.terminal import say
 
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
@@ -72,7 +72,7 @@ class Saved:
     ema: Mapping[str, Tensor]
     state: Mapping[str, Any]
     config: str
-    moments: "Moments"
+    moments: Moments
     averages: Mapping[str, Mapping[str, Tensor]]
 
 
@@ -215,34 +215,6 @@ def newest_whole(
     if found:
         raise CheckpointError(f"every checkpoint of the run is damaged, the newest is {found[0]}")
     return None
-
-
-class Moments(Mapping[str, Tensor]):
-    """Whole optimizer tensors by name, assembled from the files of all ranks that saved.
-
-    Each is read when it is asked for: the moments of a large model do not fit into memory beside it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files = [
-            safe_open(path, framework="pt") for path in sorted(folder.glob("optimizer_*.safetensors"))
-        ]
-        self._places: dict[str, list[tuple[int, int]]] = {}
-        for number, file in enumerate(self._files):
-            starts = json.loads(file.metadata()["starts"])
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                self._places.setdefault(name, []).append((number, starts[name]))
-
-    def __getitem__(self, name: str) -> Tensor:
-        # Every rank wrote the scalars, with start 0.
-        parts = {start: self._files[number].get_tensor(name) for number, start in self._places[name]}
-        return torch.cat([parts[start] for start in sorted(parts)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def newest(folder: Path) -> Path | None:

@@ -15,6 +15,7 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError, Contents
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.saved_moments import Moments
 
 
 def contents(value: float = 1.0, size: int = 8) -> Contents:
@@ -75,7 +76,7 @@ def test_moments_of_several_ranks_are_put_together_where_they_belong(tmp_path: P
         part = Contents({}, {}, {}, "", moments)
         checkpoint._write_moments(path, part, Runtime(rank=rank, world_size=2))
     (path / "optimizer_00000_of_00001.safetensors").unlink()
-    whole = checkpoint.Moments(path)
+    whole = Moments(path)
     assert whole["exp_avg/a"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert whole["step/a"].tolist() == [1.0]
 

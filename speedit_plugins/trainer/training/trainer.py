@@ -46,6 +46,7 @@ from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
 from speedit_plugins.trainer.training.resuming import restore_average, restore_optimizer
 from speedit_plugins.trainer.training.saved_state import checked_state, load_part
+from speedit_plugins.trainer.training.saved_weights import check_finite, weights_to_save
 from speedit_plugins.trainer.training.snapshots import check_no_snapshots, write_snapshot
 from speedit_plugins.trainer.training.step_batches import StepBatches
 
@@ -250,23 +251,13 @@ class Trainer:
             ValueError: a weight is not finite.
             CheckpointError: it cannot be written. Earlier checkpoints stay as they were.
         """
-        finite = torch.stack([part.values.isfinite().all() for part in self._slices.values()]).all()
-        if self.runtime.maximum([float(not finite)])[0]:
-            raise ValueError(
-                f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
-            )
-        weights, untrained = self.weights(), lora.without_base(self.model, self.engine.untrained())
-        adapters = lora.adapters_of(self.model)
-        kept = {"": self.ema.slices, **self.ema.others} if self.ema.slices else {}
-        averages = {
-            label: {**untrained, **master_weights.gather(slices, self._shapes, self.runtime)}
-            for label, slices in kept.items()
-        }
+        check_finite(self._slices, self.runtime, f"at step {self.step}: not saved; {self._last_checkpoint()}")
+        kept = weights_to_save(self.engine, self.weights(), self.ema, self._shapes, self.runtime)
         contents = checkpoint.Contents(
-            model={**untrained, **weights},
-            ema=averages.pop("", {}),
-            averages=averages,
-            metadata={} if adapters is None else adapters.metadata(),
+            model=kept.model,
+            ema=kept.ema,
+            averages=kept.averages,
+            metadata=kept.metadata,
             moments=self.engine.moments(self.runtime),
             state={
                 "optimizer": self.engine.optimizer_state(),
