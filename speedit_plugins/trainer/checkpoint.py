@@ -358,7 +358,9 @@ def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | No
     if any(int(match[2]) != num_ranks for match in moments):
         return f"lists {num_ranks} files of optimizer moments, of {int(moments[0][2])}"
     ranks = (f"optimizer_{rank:05d}_of_{num_ranks:05d}.safetensors" for rank in range(num_ranks))
-    whole = {MODEL, STATE, CONFIG, *ranks}
+    # Without an average there is neither the file nor its entry.
+    average = {EMA} if (path / EMA).is_file() else set()
+    whole = {MODEL, STATE, CONFIG, *ranks, *average}
     if missing := sorted(whole - set(files)):
         return f"does not list {', '.join(missing)}"
     for name in sorted(set(files) - whole - {EMA, CLASSES}):
