@@ -164,7 +164,6 @@ class TestParquet:
             assert data.load(1, generator())["image"].shape == (3, 16, 8)
             with pytest.raises(ValueError, match=r"corrupt image .*x\.parquet, row 2: "):
                 ParquetImages(path, **options)
-        assert [file.name for file in tmp_path.glob(".x.parquet.sizes-*")]
 
     def test_a_folder_of_several_splits_is_refused(self, tmp_path: Path) -> None:
         for name in ("train-00000-of-00001", "test-00000-of-00001"):

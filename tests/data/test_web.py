@@ -2,9 +2,11 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import tarfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ import torch
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
+from speedit_plugins.trainer.data.archives.index import indexed
 from speedit_plugins.trainer.data.archives.web import WebDataset
+from speedit_plugins.trainer.data.identity import differences
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
 Sample = dict[str, Any]
@@ -48,6 +52,12 @@ def write(path: Path, *members: tuple[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             add(tar, name, content)
+    return path
+
+
+def old(path: Path, seconds: float = 1e9) -> Path:
+    """Sets the time back: an index does not trust a file that was just written."""
+    os.utime(path, (seconds, seconds))
     return path
 
 
@@ -307,6 +317,11 @@ class TestOrder:
 
 class TestIndex:
     @pytest.fixture
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "speedit" / "folders"
+
+    @pytest.fixture
     def scans(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """Names of the tars that are read through."""
         found: list[str] = []
@@ -320,14 +335,14 @@ class TestIndex:
         return found
 
     def test_a_tar_is_read_through_once_and_again_after_a_change(
-        self, tmp_path: Path, scans: list[str]
+        self, tmp_path: Path, cache: Path, scans: list[str]
     ) -> None:
-        path = write(tmp_path / "x.tar", ("a.png", encoded(1)))
+        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
         scans.clear()
         for _ in range(2):
             assert len(WebDataset(path, image_size=8)) == 1
         assert scans == ["x.tar"]
-        write(path, ("a.png", encoded(3)), ("b.png", encoded(4)))
+        old(write(path, ("a.png", encoded(3)), ("b.png", encoded(4))), 1.1e9)
         scans.clear()
         assert [level_of(sample["image"]) for sample in loaded(WebDataset(path, image_size=8))] == [3, 4]
         # The same length at another time counts as a change too.
@@ -335,43 +350,68 @@ class TestIndex:
         WebDataset(path, image_size=8)
         assert scans == ["x.tar"] * 2
 
-    def test_a_damaged_index_is_made_again(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "x.tar", ("a.png", encoded(1)))
-        WebDataset(path, image_size=8)
-        kept = tmp_path / ".x.tar.members.safetensors"
-        whole = kept.read_bytes()
-        for content in (b"", whole[:100], b"no index", np.zeros(3).tobytes()):
-            kept.write_bytes(content)
-            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == 1
-            assert len(kept.read_bytes()) == len(whole)
-
-    def test_it_is_kept_in_the_given_folder(self, tmp_path: Path, scans: list[str]) -> None:
-        paths = [write(tmp_path / name / "x.tar", (f"{name}.png", encoded(1))) for name in "ab"]
-        scans.clear()
-        for _ in range(2):
-            data = WebDataset(paths, image_size=8, index_folder=tmp_path / "kept")
-            assert len(data) == 2
-        assert scans == ["x.tar"] * 2
-        assert [len(list(path.parent.iterdir())) for path in paths] == [1, 1]
-
-    def test_a_folder_that_cannot_be_written_sends_it_to_the_cache(
-        self, tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
+    def test_a_tar_that_was_just_written_is_not_trusted(
+        self, tmp_path: Path, cache: Path, scans: list[str]
     ) -> None:
-        path = write(tmp_path / "data" / "x.tar", ("a.png", encoded(1)))
-        # A folder in its place makes writing fail for every user.
-        (tmp_path / "data" / ".x.tar.members.safetensors").mkdir()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        scans.clear()
-        for _ in range(2):
-            WebDataset(path, image_size=8)
-        assert scans == ["x.tar"]
-        (tmp_path / "other").write_text("no folder")
-        with pytest.warns(UserWarning, match="the index of a file is not kept, so that each start reads"):
-            WebDataset(path, image_size=8, index_folder=tmp_path / "other")
+        written = time.time_ns()
+        for level in (1, 2):
+            path = write(tmp_path / "x.tar", ("a.png", encoded(level)))
+            # As by a clock that has not ticked between the two.
+            os.utime(path, ns=(written, written))
+            scans.clear()
+            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == level
+            assert scans == ["x.tar"]
 
-    def test_json_is_parsed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_damaged_index_is_made_again(self, tmp_path: Path, cache: Path, scans: list[str]) -> None:
+        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
+        WebDataset(path, image_size=8)
+        (kept,) = cache.iterdir()
+        whole = kept.read_bytes()
+        for content in (b"", whole[:100], b"no index"):
+            kept.write_bytes(content)
+            scans.clear()
+            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == 1
+            assert scans == ["x.tar"]
+
+    def test_json_is_parsed_once(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         options: dict[str, Any] = {"image_size": 8, "class_cond": True, "label_key": "json:label"}
-        shards(tmp_path, 1)
-        first = WebDataset(tmp_path, **options)
+        old(shards(tmp_path / "data", 1) / "000.tar")
+        first = WebDataset(tmp_path / "data", **options)
         monkeypatch.setattr(json, "loads", lambda text: pytest.fail("read again"))
-        assert WebDataset(tmp_path, **options).labels.tolist() == first.labels.tolist()
+        assert WebDataset(tmp_path / "data", **options).labels.tolist() == first.labels.tolist()
+
+    def test_several_processes_read_through_it_once(self, tmp_path: Path, cache: Path) -> None:
+        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
+        context = multiprocessing.get_context("fork")
+        barrier, reads = context.Barrier(3), context.Value("i", 0)
+
+        def read() -> None:
+            def make() -> dict[str, np.ndarray]:
+                with reads:
+                    reads.value += 1
+                return {"number": np.array([7])}
+
+            barrier.wait()
+            assert indexed(path, "numbers", make)["number"].tolist() == [7]
+
+        processes = [context.Process(target=read) for _ in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert ([process.exitcode for process in processes], reads.value) == ([0] * 3, 1)
+
+
+def test_a_change_of_the_data_is_noticed(tmp_path: Path) -> None:
+    def identity(*members: tuple[str, bytes]) -> dict[str, str]:
+        return WebDataset(write(tmp_path / "x.tar", *members), image_size=8, class_cond=True).identity()
+
+    before = identity(("a.png", encoded(1)), ("a.cls", b"0"))
+    for aspect, members in {
+        "names": (("b.png", encoded(1)), ("b.cls", b"0")),
+        "classes": (("a.png", encoded(1)), ("a.cls", b"1")),
+        "sizes": (("a.png", encoded(1, (32, 32))), ("a.cls", b"0")),
+    }.items():
+        changes = [change.aspect for change in differences(before, identity(*members))]
+        assert aspect in changes
+        assert (aspect == "names") == ("names" in changes)
