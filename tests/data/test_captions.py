@@ -107,8 +107,11 @@ class TestLayouts:
         assert captions == [dataset.load(1, generator(seed))["caption"] for seed in range(200)]
 
     def test_images_may_lie_in_another_folder(
-        self, root: Path, tmp_path_factory: pytest.TempPathFactory
+        self, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv("HOME", str(root))
+        at_home = write(tmp_path_factory.mktemp("home") / "c.csv", "path,text\n~/a.png,one\n")
+        assert ImageCaptions(at_home, image_size=8).load(0, generator())["caption"] == "one"
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         table = write(elsewhere / "c.csv", TABLE)
         config = {"type": "ImageCaptions", "captions_file": str(table), "root": str(root), "image_size": 8}

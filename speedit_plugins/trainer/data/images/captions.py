@@ -51,7 +51,8 @@ class ImageCaptions(Images):
     Args:
         captions_file: a file in one of the layouts above; None searches `root`.
         image_size: side of the square sample in pixels, >= 1.
-        root: folder that image paths are relative to; None uses the folder of the captions file.
+        root: folder that image paths are relative to; None uses the folder of the captions file. Absolute
+            paths and those that begin with `~`, the home folder, do not depend on it.
         text_column: name of the column or key with the captions; None takes "text" or "caption".
         caption_suffix: suffix of the text files beside the images; None is ".txt". If given, metadata files
             are not read.
@@ -115,7 +116,7 @@ class ImageCaptions(Images):
             found, source = Captioned(base, list(read_captions(file, text_column))), str(file)
         self.root = found.base
         self.left_out: Mapping[str, int] = found.left_out
-        names = Strings([row.path for row in found.rows])
+        names = Strings([os.path.expanduser(row.path) for row in found.rows])
         self._texts = _Texts(row.texts for row in found.rows)
         super().__init__(
             found.base,

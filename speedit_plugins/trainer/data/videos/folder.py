@@ -13,6 +13,8 @@ import torch
 
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.data.folders import Walk
+from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES, Clips, Cut, Entry
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 
@@ -30,9 +32,11 @@ class VideoFolder(Clips):
     - all videos directly in `root`, with UCF101's names: v_CLASS_g01_c01.avi.
 
     Labels follow the sorted class names. Without classes, all videos at any depth are used and every label
-    is 0. Creating the dataset reads all files once to count their frames.
+    is 0. Creating the dataset reads all files once to count their frames. Hidden names (a leading dot) are
+    skipped. Files with other suffixes are counted in `left_out`.
 
-    Attributes: `classes`, `labels`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
+    Attributes: `classes`, `labels`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`,
+    `left_out` (number of files and videos that are not used, by suffix or reason), `num_corrupt`.
 
     Args:
         root: the folder; may be a symbolic link.
@@ -81,10 +85,20 @@ class VideoFolder(Clips):
                 f"VideoFolder found no videos below {self.root} (suffixes: {', '.join(walk.suffixes)})"
             )
         super().__init__([entry for _, entry in named], cut, on_corrupt=on_corrupt)
+        self.left_out |= sorted(walk.left_out.items())
+        self._names = Strings([os.path.relpath(entry.path, walk.root) for _, entry in named])
         self.classes = tuple(sorted({name for name, _ in named})) if class_cond else ()
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[name] if class_cond else 0 for name, _ in named])
+
+    def name(self, index: int) -> str:
+        """Path of the video at `index`, relative to the data's folder."""
+        return self._names[index]
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the names and classes, see `identify`."""
+        return identify(names=self._names, classes=self.classes)
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1] and "label" int.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.tables import read_table
 from speedit_plugins.trainer.data.videos.clips import Clips, Cut, Entry
@@ -32,7 +33,8 @@ class VideoTable(Clips):
       width are only needed with buckets;
     - `fps`: its values are checked but not used. Other columns are ignored.
 
-    Attributes: `classes`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
+    Attributes: `classes`, `num_classes`, `num_captions`, `channels`, `image_size`, `num_frames`, `buckets`,
+    `left_out` (number of videos that cannot be used), `num_corrupt`.
 
     Args:
         table: the CSV file in UTF-8; its first line has the column names.
@@ -87,6 +89,7 @@ class VideoTable(Clips):
             for row in rows
         ]
         super().__init__(entries, cut, on_corrupt=on_corrupt, table=path)
+        self._names = Strings([row["path"] for row in rows])
         self._captions = Strings([row["text"] for row in rows]) if text else None
         self.classes = _classes([row["label"] for row in rows]) if class_cond else ()
         self.num_classes = len(self.classes)
@@ -97,6 +100,15 @@ class VideoTable(Clips):
     def num_captions(self) -> int:
         """Number of videos with captions."""
         return 0 if self._captions is None else len(self._captions)
+
+    def name(self, index: int) -> str:
+        """Path of the video at `index`, as in the table."""
+        return self._names[index]
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the paths, classes, labels and captions in the table, see `identify`."""
+        captions = {} if self._captions is None else identify(captions=self._captions)
+        return {**identify(names=self._names, classes=self.classes, labels=self.labels.numpy()), **captions}
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1], and "caption" str, "label" int, or both.
