@@ -100,6 +100,7 @@ class ImageCaptions(Images):
         bit_depth: int | None = None,
     ) -> None:
         check_options(self, image_size=image_size, on_corrupt=on_corrupt, bit_depth=bit_depth)
+        chosen = Fit(fit, pad_color)
         options = CaptionOptions(text_column, caption_suffix, caption_lines, missing_captions, follow_links)
         if captions_file is None:
             if root is None:
@@ -125,7 +126,7 @@ class ImageCaptions(Images):
             random_flip=random_flip,
             on_corrupt=on_corrupt,
             buckets=buckets,
-            fit=Fit(fit, pad_color),
+            fit=chosen,
             bit_depth=bit_depth,
         )
 
