@@ -13,6 +13,7 @@ from PIL import Image
 from speedit_plugins.trainer.data.images import pixels
 from speedit_plugins.trainer.data.images.fit import FITS, Fit, center_crop
 from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.data.videos.folder import VideoFolder
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -129,3 +130,18 @@ class TestFit:
         ):
             with pytest.raises(ValueError, match=message):
                 ImageFolder(tmp_path, image_size=8, **options)
+
+    def test_the_frames_of_a_clip_are_cropped_alike(self, tmp_path: Path) -> None:
+        for number in range(3):
+            save(tmp_path / "clip" / f"{number}.png", noise(8, 20))
+        options = {"image_size": 8, "num_frames": 3, "class_cond": False}
+        crops = [
+            VideoFolder(tmp_path, **options, fit="random_crop").clip(0, generator(i))[0] for i in range(5)
+        ]
+        for video in crops:
+            assert torch.equal(video, video[:, :1].expand_as(video))
+        assert len({tuple(video[0, 0, 0].tolist()) for video in crops}) > 1
+        padded, _ = VideoFolder(tmp_path, **options, fit="pad", pad_color="white").clip(0, generator())
+        # 8 x 20 pixels become 3 x 8.
+        assert padded[:, :, 0].unique().tolist() == [1.0]
+        assert padded[:, :, 4].unique().numel() > 1
