@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.identity import differences
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.data.videos.files import write_mp4
 from speedit_plugins.trainer.data.videos.folder import VideoFolder
@@ -79,20 +78,6 @@ class TestLayouts:
         )
         assert data.buckets is not None
         assert data.buckets.tolist() == [1]
-
-    def test_its_identity_follows_names_and_classes_wherever_it_lies(self, tmp_path: Path) -> None:
-        def identity(folder: Path) -> dict[str, str]:
-            return VideoFolder(folder, image_size=8, num_frames=4).identity()
-
-        frames(tmp_path / "data" / "x" / "one", 4)
-        frames(tmp_path / "data" / "y" / "two", 4)
-        before = identity(tmp_path / "data")
-        assert not differences(before, identity((tmp_path / "data").rename(tmp_path / "moved")))
-        (tmp_path / "moved" / "x").rename(tmp_path / "moved" / "w")
-        assert [each.aspect for each in differences(before, identity(tmp_path / "moved"))] == [
-            "names",
-            "classes",
-        ]
 
     def test_the_registry_builds_it_and_workers_load_it(self, tmp_path: Path) -> None:
         video(tmp_path / "a.mp4")

@@ -12,6 +12,7 @@ import torch
 
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.images.fit import Fit
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.tables import read_table
 from speedit_plugins.trainer.data.videos.clips import Clips, Cut, Entry
@@ -50,7 +51,9 @@ class VideoTable(Clips):
         on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
             it. "skip" warns and uses the next usable video with its caption or label instead.
         random_flip: mirror left to right with probability 1/2.
-        buckets: [num_frames, height, width] of each bucket; None crops every video to the square.
+        buckets: [num_frames, height, width] of each bucket; None makes every video a square.
+        fit: as in `ImageFolder`. A random crop is the same for all frames of a clip.
+        pad_color: as in `ImageFolder`.
 
     Raises:
         ValueError: the table is missing or has no rows, a column is missing, a value is empty or not a
@@ -72,8 +75,11 @@ class VideoTable(Clips):
         on_corrupt: str = "raise",
         random_flip: bool = False,
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
     ) -> None:
-        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets)
+        fitted = Fit(fit, pad_color)
+        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets, fitted)
         path = Path(table).expanduser()
         folder = path.parent if root is None else Path(root).expanduser()
         used = ("path", *(("text",) if text else ()), *(("label",) if class_cond else ()))
@@ -88,8 +94,7 @@ class VideoTable(Clips):
             )
             for row in rows
         ]
-        super().__init__(entries, cut, on_corrupt=on_corrupt, table=path)
-        self._names = Strings([row["path"] for row in rows])
+        super().__init__(entries, cut, on_corrupt=on_corrupt, base=folder, table=path)
         self._captions = Strings([row["text"] for row in rows]) if text else None
         self.classes = _classes([row["label"] for row in rows]) if class_cond else ()
         self.num_classes = len(self.classes)
@@ -101,14 +106,11 @@ class VideoTable(Clips):
         """Number of videos with captions."""
         return 0 if self._captions is None else len(self._captions)
 
-    def name(self, index: int) -> str:
-        """Path of the video at `index`, as in the table."""
-        return self._names[index]
-
     def identity(self) -> dict[str, str]:
-        """Digests of the paths, classes, labels and captions in the table, see `identify`."""
-        captions = {} if self._captions is None else identify(captions=self._captions)
-        return {**identify(names=self._names, classes=self.classes, labels=self.labels.numpy()), **captions}
+        """Digests of names, classes, labels, captions, sizes and times, see `identify`."""
+        captions = {} if self._captions is None else {"captions": self._captions}
+        own = identify(classes=self.classes, labels=self.labels.numpy(), **captions)
+        return {**super().identity(), **own}
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1], and "caption" str, "label" int, or both.
