@@ -1,87 +1,17 @@
 """Tars written by the package webdataset, read by number."""
 
-import io
-import json
-import multiprocessing
-import os
 import pickle
 import tarfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from tars import add, encoded, generator, level_of, loaded, shards, write
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.archives.index import indexed
 from speedit_plugins.trainer.data.archives.web import WebDataset
-from speedit_plugins.trainer.data.identity import differences
 from speedit_plugins.trainer.data.loader import ResumableLoader
-
-Sample = dict[str, Any]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def encoded(level: int, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, (level,) * 3).save(content, kind)
-    return content.getvalue()
-
-
-def level_of(image: torch.Tensor) -> int:
-    """The grey level of a constant image."""
-    return round((float(image.mean()) + 1) * 127.5)
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def write(path: Path, *members: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            add(tar, name, content)
-    return path
-
-
-def old(path: Path, seconds: float = 1e9) -> Path:
-    """Sets the time back: an index does not trust a file that was just written."""
-    os.utime(path, (seconds, seconds))
-    return path
-
-
-def shards(folder: Path, count: int = 3, each: int = 5) -> Path:
-    """Tars 000, 001, ...: sample i of all has grey level i, class i % 3 and the caption `text i`."""
-    webdataset = pytest.importorskip("webdataset")
-    folder.mkdir(exist_ok=True)
-    for shard in range(count):
-        with webdataset.TarWriter(str(folder / f"{shard:03d}.tar")) as writer:
-            for number in range(shard * each, (shard + 1) * each):
-                writer.write(
-                    {
-                        "__key__": f"{number:06d}",
-                        "png": encoded(number),
-                        "cls": number % 3,
-                        "txt": f"text {number}",
-                        "json": {"caption": f"field {number}", "label": ("cat", "dog")[number % 2]},
-                    }
-                )
-    return folder
-
-
-def loaded(data: WebDataset) -> list[Sample]:
-    return [data.load(index, generator()) for index in range(len(data))]
 
 
 class TestSamples:
@@ -313,105 +243,3 @@ class TestOrder:
         before = loaded(data)
         copy = pickle.loads(pickle.dumps(data))  # noqa: S301 - what a spawned worker does
         assert [sample["caption"] for sample in loaded(copy)] == [sample["caption"] for sample in before]
-
-
-class TestIndex:
-    @pytest.fixture
-    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        return tmp_path / "cache" / "speedit" / "folders"
-
-    @pytest.fixture
-    def scans(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Names of the tars that are read through."""
-        found: list[str] = []
-        real: Callable[..., tarfile.TarFile] = tarfile.open
-
-        def counted(path: Any, *args: Any, **options: Any) -> tarfile.TarFile:
-            found.append(Path(path).name)
-            return real(path, *args, **options)
-
-        monkeypatch.setattr(tarfile, "open", counted)
-        return found
-
-    def test_a_tar_is_read_through_once_and_again_after_a_change(
-        self, tmp_path: Path, cache: Path, scans: list[str]
-    ) -> None:
-        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
-        scans.clear()
-        for _ in range(2):
-            assert len(WebDataset(path, image_size=8)) == 1
-        assert scans == ["x.tar"]
-        old(write(path, ("a.png", encoded(3)), ("b.png", encoded(4))), 1.1e9)
-        scans.clear()
-        assert [level_of(sample["image"]) for sample in loaded(WebDataset(path, image_size=8))] == [3, 4]
-        # The same length at another time counts as a change too.
-        os.utime(path, ns=(1, 1))
-        WebDataset(path, image_size=8)
-        assert scans == ["x.tar"] * 2
-
-    def test_a_tar_that_was_just_written_is_not_trusted(
-        self, tmp_path: Path, cache: Path, scans: list[str]
-    ) -> None:
-        written = time.time_ns()
-        for level in (1, 2):
-            path = write(tmp_path / "x.tar", ("a.png", encoded(level)))
-            # As by a clock that has not ticked between the two.
-            os.utime(path, ns=(written, written))
-            scans.clear()
-            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == level
-            assert scans == ["x.tar"]
-
-    def test_a_damaged_index_is_made_again(self, tmp_path: Path, cache: Path, scans: list[str]) -> None:
-        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
-        WebDataset(path, image_size=8)
-        (kept,) = cache.iterdir()
-        whole = kept.read_bytes()
-        for content in (b"", whole[:100], b"no index"):
-            kept.write_bytes(content)
-            scans.clear()
-            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == 1
-            assert scans == ["x.tar"]
-
-    def test_json_is_parsed_once(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        options: dict[str, Any] = {"image_size": 8, "class_cond": True, "label_key": "json:label"}
-        old(shards(tmp_path / "data", 1) / "000.tar")
-        first = WebDataset(tmp_path / "data", **options)
-        monkeypatch.setattr(json, "loads", lambda text: pytest.fail("read again"))
-        assert WebDataset(tmp_path / "data", **options).labels.tolist() == first.labels.tolist()
-
-    def test_several_processes_read_through_it_once(self, tmp_path: Path, cache: Path) -> None:
-        path = old(write(tmp_path / "x.tar", ("a.png", encoded(1))))
-        context = multiprocessing.get_context("fork")
-        barrier, reads = context.Barrier(3), context.Value("i", 0)
-
-        def read() -> None:
-            def make() -> dict[str, np.ndarray]:
-                with reads:
-                    reads.value += 1
-                return {"number": np.array([7])}
-
-            barrier.wait()
-            assert indexed(path, "numbers", make)["number"].tolist() == [7]
-
-        processes = [context.Process(target=read) for _ in range(3)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert ([process.exitcode for process in processes], reads.value) == ([0] * 3, 1)
-
-
-def test_a_change_of_the_data_is_noticed(tmp_path: Path) -> None:
-    def identity(*members: tuple[str, bytes]) -> dict[str, str]:
-        return WebDataset(write(tmp_path / "x.tar", *members), image_size=8, class_cond=True).identity()
-
-    before = identity(("a.png", encoded(1)), ("a.cls", b"0"))
-    for aspect, members in {
-        "names": (("b.png", encoded(1)), ("b.cls", b"0")),
-        "classes": (("a.png", encoded(1)), ("a.cls", b"1")),
-        "sizes": (("a.png", encoded(1, (32, 32))), ("a.cls", b"0")),
-    }.items():
-        changes = [change.aspect for change in differences(before, identity(*members))]
-        assert aspect in changes
-        assert (aspect == "names") == ("names" in changes)
