@@ -263,7 +263,7 @@ class ParquetImages(StoredImages):
             self._place(int(group_of[row]), int(row - self._starts[group_of[row]]))[1]
             for row in lacking[:NUM_NAMED]
         ]
-        self._leave_out("samples without label", places, len(lacking))
+        self._leave_out("samples without a usable label", places, len(lacking))
         return rows[has]
 
     def _fitting_window(self) -> int:

@@ -159,7 +159,7 @@ class SavedDataset(StoredImages):
         has = np.array([bool(value) for value in values], dtype=bool)
         lacking = np.flatnonzero(~has)
         places = [self._place(row) for row in lacking[:NUM_NAMED].tolist()]
-        self._leave_out("samples without label", places, len(lacking))
+        self._leave_out("samples without a usable label", places, len(lacking))
         classes, labels = numbered([value for value in values if value], names)
         return classes, labels, np.flatnonzero(has)
 
