@@ -26,6 +26,7 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import results
 from speedit_plugins.trainer.logging.environment import ENVIRONMENT
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
+from speedit_plugins.trainer.logging.tracking import EVALUATION, latest
 from speedit_plugins.trainer.results import METRICS
 
 MAX_GRIDS = 12
@@ -67,7 +68,7 @@ def report(run: Run) -> str:
 
 def summary(run: Run) -> dict[str, str]:
     """The most important facts of the run; '-' if one is unknown."""
-    config, last = run.config, run.rows[-1] if run.rows else {}
+    config, last = run.config, latest(run.rows)
     skipped = f", {last['skipped_steps']} skipped" if last.get("skipped_steps") else ""
     trained = _num_trained(run.checkpoint)
     process = config.diffusion.type
@@ -90,6 +91,7 @@ def summary(run: Run) -> dict[str, str]:
         "precision, plugin": f"{config.precision}, {config.plugin}",
         "last loss": _short(last.get("loss")),
         "last uniform mse": _short(last.get("uniform_mse")),
+        **({"last validation loss": _short(last["val_loss"])} if "val_loss" in last else {}),
         "peak memory": _gib(last.get("peak_memory_bytes")),
         "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
         **{
@@ -108,6 +110,8 @@ def curves(run: Run) -> str:
         "mse": "mse at the drawn timesteps",
         "uniform_mse": "mse, uniform timesteps",
     }
+    if run.series("val_loss"):
+        losses["val_loss"] = "validation, mse of the averaged weights"
     lines = [Line(label, run.series(key)) for key, label in losses.items()]
     charts = [
         html.chart(
@@ -132,12 +136,14 @@ def by_timestep(run: Run) -> str:
     charts = [
         _heat_map(run, "loss_per_timestep", "Loss at the drawn timesteps"),
         _last_losses(run, schedule),
+        _heat_map(run, "val_loss_per_bin", "Validation: mse, same samples at every timestep"),
         _heat_map(run, "profile_grad_norm", "Gradient norm, same samples at every timestep"),
         _heat_map(run, "profile_mse", "Unweighted mse, same samples at every timestep"),
     ]
     notes = [
         html.paragraph(
-            "0 is clean, T is noise. Heat maps show means over twenty equal ranges of timesteps."
+            "0 is clean, T is noise. Heat maps show means over equal ranges of timesteps: twenty, and ten of"
+            " a validation."
             " Line charts are shaded by the areas of the schedule, as below.",
             is_quiet=True,
         )
@@ -174,12 +180,12 @@ def samples(run: Run) -> str:
         notes.append("No sample grids were written during training: sample_every is 0 or was not reached.")
     elif count < len(grids):
         notes.append(f"{count} of {len(grids)} grids, evenly selected.")
-    final = run.folder / results.SAMPLES
-    if final.is_file():
-        caption = f"{final.name}, written by the phase sample{run.age(final)}"
-        shown.append(html.image(caption, final))
+    finals = results.numbered(run.folder / results.SAMPLES)
+    if finals:
+        caption = f"{finals[-1].name}, written by the phase sample{run.age(finals[-1])}"
+        shown.append(html.image(caption, finals[-1]))
     else:
-        notes.append(f"No {final.name}: the phase sample was not run.")
+        notes.append(f"No {results.SAMPLES}: the phase sample was not run.")
     return "".join(html.paragraph(note, is_quiet=True) for note in notes) + html.group("samples", shown)
 
 
@@ -213,6 +219,23 @@ def policy_plots(run: Run) -> str:
 
 
 def evaluation(run: Run) -> str:
+    """Curves of what was evaluated in training, and the table of the metrics of the phase test."""
+    return _evaluated(run) + _tested(run)
+
+
+def _evaluated(run: Run) -> str:
+    """A chart of each figure that `evaluate_every` measured, by step."""
+    measured = run.series(EVALUATION)
+    names = dict.fromkeys(name for _, figures in measured for name in figures)
+    charts = []
+    for name in names:
+        points = [(step, figures[name]) for step, figures in measured if name in figures]
+        drawn = line_chart([Line(name, points)], x_label="step", y_label=name)
+        charts.append(html.chart(f"{name}, {run.samples_of_evaluation:,} samples in training", drawn))
+    return html.group("charts", charts) if charts else ""
+
+
+def _tested(run: Run) -> str:
     """Table of the metrics of the phase test, with their features and the sizes of the sets."""
     found = run.json(results.TEST)
     if found is None:
@@ -295,8 +318,9 @@ def _num_trained(path: Path | None) -> int | None:
 
 def _seconds(run: Run) -> float | None:
     """Wall time of the logged steps; None if no line has it."""
-    steps = [0, *(row["step"] for row in run.rows)]
-    pairs = [(row, row["step"] - before) for row, before in zip(run.rows, steps, strict=False)]
+    rows = [row for row in run.rows if "seconds_per_step" in row]
+    steps = [0, *(row["step"] for row in rows)]
+    pairs = [(row, row["step"] - before) for row, before in zip(rows, steps, strict=False)]
     timed = [row["seconds_per_step"] * count for row, count in pairs if row.get("seconds_per_step")]
     return sum(timed) if timed else None
 

@@ -26,7 +26,11 @@ from speedit_plugins.trainer.training.assembly import build_trainer
 
 PROFILE = "timestep_profile.json"
 # Runs on several processes are measured in one; their other options are switched off.
-_ALONE = {"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"}
+_ALONE = {
+    **{"plugin": "ddp", "profile_every": "1", "sample_every": "0", "compile": "false"},
+    **{"validate_every": "0", "validate_samples": "500", "data.validation": "null"},
+    **{"evaluate_every": "0", "evaluate_samples": "1000", "keep_best": "null"},
+}
 _PANELS = {
     "loss": "loss\n(weight × mse + vb)",
     "mse": "mse\n(unweighted)",
@@ -82,6 +86,8 @@ def measure(
     found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
     if found is None:
         raise ValueError(f"{run} has no checkpoint yet")
+    if weights == "ema" and config.ema.type == "none":
+        raise ValueError(f"{run} keeps no average (ema.type: none); wanted --weights model")
     trainer = build_trainer(config)
     trainer.restore(found)
     assert trainer.profiler is not None

@@ -1,10 +1,14 @@
 """The folder of an experiment: the names of its files.
 
 `experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (for
-videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, and the config of each
-phase that ran. Tools write timestep_profile.json, timestep_profile.png and report.html.
+videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, the statistics of a
+reference, the config of each phase that ran, and train.lock, which names the training that is in it. Tools
+write timestep_profile.json, timestep_profile.png and report.html. Nothing is written over that a person may
+want: the next grid is samples_0001.png, and an earlier test.json becomes test_0001.json.
 """
 
+import re
+import shutil
 from pathlib import Path
 
 from speedit_plugins.files import write_whole
@@ -13,10 +17,12 @@ from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.terminal import say
 
+_NUMBER = re.compile(r".+_(\d{4,})")
 CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
-# What inference writes: captions beside the samples, and the suffix of a folder that is not finished.
-CAPTIONS, UNFINISHED = "captions.jsonl", ".tmp"
+LOCK = "train.lock"
+# What inference writes: captions or classes beside the samples, and the suffix of an unfinished folder.
+CAPTIONS, LABELS, UNFINISHED = "captions.jsonl", "labels.jsonl", ".tmp"
 
 
 def save_config(config: ExperimentConfig, phase: str) -> None:
@@ -26,12 +32,44 @@ def save_config(config: ExperimentConfig, phase: str) -> None:
     write_whole(folder / f"config_{phase}.yaml", to_yaml(config).encode())
 
 
-def say_where(folder: Path) -> None:
-    """Prints the paths of an experiment's results that exist."""
+def numbered(path: Path) -> list[Path]:
+    """The path, and those that `free_path` has given instead of it, that exist: the oldest first."""
+    found = path.parent.glob(f"{path.stem}_[0-9]*{path.suffix}")
+    later = [(int(match[1]), each) for each in found if (match := _NUMBER.fullmatch(each.stem))]
+    return [*([path] if path.exists() else []), *(each for _, each in sorted(later))]
+
+
+def free_path(path: Path) -> Path:
+    """The path if nothing is there, else NAME_0001, NAME_0002, ..., so that nothing is written over.
+
+    A file of the same name with another suffix counts too: the videos beside a picture.
+    """
+    taken = [path.stem, *(each.stem for each in path.parent.glob(f"{path.stem}_[0-9]*"))]
+    numbers = [int(match[1]) for stem in taken if (match := _NUMBER.fullmatch(stem))]
+    if not numbers and not any(path.parent.glob(f"{path.stem}.*")):
+        return path
+    return path.with_stem(f"{path.stem}_{max(numbers, default=0) + 1:04d}")
+
+
+def keep_earlier(path: Path) -> None:
+    """Copies a file to the next free name, and says so, before another takes its place."""
+    if path.exists():
+        earlier = free_path(path)
+        shutil.copy2(path, earlier)
+        say(f"the earlier {path.name} is kept as {earlier}")
+
+
+def say_where(folder: Path, *, samples: Path | None = None) -> None:
+    """Prints the paths of an experiment's results that exist.
+
+    Args:
+        samples: the sample grid; None is the newest one.
+    """
+    grid = samples or next(reversed(numbered(folder / SAMPLES)), folder / SAMPLES)
     places = {
-        "sample grid": folder / SAMPLES,
-        "as video": (folder / SAMPLES).with_suffix(".mp4"),
-        "as GIF": (folder / SAMPLES).with_suffix(".gif"),
+        "sample grid": grid,
+        "as video": grid.with_suffix(".mp4"),
+        "as GIF": grid.with_suffix(".gif"),
         "loss curve": folder / LOSS_CURVE,
         "metrics": folder / METRICS,
         "checkpoint": checkpoint.newest(folder / CHECKPOINTS),

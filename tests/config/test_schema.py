@@ -47,7 +47,7 @@ def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("leerning_rate=1", "leerning_rate: unknown key; known here: experiment_dir,"),
+        ("wavelength=1", "wavelength: unknown key; known here: experiment_dir,"),
         ("num_clases=1", "num_clases: unknown key; did you mean 'num_classes'?"),
         ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
         ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'optimizer.warmup_steps'?"),
@@ -60,8 +60,9 @@ def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
         ("optimizer.lr=0", "optimizer.lr: wanted float > 0, got 0.0"),
         ("optimizer.betas=[0.9]", "optimizer.betas: wanted list of 2 float, got [0.9]"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: wanted float < 1, got 1.0"),
-        ("sample_classes=3", "sample_classes: wanted list of int, got 3"),
-        ("sample_classes=[a]", "sample_classes[0]: wanted int, got 'a'"),
+        ("sample_classes=3", "sample_classes: wanted list of int or str, got 3"),
+        ("sample_classes=[a, 1.5]", "sample_classes[1]: wanted int, got 1.5"),
+        ("sample_classes=[yes]", "sample_classes[0]: wanted int or str, got True"),
         ("diffusion.diffusion_steps=1", "diffusion.diffusion_steps: wanted int >= 2, got 1"),
         ("resume=false", "resume: wanted str, got False"),
         ("allow_tf32=1", "allow_tf32: wanted bool, got 1"),

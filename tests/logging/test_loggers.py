@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
+from runs import file_size_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speedit_plugins.trainer.config.loading import REDACTED, load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.loggers import TensorBoardLogger, check_loggers, open_loggers
-from speedit_plugins.trainer.logging.tracking import Tracker
+from speedit_plugins.trainer.logging.tracking import Tracker, board_scalars
 
 SECRET = "hf_" + "a" * 30
 TENSORBOARD, WANDB = "enable_tensorboard_log=true", "enable_wandb_log=true"
@@ -28,6 +30,12 @@ class StandIn:
         self.metrics: list[tuple[str, str]] = []
         self.exit_codes: list[int] = []
         self.refusal: str | None = None
+
+    def Image(self, path: str) -> tuple[str, str]:  # noqa: N802 - the package's name
+        return ("image", path)
+
+    def Video(self, path: str, *, format: str) -> tuple[str, str]:  # noqa: N802 - the package's name
+        return (format, path)
 
     def Settings(self, **options: Any) -> dict[str, Any]:  # noqa: N802 - the package's name
         return options
@@ -50,6 +58,15 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return stand_in
+
+
+def pictures(folder: Path) -> tuple[Path, Path]:
+    """A PNG and a GIF of 6 x 4 pixels."""
+    still, moving = folder / "grid.png", folder / "moving.gif"
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(still)
+    frames[0].save(moving, save_all=True, append_images=frames[1:])
+    return still, moving
 
 
 def config_of(folder: Path, *options: str) -> ExperimentConfig:
@@ -81,6 +98,67 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     for name in ("train/loss", "mse_per_bin/1"):
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(1, 1.0), (2, 20.0)]
     assert [event.value for event in events.Scalars("train/time_split/data")] == [0.5, 0.5]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_names_the_folder_of_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, start_step=0)
+    folder = tmp_path / "tensorboard"
+
+    def fill() -> None:
+        for step in range(10_000):
+            logger.add(step, {"train/loss": 1.0})
+
+    with file_size_limit(4096):
+        with pytest.raises(OSError, match=rf"\] cannot write {folder}: File too large$"):
+            fill()
+        # The error is being raised already.
+        logger.close(is_failed=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tensorboard").write_text("no folder")
+    with pytest.raises(OSError, match="other/tensorboard"):
+        TensorBoardLogger(other, start_step=0)
+
+
+def test_a_board_has_a_handful_of_numbers_unless_all_are_asked_for() -> None:
+    row = {
+        "step": 5,
+        "loss": 1.0,
+        "uniform_mse": 2.0,
+        "lr": 0.1,
+        "mse_per_bin": [None, 3.0],
+        "time_split": {"data": 0.5},
+        "val_loss": 4.0,
+        "val_loss_per_bin": [5.0],
+        "evaluation": {"fid[pixels]": 6.0},
+        "evaluation_samples": 7,
+    }
+    few = {
+        "train/loss": 1.0,
+        "train/uniform_mse": 2.0,
+        "train/lr": 0.1,
+        "validation/loss": 4.0,
+        "evaluation/fid[pixels]": 6.0,
+    }
+    assert board_scalars(row, only_few=True) == few
+    found = board_scalars(row)
+    assert found.items() >= few.items()
+    assert {"mse_per_bin/1", "val_loss_per_bin/0", "train/time_split/data"} <= found.keys()
+
+
+def test_boards_show_grids_and_videos(tmp_path: Path, wandb: StandIn) -> None:
+    still, moving = pictures(tmp_path)
+    loggers = open_loggers(config_of(tmp_path, TENSORBOARD, WANDB), start_step=0)
+    with Tracker(tmp_path, total_steps=1, start_step=0, loggers=loggers) as tracker:
+        tracker.show(1, {"samples": still, "clips": moving})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name, path in (("samples", still), ("clips", moving)):
+        (event,) = events.Images(name)
+        assert (event.step, event.width, event.height) == (1, 6, 4)
+        # As it is: TensorBoard plays a GIF.
+        assert event.encoded_image_string == path.read_bytes()
+    assert wandb.logged == [{"step": 1, "samples": ("image", str(still)), "clips": ("gif", str(moving))}]
 
 
 def test_one_folder_is_one_wandb_run_also_after_a_resume(tmp_path: Path, wandb: StandIn) -> None:
@@ -160,6 +238,9 @@ def test_the_real_package_writes_an_offline_run_without_secrets(
     loggers = open_loggers(config, start_step=0)
     with Tracker(tmp_path, total_steps=1, start_step=0, loggers=loggers) as tracker:
         tracker.log(1, {"loss": 0.5, "time_split": {"data": 0.25}})
+        tracker.show(1, dict(zip(("samples", "clips"), pictures(tmp_path), strict=True)))
+    media = {path.suffix for path in (tmp_path / "wandb").rglob("media/**/*") if path.is_file()}
+    assert media == {".png", ".gif"}
     run_id = (tmp_path / "wandb_run_id").read_text()
     (log,) = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
     written = log.read_bytes()

@@ -1,8 +1,10 @@
 """Checks what two ranks compute, against one process and after a resume; run by distributed_checks.py."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from distributed_runs import (
@@ -174,6 +176,52 @@ def check_grids_are_drawn_with_the_gathered_average(runtime: Runtime, folder: Pa
     two_ranks(runtime, folder, **options).fit(SilentTracker(), StopRequest())
     runtime.barrier()
     assert [path.name for path in (folder / "grids").iterdir()] == ["step_0000002.png"]
+
+
+def check_measurements_are_shared_and_equal_those_of_one_process(runtime: Runtime, folder: Path) -> None:
+    options = {
+        "validate_every": 2,
+        "data__held_out_samples": 21,
+        "evaluate_every": 2,
+        "evaluate_samples": 25,
+        "per_proc_batch_size": 4,
+        "features": "pixels@8",
+        "guidance_scale": 1.0,
+        "keep_best": "val_loss",
+        "optimizer__lr": 1e-2,
+    }
+    rows = []
+    for name, own, changes in (
+        ("two", runtime, {}),
+        (f"one_{runtime.rank}", Runtime(), {}),
+        ("sharded", runtime, {"plugin": "zero2", "precision": "bf16"}),
+    ):
+        trainer = steps(two_ranks(own, folder / name, **options, **changes), 2)
+        tracker = Recording()
+        trainer.measure(tracker)
+        rows.append(tracker.rows)
+        assert trainer.best is not None
+        assert trainer.best.step == 2
+    two, one, sharded = rows
+    # Rank 0 measures the samples of all ranks; the loss is known to each of them.
+    assert [sorted(row) for row in one] == [
+        ["val_loss", "val_loss_per_bin"],
+        ["evaluation", "evaluation_samples"],
+    ]
+    # Rounding of two orders of summation: in the steps, and in the sums.
+    assert_close(two, one if runtime.is_main else one[:1], rtol=1e-3, atol=1e-5)
+    # bf16 has 8 bits: two steps of training and a forward pass.
+    assert_close(sharded[0]["val_loss"], one[0]["val_loss"], rtol=0.03, atol=0)
+
+
+class Recording(SilentTracker):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, Any]] = []
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
 
 
 def check_masters_under_bf16_are_saved_in_full(runtime: Runtime, folder: Path) -> None:

@@ -38,9 +38,13 @@ STEP_PATH = (
 # of the package, or one in trainer/.
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
-_FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config"}
+_FLOOR = _METHOD | {
+    f"trainer/{name}" for name in ("terminal", "condition", "config", "exhaustion", "weight_files")
+}
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
-_SHARED = _PARTS | {f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "results")}
+_SHARED = _PARTS | {
+    f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "best_checkpoint", "results")
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "files": set(),
@@ -55,7 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
+    "trainer/exhaustion": _GROUND | {"trainer/config"},
+    "trainer/streams": set(),
     "trainer/condition": set(),
+    "trainer/weight_files": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},
     "trainer/models": _FLOOR - {"trainer/config"},
@@ -65,11 +72,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/inputs": _PARTS,
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
+    "trainer/best_checkpoint": _PARTS,
     "trainer/results": _PARTS | {"trainer/checkpoint"},
+    "trainer/starting_weights": _PARTS | {"trainer/checkpoint"},
     "trainer/logging": _SHARED,
-    "trainer/sampling": _SHARED | {"trainer/logging"},
-    "trainer/training": _SHARED | {"trainer/logging", "trainer/sampling"},
-    "cli": _SHARED | {"trainer/logging", "trainer/sampling", "trainer/training"},
+    "trainer/sampling": _SHARED | {"trainer/starting_weights", "trainer/logging"},
+    "trainer/training": _SHARED | {"trainer/starting_weights", "trainer/logging", "trainer/sampling"},
+    "cli": _SHARED | {"trainer/streams", "trainer/logging", "trainer/sampling", "trainer/training"},
     # The command in three parts: the command line, the samples that it reads, and what it says about them.
     "spectrum_samples": _FLOOR | {"trainer/data", "trainer/models"},
     "spectrum_report": _METHOD,
@@ -86,11 +95,15 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "diffusers": (
         "trainer/models/autoencoder.py",
         "trainer/models/exported.py",
+        "trainer/models/exported_adapters.py",
         "trainer/models/text_conditioned/*.py",
         "trainer/diffusion/sampling.py",
         *_HOST_TOOLS,
     ),
-    "peft": ("trainer/models/text_conditioned/unet.py", *_HOST_TOOLS),
+    "bitsandbytes": ("trainer/parallel/optimizers.py", *_HOST_TOOLS),
+    "prodigyopt": ("trainer/parallel/optimizers.py",),
+    "schedulefree": ("trainer/parallel/optimizers.py",),
+    "peft": ("trainer/models/lora.py", "trainer/models/exported_adapters.py", *_HOST_TOOLS),
     "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
     "pyarrow": ("trainer/data/archives/parquet.py", "trainer/data/images/caption_files.py"),

@@ -39,6 +39,24 @@ def test_a_grid_has_the_classes_asked_for(tmp_path: Path) -> None:
     assert labels.tolist() == [1, 7, 7]
 
 
+def test_classes_have_names_and_numbers(tmp_path: Path) -> None:
+    named = small_config(tmp_path, "sample", sample_classes="[cat, 2, 9]")
+    found = grid_conditions(named, None, ("ant", "cat", "dog"))
+    # The model has room for ten classes, the data have three.
+    assert found.titles == found.names == ("cat", "dog", "9")
+    assert found.labels is not None
+    assert found.labels.tolist() == [1, 2, 9]
+    # Numbers alone say nothing that the order of the columns does not.
+    assert grid_conditions(small_config(tmp_path, "sample", sample_classes="[1]"), None).titles == ()
+    with pytest.raises(ValueError, match=r"unknown class 'cat'; did you mean 'cats'\?; known: ants, cats$"):
+        grid_conditions(named, None, ("ants", "cats"))
+    many = [f"class {number}" for number in range(23)]
+    with pytest.raises(ValueError, match=r"known: class 0, .*, class 19, and 3 more$"):
+        grid_conditions(named, None, many)
+    with pytest.raises(ValueError, match="got the name 'cat', and neither the checkpoint nor the data name"):
+        grid_conditions(named, None)
+
+
 def test_a_large_set_is_of_all_classes(tmp_path: Path) -> None:
     found = all_conditions(small_config(tmp_path, "inference"), None)
     assert found.names == tuple("0123456789")

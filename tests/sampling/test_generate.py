@@ -1,5 +1,6 @@
 """The names of inference's results, and samples drawn in batches."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from speedit_plugins.trainer.build import build_process
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling import inference
-from speedit_plugins.trainer.sampling.conditions import grid_conditions
+from speedit_plugins.trainer.sampling.conditions import all_conditions, grid_conditions, random_rows
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.grids import draw_grid
 from speedit_plugins.trainer.sampling.inpaint import draw_fills
@@ -121,7 +122,12 @@ def test_an_interrupted_inference_has_no_finished_name(
     # The next run starts anew and finishes.
     assert infer(tmp_path, ckpt_path=steps / "step_1") == 0
     assert {path.name for path in (tmp_path / "inference").iterdir()} == {name, f"{name}.npz"}
-    assert len(list((tmp_path / "inference" / name).iterdir())) == 3
+    written = sorted(path.name for path in (tmp_path / "inference" / name).iterdir())
+    assert written == ["000000.png", "000001.png", "000002.png", "labels.jsonl"]
+    rows = map(json.loads, (tmp_path / "inference" / name / "labels.jsonl").read_text().splitlines())
+    conditions = all_conditions(small_config(tmp_path, "inference"), None)
+    labels = random_rows(conditions, 3, seed=0).tolist()
+    assert list(rows) == [{"file_name": f"00000{i}.png", "label": label} for i, label in enumerate(labels)]
 
 
 class Counting(SampleGenerator):

@@ -113,6 +113,30 @@ def test_a_report_says_what_the_run_is_and_what_it_lacks(trained: Path) -> None:
         assert missing in text
 
 
+def test_a_report_shows_what_was_validated_and_evaluated(tmp_path: Path) -> None:
+    options = arguments(
+        tmp_path,
+        validate_every=10,
+        data__held_out_samples=20,
+        evaluate_every=10,
+        evaluate_samples=10,
+        features="pixels@8",
+        guidance_scale=1.0,
+    )
+    assert main(["-c", "configs/image/digits/speedit.yaml", "-p", "train", *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    text = written(tmp_path).text
+    assert "validation, mse of the averaged weights" in text
+    assert "Validation: mse, same samples at every timestep" in text
+    assert "fid[pixels@8], 10 samples in training" in text
+    # The last line is one of an evaluation; the facts come from the newest line that has them.
+    assert "loss" not in rows[-1]
+    (last,) = (row for row in rows if row["step"] == 20 and "loss" in row)
+    (validated,) = (row for row in rows if row["step"] == 20 and "val_loss" in row)
+    assert f"last loss{last['loss']:.4g}" in text
+    assert f"last validation loss{validated['val_loss']:.4g}" in text
+
+
 def test_the_parameters_are_those_that_training_announced(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from processes import Job
 from runs import arguments, last_step, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.evaluation.npz import read_npz, write_npz
+from speedit_plugins.trainer.results import numbered
 from speedit_plugins.trainer.training import train
 
 CONFIG = ["-c", "configs/image/digits/speedit.yaml"]
@@ -72,13 +74,17 @@ def test_sample_draws_a_column_per_class(trained: Path, capfd: pytest.CaptureFix
     assert f"sample grid  {trained}/samples.png" in capfd.readouterr().out
 
 
-def test_samples_are_a_function_of_the_seed(trained: Path) -> None:
-    grids = []
-    for seed in (1, 1, 2):
-        assert speedit("sample", trained, seed=seed) == 0
-        grids.append(np.asarray(Image.open(trained / "samples.png")))
+def test_samples_are_a_function_of_the_seed_and_earlier_ones_are_kept(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grids, weights = [], trained / "checkpoints" / "step_0000020"
+    for seed, name in ((1, "samples.png"), (1, "samples_0001.png"), (2, "samples_0002.png")):
+        assert speedit("sample", tmp_path, seed=seed, ckpt_path=weights) == 0
+        grids.append(np.asarray(Image.open(tmp_path / name)))
+        assert f"sample grid  {tmp_path}/{name}" in capfd.readouterr().out
     assert np.array_equal(grids[0], grids[1])
     assert not np.array_equal(grids[0], grids[2])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples.png")), grids[0])
 
 
 def test_inference_and_test_go_from_images_to_a_named_distance(
@@ -89,9 +95,9 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
     images = read_npz(folder.with_suffix(".npz"))
     assert images.shape == (30, 8, 8, 1)
     files = sorted(folder.iterdir())
-    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(30)]
+    assert [file.name for file in files] == [*(f"{i:06d}.png" for i in range(30)), "labels.jsonl"]
     assert np.array_equal(np.asarray(Image.open(files[25])), images[25, ..., 0])
-    assert speedit("test", trained) == 0
+    assert speedit("test", trained, enable_tensorboard_log=True) == 0
     metrics = json.loads((trained / "test.json").read_text())["figures"]
     names = ("fid", "kid", "precision", "recall", "density", "coverage")
     assert list(metrics) == [f"{name}[digit_classifier]" for name in names]
@@ -102,6 +108,13 @@ def test_inference_and_test_go_from_images_to_a_named_distance(
             1797,
         )
     assert metrics["fid[digit_classifier]"]["value"] > 0
+    # The boards of the training show them at the step of the samples, and keep what they had.
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    for name in names:
+        (event,) = events.Scalars(f"test/{name}[digit_classifier]")
+        assert event.step == 20
+        assert event.value == pytest.approx(metrics[f"{name}[digit_classifier]"]["value"], rel=1e-6)
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 15, 20]
     out = capfd.readouterr().out
     assert "(features digit_classifier; 30 samples, 1797 reference; few for 32 dimensions" in out
 
@@ -110,7 +123,9 @@ def test_the_distance_of_a_set_to_itself_is_zero(trained: Path, tmp_path: Path) 
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
     write_npz(tmp_path / "same.npz", images)
     same = str(tmp_path / "same.npz")
+    (tmp_path / "test.json").write_text("earlier")
     assert speedit("test", tmp_path, reference=same, samples=same, features="{type: pixels@8}") == 0
+    assert (tmp_path / "test_0001.json").read_text() == "earlier"
     metrics = json.loads((tmp_path / "test.json").read_text())["figures"]
     # Rounding of an eigendecomposition in float64 with 64 dimensions.
     assert abs(metrics["fid[pixels@8]"]["value"]) < 1e-6
@@ -122,9 +137,8 @@ def test_an_official_checkpoint_and_a_safetensors_file_can_be_sampled(trained: P
     file = trained / "checkpoints" / "step_0000020" / "ema.safetensors"
     assert speedit("sample", tmp_path, ckpt_path=file) == 0
     assert speedit("sample", trained) == 0
-    assert np.array_equal(
-        np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(Image.open(trained / "samples.png"))
-    )
+    newest = numbered(trained / "samples.png")[-1]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(Image.open(newest)))
 
 
 def test_fine_tuning_starts_from_the_given_weights(trained: Path, tmp_path: Path) -> None:
@@ -188,7 +202,7 @@ def test_resume_never_and_going_back_are_refused_where_they_would_lose_steps(
     assert speedit("train", tmp_path / "branch", resume=tmp_path / "checkpoints" / "step_0000005") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
     tmp_path: Path, number: signal.Signals
 ) -> None:

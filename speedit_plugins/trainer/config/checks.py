@@ -3,18 +3,24 @@
 Uses the standard library only, like `schema.py`: a contradiction fails before torch is imported.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
-from speedit_plugins.trainer.config.schema import ExperimentConfig, settled_process
+from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
     GAUSSIAN_KEYS,
     DiffusionConfig,
     SamplerConfig,
+)
+from speedit_plugins.trainer.config.training_checks import (
+    check_average,
+    check_optimizer,
+    check_optimizer_keys,
 )
 from speedit_plugins.trainer.config.validation import ConfigError, build_section
 
@@ -29,25 +35,58 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     Raises:
         ConfigError: a key that the phase needs is missing, two keys contradict, or an option has no effect.
     """
+    _check_paths(config)
     _check_agreement(config)
+    check_optimizer_keys(config.optimizer)
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
-    if phase in ("inference", "sample") or (phase == "train" and config.sample_every):
-        _check_sampler(config)
-        _check_classes(config)
-        if phase != "inference" and config.num_classes and not config.sample_classes:
-            raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
-        if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
-            raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+    if phase in ("inference", "sample") or (phase == "train" and _draws_in_training(config)):
+        _check_drawing(config, is_grid=phase == "sample" or (phase == "train" and config.sample_every > 0))
     if phase == "test" and config.ckpt_path is not None:
         raise ConfigError(
             "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
         )
-    if phase == "train" and config.sample_every and config.diffusion.timestep_respacing:
-        raise ConfigError("sample_every", "a respaced training process draws no grids; wanted 0")
+
+
+def _draws_in_training(config: ExperimentConfig) -> bool:
+    """Whether the training draws samples.
+
+    Raises:
+        ConfigError: its process cannot.
+    """
+    found = [key for key in ("sample_every", "evaluate_every") if getattr(config, key)]
+    if found and config.diffusion.timestep_respacing:
+        what = "grids" if found[0] == "sample_every" else "samples"
+        raise ConfigError(found[0], f"a respaced training process draws no {what}; wanted 0")
+    return bool(found)
+
+
+def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
+    _check_sampler(config)
+    _check_classes(config)
+    if config.inpainting is not None and config.inpaint_image is None:
+        # Images of the dataset are filled, each with its own class or caption.
+        return
+    if is_grid and config.num_classes and not config.sample_classes:
+        raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
+    if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
+        raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+
+
+def _check_paths(config: ExperimentConfig) -> None:
+    """A `$HOME` in a path would become a folder of that name."""
+    for key in PATHS:
+        found = re.search(r"\$\{?(\w+)\}?", getattr(config, key) or "")
+        if found is not None:
+            raise ConfigError(
+                key,
+                f"environment variables are not replaced in a path, got {found[0]}; wanted"
+                f" ${{oc.env:{found[1]}}}, or quotes that let the shell replace it",
+            )
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -79,14 +118,39 @@ def _check_training(config: ExperimentConfig) -> None:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
-    options = config.optimizer
-    if options.min_lr and options.schedule == "constant":
-        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
-    if options.min_lr > options.lr:
-        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
-    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
-        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
-        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
+    _check_measurements(config)
+    check_optimizer(config)
+    check_average(config)
+
+
+def _check_measurements(config: ExperimentConfig) -> None:
+    """Checks the keys of validation, of evaluation in training, and of the best checkpoint."""
+    data = config.data
+    if config.validate_every and data.validation is None and not data.held_out_samples:
+        wanted = "data.validation, a dataset's section, or data.held_out_samples > 0"
+        raise ConfigError("validate_every", f"has no samples to measure the loss on; wanted {wanted}")
+    if data.validation is not None and not config.validate_every:
+        raise ConfigError("data.validation", "has no effect without validate_every; wanted null")
+    if data.validation is not None and data.held_out_samples:
+        raise ConfigError("data.held_out_samples", "are not measured beside data.validation; wanted 0")
+    defaults = {entry.name: entry.default for entry in fields(ExperimentConfig)}
+    for key, every in (("validate_samples", "validate_every"), ("evaluate_samples", "evaluate_every")):
+        if not getattr(config, every) and getattr(config, key) != defaults[key]:
+            raise ConfigError(key, f"has no effect without {every}; wanted {defaults[key]}")
+    metrics = config.evaluation.metrics
+    if config.evaluate_every and "clip_score" in metrics:
+        raise ConfigError("evaluation.metrics", f"train measures no clip_score; wanted others, got {metrics}")
+    _check_best(config)
+
+
+def _check_best(config: ExperimentConfig) -> None:
+    best = config.keep_best
+    needed = "validate_every" if best == "val_loss" else "evaluate_every"
+    if best is not None and not getattr(config, needed):
+        raise ConfigError("keep_best", f"{best} is not measured with {needed}: 0; wanted more, or null")
+    if best in ("fid", "kid") and best not in config.evaluation.metrics:
+        metrics = ", ".join(config.evaluation.metrics)
+        raise ConfigError("keep_best", f"wanted one of evaluation.metrics, {metrics}, or null, got {best}")
 
 
 def _check_agreement(config: ExperimentConfig) -> None:
@@ -96,6 +160,8 @@ def _check_agreement(config: ExperimentConfig) -> None:
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
         ("data.dataset.image_size", config.data.dataset, config.image_size),
         ("data.dataset.num_frames", config.data.dataset, config.num_frames),
+        ("data.validation.image_size", config.data.validation or {}, config.image_size),
+        ("data.validation.num_frames", config.data.validation or {}, config.num_frames),
     )
     for key, section, wanted in pairs:
         name = key.rpartition(".")[2]
@@ -135,15 +201,25 @@ def _check_text(config: ExperimentConfig) -> None:
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
     is_filling = phase == "sample" and config.inpainting is not None
-    for key in ("inpaint_image", "inpaint_mask"):
-        if is_filling and getattr(config, key) is None:
-            raise ConfigError(key, "wanted a path: a model trained with inpainting fills a hole in an image")
+    keys = ("inpaint_image", "inpaint_mask")
+    is_given = any(getattr(config, key) is not None for key in keys)
+    for key in keys:
+        if is_filling and is_given and getattr(config, key) is None:
+            raise ConfigError(key, "wanted a path: the image and the mask of its hole, or neither")
         if not is_filling and getattr(config, key) is not None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
-    if config.inpainting is not None and phase == "inference":
-        raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
-    if config.inpainting is not None and phase == "train" and config.sample_every:
-        raise ConfigError("sample_every", "has no image to fill with inpainting; wanted 0")
+    if config.inpainting is not None and phase == "train" and config.evaluate_every:
+        raise ConfigError("evaluate_every", "draws whole images, which inpainting does not; wanted 0")
+
+
+def _check_lora(config: ExperimentConfig, phase: str) -> None:
+    options = config.lora
+    if not options.rank:
+        for key in ("alpha", "targets"):
+            if getattr(options, key):
+                raise ConfigError(f"lora.{key}", "has no effect with lora.rank 0; wanted a rank, or no lora")
+    elif phase == "train" and config.pretrained is None and config.model.get("path") is None:
+        raise ConfigError("lora.rank", "adapters need trained weights; wanted pretrained or model.path")
 
 
 def _check_sampler(config: ExperimentConfig) -> None:
@@ -176,6 +252,7 @@ def _check_classes(config: ExperimentConfig) -> None:
     if config.text_encoder is not None and config.guidance_scale != 1 and not config.caption_dropout_prob:
         raise ConfigError("guidance_scale", "needs caption_dropout_prob > 0 in training, got 0; wanted 1")
     for label in config.sample_classes:
-        if not 0 <= label < config.num_classes:
+        # Whether there is a class of a name is known with the data or the checkpoint.
+        if not config.num_classes or (isinstance(label, int) and not 0 <= label < config.num_classes):
             known = f"in [0, {config.num_classes})" if config.num_classes else "an empty list without classes"
-            raise ConfigError("sample_classes", f"wanted {known}, got {label}")
+            raise ConfigError("sample_classes", f"wanted {known}, got {label!r}")

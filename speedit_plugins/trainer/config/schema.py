@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
+from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
     DataConfig,
     DiffusionConfig,
     EmaConfig,
     EvaluationConfig,
+    LoraConfig,
     OptimizerConfig,
     SamplerConfig,
     limited,
@@ -31,6 +33,7 @@ COMPONENTS = (
     "text_encoder",
     "inpainting",
     "data.dataset",
+    "data.validation",
     "features",
 )
 # Keys of the top that hold a path; of a component its builder expands them.
@@ -106,11 +109,13 @@ class ExperimentConfig:
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
     write over a run; a path goes on from that checkpoint."""
     pretrained: str | None = None
-    """Weights that a new training starts from."""
+    """Weights that a new training starts from. With `lora` they are read again whenever its adapters are."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains low-rank adapters in place of all weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of the weights. Samples are drawn with it."""
+    """Moving average of the weights. Samples are drawn with it, where one is kept."""
     ckpt_every: int = limited(50_000, at_least=1)
     """Steps between checkpoints."""
     keep_last: int = limited(3, at_least=1)
@@ -123,8 +128,24 @@ class ExperimentConfig:
     """Steps between log lines."""
     sample_every: int = limited(0, at_least=0)
     """Steps between sample grids in training; 0 draws none."""
+    validate_every: int = limited(0, at_least=0)
+    """Steps between measurements of the loss on samples that are not trained on; 0 takes none. They come from
+    `data.validation` or `data.held_out_samples`."""
+    validate_samples: int = limited(500, at_least=1)
+    """Samples of a validation, each at ten timesteps: at most this many of those that there are."""
+    evaluate_every: int = limited(0, at_least=0)
+    """Steps between evaluations in training, which draw samples and measure `evaluation.metrics`; 0 makes
+    none."""
+    evaluate_samples: int = limited(1000, at_least=2)
+    """Samples that an evaluation in training draws."""
+    keep_best: Literal["val_loss", "fid", "kid"] | None = None
+    """Keeps the checkpoint with the lowest value of this, besides those of `keep_last`; `ckpt_path: best`
+    draws with it. A step with a new lowest value is saved. null keeps none."""
     profile_every: int = limited(0, at_least=0)
     """Steps between measurements of loss and gradient norm per timestep, taken at log lines; 0 takes none."""
+    board_scalars: Literal["few", "all"] = "few"
+    """Numbers that TensorBoard and W&B show: the few that most people watch, or everything in
+    `metrics.jsonl`."""
     enable_tensorboard_log: bool = True
     """Writes TensorBoard files. `metrics.jsonl` is always written."""
     enable_wandb_log: bool = False
@@ -134,27 +155,30 @@ class ExperimentConfig:
     """Project of the W&B run."""
 
     ckpt_path: str | None = None
-    """The checkpoint that inference and sample draw with; null is the newest in `experiment_dir`."""
+    """The checkpoint that inference and sample draw with. null is the newest in `experiment_dir`; `best` is
+    the one of `keep_best`."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How samples are drawn."""
     guidance_scale: float = limited(1.0, at_least=0)
     """Scale of classifier-free guidance; 1 is off."""
-    sample_classes: list[int] = field(default_factory=list)
-    """The columns of a grid. Needed in sample, and for `sample_every`, where there are classes."""
+    sample_classes: list[int | str] = field(default_factory=list)
+    """The columns of a grid, as numbers or names of classes: `[207, cat]`. Needed in sample, and for
+    `sample_every`, where there are classes."""
     sample_prompts: list[str] = field(default_factory=list)
     """The columns of a grid where there is text."""
     prompts_file: str | None = None
     """A text file with a prompt a line, in place of `sample_prompts`. inference takes the prompts in turn."""
     inpaint_image: str | None = None
-    """The image in which sample fills a hole."""
+    """The image in which sample fills a hole. null fills holes in images of the dataset."""
     inpaint_mask: str | None = None
     """The hole: an image of the same size that is white where it is to be filled."""
     samples_per_class: int = limited(1, at_least=1)
-    """The rows of a grid. Without classes, the images of the grid, in rows of 8."""
+    """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
+    of the dataset that are filled."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes."""
+    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills."""
     per_proc_batch_size: int = limited(32, at_least=1)
     """Samples that are drawn at once, in grids too."""
 
@@ -179,11 +203,29 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
         config.evaluation, reference_statistics=_expanded(statistics), clip=_expanded(clip)
     )
     paths: dict[str, Any] = {key: _expanded(getattr(config, key)) for key in PATHS}
-    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler, evaluation=evaluation, **paths)
+    return dataclasses.replace(
+        config,
+        diffusion=diffusion,
+        sampler=sampler,
+        evaluation=evaluation,
+        optimizer=_settled_optimizer(config.optimizer),
+        **paths,
+    )
 
 
 def _expanded(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)
+
+
+def _settled_optimizer(options: OptimizerConfig) -> OptimizerConfig:
+    facts = OPTIMIZER_FACTS.get(options.type)
+    if facts is None:
+        return options
+    own = {"lr": facts.lr, **facts.parameters}
+    unset: dict[str, Any] = {
+        key: own.get(key) for key in ("lr", "weight_decay", "betas") if getattr(options, key) is None
+    }
+    return dataclasses.replace(options, **unset)
 
 
 def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:

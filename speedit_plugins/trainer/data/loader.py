@@ -4,8 +4,6 @@ Dims: B batch, C channels, H x W pixels.
 """
 
 import hashlib
-import os
-import signal
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -17,10 +15,18 @@ from torch.utils.data import DataLoader, default_collate
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
 from speedit_plugins.trainer.data.identity import Identified, Identity, position_in
 from speedit_plugins.trainer.data.order import ChunkedOrder
+from speedit_plugins.trainer.data.workers import (
+    DataError,
+    batch_fault,
+    deaths_wait_for_their_batch,
+    leave_group_signals_to_trainer,
+    sample_fault,
+)
 from speedit_plugins.trainer.terminal import say
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
+HELD_OUT_STREAM, VALIDATION_STREAM, HOLE_STREAM = 6, 7, 8
 
 _FAULT = "fault"
 
@@ -139,13 +145,21 @@ class ResumableLoader:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        if self._batches is None:
-            self._batches = self._start()
+        """The next batch.
+
+        Raises:
+            DataError: a sample cannot be loaded, or a loading process ended.
+        """
         try:
+            if self._batches is None:
+                self._batches = self._start()
             batch = _checked(next(self._batches))
-        except BaseException:
+        except BaseException as error:
+            fault = batch_fault(error, getattr(self._batches, "_workers", ()))
             # The iterator is already past the failed batch; the next call restarts from the saved position.
             self.close()
+            if fault is not None:
+                raise fault from error
             raise
         self._epoch, self._offset = settle(
             self._epoch, self._offset + self.batch_size, size=self._usable_size, batch_size=self.batch_size
@@ -252,11 +266,12 @@ class ResumableLoader:
             prefetch_factor=self.prefetch_factor,
             pin_memory=self.pin_memory,
             collate_fn=_collated,
-            worker_init_fn=_leave_group_signals_to_trainer,
+            worker_init_fn=leave_group_signals_to_trainer,
             # Otherwise the DataLoader would consume random numbers of the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        return iter(loader)
+        with deaths_wait_for_their_batch():
+            return iter(loader)
 
 
 def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
@@ -358,9 +373,9 @@ class _KeyedSamples:
         generator = torch.Generator().manual_seed(stream_seed(self.seed, DATA_STREAM, epoch, index))
         try:
             return dict(self.dataset.load(index, generator))
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:
             # Returned, not raised: torch would wrap an exception of a worker in the worker's traceback.
-            return {_FAULT: str(error)}
+            return {_FAULT: sample_fault(error)}
 
 
 def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -371,16 +386,5 @@ def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _checked(batch: dict[str, Any]) -> dict[str, Tensor]:
     if _FAULT in batch:
-        raise ValueError(batch[_FAULT])
+        raise DataError(batch[_FAULT])
     return batch
-
-
-def _leave_group_signals_to_trainer(worker_id: int) -> None:
-    """Moves a worker out of the trainer's process group, so that group signals do not kill it.
-
-    Ctrl-C and a launcher's SIGTERM go to the whole group. The trainer reacts by finishing its step and saving
-    a checkpoint; a worker that died meanwhile would make that fail. SIGTERM sent to the worker itself still
-    ends it.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

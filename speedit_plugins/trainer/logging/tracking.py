@@ -7,6 +7,7 @@ import json
 import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,16 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.files import write_whole
+from speedit_plugins.files import naming, write_whole
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.logging.loggers import Logger
 from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES, range_of
 from speedit_plugins.trainer.results import METRICS
-from speedit_plugins.trainer.terminal import progress
+from speedit_plugins.trainer.terminal import progress, say
 
 # Number of bins of mse_per_bin; it divides NUM_RANGES.
 NUM_BINS = 10
+# What boards show with `board_scalars: few`, besides everything below EVALUATION.
+EVALUATION = "evaluation"
+FEW = (
+    "train/loss",
+    "train/uniform_mse",
+    "validation/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/samples_per_second",
+    "train/peak_memory_bytes",
+    "train/mfu",
+    "train/skipped_steps",
+)
 
 
 class LossWindow:
@@ -101,17 +115,24 @@ class Tracker:
         start_step: step at which this run starts. Later lines of metrics.jsonl come from a run that was
             cut off after its last checkpoint, and are dropped.
         loggers: also receive what is logged. The tracker closes them.
+        only_few: the loggers receive the numbers of `FEW` and those of evaluations, and no others.
     """
 
     def __init__(
-        self, folder: Path, *, total_steps: int, start_step: int, loggers: Sequence[Logger] = ()
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        loggers: Sequence[Logger] = (),
+        only_few: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_path = folder / METRICS
         _replace_lines(self.metrics_path, [row for row in read_metrics(folder) if row["step"] <= start_step])
         self._lines = self.metrics_path.open("a", buffering=1)
         self._bar = progress("training", total=total_steps, initial=start_step)
-        self._loggers = loggers
+        self._loggers, self._only_few = loggers, only_few
 
     def step_done(self) -> None:
         """Moves the progress bar by one training step."""
@@ -122,18 +143,26 @@ class Tracker:
 
         Args:
             step: number of training steps done.
-            row: `loss` and other metrics. Values may be lists of numbers, or dicts of values.
+            row: metrics, among them the `loss` to show. Values may be lists of numbers, or dicts of values.
         """
         values = plain(row)
-        try:
+        with naming(self.metrics_path):
             self._lines.write(_line({"step": step, **values}))
-        except OSError as error:
-            # The system's message for a full disk names no file.
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
-        self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        scalars = _scalars(values)
+        if "loss" in row:
+            self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        scalars = board_scalars(values, only_few=self._only_few)
         for logger in self._loggers:
             logger.add(step, scalars)
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Passes image files to the loggers.
+
+        Args:
+            step: number of training steps done.
+            pictures: PNG or GIF files, by name.
+        """
+        for logger in self._loggers:
+            logger.add_pictures(step, pictures)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -143,11 +172,9 @@ class Tracker:
     ) -> None:
         self._bar.close()
         try:
-            self._lines.close()
-        except OSError as closing:
             # Closing flushes again what a failed write left. Its error is being raised already.
-            if error is None:
-                raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
+            with naming(self.metrics_path) if error is None else suppress(OSError):
+                self._lines.close()
         finally:
             for logger in self._loggers:
                 logger.close(is_failed=error is not None)
@@ -165,22 +192,57 @@ class SilentTracker(Tracker):
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         pass
 
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        pass
+
     def __exit__(self, *_: object) -> None:
         pass
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`; empty without the file. A last line cut by a crash is left out."""
+    """The lines of `folder/metrics.jsonl`; empty without the file.
+
+    A last line cut by a crash is left out. Other lines that are no logged step are left out too, and a line
+    on standard output counts them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
+    # A hole that a crash leaves in a file reads as NUL bytes.
+    lines = path.read_bytes().replace(b"\0", b"").splitlines() if path.exists() else []
+    rows, broken = [], []
     for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        row = _logged(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            broken.append(number)
+    if broken:
+        what = f"{len(broken)} of {len(lines)} lines cannot be read and are left out"
+        say(f"{path}: {what}, the first is line {broken[0]}")
     return rows
+
+
+def _logged(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None if it is no JSON object with a step, and numbers where the curves need them."""
+    try:
+        row = json.loads(line)
+    # Nested too deeply for the parser, or not UTF-8.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    curves = (row.get(name) for name in ("loss", "mse", "uniform_mse"))
+    return row if all(value is None or type(value) in (int, float) for value in curves) else None
+
+
+def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest value of each key in lines of metrics.jsonl; empty without lines.
+
+    A line of a validation or an evaluation has other keys than one of the training.
+    """
+    return {key: value for row in rows for key, value in row.items()}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -211,6 +273,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def board_scalars(row: Mapping[str, Any], *, only_few: bool = False) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl by their path on a board.
+
+    These are train/loss, train/time_split/data, validation/loss, evaluation/fid, and mse_per_bin/0 for lists.
+
+    Args:
+        only_few: leaves out all but `FEW`, and those of evaluations.
+    """
+    values = {key: value for key, value in row.items() if key not in (EVALUATION, "val_loss")}
+    found = _scalars(values) | _scalars(row.get(EVALUATION, {}), EVALUATION)
+    if row.get("val_loss") is not None:
+        found["validation/loss"] = row["val_loss"]
+    return {
+        path: value
+        for path, value in found.items()
+        if not only_few or path in FEW or path.startswith(f"{EVALUATION}/")
+    }
 
 
 def _scalars(row: Mapping[str, Any], prefix: str = "train") -> dict[str, float]:

@@ -15,15 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.gemini import check_gemini
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
-from speedit_plugins.trainer.parallel.master_weights import STEP, Master, load_optimizer
+from speedit_plugins.trainer.parallel.master_weights import (
+    STEP,
+    Master,
+    Slice,
+    load_optimizer,
+    optimizer_slices,
+)
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer
 from speedit_plugins.trainer.parallel.replica import (
     GROWTH_INTERVAL_STEPS,
     INITIAL_LOSS_SCALE,
     Engine,
     Replica,
     StepResult,
-    build_optimizer,
     set_lr,
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
@@ -36,8 +43,9 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
     """The engine that the config's `plugin` names. `ddp` works without ColossalAI.
 
     Raises:
-        ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks.
+        ValueError: ColossalAI is missing, or the plugin does not go with device, precision or optimizer.
     """
+    check_optimizer(config)
     if runtime.device.type == "cpu":
         keep_freed_pages()
     if config.plugin == "ddp" and runtime.world_size == 1:
@@ -49,7 +57,7 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
             say(f"no ColossalAI: ddp is torch's own; zero1, zero2 and gemini need {INSTALLATION}")
         return Replica(model, config, runtime)
     if config.plugin == "gemini":
-        _check_gemini(config, runtime)
+        check_gemini(config, runtime)
     _import_quietly()
     _set_accelerator(runtime.device)
     engines = {"ddp": BoostedReplica, "zero1": ZeroEngine, "zero2": ZeroEngine, "gemini": GeminiEngine}
@@ -131,9 +139,21 @@ class ZeroEngine:
                 self._untrained[name].copy_(value)
         self._load_masters(weights)
 
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state, see `master_weights.load_optimizer`."""
-        load_optimizer(self.optimizer, self.masters, whole)
+    def evaluation_point(self) -> AbstractContextManager[bool]:
+        """Does nothing: the optimizers of these plugins train and evaluate at the same weights."""
+        return nullcontext(False)
+
+    def moments(self, runtime: Runtime) -> dict[str, Slice]:
+        """This rank's part of the optimizer's moments, by name."""
+        return optimizer_slices(self.optimizer, self.masters, runtime)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Nothing: the moments are all there is."""
+        return {}
+
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Sets the optimizer's state, see `master_weights.load_optimizer`; `state` is empty for AdamW."""
+        load_optimizer(self.optimizer, self.masters, whole, state.get("layout"))
 
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, in the precision in which they were built."""
@@ -155,7 +175,7 @@ class ZeroEngine:
         from colossalai.booster import Booster
         from colossalai.booster.plugin import LowLevelZeroPlugin
 
-        self.optimizer: torch.optim.Optimizer = build_optimizer(list(named.values()), config.optimizer)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.module, config)
         plugin = LowLevelZeroPlugin(
             stage={"zero1": 1, "zero2": 2}[config.plugin],
             precision=config.precision,
@@ -263,11 +283,11 @@ class GeminiEngine(ZeroEngine):
         # The chunks rounded the weights to the model's precision; the master weights must not be rounded.
         self._load_masters(weights)
 
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Sets the optimizer's state. HybridAdam counts its steps in plain ints."""
-        super().load_moments(whole)
-        for state in self.optimizer.state.values():
-            state[STEP] = int(state[STEP])
+        super().load_moments(whole, state)
+        for own in self.optimizer.state.values():
+            own[STEP] = int(own[STEP])
 
     def _boost(self, named: Mapping[str, nn.Parameter], config: ExperimentConfig, runtime: Runtime) -> None:
         from colossalai.booster import Booster
@@ -277,7 +297,11 @@ class GeminiEngine(ZeroEngine):
         options = config.optimizer
         # Gemini passes its Adam the loss scale. Torch's AdamW does not take one.
         self.optimizer = HybridAdam(
-            list(named.values()), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+            list(named.values()),
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            **options.parameters,
         )
         plugin = GeminiPlugin(
             precision=config.precision,
@@ -323,23 +347,6 @@ def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _is_vector(item: Any) -> bool:
     """Whether the input is a tensor with one value per sample."""
     return isinstance(item, Tensor) and item.ndim == 1
-
-
-def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
-    if runtime.device.type != "cuda":
-        raise ValueError(
-            f"plugin: gemini needs CUDA, got {runtime.device.type}: it manages chunks of GPU memory;"
-            " wanted ddp, zero1 or zero2 here"
-        )
-    if config.precision == "fp32":
-        raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
-    if config.diffusion.is_flow:
-        raise ValueError(
-            "diffusion.type: RectifiedFlow does not go with plugin: gemini, which rounds continuous times to"
-            " the model's precision; wanted ddp, zero1 or zero2"
-        )
-    if config.compile:
-        raise ValueError("compile: true does not go with plugin: gemini, which moves weights; wanted false")
 
 
 def _set_accelerator(device: torch.device) -> None:

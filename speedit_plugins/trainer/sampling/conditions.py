@@ -8,19 +8,27 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from speedit_plugins.registry import nearest
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.latents.cache import LatentCache
-from speedit_plugins.trainer.data.loader import SampleSource
+from speedit_plugins.trainer.data.loader import LABEL_STREAM, SampleSource, stream_seed
 from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
+
+# Names that a message lists.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Named conditions: `labels` (int64, one per name), or prompts that `captions` encodes, or none."""
+    """Named conditions: `labels` (int64, one per name), or prompts that `captions` encodes, or none.
+
+    `titles` are the names that say more than the number of a class.
+    """
 
     names: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
     labels: Tensor | None = None
     captions: CaptionSource | None = None
 
@@ -34,18 +42,41 @@ class Conditions:
         return {name: value.to(device) for name, value in features.items()}
 
 
-def grid_conditions(config: ExperimentConfig, captions: CaptionSource | None) -> Conditions:
-    """The conditions of a sample grid: `sample_classes`, or the prompts."""
+def grid_conditions(
+    config: ExperimentConfig, captions: CaptionSource | None, classes: Sequence[str] = ()
+) -> Conditions:
+    """The conditions of a sample grid: `sample_classes`, or the prompts.
+
+    Args:
+        classes: names of the classes, by number; empty if they are unknown.
+
+    Raises:
+        ValueError: there is no class of a name in `sample_classes`.
+    """
     if config.num_classes:
-        return _classes(config.sample_classes)
+        return _classes([_number(wanted, classes) for wanted in config.sample_classes], classes)
     return _prompted(config, captions)
 
 
-def all_conditions(config: ExperimentConfig, captions: CaptionSource | None) -> Conditions:
-    """The conditions of a large set of samples: every class, or the prompts."""
+def all_conditions(
+    config: ExperimentConfig, captions: CaptionSource | None, classes: Sequence[str] = ()
+) -> Conditions:
+    """The conditions of a large set of samples: every class, or the prompts.
+
+    Args:
+        classes: see `grid_conditions`.
+    """
     if config.num_classes:
-        return _classes(range(config.num_classes))
+        return _classes(range(config.num_classes), classes)
     return _prompted(config, captions)
+
+
+def random_rows(conditions: Conditions, num_samples: int, *, seed: int) -> Tensor:
+    """Which condition each sample of a large set has, int64 (N,): a random class, or the prompts in turn."""
+    if conditions.labels is None:
+        return torch.arange(num_samples) % max(1, len(conditions.names))
+    chooser = torch.Generator().manual_seed(stream_seed(seed, LABEL_STREAM))
+    return torch.randint(len(conditions.names), (num_samples,), generator=chooser)
 
 
 def build_captions(
@@ -54,7 +85,7 @@ def build_captions(
     """The encoder of the dataset's captions: a table if they are few, else the text encoder itself.
 
     None if the config has no text encoder. A cache of features needs the text encoder only for the prompts of
-    grids.
+    grids and evaluations.
 
     Raises:
         ValueError: another text encoder made the cached features.
@@ -65,7 +96,7 @@ def build_captions(
                 f"text_encoder needs {dataset.text_encoder}, which made the cached captions, got"
                 f" {config.text_encoder}"
             )
-        if not config.sample_every:
+        if not config.sample_every and not config.evaluate_every:
             return CaptionTable([""], dataset.null_text)
     encoder = build.build_text_encoder(config, device)
     few = [] if isinstance(dataset, LatentCache) else getattr(dataset, "captions", None)
@@ -111,9 +142,32 @@ def null_condition(model: nn.Module, condition: Condition) -> Condition:
     return cast(Condition, {**condition, **null})
 
 
-def _classes(labels: Sequence[int]) -> Conditions:
-    return Conditions(tuple(map(str, labels)), labels=torch.tensor(list(labels)))
+def _classes(labels: Sequence[int], classes: Sequence[str]) -> Conditions:
+    # A model may have room for more classes than the data have.
+    names = tuple(classes[label] if label < len(classes) else str(label) for label in labels)
+    return Conditions(names, titles=names if classes else (), labels=torch.tensor(list(labels)))
+
+
+def _number(wanted: int | str, classes: Sequence[str]) -> int:
+    """The number of a class that is given by its number or its name."""
+    if isinstance(wanted, int):
+        return wanted
+    if not classes:
+        raise ValueError(
+            f"sample_classes: got the name {wanted!r}, and neither the checkpoint nor the data name their"
+            " classes; wanted numbers"
+        )
+    if wanted not in classes:
+        more = f", and {len(classes) - _SHOWN} more" if len(classes) > _SHOWN else ""
+        raise ValueError(
+            f"sample_classes: unknown class {wanted!r}{nearest(wanted, classes)}; known:"
+            f" {', '.join(classes[:_SHOWN])}{more}"
+        )
+    return list(classes).index(wanted)
 
 
 def _prompted(config: ExperimentConfig, captions: CaptionSource | None) -> Conditions:
-    return Conditions() if captions is None else Conditions(tuple(prompts(config)), captions=captions)
+    if captions is None:
+        return Conditions()
+    texts = tuple(prompts(config))
+    return Conditions(texts, titles=texts, captions=captions)

@@ -5,8 +5,10 @@ Dims: N images or videos, F frames, H x W pixels, C channels, D features.
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,9 +42,12 @@ from speedit_plugins.trainer.evaluation.metrics import (
 )
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.trainer.evaluation.pairs import PAIRED
+from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
+from speedit_plugins.trainer.sampling.pairs import measure_pairs
 from speedit_plugins.trainer.sampling.sample_sets import (
     SampleSet,
     alike,
@@ -61,18 +66,19 @@ def test(config: ExperimentConfig) -> int:
     Raises:
         ValueError: sets, features and metrics do not fit each other, or an option has no effect.
     """
-    _check_metrics(config.evaluation)
+    check_metrics(config.evaluation)
     _check_options(config)
     folder = Path(config.experiment_dir)
     samples = open_set(
         config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
     )
-    metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
+    metrics = [name for name in config.evaluation.metrics if name in METRICS]
     # First, because captions may be missing and the other metrics take longer.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
-    measured += clip_scores
+    measured += clip_scores + measure_pairs(config, samples)
     results.save_config(config, "test")
+    results.keep_earlier(folder / results.TEST)
     # An absolute path can be found from any folder.
     _write(folder / results.TEST, measured, samples=str(Path(samples.source).absolute()), reference=source)
     for metric in measured:
@@ -81,49 +87,90 @@ def test(config: ExperimentConfig) -> int:
     if source is not None:
         say(f"  reference    {source}")
     say(f"  result       {folder / results.TEST}")
+    # Last, because a board may be out of reach.
+    _show(config, measured, samples)
     return 0
+
+
+def _show(config: ExperimentConfig, measured: list[MetricValue], samples: SampleSet) -> None:
+    """Puts the figures on the run's boards, where the samples are inference's of one of its steps."""
+    path = Path(samples.source).absolute()
+    step = re.match(r"step_(\d+)_", path.name)
+    if step is None or path.parent != (Path(config.experiment_dir) / results.INFERENCE).absolute():
+        return
+    for logger in open_boards(config):
+        logger.add(int(step[1]), {f"test/{metric.name}": metric.value for metric in measured})
+        logger.close(is_failed=False)
 
 
 def _compared(
     config: ExperimentConfig, samples: SampleSet, metrics: list[str]
 ) -> tuple[list[MetricValue], str | None]:
     """The metrics that need features, and the source of the reference, or None without one."""
-    options = config.evaluation
-    stated = _stated_statistics(config)
-    wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
-    missing = wanted - stated.keys()
-    reference = None
-    if missing or _trains_on_reference(config):
-        samples, reference = alike(samples, _reference(config, samples))
-    elif not wanted and config.reference is not None:
-        raise ValueError(f"reference has no effect on {', '.join(metrics)}; wanted null")
-    num_reference = None if reference is None else len(reference)
-    check_numbers(metrics, options, num_samples=len(samples), num_reference=num_reference)
-    if options.reference_statistics is not None and not missing:
-        raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
-    extractor = _extractor(config, reference, is_video=samples.is_video)
-    kinds = {METRICS[name].kind for name in metrics}
-    _try_out(samples, extractor, kinds, stated)
-    theirs = Collected()
-    if missing:
-        assert reference is not None
-        theirs = _collected_reference(options, reference, extractor, missing)
-    theirs = replace(theirs, **cast(Any, {kind: stated[kind] for kind in wanted & stated.keys()}))
-    ours = _collected("samples", samples, extractor, options, kinds)
-    sides = Sides(ours, theirs, options, stream_seed(config.seed, LABEL_STREAM))
-    measured = []
-    for name in metrics:
-        metric = METRICS[name]
-        is_counted = metric.has_reference and metric.kind not in stated and reference is not None
-        numbers = (len(samples), num_reference if is_counted else None)
-        for label, value, details in metric.measure(sides):
-            called = label_of(label, extractor)
-            measured.append(
-                MetricValue(called, value, extractor.name, *numbers, metric.has_reference, details)
-            )
-    if not wanted:
-        return measured, None
-    return measured, config.reference if reference is None else reference.source
+    comparison = Comparison(config, samples, metrics)
+    return comparison.measure(samples), comparison.source
+
+
+class Comparison:
+    """A reference, and the features in which sets of samples are compared with it.
+
+    Args:
+        config: gives the reference, the features and the options of the metrics.
+        example: a set as those to measure: as many samples, of the same shape.
+        metrics: what to measure; all but the CLIP score.
+        keep_in: folder that keeps the statistics of the reference, where the config names no file for them.
+
+    Raises:
+        ValueError: the set, the reference, the features and the metrics do not fit each other.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, example: SampleSet, metrics: list[str], *, keep_in: Path | None = None
+    ) -> None:
+        options = config.evaluation
+        self._config, self._options, self._metrics = config, options, metrics
+        self._stated = _stated_statistics(config)
+        wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
+        missing = wanted - self._stated.keys()
+        self._reference = None
+        if missing or _trains_on_reference(config):
+            example, self._reference = alike(example, _reference(config, example))
+        elif not wanted and config.reference is not None:
+            raise ValueError(f"reference has no effect on {', '.join(metrics)}; wanted null")
+        self._num_reference = None if self._reference is None else len(self._reference)
+        check_numbers(metrics, options, num_samples=len(example), num_reference=self._num_reference)
+        if options.reference_statistics is not None and not missing:
+            raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
+        self._extractor = _extractor(config, self._reference, is_video=example.is_video)
+        self._kinds = {METRICS[name].kind for name in metrics}
+        _try_out(example, self._extractor, self._kinds, self._stated)
+        theirs = Collected()
+        if missing:
+            assert self._reference is not None
+            theirs = _collected_reference(options, self._reference, self._extractor, missing, keep_in)
+        stated = {kind: self._stated[kind] for kind in wanted & self._stated.keys()}
+        self._theirs = replace(theirs, **cast(Any, stated))
+        # Nothing is compared with it where no metric has a reference.
+        source = config.reference if self._reference is None else self._reference.source
+        self.source = source if wanted else None
+
+    def measure(self, samples: SampleSet) -> list[MetricValue]:
+        """The metrics of a set like the example."""
+        if self._reference is not None:
+            samples, _ = alike(samples, self._reference)
+        ours = _collected("samples", samples, self._extractor, self._options, self._kinds)
+        sides = Sides(ours, self._theirs, self._options, stream_seed(self._config.seed, LABEL_STREAM))
+        measured = []
+        for name in self._metrics:
+            metric = METRICS[name]
+            is_counted = metric.has_reference and metric.kind not in self._stated
+            numbers = (len(samples), self._num_reference if is_counted else None)
+            for label, value, details in metric.measure(sides):
+                called = label_of(label, self._extractor)
+                measured.append(
+                    MetricValue(called, value, self._extractor.name, *numbers, metric.has_reference, details)
+                )
+        return measured
 
 
 def _try_out(
@@ -141,9 +188,13 @@ def _try_out(
             )
 
 
-def _check_metrics(options: EvaluationConfig) -> None:
-    """Refuses unknown and repeated metrics, an empty list, and a CLIP score without a CLIP model."""
-    known = (*METRICS, CLIP_SCORE)
+def check_metrics(options: EvaluationConfig) -> None:
+    """Refuses unknown and repeated metrics, an empty list, and a CLIP score without a CLIP model.
+
+    Raises:
+        ValueError: one of these.
+    """
+    known = (*METRICS, CLIP_SCORE, *PAIRED)
     for name in options.metrics:
         if name not in known:
             close = nearest(name, known)
@@ -159,14 +210,16 @@ def _check_metrics(options: EvaluationConfig) -> None:
 def _check_options(config: ExperimentConfig) -> None:
     """Refuses options that have no effect, and a file of statistics that cannot be written."""
     options, defaults = config.evaluation, EvaluationConfig()
+    if config.inpainting is None and (paired := next((m for m in options.metrics if m in PAIRED), None)):
+        raise ValueError(f"{paired} compares fills with the images that they were made in: wanted inpainting")
     for key, metric in METRIC_OF.items():
         if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
             raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")
     statistics = options.reference_statistics
-    if options.metrics == [CLIP_SCORE]:
+    if not any(name in METRICS for name in options.metrics):
         for key, value in (("reference", config.reference), ("evaluation.reference_statistics", statistics)):
             if value is not None:
-                raise ValueError(f"{key} has no effect on {CLIP_SCORE} alone; wanted null")
+                raise ValueError(f"{key} has no effect on {', '.join(options.metrics)} alone; wanted null")
     if statistics is not None and (Path(statistics).is_dir() or not Path(statistics).parent.is_dir()):
         raise ValueError(
             f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"
@@ -235,16 +288,28 @@ def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_vide
 
 
 def _collected_reference(
-    options: EvaluationConfig, reference: SampleSet, extractor: FeatureExtractor, kinds: set[str]
+    options: EvaluationConfig,
+    reference: SampleSet,
+    extractor: FeatureExtractor,
+    kinds: set[str],
+    keep_in: Path | None = None,
 ) -> Collected:
-    """The reference's statistics: read from `reference_statistics` if the file exists, else written to it."""
-    if options.reference_statistics is None:
+    """The reference's statistics: read from `reference_statistics` if the file exists, else written to it.
+
+    Without that key they are in a file of `keep_in`, which has another name for anything else.
+    """
+    if options.reference_statistics is None and keep_in is None:
         return _collected("reference", reference, extractor, options, kinds)
-    path = Path(options.reference_statistics)
     identity = {
         "features": str(getattr(extractor, "identity", extractor.name)),
         "fingerprint": reference.fingerprint(),
     }
+    if options.reference_statistics is not None:
+        path = Path(options.reference_statistics)
+    else:
+        assert keep_in is not None
+        name = sha256(json.dumps([identity, sorted(kinds)]).encode()).hexdigest()[:8]
+        path = keep_in / f"reference_{name}.safetensors"
     if path.exists():
         return load_collected(path, kinds=kinds, **identity)
     collected = _collected("reference", reference, extractor, options, kinds)

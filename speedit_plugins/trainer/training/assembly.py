@@ -1,16 +1,17 @@
 """From a checked config to a trainer, before its first step."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
@@ -18,13 +19,24 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
-from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
+from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
-from speedit_plugins.trainer.sampling.conditions import build_captions, grid_conditions
+from speedit_plugins.trainer.sampling.conditions import (
+    Conditions,
+    all_conditions,
+    build_captions,
+    grid_conditions,
+)
+from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.trainer import DrawGrid, Trainer, TrainingParts
+from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
+from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
+from speedit_plugins.trainer.training.validation import (
+    Validation,
+    training_part,
+    validation_dataset,
+)
 
 
 def build_trainer(
@@ -44,13 +56,15 @@ def build_trainer(
     _check_cache(dataset, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
-    if weights is not None:
-        _load_pretrained(model, weights, captions, runtime)
+    # The weights that adapters are trained on are in no checkpoint.
+    base = weights if weights is not None or not config.lora.rank else config.pretrained
+    start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
     process = build.build_process(config, respaced=True)
-    loader = _loader(dataset, config, runtime)
+    trained = training_part(config, dataset)
+    loader = _loader(trained, config, runtime)
     _check_same_data(loader, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
@@ -58,11 +72,44 @@ def build_trainer(
     profiler = None
     if config.profile_every and runtime.is_main:
         profiler = build_profiler(
-            model, process, policy, inputs, dataset, config, world_size=runtime.world_size
+            model, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
     parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
-    grids = _grids(model, encoder, captions, config) if config.sample_every else None
-    return Trainer(parts, config, draw_grid=grids)
+    periodic = _periodic(model, encoder, dataset, captions, process, config, runtime)
+    return Trainer(parts, config, periodic=periodic)
+
+
+def _periodic(
+    model: nn.Module,
+    encoder: Encoder,
+    dataset: SampleSource,
+    captions: CaptionSource | None,
+    process: build.Process,
+    config: ExperimentConfig,
+    runtime: Runtime,
+) -> list[Periodic]:
+    """What the config wants measured in the training, in the order in which it is measured.
+
+    It is built after the model, so that random numbers drawn here do not change its initialisation.
+    """
+    periodic = []
+    if config.validate_every:
+        own, measured = captions, validation_dataset(config, dataset)
+        if config.data.validation is not None:
+            _check_cache(measured, encoder, config)
+            own = _other_captions(captions, measured, config, runtime)
+        undropped = _batch_encoder(encoder, model, own, replace(config, caption_dropout_prob=0.0), runtime)
+        measure = Validation(model, process, undropped, measured, config, runtime)
+        periodic.append(Periodic("validate_every", config.validate_every, measure))
+    if config.sample_every:
+        conditions = grid_conditions(config, captions, tuple(getattr(dataset, "classes", ())))
+        grids = _grids(model, encoder, conditions, config)
+        periodic.append(Periodic("sample_every", config.sample_every, grids))
+    if config.evaluate_every:
+        conditions = all_conditions(config, captions)
+        evaluation = _evaluation(model, encoder, conditions, config, runtime)
+        periodic.append(Periodic("evaluate_every", config.evaluate_every, evaluation))
+    return periodic
 
 
 def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -> ResumableLoader:
@@ -120,20 +167,40 @@ def _batch_encoder(
     )
 
 
+def _other_captions(
+    captions: CaptionSource | None, dataset: SampleSource, config: ExperimentConfig, runtime: Runtime
+) -> CaptionSource | None:
+    """What encodes the captions of another dataset than the one that is trained on."""
+    # In a table of its own: in the training's, other captions would change the last bits of the features.
+    if isinstance(captions, CaptionTable) or isinstance(dataset, LatentCache):
+        return build_captions(config, dataset, runtime.device)
+    return captions
+
+
 def _grids(
-    model: nn.Module, encoder: Encoder, captions: CaptionSource | None, config: ExperimentConfig
-) -> DrawGrid:
-    """What writes the sample grid of a step, with the averaged weights."""
+    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig
+) -> Callable[[Snapshot], Measured]:
+    """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
+    from speedit_plugins.trainer.sampling.holes import Holes
+    from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
-    conditions = grid_conditions(config, captions)
+    holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
 
-    def write(averages: Mapping[str, Tensor], step: int) -> None:
-        path = Path(config.experiment_dir) / results.GRIDS / f"step_{step:07d}.png"
-        draw_grid(generator, conditions, path, weights=averages)
+    def write(snapshot: Snapshot) -> Measured:
+        weights = snapshot.on_main
+        if not weights:
+            return Measured()
+        path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
+        generator.source = f"step {snapshot.step}"
+        if holes is not None:
+            draw_dataset_fills(generator, holes, conditions.captions, path, weights=weights)
+        else:
+            draw_grid(generator, conditions, path, weights=weights, may_fail=False)
+        return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
 
     return write
 
@@ -146,16 +213,12 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
         )
 
 
-def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
-    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
-    # the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
-    prefixes = ("y_embedder.", "null_tokens", "null_mask")
-    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
-    if captions is not None:
-        cast(Any, model).set_null_text(captions.encode([""]))
-    if runtime.is_main:
-        fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
-        say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")
+def _evaluation(
+    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig, runtime: Runtime
+) -> Callable[[Snapshot], Measured]:
+    # As in `_grids`.
+    from speedit_plugins.trainer.sampling.generator import SampleGenerator
+    from speedit_plugins.trainer.training.evaluation import Evaluation
+
+    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    return Evaluation(generator, conditions, config, runtime)

@@ -19,6 +19,7 @@ from speedit_plugins.trainer.data.loader import NOISE_STREAM, ResumableLoader, s
 from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.validation import training_part
 
 NUM_SAMPLES = 1024
 # So many values take 1.25 GiB: once as float32, and twice as float64 for one shape.
@@ -111,7 +112,7 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
     # The batch of one rank in training.
     batch_size = config.data.batch_size // runtime.world_size
     loader = ResumableLoader(
-        build.build_dataset(config),
+        training_part(config, build.build_dataset(config)),
         batch_size=batch_size,
         seed=config.seed,
         num_workers=config.data.num_workers,
