@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.identity import differences, identify
+from speedit_plugins.trainer.data.identity import differences, identify, portable
 from speedit_plugins.trainer.data.images.captions import ImageCaptions
 from speedit_plugins.trainer.data.images.folder import ImageFolder
 from speedit_plugins.trainer.data.loader import ResumableLoader
@@ -125,6 +125,40 @@ def test_embedded_data_have_a_constant(config: Any) -> None:
     assert first == second
     assert set(first) == {"contents"}
     assert first != build(DATASETS, {"type": "Emoji", "split": "train"}).identity()
+
+
+def test_a_table_of_absolute_paths_may_be_moved_with_its_images(root: Path) -> None:
+    listed = root.with_name("lists") / "table.csv"
+    listed.parent.mkdir()
+    states = []
+    for place in (root, root.with_name("moved")):
+        rows = "".join(f"{place}/{name},red\n" for name in ("a/0.png", "b/3.png"))
+        listed.write_text(f"path,text\n{rows}")
+        states.append(ImageCaptions(listed, image_size=8).identity())
+        shutil.move(place, root.with_name("moved")) if place == root else None
+    assert differences(*states) == []
+    assert portable(Path("/data"), ["/data/a.png", "/b/c.png", "/b/d/e.png"]) == ["a.png", "c.png", "d/e.png"]
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_videos_have_an_identity(tmp_path: Path, is_listed: bool) -> None:
+    for name in ("ant/0/0.png", "ant/1/0.png", "bee/2/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = "ant/0,x\nant/1,y\nbee/2,z\n"
+    config: dict[str, Any] = {"type": "VideoFolder", "root": str(tmp_path), "image_size": 8, "num_frames": 1}
+    if is_listed:
+        (tmp_path / "t.csv").write_text(f"path,text\n{rows}")
+        config |= {"type": "VideoTable", "table": str(tmp_path / "t.csv")}
+    first = build(DATASETS, config)
+    os.utime(tmp_path / "ant" / "1", (1e9, 1e9))
+    if is_listed:
+        (tmp_path / "t.csv").write_text(f"path,text\n{rows.replace('z', 'edited')}")
+    before, dataset = first.identity(), build(DATASETS, config)
+    os.utime(tmp_path / "ant" / "1")
+    found = {change.aspect: change.text for change in differences(before, dataset.identity(), dataset)}
+    assert found["times"] == "files were written again (1 of 3, the first is sample 1, ant/1)"
+    assert set(found) == ({"times", "captions"} if is_listed else {"times"})
 
 
 def test_a_change_among_many_samples_is_placed_within_its_block() -> None:

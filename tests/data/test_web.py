@@ -1,77 +1,17 @@
 """Tars written by the package webdataset, read by number."""
 
-import io
-import json
-import os
 import pickle
 import tarfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from tars import add, encoded, generator, level_of, loaded, shards, write
 
 from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.data.archives.web import WebDataset
 from speedit_plugins.trainer.data.loader import ResumableLoader
-
-Sample = dict[str, Any]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def encoded(level: int, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, (level,) * 3).save(content, kind)
-    return content.getvalue()
-
-
-def level_of(image: torch.Tensor) -> int:
-    """The grey level of a constant image."""
-    return round((float(image.mean()) + 1) * 127.5)
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def write(path: Path, *members: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            add(tar, name, content)
-    return path
-
-
-def shards(folder: Path, count: int = 3, each: int = 5) -> Path:
-    """Tars 000, 001, ...: sample i of all has grey level i, class i % 3 and the caption `text i`."""
-    webdataset = pytest.importorskip("webdataset")
-    folder.mkdir(exist_ok=True)
-    for shard in range(count):
-        with webdataset.TarWriter(str(folder / f"{shard:03d}.tar")) as writer:
-            for number in range(shard * each, (shard + 1) * each):
-                writer.write(
-                    {
-                        "__key__": f"{number:06d}",
-                        "png": encoded(number),
-                        "cls": number % 3,
-                        "txt": f"text {number}",
-                        "json": {"caption": f"field {number}", "label": ("cat", "dog")[number % 2]},
-                    }
-                )
-    return folder
-
-
-def loaded(data: WebDataset) -> list[Sample]:
-    return [data.load(index, generator()) for index in range(len(data))]
 
 
 class TestSamples:
@@ -303,75 +243,3 @@ class TestOrder:
         before = loaded(data)
         copy = pickle.loads(pickle.dumps(data))  # noqa: S301 - what a spawned worker does
         assert [sample["caption"] for sample in loaded(copy)] == [sample["caption"] for sample in before]
-
-
-class TestIndex:
-    @pytest.fixture
-    def scans(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Names of the tars that are read through."""
-        found: list[str] = []
-        real: Callable[..., tarfile.TarFile] = tarfile.open
-
-        def counted(path: Any, *args: Any, **options: Any) -> tarfile.TarFile:
-            found.append(Path(path).name)
-            return real(path, *args, **options)
-
-        monkeypatch.setattr(tarfile, "open", counted)
-        return found
-
-    def test_a_tar_is_read_through_once_and_again_after_a_change(
-        self, tmp_path: Path, scans: list[str]
-    ) -> None:
-        path = write(tmp_path / "x.tar", ("a.png", encoded(1)))
-        scans.clear()
-        for _ in range(2):
-            assert len(WebDataset(path, image_size=8)) == 1
-        assert scans == ["x.tar"]
-        write(path, ("a.png", encoded(3)), ("b.png", encoded(4)))
-        scans.clear()
-        assert [level_of(sample["image"]) for sample in loaded(WebDataset(path, image_size=8))] == [3, 4]
-        # The same length at another time counts as a change too.
-        os.utime(path, ns=(1, 1))
-        WebDataset(path, image_size=8)
-        assert scans == ["x.tar"] * 2
-
-    def test_a_damaged_index_is_made_again(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "x.tar", ("a.png", encoded(1)))
-        WebDataset(path, image_size=8)
-        kept = tmp_path / ".x.tar.members.safetensors"
-        whole = kept.read_bytes()
-        for content in (b"", whole[:100], b"no index", np.zeros(3).tobytes()):
-            kept.write_bytes(content)
-            assert level_of(WebDataset(path, image_size=8).load(0, generator())["image"]) == 1
-            assert len(kept.read_bytes()) == len(whole)
-
-    def test_it_is_kept_in_the_given_folder(self, tmp_path: Path, scans: list[str]) -> None:
-        paths = [write(tmp_path / name / "x.tar", (f"{name}.png", encoded(1))) for name in "ab"]
-        scans.clear()
-        for _ in range(2):
-            data = WebDataset(paths, image_size=8, index_folder=tmp_path / "kept")
-            assert len(data) == 2
-        assert scans == ["x.tar"] * 2
-        assert [len(list(path.parent.iterdir())) for path in paths] == [1, 1]
-
-    def test_a_folder_that_cannot_be_written_sends_it_to_the_cache(
-        self, tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = write(tmp_path / "data" / "x.tar", ("a.png", encoded(1)))
-        # A folder in its place makes writing fail for every user.
-        (tmp_path / "data" / ".x.tar.members.safetensors").mkdir()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        scans.clear()
-        for _ in range(2):
-            WebDataset(path, image_size=8)
-        assert scans == ["x.tar"]
-        (tmp_path / "other").write_text("no folder")
-        with pytest.warns(UserWarning, match="the index of a file is not kept, so that each start reads"):
-            WebDataset(path, image_size=8, index_folder=tmp_path / "other")
-
-    def test_json_is_parsed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        options: dict[str, Any] = {"image_size": 8, "class_cond": True, "label_key": "json:label"}
-        shards(tmp_path, 1)
-        first = WebDataset(tmp_path, **options)
-        monkeypatch.setattr(json, "loads", lambda text: pytest.fail("read again"))
-        assert WebDataset(tmp_path, **options).labels.tolist() == first.labels.tolist()

@@ -5,9 +5,11 @@ message can say where the data changed. Names are relative: moving a folder as a
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -66,6 +68,20 @@ def identify(**aspects: Digestible | np.ndarray | Sequence[str]) -> dict[str, st
         aspects: per aspect a value for each of the N samples, or, for "classes", for each class.
     """
     return {aspect: _digests(values) for aspect, values in aspects.items()}
+
+
+def portable(base: Path, names: Iterable[str]) -> list[str]:
+    """Paths that stay the same if the data are moved as a whole.
+
+    Absolute paths become relative to `base`, or, if they lead elsewhere, to the deepest folder they share.
+    """
+    inner = f"{base}{os.sep}"
+    found = [name.removeprefix(inner) for name in names]
+    elsewhere = [os.path.dirname(name) for name in found if os.path.isabs(name)]
+    if not elsewhere:
+        return found
+    shared = f"{os.path.commonpath(elsewhere).rstrip(os.sep)}{os.sep}"
+    return [name.removeprefix(shared) for name in found]
 
 
 def differences(saved: Identity, found: Identity, dataset: object = None) -> list[Change]:

@@ -14,7 +14,8 @@ from torch import Tensor
 class ChunkedOrder:
     """Shuffles chunks, and the samples within a window of consecutive chunks.
 
-    A window of K or more shuffles all samples. A smaller one has fewer chunks in use at a time.
+    A window of K or more shuffles all samples, exactly as without chunks. A smaller one has fewer chunks in
+    use at a time.
 
     Args:
         chunks: chunk that each sample is stored in, int64 (N,).
@@ -26,8 +27,10 @@ class ChunkedOrder:
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A permutation of the samples, int64 (N,)."""
-        _, numbers = self.chunks.unique(return_inverse=True)  # (N,) in [0, K)
-        places = torch.randperm(int(numbers.max()) + 1, generator=generator)  # (K,)
+        used, numbers = self.chunks.unique(return_inverse=True)  # (K,), and (N,) in [0, K)
+        if self.window >= len(used):
+            return torch.randperm(len(numbers), generator=generator)
+        places = torch.randperm(len(used), generator=generator)  # (K,)
         shuffled = torch.randperm(len(numbers), generator=generator)
         windows = places[numbers[shuffled]] // self.window  # (N,)
         return shuffled[windows.argsort(stable=True)]

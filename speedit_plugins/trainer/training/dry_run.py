@@ -1,5 +1,8 @@
 """What --dry-run prints: parameters, tokens, memory and data of a config."""
 
+import dataclasses
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +53,11 @@ def describe(config: ExperimentConfig) -> str:
 
 def _data(config: ExperimentConfig) -> list[tuple[str, str]]:
     """What the dataset holds, or why it cannot be used."""
+    section = config.data.dataset
+    if "verify" in inspect.signature(DATASETS.module_dict[section["type"]]).parameters:
+        # Only a training reads all of a cache to verify it.
+        data = dataclasses.replace(config.data, dataset={**section, "verify": False})
+        config = dataclasses.replace(config, data=data)
     try:
         dataset = build.build_dataset(config)
     except (ValueError, OSError, ImportError) as error:

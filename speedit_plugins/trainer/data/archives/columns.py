@@ -73,18 +73,20 @@ def texts_of(value: Any, place: str) -> tuple[str, ...]:
 
 
 def label_of(value: Any, names: Sequence[str] | None) -> str:
-    """A label as text; "" for a missing one, which Hugging Face writes as -1 or nothing.
+    """A label as text; "" for one that is missing or of another kind. Hugging Face writes -1 for no label.
 
     Args:
         value: the value of the label's column.
         names: names of the classes, if the table has them.
     """
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, str):
+        return value.strip()
+    # pandas writes integer columns with gaps as 1.0 and nan.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or value < 0 or (names is not None and value >= len(names)):
         return ""
-    if isinstance(value, int):
-        is_class = value >= 0 and (names is None or value < len(names))
-        return str(value) if is_class else ""
-    return value.strip()
+    return str(int(value))
 
 
 def class_names(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:

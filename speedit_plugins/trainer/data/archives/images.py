@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from speedit_plugins.trainer.data.buckets import checked_sides, nearest_buckets
-from speedit_plugins.trainer.data.images.fit import center_crop
-from speedit_plugins.trainer.data.images.folder import ON_CORRUPT
+from speedit_plugins.trainer.data.images.fit import Fit
+from speedit_plugins.trainer.data.images.folder import check_options
 from speedit_plugins.trainer.data.images.pixels import as_tensor, read_rgb, read_size
 
 # A message names at most this many samples.
@@ -43,44 +43,11 @@ class Record:
     texts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How images become samples; the arguments of `StoredImages` that all its datasets share.
-
-    Args:
-        image_size: side of the square crop in pixels, >= 1.
-        random_flip: mirror left to right with probability 1/2.
-        on_corrupt: "raise" or "skip".
-        buckets: [height, width] of each bucket in pixels, or None.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    image_size: int
-    random_flip: bool
-    on_corrupt: str
-    buckets: Sequence[Sequence[int]] | None
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"images need image_size >= 1, got {self.image_size}")
-        if self.on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"images need on_corrupt in {ON_CORRUPT}, got {self.on_corrupt!r}")
-
-    @property
-    def sides(self) -> list[tuple[int, int]]:
-        """(height, width) of each bucket; without buckets, of every sample."""
-        if self.buckets is None:
-            return [(self.image_size, self.image_size)]
-        return checked_sides(self.buckets)
-
-
 class StoredImages:
-    """Images addressed by number, cropped and put into buckets as in `ImageFolder`.
+    """Images addressed by number, fitted and put into buckets as in `ImageFolder`; arguments as there.
 
-    A subclass sets `has_text`, calls `_number` once it knows its samples, and implements `record` and
-    `measured`.
+    A subclass sets `has_text`, calls `_number` once it knows its samples, and implements `record`,
+    `measured` and `identity`.
 
     Attributes:
         classes: names of the classes; () without classes.
@@ -92,9 +59,22 @@ class StoredImages:
     channels = 3
     has_text = False
 
-    def __init__(self, cut: Cut) -> None:
-        self.image_size, self.on_corrupt = cut.image_size, cut.on_corrupt
-        self._cut, self._sides = cut, cut.sides
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        random_flip: bool,
+        on_corrupt: str,
+        buckets: Sequence[Sequence[int]] | None,
+        fit: str,
+        pad_color: str | Sequence[int] | None,
+        bit_depth: int | None,
+    ) -> None:
+        check_options(self, image_size=image_size, on_corrupt=on_corrupt, bit_depth=bit_depth)
+        self.image_size, self.random_flip, self.on_corrupt = image_size, random_flip, on_corrupt
+        self.fit, self.bit_depth = Fit(fit, pad_color), bit_depth
+        self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
+        self._has_buckets = buckets is not None
         self.left_out: dict[str, int] = {}
         self.classes: tuple[str, ...] = ()
         self.buckets: Tensor | None = None
@@ -106,7 +86,7 @@ class StoredImages:
         self.labels, self.classes = labels, classes
         # In shared memory, so that all workers together count each damaged sample once.
         self._corrupt = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
-        if self._cut.buckets is not None:
+        if self._has_buckets:
             self.buckets = self._nearest(self.measured())
 
     def __len__(self) -> int:
@@ -127,6 +107,10 @@ class StoredImages:
         """Number of samples with captions."""
         return len(self) if self.has_text else 0
 
+    def identity(self) -> dict[str, str]:
+        """Digests of what the samples are, see `identify`."""
+        raise NotImplementedError
+
     def record(self, index: int) -> Record:
         """The stored sample; raises ValueError, with its place, if it is damaged."""
         raise NotImplementedError
@@ -138,7 +122,7 @@ class StoredImages:
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (3, H, W) in [-1, 1], and "caption" str, "label" int, or both.
 
-        `generator` decides the flip, then which caption if there are several.
+        `generator` decides the flip, the part that "random_crop" keeps, and which of several captions.
 
         Raises:
             ValueError: the sample is damaged and on_corrupt is "raise", or it is "skip" and no sample (of
@@ -158,10 +142,11 @@ class StoredImages:
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} samples, got index {index}")
         # Decided before the file is read, so that a damaged sample does not change later random numbers.
-        flip = self._cut.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+        flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
+        place = self.fit.draw(generator)
         image, texts, index = self._read(index)
         height, width = self._sides[0 if self.buckets is None else int(self.buckets[index])]
-        scaled = as_tensor(center_crop(image, height, width))  # (3, H, W)
+        scaled = as_tensor(self.fit.apply(image, height, width, place))  # (3, H, W)
         sample: dict[str, Any] = {"image": scaled.flip(-1) if flip else scaled}
         if self.has_text:
             sample["captions"] = list(texts)
@@ -174,7 +159,7 @@ class StoredImages:
         for candidate in self._candidates(index):
             try:
                 record = self.record(candidate)
-                return read_rgb(record.image), record.texts, candidate
+                return read_rgb(record.image, bit_depth=self.bit_depth), record.texts, candidate
             except ValueError as error:
                 if self.on_corrupt == "raise":
                     raise

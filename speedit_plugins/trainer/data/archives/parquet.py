@@ -5,7 +5,6 @@ Dims: N samples, G row groups.
 
 import os
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,15 +26,15 @@ from speedit_plugins.trainer.data.archives.columns import (
 )
 from speedit_plugins.trainer.data.archives.images import (
     NUM_NAMED,
-    Cut,
     Record,
     StoredImages,
     own_or_default,
     size_or_zero,
 )
-from speedit_plugins.trainer.data.archives.kept import kept
+from speedit_plugins.trainer.data.archives.index import indexed
 from speedit_plugins.trainer.data.archives.labels import numbered
 from speedit_plugins.trainer.data.archives.sources import Root, find_files
+from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.order import ChunkedOrder
 
 # What each loading process keeps of the files in memory, where `shuffle_window` is not given.
@@ -69,11 +68,13 @@ class ParquetImages(StoredImages):
         on_corrupt: "raise" raises at a file that cannot be read, at a row without a label, and at a damaged
             image or caption; the message names file and row. "skip" leaves out and counts the first two; in
             place of a damaged sample it uses the next readable one.
-        buckets: as in `ImageFolder`. The first start reads all images for it, and keeps their sizes beside
-            the files, see `kept`.
+        buckets: as in `ImageFolder`. The first start reads all images for it, and keeps their sizes in
+            `speedit/folders` in $XDG_CACHE_HOME or ~/.cache.
+        fit: as in `ImageFolder`.
+        pad_color: as in `ImageFolder`.
+        bit_depth: as in `ImageFolder`.
         shuffle_window: number of row groups whose samples are mixed, >= 1; null takes as many as 256 MiB
             hold.
-        index_folder: keeps the sizes there; null keeps them beside the files.
 
     Raises:
         ValueError: no such file, a remote address, a missing column, an option that has no effect; with
@@ -95,10 +96,20 @@ class ParquetImages(StoredImages):
         random_flip: bool = False,
         on_corrupt: str = "raise",
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
+        bit_depth: int | None = None,
         shuffle_window: int | None = None,
-        index_folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(Cut(image_size, random_flip, on_corrupt, buckets))
+        super().__init__(
+            image_size=image_size,
+            random_flip=random_flip,
+            on_corrupt=on_corrupt,
+            buckets=buckets,
+            fit=fit,
+            pad_color=pad_color,
+            bit_depth=bit_depth,
+        )
         if shuffle_window is not None and shuffle_window < 1:
             raise ValueError(f"ParquetImages needs shuffle_window >= 1, got {shuffle_window}")
         self.has_text = text
@@ -107,7 +118,6 @@ class ParquetImages(StoredImages):
             DEFAULTS,
             {"caption_column": text, "label_column": class_cond},
         )
-        self._index_folder = None if index_folder is None else Path(index_folder).expanduser()
         self._files = find_files(root, suffix=".parquet", reader="ParquetImages")
         self._forget()
         self._class_names: tuple[str, ...] | None = None
@@ -131,6 +141,23 @@ class ParquetImages(StoredImages):
     def __getstate__(self) -> dict[str, Any]:
         # Open files cannot be sent to another process.
         return {**self.__dict__, "_pid": 0, "_readers": {}, "_tables": {}}
+
+    def name(self, index: int) -> str:
+        """File and row of a sample."""
+        group = int(self._group_of[index])
+        return self._place(group, int(self._rows[index] - self._starts[group]))[1]
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the rows' numbers, classes, labels, and sizes and times of the files."""
+        facts = [path.stat() for path in self._files]
+        file_of = self._groups[self._group_of, 0]
+        return identify(
+            names=self._rows,
+            classes=self.classes,
+            labels=self.labels.numpy(),
+            sizes=np.array([fact.st_size for fact in facts], dtype=np.int64)[file_of],
+            times=np.array([fact.st_mtime_ns for fact in facts], dtype=np.int64)[file_of],
+        )
 
     def record(self, index: int) -> Record:
         """The image's bytes and the captions of a row."""
@@ -170,8 +197,7 @@ class ParquetImages(StoredImages):
             sizes = [size for group in groups for size in self._sizes_in(group, column)]
             return {"sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2)}
 
-        name = f"sizes-{zlib.crc32(column.encode()):08x}"
-        return kept(self._files[file], name, measure, folder=self._index_folder)["sizes"]
+        return indexed(self._files[file], f"sizes in {column}", measure)["sizes"]
 
     def _sizes_in(self, group: int, column: str) -> list[tuple[int, int]]:
         try:
@@ -237,7 +263,7 @@ class ParquetImages(StoredImages):
             self._place(int(group_of[row]), int(row - self._starts[group_of[row]]))[1]
             for row in lacking[:NUM_NAMED]
         ]
-        self._leave_out("samples without label", places, len(lacking))
+        self._leave_out("samples without a usable label", places, len(lacking))
         return rows[has]
 
     def _fitting_window(self) -> int:

@@ -22,7 +22,6 @@ from speedit_plugins.trainer.data.archives.columns import (
 )
 from speedit_plugins.trainer.data.archives.images import (
     NUM_NAMED,
-    Cut,
     Record,
     StoredImages,
     own_or_default,
@@ -30,6 +29,7 @@ from speedit_plugins.trainer.data.archives.images import (
 )
 from speedit_plugins.trainer.data.archives.labels import numbered
 from speedit_plugins.trainer.data.archives.sources import check_local
+from speedit_plugins.trainer.data.identity import identify
 
 
 class SavedDataset(StoredImages):
@@ -52,6 +52,9 @@ class SavedDataset(StoredImages):
             names the row. "skip" leaves out and counts the first; in place of a damaged sample it uses the
             next readable one.
         buckets: as in `ImageFolder`. Every start reads all images for it.
+        fit: as in `ImageFolder`.
+        pad_color: as in `ImageFolder`.
+        bit_depth: as in `ImageFolder`.
 
     Raises:
         ValueError: no such folder, a remote address, another split, a missing column, an option that has no
@@ -74,8 +77,19 @@ class SavedDataset(StoredImages):
         random_flip: bool = False,
         on_corrupt: str = "raise",
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
+        bit_depth: int | None = None,
     ) -> None:
-        super().__init__(Cut(image_size, random_flip, on_corrupt, buckets))
+        super().__init__(
+            image_size=image_size,
+            random_flip=random_flip,
+            on_corrupt=on_corrupt,
+            buckets=buckets,
+            fit=fit,
+            pad_color=pad_color,
+            bit_depth=bit_depth,
+        )
         self.has_text = text
         self._columns = own_or_default(
             {"image_column": image_column, "caption_column": caption_column, "label_column": label_column},
@@ -86,7 +100,7 @@ class SavedDataset(StoredImages):
             raise ValueError(f"SavedDataset needs root to be a path, got {root!r}")
         check_local(os.fspath(root), "SavedDataset")
         self._root = Path(root).expanduser()
-        table = _loaded(self._root, split)
+        table, self._folder = _loaded(self._root, split)
         check_columns(self._columns, table.column_names, self._root)
         columns = list(dict.fromkeys(self._columns.values()))
         self._table = _undecoded(
@@ -95,6 +109,24 @@ class SavedDataset(StoredImages):
         classes, labels, rows = self._labelled() if class_cond else ((), None, np.arange(len(table)))
         self._rows = rows
         self._number(torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels, classes)
+
+    def name(self, index: int) -> str:
+        """Folder and row of a sample."""
+        return self._place(int(self._rows[index]))
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the rows' numbers, classes, labels, and sizes and times of all files together."""
+        facts = [path.stat() for path in sorted(self._folder.glob("*.arrow"))]
+        totals = {
+            "sizes": sum(fact.st_size for fact in facts),
+            "times": max((fact.st_mtime_ns for fact in facts), default=0),
+        }
+        return identify(
+            names=self._rows,
+            classes=self.classes,
+            labels=self.labels.numpy(),
+            **{aspect: np.full(len(self), total) for aspect, total in totals.items()},
+        )
 
     def record(self, index: int) -> Record:
         """The image's bytes and the captions of a row."""
@@ -127,7 +159,7 @@ class SavedDataset(StoredImages):
         has = np.array([bool(value) for value in values], dtype=bool)
         lacking = np.flatnonzero(~has)
         places = [self._place(row) for row in lacking[:NUM_NAMED].tolist()]
-        self._leave_out("samples without label", places, len(lacking))
+        self._leave_out("samples without a usable label", places, len(lacking))
         classes, labels = numbered([value for value in values if value], names)
         return classes, labels, np.flatnonzero(has)
 
@@ -139,8 +171,8 @@ class SavedDataset(StoredImages):
         return f"{self._root}, row {row}"
 
 
-def _loaded(root: Path, split: str | None) -> Any:
-    """The dataset in a folder.
+def _loaded(root: Path, split: str | None) -> tuple[Any, Path]:
+    """The dataset in a folder, and the folder with its files.
 
     Raises:
         ValueError: the folder has none, or not this split, or several and none is named.
@@ -160,13 +192,14 @@ def _loaded(root: Path, split: str | None) -> Any:
     if not isinstance(found, datasets.DatasetDict):
         if split is not None and str(found.split) != split:
             raise ValueError(f"{root} has one dataset without splits, got split {split!r}; wanted null")
-        return found
+        return found, root
     known = ", ".join(found)
     if split is None and len(found) > 1:
         raise ValueError(f"{root} has several splits, wanted split to be one of {known}")
     if split is not None and split not in found:
         raise ValueError(f"{root} has no split {split!r}, wanted one of {known}")
-    return found[split if split is not None else next(iter(found))]
+    chosen = split if split is not None else next(iter(found))
+    return found[chosen], root / chosen
 
 
 def _undecoded(table: Any, column: str) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from speedit_plugins.trainer.data.archives.kept import joined, kept, separated
+from speedit_plugins.trainer.data.archives.index import indexed
+from speedit_plugins.trainer.data.strings import Strings
 
 # The key is all up to the first dot of the file's name; then comes the extension. Hidden files have no key.
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
@@ -32,7 +33,7 @@ class TarIndex:
         fault: why the tar is not whole; "" if it is.
     """
 
-    keys: list[str]
+    keys: Strings
     extensions: list[str]
     sample: np.ndarray
     extension: np.ndarray
@@ -57,22 +58,22 @@ class TarIndex:
         return [f"{self.keys[key]}.{self.extensions[kind]}" for key, kind in different[counts > 1].tolist()]
 
 
-def read_tar_index(path: Path, *, folder: Path | None) -> TarIndex:
-    """The index of a tar, read from the tar itself or from where it is kept, see `kept`.
+def read_tar_index(path: Path) -> TarIndex:
+    """The index of a tar, read from the tar itself or kept from the last time, see `indexed`.
 
     Raises:
         ValueError: the file is no tar, or compressed.
         OSError: the system fails to read the file.
     """
-    arrays = kept(path, "members", lambda: _scanned(path), folder=folder)
+    arrays = indexed(path, "members", lambda: _scanned(path))
     return TarIndex(
-        keys=separated(arrays["key_text"], arrays["key_ends"]),
-        extensions=separated(arrays["extension_text"], arrays["extension_ends"]),
+        keys=Strings.from_arrays("keys", arrays),
+        extensions=list(Strings.from_arrays("extensions", arrays)),
         sample=arrays["sample"],
         extension=arrays["extension"],
         offset=arrays["offset"],
         size=arrays["size"],
-        fault=arrays["fault"].tobytes().decode(),
+        fault="".join(Strings.from_arrays("fault", arrays)),
     )
 
 
@@ -100,14 +101,11 @@ def _scanned(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is no tar: {error}{hint}") from error
         problem = str(error)
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    named, kinds = joined(list(keys)), joined(list(extensions))
     return {
-        "key_text": named["text"],
-        "key_ends": named["ends"],
-        "extension_text": kinds["text"],
-        "extension_ends": kinds["ends"],
+        **Strings(list(keys)).arrays("keys"),
+        **Strings(list(extensions)).arrays("extensions"),
         **dict(zip(("sample", "extension", "offset", "size"), table.T.copy(), strict=True)),
-        "fault": np.frombuffer((_fault_at(path, end) or problem).encode(), dtype=np.uint8),
+        **Strings([_fault_at(path, end) or problem]).arrays("fault"),
     }
 
 

@@ -18,17 +18,17 @@ import torch
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.data.archives.images import (
     NUM_NAMED,
-    Cut,
     ImageBytes,
     Record,
     StoredImages,
     own_or_default,
     size_or_zero,
 )
-from speedit_plugins.trainer.data.archives.kept import joined, kept, separated
+from speedit_plugins.trainer.data.archives.index import indexed
 from speedit_plugins.trainer.data.archives.labels import numbered
 from speedit_plugins.trainer.data.archives.sources import Root, find_files
 from speedit_plugins.trainer.data.archives.tar import TarIndex, read_tar_index
+from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.images.pixels import readable_suffixes
 from speedit_plugins.trainer.data.order import ChunkedOrder
 from speedit_plugins.trainer.data.strings import Strings
@@ -44,9 +44,9 @@ class WebDataset(StoredImages):
     """Images in tars: the files of a sample follow each other and have one name, up to the first dot.
 
     `000.jpg`, `000.txt` and `000.cls` are an image, its caption and its class. A class is a number or a name.
-    The tars are not unpacked, and not read through at every start: an index of each is kept beside it, see
-    `kept`. Every sample can be read by itself, so shards are shuffled, shared between processes and resumed
-    within, whatever their number is.
+    The tars are not unpacked. The first start reads through them, and keeps an index of each in
+    `speedit/folders` in $XDG_CACHE_HOME or ~/.cache. With it every sample is read by itself: tars are
+    shuffled, shared between processes and resumed within, whatever their number is.
 
     Each epoch goes through the tars in another order and mixes the samples of `shuffle_window` of them.
 
@@ -63,8 +63,10 @@ class WebDataset(StoredImages):
             one; the message names tar and key. "skip" leaves out and counts what is known at the start; in
             place of a damaged sample it uses the next readable one.
         buckets: as in `ImageFolder`. The first start reads all images for it, and keeps their sizes.
+        fit: as in `ImageFolder`.
+        pad_color: as in `ImageFolder`.
+        bit_depth: as in `ImageFolder`.
         shuffle_window: number of tars whose samples are mixed, >= 1.
-        index_folder: keeps the indexes there; null keeps them beside the tars.
 
     Raises:
         ValueError: no such file, a remote address, no tar, an option that has no effect; with "raise" also
@@ -85,10 +87,20 @@ class WebDataset(StoredImages):
         random_flip: bool = False,
         on_corrupt: str = "raise",
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
+        bit_depth: int | None = None,
         shuffle_window: int = 16,
-        index_folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(Cut(image_size, random_flip, on_corrupt, buckets))
+        super().__init__(
+            image_size=image_size,
+            random_flip=random_flip,
+            on_corrupt=on_corrupt,
+            buckets=buckets,
+            fit=fit,
+            pad_color=pad_color,
+            bit_depth=bit_depth,
+        )
         if shuffle_window < 1:
             raise ValueError(f"WebDataset needs shuffle_window >= 1, got {shuffle_window}")
         self.has_text = text
@@ -98,7 +110,6 @@ class WebDataset(StoredImages):
             {"caption_key": CAPTION, "label_key": LABEL},
             {"caption_key": text, "label_key": class_cond},
         )
-        self._index_folder = None if index_folder is None else Path(index_folder).expanduser()
         self._files = find_files(root, suffix=".tar", reader="WebDataset")
         self._open: dict[int, io.FileIO] = {}
         names: list[str] = []
@@ -120,6 +131,21 @@ class WebDataset(StoredImages):
         # Open files cannot be sent to another process.
         return {**self.__dict__, "_open": {}}
 
+    def name(self, index: int) -> str:
+        """Tar and key of a sample."""
+        return f"{self._files[int(self._table[index, 0])]}, key {self._names[index]}"
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the keys, classes, labels, sizes of images and captions, and times of the tars."""
+        times = np.array([path.stat().st_mtime_ns for path in self._files], dtype=np.int64)
+        return identify(
+            names=self._names,
+            classes=self.classes,
+            labels=self.labels.numpy(),
+            sizes=self._table[:, 2] + self._table[:, 4],
+            times=times[self._table[:, 0]],
+        )
+
     def record(self, index: int) -> Record:
         """The image's bytes and the caption of a sample."""
         image = self._image(index)
@@ -131,7 +157,7 @@ class WebDataset(StoredImages):
 
     def _image(self, index: int) -> ImageBytes:
         shard, offset, size, _, _ = self._table[index].tolist()
-        place = f"{self._files[shard]}, key {self._names[index]}"
+        place = self.name(index)
         return ImageBytes(self._bytes(shard, offset, size, place), place)
 
     def measured(self) -> np.ndarray:
@@ -144,8 +170,8 @@ class WebDataset(StoredImages):
             sizes = [size_or_zero(partial(self._image, row)) for row in rows.tolist()]
             return {"sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2)}
 
-        name = f"sizes-{_crc(self._table[rows, 1:3])}"
-        return kept(self._files[shard], name, measure, folder=self._index_folder)["sizes"].copy()
+        name = f"sizes {_crc(self._table[rows, 1:3])}"
+        return indexed(self._files[shard], name, measure)["sizes"].copy()
 
     def _samples(self, shard: int) -> tuple[list[str], np.ndarray, list[str]]:
         """Keys, rows of the table, and labels as text of the samples of a tar that can be used."""
@@ -176,7 +202,7 @@ class WebDataset(StoredImages):
     def _index(self, path: Path) -> TarIndex | None:
         """The index of a tar; None if it cannot be used at all."""
         try:
-            index = read_tar_index(path, folder=self._index_folder)
+            index = read_tar_index(path)
         except ValueError as error:
             self._leave_out("shards that cannot be read", [str(error)], 1)
             return None
@@ -208,11 +234,11 @@ class WebDataset(StoredImages):
         key = self._keys["label_key"]
 
         def read() -> dict[str, np.ndarray]:
-            return joined([self._label(shard, offset, size) for offset, size in parts.tolist()])
+            texts = [self._label(shard, offset, size) for offset, size in parts.tolist()]
+            return Strings(texts).arrays("labels")
 
-        name = f"labels-{_crc(parts, key)}"
-        found = kept(self._files[shard], name, read, folder=self._index_folder)
-        return separated(found["text"], found["ends"])
+        arrays = indexed(self._files[shard], f"labels {_crc(parts, key)}", read)
+        return list(Strings.from_arrays("labels", arrays))
 
     def _label(self, shard: int, offset: int, size: int) -> str:
         try:

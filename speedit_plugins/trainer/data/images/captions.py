@@ -6,6 +6,7 @@ Dims: H x W pixels of a sample, N images.
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from speedit_plugins.registry import DATASETS
-from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.identity import identify, portable
 from speedit_plugins.trainer.data.images.caption_files import read_captions
 from speedit_plugins.trainer.data.images.caption_folders import (
     NUM_NAMED,
@@ -51,7 +52,8 @@ class ImageCaptions(Images):
     Args:
         captions_file: a file in one of the layouts above; None searches `root`.
         image_size: side of the square sample in pixels, >= 1.
-        root: folder that image paths are relative to; None uses the folder of the captions file.
+        root: folder that image paths are relative to; None uses the folder of the captions file. Absolute
+            paths and those that begin with `~`, the home folder, do not depend on it.
         text_column: name of the column or key with the captions; None takes "text" or "caption".
         caption_suffix: suffix of the text files beside the images; None is ".txt". If given, metadata files
             are not read.
@@ -100,6 +102,7 @@ class ImageCaptions(Images):
         bit_depth: int | None = None,
     ) -> None:
         check_options(self, image_size=image_size, on_corrupt=on_corrupt, bit_depth=bit_depth)
+        chosen = Fit(fit, pad_color)
         options = CaptionOptions(text_column, caption_suffix, caption_lines, missing_captions, follow_links)
         if captions_file is None:
             if root is None:
@@ -112,10 +115,13 @@ class ImageCaptions(Images):
                 raise ValueError(f"captions_file must be a file, got the folder {file}; wanted root: {file}")
             options.check_file(file)
             base = checked_folder(self, file.parent if root is None else root)
-            found, source = Captioned(base, list(read_captions(file, text_column))), str(file)
+            rows = [
+                replace(row, path=os.path.expanduser(row.path)) for row in read_captions(file, text_column)
+            ]
+            found, source = Captioned(base, rows), str(file)
         self.root = found.base
         self.left_out: Mapping[str, int] = found.left_out
-        names = Strings([row.path for row in found.rows])
+        names = Strings([os.path.expanduser(row.path) for row in found.rows])
         self._texts = _Texts(row.texts for row in found.rows)
         super().__init__(
             found.base,
@@ -125,7 +131,7 @@ class ImageCaptions(Images):
             random_flip=random_flip,
             on_corrupt=on_corrupt,
             buckets=buckets,
-            fit=Fit(fit, pad_color),
+            fit=chosen,
             bit_depth=bit_depth,
         )
 
@@ -147,7 +153,9 @@ class ImageCaptions(Images):
 
     def identity(self) -> dict[str, str]:
         """Digests of names, captions, sizes and times, see `identify`."""
-        return {**super().identity(), **identify(captions=self._texts)}
+        # Those of a captions file may be absolute.
+        names = portable(self._base, self._names)
+        return {**super().identity(), **identify(names=names, captions=self._texts)}
 
     @property
     def max_captions(self) -> int:

@@ -213,6 +213,7 @@ class ImageFolder(Images):
         bit_depth: int | None = None,
     ) -> None:
         check_options(self, image_size=image_size, on_corrupt=on_corrupt, bit_depth=bit_depth)
+        chosen = Fit(fit, pad_color)
         self.root = checked_folder(self, root)
         suffixes = readable_suffixes()
         # The root itself may be a link; only links below it are checked.
@@ -229,7 +230,7 @@ class ImageFolder(Images):
             random_flip=random_flip,
             on_corrupt=on_corrupt,
             buckets=buckets,
-            fit=Fit(fit, pad_color),
+            fit=chosen,
             bit_depth=bit_depth,
         )
 
