@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_config, small_trainer
+from runs import arguments, small_config, small_trainer
 from torch.testing import assert_close
 
+from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
@@ -176,6 +177,12 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled(
     names = [path.name for path in checkpoint.newest_first(tmp_path / "checkpoints")]
     assert find_weights(small_config(tmp_path, "sample", ckpt_path="best")).name == "step_0000008"
     assert names[0] == "step_0000008"
+
+
+def test_a_dry_run_checks_the_validation_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = arguments(tmp_path, validate_every=5, data__validation="{type: Digits, image_sise: 8}")
+    assert main(["-c", CONFIG, "-p", "train", "--dry-run", *options]) == 2
+    assert "image_sise" in capfd.readouterr().err
 
 
 def test_a_run_without_a_best_checkpoint_says_how_to_get_one(tmp_path: Path) -> None:
