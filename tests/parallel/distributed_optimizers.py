@@ -64,8 +64,18 @@ def check_every_optimizer_goes_on_bit_for_bit_on_two_ranks_and_alone(runtime: Ru
 
 
 def check_ones_own_optimizer_goes_on_bit_for_bit_on_shards(runtime: Runtime, folder: Path) -> None:
+    class Counting(torch.optim.SGD):
+        """Its rate falls with a count in its group."""
+
+        def step(self, closure: Any = None) -> None:
+            group = self.param_groups[0]
+            group["count"] = group.get("count", 0) + 1
+            rate, group["lr"] = group["lr"], group["lr"] / group["count"]
+            super().step()
+            group["lr"] = rate
+
     def momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=lr, momentum=0.9)
+        return Counting(params, lr=lr, momentum=0.9)
 
     momentum.plugins = PLUGINS  # type: ignore[attr-defined]  # as a user sets it
     OPTIMIZERS.register_module(name="Momentum", module=momentum)

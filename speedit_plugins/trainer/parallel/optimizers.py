@@ -65,6 +65,11 @@ def build_optimizer(model: nn.Module, config: ExperimentConfig) -> torch.optim.O
     return optimizer
 
 
+def has_two_points(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes gradients at another point than that of evaluation; `train` and `eval` go between."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
 def adamw(
     params: Sequence[Tensor],
     *,
