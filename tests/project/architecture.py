@@ -91,7 +91,7 @@ _HOST_TOOLS = ("tools/*_training.py", "tools/whole_trainings/*.py")
 # to the package, or to the project's root.
 CONFINED: dict[str, tuple[str, ...]] = {
     "mmengine": ("hosts/*.py", "trainer/config/loading.py", *_HOST_TOOLS),
-    "colossalai": ("trainer/parallel/booster.py", *_HOST_TOOLS),
+    "colossalai": ("trainer/parallel/booster.py", "trainer/parallel/colossal_setup.py", *_HOST_TOOLS),
     "diffusers": (
         "trainer/models/autoencoder.py",
         "trainer/models/exported.py",

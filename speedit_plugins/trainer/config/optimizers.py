@@ -45,8 +45,10 @@ OPTIMIZER_FACTS: dict[str, OptimizerFacts] = {
         {
             **_ADAM,
             "beta3": None,
-            "use_bias_correction": False,
-            "safeguard_warmup": False,
+            # Its authors' advice for diffusion models. Without the first, training from random weights stalls
+            # in our runs; without the second it diverges after a warm-up.
+            "use_bias_correction": True,
+            "safeguard_warmup": True,
             "d0": 1e-6,
             "d_coef": 1.0,
             "growth_rate": float("inf"),

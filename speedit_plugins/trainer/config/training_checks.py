@@ -62,7 +62,9 @@ def check_optimizer(config: ExperimentConfig) -> None:
             reason = f"{options.type} needs none; wanted constant, got {options.schedule}"
             raise ConfigError("optimizer.schedule", reason)
     elif options.lr is None:
-        raise ConfigError("optimizer.lr", f"missing; wanted float > 0 for the optimizer {options.type}")
+        close = nearest(options.type, OPTIMIZER_FACTS)
+        what = f"the optimizer {options.type}, which is not one of this package{close}"
+        raise ConfigError("optimizer.lr", f"missing; wanted float > 0 for {what}")
     if options.min_lr and options.schedule == "constant":
         raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
     if options.lr is not None and options.min_lr > options.lr:
