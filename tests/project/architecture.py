@@ -40,7 +40,9 @@ _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
 _FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config"}
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
-_SHARED = _PARTS | {f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "results")}
+_SHARED = _PARTS | {
+    f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "checkpoint_paths", "results")
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "files": set(),
@@ -65,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/inputs": _PARTS,
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
+    "trainer/checkpoint_paths": _PARTS | {"trainer/checkpoint"},
     "trainer/results": _PARTS | {"trainer/checkpoint"},
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/logging"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -23,6 +24,7 @@ from speedit_plugins.trainer.models.weights import load_weights
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.terminal import say
 
 
 class SampleGenerator:
@@ -139,7 +141,7 @@ class SampleGenerator:
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
     """The generator with averaged weights, the text encoder, and the path of the weights."""
-    source = find_weights(config)
+    source = find_weights(config, tell=say)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)
@@ -149,8 +151,10 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
     return SampleGenerator(model, process, encoder, config, source=source), captions, source
 
 
-def find_weights(config: ExperimentConfig) -> Path:
+def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | None = None) -> Path:
     """`ckpt_path`, or else the folder of the newest checkpoint that is not damaged.
+
+    A run's folder as `ckpt_path` means its newest checkpoint; `tell` gets a line that says so.
 
     Raises:
         ValueError: there is neither, or it has no averaged weights.
@@ -158,7 +162,11 @@ def find_weights(config: ExperimentConfig) -> Path:
     checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
     found = checkpoint.newest_first(checkpoints)
     named = config.ckpt_path
-    source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
+    source = (
+        named_checkpoint(named, "ckpt_path", say=tell)
+        if named
+        else checkpoint.newest_whole(found, only=checkpoint.EMA)
+    )
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
     if source.is_dir() and not (source / checkpoint.EMA).is_file():
