@@ -106,7 +106,7 @@ class ExperimentConfig:
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
     write over a run; a path goes on from that checkpoint, or from the newest of that run's folder."""
     pretrained: str | None = None
-    """Weights that a new training starts from: a file, a checkpoint, or a run's folder with its newest one."""
+    """Weights that a new training starts from: a file, a checkpoint, or a run's folder with its newest."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
