@@ -217,7 +217,7 @@ def test_the_config_knows_the_parameters_and_defaults_of_each_optimizer(name: st
             {"type": "Mine"},
             r"optimizer\.lr: missing; wanted float > 0 for the optimizer Mine, which is not one",
         ),
-        ({"type": "AdamV"}, r"optimizer\.lr: missing; .*not one of this package; did you mean 'AdamW'\?"),
+        ({"type": "AdamV"}, r"optimizer\.type: wanted one of AdamW, .*got 'AdamV'; did you mean 'AdamW'\?"),
         ({"parameters": "{eps: 1}"}, r"optimizer\.parameters: unknown key"),
     ],
 )
