@@ -1,24 +1,35 @@
 """The command line `speedit -c CONFIG -p PHASE [key=value ...]`. `tools/main.py` runs the same code."""
 
 import argparse
+import hashlib
 import logging
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import NoReturn
 
 from speedit_plugins.registry import is_raised_here, raising_module
+from speedit_plugins.trainer.config.key_names import option_hint, value_hint
 from speedit_plugins.trainer.config.schema import PHASES, ExperimentConfig
+from speedit_plugins.trainer.config.validation import key_paths
+from speedit_plugins.trainer.exhaustion import memory_line, out_of_files
+from speedit_plugins.trainer.streams import lasting_streams
+from speedit_plugins.trainer.training.interrupt import Interrupted
 
 USER_ERROR = 2
 PEER_LOST = 3
 # torchrun reports the earliest failure as the cause, and counts in whole seconds. A process that lost another
 # waits this long, so that the failure of the other process is the earlier one.
 LAUNCHER_SECONDS = 2.0
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # How gloo, NCCL and the store report a failed collective, mostly because another process has ended.
 _LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
@@ -39,47 +50,126 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name. None takes those of the process.
 
     Returns:
-        The phase's exit code. 2 after a user's error, 3 if another process was lost, 130 after Ctrl-C before
-        the phase began. In these three cases stderr has one line.
+        The phase's exit code. 2 after a user's error, 3 if another process was lost, 128 + its number after a
+        signal that ended the phase (130 for Ctrl-C). In these cases stderr has one line.
     """
     if os.environ.get("RANK", "0") != "0":
         # Under torchrun every process reads the config. Only rank 0 reports about it.
         logging.getLogger("speedit_plugins").setLevel(logging.ERROR)
-    try:
-        arguments = _parser().parse_intermixed_args(argv)
-        # Imported here: without the trainer extra OmegaConf is missing, and the error below is one line.
-        config = import_module("speedit_plugins.trainer.config.loading").load_config(
-            arguments.config,
-            arguments.phase,
-            arguments.overrides,
-            allow_python=arguments.allow_python_config,
-            imports=arguments.imports,
-        )
-        return _describe(config) if arguments.dry_run else _run(arguments.phase, config)
-    except KeyboardInterrupt:
-        sys.stderr.write("speedit: interrupted; nothing was started\n")
-        return INTERRUPTED
-    except Exception as error:
-        if _is_lost_peer(error):
-            lost = "lost another process; if it failed, its own message says why"
-            sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
-            sys.stderr.flush()
-            time.sleep(LAUNCHER_SECONDS)
-            _tell_launcher(error)
-            return PEER_LOST
-        _tell_launcher(error)
-        if not _is_user_error(error):
-            raise
-        sys.stderr.write(f"speedit: {_rank()}error: {_one_line(error)}\n")
-        return USER_ERROR
+    task = _Task()
+    with lasting_streams(), _signals_interrupt():
+        try:
+            return _started(task, argv)
+        except KeyboardInterrupt as error:
+            return _interrupted(error, task)
+        except Exception as error:
+            return _failed(error, task)
 
 
-def _run(phase: str, config: ExperimentConfig) -> int:
-    if _is_launched() and phase != "train":
-        raise ValueError(f"{phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+@dataclass
+class _Task:
+    """What the command is about, as far as it is known."""
+
+    phase: str | None = None
+    config: ExperimentConfig | None = None
+
+
+def _started(task: _Task, argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    # Imported here: without the trainer extra OmegaConf is missing, and the error is one line.
+    config = import_module("speedit_plugins.trainer.config.loading").load_config(
+        arguments.config,
+        arguments.phase,
+        arguments.overrides,
+        allow_python=arguments.allow_python_config,
+        imports=arguments.imports,
+    )
+    if arguments.dry_run:
+        return _describe(config)
+    if _is_launched() and arguments.phase != "train":
+        raise ValueError(f"{arguments.phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     # This imports torch, so it comes after the config was checked.
-    runner = import_module(_HOMES[phase])
-    return int(getattr(runner, phase)(config))
+    runner = import_module(_HOMES[arguments.phase])
+    task.phase, task.config = arguments.phase, config
+    return int(getattr(runner, arguments.phase)(config))
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP raise, as Ctrl-C does. A training asks for them itself.
+
+    Not in a launched process: its launcher ends it by SIGTERM, and says why.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(number=number)
+
+    before = {}
+    if not _is_launched() and current_thread() is main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Another handler is the caller's, and nohup ignores SIGHUP.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(error: KeyboardInterrupt, task: _Task) -> int:
+    """Says what a signal left. Returns the exit code."""
+    stages = {None: "nothing was started", "train": "no step was trained"}
+    left = str(error) or f"interrupted; {stages.get(task.phase, 'nothing was written')}"
+    sys.stderr.write(f"speedit: {_rank()}{left}\n")
+    return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+
+
+def _failed(error: Exception, task: _Task) -> int:
+    """Says why the command failed, in one line. Returns the exit code; raises a fault of this program."""
+    if _is_lost_peer(error):
+        lost = "lost another process; if it failed, its own message says why"
+        sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
+        sys.stderr.flush()
+        time.sleep(LAUNCHER_SECONDS)
+        _tell_launcher(error)
+        return PEER_LOST
+    line = out_of_files(error)
+    if line is None and task.phase is not None and task.config is not None:
+        line = memory_line(error, task.phase, task.config)
+    if line is None:
+        if not _is_user_error(error):
+            _tell_launcher(error)
+            raise error
+        line = _one_line(error)
+    if _is_first_to_say(line):
+        sys.stderr.write(f"speedit: {_rank()}error: {line}\n")
+        sys.stderr.flush()
+    elif task.phase is not None:
+        # All processes met the error in the run. The one that said it is the cause for the launcher.
+        time.sleep(LAUNCHER_SECONDS)
+    _tell_launcher(error)
+    return USER_ERROR
+
+
+def _is_first_to_say(line: str) -> bool:
+    """Whether no other process of this machine and launch has said the line.
+
+    torchrun gives each process a file for its error, in a folder per process. The folder above is that of the
+    launch.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not _is_launched() or not file:
+        return True
+    said = Path(file).parent.parent / f"said_{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        # Twice is better than not at all.
+        return True
+    return True
 
 
 def _describe(config: ExperimentConfig) -> int:
@@ -95,7 +185,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises a ValueError where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see speedit --help")
+        keys = list(key_paths())
+        raise ValueError(f"{message}{option_hint(message, keys)}; see speedit --help")
+
+
+def _phase(name: str) -> str:
+    if name not in PHASES:
+        hint = value_hint(name, PHASES)
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r}{hint} (choose from {', '.join(PHASES)})")
+    return name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-c", "--config", required=True, help="a file, or a name below ./configs or the packaged configs"
     )
-    parser.add_argument("-p", "--phase", required=True, choices=PHASES)
+    parser.add_argument("-p", "--phase", required=True, type=_phase, metavar=f"{{{','.join(PHASES)}}}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--dry-run", action="store_true", help="print the config, sizes and memory, and exit")
     parser.add_argument(

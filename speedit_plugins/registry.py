@@ -125,6 +125,7 @@ MODELS = Registry("model", "speedit_plugins.trainer.models")
 ENCODERS = Registry("encoder", "speedit_plugins.trainer.models")
 TEXT_ENCODERS = Registry("text encoder", "speedit_plugins.trainer.models")
 DATASETS = Registry("dataset", "speedit_plugins.trainer.data")
+OPTIMIZERS = Registry("optimizer", "speedit_plugins.trainer.parallel")
 MASKS = Registry("mask", "speedit_plugins.trainer.data")
 FEATURES = Registry("feature extractor", "speedit_plugins.trainer.evaluation")
 

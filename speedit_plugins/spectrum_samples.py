@@ -154,7 +154,9 @@ def _of_images(
     root: Path, choice: Choice, image_size: int | None, encoder: "Autoencoder | None", *, grey: bool
 ) -> Samples:
     """Images below a folder at any depth, and their latents if there is an encoder."""
-    from speedit_plugins.trainer.data.images.folder import ImageFolder, as_tensor, center_crop, read_rgb
+    from speedit_plugins.trainer.data.images.fit import center_crop
+    from speedit_plugins.trainer.data.images.folder import ImageFolder
+    from speedit_plugins.trainer.data.images.pixels import as_tensor, read_rgb
     from speedit_plugins.trainer.terminal import progress
 
     # Without an image size, the folder only lists the files.
@@ -198,7 +200,7 @@ def _of_cache(root: Path, choice: Choice) -> Samples:
     """One draw from each cached posterior, as in training."""
     from speedit_plugins.trainer.data.latents.cache import LATENTS, LatentCache, sample_latents
 
-    cache = LatentCache(root, random_flip=False, verify=False)
+    cache = LatentCache(root, random_flip=False, verify=False, check_source=False)
 
     def batches() -> Iterator[Tensor]:
         for rows in _split(choice.indices(len(cache))):

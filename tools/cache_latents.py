@@ -10,8 +10,8 @@ features of all captions are written too. Training picks one of several captions
 Training from a cache needs the weights of neither encoder.
 
 After an interruption, run the same command again: it continues after the last finished shard. A folder with
-a cache from another config is refused. At the end, the tool prints the config keys for training from the
-cache.
+a cache from another config, or from data that changed since, is refused. At the end, the tool prints the
+config keys for training from the cache.
 
 float16 halves the size and keeps 11 bits of a mean. --flip doubles the size and allows random flips in
 training.
@@ -43,7 +43,12 @@ from speedit_plugins.trainer.data.latents.cache import (
     null_text_file,
     text_names,
 )
-from speedit_plugins.trainer.data.latents.shards import ShardIndex, append_shard, start_or_resume
+from speedit_plugins.trainer.data.latents.shards import (
+    ShardIndex,
+    append_shard,
+    start_or_resume,
+)
+from speedit_plugins.trainer.data.latents.source import check_same_source, identity_of
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.inputs import Encoder
 from speedit_plugins.trainer.models.text import CaptionSource
@@ -123,8 +128,7 @@ def cache(
         OSError: a file cannot be read or written.
     """
     dataset = build_dataset(config, augmented=False)
-    if getattr(dataset, "buckets", None) is not None:
-        raise ValueError("a latent cache needs images of one size, got a dataset with buckets")
+    _check_cacheable(dataset, config)
     device = build_device(config)
     encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
     made_from = {
@@ -142,7 +146,10 @@ def cache(
         made_from["null_text_sha256"] = hashlib.sha256(null_text).hexdigest()
         if max_captions > 1:
             made_from["max_captions"] = max_captions
+    made_from |= identity_of(dataset)
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
+    for note in check_same_source(folder, index.made_from, dataset):
+        print(note)
     if captions is not None:
         _write_unless_there(folder / NULL_TEXT, null_text)
     first = index.num_done
@@ -160,6 +167,15 @@ def cache(
                 bar.update(len(rows))
             index = append_shard(folder, index, _joined(parts))
     return Caching(index, len(dataset) - first, time.perf_counter() - started)
+
+
+def _check_cacheable(dataset: SampleSource, config: ExperimentConfig) -> None:
+    if getattr(dataset, "buckets", None) is not None:
+        raise ValueError("a latent cache needs images of one size, got a dataset with buckets")
+    if config.data.dataset.get("fit") == "random_crop":
+        raise ValueError(
+            "a latent cache keeps one part of each image: wanted fit: crop or pad, got random_crop"
+        )
 
 
 def _choices(config: ExperimentConfig) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     python tools/convert_checkpoint.py 0400000.pt speedit.safetensors --prefer model
     python tools/convert_checkpoint.py dit_xl_2.safetensors DiT-XL-2.pt [--wrap ema]
 
-An input .pt may be a bare state dict or a training checkpoint of facebookresearch/DiT or SpeeDiT. An output
-.pt is a bare state dict, like DiT's official files. SpeeDiT's loader needs it under the key "ema": use
---wrap ema.
+An input .pt may be a bare state dict or a training checkpoint: a dict with weights under "ema", "model",
+"state_dict" or another usual key. Without --prefer its averaged weights are taken, or else the only ones that
+it has. The prefixes of DistributedDataParallel and torch.compile are left out. An output .pt is a bare state
+dict, like DiT's official files. SpeeDiT's loader needs it under the key "ema": use --wrap ema.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speedit_plugins.files import replacing
+from speedit_plugins.trainer.models.lora import read_adapters
 from speedit_plugins.trainer.models.weights import WEIGHT_SETS, read_checkpoint
 
 PICKLED = (".pt", ".pth")
@@ -53,7 +55,8 @@ def convert(
     Args:
         source: .pt, .pth or .safetensors.
         target: a file of the other format.
-        prefer: which weights of a .pt to use, "ema" (the default) or "model"; not allowed for a .safetensors.
+        prefer: which weights of a .pt to use, "ema" or "model"; None takes the averaged ones if there
+            are any; not allowed for a .safetensors.
         wrap: key for the weights in an output .pt, "ema" or "model"; None writes a bare state dict.
         force: replace an existing target.
 
@@ -75,7 +78,12 @@ def convert(
         )
     if target.exists() and not force:
         raise ValueError(f"'{target}' exists; use --force to replace it")
-    weights = read_checkpoint(source, prefer=prefer or "ema")
+    if (adapters := read_adapters(source)) is not None:
+        raise ValueError(
+            f"'{source}' holds adapters alone, of {adapters.source}, which a .pt does not record; wanted"
+            " tools/export.py, which merges them, or with --lora writes them for diffusers"
+        )
+    weights = read_checkpoint(source, prefer=prefer)
     if target.suffix in SAFE:
         # Copied, because the format refuses tensors that share memory, such as tied weights.
         flat = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
@@ -95,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
     parser.add_argument(
-        "--prefer", choices=WEIGHT_SETS, help="which weights of a training checkpoint to use (default: ema)"
+        "--prefer",
+        choices=WEIGHT_SETS,
+        help="which weights of a training checkpoint to use (default: the averaged ones)",
     )
     parser.add_argument("--wrap", choices=WEIGHT_SETS, help="key for the weights in a .pt (default: none)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")

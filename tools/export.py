@@ -2,6 +2,7 @@
 
     python tools/export.py -c image/imagenet_256/dit_xl2.yaml --out pipeline
     python tools/export.py -c text_to_image/emoji.yaml --out exported --model-only
+    python tools/export.py -c text_to_image/sd15.yaml --out adapters --lora lora.rank=16
 
     DiT with classes  ->  DiTPipeline
     PixArt            ->  PixArtAlphaPipeline
@@ -13,7 +14,11 @@ Each pipeline has a DDIM scheduler on the timesteps 0, T // N, 2 (T // N), ... O
 the model card lists. A pipeline needs latents: for a model of pixels only the model and the scheduler can be
 written, with --model-only.
 
-The weights are the averaged ones of the newest checkpoint in experiment_dir, or of ckpt_path, as safetensors.
+The weights are the averaged ones of the newest checkpoint in experiment_dir, or of ckpt_path, as safetensors;
+those of the model if the run keeps no average. Adapters (LoRA) are merged into them. With --lora the adapters
+alone are written, as pytorch_lora_weights.safetensors: a pipeline of the adapted model takes them by
+load_lora_weights. Pipelines without that take them by peft, from the two files beside it; the model card has
+the lines.
 The model card README.md has the config, the data and the last metrics.
 """
 
@@ -25,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from speedit_plugins.files import naming, usual_mode
+from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -37,6 +44,12 @@ from speedit_plugins.trainer.models.exported import (
     export_model,
     save_pipeline,
     save_scheduler,
+)
+from speedit_plugins.trainer.models.exported_adapters import (
+    WEIGHTS,
+    ExportedAdapters,
+    export_adapters,
+    save_adapters,
 )
 from speedit_plugins.trainer.models.text import TextEncoder
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
@@ -52,8 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, "sample", arguments.overrides, imports=arguments.imports)
-        folder = arguments.out or Path(config.experiment_dir) / "pipeline"
-        said = export(config, folder, model_only=arguments.model_only)
+        if arguments.lora and arguments.model_only:
+            raise ValueError(
+                "--model-only has no effect with --lora, which writes no model; wanted one of the two"
+            )
+        folder = arguments.out or Path(config.experiment_dir) / ("lora" if arguments.lora else "pipeline")
+        if arguments.lora:
+            said = export_lora(config, folder)
+        else:
+            said = export(config, folder, model_only=arguments.model_only)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,10 +105,16 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, config, exported, generator, text, model_only=model_only)
-        usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
-        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
-        partial.rename(folder)
+        with naming(folder, also=partial):
+            _write(partial, config, exported, generator, text, model_only=model_only)
+            usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
+            (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+            # safetensors makes its files private to the user.
+            mode = usual_mode(partial)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+            partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -96,6 +122,34 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     what = f"{pipeline.subfolder} and scheduler" if model_only else pipeline.name
     lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
     return "\n".join(lines)
+
+
+def export_lora(config: ExperimentConfig, folder: Path) -> str:
+    """Writes the folder with the adapters alone, complete or not at all, and returns a short description.
+
+    Raises:
+        ValueError: the folder exists, the run trained no adapters, or no pipeline fits the model.
+    """
+    if folder.exists():
+        raise ValueError(f"--out needs a folder that does not exist, got {folder}")
+    generator, _, source = load_generator(config)
+    exported = export_adapters(
+        generator.model,
+        num_steps=config.sampler.num_steps,
+        num_timesteps=config.diffusion.diffusion_steps,
+    )
+    usage, base = _lora_usage(exported), exported.adapters.source
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_adapters(partial, exported)
+        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return f"{folder}: {WEIGHTS}, for {exported.pipeline.name} of {base}, with the adapters of {source}"
 
 
 def _write(
@@ -141,7 +195,7 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
         )
 
 
-def _card(config: ExperimentConfig, exported: Exported, source: Path, usage: str) -> str:
+def _card(config: ExperimentConfig, exported: Exported | ExportedAdapters, source: Path, usage: str) -> str:
     rows = read_metrics(Path(config.experiment_dir))
     last = {k: v for k, v in latest(rows).items() if isinstance(v, int | float)}
     metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items()) or "| none | |"
@@ -158,7 +212,7 @@ tags:
 
 Trained by speedit_plugins with the timestep policy `{config.diffusion.policy}` on the dataset
 `{config.data.dataset}`.
-The weights are the exponential moving average of `{source.name}`.
+The weights are {_kind(config, source)} `{source.name}`.
 {usage}{notes}
 ## Last metrics
 
@@ -172,6 +226,11 @@ The weights are the exponential moving average of `{source.name}`.
 {to_yaml(config).strip()}
 ```
 """
+
+
+def _kind(config: ExperimentConfig, source: Path) -> str:
+    is_averaged = source.is_dir() and checkpoint.sampled_file(source) == checkpoint.EMA
+    return "the exponential moving average of" if is_averaged else "those of"
 
 
 def _usage(config: ExperimentConfig, pipeline: Pipeline, device: str) -> str:
@@ -194,14 +253,33 @@ generator = torch.Generator("{device}").manual_seed({seed})
 """
 
 
+def _lora_usage(exported: ExportedAdapters) -> str:
+    name, part = exported.pipeline.name, exported.pipeline.subfolder
+    imported, load = "", "pipeline.load_lora_weights(FOLDER)"
+    if not exported.has_loader:
+        imported = "from peft import PeftModel\n"
+        load = f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, FOLDER)"
+    return f"""
+```python
+from diffusers import {name}
+{imported}
+pipeline = {name}.from_pretrained(BASE)
+{load}
+```
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", required=True, help="config of the training run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: pipeline/ in experiment_dir")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: pipeline/ in experiment_dir, lora/ with --lora"
+    )
     parser.add_argument("--model-only", action="store_true", help="write only the model and the scheduler")
+    parser.add_argument("--lora", action="store_true", help="write only the adapters, unmerged")
     parser.add_argument(
         "--import",
         dest="imports",

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from report_plots import Point
 
 from speedit_plugins import TimestepPolicy
@@ -14,6 +13,7 @@ from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.training.saved_state import load_part, read_state
 
 CONFIG = "config_train.yaml"
 
@@ -36,8 +36,8 @@ class Run:
         process = build.build_process(self.config, respaced=True)
         policy = build.build_timestep_policy(self.config, process)
         if self.checkpoint is not None:
-            state = torch.load(self.checkpoint / checkpoint.STATE, map_location="cpu", weights_only=True)
-            policy.load_state_dict(state["policy"])
+            state = read_state(self.checkpoint)
+            load_part("policy", state, policy.state_dict(), policy.load_state_dict)
         return policy
 
     @cached_property

@@ -86,6 +86,8 @@ def measure(
     found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
     if found is None:
         raise ValueError(f"{run} has no checkpoint yet")
+    if weights == "ema" and config.ema.type == "none":
+        raise ValueError(f"{run} keeps no average (ema.type: none); wanted --weights model")
     trainer = build_trainer(config)
     trainer.restore(found)
     assert trainer.profiler is not None

@@ -63,7 +63,7 @@ def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> Sample
     """The dataset.
 
     Args:
-        augmented: False leaves out random flips.
+        augmented: False leaves out random flips and crops.
 
     Raises:
         ValueError: a class-conditional model gets a dataset without classes, or with more than num_classes.
@@ -157,5 +157,16 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         facts["num_frames"] = config.num_frames
     if not augmented:
         section.pop("random_flip", None)
+        if section.get("fit") == "random_crop":
+            del section["fit"]
         facts["random_flip"] = False
     return section, {key: value for key, value in facts.items() if key not in section}
+
+
+def summary_options(config: ExperimentConfig) -> dict[str, Any]:
+    """What `data_lines` takes from a config."""
+    return {
+        "batch_size": config.data.batch_size,
+        "accumulation": config.optimizer.grad_accumulation,
+        "shapes": config.data.dataset.get("buckets"),
+    }

@@ -1,32 +1,35 @@
 """Checkpoints: folders that are complete or absent, written and read by all ranks together.
 
-`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights), a file of
-optimizer moments per rank, state.pt (data position, policy, loss scale: plain values and tensors),
-config.yaml, classes.json where the data name their classes, and manifest.json with the size and SHA-256 of
-each file.
+`checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights; with adapters,
+the trained ones alone), a file of optimizer moments per rank, state.pt (data position, policy, loss scale,
+what the optimizer keeps besides moments: plain values and tensors), config.yaml, classes.json where the data
+name their classes, and manifest.json with the size and SHA-256 of each file. Without an average there is no
+ema.safetensors. If several are kept, others are ema_<length>.safetensors.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedit_plugins.files import flush, sha256_of
+from speedit_plugins.files import flush, sha256_of, usual_mode
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.saved_moments import Moments
 from speedit_plugins.trainer.terminal import say
 
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 MANIFEST, CLASSES = "manifest.json", "classes.json"
 _NAME = re.compile(r"step_(\d{7,})")
+_AVERAGE = re.compile(r"ema_[\w.]+\.safetensors")
+_MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -39,11 +42,13 @@ class Contents:
 
     Args:
         model: state dict of the model.
-        ema: the state dict with averaged weights.
+        ema: the state dict with averaged weights; empty if the run keeps no average.
         state: plain values and tensors, at any depth.
         config: the run's config as YAML text.
         moments: this rank's slices of the optimizer's state.
         classes: names of the classes, by number; empty if they have none.
+        averages: state dicts with further averages, by label.
+        metadata: of the files of weights.
     """
 
     model: Mapping[str, Tensor]
@@ -52,17 +57,23 @@ class Contents:
     config: str
     moments: Mapping[str, Slice] = field(default_factory=dict)
     classes: Sequence[str] = ()
+    averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read. `moments` are whole flat tensors, each read when it is asked for."""
+    """A checkpoint that was read. `moments` are whole flat tensors, each read when it is asked for.
+
+    `ema` is empty if the run kept no average.
+    """
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     state: Mapping[str, Any]
     config: str
-    moments: "Moments"
+    moments: Moments
+    averages: Mapping[str, Mapping[str, Tensor]]
 
 
 def save(
@@ -121,17 +132,19 @@ def load(path: Path) -> Saved:
     Raises:
         CheckpointError: there is no such folder, or a file is missing or cannot be read.
     """
-    missing = [name for name in (MODEL, EMA, STATE, CONFIG, MANIFEST) if not (path / name).is_file()]
+    wanted = (MODEL, sampled_file(path), STATE, CONFIG, MANIFEST)
+    missing = [name for name in dict.fromkeys(wanted) if not (path / name).is_file()]
     if missing:
         what = f"lacks {', '.join(missing)}" if path.is_dir() else "is not a folder"
         raise CheckpointError(f"no checkpoint to read: {path} {what}")
     try:
         return Saved(
             model=load_file(path / MODEL),
-            ema=load_file(path / EMA),
+            ema=load_file(path / EMA) if sampled_file(path) == EMA else {},
             state=torch.load(path / STATE, map_location="cpu", weights_only=True),
             config=(path / CONFIG).read_text(encoding="utf-8"),
             moments=Moments(path),
+            averages={label: load_file(path / name) for name, label in _other_averages(path)},
         )
     # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
     except Exception as error:
@@ -153,13 +166,25 @@ def class_names(source: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
+def sampled_file(path: Path) -> str:
+    """Name of a checkpoint's file with the weights to sample with: EMA, or MODEL if no average is kept.
+
+    If the manifest cannot be read it is the average, so that its absence is noticed.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return MODEL if EMA not in files and MODEL in files else EMA
+    except (OSError, ValueError, KeyError, TypeError):
+        return EMA
+
+
 def damage(path: Path, runtime: Runtime | None = None, *, only: str | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, by size and hash; None if nothing is. Collective.
 
     Each rank reads a part of the files.
 
     Args:
-        only: name of the only file to check; None checks all.
+        only: name of the only file to check; None checks all. EMA is the model where no average is kept.
     """
     runtime = runtime or Runtime()
     found = [report for report in runtime.gather_objects(_own_damage(path, runtime, only)) if report]
@@ -192,34 +217,6 @@ def newest_whole(
     return None
 
 
-class Moments(Mapping[str, Tensor]):
-    """Whole optimizer tensors by name, assembled from the files of all ranks that saved.
-
-    Each is read when it is asked for: the moments of a large model do not fit into memory beside it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files = [
-            safe_open(path, framework="pt") for path in sorted(folder.glob("optimizer_*.safetensors"))
-        ]
-        self._places: dict[str, list[tuple[int, int]]] = {}
-        for number, file in enumerate(self._files):
-            starts = json.loads(file.metadata()["starts"])
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                self._places.setdefault(name, []).append((number, starts[name]))
-
-    def __getitem__(self, name: str) -> Tensor:
-        # Every rank wrote the scalars, with start 0.
-        parts = {start: self._files[number].get_tensor(name) for number, start in self._places[name]}
-        return torch.cat([parts[start] for start in sorted(parts)])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`; None if there is none."""
     found = newest_first(folder)
@@ -236,10 +233,16 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
+    step = step_in_name(path)
+    if step is None:
         raise CheckpointError(f"a checkpoint folder is named step_<number>, got {path}")
-    return int(match[1])
+    return step
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for a folder of another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list[Any]:
@@ -267,15 +270,17 @@ def _fresh(partial: Path) -> None:
 
 def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[str, Any]:
     """Writes rank 0's files: those that exist once, and its own moments."""
-    for name, weights in ((MODEL, contents.model), (EMA, contents.ema)):
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, partial / name)
+    written = {MODEL: contents.model, **({EMA: contents.ema} if contents.ema else {})}
+    written |= {f"ema_{label}.safetensors": weights for label, weights in contents.averages.items()}
+    for name, weights in written.items():
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        save_file(tensors, partial / name, metadata=dict(contents.metadata))
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
-    names = [MODEL, EMA, STATE, CONFIG]
     if contents.classes:
         (partial / CLASSES).write_text(json.dumps(list(contents.classes), indent=0) + "\n", encoding="utf-8")
-        names.append(CLASSES)
-    once = {name: _finished(partial / name) for name in names}
+    classes = (CLASSES,) if contents.classes else ()
+    once = {name: _finished(partial / name) for name in (*written, STATE, CONFIG, *classes)}
     return {**once, **_write_moments(partial, contents, runtime)}
 
 
@@ -287,8 +292,16 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
     return {path.name: _finished(path)}
 
 
+def _other_averages(path: Path) -> list[tuple[str, str]]:
+    """Name and label of each file with a further average."""
+    names = sorted(file.name for file in path.glob("ema_*.safetensors"))
+    return [(name, name.removeprefix("ema_").removesuffix(".safetensors")) for name in names]
+
+
 def _finished(path: Path) -> dict[str, Any]:
     """Flushes a file to the disk. Returns its size in bytes and its hash, for the manifest."""
+    # safetensors makes its files private to the user.
+    path.chmod(usual_mode(path.parent))
     flush(path)
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
@@ -317,7 +330,9 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        names = sorted(files) if only is None else [only]
+        if wrong := _wrong_manifest(path, manifest["step"], files):
+            return f"{MANIFEST} {wrong}"
+        names = sorted(files) if only is None else [sampled_file(path) if only == EMA else only]
         for name in names[runtime.rank :: runtime.world_size]:
             facts = files[name]
             size = (path / name).stat().st_size
@@ -329,6 +344,28 @@ def _own_damage(path: Path, runtime: Runtime, only: str | None) -> str | None:
         return f"{error.filename or path}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable: {type(error).__name__}: {error}"
+    return None
+
+
+def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | None:
+    """Why a manifest cannot be that of the checkpoint in `path`; None if it can."""
+    wanted = step_in_name(path)
+    if type(step) is not int or step < 0 or (wanted is not None and step != wanted):
+        return f"has step {step!r}, wanted {'an int >= 0' if wanted is None else wanted}"
+    # A whole run has a file of moments per rank, numbered from 0.
+    moments = [match for match in map(_MOMENTS.fullmatch, files) if match]
+    num_ranks = len(moments) or 1
+    if any(int(match[2]) != num_ranks for match in moments):
+        return f"lists {num_ranks} files of optimizer moments, of {int(moments[0][2])}"
+    ranks = (f"optimizer_{rank:05d}_of_{num_ranks:05d}.safetensors" for rank in range(num_ranks))
+    # Without an average there is neither the file nor its entry.
+    average = {EMA} if (path / EMA).is_file() else set()
+    whole = {MODEL, STATE, CONFIG, *ranks, *average}
+    if missing := sorted(whole - set(files)):
+        return f"does not list {', '.join(missing)}"
+    for name in sorted(set(files) - whole - {EMA, CLASSES}):
+        if not _AVERAGE.fullmatch(name):
+            return f"lists {name!r}, which is no file of a checkpoint"
     return None
 
 

@@ -2,9 +2,9 @@
 
 `experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (for
 videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, the statistics of a
-reference, and the config of each phase that ran. Tools write timestep_profile.json, timestep_profile.png and
-report.html. Nothing is written over that a person may want: the next grid is samples_0001.png, and an earlier
-test.json becomes test_0001.json.
+reference, the config of each phase that ran, and train.lock, which names the training that is in it. Tools
+write timestep_profile.json, timestep_profile.png and report.html. Nothing is written over that a person may
+want: the next grid is samples_0001.png, and an earlier test.json becomes test_0001.json.
 """
 
 import re
@@ -20,6 +20,7 @@ from speedit_plugins.trainer.terminal import say
 _NUMBER = re.compile(r".+_(\d{4,})")
 CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
+LOCK = "train.lock"
 # What inference writes: captions or classes beside the samples, and the suffix of an unfinished folder.
 CAPTIONS, LABELS, UNFINISHED = "captions.jsonl", "labels.jsonl", ".tmp"
 

@@ -1,6 +1,9 @@
 """The command line: exit codes, messages, and what is imported when."""
 
+import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
 import types
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from speedit_plugins.cli import main
@@ -126,6 +130,123 @@ def test_faults_keep_their_traceback(stub: Callable[..., None], fault: Exception
     stub("training.train", train=train)
     with pytest.raises(type(fault)):
         main(["-c", DIGITS, "-p", "train"])
+
+
+BATCH = "lower data.batch_size (now 64), with as much more optimizer.grad_accumulation"
+RECOMPUTE = "model.gradient_checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "line"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
+            "train",
+            f"out of memory of the device (asked for 20.00 GiB more): {BATCH}, or set {RECOMPUTE}, or set"
+            " precision=bf16",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"
+                " to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "train",
+            f"out of memory of the machine (asked for 4000000 bytes more): {BATCH}, or lower data.num_workers"
+            f" (now 3), or set {RECOMPUTE}, or set precision=bf16",
+        ),
+        (
+            MemoryError(),
+            "sample",
+            "out of memory of the machine: lower per_proc_batch_size (now 32), or set precision=bf16",
+        ),
+        (
+            MemoryError("Unable to allocate 3.6 TiB for an array"),
+            "test",
+            "out of memory of the machine (asked for 3.6 TiB more): lower evaluation.batch_size (now 16)",
+        ),
+    ],
+)
+def test_a_run_out_of_memory_says_what_to_lower(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str], error: Exception, phase: str, line: str
+) -> None:
+    def fail(config: ExperimentConfig) -> int:
+        raise error
+
+    homes = {"train": "training.train", "sample": "sampling.grids", "test": "sampling.evaluate"}
+    stub(homes[phase], **{phase: fail})
+    options = ["data.batch_size=64", "data.num_workers=3", "precision=fp32", "per_proc_batch_size=32"]
+    assert main(["-c", DIGITS, "-p", phase, *options]) == 2
+    assert capsys.readouterr().err == f"speedit: error: {line}\n"
+
+
+def test_a_full_table_of_files_says_which_limit(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    advice = f"the limit of this process is {limit}; raise it (ulimit -n 65536), or lower data.num_workers or"
+    errors = {
+        "at 0.png": OSError(errno.EMFILE, "Too many open files", "0.png"),
+        "": RuntimeError("received 0 items of ancdata"),
+    }
+    for where, error in errors.items():
+
+        def fail(config: ExperimentConfig, error: Exception = error) -> int:
+            raise error
+
+        stub("training.train", train=fail)
+        assert main(["-c", DIGITS, "-p", "train"]) == 2
+        wanted = f"speedit: error: {f'too many open files {where}'.strip()}: {advice} data.prefetch_factor\n"
+        assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_a_phase_with_one_line_and_its_code(
+    stub: Callable[..., None], capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    def wait(config: ExperimentConfig) -> int:
+        os.kill(os.getpid(), number)
+        return 0
+
+    before = signal.getsignal(number)
+    stub("sampling.grids", sample=wait)
+    stub("training.train", train=wait)
+    assert main(["-c", DIGITS, "-p", "sample"]) == code
+    assert capsys.readouterr().err == "speedit: interrupted; nothing was written\n"
+    assert main(["-c", DIGITS, "-p", "train"]) == code
+    assert capsys.readouterr().err == "speedit: interrupted; no step was trained\n"
+    assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_before_the_phase_says_that_nothing_was_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speedit_plugins.trainer.config.loading.load_config", load)
+    assert main(["-c", DIGITS, "-p", "train"]) == 130
+    assert capsys.readouterr().err == "speedit: interrupted; nothing was started\n"
+
+
+def test_the_processes_of_a_launch_say_a_common_error_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("speedit_plugins.cli._tell_launcher", lambda error: None)
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    said = {}
+    for wrong in ("sed=1", "lr=2"):
+        for rank in ("1", "0"):
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+            assert main(["-c", DIGITS, "-p", "train", wrong]) == 2
+            said[wrong, rank] = capsys.readouterr().err
+    assert said["sed=1", "1"].startswith("speedit: rank 1: error: sed: unknown key")
+    assert said["lr=2", "1"].startswith("speedit: rank 1: error: lr: unknown key")
+    assert said["sed=1", "0"] == said["lr=2", "0"] == ""
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
+import inspect
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.config.loading import find_config, load_config, merge, redact, to_yaml
 from speedit_plugins.trainer.config.schema import PHASES
 
@@ -68,6 +70,23 @@ def test_imagenet_leaves_differ_in_the_model_only() -> None:
     small = load_config(CONFIGS / "image/imagenet_256/dit_s2.yaml", "train")
     assert small.model == {**base.model, "type": "DiT-S/2"}
     assert dataclasses.replace(small, model=base.model, experiment_dir=base.experiment_dir) == base
+
+
+def test_only_the_recipes_that_say_so_mirror_images() -> None:
+    mirroring = {load_config(file, "train").experiment_dir for file in EXPERIMENTS if _mirrors(file)}
+    assert {Path(folder).parent.name for folder in mirroring} == {"imagenet_256", "unconditional"}
+    defaults = {
+        name: parameter.default
+        for name, builder in DATASETS.module_dict.items()
+        if (parameter := inspect.signature(builder).parameters.get("random_flip")) is not None
+    }
+    # None: a cache mirrors if it was written with mirrored images.
+    assert set(defaults.values()) == {False, None}
+    assert [name for name, default in defaults.items() if default is None] == ["LatentCache"]
+
+
+def _mirrors(file: Path) -> bool:
+    return load_config(file, "train").data.dataset.get("random_flip", False)
 
 
 def test_layers_override_from_the_root_to_the_command_line(tmp_path: Path) -> None:
@@ -251,9 +270,9 @@ def test_messages_name_the_file(tmp_path: Path) -> None:
     write(leaf, {"seed": 1, "sample": {"log_evry": 3}})
     assert error_of(leaf).endswith(f"(in {leaf}, section sample)")
     leaf.write_text("seed: 1\nlog_every: [1\n")
-    assert error_of(leaf).startswith(f"{leaf}: not valid YAML at line")
+    assert error_of(leaf).startswith(f"{leaf}: line 3: not valid YAML: ")
     leaf.write_text("- 1\n")
-    assert error_of(leaf) == f"{leaf}: wanted keys at the top level, got a list"
+    assert error_of(leaf) == f"{leaf}: line 1: wanted keys at the top level, got a list"
     leaf.write_text("sample: 3\nseed: 1\n")
     assert error_of(leaf).startswith("sample: wanted a section with keys, got 3")
 
@@ -363,8 +382,8 @@ def test_a_python_config_without_mmengine_says_what_to_install(
 
 def test_yaml_tags_run_nothing(tmp_path: Path) -> None:
     leaf = tmp_path / "leaf.yaml"
-    leaf.write_text(f"seed: !!python/object/apply:pathlib.Path.touch [!!python/name:{tmp_path}/ran]\n")
-    assert error_of(leaf).startswith(f"{leaf}: not valid YAML")
+    leaf.write_text(f"seed: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n")
+    assert error_of(leaf).startswith(f"{leaf}: line 1: not valid YAML: could not determine a constructor")
     assert not (tmp_path / "ran").exists()
 
 

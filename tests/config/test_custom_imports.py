@@ -69,9 +69,12 @@ def test_mmengines_form_is_read_in_yaml_and_in_python(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("brought_a", "custom_imports: wanted list of str, got 'brought_a' (in "),
-        ([3], "custom_imports[0]: wanted str, got 3 (in "),
-        ({"imports": [3]}, "custom_imports[0]: wanted str, got 3 (in "),
+        (
+            "brought_a",
+            "custom_imports: wanted list of str, got 'brought_a'; a list is written [brought_a] (in ",
+        ),
+        ([3], "custom_imports[0]: wanted str, got 3; wanted quotes around it: '3' (in "),
+        ({"imports": [3]}, "custom_imports[0]: wanted str, got 3; wanted quotes around it: '3' (in "),
         ({"allow_failed_imports": False}, "custom_imports.imports: missing; wanted list of str (in "),
         (
             {"imports": [], "import": []},

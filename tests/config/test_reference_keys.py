@@ -81,7 +81,9 @@ def test_a_reference_config_loads(reference: Path) -> None:
     assert config.model == model
     assert config.diffusion.policy == {"type": "speedit"}
     assert config.encoder == {"type": "AutoencoderKL", "path": "transformers/sd-vae-ft-ema"}
-    assert config.data.dataset == {"type": "ImageFolder", "root": "imagenet", "image_size": 256}
+    # The reference always mirrors.
+    dataset = {"type": "ImageFolder", "root": "imagenet", "image_size": 256, "random_flip": True}
+    assert config.data.dataset == dataset
     assert (config.optimizer.lr, config.data.batch_size, config.resume) == (1e-4, 7, "auto")
     assert (config.sampler.type, config.sampler.num_steps) == ("ddpm", 250)
 

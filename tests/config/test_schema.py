@@ -47,7 +47,7 @@ def error_of(path: Path, *overrides: str, phase: str = "train") -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("leerning_rate=1", "leerning_rate: unknown key; known here: experiment_dir,"),
+        ("wavelength=1", "wavelength: unknown key; known here: experiment_dir,"),
         ("num_clases=1", "num_clases: unknown key; did you mean 'num_classes'?"),
         ("lr=1", "lr: unknown key; did you mean 'optimizer.lr'?"),
         ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'optimizer.warmup_steps'?"),
@@ -92,6 +92,11 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
         ("sample", [], "sample_classes: wanted at least one class for the grid, got none"),
         ("sample", ["sample_classes=[0, 10]"], "sample_classes: wanted in [0, 10), got 10"),
         ("train", ["sample_every=5"], "sample_classes: wanted at least one class for the grid, got none"),
+        (
+            "train",
+            ["resume=never", "data.accept_changed=true"],
+            "data.accept_changed: has no effect with resu",
+        ),
         ("inference", ["sampler.eta=0.5"], "sampler.eta: has no effect with ddpm; wanted 0, got 0.5"),
         (
             "inference",

@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from speedit_plugins.trainer.data.buckets import checked_sides, nearest_buckets, usable_size, whole_batches
-from speedit_plugins.trainer.data.images.folder import ImageFolder, center_crop, read_rgb, read_size
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.data.images.pixels import read_rgb, read_size
 from speedit_plugins.trainer.data.loader import ResumableLoader, epoch_order
 from speedit_plugins.trainer.models.dit import DiT
 
@@ -124,6 +126,16 @@ class TestPosition:
         with pytest.raises(ValueError, match=r"needs the keys \['epoch', 'offset', 'seed', 'size'\]"):
             ResumableLoader([{}] * 8, batch_size=2).load_state_dict(state)
         assert loader.state_dict() == state
+
+    def test_other_buckets_are_accepted_at_the_start_of_the_next_epoch(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)
+        next(loader)
+        changed = ResumableLoader(Shaped([1, 0] * 4), batch_size=2, accept_changed=True)
+        changed.load_state_dict(loader.state_dict())
+        assert (changed.epoch, changed.state_dict()["offset"]) == (1, 0)
+        assert "samples are in other buckets or chunks: going on with epoch 1" in capsys.readouterr().out
 
     def test_batch_size_and_buckets_may_change_at_the_start_of_an_epoch(self) -> None:
         loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)

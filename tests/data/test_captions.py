@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.captions import ImageCaptions, Row, read_captions
+from speedit_plugins.trainer.data.images.caption_files import Row, read_captions
+from speedit_plugins.trainer.data.images.captions import ImageCaptions
 from speedit_plugins.trainer.data.images.folder import ImageFolder
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
@@ -39,9 +40,24 @@ def write(path: Path, content: str) -> Path:
 
 
 def save(path: Path, color: str, size: tuple[int, int] = (8, 8)) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
     return path
+
+
+def metadata(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Writes the rows in the layout that the suffix says."""
+    if path.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        return path
+    if path.suffix == ".jsonl":
+        return write(path, "\n".join(map(json.dumps, rows)))
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]))
+    table.writeheader()
+    table.writerows(rows)
+    return write(path, text.getvalue())
 
 
 @pytest.fixture
@@ -91,8 +107,11 @@ class TestLayouts:
         assert captions == [dataset.load(1, generator(seed))["caption"] for seed in range(200)]
 
     def test_images_may_lie_in_another_folder(
-        self, root: Path, tmp_path_factory: pytest.TempPathFactory
+        self, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setenv("HOME", str(root))
+        at_home = write(tmp_path_factory.mktemp("home") / "c.csv", "path,text\n~/a.png,one\n")
+        assert ImageCaptions(at_home, image_size=8).load(0, generator())["caption"] == "one"
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         table = write(elsewhere / "c.csv", TABLE)
         config = {"type": "ImageCaptions", "captions_file": str(table), "root": str(root), "image_size": 8}
@@ -107,9 +126,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("c.csv", "", r"c\.csv, line 1: wanted one column 'path', got nothing"),
-            ("c.csv", "path,caption\na.png,x\n", r"line 1: wanted one column 'text', got path, caption"),
-            ("c.csv", "path,text,text\na.png,x,y\n", r"wanted one column 'text', got path, text, text"),
+            ("c.csv", "", r"c\.csv, line 1: wanted one column 'file_name' or 'path', got nothing"),
+            (
+                "c.csv",
+                "path,words\na.png,x\n",
+                "line 1: wanted one column 'text' or 'caption', got path, words; te",
+            ),
+            (
+                "c.csv",
+                "path,text,text\na.png,x,y\n",
+                r"wanted one column 'text' or 'caption', got path, text, text",
+            ),
             ("c.csv", "path,text\n", r"c\.csv has no captions, wanted at least one"),
             ("c.csv", "path,text\na.png,x\na.png, \n", "line 3: wanted a text for the image 'a.png', got"),
             ("c.csv", "path,text\n,x\n", "line 2: wanted the path of an image, got none"),
@@ -139,7 +166,7 @@ class TestErrors:
                 '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}',
                 r"images\[0\]: wanted a text for the image 'a\.png', got none",
             ),
-            ("c.txt", TABLE, r"must end in one of \.csv, \.jsonl, \.json, got .*c\.txt"),
+            ("c.txt", TABLE, r"must end in one of \.csv, \.jsonl, \.json, \.parquet, got .*c\.txt"),
         ],
     )
     def test_an_error_says_where_and_what_is_wanted(
@@ -181,7 +208,7 @@ class TestImages:
             pixels = torch.randint(256, (20, 13, 3), generator=generator(len(name)), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(root / name)
         captioned = ImageCaptions(write(root / "c.csv", TABLE), image_size=8, random_flip=True)
-        folder = ImageFolder(root, image_size=8, class_cond=False)
+        folder = ImageFolder(root, image_size=8, class_cond=False, random_flip=True)
         for seed in range(20):
             for index in range(2):
                 mine, theirs = (d.load(index, generator(seed))["image"] for d in (captioned, folder))

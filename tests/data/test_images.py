@@ -1,8 +1,4 @@
-import ast
-import os
-import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.folder import ImageFolder, center_crop, read_rgb
+from speedit_plugins.trainer.data.images import pixels
+from speedit_plugins.trainer.data.images.folder import ImageFolder
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
 
@@ -103,6 +101,37 @@ class TestLayout:
             ImageFolder(root, image_size=8, on_corrupt="ignore")
         with pytest.raises(IndexError, match="has 4 images, got index 4"):
             ImageFolder(root, image_size=8).load(4, generator())
+
+
+class TestLeftOut:
+    @pytest.mark.parametrize("suffix", [".jfif", ".jp2", ".avif", ".pgm", ".tga", ".TIFF"])
+    def test_pictures_of_every_format_that_pillow_reads_are_used(self, root: Path, suffix: str) -> None:
+        if suffix.lower() not in pixels.readable_suffixes():
+            pytest.skip(f"this Pillow was built without {suffix}")
+        save(root / "cat" / f"y{suffix}", Image.new("L" if suffix == ".pgm" else "RGB", (8, 8), "white"))
+        folder = ImageFolder(root, image_size=8)
+        assert len(folder) == 5
+        torch.testing.assert_close(
+            folder.load([folder.name(i) for i in range(5)].index(f"cat/y{suffix}"), generator())["image"],
+            torch.ones(3, 8, 8),
+            atol=0.02,  # the formats that lose a little are off by at most a few of 255 levels
+            rtol=0,
+        )
+
+    @pytest.mark.parametrize("class_cond", [True, False])
+    def test_other_files_are_counted_by_suffix(self, root: Path, class_cond: bool) -> None:
+        for name in ("a.heic", "b.HEIC", "c.mov", "README"):
+            (root / "cat" / name).write_bytes(b"x")
+        folder = ImageFolder(root, image_size=8, class_cond=class_cond)
+        assert folder.left_out == {".heic": 2, ".mov": 1, ".txt": 1, "no suffix": 1}
+
+    def test_a_plugin_of_pillow_adds_its_formats(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert ".heic" not in pixels.readable_suffixes()
+        save(root / "cat" / "y.png").rename(root / "cat" / "y.heic")
+        Image.init()
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")
+        folder = ImageFolder(root, image_size=8)
+        assert (len(folder), folder.left_out) == (5, {".txt": 1})
 
 
 class TestLinks:
@@ -226,123 +255,3 @@ class TestCorrupt:
         except ValueError as error:
             outcome = str(error)
         assert outcome == "RGB" or str(path) in outcome
-
-
-class TestPixels:
-    @pytest.mark.parametrize(
-        "size", [(8, 8), (16, 8), (8, 21), (9, 13), (7, 5), (40, 33), (64, 17), (100, 150)]
-    )
-    def test_crop_has_the_target_size(self, size: tuple[int, int]) -> None:
-        assert center_crop(noise(*size), 8, 8).size == (8, 8)
-
-    def test_halving_is_a_box_average_of_two_by_two_pixels(self) -> None:
-        # With multiples of 16, averaging 32 -> 16 -> 8 (four divisions by 2) is exact.
-        pixels = np.random.default_rng(0).integers(0, 16, (32, 32, 3), dtype=np.uint8) * 16
-        expected = pixels.astype(np.int64).reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
-        np.testing.assert_array_equal(np.asarray(center_crop(Image.fromarray(pixels), 8, 8)), expected)
-
-    def test_crop_is_central(self) -> None:
-        image = noise(8, 14)
-        np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(image)[:, 3:11])
-        image = noise(13, 8)
-        np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(image)[2:10])
-
-    @pytest.mark.hosts
-    def test_crop_equals_that_of_dits_training_script(self) -> None:
-        hosts = os.environ.get("SPEEDIT_HOSTS")
-        script = Path(hosts or "") / "facebookresearch+DiT" / "train.py"
-        if not hosts or not script.exists():
-            pytest.skip("needs $SPEEDIT_HOSTS/facebookresearch+DiT")
-        # Run only this function: the script as a whole needs torchvision and a GPU.
-        tree = ast.parse(script.read_text())
-        chosen = [node for node in tree.body if getattr(node, "name", "") == "center_crop_arr"]
-        namespace: dict[str, Any] = {"Image": Image, "np": np}
-        exec(compile(ast.Module(chosen, []), str(script), "exec"), namespace)
-        sizes = [(height, width) for height in (5, 8, 15, 16, 17, 33, 100) for width in (8, 9, 31, 64, 131)]
-        for seed, size in enumerate(sizes):
-            image = noise(*size, seed=seed)
-            theirs = namespace["center_crop_arr"](image, 8)
-            np.testing.assert_array_equal(np.asarray(center_crop(image, 8, 8)), np.asarray(theirs))
-
-    def test_flip_is_a_fair_coin_of_the_generator(self, tmp_path: Path) -> None:
-        save(tmp_path / "a" / "0.png")
-        plain = ImageFolder(tmp_path, image_size=8, random_flip=False).load(0, generator())["image"]
-        folder = ImageFolder(tmp_path, image_size=8)
-        flips = 0
-        for seed in range(400):
-            image = folder.load(0, generator(seed))["image"]
-            flipped = torch.equal(image, plain.flip(-1))
-            assert flipped or torch.equal(image, plain)
-            assert torch.equal(image, folder.load(0, generator(seed))["image"])
-            flips += flipped
-        # 5 sigma of a binomial count: 5 * sqrt(400 / 4) = 50.
-        assert abs(flips - 200) <= 50
-
-    def test_without_flips_no_random_number_is_used(self, root: Path) -> None:
-        used = generator()
-        ImageFolder(root, image_size=8, random_flip=False).load(0, used)
-        assert torch.equal(used.get_state(), generator().get_state())
-
-
-class TestReading:
-    def test_palette_grey_bilevel_and_cmyk_become_rgb(self, tmp_path: Path) -> None:
-        red = Image.new("RGB", (4, 4), (255, 0, 0))
-        assert read_rgb(save(tmp_path / "p.png", red.quantize(2))).getpixel((0, 0)) == (255, 0, 0)
-        assert read_rgb(save(tmp_path / "l.png", Image.new("L", (4, 4), 77))).getpixel((0, 0)) == (77,) * 3
-        assert read_rgb(save(tmp_path / "1.png", Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255,) * 3
-        cmyk = Image.new("CMYK", (4, 4), (0, 0, 0, 255))
-        assert read_rgb(save(tmp_path / "c.tif", cmyk)).getpixel((0, 0)) == (0, 0, 0)
-
-    def test_sixteen_bit_grey_keeps_its_scale(self, tmp_path: Path) -> None:
-        # The 8-bit level k is 257 k in 16 bits.
-        grey = np.array([[0, 257 * 100, 257 * 255]], dtype=np.uint16)
-        image = read_rgb(save(tmp_path / "16.png", Image.fromarray(grey)))
-        np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 100, 255])
-
-    def test_transparency_is_blended_onto_white(self, tmp_path: Path) -> None:
-        clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
-        clear.putpixel((1, 0), (0, 0, 0, 255))
-        clear.putpixel((2, 0), (0, 0, 0, 51))  # 1/5 black on white: 204
-        image = read_rgb(save(tmp_path / "a.png", clear))
-        assert [image.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (0,) * 3, (204,) * 3]
-        grey = Image.new("LA", (4, 4), (9, 0))
-        assert read_rgb(save(tmp_path / "la.png", grey)).getpixel((0, 0)) == (255,) * 3
-        keyed = save(tmp_path / "key.png", Image.new("L", (4, 4), 9), transparency=9)
-        assert read_rgb(keyed).getpixel((0, 0)) == (255,) * 3
-
-    @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_exif_orientation_is_undone(self, tmp_path: Path, orientation: int) -> None:
-        upright = np.zeros((4, 6), dtype=np.uint8)
-        upright[0, 0], upright[0, -1] = 255, 128  # marks the corners top left and top right
-        # The stored rows and columns for each orientation value, by the EXIF standard.
-        stored = {
-            1: upright,
-            2: upright[:, ::-1],
-            3: upright[::-1, ::-1],
-            4: upright[::-1],
-            5: upright.T,
-            6: upright.T[::-1],
-            7: upright[::-1, ::-1].T,
-            8: upright[::-1].T,
-        }[orientation]
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = save(tmp_path / "o.png", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-        np.testing.assert_array_equal(np.asarray(read_rgb(path))[..., 0], upright)
-
-    def test_pixels_of_unknown_range_are_refused(self, tmp_path: Path) -> None:
-        floating = save(tmp_path / "f.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
-        with pytest.raises(ValueError, match="f.tif: .*got floating-point pixels, whose range is unknown"):
-            read_rgb(floating)
-        deep = save(tmp_path / "i.tif", Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)))
-        with pytest.raises(ValueError, match=r"i.tif: .*must fit in 16 bits, got 70000\.\.70000"):
-            read_rgb(deep)
-
-    def test_a_decompression_bomb_is_refused(self, tmp_path: Path) -> None:
-        path = save(tmp_path / "bomb.png")
-        content = bytearray(path.read_bytes())
-        content[16:24] = struct.pack(">II", 30000, 30000)  # the header's width and height
-        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-        path.write_bytes(bytes(content))
-        with pytest.raises(ValueError, match="corrupt image .*bomb.png: DecompressionBombError"):
-            read_rgb(path)

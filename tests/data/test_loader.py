@@ -255,7 +255,7 @@ def test_pinned_memory_without_a_gpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 5}, "dataset of 5 samples, got one of 4"),
+        ({"size": 5}, "other data: there were 5 samples and are 4"),
         ({"seed": 1}, "belongs to seed 1, got a loader with seed 0"),
         ({"offset": 6}, "offset <= 4, got 6"),
         ({"offset": -2}, "offset to be an int >= 0, got -2"),

@@ -35,9 +35,11 @@ class TestLayouts:
         for name in ("walk/b.mp4", "run/deep/a.mp4", "walk/a.mp4"):
             video(tmp_path / name)
         (tmp_path / "run" / "notes.txt").write_text("no video")
+        (tmp_path / "walk" / "c.flv").write_bytes(b"a suffix that is not read")
         (tmp_path / "run" / "._a.mp4").write_text("a file system's own record")
         data = VideoFolder(tmp_path, image_size=8, num_frames=4)
         assert data.classes == ("run", "walk")
+        assert data.left_out == {".flv": 1, ".txt": 1}
         assert (data.num_classes, data.channels, data.image_size, data.num_frames) == (2, 3, 8, 4)
         assert [data.path(index).name for index in range(3)] == ["a.mp4", "a.mp4", "b.mp4"]
         samples = [data.load(index, generator()) for index in range(3)]

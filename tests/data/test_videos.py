@@ -1,3 +1,4 @@
+import os
 import struct
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ from speedit_plugins.trainer.data.videos.files import (
     write_gif,
     write_mp4,
 )
+from speedit_plugins.trainer.data.videos.folder import VideoFolder
 
 av = pytest.importorskip("av")
 
@@ -31,6 +33,9 @@ CONTAINERS = {
     "clip.gif": ("gif", "gif"),
 }
 PIXELS = {"mjpeg": "yuvj420p", "gif": "rgb8"}
+
+# The eight ways to lay down a rectangle: each axis is shown along one of the two, forwards or backwards.
+ORIENTATIONS = [matrix for x, y in product((-1, 1), repeat=2) for matrix in ((x, 0, 0, y), (0, x, y, 0))]
 
 
 def moving(num_frames: int, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -107,25 +112,48 @@ class TestReading:
         small = read_frames(real_clip(), [1, 3], num_frames=50, each=lambda image: image.resize((4, 2)))
         assert [image.size for image in small] == [(4, 2)] * 2
 
+    def test_converting_a_frame_starts_no_thread(self) -> None:
+        def count(image: Image.Image) -> Image.Image:
+            threads.append(len(os.listdir("/proc/self/task")))
+            return image
+
+        # A forked worker would wait forever for the threads of a frame that its parent still holds.
+        threads = [len(os.listdir("/proc/self/task"))]
+        read_frames(real_clip(), [1, 3], num_frames=50, each=count)
+        assert threads == threads[:1] * 3
+
     def test_fewer_frames_than_num_frames_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"big_buck_bunny\.mp4 has 50 frames, wanted 51"):
             read_frames(real_clip(), [0], num_frames=51)
 
     # (a, b, c, d) displays pixel (x, y) at (a x + c y, b x + d y); y points down.
-    @pytest.mark.parametrize(
-        ("matrix", "clockwise"),
-        [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)],
-    )
-    def test_frames_are_rotated_upright(
-        self, tmp_path: Path, matrix: tuple[int, ...], clockwise: int
-    ) -> None:
+    @pytest.mark.parametrize("matrix", ORIENTATIONS)
+    def test_frames_are_displayed_as_the_matrix_says(self, tmp_path: Path, matrix: tuple[int, ...]) -> None:
         path = tmp_path / "turned.mp4"
         write_mp4(path, moving(2), fps=25)
         lying = pixels(read_frames(path, [1], num_frames=2))[0]
         upright = pixels(read_frames(turned(path, matrix), [1], num_frames=2))[0]
-        assert torch.equal(upright, lying.rot90(-clockwise))
+        a, b, c, d = matrix
+        rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+        shown_rows, shown_columns = b * columns + d * rows, a * columns + c * rows
+        expected = torch.empty(*((64, 48) if a == 0 else (48, 64)), 3, dtype=torch.uint8)
+        expected[shown_rows - shown_rows.min(), shown_columns - shown_columns.min()] = lying
+        assert torch.equal(upright, expected)
         header = read_header(path)
         assert (header.height, header.width) == tuple(upright.shape[:2])
+
+    def test_a_video_goes_to_the_bucket_of_its_displayed_shape(self, tmp_path: Path) -> None:
+        for name, matrix in (("a", (1, 0, 0, 1)), ("b", (0, 1, 1, 0)), ("c", (0, 1, -1, 0))):
+            write_mp4(tmp_path / f"{name}.mp4", moving(2), fps=25)
+            turned(tmp_path / f"{name}.mp4", matrix)
+        wide_and_tall = [[2, 12, 16], [2, 16, 12]]
+        folder = VideoFolder(tmp_path, image_size=8, num_frames=2, class_cond=False, buckets=wide_and_tall)
+        assert folder.buckets is not None
+        assert folder.buckets.tolist() == [0, 1, 1]
+        lying, transposed = (folder.load(number, torch.Generator())["video"] for number in (0, 1))
+        assert lying.shape == (3, 2, 12, 16)
+        # Scaling and cropping treat rows and columns alike; only rounding differs.
+        torch.testing.assert_close(transposed, lying.transpose(-1, -2), atol=3 / 127.5, rtol=0)
 
     @pytest.mark.parametrize("content", [b"", b"no video at all", bytes(1000)])
     def test_a_file_that_is_not_a_video_is_named(self, tmp_path: Path, content: bytes) -> None:

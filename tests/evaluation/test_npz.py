@@ -253,6 +253,23 @@ def test_batches_of_files_in_another_format_are_refused(tmp_path: Path) -> None:
         npz_shape(tmp_path / "absent.npz")
 
 
+@pytest.mark.parametrize(
+    "shape",
+    ["(-1, 4, 5, 3)", "(2, -4, -5, 3)", "(10**9, 4, 5, 3)", "(8, 4, 5, 4)", "(2**70, 2**70, 5, 3)", "(8, 4"],
+)
+def test_a_header_that_does_not_fit_the_file_is_damage(tmp_path: Path, shape: str) -> None:
+    path = tmp_path / "x.npz"
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".replace("10**9", str(10**9))
+    header = text.replace("2**70", str(2**70)).encode().ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + noise(8).tobytes()
+        for name in ("arr_0.npy", "mu.npy", "sigma.npy"):
+            archive.writestr(name, content)
+    for read in (read_npz, npz_shape, read_statistics, lambda path: list(npz_batches(path, 2))):
+        with pytest.raises(ValueError, match=r"^\S+x.npz is not an npz in ADM's format: "):
+            read(path)
+
+
 def test_statistics_of_a_reference_file_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     mean, covariance = np.arange(3.0, dtype=np.float32), np.eye(3) * 2.0

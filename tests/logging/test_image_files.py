@@ -1,8 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from runs import file_size_limit
+from torch import Tensor
 
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_frames, read_header
 from speedit_plugins.trainer.logging.images import (
@@ -113,3 +117,24 @@ def test_a_sample_is_a_png_or_an_mp4(tmp_path: Path) -> None:
     save(np.zeros((3, 4, 4, 3), np.uint8), tmp_path / "b", frames_per_second=8)
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "b.mp4"}
     assert read_header(tmp_path / "b.mp4") == VideoHeader(num_frames=3, height=4, width=4)
+
+
+def test_a_full_disk_leaves_the_earlier_picture_and_names_the_file(tmp_path: Path) -> None:
+    small, large = torch.zeros(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    rows = [{"step": step, "loss": 1.0} for step in (1, 2)]
+    path = tmp_path / "x.png"
+    writes: list[Callable[[Tensor], None]] = [
+        lambda image: save_grid(image, path, columns=1),
+        lambda image: save(to_uint8(image)[0], tmp_path / "x", frames_per_second=1),
+        lambda image: save_loss_curve(rows, path, title="a run"),
+    ]
+    for write in writes:
+        save_grid(small, path, columns=1)
+        before = path.read_bytes()
+        with (
+            file_size_limit(1000),
+            pytest.raises(OSError, match=rf"\] cannot write {path}: File too large$"),
+        ):
+            write(large)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from runs import file_size_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speedit_plugins.trainer.config.loading import REDACTED, load_config
@@ -97,6 +98,27 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     for name in ("train/loss", "mse_per_bin/1"):
         assert [(event.step, event.value) for event in events.Scalars(name)] == [(1, 1.0), (2, 20.0)]
     assert [event.value for event in events.Scalars("train/time_split/data")] == [0.5, 0.5]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_names_the_folder_of_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, start_step=0)
+    folder = tmp_path / "tensorboard"
+
+    def fill() -> None:
+        for step in range(10_000):
+            logger.add(step, {"train/loss": 1.0})
+
+    with file_size_limit(4096):
+        with pytest.raises(OSError, match=rf"\] cannot write {folder}: File too large$"):
+            fill()
+        # The error is being raised already.
+        logger.close(is_failed=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tensorboard").write_text("no folder")
+    with pytest.raises(OSError, match="other/tensorboard"):
+        TensorBoardLogger(other, start_step=0)
 
 
 def test_a_board_has_a_handful_of_numbers_unless_all_are_asked_for() -> None:

@@ -123,13 +123,25 @@ def test_resuming_drops_the_lines_after_the_checkpoint_and_goes_on(tmp_path: Pat
     assert [row["step"] for row in read_metrics(tmp_path)] == [5, 10, 12, 15]
 
 
-def test_a_last_line_cut_by_a_crash_is_left_out_and_damage_before_it_is_named(tmp_path: Path) -> None:
+def test_a_last_line_cut_by_a_crash_is_left_out_and_broken_lines_before_it_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1}]
-    path.write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read_metrics(tmp_path)
+    assert capsys.readouterr().out == ""
+    broken = [b'{"step": ', b"\xff\xfe\x00garbage", b"[1, 2]", b'{"loss": 1}', b'{"step": "4"}', b"[" * 10**5]
+    broken += [b'{"step": 6, "loss": "high"}', b"null", b'{"step": true}']
+    path.write_bytes(b"\n".join([b'{"step": 1}', *broken, b"\0" * 5000 + b'{"step": 3}', b""]))
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    said = f"{path}: 9 of 11 lines cannot be read and are left out, the first is line 2\n"
+    assert capsys.readouterr().out == said
+    # The run that goes on writes whole lines alone.
+    with Tracker(tmp_path, total_steps=4, start_step=3) as tracker:
+        tracker.log(4, ROW)
+    capsys.readouterr()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    assert capsys.readouterr().out == ""
 
 
 class Recorder:

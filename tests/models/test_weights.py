@@ -1,8 +1,11 @@
 import argparse
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
+import traceback
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from speedit_plugins.trainer.models import weights as weight_files
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.state_dicts import without_wrappers
 from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 
 SMALL = {"input_size": 4, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -179,14 +183,135 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "w.pt", prefer="emma")
     contents = (
         ({"model": filled(1.0), "opt": {}}, r"has no 'ema' weights, got keys \['model', 'opt'\]"),
-        ({"epoch": 3}, r"contains keys \['epoch'\], wanted a state dict"),
-        ([torch.zeros(1)], "contains list, wanted a state dict"),
-        ({}, r"contains keys \[\], wanted a state dict"),
+        ({"epoch": 3}, r"holds keys \['epoch'\]; wanted a state dict"),
+        ([torch.zeros(1)], "holds list; wanted a state dict"),
+        (torch.zeros(2), r"holds one tensor of shape \(2,\); wanted a state dict"),
+        ({}, r"holds keys \[\]; wanted a state dict"),
+        (
+            {"ema": {"shadow_params": [torch.zeros(1)], "decay": 0.9}},
+            "holds shadow_params, .* under ema; wanted",
+        ),
+        ({"model": filled(1.0), "state_dict": filled(2.0)}, "has weights under model and state_dict; wanted"),
     )
     for content, message in contents:
         torch.save(content, tmp_path / "odd.pt")
         with pytest.raises(ValueError, match=message):
-            read_checkpoint(tmp_path / "odd.pt")
+            read_checkpoint(tmp_path / "odd.pt", prefer="ema" if "opt" in str(message) else None)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("state_dict",),
+        ("model", "state_dict"),
+        ("model",),
+        ("ema",),
+        ("model_ema",),
+        ("state_dict_ema",),
+        ("ema", "module"),
+        ("module",),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_other_trainers_load_under_the_names_of_the_model(
+    tmp_path: Path, keys: tuple[str, ...], prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content: dict[str, object] = {f"{prefix}{name}": tensor for name, tensor in filled(2.0).items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3}
+    torch.save(content, tmp_path / "w.pt")
+    model = DiT(**SMALL)
+    load_weights(model, tmp_path / "w.pt")
+    assert all((tensor == 2).all() for tensor in model.state_dict().values())
+    # Which weights were taken is told, unless they are the averaged ones under their own key.
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [] if keys == ("ema",) else f"weights under '{'.'.join(keys)}' are taken" in told[0]
+
+
+def test_a_compiled_part_of_a_model_has_its_own_names_too(tmp_path: Path) -> None:
+    weights = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in filled(2.0).items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    assert set(read_checkpoint(tmp_path / "w.safetensors")) == set(filled(2.0))
+    # A model may have a part of that name.
+    own = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    assert set(without_wrappers(own)) == set(own)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged: it is empty"),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page, from a download that failed"),
+        (b"\n\n<html>", "is a web page, from a download that failed"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is an answer in XML"),
+        (b'{"error": "Repository not found"}', "is text in JSON"),
+        (LFS, "is a pointer of git-LFS, not the file itself: git lfs pull fetches it"),
+        (b"\x1f\x8b\x08\x00" + bytes(20), "is compressed by gzip; unpack it"),
+    ],
+)
+def test_what_was_saved_in_place_of_weights_is_told(
+    tmp_path: Path, suffix: str, content: bytes, message: str
+) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"w{suffix}' {re.escape(message)}"):
+        read_checkpoint(tmp_path / f"w{suffix}")
+
+
+def test_a_cut_or_misnamed_file_is_told(tmp_path: Path) -> None:
+    save_file(filled(1.0), tmp_path / "w.safetensors")
+    torch.save(filled(1.0), tmp_path / "w.pt")
+    safe, zipped = (tmp_path / "w.safetensors").read_bytes(), (tmp_path / "w.pt").read_bytes()
+    cases = {
+        "cut.safetensors": (safe[:-4], f"is damaged: it has {len(safe) - 4:,} of {len(safe):,} bytes"),
+        "head.safetensors": (safe[:100], "is damaged: cut off after 100 bytes"),
+        "cut.pt": (zipped[:-100], f"is damaged: its end is missing after {len(zipped) - 100:,} bytes"),
+        "safe.pt": (safe, "is a safetensors file; wanted the suffix .safetensors"),
+        "zipped.safetensors": (zipped, "is a file of torch.save; wanted the suffix .pt"),
+        "text.safetensors": (b"hello, these are no weights", "is damaged or not a safetensors file"),
+        "text.pt": (b"hello, these are no weights", "is damaged or not a file of torch.save"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_checkpoint(tmp_path / name)
+
+
+def test_a_folder_and_a_missing_file_say_what_there_is(tmp_path: Path) -> None:
+    for name in ("a.pt", "config.json", "unet/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"not a file but a folder with a\.pt, config\.json, unet/"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"'.*' has a\.pt, config\.json, unet/"):
+        read_checkpoint(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_class_is_named_without_the_advice_to_run_it(tmp_path: Path, zipped: bool) -> None:
+    content = {"model": filled(1.0), "hyper_parameters": PurePosixPath("x"), "callbacks": Fraction(1, 2)}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="is refused") as caught:
+        read_checkpoint(tmp_path / "w.pt")
+    said = str(caught.value)
+    assert "pathlib.PurePosixPath" in said
+    assert "fractions.Fraction" in said or not zipped
+    assert "save_file(model.state_dict(), FILE)" in said
+    assert "weights_only" not in said
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    weights = filled(2.0)
+    weights["x_embedder.proj.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(weights, tmp_path / "w.pt")
+    model = DiT(**SMALL)
+    with pytest.raises(ValueError, match=r"not finite in 1 of \d+ tensors, such as x_embedder.proj.weight"):
+        load_weights(model, tmp_path / "w.pt")
+    assert not (model.pos_embed == 2).all()
 
 
 def test_importing_the_models_loads_neither_diffusers_nor_transformers() -> None:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import distributed_faults
 import distributed_numbers
+import distributed_optimizers
 import distributed_tasks
 from distributed_runs import TIMEOUT_SECONDS
 from runs import small_config
@@ -31,7 +32,7 @@ def checks_of(*modules: ModuleType) -> dict[str, Callable[[Runtime, Path], None]
     }
 
 
-CHECKS = checks_of(distributed_numbers, distributed_faults)
+CHECKS = checks_of(distributed_numbers, distributed_faults, distributed_optimizers)
 TASKS = checks_of(distributed_tasks)
 
 

@@ -4,10 +4,13 @@ import io
 import math
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,15 @@ from torch.testing import assert_close
 
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.parallel.same_config import difference, stated
+from speedit_plugins.trainer.results import LOCK
 from speedit_plugins.trainer.training import train as train_phase
+from speedit_plugins.trainer.training.ending import told
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
 
 
@@ -118,6 +126,89 @@ def check_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(
     assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000006"
 
 
+def check_a_batch_that_one_rank_cannot_read_ends_all_after_a_checkpoint_of_the_last_whole_step(
+    runtime: Runtime, folder: Path
+) -> None:
+    for plugin in PLUGINS:
+        options = {"plugin": plugin, "max_training_steps": 10, "optimizer__grad_accumulation": 2}
+        whole = two_ranks(runtime, folder / plugin / "whole", **options)
+        broken = two_ranks(runtime, folder / plugin / "broken", **options)
+        # The second batch of the fourth step.
+        broken.loader = Breaking(broken.loader, runtime, only_rank=1, after=8)  # type: ignore[assignment]  # replaces one
+        message = message_of(DataError, partial(told, broken, partial(_fit, broken)))
+        saved = folder / plugin / "broken" / "checkpoints" / "step_0000003"
+        assert message == f"sample 7 is broken (on rank 1); step 3 is saved as {saved}", message
+        assert runtime.gather_objects(message) == [message, message]
+        # What it saved goes on as the run that met no fault.
+        resumed = two_ranks(runtime, folder / plugin / "broken", **options)
+        resumed.restore(saved)
+        steps(resumed, 2)
+        steps(whole, 5)
+        assert_close(everything(resumed), everything(whole), rtol=0, atol=0)
+
+
+def check_ranks_with_different_configs_or_versions_are_refused_on_all(runtime: Runtime, folder: Path) -> None:
+    base: dict[str, Any] = {"optimizer__lr": 1e-4, "seed": 0, "precision": "fp32"}
+    others = {
+        "optimizer.lr 0.0001 on rank 0, 0.001 on rank 1": {"optimizer__lr": 1e-3},
+        "seed 0 on rank 0, 1 on rank 1": {"seed": 1},
+        "data.batch_size 16 on rank 0, 32 on rank 1": {"data__batch_size": 32},
+        "precision 'fp32' on rank 0, 'bf16' on rank 1": {"precision": "bf16"},
+        "resume 'auto' on rank 0, 'never' on rank 1": {"resume": "never"},
+        "diffusion.policy.type 'speedit' on rank 0, 'speed' on rank 1": {
+            "diffusion__policy": "{type: speed}"
+        },
+        "diffusion.policy.k nothing on rank 0, 3.0 on rank 1": {
+            "diffusion__policy": "{type: speedit, k: 3.0}"
+        },
+        "max_training_steps 20 on rank 0, 30 on rank 1; 1 more keys differ": {
+            "max_training_steps": 30,
+            "ckpt_every": 7,
+        },
+    }
+    for wanted, changes in others.items():
+        config = small_config(folder, **(base | (changes if runtime.rank == 1 else {})))
+        found = difference(runtime.gather_objects(stated(config)))
+        assert found == f"the processes of a run need one config, got {wanted}", found
+    # A machine has its own copy of the data, and its own cores.
+    own = small_config(folder, data__num_workers=runtime.rank, **base)
+    assert difference(runtime.gather_objects(stated(own))) is None
+    other = {**stated(own), "speedit-plugins": f"1.{runtime.rank}"}
+    need = "the processes of a run need one version of speedit-plugins"
+    assert difference(runtime.gather_objects(other)) == (
+        f"{need}, got speedit-plugins '1.0' on rank 0, '1.1' on rank 1"
+    )
+    older = stated(own) if runtime.rank else [Path("checkpoints")]
+    found = difference(runtime.gather_objects(older))
+    assert found == f"{need}, rank 1 has another than rank 0"
+
+
+def check_a_folder_with_a_training_is_refused_on_all(runtime: Runtime, folder: Path) -> None:
+    config = small_config(folder)
+    held = None
+    if runtime.is_main:
+        # Another process: a record lock does not keep its own out.
+        lock = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+        code = f"import fcntl, sys; {lock}; print(flush=True); input()"
+        folder.mkdir(parents=True)
+        held = subprocess.Popen(
+            [sys.executable, "-c", code, folder / LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert held.stdout is not None
+        held.stdout.readline()
+
+    def enter() -> None:
+        with alone_in_folder(config, runtime):
+            pass
+
+    message = message_of(ValueError, enter)
+    assert message.startswith(f"another training is in experiment_dir {folder}: an unknown process; wanted")
+    if held is not None:
+        held.kill()
+        held.wait()
+    enter()
+
+
 def check_ranks_wait_as_long_as_the_config_says(runtime: Runtime, folder: Path) -> None:
     gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     assert gloo.options._timeout == timedelta(seconds=TIMEOUT_SECONDS)
@@ -134,6 +225,26 @@ def check_a_batch_that_ranks_cannot_share_is_refused(runtime: Runtime, folder: P
         ValueError, lambda: launch(replace(config, data=replace(config.data, batch_size=15)))
     )
     assert "wanted a multiple of 2 processes, got 15" in message
+
+
+def _fit(trainer: Trainer) -> None:
+    trainer.fit(SilentTracker(), StopRequest())
+
+
+class Breaking:
+    """A loader that cannot read its batch number `after` on one rank."""
+
+    def __init__(self, loader: Any, runtime: Runtime, *, only_rank: int, after: int) -> None:
+        self._loader, self._left = loader, after if runtime.rank == only_rank else -1
+
+    def __next__(self) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise DataError("sample 7 is broken")
+        return next(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
 
 class Asking:

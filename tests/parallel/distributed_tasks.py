@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from distributed_runs import everything, steps
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from saved_models import save_pipeline
 from torch.testing import assert_close
 
@@ -72,7 +73,8 @@ def check_stable_diffusion_with_adapters(runtime: Runtime, folder: Path) -> None
     text = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer, max_length: 8"
     options = (
         "image_size=16",
-        f"model={{type: UNet, path: {parts}, input_size: 8, text_width: 16, text_length: 8, lora_rank: 2}}",
+        f"model={{type: UNet, path: {parts}, input_size: 8, text_width: 16, text_length: 8}}",
+        "lora.rank=2",
         f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
         f"text_encoder={{type: TextEncoder, {text}}}",
         "data.dataset={type: Emoji, image_size: 16}",
@@ -80,6 +82,23 @@ def check_stable_diffusion_with_adapters(runtime: Runtime, folder: Path) -> None
         "sample_prompts=[red heart]",
     )
     trained_resumed_and_sampled(runtime, folder, "configs/text_to_image/sd15.yaml", options)
+
+
+def check_adapters_of_a_dit(runtime: Runtime, folder: Path) -> None:
+    base = folder / "base.safetensors"
+    if runtime.is_main:
+        folder.mkdir(parents=True)
+        options = ("max_training_steps=1", f"experiment_dir={folder}")
+        model = build_trainer(load_config(DIGITS, "train", [*SMALL, *options])).model
+        save_file(dict(model.state_dict()), base)
+    runtime.barrier()
+    options = (*SMALL, f"pretrained={base}", "lora.rank=2", "precision=bf16", "sample_classes=[3]")
+    for plugin in ("ddp", "zero2"):
+        place = folder / plugin
+        trained_resumed_and_sampled(runtime, place, DIGITS, (*options, f"plugin={plugin}"))
+        found = load_file(place / "checkpoints" / "step_0000008" / "ema.safetensors")
+        # ZeRO trains a cast model; adapters are saved as its float32 master weights.
+        assert all(".lora_" in name and value.dtype == torch.float32 for name, value in found.items())
 
 
 def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:

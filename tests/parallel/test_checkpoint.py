@@ -1,7 +1,10 @@
 import errno
+import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError, Contents
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.saved_moments import Moments
 
 
 def contents(value: float = 1.0, size: int = 8) -> Contents:
@@ -72,7 +76,7 @@ def test_moments_of_several_ranks_are_put_together_where_they_belong(tmp_path: P
         part = Contents({}, {}, {}, "", moments)
         checkpoint._write_moments(path, part, Runtime(rank=rank, world_size=2))
     (path / "optimizer_00000_of_00001.safetensors").unlink()
-    whole = checkpoint.Moments(path)
+    whole = Moments(path)
     assert whole["exp_avg/a"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert whole["step/a"].tolist() == [1.0]
 
@@ -87,6 +91,7 @@ def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_saves(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000025", "step_0000040.damaged"]
 
 
+MOMENTS = "optimizer_00000_of_00001.safetensors"
 FILES = (checkpoint.MODEL, checkpoint.EMA, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
 
 
@@ -117,6 +122,56 @@ def test_any_damage_to_any_file_is_found_and_an_earlier_checkpoint_taken(
         CheckpointError, match=f"every checkpoint of the run is damaged, the newest is {path}"
     ):
         checkpoint.newest_whole(checkpoint.newest_first(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda manifest: manifest.update(files={}), "does not list config.yaml, ema.safetensors"),
+        (lambda manifest: manifest["files"].pop(checkpoint.EMA), "does not list ema.safetensors"),
+        (lambda manifest: manifest["files"].pop(MOMENTS), f"does not list {MOMENTS}"),
+        (lambda manifest: manifest.update(step=1), "has step 1, wanted 2"),
+        (lambda manifest: manifest.update(step="2"), "has step '2', wanted 2"),
+        (lambda manifest: manifest.pop("step"), "is not readable: KeyError"),
+        (lambda manifest: manifest.update(files=[]), "does not list config.yaml"),
+        (lambda manifest: manifest.update(files=None), "is not readable: TypeError"),
+        (lambda manifest: rename(manifest, "../step_0000001/state.pt"), "lists '../step_0000001/state.pt'"),
+        (lambda manifest: rename(manifest, "/etc/hostname"), "lists '/etc/hostname', which is no file of a"),
+        (lambda manifest: rename(manifest, "notes.txt"), "lists 'notes.txt', which is no file of a"),
+        (
+            lambda manifest: rename(manifest, "optimizer_00000_of_00002.safetensors"),
+            "lists 2 files of optimizer moments, of 1",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_the_checkpoints_is_damage(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    good = checkpoint.save(tmp_path, 1, contents(), keep_last=3)
+    path = checkpoint.save(tmp_path, 2, contents(), keep_last=3)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    change(manifest)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    for only in (None, checkpoint.EMA):
+        assert (checkpoint.damage(path, only=only) or "").startswith(f"manifest.json {reason}")
+        assert checkpoint.newest_whole(checkpoint.newest_first(tmp_path), only=only) == good
+
+
+def rename(manifest: dict[str, Any], name: str) -> None:
+    """Lists a file of the manifest under another name, with the size and hash that it has."""
+    files = manifest["files"]
+    files[name] = files[checkpoint.STATE]
+
+
+def test_the_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        path = checkpoint.save(tmp_path, 1, contents(), keep_last=1)
+    finally:
+        os.umask(before)
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == dict.fromkeys(
+        [*FILES, MOMENTS], 0o644
+    )
 
 
 def test_unfinished_and_removed_folders_are_not_checkpoints(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ STEP_PATH = (
 # of the package, or one in trainer/.
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
-_FLOOR = _METHOD | {"trainer/terminal", "trainer/condition", "trainer/config"}
+_FLOOR = _METHOD | {
+    f"trainer/{name}" for name in ("terminal", "condition", "config", "exhaustion", "weight_files")
+}
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
     f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "best_checkpoint", "results")
@@ -57,7 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": _METHOD | {"hosts"},
     "trainer/__init__": set(),
     "trainer/terminal": set(),
+    "trainer/exhaustion": _GROUND | {"trainer/config"},
+    "trainer/streams": set(),
     "trainer/condition": set(),
+    "trainer/weight_files": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},
     "trainer/models": _FLOOR - {"trainer/config"},
@@ -69,10 +74,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,
     "trainer/results": _PARTS | {"trainer/checkpoint"},
+    "trainer/starting_weights": _PARTS | {"trainer/checkpoint"},
     "trainer/logging": _SHARED,
-    "trainer/sampling": _SHARED | {"trainer/logging"},
-    "trainer/training": _SHARED | {"trainer/logging", "trainer/sampling"},
-    "cli": _SHARED | {"trainer/logging", "trainer/sampling", "trainer/training"},
+    "trainer/sampling": _SHARED | {"trainer/starting_weights", "trainer/logging"},
+    "trainer/training": _SHARED | {"trainer/starting_weights", "trainer/logging", "trainer/sampling"},
+    "cli": _SHARED | {"trainer/streams", "trainer/logging", "trainer/sampling", "trainer/training"},
     # The command in three parts: the command line, the samples that it reads, and what it says about them.
     "spectrum_samples": _FLOOR | {"trainer/data", "trainer/models"},
     "spectrum_report": _METHOD,
@@ -85,17 +91,23 @@ _HOST_TOOLS = ("tools/*_training.py", "tools/whole_trainings/*.py")
 # to the package, or to the project's root.
 CONFINED: dict[str, tuple[str, ...]] = {
     "mmengine": ("hosts/*.py", "trainer/config/loading.py", *_HOST_TOOLS),
-    "colossalai": ("trainer/parallel/booster.py", *_HOST_TOOLS),
+    "colossalai": ("trainer/parallel/booster.py", "trainer/parallel/colossal_setup.py", *_HOST_TOOLS),
     "diffusers": (
         "trainer/models/autoencoder.py",
         "trainer/models/exported.py",
+        "trainer/models/exported_adapters.py",
         "trainer/models/text_conditioned/*.py",
         "trainer/diffusion/sampling.py",
         *_HOST_TOOLS,
     ),
-    "peft": ("trainer/models/text_conditioned/unet.py", *_HOST_TOOLS),
+    "bitsandbytes": ("trainer/parallel/optimizers.py", *_HOST_TOOLS),
+    "prodigyopt": ("trainer/parallel/optimizers.py",),
+    "schedulefree": ("trainer/parallel/optimizers.py",),
+    "peft": ("trainer/models/lora.py", "trainer/models/exported_adapters.py", *_HOST_TOOLS),
     "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
+    "pyarrow": ("trainer/data/archives/parquet.py", "trainer/data/images/caption_files.py"),
+    "datasets": ("trainer/data/archives/saved.py",),
     "einops": ("trainer/*.py",),
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SMALL_DEPENDENCIES = {
     "colorama",
     "cython_runtime",
+    "dill",
     "filelock",
     "fsspec",
     "functorch",
@@ -42,6 +43,7 @@ SMALL_DEPENDENCIES = {
 HEAVY = (
     "av",
     "colossalai",
+    "datasets",
     "diffusers",
     "einops",
     "matplotlib",
@@ -49,6 +51,7 @@ HEAVY = (
     "omegaconf",
     "pandas",
     "PIL",
+    "pyarrow",
     "safetensors",
     "scipy",
     "sklearn",

@@ -114,7 +114,10 @@ def test_batches_from_the_cache_are_those_of_encoding_on_the_fly(
     overrides = [line.strip() for line in lines[-2:]]
     experiment = load_config(config, "train")
     encoder = Autoencoder(experiment.encoder["path"])
-    images, cache = (build_dataset(load_config(config, "train", changes)) for changes in ([], overrides))
+    images, cache = (
+        build_dataset(load_config(config, "train", ["data.dataset.random_flip=true", *changes]))
+        for changes in ([], overrides)
+    )
     assert isinstance(cache, LatentCache)
     assert cache.encoder_fingerprint == encoder.fingerprint()
     # Two epochs with random flips.
@@ -258,7 +261,10 @@ def test_training_from_the_cache_follows_training_on_the_fly(
     # Images and cache draw the same mirrored images.
     assert tool.main(["-c", str(config), "--out", str(tmp_path), "--flip", *pixels]) == 0
     losses = []
-    for cached in ([], ["data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]):
+    for cached in (
+        ["data.dataset.random_flip=true"],
+        ["data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"],
+    ):
         trainer = build_trainer(load_config(config, "train", [*pixels, *cached]))
         for _ in range(3):
             assert not trainer.optimizer_step()[0].is_skipped

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.lora import Adapters
 from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 
 SMALL = {"input_size": 4, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -158,3 +159,12 @@ def test_impossible_conversions_are_one_line_on_stderr(
     assert error.startswith("convert_checkpoint: error: ")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_adapters_without_their_weights_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "ema.safetensors"
+    adapters = Adapters(rank=2, alpha=2.0, targets=("to_q",), base="ab", source="base.pt")
+    save_file({"x": torch.zeros(1)}, source, metadata=adapters.metadata())
+    with pytest.raises(ValueError, match=r"holds adapters alone, of base\.pt, which a \.pt does not record"):
+        tool.convert(source, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

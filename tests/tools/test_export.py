@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import file_size_limit
 from saved_models import save_pipeline, save_text_encoder
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
@@ -139,8 +141,8 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
         layers_per_block=1,
         text_width=16,
         text_length=8,
-        lora_rank=2,
     ).eval()
+    add_adapters(model, rank=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,9 +151,12 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
     x, tokens = (torch.randn(2, *shape, generator=generator) for shape in ((4, 4, 4), (8, 16)))
     given = x, torch.tensor([3, 500]), {"tokens": tokens, "mask": torch.ones(2, 8, dtype=torch.bool)}
     adapted = model(*given)
-    model.net.disable_lora()
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.enable_adapters(False)
     assert not torch.allclose(model(*given), adapted, atol=1e-2)
-    model.net.enable_lora()
+    for layer in layers:
+        layer.enable_adapters(True)
     net = export_model(model, num_steps=STEPS, num_timesteps=1000).net
     assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
     # W x + B (A x) against (W + B A) x in float32, summed in another order.
@@ -195,7 +200,7 @@ def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
         ("PixArt", "bert", ()),
         ("UNet", "clip", ()),
         # The pipeline's own weights include the adapters.
-        ("UNet", "clip", ("model.lora_rank=2",)),
+        ("UNet", "clip", ("lora.rank=2",)),
     ],
     ids=["PixArt", "PixArt with BERT", "UNet", "adapters"],
 )
@@ -264,6 +269,14 @@ def test_a_model_of_pixels_exports_the_model_and_the_scheduler(tmp_path: Path) -
     net = DiTTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     assert net.config.sample_size == 8
     assert DDIMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config.clip_sample
+    (tmp_path / "plain").touch()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+    with (
+        file_size_limit(1000),
+        pytest.raises(OSError, match=rf"cannot write {tmp_path}/full: File too large"),
+    ):
+        exported(DIGITS, arguments, tmp_path / "full", model_only=True)
     with pytest.raises(ValueError, match="--out needs a folder that does not exist"):
         exported(DIGITS, arguments, tmp_path / "out", model_only=True)
 

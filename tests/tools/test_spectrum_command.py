@@ -25,7 +25,7 @@ from speedit_plugins.spectrum_command import main
 from speedit_plugins.spectrum_report import draws_of, flow_time, measure
 from speedit_plugins.spectrum_samples import Choice, read_samples
 from speedit_plugins.trainer.data.images.digits import Digits
-from speedit_plugins.trainer.data.images.folder import center_crop
+from speedit_plugins.trainer.data.images.fit import center_crop
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, stream_seed
 from speedit_plugins.trainer.models.autoencoder import Autoencoder
 

@@ -202,7 +202,7 @@ def test_resume_never_and_going_back_are_refused_where_they_would_lose_steps(
     assert speedit("train", tmp_path / "branch", resume=tmp_path / "checkpoints" / "step_0000005") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -139,7 +139,11 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
             "text_encoder needs data with captions, got batches of image, label",
         ),
         (DIGITS, ("sample_prompts=[a]",), "sample_prompts: has no effect without text_encoder"),
-        (DIGITS, ("inpainting=RandomMasks", "sample_every=5"), "sample_every: has no image to fill"),
+        (
+            DIGITS,
+            ("inpainting=RandomMasks", "sample_every=5", "samples_per_class=2000", "model.depth=1"),
+            "inpainting fills each image of the dataset once: wanted at most its 1797 images, got 2000",
+        ),
         (
             EMOJI,
             ("inpainting=RandomMasks",),

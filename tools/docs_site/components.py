@@ -19,6 +19,7 @@ from speedit_plugins.registry import (
     FEATURES,
     MASKS,
     MODELS,
+    OPTIMIZERS,
     POLICIES,
     TEXT_ENCODERS,
     WEIGHTINGS,
@@ -32,6 +33,13 @@ KINDS: tuple[tuple[str, str, Registry, tuple[str, ...]], ...] = (
     ("encoder", "The key `encoder`.", ENCODERS, ()),
     ("text encoder", "The key `text_encoder`.", TEXT_ENCODERS, ()),
     ("inpainting", "The key `inpainting`.", MASKS, ()),
+    (
+        "optimizer",
+        "The key `optimizer`, where [keys of the trainer](configs.md#section-optimizer) stand beside the"
+        " parameters. [Training](training.md#optimizers) says which works with which `plugin`.",
+        OPTIMIZERS,
+        ("params", "lr", "model"),
+    ),
     ("features", "The key `features`.", FEATURES, ("device", "images", "labels")),
     (
         "policy",
@@ -72,9 +80,10 @@ def markdown() -> str:
 
 
 def _of_the_kind(registry: Registry) -> dict[str, str]:
-    """Parameters that models share are explained at one of them, and those that text encoders share."""
+    """Parameters that models share are explained at one of them; so for text encoders and optimizers."""
     found: dict[str, str] = {}
-    for builder in registry.module_dict.values() if registry in (MODELS, TEXT_ENCODERS) else ():
+    shared = (MODELS, TEXT_ENCODERS, OPTIMIZERS)
+    for builder in registry.module_dict.values() if registry in shared else ():
         found = {**_meanings(builder), **found}
     return found
 

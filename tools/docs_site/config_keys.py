@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from speedit_plugins.trainer.config.schema import COMPONENTS, ExperimentConfig
+from speedit_plugins.trainer.config.sections import REST
 from speedit_plugins.trainer.config.validation import describe_type, join
 
 # Heading of the part of the table that begins with a key of the top.
@@ -45,6 +46,9 @@ def keys_of(schema: type = ExperimentConfig, path: str = "") -> Iterator[Key]:
     """
     hints, texts = get_type_hints(schema), meanings(schema)
     for entry in dataclasses.fields(schema):
+        if entry.metadata.get(REST):
+            # It collects keys that have no name of their own.
+            continue
         key, hint = join(path, entry.name), hints[entry.name]
         if entry.name not in texts:
             raise ValueError(f"config key {key} has no text below it in {inspect.getsourcefile(schema)}")

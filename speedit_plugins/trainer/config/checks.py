@@ -3,18 +3,24 @@
 Uses the standard library only, like `schema.py`: a contradiction fails before torch is imported.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
-from speedit_plugins.trainer.config.schema import ExperimentConfig, settled_process
+from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
     GAUSSIAN_KEYS,
     DiffusionConfig,
     SamplerConfig,
+)
+from speedit_plugins.trainer.config.training_checks import (
+    check_average,
+    check_optimizer,
+    check_optimizer_keys,
 )
 from speedit_plugins.trainer.config.validation import ConfigError, build_section
 
@@ -29,10 +35,13 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     Raises:
         ConfigError: a key that the phase needs is missing, two keys contradict, or an option has no effect.
     """
+    _check_paths(config)
     _check_agreement(config)
+    check_optimizer_keys(config.optimizer)
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
     if phase in ("inference", "sample") or (phase == "train" and _draws_in_training(config)):
@@ -59,10 +68,25 @@ def _draws_in_training(config: ExperimentConfig) -> bool:
 def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
     _check_sampler(config)
     _check_classes(config)
+    if config.inpainting is not None and config.inpaint_image is None:
+        # Images of the dataset are filled, each with its own class or caption.
+        return
     if is_grid and config.num_classes and not config.sample_classes:
         raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
     if config.text_encoder is not None and not config.sample_prompts and config.prompts_file is None:
         raise ConfigError("sample_prompts", "wanted at least one prompt, or prompts_file, got none")
+
+
+def _check_paths(config: ExperimentConfig) -> None:
+    """A `$HOME` in a path would become a folder of that name."""
+    for key in PATHS:
+        found = re.search(r"\$\{?(\w+)\}?", getattr(config, key) or "")
+        if found is not None:
+            raise ConfigError(
+                key,
+                f"environment variables are not replaced in a path, got {found[0]}; wanted"
+                f" ${{oc.env:{found[1]}}}, or quotes that let the shell replace it",
+            )
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -92,17 +116,13 @@ def _check_training(config: ExperimentConfig) -> None:
     """Checks the keys of the training loop."""
     if config.max_training_steps < 1:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
+    if config.data.accept_changed and config.resume == "never":
+        raise ConfigError("data.accept_changed", "has no effect with resume: never; wanted false")
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
     _check_measurements(config)
-    options = config.optimizer
-    if options.min_lr and options.schedule == "constant":
-        raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
-    if options.min_lr > options.lr:
-        raise ConfigError("optimizer.min_lr", f"wanted at most lr = {options.lr:g}, got {options.min_lr:g}")
-    if options.schedule == "cosine" and options.warmup_steps >= config.max_training_steps:
-        limit = f"wanted less than max_training_steps = {config.max_training_steps} with schedule cosine"
-        raise ConfigError("optimizer.warmup_steps", f"{limit}, got {options.warmup_steps}")
+    check_optimizer(config)
+    check_average(config)
 
 
 def _check_measurements(config: ExperimentConfig) -> None:
@@ -183,17 +203,25 @@ def _check_text(config: ExperimentConfig) -> None:
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
     is_filling = phase == "sample" and config.inpainting is not None
-    for key in ("inpaint_image", "inpaint_mask"):
-        if is_filling and getattr(config, key) is None:
-            raise ConfigError(key, "wanted a path: a model trained with inpainting fills a hole in an image")
+    keys = ("inpaint_image", "inpaint_mask")
+    is_given = any(getattr(config, key) is not None for key in keys)
+    for key in keys:
+        if is_filling and is_given and getattr(config, key) is None:
+            raise ConfigError(key, "wanted a path: the image and the mask of its hole, or neither")
         if not is_filling and getattr(config, key) is not None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
-    if config.inpainting is not None and phase == "inference":
-        raise ConfigError("inpainting", "inference draws whole images; wanted the phase sample")
-    if config.inpainting is not None and phase == "train":
-        for key in ("sample_every", "evaluate_every"):
-            if getattr(config, key):
-                raise ConfigError(key, "has no image to fill with inpainting; wanted 0")
+    if config.inpainting is not None and phase == "train" and config.evaluate_every:
+        raise ConfigError("evaluate_every", "draws whole images, which inpainting does not; wanted 0")
+
+
+def _check_lora(config: ExperimentConfig, phase: str) -> None:
+    options = config.lora
+    if not options.rank:
+        for key in ("alpha", "targets"):
+            if getattr(options, key):
+                raise ConfigError(f"lora.{key}", "has no effect with lora.rank 0; wanted a rank, or no lora")
+    elif phase == "train" and config.pretrained is None and config.model.get("path") is None:
+        raise ConfigError("lora.rank", "adapters need trained weights; wanted pretrained or model.path")
 
 
 def _check_sampler(config: ExperimentConfig) -> None:

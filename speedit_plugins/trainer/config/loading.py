@@ -21,9 +21,12 @@ from yaml import YAMLError
 from speedit_plugins.registry import import_modules
 from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.custom_imports import import_stated, listed
+from speedit_plugins.trainer.config.earlier_keys import with_lora_section
+from speedit_plugins.trainer.config.key_names import argument_hint
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
 from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
-from speedit_plugins.trainer.config.validation import ConfigError, build_section, check_keys, join
+from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys, join
+from speedit_plugins.trainer.config.yaml_text import check_text, other_number
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]
 
@@ -35,6 +38,11 @@ REDACTED = "<redacted>"
 _KEPT_ON_TYPE_CHANGE = {
     "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
     "diffusion": ("policy", "diffusion_steps"),
+    # What the trainer does, whatever the optimizer.
+    "optimizer": (
+        *("warmup_steps", "schedule", "power", "decay_steps", "decay_shape"),
+        *("max_grad_norm", "grad_accumulation"),
+    ),
 }
 # Not every `..._key` or `..._token`: `image_key` and `pad_token` are ordinary arguments.
 _SECRET_KEY = re.compile(
@@ -98,7 +106,7 @@ def load_config(
         layers.append(_translated(layer, reference))
         merged = merge(merged, layers[-1].content)
     try:
-        resolved = reference.finish(_resolve(merged))
+        resolved = with_lora_section(reference.finish(_resolve(merged)))
         config = settled(build_section(ExperimentConfig, resolved))
         check_phase(config, phase)
         # Last: a wrong config fails before other people's modules, and torch with them, are imported.
@@ -113,8 +121,7 @@ def load_config(
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The config as YAML that `load_config` reads again; secret-looking values are redacted."""
-    plain = dataclasses.asdict(config)
-    return str(OmegaConf.to_yaml(OmegaConf.create(redact(plain))))
+    return str(OmegaConf.to_yaml(OmegaConf.create(redact(as_plain(config)))))
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -156,6 +163,8 @@ def find_config(path: str | Path) -> Path:
         ValueError: there is no such file (the message lists the existing ones), or it is a folder, or it ends
             in none of .yaml, .yml and .py.
     """
+    if not str(path).strip():
+        raise ValueError("config needs a file, got an empty name")
     name = Path(path).expanduser()
     roots = _config_roots()
     for candidate in (name, *(root / name for root in roots)):
@@ -207,18 +216,19 @@ def _read(file: Path, allow_python: bool) -> _Layer:
     if file.suffix == ".py":
         return _Layer(str(file), _read_python(file, allow_python))
     try:
+        check_text(file.read_text(encoding="utf-8-sig"))
         content = OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: wanted text in UTF-8, which byte {error.start} is no part of") from None
     except YAMLError as error:
         # Only the position, because the text around it may hold a secret key.
         mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
+        line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(
-            f"{file}: not valid YAML{line}: {getattr(error, 'problem', '') or 'unreadable'}"
+            f"{file}: {line}not valid YAML: {getattr(error, 'problem', '') or 'unreadable'}"
         ) from None
-    except (OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (ValueError, OmegaConfBaseException) as error:
         raise ValueError(f"{file}: {_first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: wanted keys at the top level, got a {type(content).__name__}")
     return _Layer(str(file), cast(dict[str, Any], content))
 
 
@@ -243,10 +253,16 @@ def _read_python(file: Path, allow_python: bool) -> dict[str, Any]:
 def _dotlist(overrides: Iterable[str]) -> dict[str, Any]:
     """`a.b=value` arguments as nested keys. A later argument overrides an earlier one."""
     merged: dict[str, Any] = {}
+    before = ""
     for argument in overrides:
-        key, equals, _ = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise ValueError(f"argument wanted key=value, got {redact(argument)!r}")
+            raise ValueError(
+                f"argument wanted key=value, got {redact(argument)!r}{argument_hint(argument, before)}"
+            )
+        before = argument
+        if meant := other_number(text):
+            raise ConfigError(key, f"{meant} (in command line)")
         try:
             content = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
         except (YAMLError, OmegaConfBaseException):
@@ -296,7 +312,7 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
 
 def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
     """`content` itself, changed so that a component given as a bare name is a section with that `type`."""
-    for path in COMPONENTS:
+    for path in (*COMPONENTS, "optimizer", "ema"):
         *parents, name = path.split(".")
         section: Any = content
         for parent in parents:
@@ -323,7 +339,8 @@ def _resolve(merged: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(dict(merged)), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "config"), _first_line(error)) from None
+        reason = _first_line(error).removeprefix("KeyError raised while resolving interpolation: ")
+        raise ConfigError(str(error.full_key or "config"), reason) from None
     return cast(dict[str, Any], plain)
 
 
@@ -351,6 +368,7 @@ def _located(error: ConfigError, layers: Sequence[_Layer]) -> str:
     name = error.path.partition("[")[0]
     stating = [layer.source for layer in layers if name in set(_paths(layer.content))]
     read = ", ".join(dict.fromkeys(layer.source for layer in layers if layer.content))
+    read = read or f"{layers[0].source}, which has no keys"
     message = _SECRET_VALUE.sub(REDACTED, _message(error))
     return f"{message} ({f'in {stating[-1]}' if stating else f'read: {read}'})"
 

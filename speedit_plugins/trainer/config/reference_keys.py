@@ -219,6 +219,9 @@ class ReferenceKeys:
                 if "type" in section:
                     raise ConfigError(path, "wanted either `type` or `_target_`, got both")
                 section["type"] = _translate_target(path, target)
+                if path == "data.dataset":
+                    # The reference always mirrors. Here that is a choice.
+                    section.setdefault("random_flip", True)
                 self._is_reference_model |= path == "model"
                 self._note(target, f"{path}.type: {section['type']}")
         for path in _leftover_targets(layer):

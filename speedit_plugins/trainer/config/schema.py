@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
+from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
     DataConfig,
     DiffusionConfig,
     EmaConfig,
     EvaluationConfig,
+    LoraConfig,
     OptimizerConfig,
     SamplerConfig,
     limited,
@@ -107,11 +109,13 @@ class ExperimentConfig:
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
     write over a run; a path goes on from that checkpoint."""
     pretrained: str | None = None
-    """Weights that a new training starts from."""
+    """Weights that a new training starts from. With `lora` they are read again whenever its adapters are."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains low-rank adapters in place of all weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of the weights. Samples are drawn with it."""
+    """Moving average of the weights. Samples are drawn with it, where one is kept."""
     ckpt_every: int = limited(50_000, at_least=1)
     """Steps between checkpoints."""
     keep_last: int = limited(3, at_least=1)
@@ -165,15 +169,16 @@ class ExperimentConfig:
     prompts_file: str | None = None
     """A text file with a prompt a line, in place of `sample_prompts`. inference takes the prompts in turn."""
     inpaint_image: str | None = None
-    """The image in which sample fills a hole."""
+    """The image in which sample fills a hole. null fills holes in images of the dataset."""
     inpaint_mask: str | None = None
     """The hole: an image of the same size that is white where it is to be filled."""
     samples_per_class: int = limited(1, at_least=1)
-    """The rows of a grid. Without classes, the images of the grid, in rows of 8."""
+    """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
+    of the dataset that are filled."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes."""
+    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills."""
     per_proc_batch_size: int = limited(32, at_least=1)
     """Samples that are drawn at once, in grids too."""
 
@@ -198,11 +203,29 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
         config.evaluation, reference_statistics=_expanded(statistics), clip=_expanded(clip)
     )
     paths: dict[str, Any] = {key: _expanded(getattr(config, key)) for key in PATHS}
-    return dataclasses.replace(config, diffusion=diffusion, sampler=sampler, evaluation=evaluation, **paths)
+    return dataclasses.replace(
+        config,
+        diffusion=diffusion,
+        sampler=sampler,
+        evaluation=evaluation,
+        optimizer=_settled_optimizer(config.optimizer),
+        **paths,
+    )
 
 
 def _expanded(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)
+
+
+def _settled_optimizer(options: OptimizerConfig) -> OptimizerConfig:
+    facts = OPTIMIZER_FACTS.get(options.type)
+    if facts is None:
+        return options
+    own = {"lr": facts.lr, **facts.parameters}
+    unset: dict[str, Any] = {
+        key: own.get(key) for key in ("lr", "weight_decay", "betas") if getattr(options, key) is None
+    }
+    return dataclasses.replace(options, **unset)
 
 
 def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:

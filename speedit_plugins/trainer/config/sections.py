@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 # A section that a registry builds: `type` and free keys, checked by its builder's own signature.
 Component = dict[str, Any]
+# Marks a field that collects the keys of its section that have no field. No key has its name.
+REST = "rest"
 FLOW = "RectifiedFlow"
 # Which keys of `diffusion` are arguments of which kind of process.
 FLOW_KEYS = ("base_density", "logit_mean", "logit_std", "shift")
@@ -26,6 +28,11 @@ GAUSSIAN_KEYS = (
 def limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:
     """A field with a range, of each item in a sequence: `at_least`, `at_most`, `above`, `below`."""
     return field(default=default, metadata=limits)
+
+
+def limited_list(default: list[float], **limits: float) -> Any:
+    """A list with a range of each item, as `limited`."""
+    return field(default_factory=lambda: list(default), metadata=limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,36 +111,68 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer and its schedule; lengths in optimizer steps."""
+    """Optimizer and its schedule; lengths in optimizer steps. Other keys are parameters of the optimizer."""
 
-    type: Literal["AdamW"] = "AdamW"
-    """The optimizer."""
-    lr: float = limited(1e-4, above=0)
-    """Learning rate after the warm-up."""
-    weight_decay: float = limited(0.0, at_least=0)
-    """Decoupled weight decay."""
-    betas: tuple[float, float] = limited((0.9, 0.999), at_least=0, below=1)
-    """Decay rates of the two moments."""
+    type: str = "AdamW"
+    """The optimizer: `AdamW`, `AdamW8bit`, `Adafactor`, `Prodigy`, `AdamWScheduleFree`, `Muon`, or one of
+    your own; see docs/training.md. Another type drops `lr`, `min_lr` and the parameters of the old one."""
+    lr: float | None = limited(None, above=0)
+    """Learning rate after the warm-up. null is the optimizer's own: 1e-4 for AdamW."""
+    weight_decay: float | None = limited(None, at_least=0)
+    """Decoupled weight decay; null is the optimizer's own, 0."""
+    betas: tuple[float, float] | None = limited(None, at_least=0, below=1)
+    """Decay rates of the two moments; null is the optimizer's own, [0.9, 0.999]."""
     warmup_steps: int = limited(0, at_least=0)
     """Steps of linear warm-up: step n has n / warmup_steps of the learning rate."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: `constant`, or half a cosine down to `min_lr` at `max_training_steps`."""
+    schedule: Literal["constant", "linear", "polynomial", "cosine", "warmup_stable_decay"] = "constant"
+    """After the warm-up: `constant`, or down to `min_lr` at `max_training_steps` along a line, a power, or
+    half a cosine. `warmup_stable_decay` is constant up to the last `decay_steps`."""
     min_lr: float = limited(0.0, at_least=0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    power: float | None = limited(None, above=0)
+    """Exponent of `polynomial`, which needs it: 1 is a line, 2 falls faster at first."""
+    decay_steps: int | None = limited(None, at_least=1)
+    """Steps at the end in which `warmup_stable_decay` falls; it needs them."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] | None = None
+    """How `warmup_stable_decay` falls; null is linear. `sqrt` is 1 - sqrt(share done)."""
     max_grad_norm: float = limited(0.0, at_least=0)
     """Gradients are clipped to this norm; 0 clips nothing."""
     grad_accumulation: int = limited(1, at_least=1)
     """Forward passes per optimizer step."""
+    parameters: dict[str, Any] = field(default_factory=dict, metadata={REST: True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
     """Moving average of the weights."""
 
+    type: Literal["halflife", "power", "none"] = "halflife"
+    """`halflife` forgets at a fixed rate, `power` over a fixed share of the training (EDM2), `none` keeps no
+    average: samples are drawn with the weights themselves."""
     halflife_steps: float = limited(6931.0, above=0)
     """Steps in which the share of a step's weights halves. 6931 is the decay of DiT, ln 0.5 / ln 0.9999."""
     ramp: bool = True
     """Limits the decay to (1 + n) / (10 + n) after n steps, so that the average forgets the start sooner."""
+    sigma_rel: list[float] = limited_list([0.05, 0.1], above=0, below=0.288)
+    """Lengths of `power` averages, as EDM2's relative standard deviation: 0.1 averages over about the last
+    tenth of the steps so far. Samples are drawn with the first."""
+    snapshot_every: int = limited(0, at_least=0)
+    """Steps between snapshots of `power` averages in `snapshots/`, from which tools/posthoc_ema.py makes
+    averages of other lengths; 0 keeps none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights, those of `pretrained` or `model.path`. Needs the package peft."""
+
+    rank: int = limited(0, at_least=0)
+    """Width of each adapter; 0 trains all weights, without adapters."""
+    alpha: float | None = limited(None, above=0)
+    """The adapters are scaled by alpha / rank; null is the rank."""
+    targets: list[str] = field(default_factory=list)
+    """Ends of the names of the layers that get adapters. None given takes the projections of the attentions:
+    `to_q`, `to_k`, `to_v` and `to_out.0` in networks of diffusers, `attn.qkv` and `attn.proj` in DiT and
+    Latte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +193,8 @@ class DataConfig:
     """Loading processes of each training process; 0 loads in the training process itself."""
     prefetch_factor: int | None = limited(None, at_least=1)
     """Batches that each loading process keeps ready; null is 2. It needs `num_workers`."""
+    accept_changed: bool = False
+    """Go on from a checkpoint though files were added, removed or renamed: at the start of the next epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +202,8 @@ class EvaluationConfig:
     """What test measures, and the numbers in its metrics."""
 
     metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
-    """Any of fid, sfid, kid, prdc, inception_score and clip_score."""
+    """Any of fid, sfid, kid, prdc, inception_score and clip_score; with inpainting also psnr, ssim and
+    hole_error."""
     batch_size: int = limited(16, at_least=1)
     """Images that are read and passed through the feature network at once."""
     reference_statistics: str | None = None

@@ -4,16 +4,19 @@ Uses the standard library only, so that a wrong config fails before torch is imp
 """
 
 import dataclasses
-import difflib
 import math
 import operator
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from speedit_plugins.trainer.config.key_names import key_hint, value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import Component
+from speedit_plugins.trainer.config.sections import REST, Component
+
+# "10k" and "2M" are numbers to a person.
+_THOUSANDS = {"k": "e3", "m": "e6"}
 
 Config = TypeVar("Config")
 
@@ -40,12 +43,16 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
         ConfigError: a key is unknown or missing, a type is wrong, or a value is out of range.
     """
     if not isinstance(raw, Mapping):
-        raise ConfigError(path or "config", f"wanted a section with keys, got {raw!r}")
+        raise ConfigError(
+            path or "config", f"wanted a section with keys, got {raw!r}{_section_hint(schema, raw)}"
+        )
     check_keys(schema, raw, path)
     hints, values = get_type_hints(schema), {}
     for entry in fields(cast(Any, schema)):
         key = join(path, entry.name)
-        if entry.name in raw:
+        if entry.metadata.get(REST):
+            values[entry.name] = {name: raw[name] for name in raw if name not in _keys(schema)}
+        elif entry.name in raw:
             values[entry.name] = _checked(raw[entry.name], hints[entry.name], key, entry.metadata)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ConfigError(key, f"missing; wanted {describe_type(hints[entry.name])}")
@@ -54,10 +61,13 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
 
 def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
     """Raises for an unknown key of `raw` or of a typed section below it, and names the nearest known key."""
-    hints = get_type_hints(schema)
+    hints, is_open = _keys(schema), any(entry.metadata.get(REST) for entry in fields(cast(Any, schema)))
     for name, value in raw.items():
+        if is_open and isinstance(name, str) and name not in hints:
+            continue
         if name not in hints:
-            message = f"unknown key{_nearest(str(name), hints, path)}; known here: {', '.join(hints)}"
+            hint = key_hint(str(name), path, hints, list(key_paths()))
+            message = f"unknown key{hint}; known here: {', '.join(hints)}"
             raise ConfigError(join(path, str(name)), message)
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             check_keys(cast(type, hints[name]), value, join(path, name))
@@ -66,11 +76,18 @@ def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
 def key_paths(schema: type = ExperimentConfig, path: str = "") -> dict[str, Any]:
     """Every dotted key with its type; a section comes before its keys."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _keys(schema).items():
         found[join(path, name)] = hint
         if dataclasses.is_dataclass(hint):
             found.update(key_paths(cast(type, hint), join(path, name)))
     return found
+
+
+def as_plain(config: ExperimentConfig) -> dict[str, Any]:
+    """The config as plain mappings, lists and scalars: what `build_section` reads again."""
+    plain = dataclasses.asdict(config)
+    plain["optimizer"] |= plain["optimizer"].pop("parameters")
+    return plain
 
 
 def join(path: str, name: str) -> str:
@@ -94,11 +111,10 @@ def describe_type(hint: Any) -> str:
     return str(hint.__name__)
 
 
-def _nearest(name: str, known: Iterable[str], path: str) -> str:
-    """'; did you mean X?' with a similar key here, else with the same key in another section, else ''."""
-    close = [join(path, key) for key in difflib.get_close_matches(name, list(known), n=1)]
-    close += [key for key in key_paths() if key.rpartition(".")[2] == name]
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _keys(schema: type) -> dict[str, Any]:
+    """The keys of a section with their types, without the field that collects other keys."""
+    hints = get_type_hints(schema)
+    return {entry.name: hints[entry.name] for entry in fields(schema) if not entry.metadata.get(REST)}
 
 
 def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
@@ -109,7 +125,8 @@ def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> An
         return _optional(value, hint, key, limits)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+            near = value_hint(value, arguments)
+            raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}{near}")
         return value
     if origin is dict:
         return _component(value, key)
@@ -121,8 +138,11 @@ def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> An
 def _optional(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:
     """A value of a union: of `X | None`, or of scalars such as `int | str`."""
     inner = [part for part in get_args(hint) if part is not type(None)]
-    if value is None and type(None) in get_args(hint):
+    is_nullable = type(None) in get_args(hint)
+    if value is None and is_nullable:
         return None
+    if is_nullable and value in ("None", "none", {"type": "None"}, {"type": "none"}):
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}; YAML writes null")
     if len(inner) > 1:
         # A text is no number, and a number no text: at most one of the types fits.
         fitting = [part for part in inner if isinstance(value, str) == (part is str)]
@@ -147,7 +167,7 @@ def _sequence(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> A
     fixed = get_origin(hint) is tuple
     is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if not is_list or (fixed and len(value) != len(arguments)):
-        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}{_list_hint(value)}")
     items = [_checked(item, arguments[0], f"{key}[{i}]", limits) for i, item in enumerate(value)]
     return tuple(items) if fixed else items
 
@@ -160,9 +180,44 @@ def _scalar(value: Any, hint: type, key: str, limits: Mapping[str, float]) -> An
     elif hint is float and is_number and math.isfinite(value):
         value = float(value)
     elif hint not in (bool, str) or not isinstance(value, hint):
-        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}")
+        raise ConfigError(key, f"wanted {describe_type(hint)}, got {value!r}{_scalar_hint(value, hint)}")
     for name, limit in limits.items():
         symbol, holds = _LIMITS[name]
         if not holds(value, limit):
             raise ConfigError(key, f"wanted {describe_type(hint)} {symbol} {limit:g}, got {value!r}")
     return value
+
+
+def _section_hint(schema: type, raw: Any) -> str:
+    """How to write what looks like the `type` of a section, or a section that is left empty."""
+    if isinstance(raw, str) and "type" in get_type_hints(schema):
+        return f"; wanted its key `type`: {raw}"
+    return "; leave the key out for the defaults" if raw is None else ""
+
+
+def _list_hint(value: Any) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return ""
+    return f"; a list is written [{', '.join(str(value).replace(',', ' ').split())}]"
+
+
+def _scalar_hint(value: Any, hint: type) -> str:
+    """What makes a text that looks like a number or a bool into one, or a number into a text."""
+    if hint is str and isinstance(value, int | float):
+        return f"; wanted quotes around it: '{str(value).lower() if isinstance(value, bool) else value}'"
+    if not isinstance(value, str):
+        return ""
+    if hint is bool:
+        return "; wanted true or false without quotes" if value.lower() in ("true", "false") else ""
+    plain = value.replace(",", "").replace(" ", "")
+    if plain[-1:].lower() in _THOUSANDS:
+        plain = f"{plain[:-1]}{_THOUSANDS[plain[-1:].lower()]}"
+    try:
+        number = float(plain)
+    except ValueError:
+        return ""
+    return (
+        f"; wanted {hint(number) if number.is_integer() else number} without quotes"
+        if math.isfinite(number)
+        else ""
+    )

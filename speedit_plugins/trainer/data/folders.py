@@ -1,6 +1,7 @@
 """Lists data folders in sorted order and refuses symbolic links that lead out of the root."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,12 +15,18 @@ class Walk:
         root: a resolved path.
         follow_links: True allows symbolic links that lead out of `root`.
         suffixes: file suffixes to list, in lower case.
+
+    Attributes:
+        seen: time of the last change, in nanoseconds, of each folder that was listed.
+        left_out: number of files that were not listed, by suffix in lower case. Hidden ones are not counted.
     """
 
     def __init__(self, root: Path, *, follow_links: bool, suffixes: Sequence[str]) -> None:
         self.root = root
         self.follow_links = follow_links
         self.suffixes = tuple(suffixes)
+        self.seen: dict[str, int] = {}
+        self.left_out: Counter[str] = Counter()
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
         """Subfolders and files directly in `folder`, as full paths, sorted by name.
@@ -29,11 +36,17 @@ class Walk:
         """
         folders: list[str] = []
         files: list[str] = []
+        is_new = folder not in self.seen
+        # Before it is read: what is added meanwhile gives the folder a later time.
+        self.seen[folder] = os.stat(folder).st_mtime_ns
         with os.scandir(folder) as listing:
             found = sorted(listing, key=lambda entry: entry.name)
         for entry in found:
-            counts = entry.name.lower().endswith(self.suffixes)
-            if entry.name.startswith(".") or not (counts or entry.is_dir()):
+            if entry.name.startswith("."):
+                continue
+            if not (entry.name.lower().endswith(self.suffixes) or entry.is_dir()):
+                # A folder may be listed twice, and then counts once.
+                self.left_out[os.path.splitext(entry.name)[1].lower() or "no suffix"] += is_new
                 continue
             if entry.is_symlink():
                 self._check_link(entry.path)

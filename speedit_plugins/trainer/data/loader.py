@@ -4,8 +4,6 @@ Dims: B batch, C channels, H x W pixels.
 """
 
 import hashlib
-import os
-import signal
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
@@ -15,10 +13,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.trainer.data.buckets import usable_size, whole_batches
+from speedit_plugins.trainer.data.identity import Identified, Identity, position_in
+from speedit_plugins.trainer.data.order import ChunkedOrder
+from speedit_plugins.trainer.data.workers import (
+    DataError,
+    batch_fault,
+    deaths_wait_for_their_batch,
+    leave_group_signals_to_trainer,
+    sample_fault,
+)
+from speedit_plugins.trainer.terminal import say
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
-HELD_OUT_STREAM, VALIDATION_STREAM = 6, 7
+HELD_OUT_STREAM, VALIDATION_STREAM, HOLE_STREAM = 6, 7, 8
 
 _FAULT = "fault"
 
@@ -31,6 +39,14 @@ class SampleSource(Protocol):
 
     `load` takes all its random numbers from `generator`. A dataset with samples of several shapes also has
     the attribute `buckets`, int64 (len,); samples of the same bucket have the same shape.
+
+    A dataset may also have:
+
+    - `identity()`, what it consists of, see `identity.py`: a resumed run compares it with the saved one;
+    - `chunked`, a `ChunkedOrder`, if it is read fastest in chunks;
+    - `classes`, a tuple of names;
+    - `left_out`, a mapping from a reason, such as the suffix ".gif", to the number of files not used;
+    - `num_corrupt`, the number of damaged samples that were found so far, by all workers.
     """
 
     def __len__(self) -> int: ...
@@ -58,6 +74,7 @@ class ResumableLoader:
         pin_memory: puts batches into page-locked memory for faster copies to a CUDA device; requires one.
         rank: this process yields part number `rank` of each batch, in [0, world_size).
         world_size: number of equal parts that a batch is split into; must divide batch_size.
+        accept_changed: go on from a saved position of other data, at the start of the next epoch.
 
     Yields:
         The samples of one part, stacked by key: "image" (B, C, H, W), "label" int64 (B,).
@@ -74,6 +91,7 @@ class ResumableLoader:
         pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        accept_changed: bool = False,
     ) -> None:
         size = len(dataset)
         if batch_size < 1:
@@ -103,7 +121,12 @@ class ResumableLoader:
         self.rank, self.world_size = rank, world_size
         self.pin_memory = pin_memory
         self._buckets: Tensor | None = getattr(dataset, "buckets", None)
-        self._usable_size, self._arrangement = _arrangement(self._buckets, size=size, batch_size=batch_size)
+        self._chunked: ChunkedOrder | None = getattr(dataset, "chunked", None)
+        self._usable_size, self._arrangement = _arrangement(
+            self._buckets, self._chunked, size=size, batch_size=batch_size
+        )
+        self._accept_changed = accept_changed
+        self._identity: Identity | None = dataset.identity() if isinstance(dataset, Identified) else None
         self._epoch = 0
         self._offset = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -122,13 +145,21 @@ class ResumableLoader:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        if self._batches is None:
-            self._batches = self._start()
+        """The next batch.
+
+        Raises:
+            DataError: a sample cannot be loaded, or a loading process ended.
+        """
         try:
+            if self._batches is None:
+                self._batches = self._start()
             batch = _checked(next(self._batches))
-        except BaseException:
+        except BaseException as error:
+            fault = batch_fault(error, getattr(self._batches, "_workers", ()))
             # The iterator is already past the failed batch; the next call restarts from the saved position.
             self.close()
+            if fault is not None:
+                raise fault from error
             raise
         self._epoch, self._offset = settle(
             self._epoch, self._offset + self.batch_size, size=self._usable_size, batch_size=self.batch_size
@@ -143,12 +174,20 @@ class ResumableLoader:
             # next forked worker would inherit it and shut down queues that belong to another process.
             batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public name for it
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def identity(self) -> Identity | None:
+        """What the dataset consists of, see `identity.py`; None if it does not say."""
+        return self._identity
+
+    def state_dict(self) -> dict[str, Any]:
         """The position as plain ints: seed, epoch, offset (samples of the epoch handed out), dataset size.
 
         With buckets it also has batch_size and a checksum of the buckets: the order of an epoch depends on
-        both.
+        both. With chunks it has a checksum of these. "identity" is that of the dataset, if it has one.
         """
+        return {**self._position(), **({} if self._identity is None else {"identity": self._identity})}
+
+    def _position(self) -> dict[str, int]:
         return {
             "seed": self.seed,
             "epoch": self._epoch,
@@ -157,31 +196,37 @@ class ResumableLoader:
             **self._arrangement,
         }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a position saved by `state_dict`.
 
         The batch size may differ from the saved one, because the offset counts samples. With buckets, the
-        batch size and the buckets may change only at the start of an epoch.
+        batch size and the buckets may change only at the start of an epoch, and so may chunks.
+
+        The data must have the same number of samples, names and classes, unless `accept_changed`. Then
+        training goes on with the next epoch. Rank 0 prints a line for other changes, such as edited captions.
 
         Raises:
-            ValueError: a key is missing, unknown or out of range; the seed or the dataset size differs; or
-                the batch size or the buckets differ in the middle of an epoch.
+            ValueError: a key is missing, unknown or out of range; the seed or the data differ; or the batch
+                size or the buckets differ in the middle of an epoch.
         """
-        wanted = set(self.state_dict())
+        state = dict(state)
+        identity = state.pop("identity", None)
+        wanted = set(self._position())
         if set(state) != wanted:
             raise ValueError(f"the loader's state needs the keys {sorted(wanted)}, got {sorted(state)}")
         for key, value in state.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"the loader's state needs {key} to be an int >= 0, got {value!r}")
-        size = len(self.dataset)
-        if state["size"] != size:
-            raise ValueError(
-                f"the saved position belongs to a dataset of {state['size']} samples, got one of {size}"
-            )
         if state["seed"] != self.seed:
             raise ValueError(
                 f"the saved position belongs to seed {state['seed']}, got a loader with seed {self.seed}"
             )
+        data = (len(self.dataset), self._identity, self.dataset)
+        state, notes = position_in(
+            state, identity, data, arrangement=self._arrangement, accept_changed=self._accept_changed
+        )
+        for note in notes if self.rank == 0 else ():
+            say(note)
         self._check_arrangement(state)
         if state["offset"] > self._usable_size:
             raise ValueError(f"the loader's state needs offset <= {self._usable_size}, got {state['offset']}")
@@ -194,11 +239,12 @@ class ResumableLoader:
         """Raises ValueError if the saved offset would point to other samples in this loader."""
         for key, value in self._arrangement.items():
             if state["offset"] and state[key] != value:
+                what = "chunks" if key == "chunks_crc32" else "buckets"
                 raise ValueError(
-                    f"the saved position is in the middle of an epoch with buckets and {key} {state[key]},"
+                    f"the saved position is in the middle of an epoch with {what} and {key} {state[key]},"
                     f" got {key} {value}: it must stay the same until the epoch ends, as it decides the order"
                 )
-        if self._arrangement and state["offset"] % self.batch_size:
+        if self._buckets is not None and state["offset"] % self.batch_size:
             raise ValueError(
                 f"with buckets the loader's state needs an offset that is a multiple of the batch size"
                 f" {self.batch_size}, got {state['offset']}"
@@ -209,6 +255,7 @@ class ResumableLoader:
         keys = _BatchKeys(
             size=len(self.dataset),
             buckets=self._buckets,
+            chunked=self._chunked,
             batch_size=self.batch_size,
             seed=self.seed,
             start=(self._epoch, self._offset),
@@ -221,11 +268,12 @@ class ResumableLoader:
             prefetch_factor=self.prefetch_factor,
             pin_memory=self.pin_memory,
             collate_fn=_collated,
-            worker_init_fn=_leave_group_signals_to_trainer,
+            worker_init_fn=leave_group_signals_to_trainer,
             # Otherwise the DataLoader would consume random numbers of the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        return iter(loader)
+        with deaths_wait_for_their_batch():
+            return iter(loader)
 
 
 def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
@@ -233,10 +281,13 @@ def settle(epoch: int, offset: int, *, size: int, batch_size: int) -> Key:
     return (epoch, offset) if offset + batch_size <= size else (epoch + 1, 0)
 
 
-def epoch_order(size: int, *, seed: int, epoch: int) -> Tensor:
-    """Shuffled sample order of one epoch, int64 (size,): a permutation that depends on (seed, epoch) only."""
+def epoch_order(size: int, *, seed: int, epoch: int, chunked: ChunkedOrder | None = None) -> Tensor:
+    """Shuffled sample order of one epoch, int64 (size,).
+
+    A permutation that depends on (seed, epoch) only, and on the chunks if there are any.
+    """
     generator = torch.Generator().manual_seed(stream_seed(seed, DATA_STREAM, epoch))
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator) if chunked is None else chunked.draw(generator)
 
 
 def stream_seed(seed: int, *path: int) -> int:
@@ -262,13 +313,14 @@ class _BatchKeys:
         *,
         size: int,
         buckets: Tensor | None,
+        chunked: ChunkedOrder | None,
         batch_size: int,
         seed: int,
         start: Key,
         part: tuple[int, int],
     ) -> None:
         self.size = size
-        self.buckets = buckets
+        self.buckets, self.chunked = buckets, chunked
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
@@ -278,7 +330,7 @@ class _BatchKeys:
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, offset = self.start
         while True:
-            order = epoch_order(self.size, seed=self.seed, epoch=epoch)
+            order = epoch_order(self.size, seed=self.seed, epoch=epoch, chunked=self.chunked)
             if self.buckets is not None:
                 order = whole_batches(order, self.buckets, batch_size=self.batch_size)
             for first in range(offset, len(order) - self.batch_size + 1, self.batch_size):
@@ -287,10 +339,13 @@ class _BatchKeys:
             epoch, offset = epoch + 1, 0
 
 
-def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple[int, dict[str, int]]:
-    """Number of samples used per epoch, and the state entries that decide the order with buckets."""
+def _arrangement(
+    buckets: Tensor | None, chunked: ChunkedOrder | None, *, size: int, batch_size: int
+) -> tuple[int, dict[str, int]]:
+    """Number of samples used per epoch, and the state entries of the chunks and buckets."""
+    order = {} if chunked is None else {"chunks_crc32": chunked.checksum}
     if buckets is None:
-        return size, {}
+        return size, order
     if buckets.shape != (size,) or buckets.dtype != torch.int64:
         raise ValueError(
             f"the loader needs buckets int64 of shape ({size},), got {buckets.dtype} of shape"
@@ -301,7 +356,8 @@ def _arrangement(buckets: Tensor | None, *, size: int, batch_size: int) -> tuple
         raise ValueError(
             f"the loader needs a bucket with at least batch_size = {batch_size} samples, got none"
         )
-    return usable, {"batch_size": batch_size, "buckets_crc32": zlib.crc32(buckets.numpy().tobytes())}
+    crc = zlib.crc32(buckets.numpy().tobytes())
+    return usable, {"batch_size": batch_size, "buckets_crc32": crc, **order}
 
 
 class _KeyedSamples:
@@ -319,9 +375,9 @@ class _KeyedSamples:
         generator = torch.Generator().manual_seed(stream_seed(self.seed, DATA_STREAM, epoch, index))
         try:
             return dict(self.dataset.load(index, generator))
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:
             # Returned, not raised: torch would wrap an exception of a worker in the worker's traceback.
-            return {_FAULT: str(error)}
+            return {_FAULT: sample_fault(error)}
 
 
 def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -332,16 +388,5 @@ def _collated(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _checked(batch: dict[str, Any]) -> dict[str, Tensor]:
     if _FAULT in batch:
-        raise ValueError(batch[_FAULT])
+        raise DataError(batch[_FAULT])
     return batch
-
-
-def _leave_group_signals_to_trainer(worker_id: int) -> None:
-    """Moves a worker out of the trainer's process group, so that group signals do not kill it.
-
-    Ctrl-C and a launcher's SIGTERM go to the whole group. The trainer reacts by finishing its step and saving
-    a checkpoint; a worker that died meanwhile would make that fail. SIGTERM sent to the worker itself still
-    ends it.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -5,6 +5,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
+def read_header(file: Path) -> list[str]:
+    """The column names of a CSV file, stripped of white space; [] for an empty file.
+
+    Raises:
+        ValueError: the first line is not UTF-8 or not CSV.
+        OSError: the system fails to read the file.
+    """
+    try:
+        # utf-8-sig: spreadsheet programs write a byte-order mark before the first column's name.
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            return [name.strip() for name in next(csv.reader(lines, strict=True), [])]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{file}, line 1: wanted CSV: {error}") from error
+
+
 def read_table(
     file: Path, columns: Sequence[str], *, optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:

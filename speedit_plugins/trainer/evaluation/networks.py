@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from speedit_plugins.registry import FEATURES
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor, Readings
+from speedit_plugins.trainer.weight_files import unlike_weights
 
 CPU = torch.device("cpu")
 # TensorFlow's EfficientNet-Lite was trained on (pixel - 127) / 128.
@@ -247,6 +248,8 @@ class _Script:
         file = Path(path).expanduser()
         if not file.is_file():
             raise ValueError(f"path must be a TorchScript file, got '{path}'")
+        if fault := unlike_weights(file):
+            raise ValueError(f"'{path}' {fault}")
         try:
             self.module: Any = torch.jit.load(file, map_location=device).eval()
         except RuntimeError as error:

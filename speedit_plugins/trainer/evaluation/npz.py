@@ -9,11 +9,13 @@ Dims: N images, B of them in a chunk, H x W pixels, C channels, D features.
 import contextlib
 import math
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,8 +25,23 @@ from torch import Tensor
 from speedit_plugins.files import replacing
 
 Images = NDArray[np.uint8] | Tensor
-# Errors of numpy and zipfile on damaged files. ValueError includes arrays that only pickle could read.
-READ_ERRORS = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# Errors of numpy and zipfile on damaged files. ValueError includes arrays that only pickle could read. An
+# absurd header fails as Python source, or asks for more memory than there is.
+READ_ERRORS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    tokenize.TokenError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def write_npz(
@@ -73,6 +90,7 @@ def read_npz(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         with _loaded(path) as archive:
             if "arr_0" not in archive.files:
                 raise ValueError(f"no arr_0 in it, only {sorted(archive.files)}")
+            _check_sizes(path, ["arr_0"])
             images = archive["arr_0"]
         if not isinstance(images, np.ndarray):
             raise ValueError("arr_0 in it is not an array")
@@ -129,6 +147,7 @@ def read_statistics(path: str | os.PathLike[str], *, spatial: bool = False) -> t
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     with _reading(path), _loaded(path) as archive:
+        _check_sizes(path, [name for name in names if name in archive.files])
         mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in names)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
@@ -161,17 +180,43 @@ def _opened_images(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], tu
         if "arr_0.npy" not in archive.namelist():
             raise ValueError(f"no arr_0 in it, only {sorted(archive.namelist())}")
         with archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            header = header or np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = header(member)
+            shape, is_fortran, dtype = _header(member)
             if dtype != np.uint8 or len(shape) != 4 or 0 in shape or is_fortran:
                 order = "Fortran" if is_fortran else "C"
                 raise ValueError(
                     f"arr_0 must be uint8 (N, H, W, C) in C order, not empty; got {dtype} {shape} in"
                     f" {order} order"
                 )
+            _check_size("arr_0", shape, dtype, archive.getinfo("arr_0.npy").file_size - member.tell())
             yield member, shape
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the order is Fortran's, and dtype of an open .npy file; leaves it at its first value."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+    return (read or np.lib.format.read_array_header_2_0)(member)
+
+
+def _check_sizes(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raises ValueError if a header promises more or fewer values than the file holds.
+
+    numpy asks for the memory of the promised values before it reads the first one.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist() if name.endswith(".npy")}
+        for name in names:
+            if name not in members:
+                continue
+            with archive.open(members[name]) as member:
+                shape, _, dtype = _header(member)
+                _check_size(name, shape, dtype, archive.getinfo(members[name]).file_size - member.tell())
+
+
+def _check_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], num_bytes: int) -> None:
+    # The size of a pickled array is not known. Reading one is refused.
+    if not dtype.hasobject and (min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != num_bytes):
+        raise ValueError(f"the header of {name} wants {dtype} {shape}, the file has {num_bytes} bytes of it")
 
 
 def _write_array(member: IO[bytes], chunks: Iterable[Images], num_images: int) -> None:

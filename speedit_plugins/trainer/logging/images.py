@@ -3,6 +3,7 @@
 Dims: B samples, C channels, F frames, H x W pixels.
 """
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from speedit_plugins.files import write_whole
 
 # Smaller cells are enlarged by a whole factor, smoothly: an 8 x 8 digit is hard to see in blocks.
 _MIN_CELL = 64
@@ -25,9 +28,14 @@ def to_uint8(samples: Tensor) -> npt.NDArray[np.uint8]:
 
 
 def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float) -> None:
-    """Writes an image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3."""
+    """Writes an image (H, W, C) as stem.png, a video (F, H, W, C) as stem.mp4; uint8, C 1 or 3.
+
+    Raises:
+        OSError: the file cannot be written; names it.
+    """
     if sample.ndim == 3:
-        save_png(sample, stem.with_suffix(".png"))
+        # One of very many files: waiting for the disk after each would take longer than drawing it.
+        write_whole(stem.with_suffix(".png"), _png(sample), is_flushed=False)
         return
     # Imported here, because only runs with videos need its package.
     from speedit_plugins.trainer.data.videos.files import write_mp4
@@ -36,8 +44,19 @@ def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float)
 
 
 def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
-    """Writes one uint8 image (H, W, C), C 1 or 3, as PNG."""
-    _pillow(image).save(path)
+    """Writes one uint8 image (H, W, C), C 1 or 3, as PNG, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; names it.
+    """
+    write_whole(path, _png(image))
+
+
+def save_with_hole(image: npt.NDArray[np.uint8], hole: npt.NDArray[np.bool_], path: Path) -> None:
+    """Writes an image (H, W, C) as PNG, transparent in the hole (H, W), where its pixels become mid-grey."""
+    shown = np.where(hole[..., None], np.uint8(128), image)
+    alpha = np.where(hole, 0, 255).astype(np.uint8)[..., None]
+    Image.fromarray(np.concatenate([shown, alpha], axis=-1)).save(path)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
@@ -127,6 +146,12 @@ def _wrapped(title: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Im
     return "\n".join(lines)
 
 
+def _png(image: npt.NDArray[np.uint8]) -> bytes:
+    content = io.BytesIO()
+    _pillow(image).save(content, "PNG")
+    return content.getvalue()
+
+
 def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
@@ -160,4 +185,6 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         axis_part("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_whole(path, content.getvalue())

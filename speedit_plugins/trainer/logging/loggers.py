@@ -1,19 +1,24 @@
 """TensorBoard and Weights & Biases behind one interface."""
 
 import os
+import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
 from PIL import Image
 
+from speedit_plugins.files import naming, write_whole
+from speedit_plugins.registry import raising_module
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.validation import as_plain
 
 RUN_ID, TENSORBOARD = "wandb_run_id", "tensorboard"
+_WRITER = "tensorboard"
 _WITHOUT_KEY = ("offline", "disabled")
 
 
@@ -84,17 +89,24 @@ class TensorBoardLogger:
 
     Args:
         start_step: later steps of earlier runs are no longer shown; None leaves them.
+
+    Raises:
+        OSError: the files cannot be written; names their folder.
     """
 
     def __init__(self, folder: Path, *, start_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         purged = None if start_step is None else start_step + 1
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purged)
+        self._folder = folder / TENSORBOARD
+        with naming(self._folder):
+            self._writer = SummaryWriter(str(self._folder), purge_step=purged)
+        self._previous_hook, threading.excepthook = threading.excepthook, self._leave_out_write_errors
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        with naming(self._folder):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Adds PNG files, and GIF files, which TensorBoard plays, as they are."""
@@ -109,10 +121,20 @@ class TensorBoardLogger:
                 height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
             )
             summary = Summary(value=[Summary.Value(tag=name, image=image)])
-            self._writer._get_file_writer().add_summary(summary, step)
+            with naming(self._folder):
+                self._writer._get_file_writer().add_summary(summary, step)
 
     def close(self, *, is_failed: bool) -> None:
-        self._writer.close()
+        # What an earlier write left fails again. Its error is being raised already.
+        with suppress(OSError) if is_failed else naming(self._folder):
+            self._writer.close()
+        threading.excepthook = self._previous_hook
+
+    def _leave_out_write_errors(self, args: threading.ExceptHookArgs) -> None:
+        """Prints no traceback of the writing thread: `add` raises its error again."""
+        error = args.exc_value
+        if not (isinstance(error, OSError) and str(raising_module(error)).startswith(_WRITER)):
+            self._previous_hook(args)
 
 
 class WandbLogger:
@@ -131,7 +153,7 @@ class WandbLogger:
                 id=_run_id(folder),
                 resume="allow",
                 dir=folder,
-                config=redact(asdict(config)),
+                config=redact(as_plain(config)),
                 # Command line, terminal and repository may contain secrets that are redacted in the config.
                 settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
             )
@@ -174,5 +196,5 @@ def _run_id(folder: Path) -> str:
     """The id in the folder's file. The first call writes the file."""
     path = folder / RUN_ID
     if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+        write_whole(path, uuid.uuid4().hex.encode())
     return path.read_text(encoding="utf-8").strip()

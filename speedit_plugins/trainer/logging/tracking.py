@@ -7,6 +7,7 @@ import json
 import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.files import write_whole
+from speedit_plugins.files import naming, write_whole
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.logging.loggers import Logger
 from speedit_plugins.trainer.logging.timestep_profile import NUM_RANGES, range_of
 from speedit_plugins.trainer.results import METRICS
-from speedit_plugins.trainer.terminal import progress
+from speedit_plugins.trainer.terminal import progress, say
 
 # Number of bins of mse_per_bin; it divides NUM_RANGES.
 NUM_BINS = 10
@@ -145,11 +146,8 @@ class Tracker:
             row: metrics, among them the `loss` to show. Values may be lists of numbers, or dicts of values.
         """
         values = plain(row)
-        try:
+        with naming(self.metrics_path):
             self._lines.write(_line({"step": step, **values}))
-        except OSError as error:
-            # The system's message for a full disk names no file.
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
         if "loss" in row:
             self._bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         scalars = board_scalars(values, only_few=self._only_few)
@@ -174,11 +172,9 @@ class Tracker:
     ) -> None:
         self._bar.close()
         try:
-            self._lines.close()
-        except OSError as closing:
             # Closing flushes again what a failed write left. Its error is being raised already.
-            if error is None:
-                raise OSError(closing.errno, closing.strerror, str(self.metrics_path)) from closing
+            with naming(self.metrics_path) if error is None else suppress(OSError):
+                self._lines.close()
         finally:
             for logger in self._loggers:
                 logger.close(is_failed=error is not None)
@@ -204,17 +200,41 @@ class SilentTracker(Tracker):
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`; empty without the file. A last line cut by a crash is left out."""
+    """The lines of `folder/metrics.jsonl`; empty without the file.
+
+    A last line cut by a crash is left out. Other lines that are no logged step are left out too, and a line
+    on standard output counts them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
+    # A hole that a crash leaves in a file reads as NUL bytes.
+    lines = path.read_bytes().replace(b"\0", b"").splitlines() if path.exists() else []
+    rows, broken = [], []
     for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        row = _logged(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            broken.append(number)
+    if broken:
+        what = f"{len(broken)} of {len(lines)} lines cannot be read and are left out"
+        say(f"{path}: {what}, the first is line {broken[0]}")
     return rows
+
+
+def _logged(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None if it is no JSON object with a step, and numbers where the curves need them."""
+    try:
+        row = json.loads(line)
+    # Nested too deeply for the parser, or not UTF-8.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    curves = (row.get(name) for name in ("loss", "mse", "uniform_mse"))
+    return row if all(value is None or type(value) in (int, float) for value in curves) else None
 
 
 def latest(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import ENCODERS
-from speedit_plugins.trainer.models.weights import loading_advice
+from speedit_plugins.trainer.models.saved_models import check_whole, reading
 
 
 class Autoencoder(nn.Module):
@@ -24,7 +24,8 @@ class Autoencoder(nn.Module):
         allow_download: fetch a hub name; otherwise only files of this machine are read.
 
     Raises:
-        ValueError: there is no such autoencoder on this machine, or it cannot be fetched.
+        ValueError: there is no such autoencoder on this machine, or it cannot be fetched, or a weight is
+            missing or not finite.
     """
 
     def __init__(self, path: str, *, subfolder: str | None = None, allow_download: bool = False) -> None:
@@ -32,20 +33,18 @@ class Autoencoder(nn.Module):
         # Imported here because it takes seconds, and runs in pixel space do not need it.
         from diffusers import AutoencoderKL
 
-        try:
+        what = "no AutoencoderKL in safetensors form"
+        with reading(what, path, subfolder or "", allow_download=allow_download) as found:
             # Without use_safetensors diffusers would read a pickle; low_cpu_mem_usage needs accelerate.
-            model = AutoencoderKL.from_pretrained(
-                path,
+            model, info = AutoencoderKL.from_pretrained(
+                found,
                 subfolder=subfolder,
                 local_files_only=not allow_download,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no AutoencoderKL in safetensors form found at '{path}' on this machine"
-                f"{' or the hub' if allow_download else ''}; {loading_advice(allow_download)}"
-            ) from error
+        check_whole(model, info, path)
         self.model = model.requires_grad_(False).eval()
         self.channels, self.image_channels = int(model.config.latent_channels), int(model.config.in_channels)
         self.downsample = 2 ** (len(model.config.block_out_channels) - 1)

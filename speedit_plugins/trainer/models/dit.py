@@ -52,6 +52,8 @@ class DiT(nn.Module):
 
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
     """Classes of attention that the blocks use in turn."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj")
+    """Ends of the names of the layers that get LoRA's adapters if the config names none."""
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
         self,

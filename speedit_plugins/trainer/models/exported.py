@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.lora import merge_adapters
 from speedit_plugins.trainer.models.text import TextEncoder
 from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
 
@@ -55,9 +56,9 @@ class Pipeline:
         return "ddim_leading_1" if self.steps_offset else "ddim_leading"
 
 
-_DIT = Pipeline(name="DiTPipeline")
 # By the name of the network's class.
-_PIPELINES = {
+PIPELINES = {
+    "DiTTransformer2DModel": Pipeline(name="DiTPipeline"),
     "PixArtTransformer2DModel": Pipeline(name="PixArtAlphaPipeline"),
     "LatteTransformer3DModel": Pipeline(
         name="LattePipeline",
@@ -85,7 +86,7 @@ class Exported:
 
 
 def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exported:
-    """The diffusers network of a trained model. Adapters (`lora_rank`) are merged into its weights, in place.
+    """The diffusers network of a trained model. Its adapters are merged into its weights, in place.
 
     Args:
         num_steps: N of the `ddim_leading` sampling that a DiT's timestep layer is fitted to; see `dit_of`.
@@ -94,15 +95,22 @@ def export_model(model: nn.Module, *, num_steps: int, num_timesteps: int) -> Exp
     Raises:
         ValueError: diffusers has no pipeline for the model.
     """
+    merge_adapters(model)
     if isinstance(model, TextConditioned):
-        pipeline, net = _PIPELINES[type(model.net).__name__], cast(Any, model.net)
-        if any("lora_" in name for name, _ in net.named_parameters()):
-            net.fuse_lora()
-            net.unload_lora()
+        pipeline, net = PIPELINES[type(model.net).__name__], cast(Any, model.net)
         return Exported(net, pipeline, (pipeline.guided_note,) if pipeline.guided_note else ())
+    return dit_of(check_dit(model), num_steps=num_steps, num_timesteps=num_timesteps)
+
+
+def check_dit(model: nn.Module) -> DiT:
+    """The model itself, a DiT that DiTPipeline takes.
+
+    Raises:
+        ValueError: it is another model.
+    """
     # Latte is a subclass of DiT, but no pipeline takes one with classes.
     if type(model) is DiT and model.num_classes and model.null_label is not None:
-        return dit_of(model, num_steps=num_steps, num_timesteps=num_timesteps)
+        return model
     raise ValueError(
         f"diffusers has no pipeline for this {type(model).__name__}; wanted a DiT with classes and"
         " class_dropout_prob > 0, or a PixArt, UNet or LatteT2V"
@@ -147,7 +155,7 @@ def dit_of(model: DiT, *, num_steps: int, num_timesteps: int) -> Exported:
     net.load_state_dict({**net.state_dict(), **weights})
     note = f"The timestep layer is fitted to num_inference_steps={num_steps}"
     note += "." if deviation < 1e-5 else f", to within {deviation:.2g} of features in [-1, 1]: images differ."
-    return Exported(net, _DIT, (note,))
+    return Exported(net, PIPELINES["DiTTransformer2DModel"], (note,))
 
 
 def save_scheduler(
@@ -250,7 +258,7 @@ def save_pipeline(
 def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[str, Tensor], float]:
     """The state dict under diffusers' names, and the largest deviation of the fitted timestep features."""
     own = {name: value.float().cpu() for name, value in model.state_dict().items()}
-    fit, deviation = _timestep_fit(num_steps, num_timesteps)
+    fit, deviation = timestep_fit(num_steps, num_timesteps)
     labels = torch.zeros(PIPELINE_CLASSES + 1, model.pos_embed.shape[2])
     table = own["y_embedder.embedding_table.weight"]
     labels[: model.num_classes], labels[PIPELINE_CLASSES] = table[:-1], table[-1]
@@ -284,7 +292,7 @@ def _dit_weights(model: DiT, num_steps: int, num_timesteps: int) -> tuple[dict[s
     return renamed, deviation
 
 
-def _timestep_fit(num_steps: int, num_timesteps: int) -> tuple[Tensor, float]:
+def timestep_fit(num_steps: int, num_timesteps: int) -> tuple[Tensor, float]:
     """M (256, 256) with M theirs = ours for the features of visited timesteps, and its largest deviation."""
     visited = torch.arange(num_steps, dtype=torch.float64) * (num_timesteps // num_steps)
     half = 128

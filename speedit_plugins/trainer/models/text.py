@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins.registry import TEXT_ENCODERS
-from speedit_plugins.trainer.models.weights import first_line, loading_advice
+from speedit_plugins.trainer.models.saved_models import check_whole, reading
 
 # By model_type. For these, transformers' AutoModel would also load a decoder or an image tower.
 _TEXT_TOWERS = {
@@ -55,7 +55,8 @@ class TextEncoder(nn.Module):
         allow_download: fetch a hub name; otherwise only files of this machine are read.
 
     Raises:
-        ValueError: there is no such encoder on this machine, or a value is out of range.
+        ValueError: there is no such encoder on this machine, a weight is missing or not finite, or a value is
+            out of range.
     """
 
     def __init__(
@@ -78,22 +79,20 @@ class TextEncoder(nn.Module):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"a text encoder needs dtype float32, bfloat16 or float16, got {dtype!r}")
         options: dict[str, Any] = {"local_files_only": not allow_download}
-        try:
-            config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder, **options)
+        what = "no text encoder with a tokenizer found"
+        with (
+            reading(what, path, subfolder, tokenizer_subfolder, allow_download=allow_download) as found,
+            _without_progress_bar(transformers.utils.logging),
+        ):
+            config = transformers.AutoConfig.from_pretrained(found, subfolder=subfolder, **options)
             kind = getattr(transformers, _TEXT_TOWERS.get(config.model_type, "AutoModel"))
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                path, subfolder=tokenizer_subfolder, **options
+                found, subfolder=tokenizer_subfolder, **options
             )
-            with _without_progress_bar(transformers.utils.logging):
-                # Without use_safetensors transformers would read a pickle.
-                model = kind.from_pretrained(
-                    path, subfolder=subfolder, use_safetensors=True, dtype=getattr(torch, dtype), **options
-                )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no text encoder with a tokenizer found at '{path}': {first_line(error)};"
-                f" {loading_advice(allow_download)}"
-            ) from error
+            # Without use_safetensors transformers would read a pickle.
+            options |= {"use_safetensors": True, "dtype": getattr(torch, dtype), "output_loading_info": True}
+            model, info = kind.from_pretrained(found, subfolder=subfolder, **options)
+        check_whole(model, info, path)
         # The tower's own config: that of a whole CLIP has one part for text and one for images.
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
@@ -111,6 +110,9 @@ class TextEncoder(nn.Module):
         """Features of captions: "tokens", float32 (B, L, D), and "mask" of tokens to read, bool (B, L).
 
         Captions of more than L tokens are cut. `num_cut` counts them, and the first one causes a warning.
+
+        Raises:
+            ValueError: a feature is not finite.
         """
         self._count_cut(captions)
         tokens = self.tokenizer(
@@ -126,6 +128,13 @@ class TextEncoder(nn.Module):
         hidden = self.model(
             input_ids=tokens["input_ids"], attention_mask=None if self.attend_padding else mask
         ).last_hidden_state  # (B, L, D)
+        if not hidden.isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            wanted = "another encoder" if dtype == "float32" else "text_encoder.dtype float32 or bfloat16"
+            raise ValueError(
+                f"the text encoder gives features that are not finite in {dtype}, as T5 does in float16;"
+                f" wanted {wanted}"
+            )
         # Tokens that no model reads are zero, so that the features do not depend on the kind of padding.
         return {"tokens": hidden.float() * mask.unsqueeze(2), "mask": mask.bool()}
 
@@ -210,13 +219,14 @@ class Clip:
         import transformers
 
         options: dict[str, Any] = {"local_files_only": not allow_download}
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-            with _without_progress_bar(transformers.utils.logging):
-                model = transformers.CLIPModel.from_pretrained(path, use_safetensors=True, **options)
-        except (OSError, ValueError) as error:
-            wanted = "a CLIPModel with its tokenizer, in a folder or, with allow_download: true, on the hub"
-            raise ValueError(f"no CLIP found at '{path}': {first_line(error)}; wanted {wanted}") from error
+        with (
+            reading("no CLIPModel with a tokenizer found", path, "", allow_download=allow_download) as found,
+            _without_progress_bar(transformers.utils.logging),
+        ):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(found, **options)
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            model, info = transformers.CLIPModel.from_pretrained(found, **options)
+        check_whole(model, info, path)
         self.name = Path(path).name
         self._device, self._model = device, model.requires_grad_(False).eval().to(device)
         self._side = int(model.config.vision_config.image_size)

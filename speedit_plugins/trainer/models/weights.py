@@ -2,9 +2,11 @@
 
 import argparse
 import collections
+import logging
 import pickle
 import re
 import typing
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
+from speedit_plugins.trainer.models.state_dicts import SET_KEYS, WEIGHT_SETS, weights_in
+from speedit_plugins.trainer.weight_files import unlike_weights
 
-# Where a training checkpoint of facebookresearch/DiT or SpeeDiT keeps its two sets of weights.
-WEIGHT_SETS = ("ema", "model")
+__all__ = [
+    "WEIGHT_SETS",
+    "LoadReport",
+    "check_file",
+    "check_finite",
+    "contents_of",
+    "first_line",
+    "load_weights",
+    "read_checkpoint",
+]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, *, prefer: str = "ema", allow_mismatch: Sequence[str] = ()
+    model: nn.Module, path: str | Path, *, prefer: str | None = None, allow_mismatch: Sequence[str] = ()
 ) -> LoadReport:
     """Copies the weights of a checkpoint into a model, which keeps its own dtype and device.
 
@@ -46,7 +60,7 @@ def load_weights(
 
     Raises:
         ValueError: the file cannot be read; names or shapes differ that no prefix allows (the message lists
-            them, and nothing is copied); or no name starts with one of the prefixes.
+            them, and nothing is copied); a weight is not finite; or no name starts with one of the prefixes.
     """
     wanted, found = model.state_dict(), read_checkpoint(path, prefer=prefer)
     if any(tensor.is_meta for tensor in wanted.values()):
@@ -66,50 +80,84 @@ def load_weights(
             f"'{path}' does not fit the model: {'; '.join(listed)}{rest}; wanted the model section of the run"
             " that wrote the file (see config.yaml next to the checkpoint)"
         )
-    model.load_state_dict({name: found[name] for name in loaded}, strict=False)
+    taken = {name: found[name] for name in loaded}
+    # A model of someone else's may have a mask of -inf as a buffer.
+    learned = {name for name, _ in model.named_parameters()}
+    check_finite(
+        {name: taken[name] for name in loaded if name in learned or wanted[name].isfinite().all()}, path
+    )
+    model.load_state_dict(taken, strict=False)
     return LoadReport(tuple(loaded), tuple(left_at_init), tuple(unused))
 
 
-def read_checkpoint(path: str | Path, *, prefer: str = "ema") -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, *, prefer: str | None = None) -> dict[str, Tensor]:
     """The weights in a file by name, on the CPU.
 
+    The prefixes "module." and "_orig_mod." of DistributedDataParallel and torch.compile are left out. A line
+    is logged if a file has several sets of weights, or not the averaged ones, and says which were taken.
+
     Args:
-        path: a .safetensors file, or a file of `torch.save` with a state dict or with a training checkpoint
-            of facebookresearch/DiT or SpeeDiT (a dict with "model", "ema", "opt", "args"). Code that is
-            pickled in the file is not run.
-        prefer: "ema" or "model", the weights to take from a training checkpoint. Other files have one set.
+        path: a .safetensors file, or a file of `torch.save` with a state dict or with a training checkpoint:
+            a dict with weights under "ema", "model", "state_dict" or what else `state_dicts.SET_KEYS` knows.
+            Code that is pickled in the file is not run.
+        prefer: "ema" or "model", the weights to take from a training checkpoint. None takes the averaged ones
+            if there are any. Other files have one set.
 
     Raises:
         ValueError: the file does not exist, is damaged, contains more than weights and plain settings, or
             lacks the preferred weights.
     """
-    if prefer not in WEIGHT_SETS:
+    if prefer is not None and prefer not in WEIGHT_SETS:
         raise ValueError(
             f"prefer needs one of {', '.join(WEIGHT_SETS)}, got {prefer!r}{nearest(prefer, WEIGHT_SETS)}"
         )
     path = Path(path)
+    check_file(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    try:
+        weights, keys = weights_in(content, prefer)
+    except ValueError as error:
+        raise ValueError(f"'{path}' {error}") from None
+    if prefer is None and keys not in ("", WEIGHT_SETS[0]):
+        averaged = "" if keys.partition(".")[0] in SET_KEYS["ema"] else "; it has no averaged ones"
+        _log.warning("'%s': the weights under %r are taken%s", path, keys, averaged)
+    return weights
+
+
+def check_file(path: Path) -> None:
+    """Nothing, if a file may have weights.
+
+    Raises:
+        ValueError: there is no such file, or it is empty, cut, a web page, a pointer of git-LFS or another
+            kind of file. A folder's message lists the weights in it.
+    """
+    if path.is_dir():
+        raise ValueError(f"no checkpoint at '{path}': not a file but a folder with {contents_of(path)}")
     if not path.is_file():
-        raise ValueError(f"no checkpoint at '{path}': not a file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or not a safetensors file: {first_line(error)}") from error
-    content = _unpickle(path)
-    if isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in WEIGHT_SETS):
-        if not isinstance(content.get(prefer), Mapping):
-            raise ValueError(f"'{path}' has no {prefer!r} weights, got keys {sorted(map(str, content))}")
-        content = content[prefer]
-    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
-        what = (
-            f"keys {sorted(map(str, content))[:8]}"
-            if isinstance(content, Mapping)
-            else type(content).__name__
-        )
+        raise ValueError(f"no checkpoint at '{path}': not a file; {_beside(path)}")
+    if fault := unlike_weights(path):
+        raise ValueError(f"'{path}' {fault}")
+
+
+def contents_of(folder: Path, limit: int = 8) -> str:
+    """The names in a folder for a message, folders with a slash: "config.json, unet/", or "nothing in it"."""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{rest}" if names else "nothing in it"
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Nothing, if every weight is finite.
+
+    Raises:
+        ValueError: a tensor has a NaN or infinity; the message has its name and the number of such tensors.
+    """
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
         raise ValueError(
-            f"'{path}' contains {what}, wanted a state dict, or a dict with one under 'ema' or 'model'"
+            f"'{source}' has weights that are not finite in {len(bad)} of {len(weights)} tensors, such as"
+            f" {bad[0]}: the training that wrote it diverged; wanted an earlier checkpoint"
         )
-    return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
 def first_line(error: Exception) -> str:
@@ -117,29 +165,52 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def loading_advice(allow_download: bool) -> str:
-    """Advice for an error message, after a library found no saved model."""
-    if allow_download:
-        return "check the name and the network"
-    return "give the folder of a saved model, or set allow_download: true to fetch a hub name"
+def _beside(path: Path) -> str:
+    """What there is in place of a file that is missing."""
+    folder = path.parent
+    return f"'{folder}' has {contents_of(folder)}" if folder.is_dir() else f"there is no folder '{folder}'"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or not a safetensors file: {first_line(error)}") from error
 
 
 def _unpickle(path: Path) -> Any:
     """Reads a file of `torch.save` with tensors, plain values, Namespace and OmegaConf objects alone."""
-    try:
-        with torch.serialization.safe_globals(_settings_classes()):
+    with torch.serialization.safe_globals(_settings_classes()), warnings.catch_warnings():
+        # torch warns about the protocol of a pickle that it then refuses.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
             # With mmap the optimizer state of a training checkpoint is never read from disk.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        if name is not None:
+        except pickle.UnpicklingError as error:
+            # torch's own message advises to run the code of the file.
+            if foreign := _foreign_classes(path, error):
+                raise ValueError(
+                    f"'{path}' is refused: it asks for {foreign}, neither a tensor nor a plain setting;"
+                    " loading it could run any code; wanted the weights alone, as"
+                    " safetensors.torch.save_file(model.state_dict(), FILE) writes them"
+                ) from None
+            raise ValueError(f"'{path}' is damaged or not a file of torch.save") from None
+        except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
             raise ValueError(
-                f"'{path}' is refused: it asks for {name[1]}, neither a tensor nor a plain setting;"
-                " loading it could run any code"
+                f"'{path}' is damaged or not a file of torch.save: {first_line(error)}"
             ) from error
-        raise ValueError(f"'{path}' is refused or damaged: {first_line(error)}") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged or not a file of torch.save: {first_line(error)}") from error
+
+
+def _foreign_classes(path: Path, error: pickle.UnpicklingError) -> str:
+    """Names of the classes and functions that a pickle asks for, at most three; "" if none is known."""
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    try:
+        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
+        # It reads zip files alone.
+        found = []
+    found = list(dict.fromkeys([*([named[1]] if named else []), *found]))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _settings_classes() -> list[Any]:

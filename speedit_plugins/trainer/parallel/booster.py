@@ -1,29 +1,42 @@
 """ColossalAI behind the engine's interface: its Booster with DDP, ZeRO 1 and 2, Gemini.
 
-This is the only file that imports ColossalAI. Checkpoints are this project's own and do not need it. Tested
-with 0.5.0. Its ZeRO also runs on CPUs once its accelerator has the few methods below.
+Only this file and colossal_setup.py import ColossalAI. Checkpoints are this project's own and do not need it.
+Tested with 0.5.0. Its ZeRO also runs on CPUs, see `colossal_setup`.
 """
 
 import importlib.util
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.colossal_setup import (
+    any_device_allowed,
+    import_quietly,
+    set_accelerator_of,
+)
+from speedit_plugins.trainer.parallel.gemini import check_gemini
+from speedit_plugins.trainer.parallel.group_state import changed_values, group_values, load_group_values
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
-from speedit_plugins.trainer.parallel.master_weights import STEP, Master, load_optimizer
+from speedit_plugins.trainer.parallel.master_weights import (
+    STEP,
+    Master,
+    Slice,
+    load_optimizer,
+    optimizer_layout,
+    optimizer_slices,
+)
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer, has_two_points
 from speedit_plugins.trainer.parallel.replica import (
     GROWTH_INTERVAL_STEPS,
     INITIAL_LOSS_SCALE,
     Engine,
     Replica,
     StepResult,
-    build_optimizer,
     set_lr,
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
@@ -36,8 +49,9 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
     """The engine that the config's `plugin` names. `ddp` works without ColossalAI.
 
     Raises:
-        ValueError: a sharding plugin without ColossalAI, gemini without CUDA or in a precision it lacks.
+        ValueError: ColossalAI is missing, or the plugin does not go with device, precision or optimizer.
     """
+    check_optimizer(config)
     if runtime.device.type == "cpu":
         keep_freed_pages()
     if config.plugin == "ddp" and runtime.world_size == 1:
@@ -49,9 +63,9 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
             say(f"no ColossalAI: ddp is torch's own; zero1, zero2 and gemini need {INSTALLATION}")
         return Replica(model, config, runtime)
     if config.plugin == "gemini":
-        _check_gemini(config, runtime)
-    _import_quietly()
-    _set_accelerator(runtime.device)
+        check_gemini(config, runtime)
+    import_quietly()
+    set_accelerator_of(runtime.device)
     engines = {"ddp": BoostedReplica, "zero1": ZeroEngine, "zero2": ZeroEngine, "gemini": GeminiEngine}
     return cast(Engine, engines[config.plugin](model, config, runtime))
 
@@ -91,6 +105,7 @@ class ZeroEngine:
         self._max_norm = config.optimizer.max_grad_norm
         self._step_scale, self._is_held = 1.0, False
         self._boost(named, config, runtime)
+        self._built_groups = group_values(self.optimizer)
         self.masters = self._masters(named)
         # ColossalAI made the master weights from the cast model. Take the weights as initialised instead.
         self.load_weights(weights)
@@ -131,9 +146,23 @@ class ZeroEngine:
                 self._untrained[name].copy_(value)
         self._load_masters(weights)
 
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state, see `master_weights.load_optimizer`."""
-        load_optimizer(self.optimizer, self.masters, whole)
+    def evaluation_point(self) -> AbstractContextManager[bool]:
+        """Does nothing: the optimizers of these plugins train and evaluate at the same weights."""
+        return nullcontext(False)
+
+    def moments(self, runtime: Runtime) -> dict[str, Slice]:
+        """This rank's part of the optimizer's moments, by name."""
+        return optimizer_slices(self.optimizer, self.masters, runtime)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What else the optimizer needs to go on, see `Replica.optimizer_state`."""
+        changed = changed_values(self.optimizer, self._built_groups)
+        return {"layout": optimizer_layout(self.optimizer, self.masters), "groups": changed}
+
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restores `moments` and `optimizer_state`, see `Replica.load_moments`."""
+        load_optimizer(self.optimizer, self.masters, whole, state.get("layout"))
+        load_group_values(self.optimizer, state.get("groups", ()))
 
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, in the precision in which they were built."""
@@ -155,7 +184,9 @@ class ZeroEngine:
         from colossalai.booster import Booster
         from colossalai.booster.plugin import LowLevelZeroPlugin
 
-        self.optimizer: torch.optim.Optimizer = build_optimizer(list(named.values()), config.optimizer)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.module, config)
+        if has_two_points(self.optimizer):
+            raise ValueError(f"optimizer {config.optimizer.type!r} with train() and eval() needs plugin ddp")
         plugin = LowLevelZeroPlugin(
             stage={"zero1": 1, "zero2": 2}[config.plugin],
             precision=config.precision,
@@ -166,7 +197,7 @@ class ZeroEngine:
             overlap_communication=runtime.device.type == "cuda",
         )
         self._booster = Booster(plugin=plugin)
-        with _any_device_allowed():
+        with any_device_allowed():
             self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
         self._keep_times()
         self._guard_masters()
@@ -263,11 +294,11 @@ class GeminiEngine(ZeroEngine):
         # The chunks rounded the weights to the model's precision; the master weights must not be rounded.
         self._load_masters(weights)
 
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Sets the optimizer's state. HybridAdam counts its steps in plain ints."""
-        super().load_moments(whole)
-        for state in self.optimizer.state.values():
-            state[STEP] = int(state[STEP])
+        super().load_moments(whole, state)
+        for own in self.optimizer.state.values():
+            own[STEP] = int(own[STEP])
 
     def _boost(self, named: Mapping[str, nn.Parameter], config: ExperimentConfig, runtime: Runtime) -> None:
         from colossalai.booster import Booster
@@ -277,7 +308,11 @@ class GeminiEngine(ZeroEngine):
         options = config.optimizer
         # Gemini passes its Adam the loss scale. Torch's AdamW does not take one.
         self.optimizer = HybridAdam(
-            list(named.values()), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
+            list(named.values()),
+            lr=options.lr,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            **options.parameters,
         )
         plugin = GeminiPlugin(
             precision=config.precision,
@@ -323,71 +358,3 @@ def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _is_vector(item: Any) -> bool:
     """Whether the input is a tensor with one value per sample."""
     return isinstance(item, Tensor) and item.ndim == 1
-
-
-def _check_gemini(config: ExperimentConfig, runtime: Runtime) -> None:
-    if runtime.device.type != "cuda":
-        raise ValueError(
-            f"plugin: gemini needs CUDA, got {runtime.device.type}: it manages chunks of GPU memory;"
-            " wanted ddp, zero1 or zero2 here"
-        )
-    if config.precision == "fp32":
-        raise ValueError("plugin: gemini trains in bf16 or fp16, got precision: fp32")
-    if config.diffusion.is_flow:
-        raise ValueError(
-            "diffusion.type: RectifiedFlow does not go with plugin: gemini, which rounds continuous times to"
-            " the model's precision; wanted ddp, zero1 or zero2"
-        )
-    if config.compile:
-        raise ValueError("compile: true does not go with plugin: gemini, which moves weights; wanted false")
-
-
-def _set_accelerator(device: torch.device) -> None:
-    """Tells ColossalAI which device to use, before any part of it asks."""
-    from colossalai.accelerator import set_accelerator
-    from colossalai.accelerator.cpu_accelerator import CpuAccelerator
-
-    if device.type == "cuda":
-        set_accelerator("cuda")
-        return
-
-    class SynchronousCpu(CpuAccelerator):  # type: ignore[misc]  # ColossalAI has no types
-        """A CPU has no streams, and an operation is done when it returns."""
-
-        def synchronize(self, device: Any = None) -> None: ...
-        def empty_cache(self) -> None: ...
-        def device_count(self) -> int:
-            return 1
-
-        def Stream(self, *args: Any, **options: Any) -> None: ...  # noqa: N802 - ColossalAI's name
-        def current_stream(self, device: Any = None) -> None: ...
-        def stream(self, stream_: Any) -> AbstractContextManager[Any]:
-            return nullcontext()
-
-    set_accelerator(SynchronousCpu())
-
-
-@contextmanager
-def _any_device_allowed() -> Iterator[None]:
-    """Lets ZeRO be built on a CPU: only a check in it asks for a GPU."""
-    from colossalai.zero.low_level import LowLevelZeroOptimizer
-
-    check = LowLevelZeroOptimizer._sanity_checks
-    LowLevelZeroOptimizer._sanity_checks = lambda self: None
-    try:
-        yield
-    finally:
-        LowLevelZeroOptimizer._sanity_checks = check
-
-
-def _import_quietly() -> None:
-    """Imports ColossalAI without its warnings about absent hardware and older names of torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("colossalai.booster.plugin")
-    for name in (
-        "broadcast_buffers",
-        "torch.distributed.all_gather_into_tensor",
-        "torch.distributed.reduce_scatter_tensor",
-    ):
-        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)

@@ -1,7 +1,7 @@
 """The engine for a model that every rank holds whole: one process, or DistributedDataParallel."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import OptimizerConfig
-from speedit_plugins.trainer.parallel.master_weights import Master, load_optimizer
+from speedit_plugins.trainer.parallel.group_state import changed_values, group_values, load_group_values
+from speedit_plugins.trainer.parallel.master_weights import (
+    TRAINING_POINT,
+    Master,
+    Slice,
+    load_optimizer,
+    optimizer_layout,
+    optimizer_slices,
+    owned,
+)
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, has_two_points
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +53,10 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr: float, *, is_healthy: bool) -> StepResult: ...
     def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None: ...
+    def evaluation_point(self) -> AbstractContextManager[bool]: ...
+    def moments(self, runtime: Runtime) -> dict[str, Slice]: ...
+    def optimizer_state(self) -> dict[str, Any]: ...
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
     def untrained(self) -> dict[str, Tensor]: ...
     def scaler_state(self) -> dict[str, Any]: ...
     def load_scaler_state(self, state: Mapping[str, Any]) -> None: ...
@@ -63,7 +75,11 @@ class Replica:
     def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
         self.module = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer: torch.optim.Optimizer = build_optimizer(self._parameters, config.optimizer)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(model, config)
+        self._built_groups = group_values(self.optimizer)
+        self._has_two_points = has_two_points(self.optimizer)
+        if self._has_two_points:
+            self.optimizer.train()  # type: ignore[attr-defined]  # schedulefree's, or one's own after its model
         self.model = self._wrapped(model, runtime)
         self.masters = [
             Master(name, tuple(p.shape), 0, p.detach().view(-1), p, tuple(p.shape), is_replicated=True)
@@ -120,9 +136,48 @@ class Replica:
         for name, value in weights.items():
             own[name].copy_(value)
 
-    def load_moments(self, whole: Mapping[str, Tensor]) -> None:
-        """Sets the optimizer's state, see `master_weights.load_optimizer`."""
-        load_optimizer(self.optimizer, self.masters, whole)
+    @contextmanager
+    def evaluation_point(self) -> Iterator[bool]:
+        """Inside, the weights are those to save, average and sample with. Says whether they are others.
+
+        A schedule-free optimizer takes gradients at another point. Afterwards the weights are there again, to
+        the bit: its own way back rounds.
+        """
+        if not self._has_two_points:
+            yield False
+            return
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        self.optimizer.eval()  # type: ignore[attr-defined]  # as in __init__
+        try:
+            yield True
+        finally:
+            self.optimizer.train()  # type: ignore[attr-defined]  # as in __init__
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, kept, strict=True):
+                    parameter.copy_(value)
+
+    def moments(self, runtime: Runtime) -> dict[str, Slice]:
+        """This rank's part of the optimizer's tensors, by name."""
+        found = optimizer_slices(self.optimizer, self.masters, runtime)
+        if self._has_two_points:
+            # Copies, because `evaluation_point` moves the weights.
+            for name, part in owned(self.masters, runtime).items():
+                found[f"{TRAINING_POINT}/{name}"] = Slice(part.start, part.values.clone())
+        return found
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What else the optimizer needs to go on, as plain values; the same on every rank."""
+        changed = changed_values(self.optimizer, self._built_groups)
+        return {"layout": optimizer_layout(self.optimizer, self.masters), "groups": changed}
+
+    @torch.no_grad()
+    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restores `moments`, as whole flat tensors, and `optimizer_state`, {} in older checkpoints."""
+        load_optimizer(self.optimizer, self.masters, whole, state.get("layout"))
+        load_group_values(self.optimizer, state.get("groups", ()))
+        for master in self.masters:
+            if self._has_two_points and (name := f"{TRAINING_POINT}/{master.name}") in whole:
+                master.values.copy_(whole[name])
 
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters of the state dict."""
@@ -148,13 +203,6 @@ class Replica:
     def _no_sync(self) -> AbstractContextManager[Any]:
         assert isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync()
-
-
-def build_optimizer(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trained parameters."""
-    return torch.optim.AdamW(
-        parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
-    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

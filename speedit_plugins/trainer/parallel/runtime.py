@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.same_config import difference, stated
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def launch(config: ExperimentConfig) -> Runtime:
 
     Raises:
         ValueError: a launcher's environment variables are incomplete, there are more processes than CUDA
-            devices, or the batch size is no multiple of the number of processes.
+            devices, the batch size is no multiple of the number of processes, or the processes have different
+            configs or versions of this package; then all of them raise it.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.batch_size % world_size:
@@ -106,7 +108,11 @@ def launch(config: ExperimentConfig) -> Runtime:
     elif config.plugin != "ddp":
         # The sharded optimizers need a process group, even of one process.
         _join(device, config.distributed_timeout_seconds, is_alone=True)
-    return Runtime(rank=rank, world_size=world_size, device=device)
+    runtime = Runtime(rank=rank, world_size=world_size, device=device)
+    # The first collective, so that no process waits for one that trains something else.
+    if problem := difference(runtime.gather_objects(stated(config))):
+        raise ValueError(problem)
+    return runtime
 
 
 def build_device(config: ExperimentConfig) -> torch.device:

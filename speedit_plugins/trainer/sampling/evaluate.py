@@ -42,10 +42,12 @@ from speedit_plugins.trainer.evaluation.metrics import (
 )
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
+from speedit_plugins.trainer.sampling.pairs import measure_pairs
 from speedit_plugins.trainer.sampling.sample_sets import (
     SampleSet,
     alike,
@@ -70,11 +72,11 @@ def test(config: ExperimentConfig) -> int:
     samples = open_set(
         config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
     )
-    metrics = [name for name in config.evaluation.metrics if name != CLIP_SCORE]
+    metrics = [name for name in config.evaluation.metrics if name in METRICS]
     # First, because captions may be missing and the other metrics take longer.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
-    measured += clip_scores
+    measured += clip_scores + measure_pairs(config, samples)
     results.save_config(config, "test")
     results.keep_earlier(folder / results.TEST)
     # An absolute path can be found from any folder.
@@ -192,7 +194,7 @@ def check_metrics(options: EvaluationConfig) -> None:
     Raises:
         ValueError: one of these.
     """
-    known = (*METRICS, CLIP_SCORE)
+    known = (*METRICS, CLIP_SCORE, *PAIRED)
     for name in options.metrics:
         if name not in known:
             close = nearest(name, known)
@@ -208,14 +210,16 @@ def check_metrics(options: EvaluationConfig) -> None:
 def _check_options(config: ExperimentConfig) -> None:
     """Refuses options that have no effect, and a file of statistics that cannot be written."""
     options, defaults = config.evaluation, EvaluationConfig()
+    if config.inpainting is None and (paired := next((m for m in options.metrics if m in PAIRED), None)):
+        raise ValueError(f"{paired} compares fills with the images that they were made in: wanted inpainting")
     for key, metric in METRIC_OF.items():
         if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
             raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")
     statistics = options.reference_statistics
-    if options.metrics == [CLIP_SCORE]:
+    if not any(name in METRICS for name in options.metrics):
         for key, value in (("reference", config.reference), ("evaluation.reference_statistics", statistics)):
             if value is not None:
-                raise ValueError(f"{key} has no effect on {CLIP_SCORE} alone; wanted null")
+                raise ValueError(f"{key} has no effect on {', '.join(options.metrics)} alone; wanted null")
     if statistics is not None and (Path(statistics).is_dir() or not Path(statistics).parent.is_dir()):
         raise ValueError(
             f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"

@@ -20,10 +20,10 @@ from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.inputs import Encoder, decode_video
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.models.weights import load_weights
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.starting_weights import load_trained
 
 
 class SampleGenerator:
@@ -33,14 +33,23 @@ class SampleGenerator:
         model: on the device where samples are drawn.
         process: the process without respacing.
         encoder: decodes the model's latents.
+        config: the experiment.
+        source: the weights that the model has, for messages.
 
     Raises:
         ValueError: the model or the encoder's channels do not allow the config's guidance.
     """
 
     def __init__(
-        self, model: nn.Module, process: build.Process, encoder: Encoder, config: ExperimentConfig
+        self,
+        model: nn.Module,
+        process: build.Process,
+        encoder: Encoder,
+        config: ExperimentConfig,
+        *,
+        source: str | Path = "the model",
     ) -> None:
+        self.source = source
         self.model, self.process, self.encoder, self.config = model, process, encoder, config
         self.what = "videos" if config.num_frames else "images"
         self.device = next(model.parameters()).device
@@ -130,15 +139,16 @@ class SampleGenerator:
 
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
-    """The generator with averaged weights, the text encoder, and the path of the weights."""
+    """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path."""
     source = find_weights(config)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)
     model = build.build_model(config, encoder, captions).to(device)
-    load_weights(model, source / checkpoint.EMA if source.is_dir() else source)
+    path = source / checkpoint.sampled_file(source) if source.is_dir() else source
+    load_trained(model, path, config, captions)
     process = build.build_process(config, respaced=False)
-    return SampleGenerator(model, process, encoder, config), captions, source
+    return SampleGenerator(model, process, encoder, config, source=source), captions, source
 
 
 def find_weights(config: ExperimentConfig) -> Path:
@@ -157,10 +167,9 @@ def find_weights(config: ExperimentConfig) -> Path:
     source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
-    if source.is_dir() and not (source / checkpoint.EMA).is_file():
-        raise ValueError(
-            f"ckpt_path needs a file or a step_... folder, got {source} without {checkpoint.EMA}"
-        )
+    if source.is_dir() and not (source / checkpoint.sampled_file(source)).is_file():
+        wanted = checkpoint.sampled_file(source)
+        raise ValueError(f"ckpt_path needs a file or a step_... folder, got {source} without {wanted}")
     return source
 
 

@@ -13,8 +13,10 @@ from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
+from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
-from speedit_plugins.trainer.sampling.inpaint import draw_fills
+from speedit_plugins.trainer.sampling.holes import Holes
+from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -24,8 +26,12 @@ def sample(config: ExperimentConfig) -> int:
     generator, captions, source = load_generator(config)
     conditions = grid_conditions(config, captions, checkpoint.class_names(source))
     path = results.free_path(folder / results.SAMPLES)
-    if config.inpainting is not None:
+    if config.inpainting is not None and config.inpaint_image is not None:
         num_samples = draw_fills(generator, conditions, path)
+    elif config.inpainting is not None:
+        num_samples = draw_dataset_fills(
+            generator, Holes(config, num_images=config.samples_per_class), captions, path
+        )
     else:
         num_samples = _grid_size(config, conditions)
         num_batches = -(-num_samples // config.per_proc_batch_size)
@@ -44,6 +50,7 @@ def draw_grid(
     *,
     weights: Mapping[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
+    may_fail: bool = True,
 ) -> int:
     """Writes a PNG with `samples_per_class` samples of each condition. Returns the number of samples.
 
@@ -51,6 +58,10 @@ def draw_grid(
 
     Args:
         weights, callback: see `SampleGenerator.draw`.
+        may_fail: False writes a grid also without a single finite sample, as a training does.
+
+    Raises:
+        ValueError: no sample is finite, and `may_fail`. A cross marks each of a few.
     """
     config = generator.config
     columns = len(conditions.names) or min(8, config.samples_per_class)
@@ -59,7 +70,8 @@ def draw_grid(
     batches = generator.draw_batches(
         lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback
     )
-    samples = torch.cat([batch.cpu() for batch in batches])
+    drawn = torch.cat([batch.cpu() for batch in batches])
+    samples = marked(drawn, config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = conditions.titles
     if samples.ndim == 5:

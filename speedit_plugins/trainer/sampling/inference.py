@@ -7,8 +7,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint, results
@@ -17,47 +20,97 @@ from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
+from speedit_plugins.trainer.sampling.finite import not_finite, of_one_value, told
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
+from speedit_plugins.trainer.sampling.holes import MASKED, Holes, fills, written_fills
 from speedit_plugins.trainer.terminal import progress, say
 
 
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
 
+    An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
+    it was given is in a second folder, `..._masked`, transparent in the hole.
+
     Images become PNG files and one npz in ADM's format, videos become MP4 files. captions.jsonl beside them
     has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written files of the same name.
+        ValueError: an earlier inference has written files of the same name, or a sample is not finite: a set
+            with black images in place of samples must not be scored.
     """
     source = find_weights(config)
-    folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
-    suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}")
-    partial, npz, partial_npz = (folder.with_name(f"{folder.name}{suffix}") for suffix in suffixes)
-    for path in (folder, npz):
-        if path.exists():
-            raise ValueError(f"inference would write over {path}; move or delete it")
+    places = _Places(Path(config.experiment_dir) / results.INFERENCE / _name(config, source))
+    places.check_free()
+    holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
     generator, captions, _ = load_generator(config)
     conditions = all_conditions(config, captions, checkpoint.class_names(source))
+    partial = places.partial
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    with progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar:
+    with (
+        progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
+        _all_or_none(partial, bar, generator.what),
+    ):
         if config.num_frames:
             for _ in _written(generator, conditions, partial, bar):
                 pass
         else:
-            written = _written(generator, conditions, partial, bar)
-            write_npz(partial_npz, written, num_images=config.num_samples)
-    partial.rename(folder)
-    if not config.num_frames:
-        partial_npz.rename(npz)
+            if holes is None:
+                written = _written(generator, conditions, partial, bar)
+            else:
+                written = written_fills(fills(generator, holes, captions), partial, bar)
+            write_npz(places.partial_npz, written, num_images=config.num_samples)
+    places.publish()
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
-    say(f"  {generator.what:<12} {folder}/")
-    if not config.num_frames:
-        say(f"  npz          {npz}")
+    for name, place in ((generator.what, places.folder), ("npz", places.npz), ("with holes", places.masked)):
+        if place.exists():
+            say(f"  {name:<12} {place}{'/' if place.is_dir() else ''}")
     return 0
+
+
+@contextmanager
+def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
+    """A context that removes what was drawn if not all of it was.
+
+    Raises:
+        KeyboardInterrupt: a signal ended it. The message says how far it was.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (f"interrupted after {bar.n} of {bar.total} {what}; none of them is kept",)
+        raise
+
+
+class _Places:
+    """The folder of the samples, and what is beside it while they are drawn and afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}", f"_{MASKED}")
+        self.partial, self.npz, self.partial_npz, self.masked = (
+            folder.with_name(f"{folder.name}{suffix}") for suffix in suffixes
+        )
+
+    def check_free(self) -> None:
+        """Raises ValueError if an earlier inference has written files of the same name."""
+        for path in (self.folder, self.npz, self.masked):
+            if path.exists():
+                raise ValueError(f"inference would write over {path}; move or delete it")
+
+    def publish(self) -> None:
+        """Gives what was written its final name."""
+        finals = (self.masked, self.folder, self.npz)
+        for partial, final in zip(
+            (self.partial / MASKED, self.partial, self.partial_npz), finals, strict=True
+        ):
+            if partial.exists():
+                partial.rename(final)
 
 
 def _name(config: ExperimentConfig, source: Path) -> str:
@@ -71,23 +124,36 @@ def _name(config: ExperimentConfig, source: Path) -> str:
     sampler = config.sampler
     parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
     parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}", f"seed{config.seed}"]
-    if config.text_encoder is not None:
-        parts.append(f"prompts{hashlib.sha256(json.dumps(prompts(config)).encode()).hexdigest()[:8]}")
+    if config.inpainting is not None:
+        parts.append(f"holes{_hash(config.inpainting)}")
+    elif config.text_encoder is not None:
+        parts.append(f"prompts{_hash(prompts(config))}")
     return "_".join(parts)
+
+
+def _hash(value: Any) -> str:
+    """Eight digits for plain values."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, bar: Any) -> Iterator[Any]:
     """Chunks of uint8 samples (B, [F,] H, W, C). Each is written to `folder` before it is yielded."""
     config = generator.config
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
-    done = 0
+    done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
+        if (bad := not_finite(batch)).any():
+            fault = told(int(bad.sum()), done + len(bad), config, generator.source)
+            raise ValueError(f"inference stops without a set of samples: {fault}")
         samples = images.to_uint8(batch)
+        flat += of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
             images.save(item, folder / f"{i:06d}", frames_per_second=config.frames_per_second)
         done += len(samples)
         bar.update(len(samples))
         yield samples
+    if flat:
+        say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
     _write_conditions(conditions, rows.tolist(), folder, suffix=".mp4" if config.num_frames else ".png")
 
 

@@ -1,8 +1,9 @@
-"""The phase sample of an inpainting model: fills the hole in a given image.
+"""Grids of an inpainting model: fills of the hole in a given image, or of holes in images of the dataset.
 
 Dims: B fills, C channels of the image, H x W pixels.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from torch import Tensor
 
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.images.folder import center_crop, read_rgb
+from speedit_plugins.trainer.data.images.fit import center_crop
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
+from speedit_plugins.trainer.sampling.holes import Holes, fills
 
 
 def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -> int:
@@ -29,7 +34,8 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
         The number of fills.
 
     Raises:
-        ValueError: the image or the mask cannot be read, their sizes differ, or the mask has no hole.
+        ValueError: the image or the mask cannot be read, their sizes differ, the mask has no hole, or no fill
+            is finite. A cross marks each of a few.
     """
     config = generator.config
     image, mask = (part.to(generator.device) for part in _image_and_mask(config, generator))
@@ -45,7 +51,8 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     def condition_of(some: Tensor) -> Condition:
         return with_extra(conditions.of(some, generator.device), rest.expand(len(some), -1, -1, -1))
 
-    drawn = torch.cat(list(generator.draw_batches(condition_of, rows)))
+    drawn = torch.cat([batch.cpu() for batch in generator.draw_batches(condition_of, rows)])
+    drawn = marked(drawn, config, generator.source, may_fail=True).to(generator.device)
     fills = torch.where(mask > 0, drawn, originals)  # (B, C, H, W)
     given = image * (1 - mask)
     cells = torch.cat(
@@ -54,6 +61,35 @@ def draw_fills(generator: SampleGenerator, conditions: Conditions, path: Path) -
     path.parent.mkdir(parents=True, exist_ok=True)
     images.save_grid(cells.flatten(0, 1), path, columns=1 + num_fills)
     return len(rows)
+
+
+def draw_dataset_fills(
+    generator: SampleGenerator,
+    holes: Holes,
+    captions: CaptionSource | None,
+    path: Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Writes a PNG with a row for each image: the image, its hole, and the fill.
+
+    Args:
+        generator: draws the fills.
+        holes: the images.
+        captions: see `fills`.
+        path: the PNG.
+        weights: see `SampleGenerator.draw`.
+
+    Returns:
+        The number of fills.
+    """
+    cells = [
+        torch.stack([part.given.images, part.given.images * (1 - part.given.masks), part.images], dim=1)
+        for part in fills(generator, holes, captions, weights=weights)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images.save_grid(torch.cat(cells).flatten(0, 1), path, columns=3)
+    return len(holes.items)
 
 
 def _image_and_mask(config: ExperimentConfig, generator: SampleGenerator) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ from speedit_plugins.files import sha256_of
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.folders import Walk
-from speedit_plugins.trainer.data.images import captions
-from speedit_plugins.trainer.data.images.folder import read_rgb
+from speedit_plugins.trainer.data.images import caption_files
+from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.latents.cache import LatentCache
-from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
+from speedit_plugins.trainer.data.loader import DATA_STREAM, SampleSource, stream_seed
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES
 from speedit_plugins.trainer.evaluation.npz import npz_batches, npz_shape
 from speedit_plugins.trainer.logging import images
@@ -237,10 +237,7 @@ def dataset_set(config: ExperimentConfig) -> ItemSet:
             " folder, or the dataset without buckets"
         )
     key = "video" if config.num_frames else "image"
-
-    def load(index: int) -> dict[str, object]:
-        generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 0, index))
-        return dict(dataset.load(index, generator))
+    load = partial(load_item, config, dataset)
 
     def read(index: int) -> Tensor:
         value = load(index)[key]
@@ -261,6 +258,12 @@ def dataset_set(config: ExperimentConfig) -> ItemSet:
     )
 
 
+def load_item(config: ExperimentConfig, dataset: SampleSource, index: int) -> dict[str, object]:
+    """A sample of the dataset. What is drawn for it depends on the seed and its index alone."""
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 0, index))
+    return dict(dataset.load(index, generator))
+
+
 def read_captions(samples: SampleSet) -> list[str]:
     """The caption of each sample, in the samples' order, from the file that inference wrote beside them.
 
@@ -274,7 +277,7 @@ def read_captions(samples: SampleSet) -> list[str]:
     path = samples.captions_file
     if path is None or not path.is_file():
         raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
-    rows = list(captions.read_captions(path))
+    rows = list(caption_files.read_captions(path))
     if len(rows) != len(samples):
         raise ValueError(f"clip_score needs {len(samples)} captions, got {len(rows)} in {path}")
     if samples.names is not None:

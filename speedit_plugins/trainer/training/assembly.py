@@ -1,24 +1,25 @@
 """From a checked config to a trainer, before its first step."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
-from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import (
@@ -27,6 +28,7 @@ from speedit_plugins.trainer.sampling.conditions import (
     build_captions,
     grid_conditions,
 )
+from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
 from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
@@ -50,18 +52,20 @@ def build_trainer(
     # The same on all ranks, so that they build the same model.
     torch.manual_seed(config.seed)
     encoder = build.build_encoder(config, runtime.device)
-    dataset = build.build_dataset(config)
+    dataset = _dataset(config, runtime)
     _check_cache(dataset, encoder, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
-    if weights is not None:
-        _load_pretrained(model, weights, captions, runtime)
+    # The weights that adapters are trained on are in no checkpoint.
+    base = weights if weights is not None or not config.lora.rank else config.pretrained
+    start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
     process = build.build_process(config, respaced=True)
     trained = training_part(config, dataset)
     loader = _loader(trained, config, runtime)
+    _check_same_data(loader, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
     inputs = _batch_encoder(encoder, model, captions, config, runtime)
@@ -118,7 +122,31 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
         pin_memory=runtime.device.type == "cuda",
         rank=runtime.rank,
         world_size=runtime.world_size,
+        accept_changed=config.data.accept_changed,
     )
+
+
+def _dataset(config: ExperimentConfig, runtime: Runtime) -> SampleSource:
+    """The dataset. The first process of each machine lists the files, and the others read its index."""
+    is_first = int(os.environ.get("LOCAL_RANK", runtime.rank)) == 0
+    if not is_first:
+        runtime.barrier()
+    try:
+        return build.build_dataset(config)
+    finally:
+        if is_first:
+            runtime.barrier()
+
+
+def _check_same_data(loader: ResumableLoader, runtime: Runtime) -> None:
+    """Raises ValueError if a process has other data than rank 0, as on a machine with another copy."""
+    own = {"number": str(len(loader.dataset)), **(loader.identity or {})}
+    own.pop(TIMES, None)
+    everyone = runtime.gather_objects(own)
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            names = ", ".join(key for key in other if other[key] != everyone[0].get(key))
+            raise ValueError(f"data.dataset: rank {rank} has other data than rank 0: other {names}")
 
 
 def _batch_encoder(
@@ -156,15 +184,22 @@ def _grids(
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
+    from speedit_plugins.trainer.sampling.holes import Holes
+    from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
 
     def write(snapshot: Snapshot) -> Measured:
         weights = snapshot.on_main
         if not weights:
             return Measured()
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
-        draw_grid(generator, conditions, path, weights=weights)
+        generator.source = f"step {snapshot.step}"
+        if holes is not None:
+            draw_dataset_fills(generator, holes, conditions.captions, path, weights=weights)
+        else:
+            draw_grid(generator, conditions, path, weights=weights, may_fail=False)
         return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
 
     return write
@@ -176,21 +211,6 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
             f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"
             f" {config.encoder}; wanted that one, or a cache made with this one"
         )
-
-
-def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None, runtime: Runtime) -> None:
-    source = Path(path) / checkpoint.EMA if Path(path).is_dir() else Path(path)
-    # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
-    # the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
-    prefixes = ("y_embedder.", "null_tokens", "null_mask")
-    excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
-    if captions is not None:
-        cast(Any, model).set_null_text(captions.encode([""]))
-    if runtime.is_main:
-        fresh = f"; freshly initialised: {', '.join(report.left_at_init)}" if report.left_at_init else ""
-        say(f"fine-tuning from {path}: {len(report.loaded)} tensors{fresh}")
 
 
 def _evaluation(

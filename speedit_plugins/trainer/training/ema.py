@@ -1,11 +1,69 @@
-"""Exponential moving average of the trained weights."""
+"""The average of the trained weights that a config asks for, and the exponential one."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from speedit_plugins.trainer.config.sections import EmaConfig
 from speedit_plugins.trainer.parallel.master_weights import Slice
+from speedit_plugins.trainer.training.power_averages import PowerAverages
+
+
+class Average(Protocol):
+    """An average of this rank's slice of every trained parameter.
+
+    `slices` are what samples are drawn with, empty if no average is kept; `others` are further averages by
+    their label.
+    """
+
+    slices: dict[str, Slice]
+    others: dict[str, dict[str, Slice]]
+    num_updates: int
+
+    def update(self) -> None: ...
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        num_updates: int,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None: ...
+
+
+def build_average(options: EmaConfig, slices: Mapping[str, Slice]) -> Average:
+    """The average of `ema.type`, which begins with the current weights.
+
+    Args:
+        slices: views of the float32 master weights, by parameter name.
+    """
+    if options.type == "none":
+        return NoAverage()
+    if options.type == "power":
+        return PowerAverages(slices, sigma_rels=options.sigma_rel)
+    return Ema(slices, halflife_steps=options.halflife_steps, ramp=options.ramp)
+
+
+class NoAverage:
+    """Keeps nothing but the number of updates."""
+
+    def __init__(self) -> None:
+        self.slices: dict[str, Slice] = {}
+        self.others: dict[str, dict[str, Slice]] = {}
+        self.num_updates = 0
+
+    def update(self) -> None:
+        """Counts."""
+        self.num_updates += 1
+
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        num_updates: int,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Restores the number of updates."""
+        self.num_updates = num_updates
 
 
 class Ema:
@@ -25,6 +83,7 @@ class Ema:
         self._ramp = ramp
         self._current = [part.values for part in slices.values()]
         self.slices = {name: Slice(part.start, part.values.clone()) for name, part in slices.items()}
+        self.others: dict[str, dict[str, Slice]] = {}
         self._averages = [part.values for part in self.slices.values()]
         self.num_updates = 0
 
@@ -40,7 +99,12 @@ class Ema:
         torch._foreach_lerp_(self._averages, self._current, 1 - self.decay)
         self.num_updates += 1
 
-    def load(self, weights: Mapping[str, Tensor], num_updates: int) -> None:
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        num_updates: int,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Restores from whole averaged tensors and the number of updates. Other names are ignored."""
         for name, part in self.slices.items():
             part.values.copy_(weights[name].reshape(-1)[part.start : part.start + len(part.values)])

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.summary import data_lines, skipped_line
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.environment import save_environment
 from speedit_plugins.trainer.logging.loggers import check_loggers, open_loggers
@@ -17,8 +18,10 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
+from speedit_plugins.trainer.training.ending import told
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import choose_products, describe
+from speedit_plugins.trainer.training.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
 
 
@@ -31,7 +34,8 @@ def train(config: ExperimentConfig) -> int:
     # Before anything slow, so that no signal during the start is lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
-        _train(config, runtime, stop)
+        with alone_in_folder(config, runtime):
+            _train(config, runtime, stop)
         # Objects that hold the process group wait for peers when they are destroyed, so destroy them first.
         gc.collect()
         runtime.barrier()
@@ -51,16 +55,26 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
         trainer.restore(resumed)
     else:
         choose_products(trainer.model, config, runtime)
-    started = trainer.step
     if runtime.is_main:
+        _introduce(trainer, resumed)
+    # Not of a run with nothing to train: these files describe how the weights were made.
+    if runtime.is_main and trainer.step < config.max_training_steps:
         results.save_config(config, "train")
         save_environment(folder, runtime, linear_layers=describe(trainer.model))
-        _introduce(trainer, resumed)
+    told(trainer, lambda: _to_the_end(trainer, stop))
+
+
+def _to_the_end(trainer: Trainer, stop: StopRequest) -> None:
+    """Trains, then prints how it went."""
+    config, runtime, started = trainer.config, trainer.runtime, trainer.step
     if started < config.max_training_steps:
         with _tracker(config, trainer) as tracker:
             trainer.fit(tracker, stop)
+    num_corrupt = runtime.gather_objects(getattr(trainer.loader.dataset, "num_corrupt", None))
     if runtime.is_main:
-        _conclude(trainer, folder, started=started, signal_name=stop.signal_name)
+        if (line := skipped_line(num_corrupt)) is not None:
+            say(line)
+        _conclude(trainer, Path(config.experiment_dir), started=started, signal_name=stop.signal_name)
 
 
 def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
@@ -122,13 +136,16 @@ def _check_imports(config: ExperimentConfig, resumed: Path) -> None:
 def _introduce(trainer: Trainer, resumed: Path | None) -> None:
     config, runtime = trainer.config, trainer.runtime
     if resumed is not None:
-        ignored = "" if config.pretrained is None else f"; {config.pretrained} is not read again"
+        is_read = config.pretrained is None or config.lora.rank
+        ignored = "" if is_read else f"; {config.pretrained} is not read again"
         say(f"going on from {resumed}{ignored}")
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     where = f"{trainer.device.type}, {config.precision}"
     if runtime.world_size > 1:
         where += f", {runtime.world_size} processes, {config.plugin}"
     say(f"policy {trainer.policy}; {trained:,} trained parameters on {where}")
+    for name, text in data_lines(trainer.loader.dataset, **build.summary_options(config)):
+        say(f"{name}: {text}")
 
 
 def _conclude(trainer: Trainer, folder: Path, *, started: int, signal_name: str | None) -> None:

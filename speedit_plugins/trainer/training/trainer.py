@@ -20,7 +20,6 @@ from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.data.loader import (
     MODEL_STREAM,
     NOISE_STREAM,
@@ -33,16 +32,23 @@ from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
 from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
+from speedit_plugins.trainer.models import lora
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.replica import Engine, StepResult
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.ema import Ema
+from speedit_plugins.trainer.training.ema import build_average
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.learning_rate import learning_rate
 from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
 from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
+from speedit_plugins.trainer.training.resuming import restore_average, restore_optimizer
+from speedit_plugins.trainer.training.saved_state import checked_state, load_part
+from speedit_plugins.trainer.training.saved_weights import check_finite, weights_to_save
+from speedit_plugins.trainer.training.snapshots import check_no_snapshots, write_snapshot
+from speedit_plugins.trainer.training.step_batches import StepBatches
 
 # Keys whose measurement the trainer is given.
 MEASURED = ("sample_every", "validate_every", "evaluate_every")
@@ -98,13 +104,14 @@ class Trainer:
         self.batch_size = config.data.batch_size * config.optimizer.grad_accumulation
         self._slices = master_weights.owned(self.engine.masters, self.runtime)
         self._shapes = {master.name: master.shape for master in self.engine.masters}
-        self.ema = Ema(self._slices, halflife_steps=config.ema.halflife_steps, ramp=config.ema.ramp)
+        self.ema = build_average(config.ema, self._slices)
         self.window = LossWindow(self.policy, batch_size=self.batch_size, device=self.device)
         self.timer = StepTimer(self.device)
         self.step = 0
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._num_tokens = 0
+        self._batches = StepBatches(self.runtime)
         self._saved_step = -1
         self._last_saved: Path | None = None
         self.periodic, self._mfu, self.profiler = tuple(periodic), parts.mfu, parts.profiler
@@ -118,9 +125,12 @@ class Trainer:
 
         Raises:
             ValueError: too many steps in a row were skipped. Nothing is saved then.
+            DataError: a batch cannot be read; `save` then writes the last whole step.
             CheckpointError: a checkpoint cannot be written.
         """
         self.engine.model.train()
+        if self.step == 0 and self.config.ema.snapshot_every:
+            check_no_snapshots(self.folder)
         last = self.config.max_training_steps
         is_stopping = False
         while self.step < last and not is_stopping:
@@ -130,6 +140,8 @@ class Trainer:
                 self._log(tracker, result)
             if self.step % self.config.ckpt_every == 0:
                 self.save()
+            if self.config.ema.snapshot_every and self.step % self.config.ema.snapshot_every == 0:
+                write_snapshot(self.folder, self.step, self.ema, self._shapes, self.runtime)
             # It takes many model calls, so a pending stop does not wait for it.
             if not is_stopping:
                 self.measure(tracker)
@@ -146,6 +158,7 @@ class Trainer:
 
         Raises:
             ValueError: `max_skipped_steps` steps in a row were skipped.
+            DataError: a batch cannot be read, on any rank. The step does not count.
         """
         self.policy.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
@@ -153,18 +166,20 @@ class Trainer:
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
+        self._batches.begin(self.loader)
         for number in range(num_batches):
             with self.timer.phase("data"):
-                batch = next(self.loader)
+                batch = self._batches.next(self.loader)
             rows = self._seed_samples(number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
                 seen.append(self.train_step(batch, quantiles, rows))
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
-            bad_rank, is_any_asked = self.runtime.maximum(
-                [-1 if is_finite else self.runtime.rank, float(is_asked)]
+            bad_rank, is_any_asked, broken_rank = self.runtime.maximum(
+                [-1 if is_finite else self.runtime.rank, float(is_asked), self._batches.broken_rank]
             )
+            self._batches.end(int(broken_rank))
             lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
             result = self.engine.step(lr, is_healthy=bad_rank < 0)
         self.step += 1
@@ -215,11 +230,18 @@ class Trainer:
                 self.best = note_best(cast(Path, path), scores, score, self.runtime)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained parameter on rank 0, nothing on other ranks. Collective."""
-        return master_weights.gather(self._slices, self._shapes, self.runtime)
+        """Every trained parameter on rank 0, where it is evaluated; nothing on other ranks. Collective."""
+        with self.engine.evaluation_point() as is_moved:
+            found = master_weights.gather(self._slices, self._shapes, self.runtime)
+            return {name: value.clone() for name, value in found.items()} if is_moved else found
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The EMA of every trained parameter on rank 0, nothing on other ranks. Collective."""
+        """The EMA of every trained parameter on rank 0, nothing on other ranks. Collective.
+
+        The weights themselves, if no average is kept.
+        """
+        if not self.ema.slices:
+            return self.weights()
         return master_weights.gather(self.ema.slices, self._shapes, self.runtime)
 
     def save(self) -> Path:
@@ -229,22 +251,20 @@ class Trainer:
             ValueError: a weight is not finite.
             CheckpointError: it cannot be written. Earlier checkpoints stay as they were.
         """
-        finite = torch.stack([part.values.isfinite().all() for part in self._slices.values()]).all()
-        if self.runtime.maximum([float(not finite)])[0]:
-            raise ValueError(
-                f"a weight is not finite at step {self.step}: not saved; {self._last_checkpoint()}"
-            )
-        weights, averages = self.weights(), self.averaged_weights()
-        untrained = self.engine.untrained()
+        check_finite(self._slices, self.runtime, f"at step {self.step}: not saved; {self._last_checkpoint()}")
+        kept = weights_to_save(self.engine, self.weights(), self.ema, self._shapes, self.runtime)
         contents = checkpoint.Contents(
-            model={**untrained, **weights},
-            ema={**untrained, **averages},
-            moments=master_weights.optimizer_slices(self.engine.optimizer, self.engine.masters, self.runtime),
+            model=kept.model,
+            ema=kept.ema,
+            averages=kept.averages,
+            metadata=kept.metadata,
+            moments=self.engine.moments(self.runtime),
             state={
+                "optimizer": self.engine.optimizer_state(),
                 "step": self.step,
                 "num_skipped": self.num_skipped,
                 "ema_updates": self.ema.num_updates,
-                "loader": self.loader.state_dict(),
+                "loader": self._batches.position(self.loader),
                 "policy": self.policy.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "products": saved_products(self.model),
@@ -271,17 +291,18 @@ class Trainer:
             CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
         saved = checkpoint.load(path)
-        state = saved.state
+        state = checked_state(saved.state, path)
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
-            check_same_run(yaml.safe_load(saved.config), yaml.safe_load(to_yaml(self.config)))
-            _check_shapes(saved.model, self.model.state_dict())
+            was = yaml.safe_load(saved.config)
+            check_same_run(was, yaml.safe_load(to_yaml(self.config)))
+            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoint.MODEL)
             self.engine.load_weights(saved.model)
-            self.ema.load(saved.ema, state["ema_updates"])
-            self.engine.load_moments(saved.moments)
-            self.engine.load_scaler_state(state["scaler"])
-            self.loader.load_state_dict(state["loader"])
-            self.policy.load_state_dict(state["policy"])
+            restore_average(self.ema, saved, was, self.config, self.runtime)
+            restore_optimizer(self.engine, saved, was, self.config, self.runtime)
+            load_part("scaler", state, self.engine.scaler_state(), self.engine.load_scaler_state)
+            load_part("loader", state, self.loader.state_dict(), self.loader.load_state_dict)
+            load_part("policy", state, self.policy.state_dict(), self.policy.load_state_dict)
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
@@ -325,7 +346,9 @@ class Trainer:
         """Updates EMA, metrics and policy after a step that moved the weights."""
         self._num_skipped_in_a_row = 0
         with self.timer.phase("ema"):
-            self.ema.update()
+            if self.ema.slices:
+                with self.engine.evaluation_point():
+                    self.ema.update()
         for draw, terms in seen:
             # Before the policy learns from the losses: they are corrected by the density that drew them.
             self.window.add(draw, terms)
@@ -375,24 +398,3 @@ class Trainer:
     def _last_checkpoint(self) -> str:
         last = self._last_saved
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"
-
-
-def learning_rate(options: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The learning rate after `step` steps: linear warm-up, then constant, or a cosine down to min_lr.
-
-    Source of the cosine: Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5 without restarts.
-    """
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    if options.schedule == "constant":
-        return options.lr
-    done = min(1.0, (step - options.warmup_steps) / (num_steps - options.warmup_steps))
-    return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, wanted)]
-    for name in (*shapes[0], *shapes[1]):
-        got, needed = (table.get(name) for table in shapes)
-        if got != needed:
-            raise ValueError(f"{name} has shape {got}, wanted {needed}")

@@ -1,12 +1,12 @@
-"""Images and captions listed in a file: CSV, JSON lines, or MS-COCO's JSON.
+"""Images with captions: from a file that lists them, or from a folder that holds both.
 
-Dims: H x W pixels after the crop, N images.
+Dims: H x W pixels of a sample, N images.
 """
 
-import json
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,98 +14,132 @@ import numpy as np
 import torch
 
 from speedit_plugins.registry import DATASETS
-from speedit_plugins.trainer.data.buckets import checked_sides
-from speedit_plugins.trainer.data.images.folder import ON_CORRUPT, ImageFolder
+from speedit_plugins.trainer.data.identity import identify, portable
+from speedit_plugins.trainer.data.images.caption_files import read_captions
+from speedit_plugins.trainer.data.images.caption_folders import (
+    NUM_NAMED,
+    Captioned,
+    CaptionOptions,
+    read_folder,
+)
+from speedit_plugins.trainer.data.images.fit import Fit
+from speedit_plugins.trainer.data.images.folder import Images, check_options, checked_folder
+from speedit_plugins.trainer.data.listing import Stamps, stamps_of
 from speedit_plugins.trainer.data.strings import Strings
-from speedit_plugins.trainer.data.tables import read_table
-
-# Key names in use for the path and the caption in JSON lines; a row has exactly one of each.
-PATH_KEYS = ("file_name", "path")
-TEXT_KEYS = ("text", "caption")
-# An error message names at most this many missing files.
-NUM_NAMED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One image of a captions file: its place in the file, its path as written there, its captions."""
+class ImageCaptions(Images):
+    """Images with captions. Pixels are read as in `ImageFolder`.
 
-    where: str
-    path: str
-    texts: tuple[str, ...]
+    With `captions_file`, the images are those that it lists, in its order:
 
-
-class ImageCaptions(ImageFolder):
-    """Images with captions, in the order of a captions file. Pixels are read as in `ImageFolder`.
-
-    The captions file has one of three layouts:
-
-    - .csv with the columns "path" and "text", as in Open-Sora;
-    - .jsonl with one JSON object per line, as in Hugging Face's `metadata.jsonl`: "file_name" or "path", and
-      "text" or "caption";
+    - .csv, .jsonl (one JSON object per line) or .parquet: "file_name" or "path", and "text" or "caption";
     - .json with "images" and "annotations", as in MS-COCO; an image may have several captions.
 
-    Other columns and keys are ignored.
+    With `root` alone, the folder is searched at any depth, and has one of two layouts:
+
+    - Hugging Face's imagefolder: metadata.csv, metadata.jsonl or metadata.parquet in the folder or in
+      folders below it. Paths are relative to the metadata file. Images that it does not list are left out;
+    - a text file beside each image, as for kohya's scripts and OneTrainer: photo.png and photo.txt. It is
+      read if there is no metadata file, or with `caption_suffix`.
+
+    Other columns and keys are ignored. From 10,000 images on, what was found is kept as for `ImageFolder`;
+    text files that changed are read again.
+
+    Attributes: `channels`, `image_size`, `buckets`, `num_corrupt`, `max_captions`, `left_out` (number of
+    files that are not used, by suffix or reason).
 
     Args:
-        captions_file: ends in .csv, .jsonl or .json.
-        image_size: side of the square crop in pixels, >= 1.
-        root: folder that image paths are relative to; None uses the folder of the captions file.
+        captions_file: a file in one of the layouts above; None searches `root`.
+        image_size: side of the square sample in pixels, >= 1.
+        root: folder that image paths are relative to; None uses the folder of the captions file. Absolute
+            paths and those that begin with `~`, the home folder, do not depend on it.
+        text_column: name of the column or key with the captions; None takes "text" or "caption".
+        caption_suffix: suffix of the text files beside the images; None is ".txt". If given, metadata files
+            are not read.
+        caption_lines: what the lines of a text file are. "join" makes them one caption, "choose" takes each
+            as a caption of its own; one of them is drawn per sample.
+        missing_captions: what to do if text files are missing or empty. "raise" names the first ones. "empty"
+            takes the empty caption.
         random_flip: mirror left to right with probability 1/2. Captions that mention left or right then
             become wrong for mirrored images.
         on_corrupt: as in `ImageFolder`; the image that replaces a damaged one keeps its own caption.
+        follow_links: as in `ImageFolder`; for `root` alone.
         buckets: as in `ImageFolder`.
+        fit: as in `ImageFolder`.
+        pad_color: as in `ImageFolder`.
+        bit_depth: as in `ImageFolder`.
 
     Raises:
         ValueError: a file or folder is missing; the captions file is empty or malformed, or a row has no path
-            or text (the message names the line); image files are missing; buckets are invalid; or, with
-            buckets, an image header is damaged.
-        OSError: the system fails to read the captions file or, with buckets, an image.
+            or text (the message names the line); images or captions are missing; a folder has splits such as
+            train and test; an option is invalid or has no effect; or, with buckets, an image header is
+            damaged.
+        OSError: the system fails to read the captions or, with buckets, an image.
     """
 
     # There are too many captions to encode them all once and keep the features, as for embedded datasets.
     captions = None
+    classes: tuple[str, ...] = ()
+    num_classes = 0
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - flat, as the keys of a config are
         self,
-        captions_file: str | os.PathLike[str],
+        captions_file: str | os.PathLike[str] | None = None,
         *,
         image_size: int,
         root: str | os.PathLike[str] | None = None,
+        text_column: str | None = None,
+        caption_suffix: str | None = None,
+        caption_lines: str = "join",
+        missing_captions: str = "raise",
         random_flip: bool = False,
         on_corrupt: str = "raise",
+        follow_links: bool = False,
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
+        bit_depth: int | None = None,
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"ImageCaptions needs image_size >= 1, got {image_size}")
-        if on_corrupt not in ON_CORRUPT:
-            raise ValueError(f"ImageCaptions needs on_corrupt in {ON_CORRUPT}, got {on_corrupt!r}")
-        file = Path(captions_file).expanduser()
-        self.root = file.parent if root is None else Path(root).expanduser()
-        if not self.root.is_dir():
-            raise ValueError(f"ImageCaptions needs root to be a folder, got {self.root}")
-        self.image_size = image_size
-        self.random_flip = random_flip
-        self.on_corrupt = on_corrupt
-        rows = list(read_captions(file))
-        self._texts = _Texts(row.texts for row in rows)
-        self._paths = Strings(_existing(rows, file, self.root))
-        # There are no classes. ImageFolder.load's label holds the row number here, to find the captions.
-        self.classes, self.num_classes = (), 0
-        self.labels = torch.arange(len(rows))
-        self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
-        self.buckets = None if buckets is None else self._nearest_buckets()
-        self._corrupt = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        check_options(self, image_size=image_size, on_corrupt=on_corrupt, bit_depth=bit_depth)
+        chosen = Fit(fit, pad_color)
+        options = CaptionOptions(text_column, caption_suffix, caption_lines, missing_captions, follow_links)
+        if captions_file is None:
+            if root is None:
+                raise ValueError("ImageCaptions needs captions_file or root, got neither")
+            found = read_folder(checked_folder(self, root), options)
+            source = str(found.base)
+        else:
+            file = Path(captions_file).expanduser()
+            if file.is_dir():
+                raise ValueError(f"captions_file must be a file, got the folder {file}; wanted root: {file}")
+            options.check_file(file)
+            base = checked_folder(self, file.parent if root is None else root)
+            rows = [
+                replace(row, path=os.path.expanduser(row.path)) for row in read_captions(file, text_column)
+            ]
+            found, source = Captioned(base, rows), str(file)
+        self.root = found.base
+        self.left_out: Mapping[str, int] = found.left_out
+        names = Strings([os.path.expanduser(row.path) for row in found.rows])
+        self._texts = _Texts(row.texts for row in found.rows)
+        super().__init__(
+            found.base,
+            names,
+            _existing(found, names, source),
+            source=source,
+            image_size=image_size,
+            random_flip=random_flip,
+            on_corrupt=on_corrupt,
+            buckets=buckets,
+            fit=chosen,
+            bit_depth=bit_depth,
+        )
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """One sample: "image" float32 (3, H, W) in [-1, 1] and "caption" str.
+        """One sample: "image" float32 (3, H, W) in [-1, 1] and "caption" str; see `Images.image`.
 
-        `generator` decides the flip, then which caption if there are several.
-
-        Raises:
-            ValueError: the file is damaged and on_corrupt is "raise", or it is "skip" and no file (of this
-                bucket) is readable.
-            OSError: the system fails to read the file.
+        `generator` decides the image, then which caption if there are several.
         """
         sample = self.load_all(index, generator)
         texts = sample["captions"]
@@ -115,8 +149,14 @@ class ImageCaptions(ImageFolder):
 
     def load_all(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Like `load`, but with all captions of the image: "captions", list of str."""
-        sample = super().load(index, generator)
-        return {"image": sample["image"], "captions": self._texts.of(sample["label"])}
+        image, index = self.image(index, generator)
+        return {"image": image, "captions": self._texts.of(index)}
+
+    def identity(self) -> dict[str, str]:
+        """Digests of names, captions, sizes and times, see `identify`."""
+        # Those of a captions file may be absolute.
+        names = portable(self._base, self._names)
+        return {**super().identity(), **identify(names=names, captions=self._texts)}
 
     @property
     def max_captions(self) -> int:
@@ -124,129 +164,20 @@ class ImageCaptions(ImageFolder):
         return self._texts.most
 
 
-def read_captions(file: Path) -> Iterator[Row]:
-    """Yields the rows of a captions file, with paths and texts stripped of white space.
-
-    Raises:
-        ValueError: the file is missing, has another suffix or no rows, or a row is malformed (the message
-            names its line).
-        OSError: the system fails to read the file.
-    """
-    if not file.is_file():
-        raise ValueError(f"the captions file must be a file, got {file}")
-    if file.suffix.lower() not in READERS:
-        raise ValueError(f"a captions file must end in one of {', '.join(READERS)}, got {file}")
-    is_empty = True
-    try:
-        for row in READERS[file.suffix.lower()](file):
-            is_empty = False
-            yield _checked(row, file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be UTF-8: {error}") from error
-    if is_empty:
-        raise ValueError(f"{file} has no captions, wanted at least one")
-
-
-def _checked(row: Row, file: Path) -> Row:
-    """The row with path and texts stripped; raises ValueError if one of them is empty or not Unicode."""
-    place = f"{file}, {row.where}"
-    path, texts = row.path.strip(), tuple(text.strip() for text in row.texts)
-    if not path:
-        raise ValueError(f"{place}: wanted the path of an image, got none")
-    if not texts or not all(texts):
-        raise ValueError(f"{place}: wanted a text for the image {path!r}, got none")
-    try:
-        "".join((path, *texts)).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: wanted valid Unicode text, got half a character: {error}") from error
-    return Row(row.where, path, texts)
-
-
-def _read_csv(file: Path) -> Iterator[Row]:
-    for line, values in read_table(file, ("path", "text")):
-        yield Row(f"line {line}", values["path"], (values["text"],))
-
-
-def _read_json_lines(file: Path) -> Iterator[Row]:
-    # Split at line feeds only: JSON strings may hold other characters that Python treats as line ends.
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"line {number}"
-            content = _json(line, f"{file}, {where}")
-            yield Row(
-                where, _one_of(PATH_KEYS, content, file, where), (_one_of(TEXT_KEYS, content, file, where),)
-            )
-
-
-def _read_coco(file: Path) -> Iterator[Row]:
-    content = _json(file.read_text(encoding="utf-8"), str(file))
-    images, annotations = (_list_of(content, name, file) for name in ("images", "annotations"))
-    texts: dict[int | str, list[str]] = {}
-    for number, image in enumerate(images):
-        where = f"images[{number}]"
-        key = image.get("id") if isinstance(image, dict) else None
-        if not isinstance(key, int | str):
-            raise ValueError(f"{file}, {where}: wanted 'id' as int or str, got {key!r}")
-        if key in texts:
-            raise ValueError(f"{file}, {where}: wanted a unique 'id', got {key!r} again")
-        texts[key] = []
-    for number, annotation in enumerate(annotations):
-        where = f"annotations[{number}]"
-        key = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(key, int | str) or key not in texts:
-            raise ValueError(f"{file}, {where}: wanted 'image_id' to be the id of an image, got {key!r}")
-        texts[key].append(_one_of(("caption",), annotation, file, where))
-    for number, image in enumerate(images):
-        where = f"images[{number}]"
-        yield Row(where, _one_of(("file_name",), image, file, where), tuple(texts[image["id"]]))
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    # Deeply nested JSON exceeds the parser's recursion limit.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: wanted JSON: {error}") from error
-
-
-def _list_of(content: Any, name: str, file: Path) -> list[Any]:
-    found = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(found, list):
-        raise ValueError(f"{file} needs a list {name!r}, as in MS-COCO's captions")
-    return found
-
-
-def _one_of(keys: Sequence[str], content: Any, file: Path, where: str) -> str:
-    """The text under the one key of `keys` that the object has."""
-    wanted = " or ".join(map(repr, keys))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}, {where}: wanted an object with {wanted}, got {content!r}")
-    present = [key for key in keys if key in content]
-    if len(present) != 1:
-        raise ValueError(f"{file}, {where}: wanted {wanted}, got {', '.join(content) or 'nothing'}")
-    value = content[present[0]]
-    if not isinstance(value, str):
-        raise ValueError(f"{file}, {where}: wanted {present[0]!r} as str, got {value!r}")
-    return value
-
-
-def _existing(rows: Sequence[Row], file: Path, root: Path) -> list[str]:
-    """The full paths of the images.
+def _existing(found: Captioned, names: Strings, source: str) -> Stamps:
+    """Sizes and times of the images.
 
     Raises:
         ValueError: some files are missing; the message names the first few.
     """
-    paths = [root / row.path for row in rows]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    if missing:
-        named = [f"{paths[number]} ({rows[number].where})" for number in missing[:NUM_NAMED]]
+    stamps = stamps_of(found.base, names)
+    if missing := stamps.missing():
+        named = [f"{found.base / names[row]} ({found.rows[row].where})" for row in missing[:NUM_NAMED]]
         rest = ", ..." if len(missing) > NUM_NAMED else ""
         raise ValueError(
-            f"{file}: {len(missing)} of {len(rows)} images are missing: {', '.join(named)}{rest}"
+            f"{source}: {len(missing)} of {len(names)} images are missing: {', '.join(named)}{rest}"
         )
-    return [os.fspath(path) for path in paths]
+    return stamps
 
 
 class _Texts:
@@ -266,11 +197,15 @@ class _Texts:
         """The captions of one image."""
         return [self._texts[number] for number in range(self._first[index], self._first[index + 1])]
 
+    def __len__(self) -> int:
+        return len(self._first) - 1
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_coco,
-}
+    def digest(self, start: int, stop: int) -> bytes:
+        """Hash of the captions of the images from `start` to before `stop`, 16 bytes."""
+        first = self._first[start : stop + 1]
+        counts = hashlib.blake2b(np.diff(first).astype("<i8").tobytes(), digest_size=16)
+        counts.update(self._texts.digest(int(first[0]), int(first[-1])))
+        return counts.digest()
+
 
 DATASETS.register_module(name="ImageCaptions", module=ImageCaptions)

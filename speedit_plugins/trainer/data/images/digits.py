@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
 
 IMAGE_SIZES = (8, 16, 32)
 
@@ -40,6 +41,10 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def identity(self) -> dict[str, str]:
+        """A constant: the digits come with their package."""
+        return identify(contents=["Digits"])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (1, H, W) in [-1, 1] and "label" int in [0, 10).

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
 
 # Made by tools/build_emoji.py; EMOJI_ATTRIBUTION.md in the same folder lists its sources.
 SOURCE = Path(__file__).parents[1] / "assets" / "emoji_32.npz"
@@ -47,6 +48,7 @@ class Emoji:
             raise ValueError(f"Emoji needs split in {SPLITS}, got {split!r}")
         self.image_size = image_size
         self.random_flip = random_flip
+        self.split = split
         pixels, names = _read_emoji()  # (N, 3, 32, 32), N names
         is_test = torch.arange(len(names)) % TEST_EVERY == TEST_EVERY - 1
         part = {"all": torch.ones_like(is_test), "train": ~is_test, "test": is_test}[split]
@@ -55,6 +57,10 @@ class Emoji:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def identity(self) -> dict[str, str]:
+        """A constant for each split: the emoji come with this package."""
+        return identify(contents=["Emoji", self.split])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "image" float32 (3, H, W) in [-1, 1] and "caption" str.

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from speedit_plugins.files import sha256_of
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.latents.shards import INDEX, TensorShards, read_index
+from speedit_plugins.trainer.data.latents.source import IDENTITY, compare_with_source, speaks
+from speedit_plugins.trainer.terminal import say
 
 LATENTS = ("latent_mean", "latent_std")
 FLIPPED = ("flipped_mean", "flipped_std")
@@ -46,10 +49,13 @@ class LatentCache:
         random_flip: use the mirrored image's latents with probability 1/2; None does so if the cache has
             them.
         verify: compare the sha256 of every shard, which reads the whole cache. Sizes are always compared.
+        check_source: compare the images and captions that the cache was made from, where they still are, with
+            what they were. False trains from a cache whose data changed.
 
     Raises:
         ValueError: there is no cache of latents, it is unfinished, a shard is missing or damaged, an
-            expectation is not met, or `random_flip` is True and the cache has no mirrored images.
+            expectation is not met, `random_flip` is True and the cache has no mirrored images, or the data
+            that it was made from changed.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class LatentCache:
         text: bool | None = None,
         random_flip: bool | None = None,
         verify: bool = True,
+        check_source: bool = True,
     ) -> None:
         self._shards = TensorShards(root, verify=verify)
         index = self._shards.index
@@ -79,7 +86,11 @@ class LatentCache:
         if text is not None and text != has_text:
             found, wanted = ("captions" if has else "no captions" for has in (has_text, text))
             raise ValueError(f"the cache in {root} has {found}, wanted {wanted}")
-        self.null_text = _read_null_text(Path(root).expanduser(), index.made_from) if has_text else None
+        folder = Path(root).expanduser()
+        notes = compare_with_source(folder, index.made_from, has_text=has_text) if check_source else []
+        for note in notes if speaks() else ():
+            say(note)
+        self.null_text = _read_null_text(folder, index.made_from) if has_text else None
         self.text_encoder: dict[str, Any] | None = index.made_from.get("text_encoder")
         self._has_label, self._has_text = "label" in index.tensors, has_text
         self._has_several = TEXT_COUNT in index.tensors
@@ -96,6 +107,12 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def identity(self) -> dict[str, str]:
+        """That of the data that the cache was made from, if it is known, and a digest of the shards."""
+        index = self._shards.index
+        shards = identify(latents=[shard.sha256 for shard in index.shards])
+        return {**index.made_from.get(IDENTITY, {}), **shards}
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "latent_mean" and "latent_std", float32 (C, h, w).

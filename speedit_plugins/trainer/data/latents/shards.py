@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from speedit_plugins.files import sha256_of, write_whole
+from speedit_plugins.trainer.data.latents.source import IDENTITY, without_places
 
 INDEX = "index.json"
 FORMAT = 1
@@ -122,7 +123,8 @@ def start_or_resume(folder: Path, *, made_from: Mapping[str, Any], num_samples: 
 
     Args:
         folder: created if it is missing.
-        made_from: see `ShardIndex`.
+        made_from: see `ShardIndex`. Where the data lie is not compared if their identity is known, and the
+            identity itself is for `check_same_source`.
         num_samples: see `ShardIndex`.
 
     Raises:
@@ -134,9 +136,11 @@ def start_or_resume(folder: Path, *, made_from: Mapping[str, Any], num_samples: 
         _write_index(folder, index)
         return index
     found = read_index(folder)
-    differences = _differences(
-        {"num_samples": found.num_samples, **found.made_from}, {"num_samples": num_samples, **index.made_from}
-    )
+    if IDENTITY in found.made_from and IDENTITY in index.made_from:
+        was, now = (without_places(each.made_from) for each in (found, index))
+    else:
+        was, now = ({**each.made_from, IDENTITY: None} for each in (found, index))
+    differences = _differences({"num_samples": found.num_samples, **was}, {"num_samples": num_samples, **now})
     if differences:
         raise ValueError(
             f"the cache in {folder} was made from something else: {'; '.join(differences)};"

@@ -17,14 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from speedit_plugins.trainer.data.images.folder import ON_CORRUPT, center_crop, read_rgb, read_size
-from speedit_plugins.trainer.data.images.folder import SUFFIXES as IMAGE_SUFFIXES
+from speedit_plugins.trainer.data.identity import identify, portable
+from speedit_plugins.trainer.data.images.fit import Fit, Place
+from speedit_plugins.trainer.data.images.folder import ON_CORRUPT
+from speedit_plugins.trainer.data.images.pixels import read_rgb, read_size, readable_suffixes
+from speedit_plugins.trainer.data.listing import stamps_of
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_frames, read_header
 
 # GIF is listed among the videos, since it may be animated.
-STILL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in VIDEO_SUFFIXES)
+STILL_SUFFIXES = tuple(suffix for suffix in readable_suffixes() if suffix not in VIDEO_SUFFIXES)
 # An error message names at most this many unusable videos.
 NUM_NAMED = 5
 
@@ -39,6 +42,7 @@ class Cut:
         frame_interval: a clip takes every frame_interval-th frame, >= 1.
         random_start: a clip starts at a random frame; False starts at the first one.
         random_flip: mirror left to right with probability 1/2.
+        fit: how a frame becomes H x W pixels; a random crop is the same for all frames of a clip.
         buckets: [num_frames, height, width] of each bucket. With buckets, `num_frames` and `image_size` do
             not affect training; they are the size of the videos that an experiment samples.
 
@@ -52,6 +56,7 @@ class Cut:
     random_start: bool = True
     random_flip: bool = False
     buckets: Sequence[Sequence[int]] | None = None
+    fit: Fit = Fit()
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "image_size", "frame_interval"):
@@ -90,14 +95,14 @@ class Entry:
 
 
 class Clips:
-    """Clips of videos, scaled to cover the wanted size and centre-cropped, like images.
+    """Clips of videos, cropped or padded to the wanted size, like images.
 
     A video is a file, a folder of numbered images, or an image (a video of one frame).
 
     With buckets, a video goes to the bucket with the nearest aspect ratio among those it is long enough for.
     A tie goes to the bucket with the most frames. Only images go to buckets of one frame, unless all buckets
     have one frame. The attribute `buckets` holds the bucket index of each video, int64 (N,); without buckets
-    it is None.
+    it is None. `left_out` counts what is known at the start not to be used, by reason.
 
     Args:
         entries: the videos. An unknown number of frames is read from the file; with buckets, so is an
@@ -106,6 +111,7 @@ class Clips:
         on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
             it. "skip" warns once and uses the next usable video of the same bucket instead, with that video's
             label or caption. If only some frames are damaged, only samples with these frames are replaced.
+        base: the data's folder, which names in messages are relative to.
         table: the file that lists the entries, named in messages; None without one.
 
     Raises:
@@ -117,12 +123,13 @@ class Clips:
     channels = 3
 
     def __init__(
-        self, entries: Sequence[Entry], cut: Cut, *, on_corrupt: str, table: Path | None = None
+        self, entries: Sequence[Entry], cut: Cut, *, on_corrupt: str, base: Path, table: Path | None = None
     ) -> None:
         if on_corrupt not in ON_CORRUPT:
             raise ValueError(f"{type(self).__name__} needs on_corrupt in {ON_CORRUPT}, got {on_corrupt!r}")
         self.image_size, self.num_frames = cut.image_size, cut.num_frames
         self.on_corrupt = on_corrupt
+        self.base = base
         self._cut = cut
         self._table = table
         self._paths = Strings([entry.path for entry in entries])
@@ -134,6 +141,9 @@ class Clips:
         for index in np.flatnonzero(chosen < 0).tolist():
             faults.setdefault(index, _too_short(entries[index], int(lengths[index]), cut))
         self._report(faults)
+        self.left_out: dict[str, int] = (
+            {"missing, too short or damaged videos": len(faults)} if faults else {}
+        )
         # Length 0 marks videos that can never give a sample.
         self._lengths = torch.from_numpy(np.where(chosen < 0, 0, lengths))
         self._shapes = torch.from_numpy(self._placed(chosen, ratios))
@@ -151,10 +161,23 @@ class Clips:
         """Path of the file or folder at `index`."""
         return Path(self._paths[index])
 
+    def name(self, index: int) -> str:
+        """Path of the file or folder at `index`, relative to the data's folder if it is in there."""
+        return portable(self.base, [self._paths[index]])[0]
+
+    def identity(self) -> dict[str, str]:
+        """Digests of the names, sizes and times of the files or folders, see `identify`."""
+        files, folders = (stamps_of(self.base, self._paths, are_folders=each) for each in (False, True))
+        sizes, times = (
+            np.where(files.sizes < 0, of_folders, of_files)
+            for of_files, of_folders in ((files.sizes, folders.sizes), (files.times, folders.times))
+        )
+        return identify(names=portable(self.base, self._paths), sizes=sizes, times=times)
+
     def clip(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """A clip, float32 (3, F, H, W) in [-1, 1], and the index of the video it was cut from.
 
-        `generator` decides the first frame, then the flip.
+        `generator` decides the first frame, then the flip, then the part that a random crop keeps.
 
         Raises:
             ValueError: the video is damaged and on_corrupt is "raise", or it is "skip" and no video of this
@@ -168,12 +191,12 @@ class Clips:
         if self._cut.random_start:
             start = float(torch.rand((), generator=generator, dtype=torch.float64))
         flip = self._cut.random_flip and bool(torch.rand((), generator=generator) < 0.5)
-        frames, index = self._read(index, start)
+        frames, index = self._read(index, start, self._cut.fit.draw(generator))
         pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))  # (F, H, W, 3)
         video = pixels.permute(3, 0, 1, 2) / 127.5 - 1.0  # (3, F, H, W)
         return (video.flip(-1) if flip else video).contiguous(), index
 
-    def _read(self, index: int, start: float) -> tuple[list[Image.Image], int]:
+    def _read(self, index: int, start: float, place: Place) -> tuple[list[Image.Image], int]:
         """Frames of the video at `index`, or of the bucket's next usable one (cyclically), and its index.
 
         A damaged video is tried again each time. If it were skipped once known, a sample would depend on
@@ -181,7 +204,7 @@ class Clips:
         """
         shape = int(self._shapes[index])
         (frames, height, width), span = self._cut.shapes[shape], self._cut.spans[shape]
-        crop = partial(center_crop, height=height, width=width)
+        crop = partial(self._cut.fit.apply, height=height, width=width, place=place)
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             length = int(self._lengths[candidate])

@@ -5,10 +5,12 @@ Dims: F frames, H x W pixels, C colours.
 
 import errno
 import io
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,19 @@ SUFFIXES = (
 MP4_OPTIONS = {"crf": "18"}
 # Browsers slow down GIFs whose frames are shorter than 2/100 s.
 MAX_GIF_FPS = 50
+
+# How to turn a frame for each sign of (a, b, c, d) in a display matrix. PIL's rotations are anticlockwise.
+# Upright comes first: a matrix of zeros, which is nearest to none of them, counts as upright.
+TURNS: dict[tuple[int, int, int, int], Image.Transpose | None] = {
+    (1, 0, 0, 1): None,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
 
 
 @dataclass(frozen=True)
@@ -262,12 +277,32 @@ def _counted(
 
 
 def _upright(frame: Any) -> Image.Image:
-    """The frame as an RGB image, rotated in steps of 90 degrees as the file's display matrix says."""
-    # Both PyAV's rotation and PIL's transpose count anticlockwise.
-    quarters = round(frame.rotation / 90) % 4
-    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-    image = frame.to_image()
-    return image.transpose(turns[quarters - 1]) if quarters else image
+    """The frame as an RGB image, turned and mirrored as the file's display matrix says."""
+    image = frame.to_image(**_one_thread())
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    turn = None if side_data is None else _turn(bytes(side_data))
+    return image if turn is None else image.transpose(turn)
+
+
+@cache
+def _one_thread() -> dict[str, int]:
+    """Options for converting a frame in one thread.
+
+    By default PyAV 17 and later start a thread per core for each frame. A forked worker has none of them, and
+    waits for them forever when it frees such a frame of its parent's.
+    """
+    return {"threads": 1} if int(_av().__version__.split(".")[0]) >= 17 else {}
+
+
+def _turn(matrix: bytes) -> Image.Transpose | None:
+    """The nearest of the eight orientations to a display matrix; None for upright.
+
+    Args:
+        matrix: three rows of three int32. Pixel (x, y) is shown at (a x + c y, b x + d y); y points down.
+    """
+    a, b, _, c, d = struct.unpack_from("=5i", matrix)
+    nearest = max(TURNS, key=lambda o: o[0] * a + o[1] * b + o[2] * c + o[3] * d)
+    return TURNS[nearest]
 
 
 def _check(frames: Tensor, fps: float, *, writer: str) -> None:

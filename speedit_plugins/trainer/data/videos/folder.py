@@ -13,6 +13,8 @@ import torch
 
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.data.folders import Walk
+from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.images.fit import Fit
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES, Clips, Cut, Entry
 from speedit_plugins.trainer.data.videos.files import SUFFIXES as VIDEO_SUFFIXES
 
@@ -30,9 +32,11 @@ class VideoFolder(Clips):
     - all videos directly in `root`, with UCF101's names: v_CLASS_g01_c01.avi.
 
     Labels follow the sorted class names. Without classes, all videos at any depth are used and every label
-    is 0. Creating the dataset reads all files once to count their frames.
+    is 0. Creating the dataset reads all files once to count their frames. Hidden names (a leading dot) are
+    skipped. Files with other suffixes are counted in `left_out`.
 
-    Attributes: `classes`, `labels`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
+    Attributes: `classes`, `labels`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`,
+    `left_out` (number of files and videos that are not used, by suffix or reason), `num_corrupt`.
 
     Args:
         root: the folder; may be a symbolic link.
@@ -45,7 +49,9 @@ class VideoFolder(Clips):
             warns and uses the next usable video with its label instead.
         random_flip: mirror left to right with probability 1/2.
         follow_links: True allows symbolic links that lead out of `root`.
-        buckets: [num_frames, height, width] of each bucket; None crops every video to the square.
+        buckets: [num_frames, height, width] of each bucket; None makes every video a square.
+        fit: as in `ImageFolder`. A random crop is the same for all frames of a clip.
+        pad_color: as in `ImageFolder`.
 
     Raises:
         ValueError: the folder is missing or has no videos; its layout does not fit; a link leads out of
@@ -66,8 +72,11 @@ class VideoFolder(Clips):
         random_flip: bool = False,
         follow_links: bool = False,
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
     ) -> None:
-        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets)
+        fitted = Fit(fit, pad_color)
+        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets, fitted)
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise ValueError(f"VideoFolder needs root to be a folder, got {self.root}")
@@ -80,11 +89,16 @@ class VideoFolder(Clips):
             raise ValueError(
                 f"VideoFolder found no videos below {self.root} (suffixes: {', '.join(walk.suffixes)})"
             )
-        super().__init__([entry for _, entry in named], cut, on_corrupt=on_corrupt)
+        super().__init__([entry for _, entry in named], cut, on_corrupt=on_corrupt, base=walk.root)
+        self.left_out |= sorted(walk.left_out.items())
         self.classes = tuple(sorted({name for name, _ in named})) if class_cond else ()
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[name] if class_cond else 0 for name, _ in named])
+
+    def identity(self) -> dict[str, str]:
+        """Digests of names, classes, sizes and times, see `identify`."""
+        return {**super().identity(), **identify(classes=self.classes)}
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1] and "label" int.

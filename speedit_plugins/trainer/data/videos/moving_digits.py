@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.images.digits import Digits
 
 IMAGE_SIZES = (16, 32, 64)
@@ -57,6 +58,7 @@ class MovingDigits:
         self.num_frames = num_frames
         self.text = text
         self.class_cond = class_cond
+        self.split = split
         self.num_classes = 10 if class_cond else 0
         digits = Digits(image_size=image_size // 2)
         num_train = len(digits) - len(digits) // 5
@@ -65,6 +67,10 @@ class MovingDigits:
 
     def __len__(self) -> int:
         return len(self.digits)
+
+    def identity(self) -> dict[str, str]:
+        """A constant for each split: the digits come with their package."""
+        return identify(contents=["MovingDigits", self.split])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (1, F, H, W) in [-1, 1], "caption", "label" int in [0, 10).

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.images.fit import Fit
 from speedit_plugins.trainer.data.strings import Strings
 from speedit_plugins.trainer.data.tables import read_table
 from speedit_plugins.trainer.data.videos.clips import Clips, Cut, Entry
@@ -32,7 +34,8 @@ class VideoTable(Clips):
       width are only needed with buckets;
     - `fps`: its values are checked but not used. Other columns are ignored.
 
-    Attributes: `classes`, `num_classes`, `channels`, `image_size`, `num_frames`, `buckets`.
+    Attributes: `classes`, `num_classes`, `num_captions`, `channels`, `image_size`, `num_frames`, `buckets`,
+    `left_out` (number of videos that cannot be used), `num_corrupt`.
 
     Args:
         table: the CSV file in UTF-8; its first line has the column names.
@@ -43,11 +46,14 @@ class VideoTable(Clips):
         text: samples have a caption, from the column `text`.
         class_cond: samples have a label, from the column `label`. Labels that are numbers are numbered first,
             by value, then names in sorted order. If `text` is False too, every label is 0.
-        root: folder that paths are relative to; None uses the folder of the table.
+        root: folder that relative paths start from; None uses the folder of the table. Absolute paths and
+            those that begin with `~`, the home folder, do not depend on it.
         on_corrupt: what to do with a video that is missing, too short or damaged. "raise" raises and names
             it. "skip" warns and uses the next usable video with its caption or label instead.
         random_flip: mirror left to right with probability 1/2.
-        buckets: [num_frames, height, width] of each bucket; None crops every video to the square.
+        buckets: [num_frames, height, width] of each bucket; None makes every video a square.
+        fit: as in `ImageFolder`. A random crop is the same for all frames of a clip.
+        pad_color: as in `ImageFolder`.
 
     Raises:
         ValueError: the table is missing or has no rows, a column is missing, a value is empty or not a
@@ -69,24 +75,42 @@ class VideoTable(Clips):
         on_corrupt: str = "raise",
         random_flip: bool = False,
         buckets: Sequence[Sequence[int]] | None = None,
+        fit: str = "crop",
+        pad_color: str | Sequence[int] | None = None,
     ) -> None:
-        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets)
+        fitted = Fit(fit, pad_color)
+        cut = Cut(num_frames, image_size, frame_interval, random_start, random_flip, buckets, fitted)
         path = Path(table).expanduser()
         folder = path.parent if root is None else Path(root).expanduser()
         used = ("path", *(("text",) if text else ()), *(("label",) if class_cond else ()))
         rows = read_rows(path, used)
         entries = [
             Entry(
-                os.fspath(folder / row["path"]), row["num_frames"], row["height"], row["width"], row["line"]
+                os.path.join(folder, os.path.expanduser(row["path"])),
+                row["num_frames"],
+                row["height"],
+                row["width"],
+                row["line"],
             )
             for row in rows
         ]
-        super().__init__(entries, cut, on_corrupt=on_corrupt, table=path)
+        super().__init__(entries, cut, on_corrupt=on_corrupt, base=folder, table=path)
         self._captions = Strings([row["text"] for row in rows]) if text else None
         self.classes = _classes([row["label"] for row in rows]) if class_cond else ()
         self.num_classes = len(self.classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[row["label"]] if class_cond else 0 for row in rows])
+
+    @property
+    def num_captions(self) -> int:
+        """Number of videos with captions."""
+        return 0 if self._captions is None else len(self._captions)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of names, classes, labels, captions, sizes and times, see `identify`."""
+        captions = {} if self._captions is None else {"captions": self._captions}
+        own = identify(classes=self.classes, labels=self.labels.numpy(), **captions)
+        return {**super().identity(), **own}
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """One sample: "video" float32 (3, F, H, W) in [-1, 1], and "caption" str, "label" int, or both.

@@ -1,6 +1,6 @@
 """The UNet of Stable Diffusion, for text-to-image and inpainting.
 
-Source: Rombach et al. 2022, arXiv:2112.10752; LoRA: Hu et al. 2021, arXiv:2106.09685.
+Source: Rombach et al. 2022, arXiv:2112.10752.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,11 @@ class UNet(TextConditioned):
         block_out_channels: width of each level, finest first.
         layers_per_block: residual layers of each level.
         attention_head_dim: number of heads of each attention, which diffusers calls so.
-        lora_rank: > 0 freezes the network and trains low-rank adapters (alpha = rank) on `lora_targets`.
-        lora_targets: ends of the names of the layers that get adapters.
+
+    Attributes: `is_widened` says that the first convolution got such new channels.
 
     Raises:
-        ValueError: there is no such network; it does not fit the text encoder, the latents or learn_sigma;
-            lora_rank < 0.
+        ValueError: there is no such network; it does not fit the text encoder, the latents or learn_sigma.
     """
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice
@@ -53,11 +52,10 @@ class UNet(TextConditioned):
         allow_download: bool = False,
         subfolder: str = "unet",
         gradient_checkpointing: bool = False,
-        lora_rank: int = 0,
-        lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
     ) -> None:
         from diffusers import UNet2DConditionModel as Net
 
+        is_widened = False
         if path is None or is_on_meta():
             # Stable Diffusion attends on every level but the coarsest.
             inner = len(block_out_channels) - 1
@@ -78,8 +76,7 @@ class UNet(TextConditioned):
             )
             if extra_channels and int(config_value(net, "in_channels")) == in_channels:
                 _widen_input(net, extra_channels)
-        if lora_rank:
-            _add_lora(net, lora_rank, lora_targets)
+                is_widened = True
         super().__init__(
             net,
             input_size=input_size,
@@ -89,6 +86,7 @@ class UNet(TextConditioned):
             learn_sigma=learn_sigma,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.is_widened = is_widened
 
     def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         output: Tensor = self.net(
@@ -107,17 +105,6 @@ def _widen_input(net: Any, extra_channels: int) -> None:
     cast(Tensor, new.bias).copy_(old.bias)
     net.conv_in = new
     net.register_to_config(in_channels=new.in_channels)
-
-
-def _add_lora(net: Any, rank: int, targets: Sequence[str]) -> None:
-    from peft import LoraConfig
-
-    if rank < 0:
-        raise ValueError(f"UNet needs lora_rank >= 0, got {rank}")
-    net.requires_grad_(False)
-    net.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-    )
 
 
 MODELS.register_module(name="UNet", module=UNet)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.models.interface import split_extra
-from speedit_plugins.trainer.models.weights import first_line, loading_advice
+from speedit_plugins.trainer.models.saved_models import check_whole, reading
 
 # What the config calls the sizes that a saved network must share with it.
 _ORIGINS = {"video_length": "num_frames of the config"}
@@ -46,6 +46,8 @@ class TextConditioned(nn.Module):
     """
 
     num_classes, null_label = 0, None
+    # What gets LoRA's adapters, and the layers in it that get them if the config names none.
+    adapted_part, lora_targets = "net", ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(  # noqa: PLR0913 - what a subclass knows about its network
         self,
@@ -128,17 +130,18 @@ def load_network(kind: Any, path: str, subfolder: str, *, allow_download: bool, 
         wanted: values that the network's own config must have.
 
     Raises:
-        ValueError: there is no such network, or its config has another value.
+        ValueError: there is no such network, a weight is missing or not finite, or its config has another
+            value.
     """
-    is_pipeline = not Path(path).is_dir() or (Path(path) / subfolder).is_dir()
+    folder = Path(path).expanduser()
+    # The folder of the network itself has its config; any other folder is a pipeline's.
+    is_pipeline = not (folder / "config.json").is_file() or (folder / subfolder).is_dir()
     options = {"local_files_only": not allow_download, "use_safetensors": True, "low_cpu_mem_usage": False}
-    try:
-        net = kind.from_pretrained(path, subfolder=subfolder if is_pipeline else None, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.path: no {kind.__name__} in safetensors form at '{path}': {first_line(error)};"
-            f" {loading_advice(allow_download)}"
-        ) from error
+    inside = subfolder if is_pipeline else ""
+    what = f"model.path: no {kind.__name__} in safetensors form"
+    with reading(what, path, inside, allow_download=allow_download) as found:
+        net, info = kind.from_pretrained(found, subfolder=inside or None, output_loading_info=True, **options)
+    check_whole(net, info, path)
     for name, value in wanted.items():
         if int(config_value(net, name)) != value:
             origin = _ORIGINS.get(name, "width of the text encoder")

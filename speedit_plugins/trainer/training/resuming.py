@@ -1,0 +1,64 @@
+"""What a run that goes on takes from its checkpoint, where optimizer or average may be another now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from speedit_plugins.trainer.checkpoint import Saved
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import EmaConfig
+from speedit_plugins.trainer.config.validation import build_section
+from speedit_plugins.trainer.parallel.replica import Engine
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.ema import Average
+from speedit_plugins.trainer.training.power_averages import label
+
+
+def restore_optimizer(
+    engine: Engine, saved: Saved, was: Mapping[str, Any], config: ExperimentConfig, runtime: Runtime
+) -> None:
+    """Restores the optimizer's state. One of another type begins anew, and a line says so.
+
+    Args:
+        was: plain config of the checkpoint; before other optimizers existed it was AdamW.
+
+    Raises:
+        ValueError: the state does not fit the optimizer.
+    """
+    before, now = was.get("optimizer", {}).get("type", "AdamW"), config.optimizer.type
+    if before == now:
+        engine.load_moments(saved.moments, saved.state.get("optimizer", {}))
+    elif runtime.is_main:
+        say(f"the optimizer was {before} and is {now}: its state begins anew, the weights go on")
+
+
+def restore_average(
+    average: Average, saved: Saved, was: Mapping[str, Any], config: ExperimentConfig, runtime: Runtime
+) -> None:
+    """Restores the average. If the checkpoint has none, it begins with the weights, and a line says so.
+
+    Raises:
+        ValueError: the checkpoint has an average of another kind, or not of this length.
+    """
+    before, now = build_section(EmaConfig, was.get("ema", {}), "ema"), config.ema
+    updates = saved.state["ema_updates"]
+    if now.type == "none":
+        average.load({}, updates)
+        if before.type != "none" and runtime.is_main:
+            say("ema.type is none: the average of the checkpoint is not continued")
+    elif before.type == "none":
+        average.load(saved.model, 0)
+        if runtime.is_main:
+            say(f"the checkpoint has no average: ema.type {now.type} begins with its weights")
+    elif before.type != now.type:
+        raise ValueError(f"ema.type was {before.type}, got {now.type}; wanted the same, or none")
+    elif now.type == "power":
+        found = {label(before.sigma_rel[0]): saved.ema, **saved.averages}
+        wanted = [label(sigma_rel) for sigma_rel in now.sigma_rel]
+        if not set(wanted) <= set(found):
+            raise ValueError(
+                f"ema.sigma_rel was {before.sigma_rel}, got {now.sigma_rel}; wanted some of these"
+            )
+        average.load(found[wanted[0]], updates, found)
+    else:
+        average.load(saved.ema, updates)

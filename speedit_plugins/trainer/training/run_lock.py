@@ -1,0 +1,99 @@
+"""One training at a time in an experiment's folder: a lock that ends with the process that holds it."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.results import LOCK
+from speedit_plugins.trainer.terminal import say
+
+# Another process has the lock.
+_HELD = (errno.EACCES, errno.EAGAIN)
+# The file system has no locks: NFS without its lock service, and some FUSE file systems.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+
+@contextmanager
+def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None]:
+    """A context in which no other training can enter `experiment_dir`. Collective.
+
+    Rank 0 holds the lock for all. The other phases do not ask for it: they write files of their own, and may
+    run beside a training. The file stays behind: to remove it could remove the lock of the next training.
+
+    Raises:
+        ValueError: another training is in it (the message has its process, host and start), or the folder
+            cannot be made or written. All ranks raise it.
+    """
+    file: IO[str] | None = None
+    problem = None
+    if runtime.is_main:
+        try:
+            file = _locked(Path(config.experiment_dir))
+        except ValueError as error:
+            problem = str(error)
+    problem = runtime.gather_objects(problem)[0]
+    if problem is not None:
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        # Closing ends the lock, as the end of the process does.
+        if file is not None:
+            file.truncate(0)
+            file.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The open lock file of the folder, with this process in it."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"experiment_dir needs a folder to write in, got {_fault(folder, error)}") from error
+    try:
+        # A record lock: a forked loading process that outlives the training does not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            holder = _holder(file)
+            file.close()
+            raise ValueError(
+                f"another training is in experiment_dir {folder}: {holder}; wanted another experiment_dir, or"
+                " wait until it ends"
+            ) from error
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{folder}: its file system has no locks; make sure that no other training writes there")
+    file.truncate(0)
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+    file.flush()
+    return file
+
+
+def _fault(folder: Path, error: OSError) -> str:
+    if folder.is_symlink() and not folder.exists():
+        return f"{folder}, a broken link to {os.readlink(folder)}"
+    if folder.exists() and not folder.is_dir():
+        return f"{folder}, which is a file"
+    return f"{folder}: {error.strerror}"
+
+
+def _holder(file: IO[str]) -> str:
+    """Who wrote itself into the lock file; "unknown process" if nobody has yet."""
+    file.seek(0)
+    try:
+        found: dict[str, Any] = json.load(file)
+        return f"process {found['pid']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"
