@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.best_checkpoint import note_best, read_best
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
 from speedit_plugins.trainer.data.images.digits import Digits
@@ -249,3 +250,20 @@ def test_validation_of_another_order_of_classes_is_refused(tmp_path: Path) -> No
 def test_keys_without_effect_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         load_config(CONFIG, "train", overrides)
+
+
+def test_a_best_checkpoint_that_is_damaged_or_of_a_later_step_is_not_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "step_0000005").mkdir(parents=True)
+    best = note_best(folder / "step_0000005", {"fid": 2.0}, "fid", Runtime())
+    assert read_best(folder) == read_best(folder, "fid", up_to=5) == best
+    # Of another figure, or measured after the step that a run goes back to.
+    assert read_best(folder, "kid") is None
+    assert read_best(folder, "fid", up_to=4) is None
+    with pytest.raises(ValueError, match=r"best checkpoint .*step_0000005 is damaged: .*manifest.json"):
+        find_weights(small_config(tmp_path, "sample", ckpt_path="best"))
+    (folder / "step_0000005").rmdir()
+    assert read_best(folder) is None
+    (folder / "best.json").write_text("{")
+    with pytest.raises(ValueError, match=r"best.json is damaged: .*; delete it"):
+        read_best(folder)
