@@ -3,8 +3,10 @@
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +34,7 @@ def inference(config: ExperimentConfig) -> int:
     has the prompts. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written files of the same name.
+        ValueError: an earlier inference has written files of the same name, or another one is writing them.
     """
     source = find_weights(config)
     folder = Path(config.experiment_dir) / results.INFERENCE / _name(config, source)
@@ -43,10 +45,8 @@ def inference(config: ExperimentConfig) -> int:
             raise ValueError(f"inference would write over {path}; move or delete it")
     generator, captions, _ = load_generator(config)
     conditions = all_conditions(config, captions)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     with (
+        _claimed(partial),
         progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
@@ -56,15 +56,42 @@ def inference(config: ExperimentConfig) -> int:
         else:
             written = _written(generator, conditions, partial, bar)
             write_npz(partial_npz, written, num_images=config.num_samples)
-    partial.rename(folder)
-    if not config.num_frames:
-        partial_npz.rename(npz)
+        partial.rename(folder)
+        if not config.num_frames:
+            partial_npz.rename(npz)
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
     say(f"  {generator.what:<12} {folder}/")
     if not config.num_frames:
         say(f"  npz          {npz}")
     return 0
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """A context with an empty folder, emptied of what a killed inference left, that no other one writes.
+
+    Raises:
+        ValueError: another inference is writing it.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        is_free = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError as error:
+            say(f"{partial}: its file system has no locks ({error.strerror})")
+        # The other inference may have renamed or removed its folder meanwhile.
+        if not is_free or not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise ValueError(f"another inference is writing {partial}; wanted other settings, or wait for it")
+        for left in partial.iterdir():
+            left.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
