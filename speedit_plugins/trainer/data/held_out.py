@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.data.loader import HELD_OUT_STREAM, SampleSource, stream_seed
+from speedit_plugins.trainer.data.order import ChunkedOrder
 
 
 class Part:
     """Some samples of a dataset, as a dataset of their own.
 
-    `buckets` are those of the samples, None without buckets. `classes` are the names of the whole dataset's
-    classes, empty if it names none.
+    `buckets` are those of the samples, None without buckets. `chunked` is how they are stored, None if that
+    does not matter. `classes` are the names of the whole dataset's classes, empty if it names none. What the
+    whole dataset counts (`left_out`, `num_corrupt`) and what it consists of (`identity`, `name`) hold for a
+    part too.
 
     Args:
         whole: the dataset.
@@ -27,10 +30,25 @@ class Part:
         self.whole, self.indices = whole, indices
         buckets: Tensor | None = getattr(whole, "buckets", None)
         self.buckets = None if buckets is None else buckets[indices].contiguous()
+        chunked: ChunkedOrder | None = getattr(whole, "chunked", None)
+        if chunked is not None:
+            chunked = ChunkedOrder(chunked.chunks[indices].contiguous(), chunked.window)
+        self.chunked = chunked
         self.classes: tuple[str, ...] = tuple(getattr(whole, "classes", ()))
+        self.num_classes = int(getattr(whole, "num_classes", 0))
+        self.num_captions = len(self) if getattr(whole, "num_captions", 0) else 0
+        self.left_out: dict[str, int] = dict(getattr(whole, "left_out", {}))
+        for method in ("identity", "name"):
+            if hasattr(whole, method):
+                setattr(self, method, getattr(whole, method))
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def num_corrupt(self) -> int:
+        """Number of damaged samples of the whole dataset found so far by all workers."""
+        return int(getattr(self.whole, "num_corrupt", 0))
 
     def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
         """The sample of the whole dataset at `indices[index]`."""
@@ -56,4 +74,6 @@ def hold_out(dataset: SampleSource, num_samples: int, *, seed: int) -> tuple[Par
     generator = torch.Generator().manual_seed(stream_seed(seed, HELD_OUT_STREAM))
     order = torch.randperm(len(dataset), generator=generator)
     held, trained = order[:num_samples].sort().values, order[num_samples:].sort().values
-    return Part(dataset, trained), Part(dataset, held)
+    part = Part(dataset, trained)
+    part.left_out["held out for validation"] = num_samples
+    return part, Part(dataset, held)
