@@ -38,8 +38,8 @@ def inference(config: ExperimentConfig) -> int:
     has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written files of the same name, or another one is writing them. Or
-            a sample is not finite: a set with black images in place of samples must not be scored.
+        ValueError: an earlier inference has written files of the same name, or another one is writing them.
+            Or a sample is not finite: a set with black images in place of samples must not be scored.
     """
     source = find_weights(config)
     places = _Places(Path(config.experiment_dir) / results.INFERENCE / _name(config, source))
