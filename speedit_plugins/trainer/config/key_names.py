@@ -210,6 +210,8 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "AdamW": ("adam",),
     "cosine": ("cosine_with_warmup", "cosine_annealing", "cosineannealinglr"),
     "constant": ("constant_with_warmup", "none", "fixed"),
+    "auto": ("latest", "last", "newest", "yes", "true"),
+    "never": ("no", "none", "scratch", "fresh"),
     "epsilon": ("eps", "noise"),
     "x0": ("sample", "x_0", "xstart", "x_start", "x"),
     "v": ("v_prediction", "vpred", "v-prediction"),
