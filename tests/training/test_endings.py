@@ -31,7 +31,7 @@ def speedit(phase: str, folder: Path, **changes: Any) -> int:
 
 
 def error_lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "speedit: " in line]
+    return [line for line in text.splitlines() if line.startswith("speedit: ")]
 
 
 @pytest.fixture
@@ -212,3 +212,33 @@ def test_a_terminal_that_closes_saves_the_training_and_ends_it(tmp_path: Path) -
     assert saved is not None
     assert checkpoint.damage(saved) is None
     assert checkpoint.step_of(saved) >= 2
+
+
+def test_a_killed_loading_process_ends_the_run_after_a_checkpoint(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    options = {"max_training_steps": 100_000, "log_every": 1, "data__num_workers": 2}
+    with started(tmp_path, write, **options) as process:
+        os.close(write)
+        until(lambda: last_step(tmp_path) >= 2, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        loading = [int(child) for child in children if is_loading(int(child))]
+        os.kill(loading[0], signal.SIGKILL)
+        with os.fdopen(read, errors="replace") as output:
+            text = output.read()
+        assert process.wait() == 2, text
+    (line,) = error_lines(text)
+    assert re.fullmatch(
+        rf"speedit: error: loading process \d \(pid {loading[0]}\) was killed by SIGKILL, usually because the"
+        rf" memory of the machine is full; .*; step (\d+) is saved as {tmp_path}/checkpoints/step_\d+",
+        line,
+    ), line
+    assert "Traceback" not in text
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert checkpoint.damage(saved) is None
+    assert checkpoint.step_of(saved) >= 2
+
+
+def is_loading(process_id: int) -> bool:
+    """Whether it is a fork of the training: it has the same command line. torch has other children too."""
+    return b"max_training_steps" in Path(f"/proc/{process_id}/cmdline").read_bytes()
