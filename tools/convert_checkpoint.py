@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speedit_plugins.files import replacing
+from speedit_plugins.trainer.models.lora import read_adapters
 from speedit_plugins.trainer.models.weights import WEIGHT_SETS, read_checkpoint
 
 PICKLED = (".pt", ".pth")
@@ -77,6 +78,11 @@ def convert(
         )
     if target.exists() and not force:
         raise ValueError(f"'{target}' exists; use --force to replace it")
+    if (adapters := read_adapters(source)) is not None:
+        raise ValueError(
+            f"'{source}' holds adapters alone, of {adapters.source}, which a .pt does not record; wanted"
+            " tools/export.py, which merges them, or with --lora writes them for diffusers"
+        )
     weights = read_checkpoint(source, prefer=prefer)
     if target.suffix in SAFE:
         # Copied, because the format refuses tensors that share memory, such as tied weights.

@@ -92,6 +92,11 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
         ("sample", [], "sample_classes: wanted at least one class for the grid, got none"),
         ("sample", ["sample_classes=[0, 10]"], "sample_classes: wanted in [0, 10), got 10"),
         ("train", ["sample_every=5"], "sample_classes: wanted at least one class for the grid, got none"),
+        (
+            "train",
+            ["resume=never", "data.accept_changed=true"],
+            "data.accept_changed: has no effect with resu",
+        ),
         ("inference", ["sampler.eta=0.5"], "sampler.eta: has no effect with ddpm; wanted 0, got 0.5"),
         (
             "inference",

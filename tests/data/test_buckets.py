@@ -127,6 +127,16 @@ class TestPosition:
             ResumableLoader([{}] * 8, batch_size=2).load_state_dict(state)
         assert loader.state_dict() == state
 
+    def test_other_buckets_are_accepted_at_the_start_of_the_next_epoch(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)
+        next(loader)
+        changed = ResumableLoader(Shaped([1, 0] * 4), batch_size=2, accept_changed=True)
+        changed.load_state_dict(loader.state_dict())
+        assert (changed.epoch, changed.state_dict()["offset"]) == (1, 0)
+        assert "samples are in other buckets or chunks: going on with epoch 1" in capsys.readouterr().out
+
     def test_batch_size_and_buckets_may_change_at_the_start_of_an_epoch(self) -> None:
         loader = ResumableLoader(Shaped([0, 1] * 4), batch_size=2)
         labels_of(loader, 4)

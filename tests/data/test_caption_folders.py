@@ -96,11 +96,14 @@ class TestFolders:
 
     def test_a_text_file_beside_each_image_is_its_caption(self, root: Path) -> None:
         write(root / "a.txt", "\ufeff a red\n thing \n")
+        save(root / "a.bmp", "red")
         write(root / "sub" / "b.TXT", "blue")
         write(root / "notes.md", "for people")
         write(root / "spare.txt", "no image")
         dataset = ImageCaptions(root=root, image_size=8)
-        assert [dataset.load(index, generator())["caption"] for index in range(2)] == ["a red thing", "blue"]
+        assert [dataset.name(index) for index in range(3)] == ["a.bmp", "a.png", "sub/b.png"]
+        captions = [dataset.load(index, generator())["caption"] for index in range(3)]
+        assert captions == ["a red thing", "a red thing", "blue"]
         assert dataset.left_out == {".md": 1, ".txt without an image": 1}
         chosen = ImageCaptions(root=root, image_size=8, caption_lines="choose")
         assert {chosen.load(0, generator(seed))["caption"] for seed in range(20)} == {"a red", "thing"}
@@ -110,7 +113,7 @@ class TestFolders:
         metadata(root / "metadata.csv", [{"file_name": "a.png", "text": "listed"}])
         assert len(ImageCaptions(root=root, image_size=8)) == 1
         assert (
-            ImageCaptions(root=root, image_size=8, caption_suffix=".caption").load(1, generator())["caption"]
+            ImageCaptions(root=root, image_size=8, caption_suffix=".caption").load(2, generator())["caption"]
             == "shorter"
         )
 

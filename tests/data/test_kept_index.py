@@ -162,6 +162,17 @@ def test_each_folder_and_way_to_read_it_has_its_own_index(root: Path, cache: Pat
     assert kept.load("another key") is None
 
 
+def test_two_lists_of_images_in_one_folder_do_not_drive_out_each_other(
+    root: Path, cache: Path, reads: list[str]
+) -> None:
+    for name, listed in (("train", "a/0.png"), ("test", "b/1.png")):
+        root.with_name(f"{name}.csv").write_text(f"path,text\n{listed},red\n")
+    for _ in range(2):
+        for name in ("train", "test"):
+            ImageCaptions(root.with_name(f"{name}.csv"), root=root, image_size=8, buckets=BUCKETS)
+    assert reads == ["0.png", "1.png"]
+
+
 def test_small_folders_keep_no_index(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "KEPT_FROM", 10_000)
     images(root)

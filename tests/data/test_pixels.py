@@ -47,6 +47,24 @@ class TestReading:
         image = read_rgb(save(tmp_path / "16.png", Image.fromarray(grey)))
         np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 100, 255])
 
+    def test_the_levels_of_deep_portable_grey_maps_fill_the_range(self, tmp_path: Path) -> None:
+        path = tmp_path / "12.pgm"
+        path.write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 4095, 819))
+        assert [read_rgb(path).getpixel((x, 0)) for x in range(2)] == [(255,) * 3, (51,) * 3]
+
+    def test_colours_of_sixteen_bits_keep_their_upper_half(self, tmp_path: Path) -> None:
+        def chunk(name: bytes, content: bytes) -> bytes:
+            body = name + content
+            return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+        header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+        row = zlib.compress(b"\0" + struct.pack(">3H", 257 * 200, 0, 65535))
+        path = tmp_path / "48.png"
+        path.write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+        )
+        assert read_rgb(path).getpixel((0, 0)) == (200, 0, 255)
+
     @pytest.mark.parametrize(
         ("tags", "top"),
         [
@@ -109,6 +127,11 @@ class TestReading:
         assert [image.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (0,) * 3, (204,) * 3]
         grey = Image.new("LA", (4, 4), (9, 0))
         assert read_rgb(save(tmp_path / "la.png", grey)).getpixel((0, 0)) == (255,) * 3
+        palette = Image.new("P", (4, 4), 1)
+        palette.putpalette([9, 9, 9, 0, 0, 0])
+        for clear, level in ((1, 255), (0, 0), (bytes([255, 51]), 204)):
+            path = save(tmp_path / "p.png", palette, transparency=clear)
+            assert read_rgb(path).getpixel((0, 0)) == (level,) * 3
         keyed = save(tmp_path / "key.png", Image.new("L", (4, 4), 9), transparency=9)
         assert read_rgb(keyed).getpixel((0, 0)) == (255,) * 3
 

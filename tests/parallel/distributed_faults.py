@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,8 @@ def check_a_batch_that_one_rank_cannot_read_ends_all_after_a_checkpoint_of_the_l
         whole = two_ranks(runtime, folder / plugin / "whole", **options)
         broken = two_ranks(runtime, folder / plugin / "broken", **options)
         # The second batch of the fourth step.
-        broken.loader = Breaking(broken.loader, runtime, only_rank=1, after=8)  # type: ignore[assignment]  # for the test
-        message = message_of(
-            DataError, lambda: told(broken, lambda: broken.fit(SilentTracker(), StopRequest()))
-        )  # noqa: B023 - called in this turn
+        broken.loader = Breaking(broken.loader, runtime, only_rank=1, after=8)  # type: ignore[assignment]  # replaces one
+        message = message_of(DataError, partial(told, broken, partial(_fit, broken)))
         saved = folder / plugin / "broken" / "checkpoints" / "step_0000003"
         assert message == f"sample 7 is broken (on rank 1); step 3 is saved as {saved}", message
         assert runtime.gather_objects(message) == [message, message]
@@ -174,17 +173,14 @@ def check_ranks_with_different_configs_or_versions_are_refused_on_all(runtime: R
     # A machine has its own copy of the data, and its own cores.
     own = small_config(folder, data__num_workers=runtime.rank, **base)
     assert difference(runtime.gather_objects(stated(own))) is None
-    version = {"speedit-plugins": f"1.{runtime.rank}", **stated(own)} | {
-        "speedit-plugins": f"1.{runtime.rank}"
-    }
-    assert difference(runtime.gather_objects(version)) == (
-        "the processes of a run need one version of speedit-plugins, got speedit-plugins '1.0' on rank 0, '1.1'"
-        " on rank 1"
+    other = {**stated(own), "speedit-plugins": f"1.{runtime.rank}"}
+    need = "the processes of a run need one version of speedit-plugins"
+    assert difference(runtime.gather_objects(other)) == (
+        f"{need}, got speedit-plugins '1.0' on rank 0, '1.1' on rank 1"
     )
     older = stated(own) if runtime.rank else [Path("checkpoints")]
-    assert difference(runtime.gather_objects(older)) == (
-        "the processes of a run need one version of speedit-plugins, rank 1 has another than rank 0"
-    )
+    found = difference(runtime.gather_objects(older))
+    assert found == f"{need}, rank 1 has another than rank 0"
 
 
 def check_a_folder_with_a_training_is_refused_on_all(runtime: Runtime, folder: Path) -> None:
@@ -192,7 +188,8 @@ def check_a_folder_with_a_training_is_refused_on_all(runtime: Runtime, folder: P
     held = None
     if runtime.is_main:
         # Another process: a record lock does not keep its own out.
-        code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+        lock = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+        code = f"import fcntl, sys; {lock}; print(flush=True); input()"
         folder.mkdir(parents=True)
         held = subprocess.Popen(
             [sys.executable, "-c", code, folder / LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -228,6 +225,10 @@ def check_a_batch_that_ranks_cannot_share_is_refused(runtime: Runtime, folder: P
         ValueError, lambda: launch(replace(config, data=replace(config.data, batch_size=15)))
     )
     assert "wanted a multiple of 2 processes, got 15" in message
+
+
+def _fit(trainer: Trainer) -> None:
+    trainer.fit(SilentTracker(), StopRequest())
 
 
 class Breaking:

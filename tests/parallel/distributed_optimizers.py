@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed_runs import PLUGINS, alone, everything, steps, two_ranks, without_key_bias
+from distributed_runs import PLUGINS, alone, everything, steps, two_ranks, weights, without_key_bias
+from torch import Tensor
 from torch.testing import assert_close
 
+from speedit_plugins.registry import OPTIMIZERS
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.snapshots import posthoc_average, read_snapshots, write_snapshot
 from speedit_plugins.trainer.training.trainer import Trainer
 
 # The packages that some of them need.
-OPTIMIZERS = {
+NAMES = {
     "AdamW8bit": "bitsandbytes",
     "Adafactor": "torch",
     "Prodigy": "prodigyopt",
@@ -38,7 +40,7 @@ def whole_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_every_optimizer_goes_on_bit_for_bit_on_two_ranks_and_alone(runtime: Runtime, folder: Path) -> None:
-    for name, package in OPTIMIZERS.items():
+    for name, package in NAMES.items():
         if importlib.util.find_spec(package) is None or (name == "Muon" and not hasattr(torch.optim, "Muon")):
             continue
         options = {"optimizer__type": name, "model__hidden_size": 64, "model__class_dropout_prob": 0.1}
@@ -59,6 +61,35 @@ def check_every_optimizer_goes_on_bit_for_bit_on_two_ranks_and_alone(runtime: Ru
         # Both ranks have taken the same steps.
         ours = torch.cat([p.detach().flatten() for p in resumed.model.parameters()])
         assert torch.equal(*runtime.gather_objects(ours)), name
+
+
+def check_ones_own_optimizer_goes_on_bit_for_bit_on_shards(runtime: Runtime, folder: Path) -> None:
+    class Counting(torch.optim.SGD):
+        """Its rate falls with a count in its group."""
+
+        def step(self, closure: Any = None) -> None:
+            group = self.param_groups[0]
+            group["count"] = group.get("count", 0) + 1
+            rate, group["lr"] = group["lr"], group["lr"] / group["count"]
+            super().step()
+            group["lr"] = rate
+
+    def momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+        return Counting(params, lr=lr, momentum=0.9)
+
+    momentum.plugins = PLUGINS  # type: ignore[attr-defined]  # as a user sets it
+    OPTIMIZERS.register_module(name="Momentum", module=momentum)
+    expected = weights(steps(alone(folder, optimizer__type="Momentum", optimizer__lr=1e-2), 6))
+    for plugin in PLUGINS:
+        options = {"optimizer__type": "Momentum", "optimizer__lr": 1e-2, "plugin": plugin}
+        whole = steps(two_ranks(runtime, folder / plugin, **options), 6)
+        path = steps(two_ranks(runtime, folder / plugin, **options), 3).save()
+        resumed = two_ranks(runtime, folder / plugin, **options)
+        resumed.restore(path)
+        assert_close(everything(steps(resumed, 3)), everything(whole), rtol=0, atol=0)
+        found = weights(whole)
+        if runtime.is_main:
+            assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def check_power_averages_on_shards_are_those_of_one_process(runtime: Runtime, folder: Path) -> None:

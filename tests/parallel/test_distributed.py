@@ -125,8 +125,39 @@ def test_an_error_on_one_rank_is_said_once_and_is_the_jobs_root_cause(tmp_path: 
         output = job.end()
     assert job.process.returncode != 0
     said = re.findall(r"speedit: rank (\d): error: (corrupt image .*5\.png: .*)", output)
-    assert len(said) == 1, output
+    assert len(said) == len(re.findall(r"speedit: rank", output)) == 1, output
     assert re.search(rf"Root Cause.*rank +: {said[0][0]} .*corrupt image", output, re.DOTALL), output
+
+
+@pytest.mark.slow
+def test_an_error_that_all_ranks_meet_is_one_line(tmp_path: Path) -> None:
+    wrong = {
+        ("sed=1",): r"sed: unknown key; did you mean 'seed'",
+        (
+            "--import",
+            "nowhere_to_be_found",
+        ): r"cannot import --import 'nowhere_to_be_found'",
+        # Found after the ranks have joined.
+        ("data.dataset={type: ImageFolder, root: nowhere}",): r"[^\n]*nowhere",
+    }
+    for number, (given, message) in enumerate(wrong.items()):
+        with train(tmp_path / str(number), [*MAIN, *given]) as job:
+            output = job.end()
+        assert job.process.returncode != 0
+        said = re.findall(r"^speedit: .*", output, re.MULTILINE)
+        assert len(said) == 1, output
+        assert re.match(rf"speedit: rank \d: error: {message}", said[0]), said[0]
+        assert 'main.py", line' not in output, output
+
+
+@pytest.mark.slow
+def test_ranks_with_different_configs_end_with_one_error(tmp_path: Path) -> None:
+    with train(tmp_path, [*TORCHRUN, Path(__file__).with_name("differing_main.py")]) as job:
+        output = job.end()
+    assert job.process.returncode != 0
+    said = re.findall(r"speedit: rank \d: error: (.*)", output)
+    assert said == ["the processes of a run need one config, got seed 0 on rank 0, 1 on rank 1"], output
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from speedit_plugins.trainer.parallel.master_weights import (
     Master,
     gather,
     load_optimizer,
+    optimizer_layout,
     optimizer_slices,
     owned,
 )
@@ -78,3 +80,31 @@ def test_an_optimizer_before_its_first_step_has_no_moments() -> None:
     assert optimizer_slices(optimizer, [master], Runtime()) == {}
     load_optimizer(optimizer, [master], {})
     assert not optimizer.state[parameter]
+
+
+def test_a_shards_state_of_another_size_is_refused_where_a_slice_of_it_would_be_saved() -> None:
+    shard = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([shard], lr=1.0)
+    optimizer.state[shard] = {"row": torch.zeros(1)}
+    master = Master("w", (5,), 3, shard.detach()[:2], shard, (3,))
+    with pytest.raises(
+        ValueError, match=r"state row/w of shape \(1,\) is not one of each element; wanted plugin ddp"
+    ):
+        optimizer_slices(optimizer, [master], Runtime(rank=1, world_size=2))
+
+
+@given(size=st.integers(1, 40), world_size=st.integers(1, 5))
+def test_a_state_of_any_size_is_put_together_from_the_ranks(size: int, world_size: int) -> None:
+    parameter = torch.zeros(3, 2)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer.state[parameter] = {"row": torch.arange(size).view(size, 1), "count": 2**40 + 1}
+    master = replicated(parameter, key=parameter)
+    ranks = [Runtime(rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [optimizer_slices(optimizer, [master], rank)["row/w"] for rank in ranks]
+    layout = optimizer_layout(optimizer, [master])
+    again = torch.optim.SGD([parameter], lr=1.0)
+    load_optimizer(again, [master], {"row/w": torch.cat([part.values for part in parts])}, layout)
+    assert again.state[parameter]["row"].tolist() == [[value] for value in range(size)]
+    assert again.state[parameter]["row"].dtype == torch.int64
+    # Beyond the whole numbers of float32.
+    assert again.state[parameter]["count"] == 2**40 + 1

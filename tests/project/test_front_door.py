@@ -77,7 +77,7 @@ def site(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-# The law of a density, five configs that are wrong, a right one, and a training.
+# The law of a density, five configs that are wrong, a right one, a training, and one with an optimizer.
 IN_ONE_PROCESS = """
 import json, sys
 from speedit_plugins import NoiseSchedule, build_policy
@@ -89,6 +89,8 @@ common = ["-c", "my_experiment.yaml", "-p", "train", *sys.argv[2:]]
 codes = [main([*common, "--dry-run", *more]) for more in json.loads(sys.argv[1])]
 changes = ["data.num_workers=2", "sample_every=4", "max_training_steps=4"]
 codes.append(main([*common, *changes, "--import", "beside", "diffusion.policy.weighting=beside"]))
+own = ["optimizer={type: SignMomentum, lr: 1e-3, beta: 0.9}", "experiment_dir=outputs/own"]
+codes.append(main([*common, *own, "max_training_steps=2", "--import", "my_package.optimizer"]))
 print(json.dumps(codes))
 """
 WRONG = {
@@ -123,7 +125,7 @@ def test_names_from_outside_are_used_and_checked_like_our_own(ran: subprocess.Co
     assert mean == pytest.approx(0.4, abs=5e-7)
     # The entry point brings in its own module and no other.
     assert not is_data_imported
-    assert json.loads(codes) == [*(2 for _ in WRONG), 0, 0]
+    assert json.loads(codes) == [*(2 for _ in WRONG), 0, 0, 0]
     assert [line for line in described if line.startswith("policy             custom: ")]
     # Two convolutions of 3 x 3, a linear layer and two classes, all 8 wide; the last has two channels.
     assert f"parameters         {10 * 8 + 2 * 8 + 2 * 8 + 73 * 2}" in described

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.lora import Adapters
 from speedit_plugins.trainer.models.weights import load_weights, read_checkpoint
 
 SMALL = {"input_size": 4, "patch_size": 2, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -64,6 +65,23 @@ def test_prefer_chooses_the_weights_of_a_training_checkpoint(
     torch.save(content, tmp_path / "w.pt")
     assert tool.main([str(tmp_path / "w.pt"), str(tmp_path / "w.safetensors"), *options]) == 0
     assert all((tensor == value).all() for tensor in load_file(tmp_path / "w.safetensors").values())
+
+
+def test_weights_of_other_trainers_are_converted_under_the_names_of_the_model(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in filled(3.0).items()}, "epoch": 3}, tmp_path / "w.pt"
+    )
+    assert tool.main([str(tmp_path / "w.pt"), str(tmp_path / "w.safetensors")]) == 0
+    assert set(load_file(tmp_path / "w.safetensors")) == set(filled(3.0))
+    # Weights that were asked for by name must be there.
+    assert tool.main([str(tmp_path / "w.pt"), str(tmp_path / "x.safetensors"), "--prefer", "ema"]) == 2
+    assert "has no 'ema' weights, got keys ['epoch', 'state_dict']" in capsys.readouterr().err
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html></html>")
+    assert tool.main([str(tmp_path / "page.pt"), str(tmp_path / "x.safetensors")]) == 2
+    assert "page.pt' is a web page, from a download that failed" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_wrap_writes_what_speedit_loads(tool: ModuleType, tmp_path: Path) -> None:
@@ -158,3 +176,12 @@ def test_impossible_conversions_are_one_line_on_stderr(
     assert error.startswith("convert_checkpoint: error: ")
     assert error.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_adapters_without_their_weights_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "ema.safetensors"
+    adapters = Adapters(rank=2, alpha=2.0, targets=("to_q",), base="ab", source="base.pt")
+    save_file({"x": torch.zeros(1)}, source, metadata=adapters.metadata())
+    with pytest.raises(ValueError, match=r"holds adapters alone, of base\.pt, which a \.pt does not record"):
+        tool.convert(source, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

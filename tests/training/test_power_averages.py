@@ -102,7 +102,7 @@ def test_a_length_made_after_the_training_is_the_one_tracked_in_it(sigma_rel: fl
     # Between the kept lengths the profile is right within 0.4 %, at the far ends within 3 %.
     assert distance < (4e-3 if 0.05 < sigma_rel < 0.15 else 3e-2)
     apart = (made - direct).norm()
-    assert apart < 0.01 * direct.norm()
+    assert apart < 0.002 * direct.norm()
     # The nearest kept average is at least ten times farther.
     nearest = min((averages[length][-1] - direct).norm() for length in averages)
     assert apart < 0.1 * nearest

@@ -15,6 +15,7 @@ from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.sampling import evaluate
 from speedit_plugins.trainer.sampling.generator import find_weights
 from speedit_plugins.trainer.training.interrupt import StopRequest
+from speedit_plugins.trainer.training.periodic import Measured
 from speedit_plugins.trainer.training.trainer import Trainer
 
 SMALL_SET = {
@@ -97,7 +98,9 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(tmp_path: Path) -
         small_trainer(tmp_path, **{**SMALL_SET, "evaluate_samples": 2})
 
 
-def test_samples_come_in_the_order_of_their_conditions(tmp_path: Path) -> None:
+def test_samples_come_in_the_order_of_their_conditions(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trainer = small_trainer(tmp_path, **SMALL_SET)
     (periodic,) = trainer.periodic
     evaluation: Any = periodic.measure
@@ -111,6 +114,17 @@ def test_samples_come_in_the_order_of_their_conditions(tmp_path: Path) -> None:
             return values.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
     evaluation._generator = Numbered()
-    drawn = evaluation._draw(type("", (), {"everywhere": {}}))
+    snapshot = type("", (), {"everywhere": {}, "step": 7})
+    drawn, is_finite = evaluation._draw(snapshot)
     assert drawn.shape == (30, 8, 8, 1)
     assert np.array_equal(drawn[:, 0, 0, 0].numpy(), np.arange(30))
+    assert is_finite
+
+    class Broken(Numbered):
+        def draw(self, condition: Any, num_samples: int, *, stream: int, **_: Any) -> torch.Tensor:
+            return torch.full((num_samples, 1, 8, 8), torch.nan if stream else 0.0)
+
+    # Only a batch of them. The training goes on, and nothing is called best.
+    evaluation._generator = Broken()
+    assert evaluation(snapshot) == Measured()
+    assert "step 7: samples are not finite, so they are not evaluated" in capfd.readouterr().out

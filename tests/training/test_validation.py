@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_config, small_trainer
+from runs import arguments, small_config, small_trainer
 from torch.testing import assert_close
 
+from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.best_checkpoint import note_best, read_best
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
 from speedit_plugins.trainer.data.images.digits import Digits
@@ -178,6 +180,12 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled(
     assert names[0] == "step_0000008"
 
 
+def test_a_dry_run_checks_the_validation_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = arguments(tmp_path, validate_every=5, data__validation="{type: Digits, image_sise: 8}")
+    assert main(["-c", CONFIG, "-p", "train", "--dry-run", *options]) == 2
+    assert "image_sise" in capfd.readouterr().err
+
+
 def test_a_run_without_a_best_checkpoint_says_how_to_get_one(tmp_path: Path) -> None:
     fit(tmp_path, max_training_steps=1)
     with pytest.raises(ValueError, match=r"ckpt_path: best .* none is noted in .*checkpoints; .*keep_best"):
@@ -242,3 +250,20 @@ def test_validation_of_another_order_of_classes_is_refused(tmp_path: Path) -> No
 def test_keys_without_effect_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         load_config(CONFIG, "train", overrides)
+
+
+def test_a_best_checkpoint_that_is_damaged_or_of_a_later_step_is_not_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / "step_0000005").mkdir(parents=True)
+    best = note_best(folder / "step_0000005", {"fid": 2.0}, "fid", Runtime())
+    assert read_best(folder) == read_best(folder, "fid", up_to=5) == best
+    # Of another figure, or measured after the step that a run goes back to.
+    assert read_best(folder, "kid") is None
+    assert read_best(folder, "fid", up_to=4) is None
+    with pytest.raises(ValueError, match=r"best checkpoint .*step_0000005 is damaged: .*manifest.json"):
+        find_weights(small_config(tmp_path, "sample", ckpt_path="best"))
+    (folder / "step_0000005").rmdir()
+    assert read_best(folder) is None
+    (folder / "best.json").write_text("{")
+    with pytest.raises(ValueError, match=r"best.json is damaged: .*; delete it"):
+        read_best(folder)

@@ -116,6 +116,8 @@ def _check_training(config: ExperimentConfig) -> None:
     """Checks the keys of the training loop."""
     if config.max_training_steps < 1:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
+    if config.data.accept_changed and config.resume == "never":
+        raise ConfigError("data.accept_changed", "has no effect with resume: never; wanted false")
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
     _check_measurements(config)
@@ -200,6 +202,8 @@ def _check_text(config: ExperimentConfig) -> None:
 
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
+    if config.inpainting is not None and config.num_frames:
+        raise ConfigError("inpainting", f"fills images; wanted num_frames 0, got {config.num_frames}")
     is_filling = phase == "sample" and config.inpainting is not None
     keys = ("inpaint_image", "inpaint_mask")
     is_given = any(getattr(config, key) is not None for key in keys)

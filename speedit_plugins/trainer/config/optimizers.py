@@ -22,6 +22,7 @@ class OptimizerFacts:
         plugins: the values of `plugin` that it works with.
         state_bytes: bytes of state for each trained weight, of a large matrix.
         schedules: whether a learning rate that falls makes sense with it.
+        fixed: parameters that decide the shape of its state, so that a resumed run cannot change them.
     """
 
     lr: float
@@ -29,6 +30,7 @@ class OptimizerFacts:
     plugins: tuple[str, ...] = WHOLE_PARAMETERS
     state_bytes: float = 8.0
     schedules: bool = True
+    fixed: tuple[str, ...] = ()
 
 
 _ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
@@ -45,14 +47,17 @@ OPTIMIZER_FACTS: dict[str, OptimizerFacts] = {
         {
             **_ADAM,
             "beta3": None,
-            "use_bias_correction": False,
-            "safeguard_warmup": False,
+            # Its authors' advice for diffusion models. Without the first, training from random weights stalls
+            # in our runs; without the second it diverges after a warm-up.
+            "use_bias_correction": True,
+            "safeguard_warmup": True,
             "d0": 1e-6,
             "d_coef": 1.0,
             "growth_rate": float("inf"),
             "slice_p": 1,
         },
         state_bytes=16.0,
+        fixed=("slice_p",),
     ),
     # The rate of the authors' own AdamW. Source: Defazio et al. 2024, arXiv:2405.15682.
     "AdamWScheduleFree": OptimizerFacts(2.5e-3, {**_ADAM, "r": 0.0, "weight_lr_power": 2.0}, schedules=False),

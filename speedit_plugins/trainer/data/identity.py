@@ -101,6 +101,7 @@ def position_in(
     saved: Identity | None,
     data: tuple[int, Identity | None, object],
     *,
+    arrangement: Mapping[str, int],
     accept_changed: bool,
 ) -> tuple[dict[str, int], list[str]]:
     """A saved position of a loader, in the data as they are now, and lines about what changed.
@@ -109,6 +110,7 @@ def position_in(
         position: has "epoch", "offset" and "size".
         saved: the identity saved with it; None in a checkpoint of an earlier version.
         data: number of samples, identity (None if it has none) and the dataset itself.
+        arrangement: what decides the order besides: a key that ends in "_crc32" is a property of the data.
         accept_changed: go to the start of the next epoch if the order of samples or the meaning of labels
             changed. It stays the same if only captions, labels, sizes or times of files did.
 
@@ -120,6 +122,10 @@ def position_in(
     decisive = [change.text for change in changes if change.aspect in DECISIVE]
     if position["size"] != size:
         decisive.insert(0, f"there were {position['size']} samples and are {size}")
+    if accept_changed and any(
+        position.get(key) != value for key, value in arrangement.items() if key.endswith("_crc32")
+    ):
+        decisive.append("samples are in other buckets or chunks")
     notes = [
         f"the data changed since the checkpoint: {change.text}"
         for change in changes

@@ -113,7 +113,7 @@ def facts_of(base: Path, names: Strings, stamps: Stamps, *, what: str, read: Cal
         base: the folder that names are relative to.
         names: the files.
         stamps: their sizes and times.
-        what: name of the facts, such as "sides".
+        what: name of the facts, such as "captions"; each name has one list of files at a time.
         read: the fact about the file at an index; called from several threads. Its errors pass unchanged. An
             empty text is not kept.
     """

@@ -222,7 +222,9 @@ class ResumableLoader:
                 f"the saved position belongs to seed {state['seed']}, got a loader with seed {self.seed}"
             )
         data = (len(self.dataset), self._identity, self.dataset)
-        state, notes = position_in(state, identity, data, accept_changed=self._accept_changed)
+        state, notes = position_in(
+            state, identity, data, arrangement=self._arrangement, accept_changed=self._accept_changed
+        )
         for note in notes if self.rank == 0 else ():
             say(note)
         self._check_arrangement(state)

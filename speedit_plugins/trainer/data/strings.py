@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +28,9 @@ class Strings:
         return content.decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
+        # Several times faster than access by index.
+        content, ends = self._bytes.tobytes(), self._ends.tolist()
+        return (content[start:end].decode("utf-8", "surrogateescape") for start, end in pairwise(ends))
 
     def __eq__(self, other: object) -> bool:
         return (

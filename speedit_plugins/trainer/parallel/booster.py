@@ -1,30 +1,36 @@
 """ColossalAI behind the engine's interface: its Booster with DDP, ZeRO 1 and 2, Gemini.
 
-This is the only file that imports ColossalAI. Checkpoints are this project's own and do not need it. Tested
-with 0.5.0. Its ZeRO also runs on CPUs once its accelerator has the few methods below.
+Only this file and colossal_setup.py import ColossalAI. Checkpoints are this project's own and do not need it.
+Tested with 0.5.0. Its ZeRO also runs on CPUs, see `colossal_setup`.
 """
 
 import importlib.util
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.colossal_setup import (
+    any_device_allowed,
+    import_quietly,
+    set_accelerator_of,
+)
 from speedit_plugins.trainer.parallel.gemini import check_gemini
+from speedit_plugins.trainer.parallel.group_state import changed_values, group_values, load_group_values
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
 from speedit_plugins.trainer.parallel.master_weights import (
     STEP,
     Master,
     Slice,
     load_optimizer,
+    optimizer_layout,
     optimizer_slices,
 )
-from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer, has_two_points
 from speedit_plugins.trainer.parallel.replica import (
     GROWTH_INTERVAL_STEPS,
     INITIAL_LOSS_SCALE,
@@ -58,8 +64,8 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
         return Replica(model, config, runtime)
     if config.plugin == "gemini":
         check_gemini(config, runtime)
-    _import_quietly()
-    _set_accelerator(runtime.device)
+    import_quietly()
+    set_accelerator_of(runtime.device)
     engines = {"ddp": BoostedReplica, "zero1": ZeroEngine, "zero2": ZeroEngine, "gemini": GeminiEngine}
     return cast(Engine, engines[config.plugin](model, config, runtime))
 
@@ -99,6 +105,7 @@ class ZeroEngine:
         self._max_norm = config.optimizer.max_grad_norm
         self._step_scale, self._is_held = 1.0, False
         self._boost(named, config, runtime)
+        self._built_groups = group_values(self.optimizer)
         self.masters = self._masters(named)
         # ColossalAI made the master weights from the cast model. Take the weights as initialised instead.
         self.load_weights(weights)
@@ -148,12 +155,14 @@ class ZeroEngine:
         return optimizer_slices(self.optimizer, self.masters, runtime)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """Nothing: the moments are all there is."""
-        return {}
+        """What else the optimizer needs to go on, see `Replica.optimizer_state`."""
+        changed = changed_values(self.optimizer, self._built_groups)
+        return {"layout": optimizer_layout(self.optimizer, self.masters), "groups": changed}
 
     def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Sets the optimizer's state, see `master_weights.load_optimizer`; `state` is empty for AdamW."""
+        """Restores `moments` and `optimizer_state`, see `Replica.load_moments`."""
         load_optimizer(self.optimizer, self.masters, whole, state.get("layout"))
+        load_group_values(self.optimizer, state.get("groups", ()))
 
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, in the precision in which they were built."""
@@ -176,6 +185,8 @@ class ZeroEngine:
         from colossalai.booster.plugin import LowLevelZeroPlugin
 
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.module, config)
+        if has_two_points(self.optimizer):
+            raise ValueError(f"optimizer {config.optimizer.type!r} with train() and eval() needs plugin ddp")
         plugin = LowLevelZeroPlugin(
             stage={"zero1": 1, "zero2": 2}[config.plugin],
             precision=config.precision,
@@ -186,7 +197,7 @@ class ZeroEngine:
             overlap_communication=runtime.device.type == "cuda",
         )
         self._booster = Booster(plugin=plugin)
-        with _any_device_allowed():
+        with any_device_allowed():
             self.model, self._sharded, *_ = self._booster.boost(self.module, self.optimizer)
         self._keep_times()
         self._guard_masters()
@@ -347,54 +358,3 @@ def as_plain_tensor(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 def _is_vector(item: Any) -> bool:
     """Whether the input is a tensor with one value per sample."""
     return isinstance(item, Tensor) and item.ndim == 1
-
-
-def _set_accelerator(device: torch.device) -> None:
-    """Tells ColossalAI which device to use, before any part of it asks."""
-    from colossalai.accelerator import set_accelerator
-    from colossalai.accelerator.cpu_accelerator import CpuAccelerator
-
-    if device.type == "cuda":
-        set_accelerator("cuda")
-        return
-
-    class SynchronousCpu(CpuAccelerator):  # type: ignore[misc]  # ColossalAI has no types
-        """A CPU has no streams, and an operation is done when it returns."""
-
-        def synchronize(self, device: Any = None) -> None: ...
-        def empty_cache(self) -> None: ...
-        def device_count(self) -> int:
-            return 1
-
-        def Stream(self, *args: Any, **options: Any) -> None: ...  # noqa: N802 - ColossalAI's name
-        def current_stream(self, device: Any = None) -> None: ...
-        def stream(self, stream_: Any) -> AbstractContextManager[Any]:
-            return nullcontext()
-
-    set_accelerator(SynchronousCpu())
-
-
-@contextmanager
-def _any_device_allowed() -> Iterator[None]:
-    """Lets ZeRO be built on a CPU: only a check in it asks for a GPU."""
-    from colossalai.zero.low_level import LowLevelZeroOptimizer
-
-    check = LowLevelZeroOptimizer._sanity_checks
-    LowLevelZeroOptimizer._sanity_checks = lambda self: None
-    try:
-        yield
-    finally:
-        LowLevelZeroOptimizer._sanity_checks = check
-
-
-def _import_quietly() -> None:
-    """Imports ColossalAI without its warnings about absent hardware and older names of torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("colossalai.booster.plugin")
-    for name in (
-        "broadcast_buffers",
-        "torch.distributed.all_gather_into_tensor",
-        "torch.distributed.reduce_scatter_tensor",
-    ):
-        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)

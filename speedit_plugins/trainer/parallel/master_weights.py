@@ -82,6 +82,9 @@ def optimizer_slices(
     """This rank's slices of the state's tensors, as "exp_avg/<parameter>". "step/<parameter>" is whole.
 
     What else there is in the state is in `optimizer_layout`.
+
+    Raises:
+        ValueError: a sharded parameter has a state that is not of its elements, so it cannot be put together.
     """
     found = {}
     seen: set[int] = set()
@@ -93,6 +96,7 @@ def optimizer_slices(
             if kind == STEP and _is_usual(master, kind, value):
                 found[name] = Slice(0, torch.as_tensor(value, dtype=torch.float32).reshape(1))
             elif isinstance(value, Tensor):
+                _check_slice(master, name, value)
                 flat = value.detach().reshape(-1)
                 # bitsandbytes shares its tables among the parameters. A file has no shared tensors.
                 found[name] = _own(master, flat.clone() if flat.data_ptr() in seen else flat, runtime)
@@ -175,6 +179,14 @@ def _restored(master: Master, kind: str, whole: Mapping[str, Tensor], layout: Ma
         # Fused AdamW keeps the count on the parameter's device.
         return whole[name].reshape(()).to(device)
     return _part_of(master, whole[name])
+
+
+def _check_slice(master: Master, name: str, value: Tensor) -> None:
+    if not master.is_replicated and value.numel() != math.prod(master.state_shape):
+        raise ValueError(
+            f"the optimizer's state {name} of shape {tuple(value.shape)} is not one of each element; wanted"
+            " plugin ddp, or another optimizer"
+        )
 
 
 def _is_usual(master: Master, kind: str, value: Any) -> bool:

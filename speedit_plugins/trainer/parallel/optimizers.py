@@ -65,6 +65,11 @@ def build_optimizer(model: nn.Module, config: ExperimentConfig) -> torch.optim.O
     return optimizer
 
 
+def has_two_points(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes gradients at another point than that of evaluation; `train` and `eval` go between."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
 def adamw(
     params: Sequence[Tensor],
     *,
@@ -144,8 +149,8 @@ def prodigy(  # noqa: PLR0913 - one for each parameter of the config
     weight_decay: float = 0.0,
     eps: float = 1e-8,
     beta3: float | None = None,
-    use_bias_correction: bool = False,
-    safeguard_warmup: bool = False,
+    use_bias_correction: bool = True,
+    safeguard_warmup: bool = True,
     d0: float = 1e-6,
     d_coef: float = 1.0,
     growth_rate: float = float("inf"),
@@ -157,7 +162,7 @@ def prodigy(  # noqa: PLR0913 - one for each parameter of the config
         lr: factor of the estimate, usually 1.
         beta3: decay rate of what the estimate is made of; null is the root of the second of `betas`.
         use_bias_correction: Adam's correction of the first moments.
-        safeguard_warmup: for a training with warm-up.
+        safeguard_warmup: leaves the warm-up out of the estimate.
         d0: first estimate.
         d_coef: factor of later estimates.
         growth_rate: bound of the growth of the estimate in one step.

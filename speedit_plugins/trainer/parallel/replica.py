@@ -20,7 +20,7 @@ from speedit_plugins.trainer.parallel.master_weights import (
     optimizer_slices,
     owned,
 )
-from speedit_plugins.trainer.parallel.optimizers import build_optimizer
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, has_two_points
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,9 +77,7 @@ class Replica:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = build_optimizer(model, config)
         self._built_groups = group_values(self.optimizer)
-        self._has_two_points = all(
-            callable(getattr(self.optimizer, mode, None)) for mode in ("train", "eval")
-        )
+        self._has_two_points = has_two_points(self.optimizer)
         if self._has_two_points:
             self.optimizer.train()  # type: ignore[attr-defined]  # schedulefree's, or one's own after its model
         self.model = self._wrapped(model, runtime)

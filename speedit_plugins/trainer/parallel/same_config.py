@@ -28,7 +28,7 @@ def stated(config: ExperimentConfig) -> dict[str, Any]:
 def difference(of_ranks: Sequence[Any]) -> str | None:
     """The first difference between what rank 0 and another rank `stated`; None if there is none."""
     first = of_ranks[0]
-    for rank, other in enumerate(of_ranks):
+    for rank, other in enumerate(of_ranks[1:], start=1):
         # A version without this check exchanges something else first.
         if not isinstance(first, Mapping) or not isinstance(other, Mapping):
             return f"{_NEED} version of {PACKAGE}, rank {rank} has another than rank 0"

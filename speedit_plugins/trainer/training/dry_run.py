@@ -15,7 +15,7 @@ from speedit_plugins.trainer.models.interface import example_inputs
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
 from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.training.data_centre import is_centred_by_data
-from speedit_plugins.trainer.training.validation import training_part
+from speedit_plugins.trainer.training.validation import of_validation, training_part
 
 
 def describe(config: ExperimentConfig) -> str:
@@ -27,6 +27,9 @@ def describe(config: ExperimentConfig) -> str:
             check(registry, section, allow_download=False)
     section, given = build.dataset_options(config, augmented=True)
     check(DATASETS, section, **given)
+    if config.data.validation is not None:
+        section, given = build.dataset_options(of_validation(config), augmented=False)
+        check(DATASETS, section, **given)
     with torch.device("meta"):
         model = build.build_model(config)
         start_from(model, None, config)

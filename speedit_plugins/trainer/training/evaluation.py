@@ -55,8 +55,11 @@ class Evaluation:
 
     def __call__(self, snapshot: Snapshot) -> Measured:
         """The figures by name, of rank 0. Collective."""
-        drawn = self._draw(snapshot)
+        drawn, is_finite = self._draw(snapshot)
         if self._comparison is None:
+            return Measured()
+        if not is_finite:
+            say(f"step {snapshot.step}: samples are not finite, so they are not evaluated")
             return Measured()
         found = self._comparison.measure(_as_set(len(drawn), lambda index: drawn[index], drawn.ndim == 5))
         figures = {metric.name: metric.value for metric in found}
@@ -64,8 +67,12 @@ class Evaluation:
         row = {EVALUATION: figures, "evaluation_samples": len(drawn)}
         return Measured(row, scores=_scores(found))
 
-    def _draw(self, snapshot: Snapshot) -> Tensor:
-        """The samples on rank 0, uint8 (N, [F,] H, W, C) in the order of their conditions."""
+    def _draw(self, snapshot: Snapshot) -> tuple[Tensor, bool]:
+        """The samples on rank 0, uint8 (N, [F,] H, W, C) in the order of their conditions.
+
+        The second value tells whether those of all ranks are finite.
+        """
+        is_finite = True
         runtime, size = self._runtime, self._batch_size
         weights = snapshot.everywhere
         starts = list(range(0, len(self._rows), size))
@@ -75,11 +82,13 @@ class Evaluation:
             rows = self._rows[start : start + size]
             condition = self._conditions.of(rows, self._generator.device)
             samples = self._generator.draw(condition, len(rows), weights=weights, stream=start)
+            is_finite &= bool(samples.isfinite().all())
             place[: len(rows)] = torch.from_numpy(images.to_uint8(samples))
         parts = runtime.gather(places)
+        is_finite = runtime.maximum([float(not is_finite)]) == [0.0]
         if not parts:
-            return places
-        return torch.stack(parts, dim=1).flatten(0, 2)[: len(self._rows)]
+            return places, is_finite
+        return torch.stack(parts, dim=1).flatten(0, 2)[: len(self._rows)], is_finite
 
     def _shape(self) -> tuple[int, ...]:
         """Shape of a sample, ([F,] H, W, C)."""

@@ -31,15 +31,19 @@ class StepBatches:
         """The next batch of the step, or after a fault the last one again.
 
         Raises:
-            DataError: a batch cannot be read, and there is no other rank, or no earlier batch.
+            DataError: a batch cannot be read, and there is no other rank, or it is the first batch of a rank.
         """
+        is_first = self._last is None
         if self._fault is None:
             try:
                 self._last = next(loader)
             except DataError as fault:
-                if self._runtime.world_size == 1 or self._last is None:
+                if self._runtime.world_size == 1:
                     raise
                 self._fault = fault
+        if is_first:
+            # No rank has an earlier batch to go on with, so they agree here, once in a run.
+            self._agree()
         assert self._last is not None
         return self._last
 
@@ -57,11 +61,16 @@ class StepBatches:
         Raises:
             DataError: that rank's fault, on all ranks.
         """
-        if broken_rank < 0:
-            self._position = None
-            return
-        said = self._runtime.gather_objects(None if self._fault is None else str(self._fault))
-        raise DataError(f"{said[broken_rank]} (on rank {broken_rank})") from self._fault
+        self._raise_fault_of(broken_rank)
+        self._position = None
+
+    def _agree(self) -> None:
+        self._raise_fault_of(int(self._runtime.maximum([self.broken_rank])[0]))
+
+    def _raise_fault_of(self, rank: int) -> None:
+        if rank >= 0:
+            said = self._runtime.gather_objects(None if self._fault is None else str(self._fault))
+            raise DataError(f"{said[rank]} (on rank {rank})") from self._fault
 
     def position(self, loader: ResumableLoader) -> dict[str, Any]:
         """The loader's state after the last whole step."""

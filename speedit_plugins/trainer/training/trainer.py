@@ -310,7 +310,9 @@ class Trainer:
         self.step = self._saved_step = state["step"]
         self._last_saved = path
         self.num_skipped = state["num_skipped"]
-        self.best = read_best(self.folder / CHECKPOINTS, self.config.keep_best, up_to=self.step)
+        best = read_best(self.folder / CHECKPOINTS, self.config.keep_best, up_to=self.step)
+        # What rank 0 sees counts: all ranks save together.
+        self.best = self.runtime.gather_objects(best)[0]
 
     def _draw_quantiles(self) -> Tensor:
         """Random numbers of the global batch, equal on all ranks, so that strata span the global batch."""

@@ -135,11 +135,9 @@ def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> Sampl
     Raises:
         ValueError: the classes of `data.validation` have other names than those that are trained on.
     """
-    section = config.data.validation
-    if section is None:
+    if config.data.validation is None:
         return hold_out(dataset, config.data.held_out_samples, seed=config.seed)[1]
-    data = replace(config.data, dataset=section, validation=None)
-    own = build.build_dataset(replace(config, data=data), augmented=False)
+    own = build.build_dataset(of_validation(config), augmented=False)
     ours, theirs = (tuple(getattr(each, "classes", ())) for each in (own, dataset))
     if ours and theirs and ours != theirs:
         different = sorted(set(ours) ^ set(theirs)) or list(ours)
@@ -148,6 +146,12 @@ def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> Sampl
             f" {len(ours)} of which {', '.join(different[:3])} differ"
         )
     return own
+
+
+def of_validation(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with `data.validation`, which it has, in the place of `data.dataset`."""
+    assert config.data.validation is not None
+    return replace(config, data=replace(config.data, dataset=config.data.validation, validation=None))
 
 
 def training_part(config: ExperimentConfig, dataset: SampleSource) -> SampleSource:

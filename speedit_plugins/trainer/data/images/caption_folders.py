@@ -80,27 +80,27 @@ def read_folder(root: Path, options: CaptionOptions) -> Captioned:
     suffix = (options.caption_suffix or CAPTION_SUFFIX).lower()
     # Names of metadata files have no other ending in common with images.
     listing = list_files(root, suffixes=(*images, suffix, *METADATA), follow_links=options.follow_links)
-    names = [name for name in listing.names if name.lower().endswith(images)]
+    everything = list(listing.names)
+    names = [name for name in everything if name.lower().endswith(images)]
     if not names:
         raise ValueError(f"ImageCaptions found no images below {root} (suffixes: {', '.join(images)})")
     _check_splits(listing.root, listing.folders)
-    left_out = dict(listing.left_out)
-    metadata = [name for name in listing.names if posixpath.basename(name).lower() in METADATA]
+    metadata = [name for name in everything if name.lower().endswith(METADATA)]
+    metadata = [name for name in metadata if posixpath.basename(name).lower() in METADATA]
     if options.caption_suffix is None and metadata:
         options.check_metadata(f"{listing.root / metadata[0]}")
         rows = _metadata_rows(listing.root, metadata, options.text_column)
-        unlisted = len(set(names) - {row.path for row in rows})
-        return Captioned(
-            listing.root, rows, left_out | ({"not in the metadata": unlisted} if unlisted else {})
-        )
-    if options.text_column is not None:
-        raise ValueError(f"text_column needs one of {', '.join(METADATA)} in {root}, got none")
-    texts = {name for name in listing.names if name.lower().endswith(suffix)}
-    found = Captioned(listing.root, _beside(listing.root, names, texts, suffix, options))
-    unused = len(texts - {_sidecar(name, texts, suffix) for name in names})
-    return Captioned(
-        found.base, found.rows, left_out | ({f"{suffix} without an image": unused} if unused else {})
-    )
+        unused = {"not in the metadata": len(set(names) - {row.path for row in rows})}
+    else:
+        if options.text_column is not None:
+            raise ValueError(f"text_column needs one of {', '.join(METADATA)} in {root}, got none")
+        texts = {_stem(name): name for name in everything if name.lower().endswith(suffix)}
+        # Two images of one name, photo.png and photo.jpg, share their text.
+        stems = [_stem(name) for name in names]
+        files = [texts.get(stem) for stem in stems]
+        unused = {f"{suffix} without an image": len(texts.keys() - set(stems))}
+        rows = _beside(listing.root, names, files, suffix, options)
+    return Captioned(listing.root, rows, {**listing.left_out, **{why: n for why, n in unused.items() if n}})
 
 
 def _check_splits(root: Path, folders: Strings) -> None:
@@ -127,36 +127,25 @@ def _metadata_rows(root: Path, files: Sequence[str], text_column: str | None) ->
 
 
 def _beside(
-    root: Path, names: Sequence[str], texts: set[str], suffix: str, options: CaptionOptions
+    root: Path, names: Sequence[str], files: Sequence[str | None], suffix: str, options: CaptionOptions
 ) -> list[Row]:
-    """The rows for images with a text file of the same name each."""
-    files = sorted({name for image in names if (name := _sidecar(image, texts, suffix)) is not None})
-    if not files and options.missing_captions == "raise":
+    """The rows of images that have a text file each; None where there is none."""
+    listed = Strings([file for file in files if file is not None])
+    if not len(listed) and options.missing_captions == "raise":
         raise ValueError(
             f"{root} has {len(names)} images and no captions: wanted {', '.join(METADATA[:-1])} or"
-            f" {METADATA[-1]}, or a {suffix} file beside each image, such as"
-            f" {os.path.splitext(names[0])[0]}{suffix}"
+            f" {METADATA[-1]}, or a {suffix} file beside each image, such as {_stem(names[0])}{suffix}"
         )
-    listed = Strings(files)
-    contents = facts_of(
-        root, listed, stamps_of(root, listed), what="captions", read=lambda index: _text(root / files[index])
+    stamps = stamps_of(root, listed)
+    contents = iter(
+        facts_of(root, listed, stamps, what="captions", read=lambda row: _text(root / listed[row]))
     )
-    captions = dict(zip(files, contents, strict=True))
     rows, missing = [], []
-    for name in names:
-        file = _sidecar(name, texts, suffix)
-        lines = [" ".join(line.split()) for line in captions.get(file or "", "").splitlines()]
-        lines = [line for line in lines if line]
+    for name, file in zip(names, files, strict=True):
+        lines = _lines("" if file is None else next(contents), options.caption_lines)
         if not lines:
-            wanted = f"{os.path.splitext(name)[0]}{suffix}"
-            missing.append(f"{name} ({wanted} is {'missing' if file is None else 'empty'})")
-        rows.append(
-            Row(
-                name,
-                name,
-                tuple(lines) if options.caption_lines == "choose" and lines else (" ".join(lines),),
-            )
-        )
+            missing.append(f"{name} ({_stem(name)}{suffix} is {'missing' if file is None else 'empty'})")
+        rows.append(Row(name, name, lines or ("",)))
     if missing and options.missing_captions == "raise":
         more = ", ..." if len(missing) > NUM_NAMED else ""
         raise ValueError(
@@ -166,10 +155,16 @@ def _beside(
     return rows
 
 
-def _sidecar(image: str, texts: set[str], suffix: str) -> str | None:
-    """The text file beside an image; None if there is none."""
-    stem = os.path.splitext(image)[0]
-    return next((name for name in (f"{stem}{suffix}", f"{stem}{suffix.upper()}") if name in texts), None)
+def _lines(text: str, caption_lines: str) -> tuple[str, ...]:
+    """The captions in a text file; () in an empty one."""
+    if caption_lines == "join":
+        joined = " ".join(text.split())
+        return (joined,) if joined else ()
+    return tuple(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _text(file: Path) -> str:

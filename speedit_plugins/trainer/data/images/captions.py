@@ -127,6 +127,7 @@ class ImageCaptions(Images):
             found.base,
             names,
             _existing(found, names, source),
+            source=source,
             image_size=image_size,
             random_flip=random_flip,
             on_corrupt=on_corrupt,

@@ -38,6 +38,7 @@ class Images:
 
     Args:
         base: folder that names are relative to.
+        source: the folder or file that lists the images; a kept index belongs to it.
         names: paths of the images.
         stamps: their sizes and times.
         image_size: see `ImageFolder`, as all other arguments.
@@ -55,6 +56,7 @@ class Images:
         names: Strings,
         stamps: Stamps,
         *,
+        source: str,
         image_size: int,
         random_flip: bool,
         on_corrupt: str,
@@ -69,7 +71,7 @@ class Images:
         self.bit_depth = bit_depth
         self._base, self._names, self._stamps = base, names, stamps
         self._sides = [(image_size, image_size)] if buckets is None else checked_sides(buckets)
-        self.buckets = None if buckets is None else self._nearest_buckets()
+        self.buckets = None if buckets is None else self._nearest_buckets(source)
         # In shared memory, so that all workers together count each damaged file once.
         self._corrupt = torch.zeros(len(names), dtype=torch.bool).share_memory_()
 
@@ -138,7 +140,7 @@ class Images:
     def _shares_bucket(self, index: int, other: int) -> bool:
         return self.buckets is None or bool(self.buckets[index] == self.buckets[other])
 
-    def _nearest_buckets(self) -> Tensor:
+    def _nearest_buckets(self, source: str) -> Tensor:
         """Bucket index of each image, from the size in its header, int64 (N,)."""
 
         def read(index: int) -> str:
@@ -151,7 +153,8 @@ class Images:
                 return ""
             return f"{height} {width}"
 
-        sides = facts_of(self._base, self._names, self._stamps, what="sides", read=read)
+        what = f"sides of the images in {os.path.realpath(source)}"
+        sides = facts_of(self._base, self._names, self._stamps, what=what, read=read)
         pairs = np.array([text.split() or (1, 1) for text in sides], dtype=np.float64)  # (N, 2)
         return nearest_buckets(torch.from_numpy(pairs[:, 0] / pairs[:, 1]), self._sides)
 
@@ -226,6 +229,7 @@ class ImageFolder(Images):
             listing.root,
             listing.names,
             stamps_of(listing.root, listing.names),
+            source=str(self.root),
             image_size=image_size,
             random_flip=random_flip,
             on_corrupt=on_corrupt,
