@@ -320,14 +320,15 @@ def check_type(what: str, value: Any, annotation: Any) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint "; did you mean 'X'?" with the closest known name, "" if no name is close.
+    """The hint "; did you mean 'X'?" with the closest known name in any case, "" if no name is close.
 
     Example:
         >>> nearest("unifrom", ["uniform", "speed"])
         "; did you mean 'uniform'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_case = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), list(by_case), n=1)
+    return f"; did you mean {by_case[close[0]]!r}?" if close else ""
 
 
 def _known(names: Iterable[str]) -> str:

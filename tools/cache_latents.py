@@ -306,9 +306,11 @@ def _write_unless_there(path: Path, content: bytes) -> None:
 def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
+            number = int((~tensor.flatten(1).isfinite().all(dim=1)).sum())
+            wanted = "--dtype float32, or " if dtype != "float32" else ""
             raise ValueError(
-                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype}; use --dtype float32 or"
-                " check the encoder and the images for overflow"
+                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype} for {number} of them;"
+                f" wanted {wanted}an encoder that does not overflow, as some do in float16"
             )
 
 

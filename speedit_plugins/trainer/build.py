@@ -15,6 +15,7 @@ from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
+from speedit_plugins.trainer.models.sides import check_frames, check_sides, shapes_of, stated_patch
 from speedit_plugins.trainer.models.text import CaptionSource
 
 Process = GaussianProcess | RectifiedFlow
@@ -89,8 +90,10 @@ def build_model(
         text: gives the width and length of caption features, and the features of the empty caption.
 
     Raises:
-        ValueError: a size is missing, in the config and without encoders, or does not fit the encoders.
+        ValueError: a size is missing, in the config and without encoders, or does not fit the encoders; the
+            image size or a bucket of the dataset has a side or a number of frames that does not fit.
     """
+    check_shapes(config, encoder)
     facts = _facts(config, encoder, text)
     for key, size in facts.items():
         if config.model.get(key, size) != size:
@@ -100,10 +103,46 @@ def build_model(
             )
     given = {key: value for key, value in facts.items() if key not in config.model}
     model = cast(nn.Module, build(MODELS, config.model, **given))
+    check_shapes(config, encoder, model)
     _check_conditions(model, config)
     if text is not None:
         cast(Any, model).set_null_text(text.encode([""]))
     return model
+
+
+def check_shapes(
+    config: ExperimentConfig, encoder: Encoder | None = None, model: nn.Module | None = None
+) -> None:
+    """Nothing, if image size and buckets fit the encoder and the model's patches.
+
+    Args:
+        config: the config.
+        encoder: None takes its downsampling from the config's sizes.
+        model: None takes its patch from the config. A saved network has a patch of its own.
+
+    Raises:
+        ValueError: a side or a number of frames does not fit; the message has the key and what would fit.
+    """
+    shapes = shapes_of(config.image_size, config.data.dataset.get("buckets"))
+    patch = stated_patch(config.model) if model is None else int(getattr(model, "patch_size", 1))
+    check_sides(shapes, downsample=_downsample(config, encoder), patch=patch)
+    if model is not None:
+        check_frames(shapes, model)
+
+
+def _downsample(config: ExperimentConfig, encoder: Encoder | None) -> int:
+    """Pixels for each cell of a latent, on a side: the encoder's, or what the config's sizes say."""
+    if encoder is not None:
+        return encoder.downsample
+    size = config.model.get("input_size")
+    if config.encoder["type"] == "Pixels" or not isinstance(size, int) or size < 1:
+        return 1
+    if config.image_size % size:
+        raise ValueError(
+            f"image_size needs a multiple of model.input_size {size}, the side of a latent, got"
+            f" {config.image_size}"
+        )
+    return config.image_size // size
 
 
 def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSource | None) -> dict[str, Any]:

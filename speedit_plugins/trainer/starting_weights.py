@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.lora import add_adapters, check_fit, load_adapters, read_adapters
 from speedit_plugins.trainer.models.text import CaptionSource
@@ -88,7 +89,7 @@ def load_trained(
 
 
 def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None) -> LoadReport:
-    folder = Path(path)
+    folder = named_checkpoint(path, "pretrained")
     source = folder / checkpoint.sampled_file(folder) if folder.is_dir() else folder
     if (adapters := read_adapters(source)) is not None:
         raise ValueError(

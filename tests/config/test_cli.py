@@ -1,13 +1,14 @@
 """The command line: exit codes, messages, and what is imported when."""
 
 import errno
+import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ from speedit_plugins.trainer.config.loading import ExperimentConfig, load_config
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = str(REPOSITORY / "configs/image/digits/speedit.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level() -> Iterator[None]:
+    # `main` lowers it on ranks but the first.
+    logger = logging.getLogger("speedit_plugins")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

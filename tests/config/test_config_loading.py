@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import importlib.util
-import inspect
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.config.loading import find_config, load_config, merge, redact, to_yaml
 from speedit_plugins.trainer.config.schema import PHASES
 
@@ -70,23 +68,6 @@ def test_imagenet_leaves_differ_in_the_model_only() -> None:
     small = load_config(CONFIGS / "image/imagenet_256/dit_s2.yaml", "train")
     assert small.model == {**base.model, "type": "DiT-S/2"}
     assert dataclasses.replace(small, model=base.model, experiment_dir=base.experiment_dir) == base
-
-
-def test_only_the_recipes_that_say_so_mirror_images() -> None:
-    mirroring = {load_config(file, "train").experiment_dir for file in EXPERIMENTS if _mirrors(file)}
-    assert {Path(folder).parent.name for folder in mirroring} == {"imagenet_256", "unconditional"}
-    defaults = {
-        name: parameter.default
-        for name, builder in DATASETS.module_dict.items()
-        if (parameter := inspect.signature(builder).parameters.get("random_flip")) is not None
-    }
-    # None: a cache mirrors if it was written with mirrored images.
-    assert set(defaults.values()) == {False, None}
-    assert [name for name, default in defaults.items() if default is None] == ["LatentCache"]
-
-
-def _mirrors(file: Path) -> bool:
-    return load_config(file, "train").data.dataset.get("random_flip", False)
 
 
 def test_layers_override_from_the_root_to_the_command_line(tmp_path: Path) -> None:

@@ -73,7 +73,6 @@ def test_a_key_of_another_trainer_is_answered_with_ours(override: str, hint: str
         ("compile='\"true\"'", "wanted true or false without quotes"),
         ("experiment_name=12", "wanted quotes around it: '12'"),
         ("sample_classes='1,2'", "a list is written [1, 2]"),
-        ("optimizer=AdamW", "wanted its key `type`: AdamW"),
         ("experiment_dir=$HOME/x", "environment variables are not replaced in a path, got $HOME"),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_dataset_with_a_length_alone_is_counted() -> None:
 def test_classes_and_captions_are_counted_and_the_first_are_named() -> None:
     names = tuple(f"name {number}" for number in range(1000))
     found = lines(8, classes=names, num_classes=1000, num_captions=8)
-    assert found["classes"] == f"1,000: {', '.join(names[:6])}, and 994 more"
+    assert found["classes"] == f"1,000 ({', '.join(names[:6])}, and 994 more)"
     assert found["captions"] == "8"
     assert lines(8, num_classes=10)["classes"] == "10"
     assert lines(8, captions=["a", "b"])["captions"] == "2"
@@ -57,8 +57,8 @@ def test_buckets_smaller_than_a_batch_are_named_and_never_drawn() -> None:
     buckets = torch.tensor([0] * 3 + [1] * 10 + [3] * 4 + [4])
     shapes = [[8, 8], [8, 16], [16, 8], [4, 8], [8, 4]]
     found = lines(18, buckets=buckets, shapes=shapes)
-    assert found["buckets"] == "8 x 16: 10, 4 x 8: 4, 8 x 8: 3, 8 x 4: 1"
-    assert found["never drawn"] == "2 buckets with fewer samples than a batch (4): 8 x 8: 3, 8 x 4: 1"
+    assert found["buckets"] == "8 x 16 (10), 4 x 8 (4), 8 x 8 (3), 8 x 4 (1)"
+    assert found["never drawn"] == "2 buckets with fewer samples than a batch (4): 8 x 8 (3), 8 x 4 (1)"
     # Two batches of the second bucket and one of the fourth: what the loader draws.
     drawn = whole_batches(torch.arange(18), buckets, batch_size=4)
     assert found["steps per epoch"] == "3 of 4 samples; 6 samples left over"
@@ -68,7 +68,7 @@ def test_buckets_smaller_than_a_batch_are_named_and_never_drawn() -> None:
 
 def test_what_is_left_out_is_named_with_its_number() -> None:
     found = lines(8, left_out={"no caption": 1200, "other suffixes": 0, ".txt": 3})
-    assert found["left out"] == "no caption: 1,200, .txt: 3"
+    assert found["left out"] == "no caption (1,200), .txt (3)"
 
 
 def test_damaged_samples_are_counted_at_the_end() -> None:
@@ -111,9 +111,9 @@ def test_a_dry_run_and_a_run_say_what_they_train_on(
     described = capsys.readouterr().out.splitlines()
     wanted = {
         "samples": "20",
-        "classes": "2: cat, dog",
-        "buckets": "8 x 8: 17, 8 x 16: 3",
-        "never drawn": "1 bucket with fewer samples than a batch (8): 8 x 16: 3",
+        "classes": "2 (cat, dog)",
+        "buckets": "8 x 8 (17), 8 x 16 (3)",
+        "never drawn": "1 bucket with fewer samples than a batch (8): 8 x 16 (3)",
         "steps per epoch": "2 of 8 samples; 4 samples left over",
     }
     assert [f"{name:<19}{text}" for name, text in wanted.items()] == described[-len(wanted) :]

@@ -3,6 +3,7 @@
 import pickle
 import tarfile
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tars import add, encoded, generator, level_of, loaded, shards, write
 
 from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.data.archives.web import WebDataset
+from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
 
@@ -237,6 +239,18 @@ class TestOrder:
         next(loaders[0])
         with pytest.raises(ValueError, match="in the middle of an epoch with chunks and chunks_crc32"):
             loaders[1].load_state_dict(loaders[0].state_dict())
+
+    def test_a_part_keeps_the_order_in_windows_and_what_the_whole_says(self, tmp_path: Path) -> None:
+        shards(tmp_path, count=4, each=6)
+        write(tmp_path / "extra.tar", ("x.txt", b"no image"))
+        data = WebDataset(tmp_path, image_size=8, shuffle_window=1, on_corrupt="skip")
+        trained, _ = hold_out(data, 4, seed=0)
+        assert trained.left_out == {"samples without image": 1, "held out for validation": 4}
+        loader = ResumableLoader(trained, batch_size=1)
+        levels = [level_of(next(loader)["image"]) for _ in range(20)]
+        # One tar after the other.
+        assert len([a for a, b in pairwise(levels) if a // 6 != b // 6]) == 3
+        assert loader.identity == data.identity()
 
     def test_copies_load_the_same(self, tmp_path: Path) -> None:
         data = WebDataset(shards(tmp_path, 1), image_size=8, text=True)

@@ -144,6 +144,9 @@ class TestInception:
         torch.save({"weights": torch.zeros(2)}, tmp_path / "weights.pt")
         with pytest.raises(ValueError, match="weights.pt' is not a TorchScript file"):
             Inception(path=str(tmp_path / "weights.pt"))
+        (tmp_path / "page.pt").write_text("<html>404</html>")
+        with pytest.raises(ValueError, match="page.pt' is a web page, from a download that failed"):
+            Inception(path=str(tmp_path / "page.pt"))
         plain = Inception(path=save_script(nn.Flatten(), tmp_path / "flatten.pt"))
         with pytest.raises(
             ValueError,

@@ -1,6 +1,7 @@
 """Low-rank adapters on each kind of model."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def test_a_target_that_is_no_layer_is_refused(name: str, targets: list[str], mes
 def test_a_model_without_targets_of_its_own_needs_some() -> None:
     with pytest.raises(ValueError, match=re.escape("lora.targets needs names of layers, got none: Linear")):
         lora.add_adapters(nn.Linear(2, 2), rank=1)
+
+
+def test_a_missing_peft_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"lora needs the package peft.*wanted pip install 'speedit"):
+        lora.add_adapters(BUILDERS["DiT"](), rank=2)
 
 
 def test_a_base_is_known_by_its_names_and_values() -> None:

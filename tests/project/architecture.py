@@ -43,7 +43,8 @@ _FLOOR = _METHOD | {
 }
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
-    f"trainer/{name}" for name in ("inputs", "build", "checkpoint", "best_checkpoint", "results")
+    f"trainer/{name}"
+    for name in ("inputs", "build", "checkpoint", "best_checkpoint", "checkpoint_paths", "results")
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -73,8 +74,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,
+    "trainer/checkpoint_paths": _PARTS | {"trainer/checkpoint"},
     "trainer/results": _PARTS | {"trainer/checkpoint"},
-    "trainer/starting_weights": _PARTS | {"trainer/checkpoint"},
+    "trainer/starting_weights": _PARTS | {"trainer/checkpoint", "trainer/checkpoint_paths"},
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/starting_weights", "trainer/logging"},
     "trainer/training": _SHARED | {"trainer/starting_weights", "trainer/logging", "trainer/sampling"},

@@ -254,6 +254,8 @@ def test_the_same_lines_read_again_are_no_second_module() -> None:
 
 def test_nearest_names_the_closest_or_nothing() -> None:
     assert nearest("logit_norml", ["logit_normal", "uniform"]) == "; did you mean 'logit_normal'?"
+    assert nearest("digits", ["ImageFolder", "Digits"]) == "; did you mean 'Digits'?"
+    assert nearest("DIT", ["DiT", "Latte"]) == "; did you mean 'DiT'?"
     assert nearest("xyz", ["logit_normal", "uniform"]) == ""
 
 

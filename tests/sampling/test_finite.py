@@ -1,5 +1,6 @@
 """Samples that are not finite end as an error or a counted line, never as a set of black images."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from saved_models import save_text_encoder, save_tokenizer
 from torch import Tensor
 
 from speedit_plugins.cli import main
+from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.models.text import TextEncoder
 from speedit_plugins.trainer.sampling.finite import crossed, not_finite, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
@@ -24,9 +26,10 @@ def speedit(phase: str, folder: Path, **changes: Any) -> int:
     return main([*CONFIG, "-p", phase, *arguments(folder, **changes)])
 
 
-def save_weights(folder: Path, value: float) -> Path:
+def save_weights(folder: Path, value: float, **changes: Any) -> Path:
     """A file of a small model whose last layer has this value."""
-    weights = {name: tensor.clone() for name, tensor in small_trainer(folder).model.state_dict().items()}
+    model = small_trainer(folder, **changes).model
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights["final_layer.linear.bias"].fill_(value)
     save_file(weights, folder / "w.safetensors")
     return folder / "w.safetensors"
@@ -101,6 +104,17 @@ def test_weights_that_are_not_finite_are_an_error_before_sampling(
     assert "has weights that are not finite in 1 of " in capfd.readouterr().err
     assert speedit("train", tmp_path / "tuned", pretrained=file) == 2
     assert "has weights that are not finite in 1 of " in capfd.readouterr().err
+    export = runpy.run_path("tools/export.py")["main"]
+    given = [
+        *CONFIG[:2],
+        "--model-only",
+        "--out",
+        str(tmp_path / "out"),
+        *arguments(tmp_path, ckpt_path=file),
+    ]
+    assert export([*given, "sampler.type=ddim_leading"]) == 2
+    assert "has weights that are not finite in 1 of " in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_few_bad_samples_are_crossed_and_counted_in_a_grid(
@@ -154,18 +168,18 @@ def test_fills_that_are_not_finite_are_an_error(
 
 def test_a_set_of_one_value_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # Every pixel is far above 1, and is clamped to white.
-    file = save_weights(tmp_path, 1e6)
-    changes = {"num_samples": 3, "diffusion__learn_sigma": "false", "diffusion__prediction_type": "x0"}
-    weights = {
-        name: value
-        for name, value in small_trainer(tmp_path, **{k: v for k, v in changes.items() if "__" in k})
-        .model.state_dict()
-        .items()
-    }
-    weights["final_layer.linear.bias"].fill_(1e6)
-    save_file(weights, file)
-    assert speedit("inference", tmp_path, ckpt_path=file, sampler__clip_sample="false", **changes) == 0
+    process = {"diffusion__learn_sigma": "false", "diffusion__prediction_type": "v"}
+    file = save_weights(tmp_path, -1e6, **process)
+    changes = {"num_samples": 3, "sampler__clip_sample": "false", **process}
+    assert speedit("inference", tmp_path, ckpt_path=file, **changes) == 0
     assert "warning: 3 of 3 images have the same value in every pixel" in capfd.readouterr().out
+    # So is that of another program.
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    images[:7] = 0
+    write_npz(tmp_path / "theirs.npz", images)
+    assert speedit("test", tmp_path, samples=tmp_path / "theirs.npz", evaluation__metrics="[fid]") == 0
+    said = capfd.readouterr().out
+    assert f"warning: 7 of 40 in {tmp_path}/theirs.npz have the same value in every pixel" in said
 
 
 def test_a_text_encoder_that_overflows_is_an_error(tmp_path: Path) -> None:

@@ -154,3 +154,20 @@ def test_a_random_crop_is_not_cached(
 ) -> None:
     assert tool.main(["-c", str(config), "--out", str(tmp_path), "data.dataset.fit=random_crop"]) == 2
     assert "wanted fit: crop or pad, got random_crop" in capsys.readouterr().err
+
+
+def test_a_cache_of_captions_that_were_edited_is_refused(tool: ModuleType, tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(path)
+        path.with_suffix(".txt").write_text(f"red {number}")
+    dataset = f"data.dataset={{type: ImageCaptions, root: {tmp_path / 'images'}}}"
+    assert (
+        tool.main(["-c", "configs/text_to_image/emoji.yaml", "--out", str(tmp_path / "cache"), dataset]) == 0
+    )
+    (tmp_path / "images" / "1.txt").write_text("blue 1")
+    with pytest.raises(
+        ValueError, match=r"stale, .*: the captions differ \(1 of 3, the first is sample 1, 1.png\)"
+    ):
+        build(DATASETS, {"type": "LatentCache", "root": str(tmp_path / "cache")})

@@ -67,6 +67,23 @@ def test_prefer_chooses_the_weights_of_a_training_checkpoint(
     assert all((tensor == value).all() for tensor in load_file(tmp_path / "w.safetensors").values())
 
 
+def test_weights_of_other_trainers_are_converted_under_the_names_of_the_model(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in filled(3.0).items()}, "epoch": 3}, tmp_path / "w.pt"
+    )
+    assert tool.main([str(tmp_path / "w.pt"), str(tmp_path / "w.safetensors")]) == 0
+    assert set(load_file(tmp_path / "w.safetensors")) == set(filled(3.0))
+    # Weights that were asked for by name must be there.
+    assert tool.main([str(tmp_path / "w.pt"), str(tmp_path / "x.safetensors"), "--prefer", "ema"]) == 2
+    assert "has no 'ema' weights, got keys ['epoch', 'state_dict']" in capsys.readouterr().err
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html></html>")
+    assert tool.main([str(tmp_path / "page.pt"), str(tmp_path / "x.safetensors")]) == 2
+    assert "page.pt' is a web page, from a download that failed" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_wrap_writes_what_speedit_loads(tool: ModuleType, tmp_path: Path) -> None:
     save_file(filled(3.0), tmp_path / "w.safetensors")
     assert tool.main([str(tmp_path / "w.safetensors"), str(tmp_path / "w.pt"), "--wrap", "ema"]) == 0

@@ -90,7 +90,7 @@ def test_a_run_resumes_within_an_epoch_to_the_bit(
     # An epoch has six steps.
     whole = weights("whole", 9)
     said = capsys.readouterr().out.splitlines()
-    assert {"samples: 24", "classes: 2: ant, bee", "steps per epoch: 6 of 4 samples"} <= set(said)
+    assert {"samples: 24", "classes: 2 (ant, bee)", "steps per epoch: 6 of 4 samples"} <= set(said)
     assert weights("halves", 4, 9) == whole
     # The same images in the same order, if they are not shuffled in windows.
     assert (weights_of_folder(data, tmp_path) == whole) == (kind != "tars")

@@ -21,6 +21,7 @@ from speedit_plugins.cli import main
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import FEATURES, build
+from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.sampling import sample
 from speedit_plugins.trainer.logging.tracking import read_metrics
@@ -86,6 +87,23 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(tmp_path: Path, 
     # On a device an embedding's gradients add up in no fixed order. AdamW can turn a difference in the last
     # bit into that share of a step, and a step is 2e-3 long.
     assert_close(rest.averaged_weights(), whole.averaged_weights(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_FACTS)
+def test_the_state_of_every_optimizer_is_restored_to_the_bit_and_to_its_device(
+    tmp_path: Path, name: str
+) -> None:
+    options = {"device": "cuda", "optimizer__type": name, "model__hidden_size": 64}
+    trainer = small_trainer(tmp_path, **options)
+    train(trainer, 3)
+    again = small_trainer(tmp_path, **options)
+    again.restore(trainer.save())
+    found, expected = (
+        [engine.optimizer.state[master.key] for master in engine.masters]
+        for engine in (again.engine, trainer.engine)
+    )
+    assert_close(found, expected, rtol=0, atol=0, check_device=True)
+    train(again, 1)
 
 
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:

@@ -146,7 +146,22 @@ def test_a_signal_in_inference_says_how_far_it_was_and_leaves_no_half_set(
     (line,) = error_lines(capfd.readouterr().err)
     assert line == "speedit: interrupted after 4 of 8 images; none of them is kept"
     assert list((tmp_path / "inference").iterdir()) == []
+    # What a killed one left is drawn again; what another one draws is left alone.
+    partial = tmp_path / "inference" / "step_0000001_ddpm4_n8_cfg1_seed0.tmp"
+    partial.mkdir()
+    (partial / "000099.png").write_text("left")
+    lock = "fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX)"
+    code = f"import fcntl, os, sys; {lock}; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, partial], stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert speedit("inference", tmp_path, num_samples=8, per_proc_batch_size=4) == 2
+        (line,) = error_lines(capfd.readouterr().err)
+        assert line.startswith(f"speedit: error: another inference is writing {partial}; wanted")
+        assert (partial / "000099.png").exists()
+        other.kill()
     assert speedit("inference", tmp_path, num_samples=8, per_proc_batch_size=4) == 0
+    assert len(list(partial.with_suffix("").iterdir())) == 8
 
 
 @contextmanager

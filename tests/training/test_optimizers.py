@@ -17,6 +17,7 @@ from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.parallel import optimizers
 from speedit_plugins.trainer.parallel.master_weights import TRAINING_POINT
+from speedit_plugins.trainer.training.dry_run import describe
 from speedit_plugins.trainer.training.trainer import Trainer
 
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}
@@ -217,7 +218,7 @@ def test_the_config_knows_the_parameters_and_defaults_of_each_optimizer(name: st
             {"type": "Mine"},
             r"optimizer\.lr: missing; wanted float > 0 for the optimizer Mine, which is not one",
         ),
-        ({"type": "AdamV"}, r"optimizer\.lr: missing; .*not one of this package; did you mean 'AdamW'\?"),
+        ({"type": "AdamV"}, r"optimizer\.type: wanted one of AdamW, .*got 'AdamV'; did you mean 'AdamW'\?"),
         ({"parameters": "{eps: 1}"}, r"optimizer\.parameters: unknown key"),
     ],
 )
@@ -280,6 +281,7 @@ def test_another_type_drops_rate_and_parameters_and_keeps_what_the_trainer_does(
     stated = {"optimizer__warmup_steps": 7, "optimizer__schedule": "linear", "optimizer__max_grad_norm": 1.0}
     options = small_config(tmp_path, **stated).optimizer
     assert (options.lr, options.betas, options.weight_decay) == (2e-3, (0.9, 0.999), 0.0)
+    assert small_config(tmp_path, optimizer="Muon", ema="none").optimizer.type == "Muon"
     options = small_config(tmp_path, optimizer__type="Prodigy", **stated).optimizer
     assert (options.lr, options.warmup_steps, options.schedule, options.max_grad_norm) == (
         1.0,
@@ -287,6 +289,35 @@ def test_another_type_drops_rate_and_parameters_and_keeps_what_the_trainer_does(
         "linear",
         1.0,
     )
+
+
+def test_a_parameter_that_shapes_the_state_stays_what_it_was(tmp_path: Path) -> None:
+    path = steps(small_trainer(tmp_path, **options_of("Prodigy")), 1).save()
+    changed = small_trainer(tmp_path, **options_of("Prodigy"), optimizer__slice_p=11)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"optimizer\.slice_p was 1, got 11; it decides the shape"
+    ):
+        changed.restore(path)
+
+
+def test_the_dry_run_counts_the_state_of_the_optimizer_and_the_averages(tmp_path: Path) -> None:
+    weights = 4 * sum(p.numel() for p in small_trainer(tmp_path).model.parameters())
+
+    def said(**changes: Any) -> str:
+        return describe(small_config(tmp_path, **changes)).splitlines()[2]
+
+    # All but the table of positions, 4 x 32, is trained.
+    trained = weights - 4 * 4 * 32
+    for size, changes, what in (
+        (weights + 4 * trained, {}, "AdamW, EMA in fp32"),
+        (weights + 1.5 * trained, {"optimizer__type": "AdamW8bit", "ema": "none"}, "AdamW8bit in fp32"),
+        (
+            weights + 3 * trained,
+            {"optimizer__type": "Adafactor", "ema": "power"},
+            "Adafactor, 2 EMAs in fp32",
+        ),
+    ):
+        assert said(**changes) == f"training state     {size / 2**20:.1f} MiB (weights, gradients, {what})"
 
 
 @pytest.mark.parametrize("name", PACKAGES)

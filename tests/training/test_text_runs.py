@@ -149,6 +149,11 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
             ("inpainting=RandomMasks",),
             "inpainting does not fit the model PixArt",
         ),
+        (
+            MOVING,
+            ("inpainting=RandomMasks",),
+            "inpainting: fills images; wanted num_frames 0, got 4",
+        ),
         (DIGITS, ("diffusion.shift=3",), "diffusion.shift: has no effect with diffusion.type SpeeDiffusion"),
         (
             EMOJI,

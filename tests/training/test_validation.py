@@ -115,7 +115,7 @@ def test_held_out_samples_are_never_trained_on(tmp_path: Path) -> None:
     assert isinstance(trainer.loader.dataset, Part)
     assert trainer.loader.dataset.indices.tolist() == trained.indices.tolist()
     lines = dict(data_lines(trainer.loader.dataset, batch_size=16))
-    assert (lines["samples"], lines["left out"]) == ("1,597", "held out: 200")
+    assert (lines["samples"], lines["left out"]) == ("1,597", "held out for validation (200)")
     with pytest.raises(
         ValueError, match="held_out_samples needs to be less than the 1797 samples .* got 1797"
     ):

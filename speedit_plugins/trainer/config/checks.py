@@ -202,6 +202,8 @@ def _check_text(config: ExperimentConfig) -> None:
 
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
+    if config.inpainting is not None and config.num_frames:
+        raise ConfigError("inpainting", f"fills images; wanted num_frames 0, got {config.num_frames}")
     is_filling = phase == "sample" and config.inpainting is not None
     keys = ("inpaint_image", "inpaint_mask")
     is_given = any(getattr(config, key) is not None for key in keys)

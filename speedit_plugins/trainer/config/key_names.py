@@ -197,7 +197,7 @@ SENTENCES: dict[tuple[str, ...], str] = {
     ("use_gradient_checkpointing", "gradient_checkpointing", "grad_checkpoint", "grad_checkpointing"): (
         "where a model has it, it is model.gradient_checkpointing"
     ),
-    ("lora", "lora_rank", "rank", "network_dim", "use_lora"): "it is model.lora_rank of the model UNet",
+    ("lora", "lora_rank", "rank", "network_dim", "use_lora"): "it is lora.rank",
 }
 
 # What others call a value, by the value here. It counts where the key takes that value.

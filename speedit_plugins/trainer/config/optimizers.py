@@ -22,6 +22,7 @@ class OptimizerFacts:
         plugins: the values of `plugin` that it works with.
         state_bytes: bytes of state for each trained weight, of a large matrix.
         schedules: whether a learning rate that falls makes sense with it.
+        fixed: parameters that decide the shape of its state, so that a resumed run cannot change them.
     """
 
     lr: float
@@ -29,6 +30,7 @@ class OptimizerFacts:
     plugins: tuple[str, ...] = WHOLE_PARAMETERS
     state_bytes: float = 8.0
     schedules: bool = True
+    fixed: tuple[str, ...] = ()
 
 
 _ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0, "eps": 1e-8}
@@ -55,6 +57,7 @@ OPTIMIZER_FACTS: dict[str, OptimizerFacts] = {
             "slice_p": 1,
         },
         state_bytes=16.0,
+        fixed=("slice_p",),
     ),
     # The rate of the authors' own AdamW. Source: Defazio et al. 2024, arXiv:2405.15682.
     "AdamWScheduleFree": OptimizerFacts(2.5e-3, {**_ADAM, "r": 0.0, "weight_lr_power": 2.0}, schedules=False),

@@ -107,9 +107,10 @@ class ExperimentConfig:
     """Optimizer steps of the training; required in train."""
     resume: str = "auto"
     """`auto` goes on from the newest checkpoint in `experiment_dir`, or starts; `never` starts and refuses to
-    write over a run; a path goes on from that checkpoint."""
+    write over a run; a path goes on from that checkpoint, or from the newest of that run's folder."""
     pretrained: str | None = None
-    """Weights that a new training starts from. With `lora` they are read again whenever its adapters are."""
+    """Weights that a new training starts from: a file, a checkpoint, or a run's folder with its newest. With
+    `lora` they are read again whenever its adapters are."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Trains low-rank adapters in place of all weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -155,8 +156,8 @@ class ExperimentConfig:
     """Project of the W&B run."""
 
     ckpt_path: str | None = None
-    """The checkpoint that inference and sample draw with. null is the newest in `experiment_dir`; `best` is
-    the one of `keep_best`."""
+    """The checkpoint that inference and sample draw with, or a run's folder, whose newest is taken. null is
+    the newest in `experiment_dir`; `best` is the one of `keep_best`."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How samples are drawn."""
     guidance_scale: float = limited(1.0, at_least=0)

@@ -154,8 +154,8 @@ class EmaConfig:
     ramp: bool = True
     """Limits the decay to (1 + n) / (10 + n) after n steps, so that the average forgets the start sooner."""
     sigma_rel: list[float] = limited_list([0.05, 0.1], above=0, below=0.288)
-    """Lengths of `power` averages, as EDM2's relative standard deviation: 0.1 averages over about the last
-    tenth of the steps so far. Samples are drawn with the first."""
+    """Lengths of `power` averages: standard deviation of the steps in one, as a share of the training so far.
+    Samples are drawn with the first."""
     snapshot_every: int = limited(0, at_least=0)
     """Steps between snapshots of `power` averages in `snapshots/`, from which tools/posthoc_ema.py makes
     averages of other lengths; 0 keeps none."""

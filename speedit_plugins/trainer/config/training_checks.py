@@ -2,11 +2,11 @@
 
 from dataclasses import fields
 
-from speedit_plugins.registry import nearest
+from speedit_plugins.trainer.config.key_names import key_hint, value_hint
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import REST, EmaConfig, OptimizerConfig
-from speedit_plugins.trainer.config.validation import ConfigError
+from speedit_plugins.trainer.config.validation import ConfigError, key_paths
 
 # Which schedule a key belongs to, and whether that schedule needs it.
 _SCHEDULE_KEYS = {
@@ -38,7 +38,7 @@ def check_optimizer_keys(options: OptimizerConfig) -> None:
     known += [key for key in ("betas", "weight_decay") if key in facts.parameters]
     for name in options.parameters:
         if name not in facts.parameters:
-            close = nearest(name, known).replace("mean '", "mean 'optimizer.")
+            close = key_hint(name, "optimizer", known, list(key_paths()))
             raise ConfigError(
                 f"optimizer.{name}", f"unknown key{close}; known for {options.type}: {', '.join(known)}"
             )
@@ -62,9 +62,10 @@ def check_optimizer(config: ExperimentConfig) -> None:
             reason = f"{options.type} needs none; wanted constant, got {options.schedule}"
             raise ConfigError("optimizer.schedule", reason)
     elif options.lr is None:
-        close = nearest(options.type, OPTIMIZER_FACTS)
-        what = f"the optimizer {options.type}, which is not one of this package{close}"
-        raise ConfigError("optimizer.lr", f"missing; wanted float > 0 for {what}")
+        own = "; one of your own needs optimizer.lr"
+        close = value_hint(options.type, tuple(OPTIMIZER_FACTS))
+        known = ", ".join(OPTIMIZER_FACTS)
+        raise ConfigError("optimizer.type", f"wanted one of {known}, got {options.type!r}{close}{own}")
     if options.min_lr and options.schedule == "constant":
         raise ConfigError("optimizer.min_lr", "has no effect with schedule constant; wanted 0")
     if options.lr is not None and options.min_lr > options.lr:

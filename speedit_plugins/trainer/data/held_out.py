@@ -4,13 +4,11 @@ Dims: N samples of the whole dataset.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speedit_plugins.trainer.data.identity import Identified, Identity
 from speedit_plugins.trainer.data.loader import HELD_OUT_STREAM, SampleSource, stream_seed
 from speedit_plugins.trainer.data.order import ChunkedOrder
 
@@ -18,51 +16,43 @@ from speedit_plugins.trainer.data.order import ChunkedOrder
 class Part:
     """Some samples of a dataset, as a dataset of their own.
 
-    `buckets` and `chunked` are those of the samples, None where the dataset has none. `classes` are the names
-    of the whole dataset's classes, empty if it names none. `num_corrupt` counts in the whole dataset, and
-    `left_out` has its files that are not used, and the samples that are held out.
+    `buckets` are those of the samples, None without buckets. `chunked` is how they are stored, None if that
+    does not matter. `classes` are the names of the whole dataset's classes, empty if it names none. What the
+    whole dataset counts (`left_out`, `num_corrupt`) and what it consists of (`identity`, `name`) hold for a
+    part too.
 
     Args:
         whole: the dataset.
         indices: which of its samples, int64.
-        num_held_out: samples that are held out of this part.
     """
 
-    def __init__(self, whole: SampleSource, indices: Tensor, *, num_held_out: int = 0) -> None:
+    def __init__(self, whole: SampleSource, indices: Tensor) -> None:
         self.whole, self.indices = whole, indices
         buckets: Tensor | None = getattr(whole, "buckets", None)
         self.buckets = None if buckets is None else buckets[indices].contiguous()
         chunked: ChunkedOrder | None = getattr(whole, "chunked", None)
-        self.chunked = None if chunked is None else replace(chunked, chunks=chunked.chunks[indices])
+        if chunked is not None:
+            chunked = ChunkedOrder(chunked.chunks[indices].contiguous(), chunked.window)
+        self.chunked = chunked
         self.classes: tuple[str, ...] = tuple(getattr(whole, "classes", ()))
-        self.num_classes: int = getattr(whole, "num_classes", 0)
-        self.left_out = {**(getattr(whole, "left_out", None) or {}), "held out": num_held_out}
+        self.num_classes = int(getattr(whole, "num_classes", 0))
+        self.num_captions = len(self) if getattr(whole, "num_captions", 0) else 0
+        self.left_out: dict[str, int] = dict(getattr(whole, "left_out", {}))
+        for method in ("identity", "name"):
+            if hasattr(whole, method):
+                setattr(self, method, getattr(whole, method))
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def num_corrupt(self) -> int:
+        """Number of damaged samples of the whole dataset found so far by all workers."""
+        return int(getattr(self.whole, "num_corrupt", 0))
+
     def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
         """The sample of the whole dataset at `indices[index]`."""
         return self.whole.load(int(self.indices[index]), generator)
-
-    @property
-    def num_corrupt(self) -> int | None:
-        """Number of damaged files found so far; None if the dataset does not count them."""
-        return getattr(self.whole, "num_corrupt", None)
-
-
-class IdentifiedPart(Part):
-    """A part of a dataset that knows what it consists of."""
-
-    def identity(self) -> Identity:
-        """That of the whole dataset. Which samples are meant follows from their number and the seed."""
-        assert isinstance(self.whole, Identified)
-        return self.whole.identity()
-
-    def name(self, index: int) -> str:
-        """Name of a sample of the whole dataset, as `identity.differences` asks for it."""
-        name = getattr(self.whole, "name", None)
-        return f"sample {index}" if name is None else str(name(index))
 
 
 def hold_out(dataset: SampleSource, num_samples: int, *, seed: int) -> tuple[Part, Part]:
@@ -84,5 +74,6 @@ def hold_out(dataset: SampleSource, num_samples: int, *, seed: int) -> tuple[Par
     generator = torch.Generator().manual_seed(stream_seed(seed, HELD_OUT_STREAM))
     order = torch.randperm(len(dataset), generator=generator)
     held, trained = order[:num_samples].sort().values, order[num_samples:].sort().values
-    part = IdentifiedPart if isinstance(dataset, Identified) else Part
-    return part(dataset, trained, num_held_out=num_samples), part(dataset, held)
+    part = Part(dataset, trained)
+    part.left_out["held out for validation"] = num_samples
+    return part, Part(dataset, held)

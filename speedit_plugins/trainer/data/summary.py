@@ -43,7 +43,7 @@ def data_lines(
     left_out: Mapping[str, int] = {k: n for k, n in (getattr(dataset, "left_out", None) or {}).items() if n}
     if left_out:
         lines.append(
-            ("left out", _shortened([f"{reason}: {number:,}" for reason, number in left_out.items()]))
+            ("left out", _shortened([f"{reason} ({number:,})" for reason, number in left_out.items()]))
         )
     return lines
 
@@ -67,7 +67,7 @@ def _classes(dataset: Any) -> list[Line]:
     number = len(names) or getattr(dataset, "num_classes", 0)
     if not number:
         return []
-    return [("classes", f"{number:,}" + (f": {_shortened(list(map(str, names)))}" if names else ""))]
+    return [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
 
 
 def _captions(dataset: Any, size: int) -> list[Line]:
@@ -87,8 +87,8 @@ def _buckets(buckets: torch.Tensor, batch_size: int, shapes: Sequence[Sequence[i
         for number in numbers
     ]
     pairs = sorted(zip(counts, names, strict=True), reverse=True)
-    lines = [("buckets", _shortened([f"{name}: {count:,}" for count, name in pairs]))]
-    starved = [f"{name}: {count:,}" for count, name in pairs if count < batch_size]
+    lines = [("buckets", _shortened([f"{name} ({count:,})" for count, name in pairs]))]
+    starved = [f"{name} ({count:,})" for count, name in pairs if count < batch_size]
     if starved:
         number = _counted(len(starved), "bucket")
         text = f"{number} with fewer samples than a batch ({batch_size}): {_shortened(starved)}"

@@ -96,6 +96,11 @@ class Latte(DiT):
         self.temp_embed = nn.Parameter(torch.empty(1, num_frames, hidden_size), requires_grad=False)
         self._reset_frames()
 
+    @property
+    def taken_frames(self) -> range:
+        """Numbers of frames that a clip may have."""
+        return range(1, self.num_frames + 1)
+
     def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
         """Prediction for a noised clip. Channels come before frames here; in Vchitect/Latte they come after.
 

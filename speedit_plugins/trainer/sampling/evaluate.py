@@ -47,6 +47,7 @@ from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
+from speedit_plugins.trainer.sampling.finite import of_one_value
 from speedit_plugins.trainer.sampling.pairs import measure_pairs
 from speedit_plugins.trainer.sampling.sample_sets import (
     SampleSet,
@@ -322,16 +323,24 @@ def _collected(
 ) -> Collected:
     """`collect` with a progress bar."""
 
+    flat = 0
+
     def shown() -> Iterator[Tensor]:
+        nonlocal flat
         for batch in images.batches(options.batch_size):
+            flat += of_one_value(batch)
             yield batch
             bar.update(len(batch))
 
     with progress(name, total=len(images), unit="video" if images.is_video else "image") as bar:
         try:
-            return collect(shown(), extractor, num_samples=len(images), kinds=kinds)
+            collected = collect(shown(), extractor, num_samples=len(images), kinds=kinds)
         except ValueError as error:
             raise ValueError(f"{name}, {images.source}: {error}") from error
+    if flat:
+        # Other programs write samples that are not finite as black images.
+        say(f"warning: {flat} of {len(images)} in {images.source} have the same value in every pixel")
+    return collected
 
 
 def _clip_score(config: ExperimentConfig, samples: SampleSet) -> MetricValue:

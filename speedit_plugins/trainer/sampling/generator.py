@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.best_checkpoint import BEST, read_best
+from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -24,6 +25,7 @@ from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
 from speedit_plugins.trainer.starting_weights import load_trained
+from speedit_plugins.trainer.terminal import say
 
 
 class SampleGenerator:
@@ -140,7 +142,7 @@ class SampleGenerator:
 
 def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
     """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path."""
-    source = find_weights(config)
+    source = find_weights(config, tell=say)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)
@@ -151,10 +153,11 @@ def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSo
     return SampleGenerator(model, process, encoder, config, source=source), captions, source
 
 
-def find_weights(config: ExperimentConfig) -> Path:
+def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | None = None) -> Path:
     """`ckpt_path`, or else the folder of the newest checkpoint that is not damaged.
 
-    `ckpt_path: best` is the checkpoint that `keep_best` kept in the training.
+    A run's folder as `ckpt_path` means its newest checkpoint; `tell` gets a line that says so. `best` is the
+    checkpoint that `keep_best` kept in the training.
 
     Raises:
         ValueError: there is neither, or it has no averaged weights, or the best checkpoint is damaged.
@@ -164,7 +167,11 @@ def find_weights(config: ExperimentConfig) -> Path:
     named = config.ckpt_path
     if named == BEST:
         return _best(checkpoints)
-    source = Path(named) if named else checkpoint.newest_whole(found, only=checkpoint.EMA)
+    source = (
+        named_checkpoint(named, "ckpt_path", say=tell)
+        if named
+        else checkpoint.newest_whole(found, only=checkpoint.EMA)
+    )
     if source is None:
         raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
     if source.is_dir() and not (source / checkpoint.sampled_file(source)).is_file():

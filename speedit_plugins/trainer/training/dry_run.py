@@ -15,7 +15,7 @@ from speedit_plugins.trainer.models.interface import example_inputs
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
 from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.training.data_centre import is_centred_by_data
-from speedit_plugins.trainer.training.validation import of_validation
+from speedit_plugins.trainer.training.validation import of_validation, training_part
 
 
 def describe(config: ExperimentConfig) -> str:
@@ -63,7 +63,7 @@ def _data(config: ExperimentConfig) -> list[tuple[str, str]]:
         data = dataclasses.replace(config.data, dataset={**section, "verify": False})
         config = dataclasses.replace(config, data=data)
     try:
-        dataset = build.build_dataset(config)
+        dataset = training_part(config, build.build_dataset(config))
     except (ValueError, OSError, ImportError) as error:
         return [("data", f"cannot be used: {' '.join(str(error).split())}")]
     return data_lines(dataset, **build.summary_options(config))

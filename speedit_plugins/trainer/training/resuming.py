@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from speedit_plugins.trainer.checkpoint import Saved
+from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import EmaConfig
 from speedit_plugins.trainer.config.validation import build_section
@@ -25,11 +26,24 @@ def restore_optimizer(
     Raises:
         ValueError: the state does not fit the optimizer.
     """
-    before, now = was.get("optimizer", {}).get("type", "AdamW"), config.optimizer.type
+    options = was.get("optimizer", {})
+    before, now = options.get("type", "AdamW"), config.optimizer.type
     if before == now:
+        _check_fixed(options, config)
         engine.load_moments(saved.moments, saved.state.get("optimizer", {}))
     elif runtime.is_main:
         say(f"the optimizer was {before} and is {now}: its state begins anew, the weights go on")
+
+
+def _check_fixed(was: Mapping[str, Any], config: ExperimentConfig) -> None:
+    facts = OPTIMIZER_FACTS.get(config.optimizer.type)
+    if facts is None:
+        return
+    for name in facts.fixed:
+        default = facts.parameters[name]
+        before, now = was.get(name, default), config.optimizer.parameters.get(name, default)
+        if before != now:
+            raise ValueError(f"optimizer.{name} was {before}, got {now}; it decides the shape of the state")
 
 
 def restore_average(

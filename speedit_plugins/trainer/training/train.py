@@ -2,11 +2,13 @@
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.summary import data_lines, skipped_line
@@ -49,6 +51,9 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     if resumed is not None:
         # Before a name is looked up that one of the imports may have registered.
         _check_imports(config, resumed)
+    if config.pretrained is not None and (resumed is None or Path(config.pretrained).is_dir()):
+        start = named_checkpoint(config.pretrained, "pretrained", say=say if runtime.is_main else None)
+        config = replace(config, pretrained=str(start))
     config = centred(config, runtime, resumed)
     trainer = build_trainer(config, runtime, weights=None if resumed else config.pretrained)
     if resumed is not None:
@@ -92,10 +97,11 @@ def _tracker(config: ExperimentConfig, trainer: Trainer) -> Tracker:
 def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = None) -> Path | None:
     """The checkpoint that `resume` asks for, with its files verified; None for a fresh start. Collective.
 
-    `auto` takes the newest checkpoint that is not damaged, and prints a line for each damaged one.
+    `auto` takes the newest checkpoint that is not damaged, and prints a line for each damaged one. The folder
+    of a run means its newest checkpoint.
 
     Raises:
-        ValueError: steps of the run in `experiment_dir` would be lost.
+        ValueError: steps of the run in `experiment_dir` would be lost, or the path is no checkpoint.
         CheckpointError: the named checkpoint is damaged, or with `auto` all of them are.
     """
     runtime = runtime or Runtime()
@@ -112,7 +118,7 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
                 " experiment_dir, or resume: auto"
             )
         return None
-    path = Path(config.resume)
+    path = named_checkpoint(config.resume, "resume", say=say if runtime.is_main else None)
     if not path.is_dir():
         raise ValueError(f"resume needs auto, never or a checkpoint's folder, got {config.resume!r}")
     if found and checkpoint.step_of(found[0]) > checkpoint.step_of(path):

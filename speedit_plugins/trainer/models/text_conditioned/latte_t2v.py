@@ -82,6 +82,11 @@ class LatteT2V(TextConditioned):
             gradient_checkpointing=gradient_checkpointing,
         )
 
+    @property
+    def taken_frames(self) -> tuple[int, ...]:
+        """Numbers of frames that a clip may have."""
+        return tuple(sorted({1, cast(int, self.num_frames)}))
+
     def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         num_frames = x.shape[2]
         if num_frames not in (1, self.num_frames):

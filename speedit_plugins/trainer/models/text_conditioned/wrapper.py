@@ -68,8 +68,8 @@ class TextConditioned(nn.Module):
         self.input_size, self.in_channels, self.num_frames = input_size, in_channels, num_frames
         self.extra_channels = int(config_value(net, "in_channels")) - in_channels
         # A UNet has no patches.
-        patch_size = int(cast(Any, net).config.get("patch_size") or 1)
-        self.num_tokens = (num_frames or 1) * (input_size // patch_size) ** 2
+        self.patch_size = int(cast(Any, net).config.get("patch_size") or 1)
+        self.num_tokens = (num_frames or 1) * (input_size // self.patch_size) ** 2
         self.text_width, self.text_length, self.learn_sigma = text_width, text_length, learn_sigma
         self.out_channels = int(config_value(net, "out_channels"))
         wanted = in_channels * (2 if learn_sigma else 1)

@@ -1,0 +1,75 @@
+"""The folder of a run in place of a checkpoint, and steps that are not there."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import arguments
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+
+
+def speedit(phase: str, folder: Path, **changes: object) -> int:
+    return main(["-c", "configs/image/digits/speedit.yaml", "-p", phase, *arguments(folder, **changes)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("run")
+    assert speedit("train", folder, max_training_steps=5, ckpt_every=2) == 0
+    return folder
+
+
+def test_a_run_means_its_newest_checkpoint(run: Path) -> None:
+    newest = run / "checkpoints" / "step_0000005"
+    said: list[str] = []
+    for path in (run, run / "checkpoints"):
+        assert named_checkpoint(path, "resume", say=said.append) == newest
+    assert said == [
+        f"resume: {path} has steps 2, 4, 5 in {run}/checkpoints; the newest is taken, {newest}"
+        for path in (run, run / "checkpoints")
+    ]
+    # A checkpoint and a file are what they are, and nothing is said.
+    for path in (newest, newest / "ema.safetensors", run / "checkpoints" / "step_0000002"):
+        assert named_checkpoint(path, "resume", say=said.append) == path
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("name", ["step_0000003", "3", "step_4"])
+def test_a_step_that_is_not_there_lists_those_that_are(run: Path, name: str) -> None:
+    hint = f"; did you mean {run}/checkpoints/step_0000004?" if name == "step_4" else ""
+    message = f"got no {run}/checkpoints/{name}{hint}; there are steps 2, 4, 5 in {run}/checkpoints"
+    for key in ("resume", "ckpt_path", "pretrained"):
+        with pytest.raises(ValueError, match=f"^{key} needs a checkpoint, {re.escape(message)}$"):
+            named_checkpoint(run / "checkpoints" / name, key)
+
+
+def test_every_key_takes_the_folder_of_a_run(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / "checkpoints" / "step_0000005"
+    assert speedit("train", tmp_path / "branch", resume=run, max_training_steps=6) == 0
+    assert f"going on from {newest}" in capfd.readouterr().out
+    assert speedit("train", tmp_path / "tuned", pretrained=run, max_training_steps=1) == 0
+    out = capfd.readouterr().out
+    assert f"pretrained: {run} has steps 2, 4, 5" in out
+    assert f"fine-tuning from {newest}: " in out
+    assert speedit("sample", tmp_path, ckpt_path=run, sample_classes="[1]", samples_per_class=1) == 0
+    assert f"with the weights of {newest}" in capfd.readouterr().out
+    assert speedit("inference", tmp_path, ckpt_path=run, num_samples=2) == 0
+    assert capfd.readouterr().out.count("the newest is taken") == 1
+    for phase, key in (("train", "resume"), ("train", "pretrained"), ("sample", "ckpt_path")):
+        assert speedit(phase, tmp_path / "x", **{key: run / "checkpoints" / "step_3"}) == 2
+        assert "there are steps 2, 4, 5 in" in capfd.readouterr().err
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "first")
+    assert speedit("train", tmp_path / "tuned", pretrained=tmp_path / "first", max_training_steps=1) == 0
+    shutil.rmtree(tmp_path / "first")
+    assert speedit("train", tmp_path / "tuned", pretrained=tmp_path / "first", max_training_steps=2) == 0
+    assert checkpoint.newest(tmp_path / "tuned" / "checkpoints") is not None
