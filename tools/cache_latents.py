@@ -48,7 +48,7 @@ from speedit_plugins.trainer.data.latents.shards import (
     append_shard,
     start_or_resume,
 )
-from speedit_plugins.trainer.data.latents.source import check_same_source, identity_of
+from speedit_plugins.trainer.data.latents.source import CLASSES, check_same_source, identity_of
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.inputs import Encoder
 from speedit_plugins.trainer.models.text import CaptionSource
@@ -146,6 +146,8 @@ def cache(
         made_from["null_text_sha256"] = hashlib.sha256(null_text).hexdigest()
         if max_captions > 1:
             made_from["max_captions"] = max_captions
+    if classes := getattr(dataset, "classes", ()):
+        made_from[CLASSES] = list(classes)
     made_from |= identity_of(dataset)
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
     for note in check_same_source(folder, index.made_from, dataset):

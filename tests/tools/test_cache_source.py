@@ -134,13 +134,18 @@ def test_a_cache_of_an_earlier_version_is_used_with_a_line(
     command = ["-c", str(config), "--out", str(tmp_path)]
     assert tool.main(command) == 0
     index = json.loads((tmp_path / "index.json").read_text())
-    del index["made_from"]["identity"]
+    names = build(DATASETS, {"type": "LatentCache", "root": str(tmp_path)}).classes
+    assert list(names) == index["made_from"]["classes"]
+    assert len(names) == index["made_from"]["num_classes"]
+    del index["made_from"]["identity"], index["made_from"]["classes"]
     (tmp_path / "index.json").write_text(json.dumps(index))
     capsys.readouterr()
     assert tool.main(command) == 0
     said = f"the cache in {tmp_path} is not compared with its images: it does not say what"
     assert said in capsys.readouterr().out
-    assert set(build(DATASETS, {"type": "LatentCache", "root": str(tmp_path)}).identity()) == {"latents"}
+    older = build(DATASETS, {"type": "LatentCache", "root": str(tmp_path)})
+    assert set(older.identity()) == {"latents"}
+    assert older.classes == ()
     assert said in capsys.readouterr().out
 
 

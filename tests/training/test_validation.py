@@ -15,8 +15,11 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.best_checkpoint import note_best, read_best
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
+from speedit_plugins.trainer.data.identity import Identified
 from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.data.loader import ResumableLoader
+from speedit_plugins.trainer.data.order import ChunkedOrder
+from speedit_plugins.trainer.data.summary import data_lines
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.sampling.generator import find_weights
@@ -111,6 +114,8 @@ def test_held_out_samples_are_never_trained_on(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, data__held_out_samples=200, seed=3)
     assert isinstance(trainer.loader.dataset, Part)
     assert trainer.loader.dataset.indices.tolist() == trained.indices.tolist()
+    lines = dict(data_lines(trainer.loader.dataset, batch_size=16))
+    assert (lines["samples"], lines["left out"]) == ("1,597", "held out for validation (200)")
     with pytest.raises(
         ValueError, match="held_out_samples needs to be less than the 1797 samples .* got 1797"
     ):
@@ -126,6 +131,26 @@ def test_buckets_stay_with_their_samples() -> None:
         assert part.buckets is not None
         assert_close(part.buckets, part.indices % 3)
     assert next(ResumableLoader(trained, batch_size=8))["image"].shape == (8, 1, 8, 8)
+
+
+def test_a_part_keeps_chunks_and_the_identity_of_its_dataset() -> None:
+    class Chunked(Digits):
+        chunked = ChunkedOrder(torch.arange(1797) // 100, window=2)
+        num_corrupt = 3
+
+    whole = Chunked()
+    trained, held = hold_out(whole, 300, seed=0)
+    for part in (trained, held):
+        assert part.chunked is not None
+        assert_close(part.chunked.chunks, part.indices // 100)
+        assert part.num_corrupt == 3
+        assert isinstance(part, Identified)
+        assert part.identity() == Digits().identity()
+    # Changed data are noticed as without samples held out.
+    loader = ResumableLoader(trained, batch_size=8)
+    state = {**loader.state_dict(), "identity": {"contents": "1:000000000000"}}
+    with pytest.raises(ValueError, match="belongs to other data: the built-in data differ"):
+        loader.load_state_dict(state)
 
 
 def test_a_run_with_held_out_samples_goes_on(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from speedit_plugins.files import sha256_of
 from speedit_plugins.registry import DATASETS
 from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.latents.shards import INDEX, TensorShards, read_index
-from speedit_plugins.trainer.data.latents.source import IDENTITY, compare_with_source, speaks
+from speedit_plugins.trainer.data.latents.source import CLASSES, IDENTITY, compare_with_source, speaks
 from speedit_plugins.trainer.terminal import say
 
 LATENTS = ("latent_mean", "latent_std")
@@ -35,6 +35,7 @@ class LatentCache:
 
     Attributes:
         num_classes: number of classes of the encoded dataset.
+        classes: their names by number; empty if the dataset has none, or an earlier version wrote the cache.
         image_size: side of the encoded images in pixels.
         channels: C.
         encoder_fingerprint: `fingerprint()` of the encoder that wrote the cache.
@@ -101,6 +102,7 @@ class LatentCache:
             )
         self.random_flip = FLIPPED[0] in index.tensors if random_flip is None else random_flip
         self.num_classes: int = index.made_from["num_classes"]
+        self.classes: tuple[str, ...] = tuple(index.made_from.get(CLASSES, ()))
         self.image_size: int = index.made_from["image_size"]
         self.encoder_fingerprint: str = index.made_from["encoder_fingerprint"]
         self.channels: int = index.tensors[LATENTS[0]]["shape"][0]

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from speedit_plugins.files import sha256_of, write_whole
-from speedit_plugins.trainer.data.latents.source import IDENTITY, without_places
+from speedit_plugins.trainer.data.latents.source import CLASSES, IDENTITY, without_places
 
 INDEX = "index.json"
 FORMAT = 1
@@ -140,6 +140,9 @@ def start_or_resume(folder: Path, *, made_from: Mapping[str, Any], num_samples: 
         was, now = (without_places(each.made_from) for each in (found, index))
     else:
         was, now = ({**each.made_from, IDENTITY: None} for each in (found, index))
+    # Names are part of the identity. A cache of an earlier version has none, and goes on without.
+    for each in (was, now):
+        each.pop(CLASSES, None)
     differences = _differences({"num_samples": found.num_samples, **was}, {"num_samples": num_samples, **now})
     if differences:
         raise ValueError(

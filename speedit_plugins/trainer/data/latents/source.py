@@ -9,7 +9,7 @@ from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.data.identity import TIMES, Identified, differences
 
 # Key of the dataset's identity in what a cache was made from.
-IDENTITY = "identity"
+IDENTITY, CLASSES = "identity", "classes"
 # Options of datasets that say where the data are, not what they are: they may be moved as a whole.
 PLACES = ("captions_file", "root", "table")
 
