@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
-from speedit_plugins.trainer.models.weights import first_line, read_checkpoint
+from speedit_plugins.trainer.models.weights import check_file, first_line, read_checkpoint
 
 # The key of a safetensors file's metadata that holds the `Adapters` of the file, as JSON.
 RECORD = "lora"
@@ -122,6 +122,7 @@ def read_adapters(path: Path) -> Adapters | None:
     """
     if path.suffix != ".safetensors" or not path.is_file():
         return None
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             record = (file.metadata() or {}).get(RECORD)
