@@ -135,7 +135,7 @@ class ExperimentConfig:
     validate_samples: int = limited(500, at_least=1)
     """Samples of a validation, each at ten timesteps: at most this many of those that there are."""
     evaluate_every: int = limited(0, at_least=0)
-    """Steps between evaluations in training, which draw samples and measure `evaluation.metrics`; 0 makes
+    """Steps between evaluations in training. Each draws samples and measures `evaluation.metrics`; 0 makes
     none."""
     evaluate_samples: int = limited(1000, at_least=2)
     """Samples that an evaluation in training draws."""

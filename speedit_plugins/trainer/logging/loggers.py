@@ -114,7 +114,7 @@ class TensorBoardLogger:
                 self._writer.add_scalar(name, value, step)
 
     def add_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Adds PNG files, and GIF files, which TensorBoard plays, as they are."""
+        """Adds PNG and GIF files as they are. TensorBoard plays a GIF."""
         # The package has no types.
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]  # see above
 

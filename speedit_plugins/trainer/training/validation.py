@@ -149,7 +149,7 @@ def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> Sampl
 
 
 def of_validation(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with `data.validation`, which it has, in the place of `data.dataset`."""
+    """The config with its `data.validation` in the place of `data.dataset`."""
     assert config.data.validation is not None
     return replace(config, data=replace(config.data, dataset=config.data.validation, validation=None))
 
