@@ -81,17 +81,10 @@ def sampling_nans(phase: str) -> Callable[[Bench], Outcome]:
 
 
 def _exported_nans(bench: Bench) -> Outcome:
-    run = bench.trained()
-    path = bench.checkpoint() / "ema.safetensors"
+    path = bench.folder / "nan.safetensors"
     _not_finite(path, bench.base / f"checkpoints/step_{4:07d}/ema.safetensors")
-    return bench.tool(
-        "export",
-        "-c",
-        str(run / "config_train.yaml"),
-        "--out",
-        str(bench.folder / "exported"),
-        "--model-only",
-    )
+    config, out = str(bench.trained() / "config_train.yaml"), str(bench.folder / "exported")
+    return bench.tool("export", "-c", config, "--out", out, "--model-only", f"ckpt_path={path}")
 
 
 FILES: Sequence[Fault] = (

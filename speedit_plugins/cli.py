@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":
         # Under torchrun every process reads the config. Only rank 0 reports about it.
         logging.getLogger("speedit_plugins").setLevel(logging.ERROR)
+    # At its import it tells of a kernel for 4-bit layers that is not there; diffusers imports it unasked.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     task = _Task()
     with lasting_streams(), _signals_interrupt():
         try:

@@ -52,7 +52,7 @@ def write_whole(path: Path, content: bytes, *, is_flushed: bool = True) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, *, also: Path | None = None) -> Iterator[None]:
-    """A context for writing `path`: an error of a full disk, which names no file, then names this one.
+    """A context for writing `path`: an error of a full disk names no file; it then names this one.
 
     Args:
         also: a temporary file. Errors that name it name `path` instead.

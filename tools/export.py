@@ -137,7 +137,7 @@ def export_lora(config: ExperimentConfig, folder: Path) -> str:
 
 @contextmanager
 def _published(folder: Path) -> Iterator[Path]:
-    """A context with the path of a folder to write, which becomes `folder` when it is complete."""
+    """A context with the path of a folder to write. It becomes `folder` when it is complete."""
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -130,7 +130,7 @@ class OptimizerConfig:
     min_lr: float = limited(0.0, at_least=0)
     """Learning rate at the end of the schedule."""
     power: float | None = limited(None, above=0)
-    """Exponent of `polynomial`, which needs it: 1 is a line, 2 falls faster at first."""
+    """Exponent of `polynomial`, required there: 1 is a line, 2 falls faster at first."""
     decay_steps: int | None = limited(None, at_least=1)
     """Steps at the end in which `warmup_stable_decay` falls; it needs them."""
     decay_shape: Literal["linear", "cosine", "sqrt"] | None = None

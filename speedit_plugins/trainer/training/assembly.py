@@ -52,7 +52,7 @@ def build_trainer(
     # The same on all ranks, so that they build the same model.
     torch.manual_seed(config.seed)
     encoder = build.build_encoder(config, runtime.device)
-    # Before the dataset, which may read the header of every image.
+    # Before the dataset: it may read the header of every image.
     build.check_shapes(config, encoder)
     dataset = _dataset(config, runtime)
     _check_cache(dataset, encoder, config)

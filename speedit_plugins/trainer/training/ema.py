@@ -32,7 +32,7 @@ class Average(Protocol):
 
 
 def build_average(options: EmaConfig, slices: Mapping[str, Slice]) -> Average:
-    """The average of `ema.type`, which begins with the current weights.
+    """The average of `ema.type`. It begins with the current weights.
 
     Args:
         slices: views of the float32 master weights, by parameter name.

@@ -202,7 +202,7 @@ def _top_level(image: Image.Image, bit_depth: int | None) -> int:
 
 
 def _first(value: object) -> float | None:
-    """The value of a TIFF tag, which may be stored as a tuple."""
+    """The value of a TIFF tag; it may be stored as a tuple."""
     found = value[0] if isinstance(value, tuple) and value else value
     return float(found) if isinstance(found, int | float) else None
 

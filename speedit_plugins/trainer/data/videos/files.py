@@ -39,7 +39,7 @@ MP4_OPTIONS = {"crf": "18"}
 MAX_GIF_FPS = 50
 
 # How to turn a frame for each sign of (a, b, c, d) in a display matrix. PIL's rotations are anticlockwise.
-# Upright comes first: a matrix of zeros, which is nearest to none of them, counts as upright.
+# Upright comes first: a matrix of zeros is nearest to none of them, and counts as upright.
 TURNS: dict[tuple[int, int, int, int], Image.Transpose | None] = {
     (1, 0, 0, 1): None,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
