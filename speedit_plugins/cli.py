@@ -88,10 +88,14 @@ def _started(task: _Task, argv: Sequence[str] | None) -> int:
         return _describe(config)
     if _is_launched() and arguments.phase != "train":
         raise ValueError(f"{arguments.phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
-    # This imports torch, so it comes after the config was checked.
-    runner = import_module(_HOMES[arguments.phase])
     task.phase, task.config = arguments.phase, config
-    return int(getattr(runner, arguments.phase)(config))
+    return _run(arguments.phase, config)
+
+
+def _run(phase: str, config: ExperimentConfig) -> int:
+    # This imports torch, so it comes after the config was checked.
+    runner = import_module(_HOMES[phase])
+    return int(getattr(runner, phase)(config))
 
 
 @contextmanager

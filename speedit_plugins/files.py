@@ -127,3 +127,17 @@ def replacing(path: Path, *, is_flushed: bool = True) -> Iterator[Path]:
         # After a success the file has been renamed, and there is nothing to remove.
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def pickle_fault(error: Exception) -> str:
+    """Why torch refuses a file, without its advice to load the file all the same.
+
+    Args:
+        error: what `torch.load(..., weights_only=True)` raised.
+    """
+    text = " ".join(str(error).split())
+    if asked := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {asked[1]}, and loading that could run any code"
+    if "weights_only" in text:
+        return "it is no file of torch.save with tensors and plain values"
+    return text or type(error).__name__

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speedit_plugins.files import pickle_fault
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -270,7 +272,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         return load(path)
     except _DAMAGED as error:
-        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {pickle_fault(error)}") from None
 
 
 def _of_npy(path: Path) -> dict[str, Tensor]:

@@ -307,8 +307,8 @@ def _check_finite(tensors: Mapping[str, Tensor], rows: range, dtype: str) -> Non
             number = int((~tensor.flatten(1).isfinite().all(dim=1)).sum())
             wanted = "--dtype float32, or " if dtype != "float32" else ""
             raise ValueError(
-                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype} for {number} of"
-                f" {len(rows)}; wanted {wanted}an encoder that does not overflow, as some do in float16"
+                f"{name} of samples {rows[0]}..{rows[-1]} is not finite in {dtype} for {number} of them;"
+                f" wanted {wanted}an encoder that does not overflow, as some do in float16"
             )
 
 

@@ -25,7 +25,8 @@ The model card README.md has the config, the data and the last metrics.
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -102,22 +103,10 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     text = captions if isinstance(captions, TextEncoder) else None
     if not model_only:
         check_pipeline(exported, generator.encoder, text)
-    partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming(folder, also=partial):
-            _write(partial, config, exported, generator, text, model_only=model_only)
-            usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
-            (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
-            # safetensors makes its files private to the user.
-            mode = usual_mode(partial)
-            for path in partial.rglob("*"):
-                if path.is_file():
-                    path.chmod(mode)
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _published(folder) as partial:
+        _write(partial, config, exported, generator, text, model_only=model_only)
+        usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
+        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
     pipeline = exported.pipeline
     what = f"{pipeline.subfolder} and scheduler" if model_only else pipeline.name
     lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
@@ -139,17 +128,30 @@ def export_lora(config: ExperimentConfig, folder: Path) -> str:
         num_timesteps=config.diffusion.diffusion_steps,
     )
     usage, base = _lora_usage(exported), exported.adapters.source
-    partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _published(folder) as partial:
         partial.mkdir(parents=True)
         save_adapters(partial, exported)
         (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
-        partial.rename(folder)
+    return f"{folder}: {WEIGHTS}, for {exported.pipeline.name} of {base}, with the adapters of {source}"
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """A context with the path of a folder to write, which becomes `folder` when it is complete."""
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming(folder, also=partial):
+            yield partial
+            # safetensors makes its files private to the user.
+            mode = usual_mode(partial)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+            partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return f"{folder}: {WEIGHTS}, for {exported.pipeline.name} of {base}, with the adapters of {source}"
 
 
 def _write(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedit_plugins.files import flush, sha256_of, usual_mode
+from speedit_plugins.files import flush, pickle_fault, sha256_of, usual_mode
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.saved_moments import Moments
@@ -148,7 +148,8 @@ def load(path: Path) -> Saved:
         )
     # A cut file can fail in any layer: zip, pickle, safetensors, text decoding.
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+        fault = f"{type(error).__name__}: {pickle_fault(error)}"
+        raise CheckpointError(f"checkpoint {path} is damaged: {fault}") from None
 
 
 def class_names(source: Path) -> tuple[str, ...]:

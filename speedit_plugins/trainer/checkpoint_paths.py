@@ -12,7 +12,9 @@ _NAMED_STEP = re.compile(r"(?:step_)?0*(\d+)")
 _MAX_STEPS = 12
 
 
-def named_checkpoint(path: str | Path, key: str, *, say: Callable[[str], object] | None = None) -> Path:
+def named_checkpoint(
+    path: str | Path, key: str, *, run: Path | None = None, say: Callable[[str], object] | None = None
+) -> Path:
     """The file or the checkpoint's folder that a path means.
 
     The folder of a run, or its checkpoints/, means its newest checkpoint.
@@ -20,6 +22,7 @@ def named_checkpoint(path: str | Path, key: str, *, say: Callable[[str], object]
     Args:
         path: as the config has it.
         key: key of the config, for messages.
+        run: folder of the run whose checkpoints a bare name such as step_0005000 may mean.
         say: prints a line if the path means something below it; None prints nothing.
 
     Raises:
@@ -36,9 +39,13 @@ def named_checkpoint(path: str | Path, key: str, *, say: Callable[[str], object]
         if say is not None:
             say(f"{key}: {path} has {_steps(found)}; the newest is taken, {found[0]}")
         return found[0]
-    if beside := _checkpoints_of(path.parent):
+    beside = _checkpoints_of(path.parent)
+    if not beside and run is not None and len(path.parts) == 1:
+        beside = _checkpoints_of(run)
+    if beside:
         raise ValueError(
-            f"{key} needs a checkpoint, got no {path}{_same_step(path, beside)}; there are {_steps(beside)}"
+            f"{key} needs a checkpoint, got no {path}{_same_step(path, beside)}; {beside[0].parent} has"
+            f" {_steps(beside)}"
         )
     return path
 
@@ -51,7 +58,7 @@ def _checkpoints_of(folder: Path) -> list[Path]:
 def _steps(found: list[Path]) -> str:
     numbers = [str(checkpoint.step_of(path)) for path in found[:_MAX_STEPS]]
     older = f" and {len(found) - _MAX_STEPS} older ones" if len(found) > _MAX_STEPS else ""
-    return f"step{'s' if len(found) > 1 else ''} {', '.join(reversed(numbers))}{older} in {found[0].parent}"
+    return f"step{'s' if len(found) > 1 else ''} {', '.join(reversed(numbers))}{older}"
 
 
 def _same_step(path: Path, found: list[Path]) -> str:

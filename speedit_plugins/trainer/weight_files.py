@@ -10,7 +10,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype", "is a web page, from a download that failed"),
     (b"<html", "is a web page, from a download that failed"),
     (b"<?xml", "is an answer in XML, from a download that failed"),
-    (b"{", "is text in JSON"),
+    (b"{", "is text in JSON, not weights"),
     (b"gguf", "is a GGUF file"),
     (b"\x1f\x8b", "is compressed by gzip; unpack it"),
     (b"7z\xbc\xaf", "is a 7z archive; unpack it"),

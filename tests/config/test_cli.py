@@ -245,6 +245,8 @@ def test_the_processes_of_a_launch_say_a_common_error_once(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("speedit_plugins.cli._tell_launcher", lambda error: None)
+    # The level that a process with another rank sets for itself.
+    monkeypatch.setattr(logging.getLogger("speedit_plugins"), "setLevel", lambda level: None)
     for rank in ("0", "1"):
         (tmp_path / rank).mkdir()
     said = {}

@@ -30,7 +30,7 @@ def test_a_run_means_its_newest_checkpoint(run: Path) -> None:
     for path in (run, run / "checkpoints"):
         assert named_checkpoint(path, "resume", say=said.append) == newest
     assert said == [
-        f"resume: {path} has steps 2, 4, 5 in {run}/checkpoints; the newest is taken, {newest}"
+        f"resume: {path} has steps 2, 4, 5; the newest is taken, {newest}"
         for path in (run, run / "checkpoints")
     ]
     # A checkpoint and a file are what they are, and nothing is said.
@@ -42,7 +42,7 @@ def test_a_run_means_its_newest_checkpoint(run: Path) -> None:
 @pytest.mark.parametrize("name", ["step_0000003", "3", "step_4"])
 def test_a_step_that_is_not_there_lists_those_that_are(run: Path, name: str) -> None:
     hint = f"; did you mean {run}/checkpoints/step_0000004?" if name == "step_4" else ""
-    message = f"got no {run}/checkpoints/{name}{hint}; there are steps 2, 4, 5 in {run}/checkpoints"
+    message = f"got no {run}/checkpoints/{name}{hint}; {run}/checkpoints has steps 2, 4, 5"
     for key in ("resume", "ckpt_path", "pretrained"):
         with pytest.raises(ValueError, match=f"^{key} needs a checkpoint, {re.escape(message)}$"):
             named_checkpoint(run / "checkpoints" / name, key)
@@ -52,7 +52,11 @@ def test_every_key_takes_the_folder_of_a_run(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     newest = run / "checkpoints" / "step_0000005"
-    assert speedit("train", tmp_path / "branch", resume=run, max_training_steps=6) == 0
+    assert (
+        speedit("train", tmp_path / "branch", resume=newest / "model.safetensors", max_training_steps=6) == 0
+    )
+    assert f"going on from {newest}" in capfd.readouterr().out
+    assert speedit("train", tmp_path / "other", resume=run, max_training_steps=6) == 0
     assert f"going on from {newest}" in capfd.readouterr().out
     assert speedit("train", tmp_path / "tuned", pretrained=run, max_training_steps=1) == 0
     out = capfd.readouterr().out
@@ -64,7 +68,12 @@ def test_every_key_takes_the_folder_of_a_run(
     assert capfd.readouterr().out.count("the newest is taken") == 1
     for phase, key in (("train", "resume"), ("train", "pretrained"), ("sample", "ckpt_path")):
         assert speedit(phase, tmp_path / "x", **{key: run / "checkpoints" / "step_3"}) == 2
-        assert "there are steps 2, 4, 5 in" in capfd.readouterr().err
+        assert "checkpoints has steps 2, 4, 5" in capfd.readouterr().err
+    # A bare name is looked for in the run itself.
+    assert speedit("sample", run, ckpt_path="step_4") == 2
+    assert f"got no step_4; did you mean {run}/checkpoints/step_0000004?" in capfd.readouterr().err
+    assert speedit("train", tmp_path / "x", resume="latest") == 2
+    assert "got 'latest'; did you mean 'auto'?" in capfd.readouterr().err
 
 
 def test_a_resumed_run_needs_its_first_weights_no_more(tmp_path: Path, run: Path) -> None:

@@ -31,7 +31,7 @@ def speedit(phase: str, folder: Path, **changes: Any) -> int:
 
 
 def error_lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "speedit: " in line]
+    return [line for line in text.splitlines() if line.startswith("speedit: ")]
 
 
 @pytest.fixture
@@ -146,7 +146,22 @@ def test_a_signal_in_inference_says_how_far_it_was_and_leaves_no_half_set(
     (line,) = error_lines(capfd.readouterr().err)
     assert line == "speedit: interrupted after 4 of 8 images; none of them is kept"
     assert list((tmp_path / "inference").iterdir()) == []
+    # What a killed one left is drawn again; what another one draws is left alone.
+    partial = tmp_path / "inference" / "step_0000001_ddpm4_n8_cfg1_seed0.tmp"
+    partial.mkdir()
+    (partial / "000099.png").write_text("left")
+    lock = "fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX)"
+    code = f"import fcntl, os, sys; {lock}; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, partial], stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert speedit("inference", tmp_path, num_samples=8, per_proc_batch_size=4) == 2
+        (line,) = error_lines(capfd.readouterr().err)
+        assert line.startswith(f"speedit: error: another inference is writing {partial}; wanted")
+        assert (partial / "000099.png").exists()
+        other.kill()
     assert speedit("inference", tmp_path, num_samples=8, per_proc_batch_size=4) == 0
+    assert len(list(partial.with_suffix("").iterdir())) == 8
 
 
 @contextmanager
@@ -197,3 +212,33 @@ def test_a_terminal_that_closes_saves_the_training_and_ends_it(tmp_path: Path) -
     assert saved is not None
     assert checkpoint.damage(saved) is None
     assert checkpoint.step_of(saved) >= 2
+
+
+def test_a_killed_loading_process_ends_the_run_after_a_checkpoint(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    options = {"max_training_steps": 100_000, "log_every": 1, "data__num_workers": 2}
+    with started(tmp_path, write, **options) as process:
+        os.close(write)
+        until(lambda: last_step(tmp_path) >= 2, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        loading = [int(child) for child in children if is_loading(int(child))]
+        os.kill(loading[0], signal.SIGKILL)
+        with os.fdopen(read, errors="replace") as output:
+            text = output.read()
+        assert process.wait() == 2, text
+    (line,) = error_lines(text)
+    assert re.fullmatch(
+        rf"speedit: error: loading process \d \(pid {loading[0]}\) was killed by SIGKILL, usually because the"
+        rf" memory of the machine is full; .*; step (\d+) is saved as {tmp_path}/checkpoints/step_\d+",
+        line,
+    ), line
+    assert "Traceback" not in text
+    saved = checkpoint.newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert checkpoint.damage(saved) is None
+    assert checkpoint.step_of(saved) >= 2
+
+
+def is_loading(process_id: int) -> bool:
+    """Whether it is a fork of the training: it has the same command line. torch has other children too."""
+    return b"max_training_steps" in Path(f"/proc/{process_id}/cmdline").read_bytes()

@@ -216,7 +216,7 @@ def test_the_config_knows_the_parameters_and_defaults_of_each_optimizer(name: st
         ),
         (
             {"type": "Mine"},
-            r"optimizer\.lr: missing; wanted float > 0 for the optimizer Mine, which is not one",
+            r"optimizer\.type: wanted one of .*got 'Mine'; one of your own needs optimizer\.lr",
         ),
         ({"type": "AdamV"}, r"optimizer\.type: wanted one of AdamW, .*got 'AdamV'; did you mean 'AdamW'\?"),
         ({"parameters": "{eps: 1}"}, r"optimizer\.parameters: unknown key"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from processes import Job
-from runs import arguments, last_step, small_config
+from runs import arguments, file_size_limit, last_step, small_config
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
@@ -84,6 +84,19 @@ def test_a_place_that_is_no_folder_to_write_in_is_one_line(
         wanted = f"speedit: error: experiment_dir needs a folder to write in, got {problem}\n"
         assert capfd.readouterr().err == wanted
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_names_the_lock_and_leaves_none(tmp_path: Path) -> None:
+    def enter() -> None:
+        with alone_in_folder(small_config(tmp_path), Runtime()):
+            pass
+
+    with (
+        file_size_limit(0),
+        pytest.raises(OSError, match=rf"^\[Errno 27\] cannot write {tmp_path}/train.lock: File too large$"),
+    ):
+        enter()
+    enter()
 
 
 def test_a_run_with_nothing_to_train_leaves_its_config_and_environment(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from speedit_plugins.files import write_whole
+from speedit_plugins.files import pickle_fault, write_whole
 
 # In a checkpoint's folder.
 CHECKPOINT_FILE = "speedit_policy.pt"
@@ -39,7 +39,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError, KeyError) as error:
-        raise ValueError(f"{path} is no state of a policy, or damaged: {error}") from error
+        raise ValueError(f"{path} is no state of a policy, or damaged: {pickle_fault(error)}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no state of a policy: it has {type(state).__name__}")
     return state

@@ -197,7 +197,7 @@ SENTENCES: dict[tuple[str, ...], str] = {
     ("use_gradient_checkpointing", "gradient_checkpointing", "grad_checkpoint", "grad_checkpointing"): (
         "where a model has it, it is model.gradient_checkpointing"
     ),
-    ("lora", "lora_rank", "rank", "network_dim", "use_lora"): "it is model.lora_rank of the model UNet",
+    ("lora", "lora_rank", "rank", "network_dim", "use_lora"): "it is lora.rank",
 }
 
 # What others call a value, by the value here. It counts where the key takes that value.
@@ -210,6 +210,8 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "AdamW": ("adam",),
     "cosine": ("cosine_with_warmup", "cosine_annealing", "cosineannealinglr"),
     "constant": ("constant_with_warmup", "none", "fixed"),
+    "auto": ("latest", "last", "newest", "yes", "true"),
+    "never": ("no", "none", "scratch", "fresh"),
     "epsilon": ("eps", "noise"),
     "x0": ("sample", "x_0", "xstart", "x_start", "x"),
     "v": ("v_prediction", "vpred", "v-prediction"),

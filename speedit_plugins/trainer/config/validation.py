@@ -203,8 +203,8 @@ def _list_hint(value: Any) -> str:
 
 def _scalar_hint(value: Any, hint: type) -> str:
     """What makes a text that looks like a number or a bool into one, or a number into a text."""
-    if hint is str and isinstance(value, int | float):
-        return f"; wanted quotes around it: '{str(value).lower() if isinstance(value, bool) else value}'"
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"; wanted quotes around it: '{value}'"
     if not isinstance(value, str):
         return ""
     if hint is bool:

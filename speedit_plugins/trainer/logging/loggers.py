@@ -99,9 +99,14 @@ class TensorBoardLogger:
 
         purged = None if start_step is None else start_step + 1
         self._folder = folder / TENSORBOARD
-        with naming(self._folder):
-            self._writer = SummaryWriter(str(self._folder), purge_step=purged)
+        # The thread writes as soon as there is a writer.
         self._previous_hook, threading.excepthook = threading.excepthook, self._leave_out_write_errors
+        try:
+            with naming(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=purged)
+        except BaseException:
+            threading.excepthook = self._previous_hook
+            raise
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         with naming(self._folder):
@@ -126,9 +131,11 @@ class TensorBoardLogger:
 
     def close(self, *, is_failed: bool) -> None:
         # What an earlier write left fails again. Its error is being raised already.
-        with suppress(OSError) if is_failed else naming(self._folder):
-            self._writer.close()
-        threading.excepthook = self._previous_hook
+        try:
+            with suppress(OSError) if is_failed else naming(self._folder):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._previous_hook
 
     def _leave_out_write_errors(self, args: threading.ExceptHookArgs) -> None:
         """Prints no traceback of the writing thread: `add` raises its error again."""

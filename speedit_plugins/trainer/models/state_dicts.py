@@ -98,5 +98,5 @@ def _nothing_in(content: Any, keys: list[str]) -> str:
     else:
         names = sorted(map(str, content))
         held = f"keys {names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    known = "'ema' or 'model', or as diffusers, timm, mmengine and Lightning do"
+    known = "'ema', 'model', 'state_dict' or another usual key"
     return f"holds {held}{where}; wanted a state dict, or a dict with one under {known}"

@@ -140,8 +140,9 @@ def check_file(path: Path) -> None:
 
 
 def contents_of(folder: Path, limit: int = 8) -> str:
-    """The names in a folder for a message, folders with a slash: "config.json, unet/", or "nothing in it"."""
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    """The names in a folder that are not hidden, for a message: "config.json, unet/", or "nothing in it"."""
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in found)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{rest}" if names else "nothing in it"
 

@@ -168,7 +168,7 @@ def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | No
     if named == BEST:
         return _best(checkpoints)
     source = (
-        named_checkpoint(named, "ckpt_path", say=tell)
+        named_checkpoint(named, "ckpt_path", run=Path(config.experiment_dir), say=tell)
         if named
         else checkpoint.newest_whole(found, only=checkpoint.EMA)
     )

@@ -3,8 +3,10 @@
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +38,8 @@ def inference(config: ExperimentConfig) -> int:
     has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
-        ValueError: an earlier inference has written files of the same name, or a sample is not finite: a set
-            with black images in place of samples must not be scored.
+        ValueError: an earlier inference has written files of the same name, or another one is writing them.
+            Or a sample is not finite: a set with black images in place of samples must not be scored.
     """
     source = find_weights(config)
     places = _Places(Path(config.experiment_dir) / results.INFERENCE / _name(config, source))
@@ -46,10 +48,8 @@ def inference(config: ExperimentConfig) -> int:
     generator, captions, _ = load_generator(config)
     conditions = all_conditions(config, captions, checkpoint.class_names(source))
     partial = places.partial
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     with (
+        _claimed(partial),
         progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
@@ -62,13 +62,40 @@ def inference(config: ExperimentConfig) -> int:
             else:
                 written = written_fills(fills(generator, holes, captions), partial, bar)
             write_npz(places.partial_npz, written, num_images=config.num_samples)
-    places.publish()
+        places.publish()
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
     for name, place in ((generator.what, places.folder), ("npz", places.npz), ("with holes", places.masked)):
         if place.exists():
             say(f"  {name:<12} {place}{'/' if place.is_dir() else ''}")
     return 0
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """A context with an empty folder, emptied of what a killed inference left, that no other one writes.
+
+    Raises:
+        ValueError: another inference is writing it.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        is_free = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError as error:
+            say(f"{partial}: its file system has no locks ({error.strerror})")
+        # The other inference may have renamed or removed its folder meanwhile.
+        if not is_free or not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise ValueError(f"another inference is writing {partial}; wanted other settings, or wait for it")
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from speedit_plugins.files import naming
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.results import LOCK
@@ -74,10 +75,12 @@ def _locked(folder: Path) -> IO[str]:
         if error.errno not in _NO_LOCKS:
             raise
         say(f"{folder}: its file system has no locks; make sure that no other training writes there")
-    file.truncate(0)
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-    file.flush()
+    written = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    # Past the text layer, which would try to write again when the file is closed.
+    with naming(path):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), json.dumps(written).encode())
     return file
 
 

@@ -10,6 +10,7 @@ import yaml
 from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
+from speedit_plugins.trainer.config.key_names import value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.summary import data_lines, skipped_line
 from speedit_plugins.trainer.logging import images
@@ -118,9 +119,9 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
                 " experiment_dir, or resume: auto"
             )
         return None
-    path = named_checkpoint(config.resume, "resume", say=say if runtime.is_main else None)
-    if not path.is_dir():
-        raise ValueError(f"resume needs auto, never or a checkpoint's folder, got {config.resume!r}")
+    if not (path := _named(config, runtime)).is_dir():
+        near = value_hint(config.resume, ("auto", "never"))
+        raise ValueError(f"resume needs auto, never or a checkpoint's folder, got {config.resume!r}{near}")
     if found and checkpoint.step_of(found[0]) > checkpoint.step_of(path):
         raise ValueError(
             f"resume: {path} goes back behind {found[0]} of the same run; wanted another experiment_dir for"
@@ -129,6 +130,13 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     if reason := checkpoint.damage(path, runtime):
         raise checkpoint.CheckpointError(f"checkpoint {path} is damaged: {reason}")
     return path
+
+
+def _named(config: ExperimentConfig, runtime: Runtime) -> Path:
+    tell = say if runtime.is_main else None
+    path = named_checkpoint(config.resume, "resume", run=Path(config.experiment_dir), say=tell)
+    # A file in a checkpoint means the checkpoint: its weights alone are no state to go on from.
+    return path.parent if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file() else path
 
 
 def _check_imports(config: ExperimentConfig, resumed: Path) -> None:
