@@ -53,7 +53,7 @@ class ParquetImages(StoredImages):
     is a number or a name. The names of the classes come from the files' `ClassLabel`, if they have one.
 
     Only the row groups in use are in memory. Each epoch goes through the row groups in another order and
-    mixes the samples of `shuffle_window` of them, which every loading process holds. Files with few large row
+    mixes the samples of `shuffle_window` of them. Every loading process holds these. Files with few large row
     groups need much memory: write them with `row_group_size=100`.
 
     Args:

@@ -110,7 +110,7 @@ def _scanned(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fault_at(path: Path, end: int) -> str:
-    """What is wrong behind the last member, which ends at `end`; "" if nothing is."""
+    """What is wrong behind `end`, the end of the last member; "" if nothing is."""
     with path.open("rb") as file:
         file.seek(end)
         marker = file.read(BLOCK)
