@@ -13,7 +13,7 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 
-# What ckpt_path takes for a path, and the name of the file.
+# The value of ckpt_path that means the best checkpoint, and the file that names it.
 BEST, FILE = "best", "best.json"
 
 

@@ -173,7 +173,7 @@ def _other_captions(
     captions: CaptionSource | None, dataset: SampleSource, config: ExperimentConfig, runtime: Runtime
 ) -> CaptionSource | None:
     """What encodes the captions of another dataset than the one that is trained on."""
-    # In a table of its own: in the training's, other captions would change the last bits of the features.
+    # A separate table: more captions in the training's would change the last bits of its features.
     if isinstance(captions, CaptionTable) or isinstance(dataset, LatentCache):
         return build_captions(config, dataset, runtime.device)
     return captions

@@ -1,4 +1,4 @@
-"""What a run that goes on takes from its checkpoint, where optimizer or average may be another now."""
+"""Restores optimizer and average from a checkpoint, also if the config now names another one."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -24,7 +24,7 @@ from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.periodic import Measured, Snapshot
 
-# Not the run's: what is measured is the same for every seed and every policy, so that runs compare.
+# Fixed, so that validation losses compare between runs.
 SEED = 0
 
 
