@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,7 @@ class Bench:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_heed_signals,
         )
 
     def command(self, arguments: Sequence[str]) -> Outcome:
@@ -147,6 +149,12 @@ class Bench:
     def _environment(self) -> Mapping[str, str]:
         own = {"PYTHONPATH": str(self.package), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         return {**os.environ, **own, **self.environment}
+
+
+def _heed_signals() -> None:
+    # A job in the background, or under nohup, ignores them, and so would its commands.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finished(process: "subprocess.Popen[str]") -> Outcome:

@@ -129,7 +129,7 @@ def test_a_few_bad_samples_are_crossed_and_counted_in_a_grid(
     said = capfd.readouterr().out
     assert "warning: 1 of 2 images are not finite" in said
     assert "a cross marks them" in said
-    found = np.asarray(Image.open(tmp_path / "samples.png"))
+    found = np.asarray(Image.open(tmp_path / "samples_0001.png"))
     # Cells of 64 pixels with gaps of 2: the second one has the cross.
     assert np.array_equal(found[:, :66], before[:, :66])
     assert found[2, 68] > 200
