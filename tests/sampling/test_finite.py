@@ -157,13 +157,25 @@ def test_fills_that_are_not_finite_are_an_error(
 ) -> None:
     for name, level in (("image", 128), ("mask", 255)):
         Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / f"{name}.png")
-    changes = {"inpainting": "RandomMasks", "max_training_steps": 1}
+    changes: dict[str, Any] = {"inpainting": "RandomMasks", "max_training_steps": 1}
     assert speedit("train", tmp_path, **changes) == 0
     with_nan(monkeypatch, slice(None))
     given = {"inpaint_image": tmp_path / "image.png", "inpaint_mask": tmp_path / "mask.png"}
     assert speedit("sample", tmp_path, **changes, **given, sample_classes="[1]", samples_per_class=2) == 2
     assert "2 of 2 images are not finite" in capfd.readouterr().err
+    # So are those of holes in the dataset, also in a set that is scored.
+    assert speedit("sample", tmp_path, **changes, sample_classes="[]", samples_per_class=2) == 2
+    assert "2 of 2 images are not finite" in capfd.readouterr().err
     assert not (tmp_path / "samples.png").exists()
+    assert speedit("inference", tmp_path, **changes, num_samples=3) == 2
+    assert "inference stops without a set of samples: 3 of 3 images" in capfd.readouterr().err
+    assert not list((tmp_path / "inference").glob("*.npz"))
+    # A training goes on, and marks them.
+    changes |= {"max_training_steps": 2, "sample_every": 2, "sample_classes": "[]", "samples_per_class": 2}
+    assert speedit("train", tmp_path, **changes) == 0
+    assert "warning: 2 of 2 images are not finite" in capfd.readouterr().out
+    with Image.open(tmp_path / "grids" / "step_0000002.png") as grid:
+        assert np.asarray(grid)[2, -4] > 200
 
 
 def test_a_set_of_one_value_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -131,6 +131,36 @@ def test_an_interrupted_inference_has_no_finished_name(
     assert list(rows) == [{"file_name": f"00000{i}.png", "label": label} for i, label in enumerate(labels)]
 
 
+def test_what_happens_while_a_model_is_loaded_changes_neither_weights_nor_an_earlier_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = small_trainer(tmp_path)
+    first = trainer.save()
+    trainer.optimizer_step()
+    load = inference.load_generator
+
+    def later(*given: Any) -> Any:
+        trainer.save()
+        return load(*given)
+
+    name = f"{first.name}_ddpm4_n3_cfg1_seed0"
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "load_generator", later)
+        assert infer(tmp_path) == 0
+    assert f"with the weights of {first}\n" in capfd.readouterr().out
+    assert (tmp_path / "inference" / f"{name}.npz").is_file()
+
+    def finished(*given: Any) -> Any:
+        (other / "inference" / name).mkdir(parents=True)
+        return load(*given)
+
+    other = tmp_path / "other"
+    monkeypatch.setattr(inference, "load_generator", finished)
+    assert infer(other, ckpt_path=first) == 2
+    assert f"inference would write over {other / 'inference' / name}" in capfd.readouterr().err
+    assert [path.name for path in (other / "inference").iterdir()] == [name]
+
+
 class Counting(SampleGenerator):
     """Records how many samples each call draws."""
 

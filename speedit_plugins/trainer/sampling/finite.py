@@ -67,6 +67,23 @@ def told(num_bad: int, num_samples: int, config: ExperimentConfig, source: str |
     )
 
 
+def check_all(samples: Tensor, num_before: int, config: ExperimentConfig, source: str | Path) -> None:
+    """Refuses samples of a set that is scored, where black images must not take their place.
+
+    Args:
+        samples: (B, C, [F,] H, W).
+        num_before: how many were drawn before them.
+        config: the experiment.
+        source: the weights that drew them.
+
+    Raises:
+        ValueError: one of them is not finite.
+    """
+    if num_bad := int(not_finite(samples).sum()):
+        fault = told(num_bad, num_before + len(samples), config, source)
+        raise ValueError(f"inference stops without a set of samples: {fault}")
+
+
 def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may_fail: bool) -> Tensor:
     """The samples of a grid, `crossed`; a line says how many are not finite.
 

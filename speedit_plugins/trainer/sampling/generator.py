@@ -140,9 +140,19 @@ class SampleGenerator:
         return model
 
 
-def load_generator(config: ExperimentConfig) -> tuple[SampleGenerator, CaptionSource | None, Path]:
-    """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path."""
-    source = find_weights(config, tell=say)
+def load_generator(
+    config: ExperimentConfig, source: Path | None = None
+) -> tuple[SampleGenerator, CaptionSource | None, Path]:
+    """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path.
+
+    Args:
+        config: the experiment.
+        source: what `find_weights` found before; None looks for the weights.
+
+    Raises:
+        ValueError: there are no weights, or they cannot be read.
+    """
+    source = find_weights(config, tell=say) if source is None else source
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = build.build_text_encoder(config, device)

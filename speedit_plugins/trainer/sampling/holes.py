@@ -4,7 +4,7 @@ Dims: B images, C channels, H x W pixels, N images of the dataset.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS
+from speedit_plugins.trainer.sampling.finite import check_all
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.sample_sets import load_item
 
@@ -127,15 +128,21 @@ def fills(
         start += len(some)
 
 
-def written_fills(parts: Iterable[Filled], folder: Path, bar: Any) -> Iterator[npt.NDArray[np.uint8]]:
-    """Chunks of uint8 fills (B, H, W, C). Each is written to `folder` before it is yielded.
+def written_fills(
+    generator: SampleGenerator, holes: Holes, captions: CaptionSource | None, folder: Path, bar: Any
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """Chunks of uint8 fills (B, H, W, C), see `fills`. Each is written to `folder` before it is yielded.
 
     The images with their holes are written to a folder inside, and the captions at the end.
+
+    Raises:
+        ValueError: a fill is not finite.
     """
     (folder / MASKED).mkdir()
     lines: list[str] = []
     done = 0
-    for part in parts:
+    for part in fills(generator, holes, captions):
+        check_all(part.images, done, generator.config, generator.source)
         filled, given = (images.to_uint8(some) for some in (part.images, part.given.images))
         for i, hole in enumerate((part.given.masks[:, 0] > 0).numpy()):
             name = f"{done + i:06d}.png"

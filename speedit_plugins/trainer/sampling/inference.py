@@ -22,7 +22,7 @@ from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
-from speedit_plugins.trainer.sampling.finite import not_finite, of_one_value, told
+from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, fills, written_fills
 from speedit_plugins.trainer.terminal import progress, say
@@ -41,15 +41,15 @@ def inference(config: ExperimentConfig) -> int:
         ValueError: an earlier inference has written files of the same name, or another one is writing them.
             Or a sample is not finite: a set with black images in place of samples must not be scored.
     """
-    source = find_weights(config)
+    source = find_weights(config, tell=say)
     places = _Places(Path(config.experiment_dir) / results.INFERENCE / _name(config, source))
     places.check_free()
     holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
-    generator, captions, _ = load_generator(config)
+    generator, captions, _ = load_generator(config, source)
     conditions = all_conditions(config, captions, checkpoint.class_names(source))
     partial = places.partial
     with (
-        _claimed(partial),
+        _claimed(places),
         progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
@@ -60,7 +60,7 @@ def inference(config: ExperimentConfig) -> int:
             if holes is None:
                 written = _written(generator, conditions, partial, bar)
             else:
-                written = written_fills(fills(generator, holes, captions), partial, bar)
+                written = written_fills(generator, holes, captions, partial, bar)
             write_npz(places.partial_npz, written, num_images=config.num_samples)
         places.publish()
     results.save_config(config, "inference")
@@ -72,12 +72,13 @@ def inference(config: ExperimentConfig) -> int:
 
 
 @contextmanager
-def _claimed(partial: Path) -> Iterator[None]:
+def _claimed(places: "_Places") -> Iterator[None]:
     """A context with an empty folder, emptied of what a killed inference left, that no other one writes.
 
     Raises:
-        ValueError: another inference is writing it.
+        ValueError: another inference is writing it, or has written it meanwhile.
     """
+    partial = places.partial
     partial.mkdir(parents=True, exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
     try:
@@ -93,6 +94,12 @@ def _claimed(partial: Path) -> Iterator[None]:
             raise ValueError(f"another inference is writing {partial}; wanted other settings, or wait for it")
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            # Another one may have finished since the first look.
+            places.check_free()
+        except ValueError:
+            partial.rmdir()
+            raise
         yield
     finally:
         os.close(handle)
@@ -169,9 +176,7 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
-        if (bad := not_finite(batch)).any():
-            fault = told(int(bad.sum()), done + len(bad), config, generator.source)
-            raise ValueError(f"inference stops without a set of samples: {fault}")
+        check_all(batch, done, config, generator.source)
         samples = images.to_uint8(batch)
         flat += of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):

@@ -70,8 +70,11 @@ def draw_dataset_fills(
     path: Path,
     *,
     weights: Mapping[str, Tensor] | None = None,
+    may_fail: bool = True,
 ) -> int:
     """Writes a PNG with a row for each image: the image, its hole, and the fill.
+
+    A cross marks a fill that is not finite.
 
     Args:
         generator: draws the fills.
@@ -79,16 +82,22 @@ def draw_dataset_fills(
         captions: see `fills`.
         path: the PNG.
         weights: see `SampleGenerator.draw`.
+        may_fail: see `marked`.
 
     Returns:
         The number of fills.
+
+    Raises:
+        ValueError: no fill is finite, and `may_fail`.
     """
-    cells = [
-        torch.stack([part.given.images, part.given.images * (1 - part.given.masks), part.images], dim=1)
-        for part in fills(generator, holes, captions, weights=weights)
-    ]
+    parts = list(fills(generator, holes, captions, weights=weights))
+    given = torch.cat([part.given.images for part in parts])
+    masks = torch.cat([part.given.masks for part in parts])
+    filled = torch.cat([part.images for part in parts])
+    filled = marked(filled, generator.config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.save_grid(torch.cat(cells).flatten(0, 1), path, columns=3)
+    cells = torch.stack([given, given * (1 - masks), filled], dim=1)
+    images.save_grid(cells.flatten(0, 1), path, columns=3)
     return len(holes.items)
 
 

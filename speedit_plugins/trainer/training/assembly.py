@@ -199,7 +199,8 @@ def _grids(
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
         generator.source = f"step {snapshot.step}"
         if holes is not None:
-            draw_dataset_fills(generator, holes, conditions.captions, path, weights=weights)
+            captions = conditions.captions
+            draw_dataset_fills(generator, holes, captions, path, weights=weights, may_fail=False)
         else:
             draw_grid(generator, conditions, path, weights=weights, may_fail=False)
         return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
