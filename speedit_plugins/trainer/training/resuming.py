@@ -1,18 +1,19 @@
 """Restores optimizer and average from a checkpoint, also if the config now names another one."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from speedit_plugins.trainer.checkpoint import Saved
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import EmaConfig
+from speedit_plugins.trainer.config.sections import EmaConfig, label
 from speedit_plugins.trainer.config.validation import build_section
 from speedit_plugins.trainer.parallel.replica import Engine
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Average
-from speedit_plugins.trainer.training.power_averages import label
+from speedit_plugins.trainer.training.snapshots import check_no_snapshots
 
 
 def restore_optimizer(
@@ -52,7 +53,8 @@ def restore_average(
     """Restores the average. If the checkpoint has none, it begins with the weights, and a line says so.
 
     Raises:
-        ValueError: the checkpoint has an average of another kind, or not of this length.
+        ValueError: the checkpoint has an average of another kind, or not of this length; or a power average
+            begins in a folder with snapshots of an earlier one.
     """
     before, now = build_section(EmaConfig, was.get("ema", {}), "ema"), config.ema
     updates = saved.state["ema_updates"]
@@ -61,6 +63,9 @@ def restore_average(
         if before.type != "none" and runtime.is_main:
             say("ema.type is none: the average of the checkpoint is not continued")
     elif before.type == "none":
+        if now.type == "power":
+            # Also where this run writes none: a later one may.
+            check_no_snapshots(Path(config.experiment_dir))
         average.load(saved.model, 0)
         if runtime.is_main:
             say(f"the checkpoint has no average: ema.type {now.type} begins with its weights")
