@@ -63,12 +63,7 @@ def restore_average(
         if before.type != "none" and runtime.is_main:
             say("ema.type is none: the average of the checkpoint is not continued")
     elif before.type == "none":
-        if now.type == "power":
-            # Also where this run writes none: a later one may.
-            check_no_snapshots(Path(config.experiment_dir))
-        average.load(saved.model, 0)
-        if runtime.is_main:
-            say(f"the checkpoint has no average: ema.type {now.type} begins with its weights")
+        _begin(average, saved, config, runtime)
     elif before.type != now.type:
         raise ValueError(f"ema.type was {before.type}, got {now.type}; wanted the same, or none")
     elif now.type == "power":
@@ -81,3 +76,14 @@ def restore_average(
         average.load(found[wanted[0]], updates, found)
     else:
         average.load(saved.ema, updates)
+
+
+def _begin(average: Average, saved: Saved, config: ExperimentConfig, runtime: Runtime) -> None:
+    """Begins an average with the weights of a checkpoint that has none."""
+    kind = config.ema.type
+    if kind == "power":
+        # Also where this run writes none: a later one may.
+        check_no_snapshots(Path(config.experiment_dir))
+    average.load(saved.model, 0)
+    if runtime.is_main:
+        say(f"the checkpoint has no average: ema.type {kind} begins with its weights")

@@ -41,7 +41,8 @@ def check_no_snapshots(folder: Path) -> None:
     """
     if found := sorted((folder / SNAPSHOTS).glob("step_*.safetensors")):
         raise ValueError(
-            f"an average that begins would mix its snapshots with {found[0]}; move or delete {found[0].parent}"
+            f"an average that begins would mix its snapshots with {found[0]}; move or delete"
+            f" {found[0].parent}"
         )
 
 
