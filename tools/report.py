@@ -23,7 +23,7 @@ from timestep_profile import PROFILE
 
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import results
+from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.logging.environment import ENVIRONMENT
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
 from speedit_plugins.trainer.logging.tracking import EVALUATION, latest
@@ -307,13 +307,16 @@ def _spans(schedule: NoiseSchedule) -> list[Span]:
 
 
 def _num_trained(path: Path | None) -> int | None:
-    """Number of trained parameters, counted in the optimizer's first moments; None if there are none."""
-    total = 0
+    """Number of trained parameters: those that the optimizer has a state of; None if there are none."""
+    trained: set[str] = set()
     for part in [] if path is None else path.glob("optimizer_*.safetensors"):
         with safe_open(part, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name.startswith("exp_avg/")]  # noqa: SIM118 - no mapping
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return total or None
+            trained |= {name.partition("/")[2] for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    if path is None or not trained:
+        return None
+    with safe_open(path / checkpoint.MODEL, framework="pt") as weights:
+        names = trained & set(weights.keys())
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names) or None
 
 
 def _seconds(run: Run) -> float | None:

@@ -33,6 +33,12 @@ def is_better(scores: Mapping[str, float], best: Best | None, score: str) -> boo
     return math.isfinite(value) and (best is None or value < best.value)
 
 
+def kept_names(checkpoints: Path) -> tuple[str, ...]:
+    """Name of the folder that best.json names, by whatever score; it stays until another one is named."""
+    best = read_best(checkpoints)
+    return () if best is None else (best.checkpoint,)
+
+
 def read_best(checkpoints: Path, score: str | None = None, *, up_to: int | None = None) -> Best | None:
     """The best checkpoint in a run's folder of checkpoints; None if none is noted, or it is gone.
 

@@ -210,4 +210,5 @@ def summary_options(config: ExperimentConfig) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "accumulation": config.optimizer.grad_accumulation,
         "shapes": config.data.dataset.get("buckets"),
+        "num_classes": config.num_classes,
     }

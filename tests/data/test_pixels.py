@@ -33,6 +33,13 @@ def grey_16(level: int) -> Image.Image:
 
 
 class TestReading:
+    def test_a_read_that_the_system_fails_names_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.png"
+        # Reading the beginning of one's own memory is an error of the system.
+        path.symlink_to("/proc/self/mem")
+        with pytest.raises(OSError, match=rf"\[Errno 5\] cannot read {path}: Input/output error"):
+            read_rgb(path)
+
     def test_palette_grey_bilevel_and_cmyk_become_rgb(self, tmp_path: Path) -> None:
         red = Image.new("RGB", (4, 4), (255, 0, 0))
         assert read_rgb(save(tmp_path / "p.png", red.quantize(2))).getpixel((0, 0)) == (255, 0, 0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import arguments, small_config
+from runs import arguments, small_config, small_trainer
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.data.videos.files import write_gif
@@ -144,6 +144,13 @@ def test_the_parameters_are_those_that_training_announced(
     model = build_trainer(config).model
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{count:,} trained parameters" in written(trained).text
+
+
+def test_the_parameters_are_counted_whatever_the_optimizer_keeps_of_them(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, optimizer__type="Muon")
+    trainer.optimizer_step()
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert report._num_trained(trainer.save()) == count
 
 
 def test_what_later_phases_leave_is_shown(trained: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from speedit_plugins.trainer.training.trainer import Trainer
 from speedit_plugins.trainer.training.validation import spread_quantiles
 
 CONFIG = "configs/image/digits/speedit.yaml"
+KID = {"evaluation": "{metrics: [kid]}", "evaluate_samples": 8}
 OWN = {"data__validation": "Digits", "validate_samples": 24}
 
 
@@ -273,6 +275,17 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled(
     names = [path.name for path in checkpoint.newest_first(tmp_path / "checkpoints")]
     assert find_weights(small_config(tmp_path, "sample", ckpt_path="best")).name == "step_0000008"
     assert names[0] == "step_0000008"
+    # By another score the noted one stays, until a new one is measured.
+    other = small_trainer(
+        tmp_path, max_training_steps=10, evaluate_every=10, keep_best="kid", keep_last=1, **KID
+    )
+    other.restore(tmp_path / "checkpoints" / "step_0000008")
+    other.periodic, other.step = (), 10
+    other.save()
+    assert find_weights(small_config(tmp_path, "sample", ckpt_path="best")).name == "step_0000008"
+    shutil.rmtree(tmp_path / "checkpoints" / "step_0000008")
+    with pytest.raises(ValueError, match=r"ckpt_path: best .* the one that best.json names is not there"):
+        find_weights(small_config(tmp_path, "sample", ckpt_path="best"))
 
 
 def test_a_dry_run_checks_the_validation_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

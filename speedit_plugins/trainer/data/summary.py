@@ -22,6 +22,7 @@ def data_lines(
     batch_size: int,
     accumulation: int = 1,
     shapes: Sequence[Sequence[int]] | None = None,
+    num_classes: int = 0,
 ) -> list[Line]:
     """(name, text) of each line about a dataset: samples, classes, captions, buckets, steps, left out.
 
@@ -33,10 +34,11 @@ def data_lines(
         batch_size: samples of one batch over all processes, >= 1.
         accumulation: batches of an optimizer step, >= 1.
         shapes: shape of each bucket, as in the config; None names buckets by number.
+        num_classes: classes of the model, to tell those without data.
     """
     size = len(dataset)
     buckets: torch.Tensor | None = getattr(dataset, "buckets", None)
-    lines = [("samples", f"{size:,}"), *_classes(dataset), *_captions(dataset, size)]
+    lines = [("samples", f"{size:,}"), *_classes(dataset, num_classes), *_captions(dataset, size)]
     if buckets is not None:
         lines += _buckets(buckets, batch_size, shapes)
     lines.append(("steps per epoch", _steps(size, buckets, batch_size, accumulation)))
@@ -62,12 +64,15 @@ def skipped_line(counts: Sequence[int | None]) -> str | None:
     return f"skipped {least}{_counted(max(known), 'damaged sample')}; others were used instead"
 
 
-def _classes(dataset: Any) -> list[Line]:
+def _classes(dataset: Any, wanted: int) -> list[Line]:
     names = tuple(getattr(dataset, "classes", None) or ())
     number = len(names) or getattr(dataset, "num_classes", 0)
     if not number:
         return []
-    return [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
+    lines = [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
+    if wanted > number:
+        lines.append(("never trained", f"{wanted - number:,} of num_classes: {wanted}, which have no data"))
+    return lines
 
 
 def _captions(dataset: Any, size: int) -> list[Line]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from speedit_plugins.trainer import build, checkpoint, results
-from speedit_plugins.trainer.best_checkpoint import BEST, read_best
+from speedit_plugins.trainer.best_checkpoint import BEST, FILE, read_best
 from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -193,9 +193,12 @@ def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | No
 def _best(checkpoints: Path) -> Path:
     best = read_best(checkpoints)
     if best is None:
+        problem = "and none is noted"
+        if (checkpoints / FILE).is_file():
+            problem = f"and the one that {FILE} names is not there"
         raise ValueError(
-            f"ckpt_path: best needs a best checkpoint, and none is noted in {checkpoints}; keep_best of the"
-            " training keeps one"
+            f"ckpt_path: best needs a best checkpoint, {problem} in {checkpoints}; keep_best of the training"
+            " keeps one"
         )
     path = checkpoints / best.checkpoint
     if reason := checkpoint.damage(path, only=checkpoint.EMA):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.best_checkpoint import Best, is_better, note_best, read_best
+from speedit_plugins.trainer.best_checkpoint import Best, is_better, kept_names, note_best, read_best
 from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
@@ -278,7 +278,7 @@ class Trainer:
             contents,
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
-            kept=() if self.best is None else (self.best.checkpoint,),
+            kept=kept_names(self.folder / CHECKPOINTS),
             runtime=self.runtime,
         )
         self._saved_step, self._last_saved = self.step, path

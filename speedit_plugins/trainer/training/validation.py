@@ -23,6 +23,7 @@ from speedit_plugins.trainer.inputs import BatchEncoder, ModelInputs
 from speedit_plugins.trainer.logging.tracking import NUM_BINS
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Snapshot
 
 # Fixed, so that validation losses compare between runs.
@@ -84,6 +85,8 @@ class Validation:
         self._runtime.sum(sums)
         means = (sums / len(self._chosen)).tolist()
         loss = sum(means) / NUM_BINS
+        if self._runtime.is_main:
+            say(f"step {snapshot.step}: val_loss {loss:.4f}")
         return Measured({"val_loss": loss, "val_loss_per_bin": means}, {"val_loss": loss})
 
     def _batches(self) -> Iterator[list[int]]:

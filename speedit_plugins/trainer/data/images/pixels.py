@@ -144,7 +144,10 @@ def _naming_damage(path: Path | BinaryIO) -> Iterator[None]:
     except DECODE_ERRORS as error:
         # An OSError with an errno comes from the system (disk, permission); Pillow's own ones have none.
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            if error.filename is not None:
+                raise
+            # A read that fails names no file.
+            raise OSError(error.errno, f"cannot read {path}: {error.strerror}") from error
         raise ValueError(f"corrupt image {path}: {type(error).__name__}: {error}") from error
 
 
