@@ -13,12 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speedit_plugins.files import replacing
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.results import CHECKPOINTS
-from speedit_plugins.trainer.training.power_averages import label
 from speedit_plugins.trainer.training.snapshots import SNAPSHOTS, posthoc_average, read_snapshots
 
 FOLDER = "posthoc"
@@ -63,10 +64,13 @@ def reconstruct(run: Path, sigma_rel: float, *, step: int | None = None) -> tupl
     step = snapshots[-1].step if step is None else step
     averages, distance = posthoc_average(snapshots, sigma_rel, step=step)
     untrained = {k: v for k, v in load_file(source / checkpoint.MODEL).items() if k not in averages}
+    # It says which weights adapters adapt.
+    with safe_open(source / checkpoint.MODEL, framework="pt") as file:
+        metadata = file.metadata()
     path = run / FOLDER / f"step_{step:07d}_{label(sigma_rel)}.safetensors"
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as partial:
-        save_file({**untrained, **averages}, partial)
+        save_file({**untrained, **averages}, partial, metadata=metadata)
     return path, distance
 
 

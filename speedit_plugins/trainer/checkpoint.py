@@ -7,6 +7,7 @@ name their classes, and manifest.json with the size and SHA-256 of each file. Wi
 ema.safetensors. If several are kept, others are ema_<length>.safetensors.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -28,7 +29,7 @@ from speedit_plugins.trainer.terminal import say
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
 MANIFEST, CLASSES = "manifest.json", "classes.json"
 _NAME = re.compile(r"step_(\d{7,})")
-_AVERAGE = re.compile(r"ema_[\w.]+\.safetensors")
+_AVERAGE = re.compile(r"ema_[\w.+-]+\.safetensors")
 _MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
 
 
@@ -374,7 +375,9 @@ def _remove_old(target: Path, keep_last: int, keep_every: int, kept: Collection[
     folder = target.parent
     for later in (path for path in newest_first(folder) if step_of(path) > step_of(target)):
         # A later checkpoint can only be one that was damaged, so that the run resumed from an earlier one.
-        later.rename(later.with_suffix(".damaged"))
+        # One of the same step may be there already.
+        names = (later.with_suffix(f".damaged{number or ''}") for number in itertools.count())
+        later.rename(next(path for path in names if not path.exists()))
     for old in newest_first(folder)[keep_last:]:
         if old.name not in kept and (not keep_every or step_of(old) % keep_every):
             _set_aside(old)

@@ -146,3 +146,8 @@ def test_a_file_without_a_record_holds_whole_weights(tmp_path: Path) -> None:
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata=metadata)
     assert lora.read_adapters(tmp_path / "plain.safetensors") is None
     assert lora.read_adapters(tmp_path / "adapters.safetensors") == adapters
+    # Other programs may have a key of the same name.
+    for number, foreign in enumerate(("true", "{not json", "[1]", '{"rank": 4}')):
+        path = tmp_path / f"foreign_{number}.safetensors"
+        save_file({"x": torch.zeros(1)}, path, metadata={lora.RECORD: foreign})
+        assert lora.read_adapters(path) is None

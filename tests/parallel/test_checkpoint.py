@@ -89,6 +89,11 @@ def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_saves(tmp_pat
     path = checkpoint.save(tmp_path, 25, contents(), keep_last=1)
     assert checkpoint.newest_whole(checkpoint.newest_first(tmp_path)) == path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000025", "step_0000040.damaged"]
+    # The same once more: old ones are still removed, and nothing that was set aside is lost.
+    checkpoint.save(tmp_path, 40, contents(), keep_last=3)
+    checkpoint.save(tmp_path, 30, contents(), keep_last=1)
+    names = ["step_0000030", "step_0000040.damaged", "step_0000040.damaged1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 MOMENTS = "optimizer_00000_of_00001.safetensors"

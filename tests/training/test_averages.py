@@ -108,6 +108,19 @@ def test_an_average_may_begin_and_end_with_a_resume_and_both_are_said(
     assert not ended.ema.slices
 
 
+def test_a_power_average_does_not_begin_beside_snapshots_of_an_earlier_one(tmp_path: Path) -> None:
+    without = steps(small_trainer(tmp_path, **NONE), 2).save()
+    earlier = tmp_path / "snapshots" / "step_0000001.safetensors"
+    earlier.parent.mkdir()
+    earlier.touch()
+    with pytest.raises(CheckpointError, match=f"begins would mix its snapshots with {earlier}; move or"):
+        small_trainer(tmp_path, **POWER).restore(without)
+    # Other averages have no snapshots.
+    small_trainer(tmp_path).restore(without)
+    earlier.unlink()
+    small_trainer(tmp_path, **POWER).restore(without)
+
+
 def test_an_average_of_another_kind_or_length_is_refused(tmp_path: Path) -> None:
     halved = steps(small_trainer(tmp_path), 1).save()
     with pytest.raises(CheckpointError, match="ema.type was halflife, got power; wanted the same, or none"):
@@ -133,6 +146,10 @@ def test_an_average_of_another_kind_or_length_is_refused(tmp_path: Path) -> None
         ("{snapshot_every: 5}", "ema.snapshot_every: has no effect with type halflife; .*or type power"),
         ("{type: power, sigma_rel: []}", r"ema.sigma_rel: wanted different lengths, at least one, got \[\]"),
         ("{type: power, sigma_rel: [0.1, 0.1]}", "ema.sigma_rel: wanted different lengths"),
+        (
+            "{type: power, sigma_rel: [0.1, 0.1000001]}",
+            r"ema.sigma_rel: wanted lengths that differ in their first six digits, got \[0\.1, 0\.1000001\]",
+        ),
         ("{type: power, sigma_rel: [0.3]}", r"ema.sigma_rel\[0\]: wanted float < 0.288, got 0.3"),
         (
             "{type: power, snapshot_every: 50}",
@@ -152,3 +169,7 @@ def test_the_power_average_is_what_a_checkpoint_calls_ema(tmp_path: Path) -> Non
     name = "final_layer.linear.weight"
     assert torch.equal(saved.ema[name], trainer.averaged_weights()[name])
     assert not torch.equal(saved.ema[name], saved.averages["0.2"][name])
+    # A short length has a sign in its label.
+    short = steps(small_trainer(tmp_path / "short", ema="{type: power, sigma_rel: [0.1, 5e-5]}"), 1).save()
+    assert "ema_5e-05.safetensors" in files_of(short)
+    assert checkpoint.damage(short) is None

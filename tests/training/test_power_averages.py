@@ -7,13 +7,14 @@ from typing import Any
 import posthoc_ema
 import pytest
 import torch
-from runs import small_trainer
+from runs import small_config, small_trainer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.master_weights import Slice
+from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.power_averages import (
     PowerAverages,
@@ -145,6 +146,18 @@ def test_the_tool_makes_a_length_that_the_run_tracked_too(
     )
     # The weights are 1 % away from their average, and float16 rounds by 2^-11 of them.
     assert apart < 0.05 * moved
+
+
+def test_adapters_of_any_length_are_sampled(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    whole = small_trainer(tmp_path / "base").save()
+    options = {"pretrained": whole, "lora__rank": 2, "max_training_steps": 2}
+    run(tmp_path / "run", ema="{type: power, snapshot_every: 1}", **options)
+    path, _ = posthoc_ema.reconstruct(tmp_path / "run", 0.1)
+    config = small_config(tmp_path / "run", "sample", ckpt_path=path, pretrained=whole, lora__rank=2)
+    made = load_file(path)
+    loaded = load_generator(config)[0].model.state_dict()
+    assert_close({name: loaded[name] for name in made}, made, rtol=0, atol=0)
 
 
 def test_the_tool_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.data.order import ChunkedOrder
 from speedit_plugins.trainer.data.summary import data_lines
+from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.sampling.generator import find_weights
@@ -265,6 +266,17 @@ def test_validation_of_another_order_of_classes_is_refused(tmp_path: Path) -> No
         (
             ["evaluate_every=5", "evaluation.metrics=[fid, clip_score]"],
             "evaluation.metrics: train measures no clip_score; wanted others",
+        ),
+        *(
+            (
+                ["evaluate_every=5", f"evaluation.metrics=[fid, {name}]"],
+                f"evaluation.metrics: train measures no {name}; wanted others, got fid, {name}",
+            )
+            for name in PAIRED
+        ),
+        (
+            ["evaluate_every=5", "evaluation.metrics=[fid]", "evaluation.kid_subsets=5"],
+            "evaluation.kid_subsets: has no effect without kid in evaluation.metrics",
         ),
         (
             ["evaluate_every=5", "diffusion.timestep_respacing='250'"],

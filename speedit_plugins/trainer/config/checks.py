@@ -14,7 +14,10 @@ from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
     GAUSSIAN_KEYS,
+    METRIC_OF,
+    ONLY_IN_TEST,
     DiffusionConfig,
+    EvaluationConfig,
     SamplerConfig,
 )
 from speedit_plugins.trainer.config.training_checks import (
@@ -139,10 +142,21 @@ def _check_measurements(config: ExperimentConfig) -> None:
     for key, every in (("validate_samples", "validate_every"), ("evaluate_samples", "evaluate_every")):
         if not getattr(config, every) and getattr(config, key) != defaults[key]:
             raise ConfigError(key, f"has no effect without {every}; wanted {defaults[key]}")
-    metrics = config.evaluation.metrics
-    if config.evaluate_every and "clip_score" in metrics:
-        raise ConfigError("evaluation.metrics", f"train measures no clip_score; wanted others, got {metrics}")
+    if config.evaluate_every:
+        _check_evaluation(config.evaluation)
     _check_best(config)
+
+
+def _check_evaluation(options: EvaluationConfig) -> None:
+    """Refuses metrics that a training does not measure, and options of metrics that are not measured."""
+    metrics = ", ".join(options.metrics)
+    for name in options.metrics:
+        if name in ONLY_IN_TEST:
+            raise ConfigError("evaluation.metrics", f"train measures no {name}; wanted others, got {metrics}")
+    defaults = EvaluationConfig()
+    for key, metric in METRIC_OF.items():
+        if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
+            raise ConfigError(f"evaluation.{key}", f"has no effect without {metric} in evaluation.metrics")
 
 
 def _check_best(config: ExperimentConfig) -> None:

@@ -7,6 +7,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Metrics of the phase test that a training does not measure.
+ONLY_IN_TEST = ("clip_score", "psnr", "ssim", "hole_error")
+# The metric that a key of `evaluation` belongs to.
+METRIC_OF = {
+    "kid_subsets": "kid",
+    "kid_subset_size": "kid",
+    "precision_neighbors": "prdc",
+    "density_neighbors": "prdc",
+    "score_splits": "inception_score",
+    "clip": "clip_score",
+}
 # A section that a registry builds: `type` and free keys, checked by its builder's own signature.
 Component = dict[str, Any]
 # Marks a field that collects the keys of its section that have no field. No key has its name.
@@ -23,6 +34,16 @@ GAUSSIAN_KEYS = (
     "sigma_small",
     "rescale_learned_sigmas",
 )
+
+
+def label(sigma_rel: float) -> str:
+    """A length of a power average as file names and messages have it. Those of a config differ.
+
+    Example:
+        >>> label(0.1)
+        '0.1'
+    """
+    return f"{sigma_rel:g}"
 
 
 def limited(default: Any = dataclasses.MISSING, **limits: float) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from speedit_plugins.trainer.config.key_names import key_hint, value_hint
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import REST, EmaConfig, OptimizerConfig
+from speedit_plugins.trainer.config.sections import REST, EmaConfig, OptimizerConfig, label
 from speedit_plugins.trainer.config.validation import ConfigError, key_paths
 
 # Which schedule a key belongs to, and whether that schedule needs it.
@@ -101,6 +101,10 @@ def check_average(config: ExperimentConfig) -> None:
             raise ConfigError(f"ema.{key}", f"has no effect with type {options.type}; {wanted}")
     if not options.sigma_rel or len(set(options.sigma_rel)) < len(options.sigma_rel):
         raise ConfigError("ema.sigma_rel", f"wanted different lengths, at least one, got {options.sigma_rel}")
+    if len({label(length) for length in options.sigma_rel}) < len(options.sigma_rel):
+        raise ConfigError(
+            "ema.sigma_rel", f"wanted lengths that differ in their first six digits, got {options.sigma_rel}"
+        )
     if options.snapshot_every > config.max_training_steps:
         raise ConfigError(
             "ema.snapshot_every",

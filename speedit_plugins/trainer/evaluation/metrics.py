@@ -119,14 +119,6 @@ METRICS = {
     "prdc": Metric("features", _prdc),
     "inception_score": Metric("probabilities", _inception_score, has_reference=False),
 }
-METRIC_OF = {
-    "kid_subsets": "kid",
-    "kid_subset_size": "kid",
-    "precision_neighbors": "prdc",
-    "density_neighbors": "prdc",
-    "score_splits": "inception_score",
-    "clip": CLIP_SCORE,
-}
 
 
 def check_numbers(

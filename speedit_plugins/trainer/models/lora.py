@@ -117,6 +117,8 @@ def without_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 def read_adapters(path: Path) -> Adapters | None:
     """The adapters that a file of weights holds without their base; None if it holds whole weights.
 
+    A key of another program in its metadata, `lora` too, says nothing.
+
     Raises:
         ValueError: the file cannot be read.
     """
@@ -128,10 +130,7 @@ def read_adapters(path: Path) -> Adapters | None:
             record = (file.metadata() or {}).get(RECORD)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or not a safetensors file: {first_line(error)}") from error
-    if record is None:
-        return None
-    values = json.loads(record)
-    return Adapters(**{**values, "targets": tuple(values["targets"])})
+    return None if record is None else _recorded(record)
 
 
 def check_fit(model: nn.Module, found: Adapters | None, names: Collection[str], path: Path) -> None:
@@ -256,6 +255,20 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {tuple(value.shape)}\n".encode())
         digest.update(flat.numpy().data if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def _recorded(record: str) -> Adapters | None:
+    """The adapters in a file's metadata; None if another program wrote that key."""
+    kinds: dict[str, Any] = {"rank": int, "alpha": (int, float), "targets": list, "base": str, "source": str}
+    try:
+        values = json.loads(record)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        return None
+    if not all(isinstance(values[key], kind) for key, kind in kinds.items()):
+        return None
+    return Adapters(**{**values, "targets": tuple(values["targets"])})
 
 
 def _root(model: nn.Module) -> tuple[nn.Module, str]:

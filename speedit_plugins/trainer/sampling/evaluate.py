@@ -20,7 +20,7 @@ from speedit_plugins.registry import FEATURES, check, nearest
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import EvaluationConfig
+from speedit_plugins.trainer.config.sections import METRIC_OF, EvaluationConfig
 from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
 from speedit_plugins.trainer.evaluation.collected import (
     Collected,
@@ -32,7 +32,6 @@ from speedit_plugins.trainer.evaluation.collected import (
 from speedit_plugins.trainer.evaluation.features import FeatureExtractor
 from speedit_plugins.trainer.evaluation.metrics import (
     CLIP_SCORE,
-    METRIC_OF,
     METRICS,
     MetricValue,
     Sides,

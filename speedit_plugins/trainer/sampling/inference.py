@@ -24,7 +24,7 @@ from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
-from speedit_plugins.trainer.sampling.holes import MASKED, Holes, fills, written_fills
+from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
 from speedit_plugins.trainer.terminal import progress, say
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.parallel.master_weights import Slice
 
 
@@ -84,16 +85,6 @@ class PowerAverages:
                 flat = whole[parameter].reshape(-1)
                 part.values.copy_(flat[part.start : part.start + len(part.values)])
         self.num_updates = num_updates
-
-
-def label(sigma_rel: float) -> str:
-    """A length as file names and messages have it.
-
-    Example:
-        >>> label(0.1)
-        '0.1'
-    """
-    return f"{sigma_rel:g}"
 
 
 def kept_share(gamma: float, update: int) -> float:

@@ -1,18 +1,19 @@
 """What a run that goes on takes from its checkpoint, where optimizer or average may be another now."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from speedit_plugins.trainer.checkpoint import Saved
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import EmaConfig
+from speedit_plugins.trainer.config.sections import EmaConfig, label
 from speedit_plugins.trainer.config.validation import build_section
 from speedit_plugins.trainer.parallel.replica import Engine
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.ema import Average
-from speedit_plugins.trainer.training.power_averages import label
+from speedit_plugins.trainer.training.snapshots import check_no_snapshots
 
 
 def restore_optimizer(
@@ -52,7 +53,8 @@ def restore_average(
     """Restores the average. If the checkpoint has none, it begins with the weights, and a line says so.
 
     Raises:
-        ValueError: the checkpoint has an average of another kind, or not of this length.
+        ValueError: the checkpoint has an average of another kind, or not of this length; or a power average
+            begins in a folder with snapshots of an earlier one.
     """
     before, now = build_section(EmaConfig, was.get("ema", {}), "ema"), config.ema
     updates = saved.state["ema_updates"]
@@ -61,9 +63,7 @@ def restore_average(
         if before.type != "none" and runtime.is_main:
             say("ema.type is none: the average of the checkpoint is not continued")
     elif before.type == "none":
-        average.load(saved.model, 0)
-        if runtime.is_main:
-            say(f"the checkpoint has no average: ema.type {now.type} begins with its weights")
+        _begin_average(average, saved, config, runtime)
     elif before.type != now.type:
         raise ValueError(f"ema.type was {before.type}, got {now.type}; wanted the same, or none")
     elif now.type == "power":
@@ -76,3 +76,14 @@ def restore_average(
         average.load(found[wanted[0]], updates, found)
     else:
         average.load(saved.ema, updates)
+
+
+def _begin_average(average: Average, saved: Saved, config: ExperimentConfig, runtime: Runtime) -> None:
+    """Lets an average begin with a checkpoint's weights. It counts its updates from 0."""
+    kind = config.ema.type
+    if kind == "power":
+        # Also where this run writes none: a later one may.
+        check_no_snapshots(Path(config.experiment_dir))
+    average.load(saved.model, 0)
+    if runtime.is_main:
+        say(f"the checkpoint has no average: ema.type {kind} begins with its weights")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from speedit_plugins.files import replacing
 from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.ema import Average
-from speedit_plugins.trainer.training.power_averages import PowerAverages, Profile, coefficients, label
+from speedit_plugins.trainer.training.power_averages import PowerAverages, Profile, coefficients
 
 SNAPSHOTS = "snapshots"
 
@@ -34,13 +35,14 @@ class Snapshot:
 
 
 def check_no_snapshots(folder: Path) -> None:
-    """Raises ValueError if the folder of a new run has snapshots of an earlier one.
+    """Raises ValueError if the folder of a run whose average begins has snapshots of an earlier average.
 
-    Averages would be made of both.
+    Averages of other lengths would be made of both.
     """
     if found := sorted((folder / SNAPSHOTS).glob("step_*.safetensors")):
         raise ValueError(
-            f"a new run would mix its snapshots with {found[0]}; move or delete {found[0].parent}"
+            f"an average that begins would mix its snapshots with {found[0]}; move or delete"
+            f" {found[0].parent}"
         )
 
 
