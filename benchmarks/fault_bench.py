@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-CONFIG = "image/digits/speedit.yaml"
+CONFIG = "configs/image/digits/speedit.yaml"
 # A training of seconds.
 TINY = (
     "model.hidden_size=32",
@@ -106,14 +107,16 @@ class Bench:
         """Folder of a checkpoint of the run."""
         return self.run_folder / "checkpoints" / f"step_{step:07d}"
 
-    def arguments(self, *more: str, phase: str = "train", config: str | Path = CONFIG) -> list[str]:
+    def arguments(self, *more: str, phase: str = "train", config: str | Path | None = None) -> list[str]:
         """The command of one phase; later arguments override earlier ones."""
+        # As a path: a name would be looked up in the package that is installed.
+        config = self.package / CONFIG if config is None else config
         main = str(self.package / "tools/main.py")
         steps = (f"max_training_steps={NUM_STEPS}",) if phase == "train" else ()
         tiny = (f"experiment_dir={self.run_folder}", *TINY, *steps)
         return [sys.executable, main, "-c", str(config), "-p", phase, *tiny, *more]
 
-    def speedit(self, *more: str, phase: str = "train", config: str | Path = CONFIG) -> Outcome:
+    def speedit(self, *more: str, phase: str = "train", config: str | Path | None = None) -> Outcome:
         """Runs one phase."""
         return self.command(self.arguments(*more, phase=phase, config=config))
 
@@ -136,6 +139,7 @@ class Bench:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_heed_signals,
         )
 
     def command(self, arguments: Sequence[str]) -> Outcome:
@@ -145,6 +149,12 @@ class Bench:
     def _environment(self) -> Mapping[str, str]:
         own = {"PYTHONPATH": str(self.package), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         return {**os.environ, **own, **self.environment}
+
+
+def _heed_signals() -> None:
+    # A job in the background, or under nohup, ignores them, and so would its commands.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finished(process: "subprocess.Popen[str]") -> Outcome:

@@ -35,7 +35,7 @@ def written(text: str, *overrides: str) -> Act:
 
 def _wrong_key(override: str, wanted: str) -> Fault:
     key = override.partition("=")[0]
-    return Fault(f"the key `{key}`", over(override), (rf"{key}: unknown key; [^;]*\b{wanted}\b"))
+    return Fault(f"the key `{key}`", over(override), (rf"{key}: unknown key; [^;]*\b{wanted}\b",))
 
 
 _MINIMAL = """\

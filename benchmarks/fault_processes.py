@@ -23,6 +23,16 @@ def _until_logged(bench: Bench, process: psutil.Popen) -> None:
         time.sleep(0.05)
 
 
+def _until_saved(bench: Bench, process: psutil.Popen) -> None:
+    """Waits until the run has a checkpoint."""
+    while process.poll() is None and not _saved_steps(bench):
+        time.sleep(0.05)
+
+
+def _saved_steps(bench: Bench) -> list[int]:
+    return [int(path.name[5:12]) for path in (bench.run_folder / "checkpoints").glob("step_???????")]
+
+
 def signalled(*numbers: int, overrides: Sequence[str] = ()) -> Callable[[Bench], Outcome]:
     """Sends these signals to a training."""
 
@@ -44,11 +54,10 @@ def _is_saved(bench: Bench) -> str | None:
 
 def _killed_then_resumed(bench: Bench) -> Outcome:
     process = bench.start(bench.arguments(LONG, "ckpt_every=2"))
-    _until_logged(bench, process)
+    _until_saved(bench, process)
     process.kill()
     finished(process)
-    step = max(int(path.name[5:12]) for path in (bench.run_folder / "checkpoints").glob("step_???????"))
-    return bench.speedit(f"max_training_steps={step + 4}")
+    return bench.speedit(f"max_training_steps={max(_saved_steps(bench)) + 4}")
 
 
 def _dead_terminal(bench: Bench) -> Outcome:
@@ -130,13 +139,12 @@ def _rank_killed(bench: Bench) -> Outcome:
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     launcher = [torchrun, "--standalone", "--nproc_per_node", "2", "--no-python"]
     process = bench.start([*launcher, *bench.arguments(LONG, "ckpt_every=2")])
-    _until_logged(bench, process)
+    _until_saved(bench, process)
     for child in psutil.Process(process.pid).children():
         if child.environ().get("RANK") == "1":
             child.kill()
     finished(process)
-    step = max(int(path.name[5:12]) for path in (bench.run_folder / "checkpoints").glob("step_???????"))
-    return bench.speedit(f"max_training_steps={step + 4}")
+    return bench.speedit(f"max_training_steps={max(_saved_steps(bench)) + 4}")
 
 
 def _two_trainers(bench: Bench) -> Outcome:

@@ -3,6 +3,7 @@
 import importlib
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
         # Before anything asks for a device: `device: auto` is the CPU, in the processes that tests start too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A job in the background, or under nohup, ignores them, and so would the processes that tests start.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     # The same on any number of cores, in the processes that tests start too. Tensors here are small.
     threads = os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(threads))

@@ -7,7 +7,7 @@
 The images are encoded in order, without random flips. The encoder's posterior (scaled mean and standard
 deviation) is written, and training still takes a new sample from it at every step. With a text encoder, the
 features of all captions are written too. Training picks one of several captions, as it does without a cache.
-Training from a cache needs the weights of neither encoder.
+Training from a cache loads the encoder to compare it with the cache's.
 
 After an interruption, run the same command again: it continues after the last finished shard. A folder with
 a cache from another config, or from data that changed since, is refused. At the end, the tool prints the

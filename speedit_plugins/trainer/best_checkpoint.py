@@ -13,7 +13,7 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
 
-# What ckpt_path takes for a path, and the name of the file.
+# The value of ckpt_path that means the best checkpoint, and the file that names it.
 BEST, FILE = "best", "best.json"
 
 
@@ -58,13 +58,21 @@ def read_best(checkpoints: Path, score: str | None = None, *, up_to: int | None 
 
 
 def note_best(checkpoint: Path, scores: Mapping[str, float], score: str, runtime: Runtime) -> Best:
-    """Notes a checkpoint as the best one, beside it. Rank 0 writes the file, whole or not at all.
+    """Notes a checkpoint as the best one, beside it. Collective.
+
+    Rank 0 writes the file, whole or not at all.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. The other ranks raise a ValueError with its text.
     """
     best = Best(checkpoint.name, int(checkpoint.name.removeprefix("step_")), score, scores[score])
+    fault: OSError | None = None
     if runtime.is_main:
-        write_whole(checkpoint.parent / FILE, f"{json.dumps(asdict(best), indent=1)}\n".encode())
+        try:
+            write_whole(checkpoint.parent / FILE, f"{json.dumps(asdict(best), indent=1)}\n".encode())
+        except OSError as error:
+            fault = error
+    runtime.raise_together(fault)
+    if runtime.is_main:
         say(f"step {best.step} has the lowest {score} so far, {best.value:.4f}: {checkpoint} is kept")
     return best

@@ -123,7 +123,9 @@ def check_shapes(
     Raises:
         ValueError: a side or a number of frames does not fit; the message has the key and what would fit.
     """
-    shapes = shapes_of(config.image_size, config.data.dataset.get("buckets"))
+    sections = {"data.dataset": config.data.dataset, "data.validation": config.data.validation or {}}
+    buckets = {f"{key}.buckets": section.get("buckets") for key, section in sections.items()}
+    shapes = shapes_of(config.image_size, buckets)
     patch = stated_patch(config.model) if model is None else int(getattr(model, "patch_size", 1))
     check_sides(shapes, downsample=_downsample(config, encoder), patch=patch)
     if model is not None:

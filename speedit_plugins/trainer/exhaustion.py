@@ -72,7 +72,9 @@ def _less(phase: str, config: ExperimentConfig, *, on_device: bool) -> str:
     if phase != "test":
         sizes = {"per_proc_batch_size": config.per_proc_batch_size}
     if phase == "train":
-        grids = sizes if config.sample_every else {}
+        grids = sizes if config.sample_every or config.evaluate_every else {}
+        if config.evaluate_every:
+            grids = {**grids, "evaluation.batch_size": config.evaluation.batch_size}
         workers = {} if on_device else {"data.num_workers": config.data.num_workers}
         sizes = {"data.batch_size": config.data.batch_size, **workers, **grids}
     least = {"data.num_workers": 0}

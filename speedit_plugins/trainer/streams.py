@@ -14,7 +14,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESHUTDOWN)
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """A context in which no line that cannot be printed ends the program: it goes nowhere instead.
+    """A context in which printing to a closed terminal or pipe is ignored.
 
     Other errors of the streams are raised, such as that of a full disk under a log file.
     """

@@ -20,7 +20,7 @@ _HEADER_BYTES = 8
 
 
 def unlike_weights(path: Path) -> str:
-    """What a file is, or lacks, that should have weights, in the words that follow its name; "" if it may.
+    """Why a file cannot be weights, worded to follow its name; "" if it can.
 
     It knows web pages and pointers of git-LFS by their beginning, and empty, cut and misnamed files of
     safetensors and torch. It does not read the weights.

@@ -40,8 +40,11 @@ def test_what_is_wrong_with_an_outcome(
 
 
 def test_names_are_unique_and_there_are_eighty(load: Callable[[str], ModuleType]) -> None:
-    names = [(group, fault.name) for group, faults in load("faults").GROUPS.items() for fault in faults]
+    groups = load("faults").GROUPS
+    names = [(group, fault.name) for group, faults in groups.items() for fault in faults]
     assert len(set(names)) == len(names) >= 80
+    # A text alone would be a pattern for each letter.
+    assert all(isinstance(fault.says, tuple) for faults in groups.values() for fault in faults)
 
 
 def test_a_fault_is_tried_on_the_real_command(

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.config.loading import ExperimentConfig, load_config, to_yaml
+from speedit_plugins.trainer.exhaustion import memory_line
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = str(REPOSITORY / "configs/image/digits/speedit.yaml")
@@ -187,6 +188,14 @@ def test_a_run_out_of_memory_says_what_to_lower(
     options = ["data.batch_size=64", "data.num_workers=3", "precision=fp32", "per_proc_batch_size=32"]
     assert main(["-c", DIGITS, "-p", phase, *options]) == 2
     assert capsys.readouterr().err == f"speedit: error: {line}\n"
+
+
+def test_an_evaluation_in_training_has_batches_of_its_own_to_lower() -> None:
+    options = ["data.batch_size=1", "evaluate_every=5", "guidance_scale=1", "per_proc_batch_size=32"]
+    config = load_config(DIGITS, "train", [*options, "precision=bf16", "model.gradient_checkpointing=true"])
+    line = memory_line(torch.OutOfMemoryError("CUDA out of memory."), "train", config)
+    sizes = "lower per_proc_batch_size (now 32), or lower evaluation.batch_size (now 16)"
+    assert line == f"out of memory of the device: {sizes}"
 
 
 def test_a_full_table_of_files_says_which_limit(

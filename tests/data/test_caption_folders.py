@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,19 @@ class TestFolders:
             ImageCaptions(root=empty, image_size=8)
 
     def test_a_damaged_parquet_or_text_file_is_named(self, root: Path) -> None:
-        with pytest.raises(ValueError, match=r"list.parquet: wanted Parquet: "):
+        with pytest.raises(ValueError, match=r"corrupt Parquet file .*list.parquet: ArrowInvalid"):
             ImageCaptions(write(root / "list.parquet", "x" * 100), image_size=8)
+        # Its description at the end is whole, a page of captions is not.
+        rows = [{"path": "a.png", "text": f"{number} red"} for number in range(1000)]
+        damaged = metadata(root / "list.parquet", rows)
+        content = damaged.read_bytes()
+        damaged.write_bytes(b"\xff" * (len(content) // 2) + content[len(content) // 2 :])
+        with pytest.raises(ValueError, match=r"corrupt Parquet file .*list.parquet: OSError"):
+            ImageCaptions(damaged, image_size=8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "pyarrow", None)
+            with pytest.raises(ImportError, match=r"pip install 'speedit-plugins\[data\]'"):
+                ImageCaptions(damaged, image_size=8)
         (root / "a.txt").write_bytes(b"\xff")
         with pytest.raises(ValueError, match=r"a.txt must be UTF-8"):
             ImageCaptions(root=root, image_size=8)

@@ -15,6 +15,7 @@ from speedit_plugins.trainer.data.archives.images import StoredImages
 from speedit_plugins.trainer.data.archives.parquet import ParquetImages
 from speedit_plugins.trainer.data.archives.saved import SavedDataset
 from speedit_plugins.trainer.data.loader import ResumableLoader
+from speedit_plugins.trainer.data.summary import data_lines
 
 pq = pytest.importorskip("pyarrow.parquet")
 pa = pytest.importorskip("pyarrow")
@@ -86,6 +87,14 @@ def test_image_caption_and_class_of_a_row_belong_together(tmp_path: Path, kind: 
             sample = each.load(number, generator())
             assert level_of(sample["image"]) == number
             assert (sample["caption"], sample["label"]) == (f"text {number}", number % 2)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_images_without_captions_have_none(tmp_path: Path, kind: str) -> None:
+    assert hub_files(tmp_path, kind).max_captions == 1
+    place, options = (tmp_path / "data", {}) if kind == "parquet" else (tmp_path, {"split": "train"})
+    data = (ParquetImages if kind == "parquet" else SavedDataset)(place, image_size=8, **options)
+    assert "captions" not in dict(data_lines(data, batch_size=2))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])

@@ -35,6 +35,10 @@ def test_a_side_that_does_not_fit_is_told_at_the_start(
     error = said("train", tmp_path, capfd, folder, *dry)
     assert "data.dataset.buckets[1] [8, 6] needs sides that are multiples of 4" in error
     assert "got 6; nearest: 4 or 8" in error
+    # So is what the loss is measured on, before a step is trained.
+    validation = "data.validation={type: ImageFolder, root: x, buckets: [[8, 8], [8, 6]]}"
+    error = said("train", tmp_path, capfd, "validate_every=5", validation, *dry)
+    assert "data.validation.buckets[1] [8, 6] needs sides that are multiples of 4" in error
 
 
 def test_an_encoder_counts_with_its_downsampling(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +80,7 @@ def test_the_least_side_has_no_side_below_it() -> None:
 
 def test_frames_of_a_bucket_fit_the_model() -> None:
     model = Latte(8, 4, num_frames=4, hidden_size=8, depth=2, num_heads=2)
-    shapes = shapes_of(8, [[1, 8, 8], [4, 8, 8], [8, 8, 8]])
+    shapes = shapes_of(8, {"data.dataset.buckets": [[1, 8, 8], [4, 8, 8], [8, 8, 8]]})
     with pytest.raises(
         ValueError, match=r"^data.dataset.buckets\[2\] \[8, 8, 8\] needs 1 to 4 frames, .* got 8$"
     ):
@@ -84,5 +88,5 @@ def test_frames_of_a_bucket_fit_the_model() -> None:
     del shapes["data.dataset.buckets[2] [8, 8, 8]"]
     check_frames(shapes, model)
     # What is no list of sides is for the dataset to refuse.
-    assert list(shapes_of(8, [[8, True], "8x8", 3, [8]])) == ["image_size"]
-    assert list(shapes_of(8, "8x8")) == ["image_size"]
+    assert list(shapes_of(8, {"buckets": [[8, True], "8x8", 3, [8]]})) == ["image_size"]
+    assert list(shapes_of(8, {"buckets": "8x8"})) == ["image_size"]

@@ -108,7 +108,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "peft": ("trainer/models/lora.py", "trainer/models/exported_adapters.py", *_HOST_TOOLS),
     "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
-    "pyarrow": ("trainer/data/archives/parquet.py", "trainer/data/images/caption_files.py"),
+    "pyarrow": ("trainer/data/parquet_files.py",),
     "datasets": ("trainer/data/archives/saved.py",),
     "einops": ("trainer/*.py",),
     "sklearn": ("trainer/data/images/digits.py",),

@@ -277,9 +277,11 @@ def test_training_with_another_encoder_than_the_caches_is_refused(
     tool: ModuleType, config: Path, tmp_path: Path
 ) -> None:
     assert tool.main(["-c", str(config), "--out", str(tmp_path)]) == 0
-    changed = ["encoder={type: Pixels}", "data.dataset={type: LatentCache}", f"data.dataset.root={tmp_path}"]
-    with pytest.raises(ValueError, match=r"were made by another encoder than \{'type': 'Pixels'\}"):
-        build_trainer(load_config(config, "train", changed))
+    for key, more in (("dataset", []), ("validation", ["validate_every=5", "model.patch_size=4"])):
+        cached = f"data.{key}={{type: LatentCache, root: {tmp_path}}}"
+        message = rf"^data.{key}: the latents in {tmp_path} were made by another encoder than {{'type': 'Pix"
+        with pytest.raises(ValueError, match=message):
+            build_trainer(load_config(config, "train", ["encoder={type: Pixels}", cached, *more]))
 
 
 def test_a_text_run_from_the_cache_follows_the_run_without_it(

@@ -13,9 +13,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from tars import shards
 
 from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.data.latents.source import compare_with_source, identity_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "cache_latents.py"
 NUM_IMAGES = 11
@@ -126,6 +128,25 @@ def test_data_that_were_moved_or_copied_as_a_whole_have_not_changed(
         os.utime(path)
     build(DATASETS, cached)
     assert "were all written again, at the same sizes, as by a copy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("root", [["0.tar", "1.tar"], "*.tar", "{0..1}.tar"])
+def test_archives_are_compared_by_list_and_pattern(tmp_path: Path, root: str | list[str]) -> None:
+    shards(tmp_path, 2)
+    for number, path in enumerate(sorted(tmp_path.glob("*.tar"))):
+        path.rename(tmp_path / f"{number}.tar")
+    named = str(tmp_path / root) if isinstance(root, str) else [str(tmp_path / name) for name in root]
+    options = {"type": "WebDataset", "root": named}
+    data = build(DATASETS, options, image_size=8, class_cond=False, text=False)
+    made_from = {"dataset": options, "class_cond": False, "image_size": 8, **identity_of(data)}
+    assert compare_with_source(tmp_path, made_from, has_text=False) == []
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes())
+    with pytest.raises(ValueError, match="is stale, the data that it was made from changed"):
+        compare_with_source(tmp_path, made_from, has_text=False)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"cannot be compared with its images: .*no file.*\.tar"):
+        compare_with_source(tmp_path, made_from, has_text=False)
 
 
 def test_a_cache_of_an_earlier_version_is_used_with_a_line(

@@ -11,6 +11,8 @@ from speedit_plugins.trainer.checkpoint import CheckpointError
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.images.digits import Digits
+from speedit_plugins.trainer.data.loader import ResumableLoader
+from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training import data_centre
 from speedit_plugins.trainer.training.data_centre import centred, is_centred_by_data
@@ -74,6 +76,15 @@ def test_of_several_shapes_the_commonest_is_measured(tmp_path: Path) -> None:
     for number in range(0, 48, 3):
         (tmp_path / f"{number:02d}.png").unlink()
     assert both == pytest.approx(mean(tmp_path), abs=0.5)
+
+
+def test_the_loading_processes_end_with_a_broken_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(ResumableLoader, "close", lambda loader: closed.append(loader))
+    monkeypatch.setattr(BatchEncoder, "encode", lambda *_: next(iter(())))
+    with pytest.raises(StopIteration):
+        centred(digits("diffusion.policy=spectral"), LONE)
+    assert len(closed) == 1
 
 
 def test_a_resumed_run_keeps_its_centre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,8 @@ def test_what_is_saved_is_restored_and_a_policy_that_has_seen_little_keeps_its_g
     (path / checkpoint.STATE).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=rf"^checkpoint {path} is damaged: state.pt: "):
         read_state(path)
+    torch.save({"x": Fraction(1, 2)}, path / checkpoint.STATE)
+    with pytest.raises(CheckpointError, match=r"state.pt: it asks for fractions\.Fraction") as caught:
+        read_state(path)
+    assert "weights_only" not in str(caught.value)
+    assert caught.value.__suppress_context__

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import arguments, small_config, small_trainer
 from torch.testing import assert_close
+from two_ranks import told as told_by_another
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
@@ -17,13 +18,17 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
 from speedit_plugins.trainer.data.identity import Identified
 from speedit_plugins.trainer.data.images.digits import Digits
+from speedit_plugins.trainer.data.images.emoji import Emoji
 from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.data.order import ChunkedOrder
 from speedit_plugins.trainer.data.summary import data_lines
+from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.sampling.generator import find_weights
+from speedit_plugins.trainer.training import assembly
+from speedit_plugins.trainer.training.ending import told
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
 from speedit_plugins.trainer.training.trainer import Trainer
@@ -104,6 +109,70 @@ def test_timesteps_fill_each_range_evenly(num_samples: int) -> None:
     assert found.shape == (10, num_samples)
     middles = (torch.arange(10 * num_samples, dtype=torch.float64) + 0.5) / (10 * num_samples)
     assert_close(found.flatten().sort().values, middles)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_broken_sample_ends_the_run_after_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    class Broken(Digits):
+        def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+            raise error("a.png is broken")
+
+    monkeypatch.setattr(assembly, "validation_dataset", lambda *_: Broken())
+    trainer = small_trainer(tmp_path, max_training_steps=3, validate_every=2, **OWN)
+    with (
+        Tracker(tmp_path, total_steps=3, start_step=0) as tracker,
+        pytest.raises(DataError) as caught,
+    ):
+        told(trainer, lambda: trainer.fit(tracker, StopRequest()))
+    saved = tmp_path / "checkpoints" / "step_0000002"
+    assert str(caught.value) == f"validation: a.png is broken; step 2 is saved as {saved}"
+    assert checkpoint.damage(saved, Runtime()) is None
+    assert trainer.model.training
+
+
+def test_a_broken_sample_of_another_rank_is_raised_on_this_one_too(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, validate_every=2, **OWN)
+    validation: Any = trainer.periodic[0].measure
+    validation._runtime = told_by_another("a.png is broken")
+    with pytest.raises(DataError, match=r"^validation: a.png is broken \(on rank 1\)$"):
+        measured(trainer)
+
+
+def test_the_first_process_of_a_machine_lists_the_files_of_both_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Second(Runtime):
+        def barrier(self) -> None:
+            events.append("wait")
+
+    build_dataset = assembly.build.build_dataset
+
+    def built(*given: Any, **options: Any) -> Any:
+        events.append("build")
+        return build_dataset(*given, **options)
+
+    monkeypatch.setattr(assembly.build, "build_dataset", built)
+    config = small_config(tmp_path, validate_every=2, **OWN)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assembly.build_trainer(config, Second())
+    assert events == ["wait", "build", "wait", "build"]
+    events.clear()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assembly.build_trainer(config, Second())
+    assert events == ["build", "wait", "build", "wait"]
+
+
+def test_captions_are_counted_with_held_out_samples() -> None:
+    class Captioned(Digits):
+        max_captions = 5
+
+    for whole, line in ((Emoji(), f"{len(Emoji()) - 9:,}"), (Captioned(), "1,788 samples with up to 5")):
+        assert dict(data_lines(hold_out(whole, 9, seed=0)[0], batch_size=4))["captions"] == line
+    assert "captions" not in dict(data_lines(hold_out(Digits(), 9, seed=0)[0], batch_size=4))
 
 
 def test_held_out_samples_are_never_trained_on(tmp_path: Path) -> None:
@@ -254,6 +323,10 @@ def test_validation_of_another_order_of_classes_is_refused(tmp_path: Path) -> No
         (
             ["validate_every=5", "data.validation=Digits", "data.held_out_samples=5"],
             "data.held_out_samples: are not measured beside data.validation; wanted 0",
+        ),
+        (
+            ["data.accept_changed=true", "data.held_out_samples=5", "validate_every=5"],
+            "data.accept_changed: held_out_samples of changed data would be others, some of them trained on",
         ),
         (["validate_samples=5"], "validate_samples: has no effect without validate_every; wanted 500"),
         (["evaluate_samples=5"], "evaluate_samples: has no effect without evaluate_every; wanted 1000"),

@@ -121,6 +121,9 @@ def _check_training(config: ExperimentConfig) -> None:
         raise ConfigError("max_training_steps", f"train wanted int >= 1, got {config.max_training_steps}")
     if config.data.accept_changed and config.resume == "never":
         raise ConfigError("data.accept_changed", "has no effect with resume: never; wanted false")
+    if config.data.accept_changed and config.data.held_out_samples:
+        problem = "held_out_samples of changed data would be others, some of them trained on; wanted false"
+        raise ConfigError("data.accept_changed", problem)
     if config.data.prefetch_factor is not None and config.data.num_workers == 0:
         raise ConfigError("data.prefetch_factor", "has no effect without data.num_workers; wanted null")
     _check_measurements(config)

@@ -190,7 +190,7 @@ SENTENCES: dict[tuple[str, ...], str] = {
     ("ema_decay", "ema_rate", "ema_beta", "ema_momentum", "decay"): (
         "ema.halflife_steps = ln 0.5 / ln decay; 6931 is a decay of 0.9999, 693 one of 0.999"
     ),
-    ("use_ema", "enable_ema"): "a moving average is always kept; ema.halflife_steps says how long",
+    ("use_ema", "enable_ema"): "ema.type says which average is kept; none keeps none",
     ("gpus", "num_gpus", "n_gpus", "devices", "num_processes", "nproc_per_node", "world_size"): (
         "the number of processes comes from the launcher: torchrun --nproc-per-node N"
     ),
@@ -225,7 +225,7 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "inference": ("infer", "generate", "generation", "predict"),
     "test": ("eval", "evaluate", "evaluation", "metrics", "val", "validate"),
 }
-# Of a name of another trainer a likeness this close counts: "lerning_rate" is learning_rate.
+# How alike a misspelt name must be to another trainer's name: "lerning_rate" is learning_rate.
 CLOSE_NAME = 0.85
 
 

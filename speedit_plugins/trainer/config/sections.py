@@ -37,7 +37,7 @@ GAUSSIAN_KEYS = (
 
 
 def label(sigma_rel: float) -> str:
-    """A length of a power average as file names and messages have it. Those of a config differ.
+    """A length of a power average as file names and messages have it.
 
     Example:
         >>> label(0.1)

@@ -12,7 +12,7 @@ _SURPRISING = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+)")
 
 
 def check_text(text: str) -> None:
-    """Nothing, if the text is a mapping in YAML that means what it looks like; an empty one is.
+    """Checks that the text is a mapping in YAML that means what it looks like, or empty.
 
     Raises:
         ValueError: it cannot be parsed, or has no keys at the top; a key is not a text or a number; a number

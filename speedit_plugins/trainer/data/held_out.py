@@ -36,7 +36,8 @@ class Part:
         self.chunked = chunked
         self.classes: tuple[str, ...] = tuple(getattr(whole, "classes", ()))
         self.num_classes = int(getattr(whole, "num_classes", 0))
-        self.num_captions = len(self) if getattr(whole, "num_captions", 0) else 0
+        has_captions = getattr(whole, "num_captions", 0) or getattr(whole, "captions", None)
+        self.num_captions = len(self) if has_captions else 0
         self.left_out: dict[str, int] = dict(getattr(whole, "left_out", {}))
         for method in ("identity", "name"):
             if hasattr(whole, method):
@@ -49,6 +50,11 @@ class Part:
     def num_corrupt(self) -> int:
         """Number of damaged samples of the whole dataset found so far by all workers."""
         return int(getattr(self.whole, "num_corrupt", 0))
+
+    @property
+    def max_captions(self) -> int:
+        """Largest number of captions that one sample of the whole dataset has; 0 if it does not say."""
+        return int(getattr(self.whole, "max_captions", 0))
 
     def load(self, index: int, generator: torch.Generator) -> Mapping[str, Any]:
         """The sample of the whole dataset at `indices[index]`."""

@@ -110,7 +110,7 @@ def position_in(
         position: has "epoch", "offset" and "size".
         saved: the identity saved with it; None in a checkpoint of an earlier version.
         data: number of samples, identity (None if it has none) and the dataset itself.
-        arrangement: what decides the order besides: a key that ends in "_crc32" is a property of the data.
+        arrangement: what else decides the order. Keys that end in "_crc32" are checksums of the data's parts.
         accept_changed: go to the start of the next epoch if the order of samples or the meaning of labels
             changed. It stays the same if only captions, labels, sizes or times of files did.
 

@@ -69,7 +69,7 @@ def open_loggers(config: ExperimentConfig, *, start_step: int) -> list[Logger]:
 def open_boards(config: ExperimentConfig) -> list[Logger]:
     """The loggers that a training in `experiment_dir` has written to, as far as the config asks for them.
 
-    What they show stays, of all steps.
+    They keep what they show of every step.
 
     Raises:
         ValueError: as `open_loggers`.

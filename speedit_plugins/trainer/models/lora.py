@@ -203,8 +203,8 @@ def check_resumed(
         path: the checkpoint's file of the model.
 
     Raises:
-        ValueError: see `check_fit`; a name or shape differs; or the file holds frozen weights as well, as
-            they did before, and other ones than the model has.
+        ValueError: see `check_fit`; a name or shape differs; or an older file
+            also holds the frozen weights, and they differ from the model's.
     """
     record = read_adapters(path)
     check_fit(model, record, found, path)

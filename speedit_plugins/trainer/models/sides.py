@@ -66,17 +66,18 @@ def check_frames(places: Mapping[str, Sequence[int]], model: nn.Module) -> None:
             raise ValueError(f"{key} needs {wanted} frames, the model's num_frames, got {shape[0]}")
 
 
-def shapes_of(image_size: int, buckets: Any) -> dict[str, Sequence[int]]:
+def shapes_of(image_size: int, buckets: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """The shapes that a config states, by key: `image_size` and each of the buckets.
 
     Args:
         image_size: side of the square.
-        buckets: `data.dataset.buckets`. What is no list of lists of ints is left to the dataset, which says
-            what is wrong with it.
+        buckets: those of each dataset, by their key, such as `data.dataset.buckets`. What is no list of lists
+            of ints is left to the dataset, which says what is wrong with it.
     """
     found: dict[str, Sequence[int]] = {"image_size": (image_size, image_size)}
-    for number, bucket in enumerate(buckets if isinstance(buckets, Sequence) else ()):
-        is_shape = isinstance(bucket, Sequence) and all(type(side) is int and side > 0 for side in bucket)
-        if is_shape and len(bucket) in (2, 3):
-            found[f"data.dataset.buckets[{number}] {list(bucket)}"] = bucket
+    for key, listed in buckets.items():
+        for number, bucket in enumerate(listed if isinstance(listed, Sequence) else ()):
+            is_shape = isinstance(bucket, Sequence) and all(type(side) is int and side > 0 for side in bucket)
+            if is_shape and len(bucket) in (2, 3):
+                found[f"{key}[{number}] {list(bucket)}"] = bucket
     return found

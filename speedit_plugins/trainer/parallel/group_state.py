@@ -1,7 +1,7 @@
 """The numbers that an optimizer keeps in its parameter groups, such as Prodigy's estimate d.
 
-Such a number is told from an option by its change: the trainer changes `lr` alone. So options may be others
-when a run goes on, and numbers go on.
+A value that changed since the optimizer was built is state, and is saved; the trainer changes `lr` alone. All
+others are options, and come from the config.
 """
 
 import copy

@@ -15,7 +15,7 @@ from torch import Tensor
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
 STEP = "step"
-# Where gradients are taken, of an optimizer that evaluates at another point: saved beside its state.
+# The weights at which a schedule-free optimizer takes gradients. They are saved beside its state.
 TRAINING_POINT = "training_point"
 
 

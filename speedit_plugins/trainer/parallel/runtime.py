@@ -77,6 +77,20 @@ class Runtime:
         dist.gather(tensor, parts)
         return parts or []
 
+    def raise_together(self, fault: Exception | None) -> None:
+        """Returns if no rank has a fault. Otherwise all ranks raise, and none waits for one that has ended.
+
+        Raises:
+            Exception: `fault`, on the ranks that have one.
+            ValueError: the first rank's fault, on the other ranks.
+        """
+        said = self.gather_objects(None if fault is None else str(fault) or type(fault).__name__)
+        if fault is not None:
+            raise fault
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise ValueError(f"{text} (on rank {rank})")
+
     def close(self) -> None:
         """Leaves the process group."""
         if dist.is_available() and dist.is_initialized():

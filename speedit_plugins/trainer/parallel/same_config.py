@@ -11,7 +11,16 @@ from speedit_plugins.version import __version__
 PACKAGE = "speedit-plugins"
 
 # Each machine may have its own copy of the data, and its own number of cores.
-MAY_DIFFER = ("data.dataset.root", "data.num_workers", "data.prefetch_factor", "allow_download")
+MAY_DIFFER = (
+    *(
+        f"data.{name}.{key}"
+        for name in ("dataset", "validation")
+        for key in ("root", "captions_file", "table")
+    ),
+    "data.num_workers",
+    "data.prefetch_factor",
+    "allow_download",
+)
 _NEED = "the processes of a run need one"
 _ABSENT = object()
 

@@ -54,8 +54,8 @@ def build_trainer(
     encoder = build.build_encoder(config, runtime.device)
     # Before the dataset: it may read the header of every image.
     build.check_shapes(config, encoder)
-    dataset = _dataset(config, runtime)
-    _check_cache(dataset, encoder, config)
+    dataset = _in_turn(runtime, lambda: build.build_dataset(config))
+    _check_cache(dataset, encoder, config, "data.dataset")
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     # The weights that adapters are trained on are in no checkpoint.
@@ -96,9 +96,9 @@ def _periodic(
     """
     periodic = []
     if config.validate_every:
-        own, measured = captions, validation_dataset(config, dataset)
+        own, measured = captions, _in_turn(runtime, lambda: validation_dataset(config, dataset))
         if config.data.validation is not None:
-            _check_cache(measured, encoder, config)
+            _check_cache(measured, encoder, config, "data.validation")
             own = _other_captions(captions, measured, config, runtime)
         undropped = _batch_encoder(encoder, model, own, replace(config, caption_dropout_prob=0.0), runtime)
         measure = Validation(model, process, undropped, measured, config, runtime)
@@ -128,13 +128,13 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
     )
 
 
-def _dataset(config: ExperimentConfig, runtime: Runtime) -> SampleSource:
+def _in_turn(runtime: Runtime, built: Callable[[], SampleSource]) -> SampleSource:
     """The dataset. The first process of each machine lists the files, and the others read its index."""
     is_first = int(os.environ.get("LOCAL_RANK", runtime.rank)) == 0
     if not is_first:
         runtime.barrier()
     try:
-        return build.build_dataset(config)
+        return built()
     finally:
         if is_first:
             runtime.barrier()
@@ -173,7 +173,7 @@ def _other_captions(
     captions: CaptionSource | None, dataset: SampleSource, config: ExperimentConfig, runtime: Runtime
 ) -> CaptionSource | None:
     """What encodes the captions of another dataset than the one that is trained on."""
-    # In a table of its own: in the training's, other captions would change the last bits of the features.
+    # A separate table: more captions in the training's would change the last bits of its features.
     if isinstance(captions, CaptionTable) or isinstance(dataset, LatentCache):
         return build_captions(config, dataset, runtime.device)
     return captions
@@ -208,10 +208,11 @@ def _grids(
     return write
 
 
-def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConfig) -> None:
+def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConfig, key: str) -> None:
+    """Raises ValueError if the dataset under this key of the config has latents of another encoder."""
     if isinstance(dataset, LatentCache) and dataset.encoder_fingerprint != encoder.fingerprint():
         raise ValueError(
-            f"data.dataset: the latents in {config.data.dataset['root']} were made by another encoder than"
+            f"{key}: the latents in {dataset.folder} were made by another encoder than"
             f" {config.encoder}; wanted that one, or a cache made with this one"
         )
 

@@ -57,22 +57,31 @@ def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = N
     if not is_centred_by_data(config):
         return config
     policy = config.diffusion.policy
-    mean = None
-    if runtime.is_main:
-        source = "as in the checkpoint"
-        if resumed is not None:
-            mean = _kept(resumed)
-        if mean is None:
-            mean, source = _measured(config, runtime), "where half of the data's variance is explained"
-        if mean is not None:
-            # Adding 0.0 avoids "-0.00".
-            say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
+    mean, fault = None, None
+    try:
+        if runtime.is_main:
+            mean = _found(config, runtime, resumed)
+    # The others wait for the centre.
+    except (ValueError, OSError, MemoryError) as error:
+        fault = error
+    runtime.raise_together(fault)
     mean = runtime.gather_objects(mean)[0]
     if mean is None:
         # `auto` goes on without.
         return config
     diffusion = dataclasses.replace(config.diffusion, policy=_with_mean(policy, mean))
     return dataclasses.replace(config, diffusion=diffusion)
+
+
+def _found(config: ExperimentConfig, runtime: Runtime, resumed: Path | None) -> float | None:
+    """The centre in the checkpoint, or the measured one. Prints it."""
+    mean, source = None if resumed is None else _kept(resumed), "as in the checkpoint"
+    if mean is None:
+        mean, source = _measured(config, runtime), "where half of the data's variance is explained"
+    if mean is not None:
+        # Adding 0.0 avoids "-0.00".
+        say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
+    return mean
 
 
 def _with_mean(policy: Mapping[str, Any], mean: float) -> dict[str, Any]:
@@ -118,16 +127,7 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
-    # Samples of different buckets have different shapes, and different principal components.
-    rows: dict[torch.Size, list[Tensor]] = {}
-    num_samples, num_values = 0, 0
-    while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
-        seeds = [stream_seed(config.seed, NOISE_STREAM, num_samples + place) for place in range(batch_size)]
-        generators = [torch.Generator(runtime.device).manual_seed(seed) for seed in seeds]
-        latents = inputs.encode(next(loader), generators).latents.cpu()
-        rows.setdefault(latents.shape[1:], []).append(latents)
-        num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
-    loader.close()
+    rows = _latents(loader, inputs, config.seed, runtime.device)
     # The most frequent shape.
     most = max(rows, key=lambda shape: (len(rows[shape]), shape))
     try:
@@ -139,3 +139,22 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
         raise ValueError(
             f"the policy's mean cannot be measured: {error}; or give the policy a mean"
         ) from error
+
+
+def _latents(
+    loader: ResumableLoader, inputs: BatchEncoder, seed: int, device: torch.device
+) -> dict[torch.Size, list[Tensor]]:
+    """Latents of the first epoch by their shape, up to `NUM_SAMPLES` of them. Closes the loader."""
+    # Samples of different buckets have different shapes, and different principal components.
+    rows: dict[torch.Size, list[Tensor]] = {}
+    num_samples, num_values, batch_size = 0, 0, loader.batch_size
+    try:
+        while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
+            seeds = [stream_seed(seed, NOISE_STREAM, num_samples + place) for place in range(batch_size)]
+            generators = [torch.Generator(device).manual_seed(number) for number in seeds]
+            latents = inputs.encode(next(loader), generators).latents.cpu()
+            rows.setdefault(latents.shape[1:], []).append(latents)
+            num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
+    finally:
+        loader.close()
+    return rows

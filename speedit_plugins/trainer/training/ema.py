@@ -45,7 +45,7 @@ def build_average(options: EmaConfig, slices: Mapping[str, Slice]) -> Average:
 
 
 class NoAverage:
-    """Keeps nothing but the number of updates."""
+    """Keeps nothing. The trainer updates no average without slices."""
 
     def __init__(self) -> None:
         self.slices: dict[str, Slice] = {}
@@ -53,8 +53,7 @@ class NoAverage:
         self.num_updates = 0
 
     def update(self) -> None:
-        """Counts."""
-        self.num_updates += 1
+        """Does nothing."""
 
     def load(
         self,

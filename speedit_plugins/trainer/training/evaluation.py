@@ -46,12 +46,14 @@ class Evaluation:
         self._generator, self._conditions, self._runtime = generator, conditions, runtime
         self._rows = random_rows(conditions, config.evaluate_samples, seed=config.seed)
         self._batch_size = config.per_proc_batch_size
-        self._comparison = None
-        if runtime.is_main:
-            folder = Path(config.experiment_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            example = self._example(config)
-            self._comparison = Comparison(config, example, config.evaluation.metrics, keep_in=folder)
+        self._comparison, fault = None, None
+        try:
+            if runtime.is_main:
+                self._comparison = self._compared(config)
+        # The others wait for the reference.
+        except (ValueError, OSError, MemoryError) as error:
+            fault = error
+        runtime.raise_together(fault)
 
     def __call__(self, snapshot: Snapshot) -> Measured:
         """The figures by name, of rank 0. Collective."""
@@ -96,6 +98,11 @@ class Evaluation:
         _, *frames, height, width = input_shape(self._generator.model)
         sides = (height * encoder.downsample, width * encoder.downsample)
         return (*frames, *sides, encoder.image_channels)
+
+    def _compared(self, config: ExperimentConfig) -> Comparison:
+        folder = Path(config.experiment_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return Comparison(config, self._example(config), config.evaluation.metrics, keep_in=folder)
 
     def _example(self, config: ExperimentConfig) -> ItemSet:
         blank = torch.zeros(self._shape(), dtype=torch.uint8)

@@ -100,13 +100,22 @@ def take(
 
     Returns:
         The scores of all of them, on every rank.
+
+    Raises:
+        ValueError, OSError, MemoryError: a measurement failed on a rank; all ranks raise.
     """
     scores: dict[str, float] = {}
     for each in periodic:
-        found = each.measure(snapshot)
-        if found.row:
-            tracker.log(snapshot.step, found.row)
-        if found.pictures:
-            tracker.show(snapshot.step, found.pictures)
+        found, fault = Measured(), None
+        try:
+            found = each.measure(snapshot)
+            if found.row:
+                tracker.log(snapshot.step, found.row)
+            if found.pictures:
+                tracker.show(snapshot.step, found.pictures)
+        # Rank 0 writes what is measured, and the others wait to hear of it.
+        except (ValueError, OSError, MemoryError) as error:
+            fault = error
+        runtime.raise_together(fault)
         scores |= runtime.gather_objects(dict(found.scores))[0]
     return scores

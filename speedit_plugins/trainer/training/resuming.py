@@ -1,4 +1,4 @@
-"""What a run that goes on takes from its checkpoint, where optimizer or average may be another now."""
+"""Restores optimizer and average from a checkpoint, also if the config now names another one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +63,7 @@ def restore_average(
         if before.type != "none" and runtime.is_main:
             say("ema.type is none: the average of the checkpoint is not continued")
     elif before.type == "none":
-        _begin_average(average, saved, config, runtime)
+        _begin(average, saved, config, runtime)
     elif before.type != now.type:
         raise ValueError(f"ema.type was {before.type}, got {now.type}; wanted the same, or none")
     elif now.type == "power":
@@ -78,8 +78,8 @@ def restore_average(
         average.load(saved.ema, updates)
 
 
-def _begin_average(average: Average, saved: Saved, config: ExperimentConfig, runtime: Runtime) -> None:
-    """Lets an average begin with a checkpoint's weights. It counts its updates from 0."""
+def _begin(average: Average, saved: Saved, config: ExperimentConfig, runtime: Runtime) -> None:
+    """Begins an average with the weights of a checkpoint that has none."""
     kind = config.ema.type
     if kind == "power":
         # Also where this run writes none: a later one may.

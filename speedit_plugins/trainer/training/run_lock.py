@@ -32,18 +32,17 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
 
     Raises:
         ValueError: another training is in it (the message has its process, host and start), or the folder
-            cannot be made or written. All ranks raise it.
+            cannot be made. All ranks raise it.
+        OSError: the lock cannot be written. The other ranks raise a ValueError with its text.
     """
     file: IO[str] | None = None
-    problem = None
+    fault: Exception | None = None
     if runtime.is_main:
         try:
             file = _locked(Path(config.experiment_dir))
-        except ValueError as error:
-            problem = str(error)
-    problem = runtime.gather_objects(problem)[0]
-    if problem is not None:
-        raise ValueError(problem)
+        except (ValueError, OSError) as error:
+            fault = error
+    runtime.raise_together(fault)
     try:
         yield
     finally:
@@ -62,18 +61,27 @@ def _locked(folder: Path) -> IO[str]:
     except OSError as error:
         raise ValueError(f"experiment_dir needs a folder to write in, got {_fault(folder, error)}") from error
     try:
+        _enter(file, path)
+    except (ValueError, OSError):
+        file.close()
+        raise
+    return file
+
+
+def _enter(file: IO[str], path: Path) -> None:
+    """Locks the open file and writes this process into it."""
+    folder = path.parent
+    try:
         # A record lock: a forked loading process that outlives the training does not keep it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
-            holder = _holder(file)
-            file.close()
             raise ValueError(
-                f"another training is in experiment_dir {folder}: {holder}; wanted another experiment_dir, or"
-                " wait until it ends"
+                f"another training is in experiment_dir {folder}: {_holder(file)}; wanted another"
+                " experiment_dir, or wait until it ends"
             ) from error
         if error.errno not in _NO_LOCKS:
-            raise
+            raise OSError(error.errno, f"cannot lock {path}: {error.strerror}") from error
         say(f"{folder}: its file system has no locks; make sure that no other training writes there")
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     written = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -81,7 +89,6 @@ def _locked(folder: Path) -> IO[str]:
     with naming(path):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), json.dumps(written).encode())
-    return file
 
 
 def _fault(folder: Path, error: OSError) -> str:

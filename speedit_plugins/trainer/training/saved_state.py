@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedit_plugins.files import pickle_fault
 from speedit_plugins.trainer.checkpoint import STATE, CheckpointError, step_in_name
 
 _COUNTS = ("step", "num_skipped", "ema_updates")
@@ -24,7 +25,7 @@ def read_state(path: Path) -> Mapping[str, Any]:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     # A cut file can fail in any layer: zip, pickle, storage.
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {STATE}: {error}") from error
+        raise CheckpointError(f"checkpoint {path} is damaged: {STATE}: {pickle_fault(error)}") from None
     return checked_state(state, path)
 
 

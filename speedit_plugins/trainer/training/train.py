@@ -63,7 +63,7 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
         choose_products(trainer.model, config, runtime)
     if runtime.is_main:
         _introduce(trainer, resumed)
-    # Not of a run with nothing to train: these files describe how the weights were made.
+    # Skipped if nothing is trained: the files describe the run that made the weights.
     if runtime.is_main and trainer.step < config.max_training_steps:
         results.save_config(config, "train")
         save_environment(folder, runtime, linear_layers=describe(trainer.model))

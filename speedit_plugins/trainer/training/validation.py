@@ -18,13 +18,14 @@ from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import VALIDATION_STREAM, SampleSource, stream_seed
+from speedit_plugins.trainer.data.workers import DataError, sample_fault
 from speedit_plugins.trainer.inputs import BatchEncoder, ModelInputs
 from speedit_plugins.trainer.logging.tracking import NUM_BINS
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.periodic import Measured, Snapshot
 
-# Not the run's: what is measured is the same for every seed and every policy, so that runs compare.
+# Fixed, so that validation losses compare between runs.
 SEED = 0
 
 
@@ -61,17 +62,25 @@ class Validation:
         self._quantiles = spread_quantiles(len(self._chosen))
 
     def __call__(self, snapshot: Snapshot) -> Measured:
-        """`val_loss`, and its means in the ranges of timesteps, the cleanest first. Collective."""
+        """`val_loss`, and its means in the ranges of timesteps, the cleanest first. Collective.
+
+        Raises:
+            DataError: a sample cannot be loaded, on any rank.
+        """
         weights = snapshot.everywhere
         sums = torch.zeros(NUM_BINS, dtype=torch.float64, device=self._runtime.device)
         is_training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
-                for places in list(self._batches())[self._runtime.rank :: self._runtime.world_size]:
-                    sums += self._losses(places, weights)
+                fault = self._add(sums, weights)
         finally:
             self._model.train(is_training)
+        faults = self._runtime.gather_objects(fault)
+        for rank, said in enumerate(faults):
+            if said is not None:
+                where = f" (on rank {rank})" if len(faults) > 1 else ""
+                raise DataError(f"validation: {said}{where}")
         self._runtime.sum(sums)
         means = (sums / len(self._chosen)).tolist()
         loss = sum(means) / NUM_BINS
@@ -87,12 +96,26 @@ class Validation:
             for first in range(0, len(places), self._batch_size):
                 yield places[first : first + self._batch_size]
 
-    def _losses(self, places: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+    def _add(self, sums: Tensor, weights: Mapping[str, Tensor]) -> str | None:
+        """Adds the losses of this rank's batches; what is wrong with the first sample that cannot be loaded.
+
+        The other ranks wait at the end of the loop, so the fault is told there.
+        """
+        for places in list(self._batches())[self._runtime.rank :: self._runtime.world_size]:
+            indices = [self._chosen[place] for place in places]
+            try:
+                batch = [dict(self._dataset.load(index, _generator("cpu", index, 0))) for index in indices]
+            except (ValueError, OSError, MemoryError) as error:
+                return sample_fault(error)
+            sums += self._losses(batch, places, weights)
+        return None
+
+    def _losses(
+        self, batch: list[dict[str, Any]], places: Sequence[int], weights: Mapping[str, Tensor]
+    ) -> Tensor:
         """Sum of the mse over these samples in each range, float64 (K,)."""
         device = self._runtime.device
-        indices = [self._chosen[place] for place in places]
-        generators = [_generator(device, index, 1) for index in indices]
-        batch = [dict(self._dataset.load(index, _generator("cpu", index, 0))) for index in indices]
+        generators = [_generator(device, self._chosen[place], 1) for place in places]
         given = self._inputs.encode(cast(dict[str, Any], default_collate(batch)), generators)
         found = []
         for quantile in self._quantiles[:, list(places)]:  # (B,)

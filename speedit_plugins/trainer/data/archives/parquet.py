@@ -5,8 +5,7 @@ Dims: N samples, G row groups.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from speedit_plugins.trainer.data.archives.labels import numbered
 from speedit_plugins.trainer.data.archives.sources import Root, find_files
 from speedit_plugins.trainer.data.identity import identify
 from speedit_plugins.trainer.data.order import ChunkedOrder
+from speedit_plugins.trainer.data.parquet_files import UnreadableError, naming_damage, pyarrow_parquet
 
 # What each loading process keeps of the files in memory, where `shuffle_window` is not given.
 WINDOW_BYTES = 2**28
@@ -172,10 +172,10 @@ class ParquetImages(StoredImages):
 
     @property
     def max_captions(self) -> int:
-        """Largest number of captions that one image has; reads all captions."""
+        """Largest number of captions that one image has, 0 without text; reads all captions."""
         column = self._columns.get("caption_column")
         if column is None:
-            return 1
+            return 0
         counts = [
             len(value) if isinstance(value, list) else 1
             for group in np.unique(self._group_of).tolist()
@@ -221,7 +221,7 @@ class ParquetImages(StoredImages):
                 check_columns(self._columns, reader.schema_arrow.names, path)
                 self._check_names(path, reader.schema_arrow.metadata, is_first=not groups)
                 labels = self._labels(reader, path) if class_cond else []
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 self._leave_out("files that cannot be read", [str(error)], 1)
                 continue
             values += labels
@@ -251,7 +251,7 @@ class ParquetImages(StoredImages):
 
     def _labels(self, reader: Any, path: Path) -> list[str]:
         column = self._columns["label_column"]
-        with _naming(path):
+        with naming_damage(path):
             values = reader.read(columns=[column], use_threads=False).column(column)
             return [label_of(value, self._class_names) for value in values.to_pylist()]
 
@@ -292,15 +292,15 @@ class ParquetImages(StoredImages):
 
     def _read_group(self, group: int, columns: list[str]) -> Any:
         file, number = self._groups[group, :2].tolist()
-        with _naming(self._files[file]):
+        with naming_damage(self._files[file]):
             # One thread: the workers already run in parallel.
             return self._reader(file).read_row_group(number, columns=columns, use_threads=False)
 
     def _reader(self, file: int) -> Any:
         reader = self._readers.pop(file, None)
         if reader is None:
-            with _naming(self._files[file]):
-                reader = _pyarrow_parquet().ParquetFile(self._files[file], memory_map=True, pre_buffer=False)
+            with naming_damage(self._files[file]):
+                reader = pyarrow_parquet().ParquetFile(self._files[file], memory_map=True, pre_buffer=False)
         self._readers[file] = reader
         if len(self._readers) > MOST_OPEN:
             self._readers.pop(next(iter(self._readers)))
@@ -312,37 +312,10 @@ class ParquetImages(StoredImages):
         self._tables: dict[int, Any] = {}
 
 
-class _UnreadableError(ValueError):
-    """A Parquet file, or a part of one, cannot be read."""
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns pyarrow's errors about a file's contents into one that names it; system errors pass."""
-    try:
-        yield
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        # pyarrow raises an OSError without an errno for damaged data.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        reason = " ".join(str(error).split())
-        raise _UnreadableError(f"corrupt Parquet file {path}: {type(error).__name__}: {reason}") from error
-
-
 def _bytes_of(facts: Any, columns: Sequence[str]) -> int:
     """Bytes of these columns of a row group, decompressed."""
     parts = (facts.column(number) for number in range(facts.num_columns))
     return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
-
-
-def _pyarrow_parquet() -> Any:
-    # Imported here because pyarrow is optional and slow to load.
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        message = "Parquet files need pyarrow: pip install 'speedit-plugins[data]'"
-        raise ImportError(message) from error
-    return parquet
 
 
 DATASETS.register_module(name="ParquetImages", module=ParquetImages)

@@ -139,10 +139,10 @@ class SavedDataset(StoredImages):
 
     @property
     def max_captions(self) -> int:
-        """Largest number of captions that one image has; reads all captions."""
+        """Largest number of captions that one image has, 0 without text; reads all captions."""
         column = self._columns.get("caption_column")
         if column is None:
-            return 1
+            return 0
         values = _column(self._table, column)
         return max((len(value) if isinstance(value, list) else 1 for value in values), default=1)
 

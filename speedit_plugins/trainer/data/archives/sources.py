@@ -9,7 +9,7 @@ from pathlib import Path
 
 # A scheme such as s3:// or hf://, or one of WebDataset's commands in place of a file.
 REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://|pipe:")
-# What stands in innermost braces: {000..099} or {train,val}.
+# The text inside the innermost braces: {000..099} or {train,val}.
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # A file's name as Hugging Face writes it, with the split in front.

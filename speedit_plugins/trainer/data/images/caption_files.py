@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speedit_plugins.trainer.data.parquet_files import naming_damage, pyarrow_parquet
 from speedit_plugins.trainer.data.tables import read_header, read_table
 
 # Names in use for the path and the caption; a file or row has exactly one of each.
@@ -74,23 +75,26 @@ def _read_csv(file: Path, text_keys: Sequence[str]) -> Iterator[Row]:
 
 
 def _read_parquet(file: Path, text_keys: Sequence[str]) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f"{file} needs pyarrow: pip install pyarrow") from error
-    try:
-        with ParquetFile(file) as table:
-            columns = _columns(table.schema_arrow.names, text_keys, str(file))
-            number = 0
-            for batch in table.iter_batches(columns=list(columns)):
-                for content in batch.to_pylist():
-                    where = f"row {number}"
-                    path, text = (_one_of((name,), content, file, where) for name in columns)
-                    yield Row(where, path, (text,))
-                    number += 1
-    except ArrowException as error:
-        raise ValueError(f"{file}: wanted Parquet: {error}") from error
+    with naming_damage(file):
+        table = pyarrow_parquet().ParquetFile(file)
+    with table:
+        columns = _columns(table.schema_arrow.names, text_keys, str(file))
+        for number, content in enumerate(_contents(table, columns, file)):
+            where = f"row {number}"
+            path, text = (_one_of((name,), content, file, where) for name in columns)
+            yield Row(where, path, (text,))
+
+
+def _contents(table: Any, columns: Sequence[str], file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of an open Parquet file."""
+    batches = table.iter_batches(columns=list(columns))
+    while True:
+        with naming_damage(file):
+            batch = next(batches, None)
+            contents = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        yield from contents
 
 
 def _columns(header: Sequence[str], text_keys: Sequence[str], place: str) -> tuple[str, str]:

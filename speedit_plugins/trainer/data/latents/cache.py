@@ -87,7 +87,7 @@ class LatentCache:
         if text is not None and text != has_text:
             found, wanted = ("captions" if has else "no captions" for has in (has_text, text))
             raise ValueError(f"the cache in {root} has {found}, wanted {wanted}")
-        folder = Path(root).expanduser()
+        self.folder = folder = Path(root).expanduser()
         notes = compare_with_source(folder, index.made_from, has_text=has_text) if check_source else []
         for note in notes if speaks() else ():
             say(note)

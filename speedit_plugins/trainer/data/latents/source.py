@@ -1,6 +1,7 @@
 """Whether a latent cache still fits the images and captions that it was made from."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from speedit_plugins.trainer.data.identity import TIMES, Identified, differences
 IDENTITY, CLASSES = "identity", "classes"
 # Options of datasets that say where the data are, not what they are: they may be moved as a whole.
 PLACES = ("captions_file", "root", "table")
+# A root with one of these names several files; the dataset says which of them are missing.
+_PATTERN = re.compile(r"[*?\[{]")
 
 
 def identity_of(dataset: object) -> dict[str, Any]:
@@ -68,13 +71,14 @@ def compare_with_source(folder: Path, made_from: Mapping[str, Any], *, has_text:
     options = made_from.get("dataset")
     if IDENTITY not in made_from or options is None or DATASETS.get(str(options.get("type"))) is None:
         return [f"the cache in {folder} is not compared with its images: it does not say what they are"]
-    places = [Path(options[key]).expanduser() for key in PLACES if options.get(key) is not None]
-    if gone := [place for place in places if not place.exists()]:
+    given = [options[key] for key in PLACES if isinstance(options.get(key), str)]
+    places = [Path(text).expanduser() for text in given]
+    if gone := [place for place in places if not (place.exists() or _PATTERN.search(str(place)))]:
         return [f"the cache in {folder} is not compared with its images: they are no longer in {gone[0]}"]
     facts = {key: made_from[key] for key in ("class_cond", "image_size")}
-    given = {key: value for key, value in facts.items() if key not in options}
+    missing = {key: value for key, value in facts.items() if key not in options}
     try:
-        dataset = build(DATASETS, options, text=has_text, random_flip=False, **given)
+        dataset = build(DATASETS, options, text=has_text, random_flip=False, **missing)
     except ValueError as error:
         raise ValueError(
             f"the cache in {folder} cannot be compared with its images: {error}; wanted a new cache, or"
