@@ -24,6 +24,8 @@ PARTS = {
     "ckpt_path": "Sampling",
     "reference": "Testing",
 }
+# Sections that another section's components fill.
+_SAME_COMPONENTS = {"data.validation": "data.dataset"}
 # Required in one phase only, so that the schema has a default.
 _REQUIRED = {"max_training_steps": "required in train"}
 
@@ -104,7 +106,8 @@ def anchor(path: str) -> str:
 def _type_text(key: str, hint: Any, limits: Mapping[str, float]) -> str:
     if key in COMPONENTS:
         null = " or null" if type(None) in get_args(hint) else ""
-        return f"[section with `type`](components.md#{key.rpartition('.')[2].replace('_', '-')}){null}"
+        section = _SAME_COMPONENTS.get(key, key).rpartition(".")[2].replace("_", "-")
+        return f"[section with `type`](components.md#{section}){null}"
     if dataclasses.is_dataclass(hint):
         return f"[section](#section-{key})"
     text = describe_type(hint)
