@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs import arguments, small_config
+from runs import arguments
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.data.images.folder import ImageFolder
@@ -74,18 +74,3 @@ def test_ranks_with_other_data_are_refused(root: Path, tmp_path: Path) -> None:
     others["sizes"] = "other"
     with pytest.raises(ValueError, match="data.dataset: rank 1 has other data than rank 0: other sizes"):
         assembly._check_same_data(loaders[0], Pair())
-
-
-def test_the_first_process_of_a_machine_lists_the_files_before_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rank, wanted in ((0, ["built", "met"]), (1, ["met", "built"])):
-        happened: list[str] = []
-
-        class Pair(Runtime):
-            def barrier(self, happened: list[str] = happened) -> None:
-                happened.append("met")
-
-        monkeypatch.setattr(assembly.build, "build_dataset", lambda config, h=happened: h.append("built"))
-        assembly._dataset(small_config(tmp_path), Pair(rank=rank, world_size=2))
-        assert happened == wanted
