@@ -1,6 +1,5 @@
 """What every test may rely on: fixed seeds, no network, and reasons for what is left out."""
 
-import contextlib
 import importlib
 import ipaddress
 import os
@@ -34,9 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # The same on any number of cores, in the processes that tests start too. Tensors here are small.
     threads = os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(threads))
-    # It can be imported once in a process. Some tests drop what was imported in them.
-    with contextlib.suppress(ImportError):
-        importlib.import_module("datasets")
 
 
 @pytest.hookimpl(tryfirst=True)

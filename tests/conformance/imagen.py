@@ -145,7 +145,9 @@ def installed() -> Iterator[tuple[ImagenSeam, list[str]]]:
             yield ImagenSeam(import_module("imagen_pytorch")), stand_ins.used
     finally:
         sys.meta_path.remove(stand_ins)
-        for name in [name for name in sys.modules if name.split(".")[0] in (*STAND_INS, "imagen_pytorch")]:
+        # Not a package that is installed: datasets can be imported once in a process.
+        dropped = (*stand_ins.used, "imagen_pytorch")
+        for name in [name for name in sys.modules if name.split(".")[0] in dropped]:
             del sys.modules[name]
 
 
