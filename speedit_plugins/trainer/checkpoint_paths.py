@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.results import CHECKPOINTS
 
-# In a run's folder.
-CHECKPOINTS = "checkpoints"
 _NAMED_STEP = re.compile(r"(?:step_)?0*(\d+)")
 _MAX_STEPS = 12
 

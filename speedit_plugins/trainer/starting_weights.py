@@ -11,7 +11,7 @@ from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.lora import add_adapters, check_fit, load_adapters, read_adapters
 from speedit_plugins.trainer.models.text import CaptionSource
-from speedit_plugins.trainer.models.weights import LoadReport, load_weights, read_checkpoint
+from speedit_plugins.trainer.models.weights import LoadReport, fit_weights, load_weights, read_checkpoint
 
 
 def start_from(
@@ -97,10 +97,11 @@ def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None
         )
     # A fine-tuning usually has other classes, so label embeddings may differ. The empty caption comes from
     # the run's own text encoder.
-    named = (*model.state_dict(), *read_checkpoint(source))
+    found = read_checkpoint(source)
+    named = (*model.state_dict(), *found)
     prefixes = ("y_embedder.", "null_tokens", "null_mask")
     excused = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in named)]
-    report = load_weights(model, source, allow_mismatch=excused)
+    report = fit_weights(model, found, source, allow_mismatch=excused)
     if captions is not None:
         cast(Any, model).set_null_text(captions.encode([""]))
     return report

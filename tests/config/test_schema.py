@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from speedit_plugins.trainer.config.checks import check_phase, check_same_run
+from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import DiffusionConfig, EmaConfig, SamplerConfig
@@ -17,7 +18,6 @@ from speedit_plugins.trainer.config.validation import (
     build_section,
     check_keys,
     describe_type,
-    join,
     key_paths,
 )
 

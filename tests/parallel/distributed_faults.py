@@ -28,7 +28,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.parallel.same_config import difference, stated
 from speedit_plugins.trainer.results import LOCK
 from speedit_plugins.trainer.training import train as train_phase
-from speedit_plugins.trainer.training.ending import told
+from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
@@ -135,7 +135,7 @@ def check_a_batch_that_one_rank_cannot_read_ends_all_after_a_checkpoint_of_the_l
         broken = two_ranks(runtime, folder / plugin / "broken", **options)
         # The second batch of the fourth step.
         broken.loader = Breaking(broken.loader, runtime, only_rank=1, after=8)  # type: ignore[assignment]  # replaces one
-        message = message_of(DataError, partial(told, broken, partial(_fit, broken)))
+        message = message_of(DataError, partial(run_to_end, broken, partial(_fit, broken)))
         saved = folder / plugin / "broken" / "checkpoints" / "step_0000003"
         assert message == f"sample 7 is broken (on rank 1); step 3 is saved as {saved}", message
         assert runtime.gather_objects(message) == [message, message]

@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/build": _PARTS | {"trainer/inputs"},
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,
-    "trainer/checkpoint_paths": _PARTS | {"trainer/checkpoint"},
+    "trainer/checkpoint_paths": _PARTS | {"trainer/checkpoint", "trainer/results"},
     "trainer/results": _PARTS | {"trainer/checkpoint"},
     "trainer/starting_weights": _PARTS | {"trainer/checkpoint", "trainer/checkpoint_paths"},
     "trainer/logging": _SHARED,

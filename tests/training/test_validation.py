@@ -29,7 +29,7 @@ from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.sampling.generator import find_weights
 from speedit_plugins.trainer.training import assembly
-from speedit_plugins.trainer.training.ending import told
+from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
 from speedit_plugins.trainer.training.trainer import Trainer
@@ -127,7 +127,7 @@ def test_a_broken_sample_ends_the_run_after_a_checkpoint(
         Tracker(tmp_path, total_steps=3, start_step=0) as tracker,
         pytest.raises(DataError) as caught,
     ):
-        told(trainer, lambda: trainer.fit(tracker, StopRequest()))
+        run_to_end(trainer, lambda: trainer.fit(tracker, StopRequest()))
     saved = tmp_path / "checkpoints" / "step_0000002"
     assert str(caught.value) == f"validation: a.png is broken; step 2 is saved as {saved}"
     assert checkpoint.damage(saved, Runtime()) is None

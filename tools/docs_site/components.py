@@ -35,7 +35,7 @@ KINDS: tuple[tuple[str, str, Registry, tuple[str, ...]], ...] = (
     ("inpainting", "The key `inpainting`.", MASKS, ()),
     (
         "optimizer",
-        "The key `optimizer`, where [keys of the trainer](configs.md#section-optimizer) stand beside the"
+        "The key `optimizer`. It has the [trainer's keys](configs.md#section-optimizer) and the optimizer's"
         " parameters. [Training](training.md#optimizers) says which works with which `plugin`.",
         OPTIMIZERS,
         ("params", "lr", "model"),

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.schema import COMPONENTS, ExperimentConfig
 from speedit_plugins.trainer.config.sections import REST
-from speedit_plugins.trainer.config.validation import describe_type, join
+from speedit_plugins.trainer.config.validation import describe_type
 
 # Heading of the part of the table that begins with a key of the top.
 PARTS = {

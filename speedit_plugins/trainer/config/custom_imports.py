@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from speedit_plugins.registry import import_modules, nearest
+from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.validation import ConfigError, join
+from speedit_plugins.trainer.config.validation import ConfigError
 
 KEY = "custom_imports"
 

@@ -241,7 +241,7 @@ def key_hint(name: str, section: str, known: Collection[str], keys: Sequence[str
     plain = _plain(name)
     if plain in _SENTENCE_OF and plain not in known:
         return f"; {_SENTENCE_OF[plain]}"
-    close = [_join(section, key) for key in difflib.get_close_matches(plain, list(known), n=1)]
+    close = [join(section, key) for key in difflib.get_close_matches(plain, list(known), n=1)]
     same = [key for key in keys if key.rpartition(".")[2] == plain]
     named = _KEYS_OF.get(plain, [])
     if section:
@@ -302,10 +302,6 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-def _join(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
-
-
 def _inverted(table: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key, names in table.items():
@@ -316,3 +312,8 @@ def _inverted(table: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
 
 _KEYS_OF = _inverted(OTHER_NAMES)
 _SENTENCE_OF = {name: sentence for names, sentence in SENTENCES.items() for name in names}
+
+
+def join(path: str, name: str) -> str:
+    """'a.b' from 'a' and 'b'; 'b' alone at the top level."""
+    return f"{path}.{name}" if path else name

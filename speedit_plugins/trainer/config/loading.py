@@ -22,10 +22,10 @@ from speedit_plugins.registry import import_modules
 from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.custom_imports import import_stated, listed
 from speedit_plugins.trainer.config.earlier_keys import with_lora_section
-from speedit_plugins.trainer.config.key_names import argument_hint
+from speedit_plugins.trainer.config.key_names import argument_hint, join
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
 from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
-from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys, join
+from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys
 from speedit_plugins.trainer.config.yaml_text import check_text, other_number
 
 __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "merge", "redact", "to_yaml"]

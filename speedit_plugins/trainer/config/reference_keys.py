@@ -7,7 +7,8 @@ import copy
 import re
 from typing import Any
 
-from speedit_plugins.trainer.config.validation import ConfigError, join
+from speedit_plugins.trainer.config.key_names import join
+from speedit_plugins.trainer.config.validation import ConfigError
 
 Layer = dict[str, Any]
 

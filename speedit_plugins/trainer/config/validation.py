@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from speedit_plugins.trainer.config.key_names import key_hint, value_hint
+from speedit_plugins.trainer.config.key_names import join, key_hint, value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import REST, Component
 
@@ -88,11 +88,6 @@ def as_plain(config: ExperimentConfig) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     plain["optimizer"] |= plain["optimizer"].pop("parameters")
     return plain
-
-
-def join(path: str, name: str) -> str:
-    """'a.b' from 'a' and 'b'; 'b' alone at the top level."""
-    return f"{path}.{name}" if path else name
 
 
 def describe_type(hint: Any) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "check_finite",
     "contents_of",
     "first_line",
+    "fit_weights",
     "load_weights",
     "read_checkpoint",
 ]
@@ -62,7 +63,24 @@ def load_weights(
         ValueError: the file cannot be read; names or shapes differ that no prefix allows (the message lists
             them, and nothing is copied); a weight is not finite; or no name starts with one of the prefixes.
     """
-    wanted, found = model.state_dict(), read_checkpoint(path, prefer=prefer)
+    return fit_weights(model, read_checkpoint(path, prefer=prefer), path, allow_mismatch=allow_mismatch)
+
+
+def fit_weights(
+    model: nn.Module, found: Mapping[str, Tensor], path: str | Path, *, allow_mismatch: Sequence[str] = ()
+) -> LoadReport:
+    """As `load_weights`, with weights that were read already.
+
+    Args:
+        model: see `load_weights`.
+        found: what `read_checkpoint` gave.
+        path: names the file in messages.
+        allow_mismatch: see `load_weights`.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError(
             "load_weights got a model on the meta device; wanted one with memory: model.to_empty(device=...)"

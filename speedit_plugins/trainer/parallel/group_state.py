@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speedit_plugins.trainer.parallel.master_weights import plain_value
 
-# Of the trainer: the parameters, and the rate that it sets in each step.
+# What the trainer owns: the parameters, and the rate that it sets in each step.
 _NOT_STATE = ("params", "lr")
 
 

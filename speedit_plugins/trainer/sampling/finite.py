@@ -43,7 +43,7 @@ def crossed(samples: Tensor) -> tuple[Tensor, int]:
     return marked, int(bad.sum())
 
 
-def told(num_bad: int, num_samples: int, config: ExperimentConfig, source: str | Path) -> str:
+def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig, source: str | Path) -> str:
     """What happened, and what decides it: precision, guidance and checkpoint.
 
     Args:
@@ -80,7 +80,7 @@ def check_all(samples: Tensor, num_before: int, config: ExperimentConfig, source
         ValueError: one of them is not finite.
     """
     if num_bad := int(not_finite(samples).sum()):
-        fault = told(num_bad, num_before + len(samples), config, source)
+        fault = not_finite_message(num_bad, num_before + len(samples), config, source)
         raise ValueError(f"inference stops without a set of samples: {fault}")
 
 
@@ -98,7 +98,7 @@ def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may
     """
     shown, num_bad = crossed(samples)
     if num_bad == len(samples) and may_fail:
-        raise ValueError(told(num_bad, len(samples), config, source))
+        raise ValueError(not_finite_message(num_bad, len(samples), config, source))
     if num_bad:
-        say(f"warning: {told(num_bad, len(samples), config, source)}; a cross marks them")
+        say(f"warning: {not_finite_message(num_bad, len(samples), config, source)}; a cross marks them")
     return shown

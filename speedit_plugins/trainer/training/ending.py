@@ -10,8 +10,8 @@ from speedit_plugins.trainer.training.interrupt import Interrupted
 from speedit_plugins.trainer.training.trainer import Trainer
 
 
-def told(trainer: Trainer, action: Callable[[], None]) -> None:
-    """Calls `action`, a part of the training. If it ends early, the error says what is kept. Collective.
+def run_to_end(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Calls `action`, the rest of a training. If it ends early, the error says what is kept. Collective.
 
     Raises:
         DataError: a batch cannot be read. The last whole step is saved before.

@@ -25,7 +25,7 @@ SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class AverageSnapshot:
     """A file of power averages at one step."""
 
     path: Path
@@ -79,7 +79,7 @@ def write_snapshot(
         raise CheckpointError(said)
 
 
-def read_snapshots(folder: Path) -> list[Snapshot]:
+def read_snapshots(folder: Path) -> list[AverageSnapshot]:
     """The snapshots of a run, by step.
 
     Raises:
@@ -90,7 +90,7 @@ def read_snapshots(folder: Path) -> list[Snapshot]:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()["snapshot"])
-            found.append(Snapshot(path, facts["step"], facts["updates"], tuple(facts["sigma_rel"])))
+            found.append(AverageSnapshot(path, facts["step"], facts["updates"], tuple(facts["sigma_rel"])))
         # A cut file can fail in any layer.
         except Exception as error:
             raise ValueError(f"snapshot {path} is damaged: {type(error).__name__}: {error}") from error
@@ -98,7 +98,7 @@ def read_snapshots(folder: Path) -> list[Snapshot]:
 
 
 def posthoc_average(
-    snapshots: Sequence[Snapshot], sigma_rel: float, *, step: int
+    snapshots: Sequence[AverageSnapshot], sigma_rel: float, *, step: int
 ) -> tuple[dict[str, Tensor], float]:
     """The power average of any length at a step, made of the snapshots up to it.
 

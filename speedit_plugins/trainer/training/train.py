@@ -21,7 +21,7 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
-from speedit_plugins.trainer.training.ending import told
+from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.product_choice import choose_products, describe
 from speedit_plugins.trainer.training.run_lock import alone_in_folder
@@ -67,7 +67,7 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     if runtime.is_main and trainer.step < config.max_training_steps:
         results.save_config(config, "train")
         save_environment(folder, runtime, linear_layers=describe(trainer.model))
-    told(trainer, lambda: _to_the_end(trainer, stop))
+    run_to_end(trainer, lambda: _to_the_end(trainer, stop))
 
 
 def _to_the_end(trainer: Trainer, stop: StopRequest) -> None:

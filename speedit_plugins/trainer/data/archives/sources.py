@@ -57,7 +57,7 @@ def check_local(root: str, reader: str) -> None:
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """Every name that a text with braces stands for, in order; the text itself if it has none.
+    """Every name that a text with braces means, in order; the text itself if it has none.
 
     Example:
         >>> list(expand_braces("{08..10}.tar"))

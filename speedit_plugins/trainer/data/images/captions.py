@@ -154,7 +154,7 @@ class ImageCaptions(Images):
 
     def identity(self) -> dict[str, str]:
         """Digests of names, captions, sizes and times, see `identify`."""
-        # Those of a captions file may be absolute.
+        # A captions file may have absolute paths.
         names = portable(self._base, self._names)
         return {**super().identity(), **identify(names=names, captions=self._texts)}
 
