@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models.dit import DiT, sincos_positions
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.positions import sincos_positions
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
+from speedit_plugins.trainer.config.acceleration_checks import check_accelerations
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
@@ -129,6 +130,7 @@ def _check_training(config: ExperimentConfig) -> None:
     _check_measurements(config)
     check_optimizer(config)
     check_average(config)
+    check_accelerations(config)
 
 
 def _check_measurements(config: ExperimentConfig) -> None:

@@ -139,6 +139,10 @@ class RectifiedFlow:
         """
         return self._on_rows.loss(prediction, noised, draw)
 
+    def split(self, prediction: Tensor, x_t: Tensor) -> tuple[Tensor, None]:
+        """`velocity`, and None: a flow learns no variance."""
+        return self.velocity(prediction, x_t), None
+
     def velocity(self, prediction: Tensor, x_t: Tensor) -> Tensor:
         """The prediction in float32 or wider, (B, C, ...); raises ValueError if its shape is not x_t's."""
         return self._on_rows.split(prediction, x_t)[0]

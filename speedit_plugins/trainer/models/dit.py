@@ -9,17 +9,16 @@ from itertools import cycle, islice
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.attention import SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.blocks import Block, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
-from speedit_plugins.trainer.models.linear import Linear
 from speedit_plugins.trainer.models.positions import sincos_positions
 from speedit_plugins.trainer.models.sizes import register_sizes
 
@@ -104,7 +103,9 @@ class DiT(nn.Module):
         """The label for "no class", equal to num_classes; None if the model has no such label."""
         return None if self.y_embedder is None else self.y_embedder.null_label
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
         """Prediction for a noised input.
 
         Args:
@@ -112,10 +113,12 @@ class DiT(nn.Module):
             timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
                 extra_channels it is a mapping of "extra" (B, E, h, w) and, if there are classes, "label".
+            hidden_after: number of a block, counted from 1, whose output is wanted too; 0 wants none.
 
         Returns:
             (B, 2C, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
-            Without learn_sigma only the mean channels, (B, C, h, w).
+            Without learn_sigma only the mean channels, (B, C, h, w). With `hidden_after` a pair of it and the
+            tokens after that block, (B, N, D).
 
         Raises:
             ValueError: a shape is wrong, or labels are missing or not wanted.
@@ -123,10 +126,10 @@ class DiT(nn.Module):
         x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
-        for block in self.blocks:
-            x = self._through(block, x, c)
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after)
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
-        return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
+        x = self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
+        return x if hidden is None else (x, hidden)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the module as `nn.Module.compile` does, but leaves out the cache of positions.
@@ -167,6 +170,19 @@ class DiT(nn.Module):
             x = torch.cat([x, extra.to(x.dtype)], dim=1)
         c = self.t_embedder(timestep)
         return x, c if self.y_embedder is None else c + self.y_embedder(label)
+
+    def _through_blocks(self, x: Tensor, c: Tensor, *, hidden_after: int) -> tuple[Tensor, Tensor | None]:
+        """The tokens after all blocks, and after block `hidden_after`."""
+        hidden = None
+        for number, block in enumerate(self.blocks, start=1):
+            x = self._through(block, self._before(number, x), c)
+            if number == hidden_after:
+                hidden = x
+        return x, hidden
+
+    def _before(self, number: int, x: Tensor) -> Tensor:
+        """What block `number`, counted from 1, is given."""
+        return x
 
     def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -227,101 +243,6 @@ class DiT(nn.Module):
         """(B, N, P P out_channels) -> (B, out_channels, h, w)."""
         edge = self.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=edge, q=edge)
-
-
-class Block(nn.Module):
-    """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D).
-
-    If the `attention` takes (B, F, N, D), the block does too, and c is (B, 1, D).
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        *,
-        mlp_ratio: float,
-        kernel: AttentionKernel,
-        attention: type[SelfAttention] = SelfAttention,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = attention(hidden_size, num_heads, kernel=kernel)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Perceptron(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # six of (B, 1, D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels).
-
-    For a clip, x (B, F, N, D) and c (B, 1, D) -> (B, F, N, P P out_channels).
-    """
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return cast(Tensor, self.linear(modulate(self.norm_final(x), shift, scale)))
-
-
-class Perceptron(nn.Module):
-    """Linear layer `fc1`, GELU in its tanh form, linear layer `fc2`: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(hidden_size, inner_size)
-        self.fc2 = Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
-
-
-class PatchEmbedder(nn.Module):
-    """Maps each P x P patch linearly to a token, in row-major order: (B, C, h, w) -> (B, N, D).
-
-    The weight has the form of the equivalent convolution's, `proj.weight` (D, C, P, P).
-    """
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def reset_parameters(self) -> None:
-        """Draws the weight Xavier-uniform, as for a linear layer of C P P inputs, and zeros the bias."""
-        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
-        nn.init.zeros_(cast(Tensor, self.proj.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = patches_of(x, self.proj.kernel_size[0])  # (B, N, C P P)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
-
-
-def patches_of(x: Tensor, edge: int) -> Tensor:
-    """The values of each patch in a contiguous tensor, (B, C, h, w) -> (B, N, C P P).
-
-    A convolution would return tokens with the channels first in memory, and every later elementwise operation
-    of the residual stream would inherit these strides. `F.unfold` launches a kernel per row on a CUDA device.
-
-    Args:
-        edge: P; h and w are multiples of it.
-    """
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=edge, q=edge)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, for x (B, N, D), and shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, scale + 1)
 
 
 def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:

@@ -5,6 +5,7 @@ text encoder.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,6 +21,12 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     edge, frames = cast(int, model.input_size), getattr(model, "num_frames", None)
     time = () if frames is None else (cast(int, frames),)
     return (cast(int, model.in_channels), *time, edge, edge)
+
+
+def num_tokens(model: nn.Module, latents: Tensor) -> int:
+    """Number of tokens in latents (B, C, ...), whose sides may differ from those of `input_size`."""
+    whole = cast(int, model.num_tokens) * latents[:, 0].numel()
+    return whole // math.prod(input_shape(model)[1:])
 
 
 def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | None, Condition]:

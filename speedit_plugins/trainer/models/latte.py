@@ -8,6 +8,8 @@ Dims: `B` batch, `C` channels, `F` frames, `h`, `w` sides of a frame, `N` tokens
 side of a patch.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -101,7 +103,9 @@ class Latte(DiT):
         """Numbers of frames that a clip may have."""
         return range(1, self.num_frames + 1)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
         """Prediction for a noised clip. Channels come before frames here; in Vchitect/Latte they come after.
 
         Args:
@@ -110,10 +114,12 @@ class Latte(DiT):
             timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
                 extra_channels it is a mapping of "extra" (B, E, F, h, w) and, if there are classes, "label".
+            hidden_after: see `DiT.forward`.
 
         Returns:
             (B, 2C, F, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
-            Without learn_sigma only the mean channels, (B, C, F, h, w).
+            Without learn_sigma only the mean channels, (B, C, F, h, w). With `hidden_after` a pair of it and
+            the tokens after that block, (B, F, N, D).
 
         Raises:
             ValueError: a shape is wrong, or labels are missing or not wanted.
@@ -125,14 +131,15 @@ class Latte(DiT):
         x = rearrange(x, "b (f n) d -> b f n d", f=frames)
         x = x + self._positions(rows, columns, x.device)
         c = c.unsqueeze(1)  # (B, 1, D)
-        for index, block in enumerate(self.blocks):
-            if index == 1:
-                # As in the original, after the first block, since that block looks at each frame alone.
-                x = x + self.temp_embed[:, :frames].unsqueeze(2)
-            x = self._through(block, x, c)
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after)
         x = rearrange(self.final_layer(x, c), "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
         x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
-        return rearrange(x, "b c (f h) w -> b c f h w", f=frames)
+        x = rearrange(x, "b c (f h) w -> b c f h w", f=frames)
+        return x if hidden is None else (x, hidden)
+
+    def _before(self, number: int, x: Tensor) -> Tensor:
+        # As in the original, after the first block, since that block looks at each frame alone.
+        return x + self.temp_embed[:, : x.shape[1]].unsqueeze(2) if number == 2 else x
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew, like Vchitect/Latte: from the distributions of DiT and in its order."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import build, results
+from speedit_plugins.trainer.accelerations.build import build_accelerations
+from speedit_plugins.trainer.accelerations.objective import Objective
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
@@ -62,9 +64,10 @@ def build_trainer(
     base = weights if weights is not None or not config.lora.rank else config.pretrained
     start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
+    process = build.build_process(config, respaced=True)
+    accelerations = build_accelerations(config, model, process)
     if config.compile:
         model.compile()
-    process = build.build_process(config, respaced=True)
     trained = training_part(config, dataset)
     loader = _loader(trained, config, runtime)
     _check_same_data(loader, runtime)
@@ -76,7 +79,8 @@ def build_trainer(
         profiler = build_profiler(
             model, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
-    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
+    objective = Objective(engine, process, accelerations)
+    parts = TrainingParts(engine, inputs, objective, policy, loader, runtime, mfu, profiler)
     periodic = _periodic(model, encoder, dataset, captions, process, config, runtime)
     return Trainer(parts, config, periodic=periodic)
 
