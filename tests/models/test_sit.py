@@ -93,7 +93,9 @@ def imported(folder: Path, *, bare: tuple[str, ...] = ()) -> Iterator[None]:
         patch.setattr(torch, "compile", lambda function: function)
         for module in (*map(ModuleType, names), layers):
             patch.setitem(sys.modules, module.__name__, module)
-        patch.setattr(sys.modules[parallel], "initialize", sys.modules[f"{parallel}.initialize"], raising=False)
+        patch.setattr(
+            sys.modules[parallel], "initialize", sys.modules[f"{parallel}.initialize"], raising=False
+        )
         with standin.importable(folder, bare=bare):
             yield
 

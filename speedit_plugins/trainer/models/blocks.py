@@ -6,7 +6,7 @@ Dims: `B` batch, `C` channels, `h`, `w` sides of the input, `N` tokens, `D` widt
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -61,10 +61,15 @@ class BlockOptions:
         return _PERCEPTRONS[self.perceptron](width, inner_size)
 
     @property
+    def changed(self) -> tuple[str, ...]:
+        """The options that are not DiT's, as in a config: "norm rms", "rope true"."""
+        pairs = ((entry, getattr(self, entry.name)) for entry in fields(self))
+        return tuple(f"{entry.name} {str(value).lower()}" for entry, value in pairs if value != entry.default)
+
+    @property
     def head_norm(self) -> Callable[[int], nn.Module] | None:
         """Makes the norm of a head's queries or keys; None if there is none."""
         return _HEAD_NORMS[self.norm] if self.qk_norm else None
-
 
 
 class Block(nn.Module):

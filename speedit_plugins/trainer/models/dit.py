@@ -204,7 +204,7 @@ class DiT(nn.Module):
         hidden_after: int,
         rotations: tuple[Rotation | None, ...] = (None,),
     ) -> tuple[Tensor, Tensor | None]:
-        """The tokens after all blocks, and after block `hidden_after`. The blocks take `rotations` in turn."""
+        """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
         hidden = None
         for number, block in enumerate(self.blocks, start=1):
             rotation = rotations[(number - 1) % len(rotations)]
@@ -220,7 +220,9 @@ class DiT(nn.Module):
     def _through(self, block: nn.Module, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # A block makes no random draws, so there is no generator state to keep.
-            return cast(Tensor, checkpoint(block, x, c, rotation, use_reentrant=False, preserve_rng_state=False))
+            return cast(
+                Tensor, checkpoint(block, x, c, rotation, use_reentrant=False, preserve_rng_state=False)
+            )
         return cast(Tensor, block(x, c, rotation))
 
     def _embedded_time(self, timestep: Tensor) -> Tensor:
