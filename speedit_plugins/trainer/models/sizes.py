@@ -1,7 +1,7 @@
-"""The named sizes that DiT and Latte share: S, B, L and XL, each with patches of 2, 4 or 8."""
+"""The named sizes that DiT, Latte and MDT share: S, B, L and XL, each with patches of 2, 4 or 8."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,10 +21,10 @@ MLP_RATIO = 4.0
 INPUT_SIZE = 32
 
 
-def register_sizes(name: str, model: type[nn.Module]) -> None:
+def register_sizes(name: str, model: type[nn.Module], *, patch_sizes: Sequence[int] = PATCH_SIZES) -> None:
     """Registers the model in every size, as `{name}-{size}/{patch_size}`: "DiT-S/2" to "DiT-XL/8"."""
     for size in SIZES:
-        for patch_size in PATCH_SIZES:
+        for patch_size in patch_sizes:
             MODELS.register_module(name=f"{name}-{size}/{patch_size}", module=_sized(model, size, patch_size))
 
 
