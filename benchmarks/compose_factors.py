@@ -7,9 +7,10 @@ reached the base's last distance. An arm that is behind is compared with when th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from compose_results import Pace, Training
-from crossing import AT_MOST, EXACT, MIXED, REVERSED, Reading, first_crossing, null_band
+from crossing import AT_MOST, EXACT, MIXED, REVERSED, Reading, band, first_crossing
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def curve(training: Training, space: str) -> list[float]:
 
 def chance(bases: Mapping[int, Training], space: str) -> str:
     """5 and 95 % of the factors of steps of the base's seeds over each other; "-" with one seed."""
-    trainings = list(bases.values())
-    steps = trainings[0].steps
-    band = null_band(steps, [curve(training, space) for training in trainings], steps[-1])
-    return "-" if band is None else f"{band[0]} to {band[1]}"
+    curves = [curve(training, space) for training in bases.values()]
+    steps = next(iter(bases.values())).steps
+    found = band([equal_distance(steps, *pair).factor for pair in permutations(curves, 2)])
+    return "-" if found is None else f"{found[0]} to {found[1]}"
