@@ -238,7 +238,8 @@ def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:
     predicted = diffusion.prediction_type or ("flow" if is_flow else "epsilon")
     policy = diffusion.policy
     if policy.get("type") == RECOMMENDED:
-        policy = {**policy, "type": recommended(predicted)}
+        # The loss of a flow is that of its velocity, whatever its network predicts.
+        policy = {**policy, "type": recommended("flow" if is_flow else predicted)}
     return dataclasses.replace(
         diffusion,
         policy=policy,

@@ -225,6 +225,10 @@ class GaussianProcess:
         prediction = _widened(prediction)
         return prediction[:, :C], prediction[:, C:] if self.learn_sigma else None
 
+    def compared(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """What the loss compares with `noised.target`: the mean channels, (B, C, ...), float32 or wider."""
+        return self.split(prediction, noised.x_t)[0]
+
     def tables(self, device: torch.device) -> ProcessTables:
         """The coefficient tables on the given device, copied there on first use."""
         if device not in self._tables:

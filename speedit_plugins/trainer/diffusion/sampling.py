@@ -303,7 +303,7 @@ class _FlowChain:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for time, is_step in zip(self.times, self.is_step, strict=True):
             timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
-            velocity = self.process.velocity(guided(x, timestep), x)
+            velocity = self.process.velocity(guided(x, timestep), x, timestep)
             if clip_sample:
                 velocity = (x - (x - time * velocity).clamp(-1, 1)) / time
             x = self.scheduler.step(velocity, time, x, return_dict=False)[0]

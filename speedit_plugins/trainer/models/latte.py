@@ -19,22 +19,23 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.attention import SelfAttention
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.positions import sincos_frames
+from speedit_plugins.trainer.models.rotary import FrameRotary, Rotation
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
 class SpatialAttention(SelfAttention):
     """Attention within each frame, among its N tokens: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
 
 
 class TemporalAttention(SelfAttention):
     """Attention at each place of the frame, among the F frames: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"), rotation)
         return rearrange(mixed, "(b n) f d -> b f n d", b=x.shape[0])
 
 
@@ -50,6 +51,7 @@ class Latte(DiT):
         num_frames: the largest number of frames of a clip; >= 1.
         depth: number of blocks, even; every second block attends across frames.
         num_classes: number of classes; 0 makes an unconditional model without label embedding.
+        rope: rotary positions, of the patches within frames and of the frames across frames.
 
     Raises:
         ValueError: sizes do not divide, or the attention is unknown or cannot run.
@@ -74,6 +76,10 @@ class Latte(DiT):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
     ) -> None:
         if depth % 2:
             raise ValueError(f"Latte needs an even depth, got {depth}")
@@ -93,9 +99,14 @@ class Latte(DiT):
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
             extra_channels=extra_channels,
+            norm=norm,
+            qk_norm=qk_norm,
+            rope=rope,
+            perceptron=perceptron,
         )
         self.num_frames, self.num_tokens = num_frames, num_frames * self.num_tokens
         self.temp_embed = nn.Parameter(torch.empty(1, num_frames, hidden_size), requires_grad=False)
+        self.temp_rope = FrameRotary(num_frames, hidden_size // num_heads) if rope else None
         self._reset_frames()
 
     @property
@@ -131,7 +142,11 @@ class Latte(DiT):
         x = rearrange(x, "b (f n) d -> b f n d", f=frames)
         x = x + self._positions(rows, columns, x.device)
         c = c.unsqueeze(1)  # (B, 1, D)
-        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after)
+        rotations: tuple[Rotation | None, ...] = (None,)
+        if self.feat_rope is not None and self.temp_rope is not None:
+            # A block within frames, then one across frames.
+            rotations = (self.feat_rope(rows, columns), self.temp_rope(frames))
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=rotations)
         x = rearrange(self.final_layer(x, c), "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
         x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
         x = rearrange(x, "b c (f h) w -> b c f h w", f=frames)
@@ -151,6 +166,8 @@ class Latte(DiT):
     @torch.no_grad()
     def _reset_frames(self) -> None:
         self.temp_embed.copy_(sincos_frames(self.temp_embed.shape[2], self.num_frames))
+        if self.temp_rope is not None:
+            self.temp_rope.reset_parameters()
 
     def _check_shape(self, x: Tensor) -> None:
         edge = self.patch_size
