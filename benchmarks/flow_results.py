@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Seeds from here on choose laws; those below report on them.
 FIRST_SELECTION_SEED = 100
@@ -49,10 +51,17 @@ class Result:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results so far, [] without a file. A last line that a killed run left unfinished is skipped.
+    """The results so far, [] without a file; see `read_lines`."""
+    return read_lines(path, Result, "flow.py")
+
+
+def read_lines(path: Path, kind: type[T], maker: str) -> list[T]:
+    """A dataclass of this kind from each line, [] without a file.
+
+    A last line that a killed run left unfinished is skipped.
 
     Raises:
-        ValueError: another line is not a result.
+        ValueError: another line is not a result of the maker.
     """
     if not path.exists():
         return []
@@ -61,15 +70,15 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(lines, start=1):
         try:
             if line:
-                found.append(Result(**json.loads(line)))
+                found.append(kind(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}, needs a result of flow.py: {error}") from error
+                raise ValueError(f"{path}, line {number}, needs a result of {maker}: {error}") from error
     return found
 
 
-def append(path: Path, result: Result) -> None:
-    """Adds a line. Distances that are not finite become null."""
+def append(path: Path, result: Any) -> None:
+    """Adds a line with a dataclass's values. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a", encoding="utf-8") as file:
