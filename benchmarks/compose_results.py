@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flow_results import append_line, read_lines
+from flow_results import append, read_lines
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_paces(path: Path) -> list[Pace]:
 
 def append(path: Path, found: Training | Pace) -> None:
     """Adds a line."""
-    append_line(path, found)
+    append(path, found)
 
 
 def pace_file(path: Path) -> Path:
