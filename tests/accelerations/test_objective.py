@@ -23,6 +23,14 @@ from speedit_plugins.trainer.training.trainer import Trainer
 # Changes of the config of `small_trainer`, one for each acceleration.
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"contrastive__weight": 0.05},
+    "masking": {
+        "masking__type": "MDT",
+        "model__type": "MDTv2",
+        "model__patch_size": 2,
+        "model__depth": 4,
+        "model__decode_layer": 2,
+        "model__gradient_checkpointing": True,
+    },
 }
 
 
