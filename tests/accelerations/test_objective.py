@@ -39,6 +39,14 @@ CASES: dict[str, dict[str, Any]] = {
         "diffusion": "{type: RectifiedFlow, policy: {type: uniform}}",
         "sampler__type": "euler",
     },
+    "masking": {
+        "masking__type": "MDT",
+        "model__type": "MDTv2",
+        "model__patch_size": 2,
+        "model__depth": 4,
+        "model__decode_layer": 2,
+        "model__gradient_checkpointing": True,
+    },
 }
 
 
