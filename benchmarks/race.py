@@ -222,7 +222,7 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     if arguments.hosts is None or not arguments.hosts.is_dir():
         raise ValueError(f"--hosts needs the folder of the checkouts, got {arguments.hosts}")
-    least = {"steps": 20, "num_samples": 100, "threads": 1, "batch_size": 1, "turns": 1}
+    least = {"steps": 40, "num_samples": 100, "threads": 1, "batch_size": 1, "turns": 1}
     for name, value in least.items():
         if getattr(arguments, name) < value:
             given = name.replace("_", "-")

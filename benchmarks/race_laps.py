@@ -194,8 +194,8 @@ class Runner:
             folder = self._states / str(self._last.step)
             if not folder.is_dir():
                 raise ValueError(
-                    f"{results_file(self._out)} has {self.entry.contestant!r} up to step {self._last.step}, but"
-                    f" its state is not in {folder}: wanted the whole folder, or another --out"
+                    f"{results_file(self._out)} has {self.entry.contestant!r} up to step {self._last.step},"
+                    f" but its state is not in {folder}: wanted the whole folder, or another --out"
                 )
             training.load(folder)
         return training
