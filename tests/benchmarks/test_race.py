@@ -324,6 +324,25 @@ class TestMain:
         main(load, tmp_path / "out", *given)
         assert "1 trainings of 40 steps, 1 done" in capsys.readouterr().out
 
+    def test_minutes_become_steps_once(
+        self, load: Load, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        race = load("race")
+        monkeypatch.setattr(race, "paces", lambda entries, device: {"ours, auto": (2.0, 0.25)})
+        monkeypatch.setattr(race, "race", lambda entries, plan, *given, **others: planned.append(plan.steps))
+        planned: list[int] = []
+        given = ("--hosts", str(tmp_path), "--rows", str(rows), "--minutes", "2")
+        main(load, tmp_path / "out", *given)
+        # Less than 0.85 * 120 s in steps of 0.25 s, and not by much: nothing else takes long here.
+        assert 200 < planned[0] < 408
+        for lap in laps_of(load, {("ours", "ours", 0): [(1.0, 2.0)]}, steps=77):
+            load("flow_results").append(tmp_path / "out" / "results.jsonl", lap)
+        monkeypatch.setattr(race, "_settings", lambda arguments, net: {})
+        main(load, tmp_path / "out", *given)
+        assert planned[1] == 77
+        with pytest.raises(SystemExit):
+            main(load, tmp_path / "other", *given[:-1], "0.1")
+
     @pytest.mark.parametrize(
         ("given", "message"),
         [
