@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
+from speedit_plugins.trainer.diffusion.guidance import Guided, guidance_schedule
 from speedit_plugins.trainer.models.interface import example_inputs, without_storage
 from speedit_plugins.trainer.models.mdt import MDT, MDTv2
 from speedit_plugins.trainer.models.positions import sincos_positions
@@ -331,3 +332,24 @@ def test_names_and_shapes_equal_the_release_for_every_size(
     assert [(key, value.shape) for key, value in ours.items()] == [
         (key, value.shape) for key, value in theirs.items()
     ]
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("name", KINDS)
+def test_guidance_equals_that_of_the_release(originals: dict[str, ModuleType], name: str) -> None:
+    ours, theirs = randomised(KINDS[name](**SMALL)).eval(), original(originals, name).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 7])
+    null = torch.full_like(label, 10)
+    both, labels = torch.cat([x, x]), torch.cat([label, null])
+    for timestep, power in ((999, 4.0), (500, 4.0), (0, 4.0), (700, 0.01)):
+        schedule = guidance_schedule("power_cosine", power=power)
+        guided = Guided(ours, label, null, 3.8, 3, schedule, 1000.0)
+        time = torch.full((2,), timestep)
+        with torch.no_grad():
+            found = guided(x, time)
+            wanted = theirs.forward_with_cfg(
+                both, torch.cat([time, time]), labels, cfg_scale=3.8, diffusion_steps=1000, scale_pow=power
+            )
+        # The scale amplifies the rounding of both models.
+        assert_close(found, wanted[:2], atol=4e-5, rtol=0)
