@@ -267,6 +267,21 @@ def _check_sampler(config: ExperimentConfig) -> None:
         raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
+    _check_guidance_schedule(config)
+
+
+def _check_guidance_schedule(config: ExperimentConfig) -> None:
+    sampler, interval = config.sampler, config.sampler.guidance_interval
+    schedule = sampler.guidance_schedule
+    if schedule != "constant" and config.guidance_scale == 1:
+        raise ConfigError("sampler.guidance_schedule", "has no effect with guidance_scale 1; wanted constant")
+    if sampler.guidance_power is not None and schedule != "power_cosine":
+        raise ConfigError("sampler.guidance_power", f"has no effect with {schedule}; wanted null")
+    if interval and schedule != "interval":
+        raise ConfigError("sampler.guidance_interval", f"has no effect with {schedule}; wanted []")
+    if schedule == "interval" and (len(interval) != 2 or not interval[0] < interval[1]):
+        wanted = "two times, the first one less, such as [0, 0.8]"
+        raise ConfigError("sampler.guidance_interval", f"wanted {wanted}, got {interval}")
 
 
 def _check_classes(config: ExperimentConfig) -> None:
