@@ -23,6 +23,9 @@ from speedit_plugins.trainer.training.trainer import Trainer
 # Changes of the config of `small_trainer`, one for each acceleration.
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"contrastive__weight": 0.05},
+    "routing": {"routing": "{from: 0, to: 1, keep: 0.5}", "model__gradient_checkpointing": "true"},
+    "noise assignment": {"noise_assignment": "class"},
+    "uncertainty": {"uncertainty": "true"},
     "modern blocks": {
         "model__norm": "rms",
         "model__qk_norm": "true",

@@ -1,6 +1,6 @@
 """Checks of the sections in `accelerations.py`: what they need, and what they cannot be combined with."""
 
-from speedit_plugins.trainer.config.accelerations import MaskingConfig
+from speedit_plugins.trainer.config.accelerations import MaskingConfig, RoutingConfig
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.validation import ConfigError
 
@@ -17,6 +17,10 @@ def check_accelerations(config: ExperimentConfig) -> None:
             f"needs two samples in a batch, got data.batch_size {config.data.batch_size}",
         )
     _check_masking(config)
+    _check_routing(config.routing)
+    _check_noise_assignment(config)
+    if config.uncertainty:
+        _check_uncertainty(config)
 
 
 def _check_masking(config: ExperimentConfig) -> None:
@@ -36,4 +40,47 @@ def _check_masking(config: ExperimentConfig) -> None:
             "masking.type",
             "makes two forward passes for a backward pass, which is not tested with plugin gemini; wanted"
             " ddp, zero1 or zero2",
+        )
+
+
+def _check_routing(options: RoutingConfig) -> None:
+    """Refuses a route that no token takes. The model is asked for its blocks when it is built."""
+    defaults = RoutingConfig()
+    if options.keep == 1:
+        for field, key in (("from_", "from"), ("to", "to")):
+            if getattr(options, field) != getattr(defaults, field):
+                raise ConfigError(
+                    f"routing.{key}", "has no effect with routing.keep 1; wanted less, such as 0.5"
+                )
+
+
+def _check_noise_assignment(config: ExperimentConfig) -> None:
+    kind, batch = config.noise_assignment, config.data.batch_size
+    if kind is not None and batch < 2:
+        raise ConfigError("noise_assignment", f"needs two samples in a batch, got data.batch_size {batch}")
+    if kind == "class" and not config.num_classes:
+        raise ConfigError(
+            "noise_assignment", "class needs classes, but num_classes is 0; wanted batch or null"
+        )
+
+
+def _check_uncertainty(config: ExperimentConfig) -> None:
+    """Refuses what learns the same divisor, and the plugin that has no place for a layer outside the model's
+    forward pass."""
+    policy = config.diffusion.policy
+    weighting = policy.get("weighting", {})
+    weighting = weighting.get("type") if isinstance(weighting, dict) else weighting
+    if "uncertainty" in (policy.get("type"), weighting):
+        raise ConfigError(
+            "uncertainty", "beside the policy's weighting of this name: both do the same; wanted one"
+        )
+    if policy.get("normalize") == "loss":
+        raise ConfigError(
+            "uncertainty",
+            "divides by the loss, as diffusion.policy.normalize: loss does; wanted one of the two",
+        )
+    if config.plugin == "gemini":
+        raise ConfigError(
+            "uncertainty",
+            "has a layer outside of the model's forward pass; wanted plugin ddp, zero1 or zero2",
         )

@@ -29,3 +29,18 @@ class MaskingConfig:
     spread: float | None = limited(None, at_least=0, below=1)
     """The share of each batch is drawn evenly between `ratio` and `ratio` + `spread`. null is the release's
     choice: 0 for MDT, 0.2 for MDTv2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Token routing (TREAD, arXiv:2501.04765): in training a part of the tokens passes blocks by.
+
+    DiT, SiT, LightningDiT, Latte, PixArt and LatteT2V can; see docs/accelerations/routing.md.
+    """
+
+    from_: int = 2
+    """First block that the tokens pass by, counted from 0; a negative one counts from the end."""
+    to: int = -4
+    """Last such block, in the same way."""
+    keep: float = limited(1.0, above=0, at_most=1)
+    """Share of the tokens that goes through these blocks in training; the paper takes 0.5, 1 is off."""

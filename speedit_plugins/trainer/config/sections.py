@@ -37,6 +37,16 @@ GAUSSIAN_KEYS = (
 )
 
 
+def key_of(field_name: str) -> str:
+    """The key of a field. A word that Python keeps for itself is a field with `_` at its end.
+
+    Example:
+        >>> key_of("from_"), key_of("to")
+        ('from', 'to')
+    """
+    return field_name.removesuffix("_")
+
+
 def label(sigma_rel: float) -> str:
     """A length of a power average as file names and messages have it.
 

@@ -65,6 +65,7 @@ class TextConditioned(nn.Module):
         self.net = net
         if gradient_checkpointing:
             cast(Any, net).enable_gradient_checkpointing()
+        self.gradient_checkpointing = gradient_checkpointing
         self.input_size, self.in_channels, self.num_frames = input_size, in_channels, num_frames
         self.extra_channels = int(config_value(net, "in_channels")) - in_channels
         # A UNet has no patches.
