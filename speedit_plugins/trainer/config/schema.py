@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
-from speedit_plugins.trainer.config.accelerations import ContrastiveConfig, MaskingConfig
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig, ContrastiveConfig, MaskingConfig
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
@@ -118,6 +118,8 @@ class ExperimentConfig:
     """Keeps predictions away from the targets of other samples."""
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     """Trains on a part of the tokens as well."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Draws features inside the model to those of a teacher."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
