@@ -206,6 +206,7 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         "class_cond": config.num_classes > 0,
         "text": config.text_encoder is not None,
         "image_size": config.image_size,
+        "teacher": config.alignment.type == "REPA",
     }
     if config.num_frames:
         facts["num_frames"] = config.num_frames

@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
         "model__decode_layer": 2,
         "model__gradient_checkpointing": True,
     },
+    "REPA": {"alignment": "{type: REPA, teacher: embedded, layer: 1, projector_width: 16}"},
+    "SRA": {"alignment": "{type: SRA, layer: 1, decay: 0.9}"},
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.acceleration_checks import check_accelerations
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
@@ -114,7 +115,10 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given}
+    # Its layers are in the checkpoint.
+    alignment = build_section(AlignmentConfig, config.get("alignment", {}), "alignment")
+    layers = {f"alignment.{key}": getattr(alignment, key) for key in ("type", "teacher", "projector_width")}
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
 
 
 def _check_training(config: ExperimentConfig) -> None:
