@@ -49,7 +49,9 @@ ACCELERATIONS: Mapping[str, Acceleration] = {
         {"alignment": _REPA}, has_teacher=True, until=0.4, until_key=("alignment", "until")
     ),
     "sra": Acceleration({"alignment": {"type": "SRA", "layer": 2}}),
-    "mdt": Acceleration({"model": {"type": "MDTv2"}, "masking": {"type": "MDT", "ratio": 0.3}}),
+    "mdt": Acceleration(
+        {"model": {"type": "MDTv2", "decode_layer": 2}, "masking": {"type": "MDT", "ratio": 0.3}}
+    ),
     "noise": Acceleration({"noise_assignment": {"type": "batch"}}),
     "uncertainty": Acceleration({"uncertainty": True}),
     "x0": Acceleration({"diffusion": {"prediction_type": "x0"}}, processes=(FLOW,)),
