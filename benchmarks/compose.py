@@ -27,9 +27,10 @@ from compose_arms import EPSILON, FLOW, STACK, Arm, standard_arms
 from compose_jobs import Jobs, Task
 from compose_pace import paces
 from compose_report import report
-from compose_results import Training, append, pace_file, read_paces, read_trainings
+from compose_results import Training, pace_file, read_paces, read_trainings
 from compose_sets import SETS
 from compose_training import Cell, Settings, check
+from flow_results import append
 
 STANDARD = "standard"
 

@@ -40,7 +40,7 @@ class Summary:
     num_seeds: int
 
 
-def first_crossing(steps: Sequence[int], distances: Sequence[float], level: float) -> Reading:
+def first_crossing(steps: Sequence[float], distances: Sequence[float], level: float) -> Reading:
     """Steps until the curve first reaches `level` > 0, interpolated in log steps and log distance.
 
     Args:

@@ -55,11 +55,6 @@ def read_results(path: Path) -> list[Result]:
     return read_lines(path, Result, "flow.py")
 
 
-def append(path: Path, result: Result) -> None:
-    """Adds a line; see `append_line`."""
-    append_line(path, result)
-
-
 def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]:
     """The lines of a results file, [] without a file. A last line that a killed run left is skipped.
 
@@ -69,7 +64,7 @@ def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]
         source: what wrote the file, for the message.
 
     Raises:
-        ValueError: another line is not a result.
+        ValueError: another line is not a result of the source.
     """
     if not path.exists():
         return []
@@ -85,7 +80,7 @@ def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]
     return found
 
 
-def append_line(path: Path, result: Any) -> None:
+def append(path: Path, result: Any) -> None:
     """Adds a dataclass as a line. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0

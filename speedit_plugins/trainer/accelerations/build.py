@@ -3,6 +3,7 @@
 from torch import nn
 
 from speedit_plugins.trainer.accelerations.contrastive import ContrastiveFlow
+from speedit_plugins.trainer.accelerations.masking import build_masking
 from speedit_plugins.trainer.accelerations.objective import Acceleration
 from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -18,8 +19,14 @@ def build_accelerations(
     Args:
         model: on its device.
         process: of the training.
+
+    Raises:
+        ValueError: the model does not have what an acceleration needs.
     """
     found: list[Acceleration] = []
     if config.contrastive.weight:
         found.append(ContrastiveFlow(process, weight=config.contrastive.weight))
+    masking = build_masking(config.masking, model, process)
+    if masking is not None:
+        found.append(masking)
     return tuple(found)

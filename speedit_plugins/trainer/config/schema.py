@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
-from speedit_plugins.trainer.config.accelerations import ContrastiveConfig
+from speedit_plugins.trainer.config.accelerations import ContrastiveConfig, MaskingConfig
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
@@ -116,6 +116,8 @@ class ExperimentConfig:
     """Trains low-rank adapters in place of all weights."""
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     """Keeps predictions away from the targets of other samples."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    """Trains on a part of the tokens as well."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)

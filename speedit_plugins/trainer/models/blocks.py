@@ -149,6 +149,14 @@ class GatedPerceptron(nn.Module):
         return cast(Tensor, self.w3(F.silu(gate) * value))
 
 
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in the dtype of its input: (..., D) -> (..., D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Under autocast a head is in half precision and the weight is not. The fused kernel wants one dtype.
+        return F.rms_norm(x, self.normalized_shape, cast(Tensor, self.weight).to(x.dtype), self.eps)
+
+
 class PatchEmbedder(nn.Module):
     """Maps each P x P patch linearly to a token, in row-major order: (B, C, h, w) -> (B, N, D).
 
@@ -191,7 +199,7 @@ def _layer_norm(width: int) -> nn.Module:
 
 
 def _rms_norm(width: int) -> nn.Module:
-    return nn.RMSNorm(width, eps=1e-6)
+    return RMSNorm(width, eps=1e-6)
 
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": _layer_norm, "rms": _rms_norm}

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
 from speedit_plugins.trainer.models.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
@@ -104,17 +104,7 @@ class DiT(nn.Module):
         # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.feat_rope = GridRotary(input_size // patch_size, hidden_size // num_heads) if rope else None
-        self.blocks = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                kernel=kernel,
-                attention=attention_type,
-                options=self.options,
-            )
-            for attention_type in islice(cycle(self.attention_types), depth)
-        )
+        self._add_blocks(depth, num_heads, mlp_ratio=mlp_ratio, kernel=kernel)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options=self.options)
         self.reset_parameters()
 
@@ -161,6 +151,21 @@ class DiT(nn.Module):
         if self.feat_rope is not None:
             self.feat_rope.cached = torch.compiler.disable(self.feat_rope.cached)  # type: ignore[method-assign]  # as above
         super().compile(*args, **options)
+
+    def _add_blocks(self, depth: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel) -> None:
+        """Gives the model its blocks. Whatever is added here precedes the last layer in the state dict."""
+        hidden_size = self.pos_embed.shape[2]
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                kernel=kernel,
+                attention=attention_type,
+                options=self.options,
+            )
+            for attention_type in islice(cycle(self.attention_types), depth)
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

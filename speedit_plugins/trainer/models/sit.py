@@ -48,7 +48,7 @@ class SiT(DiT):
                 " diffusion.type RectifiedFlow"
             )
         super().__init__(input_size, patch_size, **options | {"learn_sigma": variance_channels})
-        self.learn_sigma = False
+        self.learn_sigma, self.out_channels = False, self.in_channels
 
     def _embedded_time(self, timestep: Tensor) -> Tensor:
         return 1 - timestep / _TIMESTEPS
