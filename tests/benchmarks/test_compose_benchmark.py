@@ -65,7 +65,7 @@ def test_a_run_goes_on_where_it_stopped(
     printed = capsys.readouterr().out
     assert "4 trainings, 0 done, 4 to do: an unknown number of hours until the first has ended" in printed
     # One is refused by the config, the other by the model: neither ends the run.
-    assert "tiny, flow: later is left out: clairvoyance: unknown key" in printed
+    assert "left out: later: clairvoyance: unknown key\n" in printed
     assert "tiny, flow: wider is left out: ValueError: model 'DiT' has no parameter 'girth'" in printed
     first = out.read_text()
     read = load("compose_results").read_trainings
