@@ -245,13 +245,15 @@ class TestTrainings:
 
     def test_a_row_changes_its_sections_and_no_others(self, load: Load) -> None:
         merged = load("race_ours").merged
-        base = {"model": {"type": "DiT", "depth": 6}, "optimizer": {"lr": 1.0}, "seed": 1}
+        policy = {"type": "speed", "k": 5}
+        base = {"model": {"type": "DiT", "depth": 6}, "optimizer": {"lr": 1.0}, "policy": policy, "seed": 1}
         assert merged(base, {"optimizer": {"warmup_steps": 5}}) == {
             **base,
             "optimizer": {"lr": 1.0, "warmup_steps": 5},
         }
-        # Parameters of one type are not those of another.
-        assert merged(base, {"model": {"type": "MDT"}})["model"] == {"type": "MDT"}
+        # Parameters of one type are not those of another, but all models of ours have DiT's.
+        assert merged(base, {"policy": {"type": "auto"}})["policy"] == {"type": "auto"}
+        assert merged(base, {"model": {"type": "MDT"}})["model"] == {"type": "MDT", "depth": 6}
         assert merged(base, {"model": {"depth": 2}})["model"] == {"type": "DiT", "depth": 2}
         assert base["model"]["depth"] == 6
 
