@@ -1,11 +1,13 @@
 """DiT and Latte that read captions, small enough to train from random weights.
 
-A caption reaches the model as one vector: the mean of its tokens. Its embedding is added to that of the
-timestep, so that it scales, shifts and gates every block (adaLN-Zero). With `layout_channels` it also becomes
-a picture of the input's size, which is concatenated to the input. Sources: the pooled caption beside the
-timestep is that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024,
-arXiv:2403.03206; the projection of a caption to a map is that of text-conditioned GANs, Reed et al. 2016,
-arXiv:1605.05396; concatenation to the input is that of SR3, Saharia et al. 2021, arXiv:2104.07636.
+A caption reaches the model as one vector, the mean of its tokens. Its embedding is added to that of the
+timestep, so that it scales, shifts and gates every block. Sources: the pooled caption beside the timestep is
+that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024, arXiv:2403.03206.
+
+With a `draft` one linear layer also makes a rough sample of the caption, without noise or timestep. The
+blocks see it beside the input, and the prediction is the draft plus what they add. Sources: a predicted start
+that diffusion refines is that of Whang et al. 2021, arXiv:2112.02475; the join with the input is that of SR3,
+Saharia et al. 2021, arXiv:2104.07636.
 
 Dims: `B` batch, `C` channels, `F` frames, `h`, `w` sides of the input, `L` tokens of a caption, `D` width of
 the model, `H` hidden width of the caption's layers.
@@ -36,58 +38,57 @@ class CaptionEmbedder(nn.Module):
         text_width: width of a token.
         inner_size: H.
         hidden_size: D.
-        layout: shape of the caption's picture, (channels, [F,] h, w); None makes no picture.
+        draft: shape of the draft, (C, [F,] h, w); None makes none.
     """
 
     def __init__(
-        self, text_width: int, inner_size: int, hidden_size: int, *, layout: Sequence[int] | None
+        self, text_width: int, inner_size: int, hidden_size: int, *, draft: Sequence[int] | None
     ) -> None:
         super().__init__()
-        self.shape = None if layout is None else tuple(layout)
+        self.shape = None if draft is None else tuple(draft)
         self.fc1 = Linear(text_width, inner_size)
         self.fc2 = Linear(inner_size, hidden_size)
-        self.layout = None if layout is None else Linear(inner_size, math.prod(layout))
+        self.draft = None if draft is None else Linear(inner_size, math.prod(draft))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the weights anew: N(0, 0.02^2) in front of the modulation, as a DiT's, else Xavier-uniform."""
-        for layer in (self.fc1, self.fc2, self.layout):
+        for layer in (self.fc1, self.fc2, self.draft):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.fc2.weight, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The embedding (B, D), and the picture (B, channels, [F,] h, w) or None."""
+        """The embedding (B, D), and the draft (B, C, [F,] h, w) or None."""
         is_read = mask.unsqueeze(2).to(tokens.dtype)
         mean = (tokens * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)  # (B, text_width)
         hidden = F.silu(self.fc1(F.layer_norm(mean, mean.shape[1:])))  # (B, H)
-        if self.layout is None or self.shape is None:
+        if self.draft is None or self.shape is None:
             return self.fc2(hidden), None
-        return self.fc2(hidden), self.layout(hidden).view(-1, *self.shape)
+        return self.fc2(hidden), self.draft(hidden).view(-1, *self.shape)
 
 
 class ReadsCaptions:
     """What `TextDiT` and `TextLatte` add to the model that they extend: a caption in place of a label."""
 
-    # What the model they are mixed into has.
-    caption_embedder: CaptionEmbedder
-    extra_channels: int
-    in_channels: int
-
     def _add_captions(
-        self, text_width: int, text_length: int, *, inner_size: int, layout: Sequence[int] | None
+        self, text_width: int, text_length: int, *, inner_size: int, draft: Sequence[int] | None
     ) -> None:
+        """Adds the caption's layers. `draft` is the shape of a draft, (C, [F,] h, w); None makes none."""
         model = cast(DiT, self)
+        hidden_size = model.pos_embed.shape[2]
         self.text_width, self.text_length = text_width, text_length
-        # The parent counts the picture's channels as extra ones; in a condition they do not come.
-        self.extra_channels -= layout[0] if layout else 0
-        self.caption_embedder = CaptionEmbedder(
-            text_width, inner_size, model.pos_embed.shape[2], layout=layout
-        )
+        self.caption_embedder = CaptionEmbedder(text_width, inner_size, hidden_size, draft=draft)
+        self.draft_gate = None
+        if draft is not None:
+            self.draft_gate = Linear(hidden_size, draft[0])
+            # The parent counts the draft's channels as extra ones; in a condition they do not come.
+            model.extra_channels -= draft[0]
         model.register_buffer("null_tokens", torch.zeros(1, text_length, text_width))
         model.register_buffer("null_mask", torch.zeros(1, text_length, dtype=torch.bool))
+        self._reset_captions()
 
     @property
     def null_text(self) -> dict[str, Tensor]:
@@ -105,37 +106,71 @@ class ReadsCaptions:
         cast(Any, super()).reset_parameters()
         # The parent's constructor calls this before the caption's layers exist.
         if hasattr(self, "caption_embedder"):
-            self.caption_embedder.reset_parameters()
+            self._reset_captions()
+
+    @torch.no_grad()
+    def _reset_captions(self) -> None:
+        self.caption_embedder.reset_parameters()
+        if self.draft_gate is not None:
+            # At the start the draft itself is the prediction, at every timestep.
+            nn.init.zeros_(self.draft_gate.weight)
+            nn.init.ones_(self.draft_gate.bias)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
+        """Prediction for a noised input, as the parent's.
+
+        Args:
+            x: (B, C, [F,] h, w).
+            timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
+            condition: "tokens" (B, L, text_width) and "mask" (B, L), and with extra_channels "extra".
+            hidden_after: number of a block, counted from 1, whose output is wanted too; 0 wants none.
+
+        Returns:
+            (B, C, ...), or with learn_sigma (B, 2C, ...); with `hidden_after` a pair of it and the tokens.
+
+        Raises:
+            ValueError: a shape is wrong, or the caption is missing or has features of another width.
+        """
+        model = cast(DiT, self)
+        extra, text = split_extra(condition, model.extra_channels)
+        model._check_shape(x)
+        embedded, draft = self._read(text)
+        if timestep.shape != x.shape[:1]:
+            raise ValueError(
+                f"the model got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)"
+            )
+        if draft is not None and draft.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"a model with a draft takes inputs of one size, {tuple(draft.shape[2:])}, got"
+                f" {tuple(x.shape[2:])}"
+            )
+        c = model.t_embedder(model._embedded_time(timestep)) + embedded
+        parts = [part.to(x.dtype) for part in (extra, draft) if part is not None]
+        given = {"modulation": c, "joined": torch.cat([x, *parts], dim=1)}
+        found = cast(Any, super()).forward(x, timestep, given, hidden_after=hidden_after)
+        if draft is None or self.draft_gate is None:
+            return found
+        prediction = found[0] if hidden_after else found
+        gate = self.draft_gate(F.silu(c)).view(*c.shape[:1], -1, *[1] * (x.ndim - 2))  # (B, C, 1, ...)
+        C = draft.shape[1]
+        prediction = torch.cat([prediction[:, :C] + gate * draft, prediction[:, C:]], dim=1)
+        return (prediction, found[1]) if hidden_after else prediction
 
     def _prepared(self, x: Tensor, timestep: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """x with the caption's picture and the extra channels, and what modulates the blocks, (B, D)."""
-        model = cast(DiT, self)
-        extra, text = split_extra(condition, self.extra_channels)
-        model._check_shape(x)
-        tokens, mask = self._checked(text, timestep, len(x))
-        # The features are float32; a training plugin may keep the weights in another type.
-        embedded, layout = self.caption_embedder(tokens.to(self.caption_embedder.fc1.weight.dtype), mask)
-        parts = [x] if extra is None else [x, extra.to(x.dtype)]
-        if layout is not None:
-            if layout.shape[2:] != x.shape[2:]:
-                raise ValueError(
-                    f"a model with layout_channels takes inputs of one size, {tuple(layout.shape[2:])}, got"
-                    f" {tuple(x.shape[2:])}"
-                )
-            parts.append(layout.to(x.dtype))
-        c = model.t_embedder(model._embedded_time(timestep)) + embedded
-        return torch.cat(parts, dim=1), c
+        """What `forward` prepared: x with the draft and the extra channels, and what modulates, (B, D)."""
+        given = cast(Mapping[str, Tensor], condition)
+        return given["joined"], given["modulation"]
 
-    def _checked(self, text: Condition, timestep: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
-        """The caption's tokens and mask; ValueError if they, or the timesteps, do not fit."""
-        if timestep.shape != (num_samples,):
-            raise ValueError(
-                f"the model got timesteps of shape {tuple(timestep.shape)}, wanted ({num_samples},)"
-            )
+    def _read(self, text: Condition) -> tuple[Tensor, Tensor | None]:
+        """The embedding of captions (B, D), and their drafts; ValueError if the captions do not fit."""
         if not isinstance(text, Mapping) or text["tokens"].shape[2] != self.text_width:
             got = f"width {text['tokens'].shape[2]}" if isinstance(text, Mapping) else "none"
             raise ValueError(f"the model needs caption features of width {self.text_width}, got {got}")
-        return text["tokens"], text["mask"]
+        # The features are float32; a training plugin may keep the weights in another type.
+        tokens = text["tokens"].to(self.caption_embedder.fc1.weight.dtype)
+        return cast(tuple[Tensor, Tensor | None], self.caption_embedder(tokens, text["mask"]))
 
 
 class TextDiT(ReadsCaptions, DiT):
@@ -147,9 +182,8 @@ class TextDiT(ReadsCaptions, DiT):
     Args:
         text_width: width of the text encoder.
         text_length: L, tokens of a caption after padding.
-        layout_channels: channels of a picture that the caption is laid out to and that is concatenated to
-            the input. It lets small models learn sooner what is where, and takes inputs of one size. 0 makes
-            none.
+        draft: make a draft of each caption. A model of x_0 learns captions much sooner with it. It has H
+            weights for each value of a sample, and takes inputs of one size.
         text_hidden: H; None is hidden_size.
 
     Raises:
@@ -163,7 +197,7 @@ class TextDiT(ReadsCaptions, DiT):
         *,
         text_width: int,
         text_length: int,
-        layout_channels: int = 0,
+        draft: bool = False,
         text_hidden: int | None = None,
         in_channels: int = 4,
         hidden_size: int,
@@ -179,7 +213,7 @@ class TextDiT(ReadsCaptions, DiT):
         rope: bool = False,
         perceptron: str = "gelu",
     ) -> None:
-        _check_caption(layout_channels, text_hidden)
+        _check_hidden(text_hidden)
         super().__init__(
             input_size,
             patch_size,
@@ -192,14 +226,14 @@ class TextDiT(ReadsCaptions, DiT):
             learn_sigma=learn_sigma,
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels + layout_channels,
+            extra_channels=extra_channels + (in_channels if draft else 0),
             norm=norm,
             qk_norm=qk_norm,
             rope=rope,
             perceptron=perceptron,
         )
-        layout = (layout_channels, input_size, input_size) if layout_channels else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, layout=layout)
+        shape = (in_channels, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
 
 
 class TextLatte(ReadsCaptions, Latte):
@@ -208,8 +242,7 @@ class TextLatte(ReadsCaptions, Latte):
     The arguments that are not listed here mean the same as in `Latte` and `TextDiT`.
 
     Args:
-        layout_channels: channels of a clip that the caption is laid out to; see `TextDiT`. With it the model
-            takes clips of num_frames frames alone.
+        draft: make a draft of each caption. The model then takes clips of num_frames frames alone.
 
     Raises:
         ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
@@ -223,7 +256,7 @@ class TextLatte(ReadsCaptions, Latte):
         num_frames: int = 16,
         text_width: int,
         text_length: int,
-        layout_channels: int = 0,
+        draft: bool = False,
         text_hidden: int | None = None,
         in_channels: int = 4,
         hidden_size: int,
@@ -239,7 +272,7 @@ class TextLatte(ReadsCaptions, Latte):
         rope: bool = False,
         perceptron: str = "gelu",
     ) -> None:
-        _check_caption(layout_channels, text_hidden)
+        _check_hidden(text_hidden)
         super().__init__(
             input_size,
             patch_size,
@@ -253,26 +286,23 @@ class TextLatte(ReadsCaptions, Latte):
             learn_sigma=learn_sigma,
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels + layout_channels,
+            extra_channels=extra_channels + (in_channels if draft else 0),
             norm=norm,
             qk_norm=qk_norm,
             rope=rope,
             perceptron=perceptron,
         )
-        layout = (layout_channels, num_frames, input_size, input_size) if layout_channels else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, layout=layout)
+        shape = (in_channels, num_frames, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
 
     @property
     def taken_frames(self) -> range:
         """Numbers of frames that a clip may have."""
-        is_laid_out = self.caption_embedder.layout is not None
+        is_laid_out = self.caption_embedder.draft is not None
         return range(self.num_frames if is_laid_out else 1, self.num_frames + 1)
 
 
-def _check_caption(layout_channels: int, text_hidden: int | None) -> None:
-    """Raises ValueError for widths that are out of range."""
-    if layout_channels < 0:
-        raise ValueError(f"the model needs layout_channels >= 0 (0: no layout), got {layout_channels}")
+def _check_hidden(text_hidden: int | None) -> None:
     if text_hidden is not None and text_hidden < 1:
         raise ValueError(f"the model needs text_hidden >= 1, got {text_hidden}")
 
