@@ -18,6 +18,7 @@ from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.interface import token_blocks, token_width
 from speedit_plugins.trainer.models.routing import set_route
+from speedit_plugins.trainer.models.text_conditioned.routed import Routed
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 
 # The inner width of REPA's projector. Source: the release sihyun-yu/REPA, models/sit.py.
@@ -81,6 +82,7 @@ def _alignment(
         raise ValueError(
             f"alignment.{key}: wanted a block of the model's {depth}, got {max(options.layer, last)}"
         )
+    _check_route(config, model)
     device, dtype = next(model.parameters()).device, AUTOCAST[config.precision]
     given: dict[str, Any] = {
         "layer": options.layer,
@@ -103,3 +105,15 @@ def _alignment(
         decay=options.decay,
         **given,
     )
+
+
+def _check_route(config: ExperimentConfig, model: nn.Module) -> None:
+    """Raises ValueError if the aligned block sees a part of the tokens, and the model has no others there."""
+    if not isinstance(model, Routed) or model.route is None:
+        return
+    first, last = model.route.first, model.route.last
+    if first <= config.alignment.layer <= last:
+        raise ValueError(
+            f"alignment.layer: after block {config.alignment.layer} of {config.model['type']} some tokens"
+            f" are on the way past blocks {first} to {last}; wanted a block outside of the routing"
+        )
