@@ -58,7 +58,7 @@ class Settings:
 
     horizon: int = 800
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup_steps: int = 20
     halflife_steps: int = 70
     num_samples: int = 500
