@@ -205,6 +205,7 @@ class DiT(nn.Module):
         rotations: tuple[Rotation | None, ...] = (None,),
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
+        assert self.feat_rope is None or rotations[0] is not None
         hidden = None
         for number, block in enumerate(self.blocks, start=1):
             rotation = rotations[(number - 1) % len(rotations)]
