@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
 from speedit_plugins.trainer.models.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
 from speedit_plugins.trainer.models.positions import sincos_positions
 from speedit_plugins.trainer.models.rotary import GridRotary, Rotation
+from speedit_plugins.trainer.models.routing import Passage, Route
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
@@ -54,6 +55,10 @@ class DiT(nn.Module):
         ValueError: sizes do not divide, the attention is unknown or cannot run, or a name is unknown.
     """
 
+    route: Route | None = None
+    """The blocks that a part of the tokens passes by in training; None is none."""
+    earliest_route: ClassVar[int] = 0
+    """Number of the first block, counted from 0, that tokens may pass by."""
     predicts: ClassVar[str | None] = None
     """The one `diffusion.prediction_type` that the model is made for; None takes any."""
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
@@ -104,19 +109,18 @@ class DiT(nn.Module):
         # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.feat_rope = GridRotary(input_size // patch_size, hidden_size // num_heads) if rope else None
-        self.blocks = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                kernel=kernel,
-                attention=attention_type,
-                options=self.options,
-            )
-            for attention_type in islice(cycle(self.attention_types), depth)
-        )
+        self._add_blocks(depth, num_heads, mlp_ratio=mlp_ratio, kernel=kernel)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options=self.options)
         self.reset_parameters()
+
+    @property
+    def route_depth(self) -> int | None:
+        """Number of blocks that a route counts; None if tokens cannot pass blocks by."""
+        return len(self.blocks)
+
+    def set_route(self, route: Route | None) -> None:
+        """Lets a part of the tokens pass blocks by in training, see `routing`."""
+        self.route = route
 
     @property
     def null_label(self) -> int | None:
@@ -162,6 +166,21 @@ class DiT(nn.Module):
             self.feat_rope.cached = torch.compiler.disable(self.feat_rope.cached)  # type: ignore[method-assign]  # as above
         super().compile(*args, **options)
 
+    def _add_blocks(self, depth: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel) -> None:
+        """Gives the model its blocks. Whatever is added here precedes the last layer in the state dict."""
+        hidden_size = self.pos_embed.shape[2]
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                kernel=kernel,
+                attention=attention_type,
+                options=self.options,
+            )
+            for attention_type in islice(cycle(self.attention_types), depth)
+        )
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws every parameter anew, from the distributions of facebookresearch/DiT and in its order.
@@ -206,13 +225,20 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
         assert self.feat_rope is None or rotations[0] is not None
-        hidden = None
+        hidden, passage = None, Passage(self.route if self.training else None)
         for number, block in enumerate(self.blocks, start=1):
-            rotation = rotations[(number - 1) % len(rotations)]
-            x = self._through(block, self._before(number, x), c, rotation)
+            x = passage.before(number, self._before(number, x))
+            x = self._through(block, x, c, self._rotation(number, rotations, passage))
+            x = passage.after(number, x)
             if number == hidden_after:
-                hidden = x
+                hidden = passage.whole(x)
         return x, hidden
+
+    def _rotation(
+        self, number: int, rotations: tuple[Rotation | None, ...], passage: Passage
+    ) -> Rotation | None:
+        """What turns the tokens that block `number`, counted from 1, sees."""
+        return passage.of_tokens(rotations[(number - 1) % len(rotations)])
 
     def _before(self, number: int, x: Tensor) -> Tensor:
         """What block `number`, counted from 1, is given."""

@@ -20,6 +20,7 @@ from speedit_plugins.trainer.models.attention import SelfAttention
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.positions import sincos_frames
 from speedit_plugins.trainer.models.rotary import FrameRotary, Rotation
+from speedit_plugins.trainer.models.routing import Passage
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
@@ -27,6 +28,9 @@ class SpatialAttention(SelfAttention):
     """Attention within each frame, among its N tokens: (B, F, N, D) -> (B, F, N, D)."""
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        if rotation is not None and rotation.cos.ndim == 3:
+            # Of each sample's own places; the same in all its frames.
+            rotation = Rotation(*(part.repeat_interleave(x.shape[1], dim=0) for part in rotation))
         mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
 
@@ -58,6 +62,8 @@ class Latte(DiT):
     """
 
     attention_types = (SpatialAttention, TemporalAttention)
+    # The second block is given the positions of the frames, which every token needs.
+    earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
         self,
@@ -151,6 +157,12 @@ class Latte(DiT):
         x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
         x = rearrange(x, "b c (f h) w -> b c f h w", f=frames)
         return x if hidden is None else (x, hidden)
+
+    def _rotation(
+        self, number: int, rotations: tuple[Rotation | None, ...], passage: Passage
+    ) -> Rotation | None:
+        # A route leaves out places, not frames: every second block, across frames, sees all frames.
+        return rotations[-1] if number % 2 == 0 else super()._rotation(number, rotations, passage)
 
     def _before(self, number: int, x: Tensor) -> Tensor:
         # As in the original, after the first block, since that block looks at each frame alone.

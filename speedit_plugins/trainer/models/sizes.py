@@ -1,4 +1,4 @@
-"""Registers models by size. DiT, Latte and SiT share S, B, L and XL, each with patches of 2, 4 or 8."""
+"""Registers models by size. DiT, Latte, SiT and MDT share S, B, L and XL, each with patches of 2, 4 or 8."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
