@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model__gradient_checkpointing": "true",
     },
     "x0 on a flow": {
-        "diffusion": "{type: RectifiedFlow, prediction_type: x0, policy: {type: speed}}",
+        "diffusion": "{type: RectifiedFlow, prediction_type: x0, policy: uniform}",
         "sampler__type": "euler",
     },
     "LightningDiT": {

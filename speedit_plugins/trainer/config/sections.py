@@ -86,8 +86,8 @@ class DiffusionConfig:
     """Timesteps T before respacing; the linear schedule needs at least 20. For a flow it is the number of
     rows of the policy's tables."""
     prediction_type: Literal["epsilon", "x0", "v", "flow"] | None = None
-    """What the model predicts. null is epsilon. `RectifiedFlow` takes flow, the velocity, which null is
-    there, or x0, whose loss is the velocity's."""
+    """What the model predicts. null is epsilon, and for a `RectifiedFlow` flow, the velocity. A flow also
+    takes x0, and its loss is still the velocity's."""
     learn_sigma: bool | None = None
     """Whether the model predicts a variance too, trained by the variational term. null is true. A
     `RectifiedFlow` has none, and null is false there."""

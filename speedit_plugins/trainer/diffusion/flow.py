@@ -26,8 +26,8 @@ from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess, 
 # The model embeds TIMESTEP_SCALE * t, as in SD3, FLUX and Open-Sora.
 TIMESTEP_SCALE = 1000.0
 
-# Times below it divide as it does where a predicted x_0 becomes a velocity. Source: JiT, Li & He 2025,
-# arXiv:2511.13720, section 4.
+# Times below it divide as it does where a predicted x_0 becomes a velocity. Source: `t_eps` of JiT, Li & He
+# 2025, arXiv:2511.13720.
 LEAST_DIVISOR = 0.05
 
 # 1 - 2^-24 is the largest float32 below 1. Above it, t would round to 1 and x_t would be pure noise.

@@ -24,7 +24,7 @@ from speedit_plugins.trainer.models.rotary import Rotation
 class BlockOptions:
     """What the blocks of a model are made of. The defaults are DiT's.
 
-    Source: Yao et al. 2025, arXiv:2501.01423, table 2, which takes all of them from language models.
+    Source: Yao et al. 2025, arXiv:2501.01423.
 
     Args:
         norm: "layer", without weights, or "rms": RMSNorm with weights, Zhang and Sennrich 2019,

@@ -224,6 +224,7 @@ class DiT(nn.Module):
         rotations: tuple[Rotation | None, ...] = (None,),
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
+        assert self.feat_rope is None or rotations[0] is not None
         hidden, passage = None, Passage(self.route if self.training else None)
         for number, block in enumerate(self.blocks, start=1):
             x = passage.before(number, self._before(number, x))

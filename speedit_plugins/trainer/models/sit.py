@@ -27,8 +27,7 @@ class SiT(DiT):
     The arguments that are not listed here mean the same as in `DiT`.
 
     Args:
-        variance_channels: the last layer has C more channels, which nothing reads, as in the released
-            weights.
+        variance_channels: the last layer has C more channels that nothing reads, as in the released weights.
         learn_sigma: has to be False.
 
     Raises:
@@ -63,7 +62,7 @@ class LightningDiT(SiT):
 
     The parameters have the names, shapes and order of hustvl/LightningDiT with `use_rmsnorm`, `use_swiglu`
     and `use_rope`, as the released weights have them; its `use_qknorm` is `qk_norm` here. There is no
-    counterpart of `wo_shift`, which the released weights do not have either. Its `timestep_shift` of 0.3 in
+    counterpart of `wo_shift`, as the released weights have it off. Its `timestep_shift` of 0.3 in
     sampling is a `diffusion.shift` of 1 / 0.3.
 
     Source: Yao et al. 2025, arXiv:2501.01423.
