@@ -1,8 +1,8 @@
 """What an acceleration costs: training steps with it and without, in turn, in one run.
 
 A step is noising, forward, loss, backward and AdamW, on a fixed batch. The ratio is taken within a round, so
-that a machine that others use too slows both sides. Memory is what the losses of one step keep for the backward
-pass. Then the time that the assignment of noise takes for a batch, with its product.
+that a machine that others use too slows both sides. Memory is what the losses of one step keep for the
+backward pass. Then the time that the assignment of noise takes for a batch, with its product.
 
     python benchmarks/acceleration_costs.py [--rounds 9] [--threads 1]
 """

@@ -47,7 +47,7 @@ def test_classes_exchange_noise_among_themselves_and_as_if_alone() -> None:
 
 
 def test_the_noise_given_the_class_stays_normal_only_if_classes_keep_to_themselves() -> None:
-    # Two classes at -1 and 1. In a batch of all, the larger half of the noise goes to the class at 1: its mean
+    # Two classes at -1 and 1. In a whole batch the larger half of the noise goes to the class at 1. Its mean
     # is sqrt(2 / pi) = 0.80 for large batches. Within the class it is 0.
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(64) % 2
@@ -74,7 +74,10 @@ def test_a_single_sample_on_a_rank_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"noise_assignment": "batch", "data__batch_size": 1}, "needs two samples in a batch, got data.batch_s"),
+        (
+            {"noise_assignment": "batch", "data__batch_size": 1},
+            "needs two samples in a batch, got data.batch_s",
+        ),
         (
             {"noise_assignment": "class", "num_classes": 0, "model__num_classes": 0},
             "class needs classes, but num_classes is 0; wanted batch or null",

@@ -122,7 +122,10 @@ def test_the_noise_level_is_that_of_the_process() -> None:
         ({"diffusion__policy": "{type: uncertainty}"}, "both do the same; wanted one"),
         ({"diffusion__policy": "{density: uniform, weighting: uncertainty}"}, "both do the same"),
         ({"diffusion__policy": "{density: uniform, weighting: {type: uncertainty}}"}, "both do the same"),
-        ({"diffusion__policy": "{type: speed, normalize: loss}"}, "normalize: loss does; wanted one of the two"),
+        (
+            {"diffusion__policy": "{type: speed, normalize: loss}"},
+            "normalize: loss does; wanted one of the two",
+        ),
         ({"plugin": "gemini"}, "wanted plugin ddp, zero1 or zero2"),
     ],
 )
