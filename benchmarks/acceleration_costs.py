@@ -4,7 +4,7 @@ A step is noising, forward, loss, backward and AdamW, on a fixed batch. The rati
 that a machine that others use too slows both sides. Memory is what the losses of one step keep for the
 backward pass. Then the time that the assignment of noise takes for a batch, with its product.
 
-    python benchmarks/acceleration_costs.py [--rounds 9] [--threads 1]
+    python benchmarks/acceleration_costs.py [--rounds 9] [--threads 1] [--only TEXT]
 """
 
 import argparse
@@ -99,10 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="accelerations whose name has this in it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print("| acceleration | time of a step | kept memory |\n|---|---|---|")
     for name, options in CASES.items():
+        if arguments.only not in name:
+            continue
         plain, changed = Side(()), Side(options)
         ratios = []
         for number in range(arguments.rounds + 1):
@@ -115,11 +118,16 @@ def main() -> None:
             f"| `{name}` | {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f}) | {memory:.2f} |",
             flush=True,
         )
+    print_assignments(arguments.rounds)
+
+
+def print_assignments(rounds: int) -> None:
+    """Prints the time of an assignment for different batches."""
     print("\n| samples of a rank | milliseconds of an assignment |\n|---|---|")
     for batch in (8, 32, 128, 512):
         x_0, noise = torch.randn(2, batch, 4 * 32 * 32).unbind()
         seconds = []
-        for _ in range(arguments.rounds + 1):
+        for _ in range(rounds + 1):
             start = time.perf_counter()
             assignment(x_0, noise)
             seconds.append(time.perf_counter() - start)

@@ -97,7 +97,7 @@ def test_the_trainer_noises_with_the_assigned_noise(tmp_path: Path) -> None:
     given = trainer.inputs.encode(batch, generators)
     seen = []
     corrupt = trainer.objective.process.corrupt
-    trainer.objective.process.corrupt = lambda x_0, draw, noise: (  # type: ignore[method-assign]
+    trainer.objective.process.corrupt = lambda x_0, draw, noise: (  # type: ignore[method-assign]  # to see what it is given
         seen.append(noise) or corrupt(x_0, draw, noise=noise)
     )
     draw = trainer.policy.draw(len(given.latents), generator=torch.Generator().manual_seed(0))

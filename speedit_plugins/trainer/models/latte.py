@@ -29,7 +29,7 @@ class SpatialAttention(SelfAttention):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         if rotation is not None and rotation.cos.ndim == 3:
-            # Of each sample's own places; the same in all its frames.
+            # Each sample has places of its own, the same in all its frames.
             rotation = Rotation(*(part.repeat_interleave(x.shape[1], dim=0) for part in rotation))
         mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
