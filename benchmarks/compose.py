@@ -27,9 +27,10 @@ from compose_arms import EPSILON, FLOW, STACK, Arm, standard_arms
 from compose_jobs import Jobs, Task
 from compose_pace import paces
 from compose_report import report
-from compose_results import Training, append, pace_file, read_paces, read_trainings
+from compose_results import Training, pace_file, read_paces, read_trainings
 from compose_sets import SETS
 from compose_training import Cell, Settings, check
+from flow_results import append
 
 STANDARD = "standard"
 
@@ -49,25 +50,32 @@ class Plan:
         ]
         self._arms = {process: self._named(process) for process in arguments.processes}
 
-    def arms(self, cell: Cell) -> list[Arm]:
-        """The arms of a cell whose keys this revision has; the others are named in a line."""
-        found = []
-        for arm in self._arms[cell.process]:
-            try:
-                check(cell, arm)
-                found.append(arm)
-            except ValueError as error:
-                say(f"{cell}: {arm.name} is left out: {str(error).splitlines()[0][:160]}")
+    def arms(self) -> dict[Cell, list[Arm]]:
+        """The arms of each cell whose keys this revision has. A line for each reason names the others."""
+        found: dict[Cell, list[Arm]] = {cell: [] for cell in self.cells}
+        lacking: dict[str, dict[str, list[Cell]]] = {}
+        for cell in self.cells:
+            for arm in self._arms[cell.process]:
+                try:
+                    check(cell, arm)
+                    found[cell].append(arm)
+                except ValueError as error:
+                    reason = str(error).splitlines()[0].partition("; known")[0][:160]
+                    lacking.setdefault(reason, {}).setdefault(arm.name, []).append(cell)
+        for reason, names in lacking.items():
+            cells = {str(cell) for where in names.values() for cell in where}
+            where = "" if len(cells) == len(self.cells) else f" on {'; '.join(sorted(cells))}"
+            say(f"left out{where}: {' '.join(names)}: {reason}")
         return found
 
     def tasks(self) -> list[Task]:
         """Every training of the plan."""
-        per_cell = {cell: self.arms(cell) for cell in self.cells}
+        arms = self.arms()
         return [
             Task(cell, arm, seed, revision(), self._arguments.threads)
             for seed in self._arguments.seeds
             for cell in self.cells
-            for arm in per_cell[cell]
+            for arm in arms[cell]
         ]
 
     def _named(self, process: str) -> list[Arm]:
@@ -120,8 +128,8 @@ def main() -> int:
 
 def measure_paces(plan: Plan, arguments: argparse.Namespace) -> int:
     """Appends the pace of each arm of each cell. Other processes on the machine should rest."""
-    for cell in plan.cells:
-        for pace in paces(cell, plan.arms(cell), arguments.rounds, say=say, revision=revision()):
+    for cell, arms in plan.arms().items():
+        for pace in paces(cell, arms, arguments.rounds, say=say, revision=revision()):
             append(pace_file(arguments.out), pace)
             say(f"{cell}: {pace.arm}: {pace.early:.3f} of the base's {pace.base_seconds:.3f} s a step")
     return 0

@@ -43,14 +43,16 @@ ACCELERATIONS: Mapping[str, Acceleration] = {
     "contrastive": Acceleration({"contrastive": {"weight": 0.05}}),
     "muon": Acceleration({"optimizer": {"type": "Muon"}}),
     "blocks": Acceleration({"model": {"norm": "rms", "qk_norm": True, "rope": True, "perceptron": "swiglu"}}),
-    "routing": Acceleration({"routing": {"from": 2, "to": -2, "keep": 0.5}}),
+    "routing": Acceleration({"routing": {"from": 1, "to": -2, "keep": 0.5}}),
     "repa": Acceleration({"alignment": _REPA}, has_teacher=True),
     "repa_early": Acceleration(
         {"alignment": _REPA}, has_teacher=True, until=0.4, until_key=("alignment", "until")
     ),
     "sra": Acceleration({"alignment": {"type": "SRA", "layer": 2}}),
-    "mdt": Acceleration({"model": {"type": "MDTv2"}, "masking": {"type": "MDT", "ratio": 0.3}}),
-    "noise": Acceleration({"noise_assignment": {"type": "batch"}}),
+    "mdt": Acceleration(
+        {"model": {"type": "MDTv2", "decode_layer": 2}, "masking": {"type": "MDT", "ratio": 0.3}}
+    ),
+    "noise": Acceleration({"noise_assignment": "batch"}),
     "uncertainty": Acceleration({"uncertainty": True}),
     "x0": Acceleration({"diffusion": {"prediction_type": "x0"}}, processes=(FLOW,)),
 }

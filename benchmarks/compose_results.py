@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flow_results import append, read_lines
+from flow_results import read_lines
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,6 @@ def read_trainings(path: Path) -> list[Training]:
 def read_paces(path: Path) -> list[Pace]:
     """The paces so far, [] without a file; see `flow_results.read_lines`."""
     return read_lines(path, Pace, "compose.py --pace")
-
-
-def append(path: Path, found: Training | Pace) -> None:
-    """Adds a line."""
-    append(path, found)
 
 
 def pace_file(path: Path) -> Path:

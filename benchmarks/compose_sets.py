@@ -42,7 +42,8 @@ class ComposeSet:
         num_classes: 0 without labels.
         patch_size: so that a sample has 64 tokens.
         encoder: section of the config.
-        build_spaces: what `spaces` are, made when they are first wanted.
+        build_spaces: makes `spaces` when they are first wanted.
+        decode: from what the model makes to images in [-1, 1].
     """
 
     images: Tensor
@@ -51,10 +52,11 @@ class ComposeSet:
     patch_size: int
     encoder: Mapping[str, Any]
     build_spaces: Callable[[], Mapping[str, Space]]
+    decode: Callable[[Tensor], Tensor] = lambda images: images
 
     @cached_property
     def spaces(self) -> Mapping[str, Space]:
-        """Name -> feature space. Each takes samples as the model makes them."""
+        """Name -> feature space of images."""
         return self.build_spaces()
 
     @property
@@ -136,14 +138,8 @@ def _latents(folder: Path) -> ComposeSet:
     autoencoder = load_autoencoder(folder / "autoencoder")
     images = torch.cat([emoji(folder, vendor, SIDE) for vendor in VENDORS])
 
-    def decoded(space: Space) -> Space:
-        return lambda latents: space(autoencoder.decode(latents))
-
-    def spaces() -> dict[str, Space]:
-        return {name: decoded(space) for name, space in _emoji_spaces(folder).items()}
-
-    encoder = {"type": GivenLatents.__name__}
-    return ComposeSet(autoencoder.encode(images), None, 0, 1, encoder, spaces)
+    latents, encoder = autoencoder.encode(images), {"type": GivenLatents.__name__}
+    return ComposeSet(latents, None, 0, 1, encoder, partial(_emoji_spaces, folder), autoencoder.decode)
 
 
 def _emoji_spaces(folder: Path) -> dict[str, Space]:

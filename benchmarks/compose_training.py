@@ -58,7 +58,7 @@ class Settings:
 
     horizon: int = 800
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup_steps: int = 20
     halflife_steps: int = 70
     num_samples: int = 500
@@ -106,8 +106,9 @@ class Judges:
     """Squared Fréchet distances to a data set, in each of its spaces."""
 
     def __init__(self, data: ComposeSet) -> None:
-        self._spaces = data.spaces
-        self._real = {name: _statistics(space(data.reference)) for name, space in self._spaces.items()}
+        self._spaces, self._decode = data.spaces, data.decode
+        images = data.decode(data.reference)
+        self._real = {name: _statistics(space(images)) for name, space in self._spaces.items()}
 
     def distances(self, samples: Tensor, *, has_teacher: bool) -> dict[str, float]:
         """Space -> distance of samples (N, C, H, W); infinite if one is not finite.
@@ -117,9 +118,9 @@ class Judges:
         names = [name for name in self._spaces if name != NETWORK or not has_teacher]
         if not samples.isfinite().all():
             return dict.fromkeys(names, float("inf"))
-        found = {}
+        found, images = {}, self._decode(samples)
         for name in names:
-            ours, real = _statistics(self._spaces[name](samples)), self._real[name]
+            ours, real = _statistics(self._spaces[name](images)), self._real[name]
             found[name] = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
         return found
 

@@ -7,7 +7,7 @@ draw. Its learning rate and average are made for hundreds of thousands of steps,
 everybody: learning rates times a factor, averages to a twentieth of the steps. With several factors a peer is
 judged by its best one.
 
-    python benchmarks/race.py --hosts DIR --data-dir DIR [--steps 1600] [--out outputs/race]
+    python benchmarks/race.py --hosts DIR --data-dir DIR [--steps 1200] [--out outputs/race]
     python benchmarks/race.py --hosts DIR --data-dir DIR --device cuda --minutes 8
     python benchmarks/race.py --report [--out outputs/race]
 
@@ -31,7 +31,7 @@ import torch
 from flow_sets import fashion
 from image_sets import ImageSet, load_image_set
 from race_hosts import PEERS, Peer
-from race_laps import EVALUATED, Entry, Plan, paces, race, read_laps
+from race_laps import PEERS_EVALUATED, Entry, Plan, paces, race, read_laps
 from race_ours import ROWS, OurTraining, read_rows, row_of
 from race_plots import save_figure
 from race_quality import Measure, Quality
@@ -42,6 +42,8 @@ from speedit_plugins.registry import nearest
 
 # The average forgets half in this share of the steps.
 EMA_SHARE = 1 / 20
+# Steps of the trainings that are timed for --minutes; they make the first few.
+PROVISIONAL_STEPS = 10_000
 # Of --minutes: the rest is for what takes longer than it did when it was measured.
 PLANNED = 0.85
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints a line per evaluation, and the report at the end."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    arguments.started = time.perf_counter()
     try:
         _check(arguments)
         if not arguments.report:
@@ -77,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
     peers = _peers(arguments)
     if arguments.minutes:
         # The first run of a race decides; one that goes on keeps its steps.
-        arguments.steps = _steps_of(arguments.out) or 1
+        arguments.steps = _steps_of(arguments.out) or PROVISIONAL_STEPS
     measure = Quality(
         data,
         num_samples=arguments.num_samples,
@@ -113,7 +116,7 @@ def _entries(arguments: argparse.Namespace, peers: Sequence[Peer], net: Net, dat
                 name = peer.name + f" x{factor:g}" * (len(arguments.lr_factors) > 1)
                 terms = _terms(arguments, seed, factor)
                 build = partial(peer.train, arguments.hosts, matched, data, terms)
-                entries.append(Entry(name, peer.name, seed, build))
+                entries.append(Entry(name, peer.name, seed, build, PEERS_EVALUATED))
     return entries
 
 
@@ -183,14 +186,14 @@ def _steps_that_fit(
     arguments: argparse.Namespace, peers: Sequence[Peer], net: Net, data: ImageSet, measure: Measure
 ) -> int:
     """Steps with which the whole race takes `--minutes`, from a few steps and one evaluation of each kind."""
-    start = time.perf_counter()
     entries = _entries(arguments, peers, net, data)
     found = paces(entries, arguments.device)
     began = time.perf_counter()
     measure(entries[0].build(), 0)
-    evaluations = (time.perf_counter() - began) * len(EVALUATED) * len(entries)
-    begun = time.perf_counter() - start
-    left = PLANNED * 60 * arguments.minutes - begun - sum(setup for setup, _ in found.values()) - evaluations
+    num_evaluations = sum(len(entry.evaluated) for entry in entries)
+    evaluations = (time.perf_counter() - began) * num_evaluations
+    gone = time.perf_counter() - arguments.started
+    left = PLANNED * 60 * arguments.minutes - gone - sum(setup for setup, _ in found.values()) - evaluations
     steps = int(left / sum(step for _, step in found.values()))
     if steps < 100:
         raise ValueError(
@@ -222,7 +225,7 @@ def _check(arguments: argparse.Namespace) -> None:
         return
     if arguments.hosts is None or not arguments.hosts.is_dir():
         raise ValueError(f"--hosts needs the folder of the checkouts, got {arguments.hosts}")
-    least = {"steps": 20, "num_samples": 100, "threads": 1, "batch_size": 1, "turns": 1}
+    least = {"steps": 40, "num_samples": 100, "threads": 1, "batch_size": 1, "turns": 1}
     for name, value in least.items():
         if getattr(arguments, name) < value:
             given = name.replace("_", "-")
@@ -259,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=Path, default=ROWS, help="our contestants, in the form of race_ours.yaml")
     add("--ours", nargs="+", help="names of those that take part; all if left out")
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--steps", type=int, default=1600, help="of each training")
+    add("--steps", type=int, default=1200, help="of each training")
     add("--minutes", type=float, default=0.0, help="takes as many steps as fit into these")
     add("--lr-factors", nargs="+", type=float, default=[10.0], help="of peers' rates; ours take the first")
     add("--batch-size", type=int, default=32)

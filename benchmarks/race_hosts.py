@@ -1,4 +1,4 @@
-"""The peers of benchmarks/race.py, from their own checkouts: DiT, fast-DiT, SpeeD, MDT, SiT, REPA, LightningDiT.
+"""The peers of benchmarks/race.py, from their checkouts: DiT, fast-DiT, SpeeD, MDT, SiT, REPA, LightningDiT.
 
 Model, losses, update of the average and settings are the peer's own, with its defaults: of its training
 script, or of the config that its README names. What is changed is said at each peer. All of them train on

@@ -18,8 +18,9 @@ from flow_results import append, read_lines
 from race_quality import Measure, reach
 from race_training import Training
 
-# Shares of the steps after which samples are drawn.
+# Shares of the steps after which samples are drawn. A peer is judged at its end, so it needs fewer.
 EVALUATED = (0.05, 0.08, 0.125, 0.2, 0.3, 0.45, 0.65, 1.0)
+PEERS_EVALUATED = (0.125, 0.3, 0.65, 1.0)
 # Turns of a contestant in a race. Others train between them, so a slow moment of the machine hits everybody.
 NUM_TURNS = 40
 # Steps that tell how fast a contestant is.
@@ -72,18 +73,26 @@ class Lap:
 
 @dataclass(frozen=True)
 class Entry:
-    """A training that takes part. `build` makes it before its first step; see `Lap` for the rest."""
+    """A training that takes part. `build` makes it before its first step; see `Lap` for the rest.
+
+    It is evaluated after the shares `evaluated` of its steps, in rising order, the last of which is 1.
+    """
 
     contestant: str
     entry: str
     seed: int
     build: Callable[[], Training]
+    evaluated: Sequence[float] = EVALUATED
 
     @property
     def folder(self) -> str:
         """A name for a folder of its own."""
         plain = "".join(letter if letter.isalnum() else "-" for letter in self.contestant)
         return f"{plain}-{self.seed}"
+
+    def evaluations(self, steps: int) -> list[int]:
+        """Steps of its evaluations, rising, in a training of so many."""
+        return steps_of(self.evaluated, steps)
 
 
 @dataclass(frozen=True)
@@ -97,15 +106,10 @@ class Plan:
     device: str = "cpu"
 
     @cached_property
-    def evaluations(self) -> list[int]:
-        """Steps of the evaluations, rising."""
-        return sorted({max(1, round(share * self.steps)) for share in EVALUATED})
-
-    @cached_property
     def marks(self) -> list[int]:
         """Steps at which another contestant has its turn, rising; all evaluations are among them."""
-        turns = {max(1, round(self.steps * number / self.num_turns)) for number in range(1, self.num_turns)}
-        return sorted(turns | set(self.evaluations))
+        turns = [number / self.num_turns for number in range(1, self.num_turns)]
+        return steps_of([*turns, *EVALUATED, *PEERS_EVALUATED], self.steps)
 
 
 class Runner:
@@ -194,8 +198,8 @@ class Runner:
             folder = self._states / str(self._last.step)
             if not folder.is_dir():
                 raise ValueError(
-                    f"{results_file(self._out)} has {self.entry.contestant!r} up to step {self._last.step}, but"
-                    f" its state is not in {folder}: wanted the whole folder, or another --out"
+                    f"{results_file(self._out)} has {self.entry.contestant!r} up to step {self._last.step},"
+                    f" but its state is not in {folder}: wanted the whole folder, or another --out"
                 )
             training.load(folder)
         return training
@@ -222,7 +226,7 @@ def race(
             if runner.step >= mark:
                 continue
             runner.train_to(mark)
-            if mark in plan.evaluations:
+            if mark in runner.entry.evaluations(plan.steps):
                 lap = runner.evaluate(measure)
                 found = "  ".join(f"{name} {lap.in_space(name):.3f}" for name in lap.distances)
                 say(f"{lap.contestant:24s} seed {lap.seed} step {mark:6d} {lap.seconds:8.1f} s  {found}")
@@ -245,6 +249,11 @@ def paces(entries: Sequence[Entry], device: str) -> dict[str, tuple[float, float
         lengths = [after - before for before, after in zip(times, times[1:], strict=False)]
         found[entry.contestant] = (lengths[0], statistics.median(lengths[1:]))
     return found
+
+
+def steps_of(shares: Sequence[float], steps: int) -> list[int]:
+    """Shares of so many steps as whole steps >= 1, rising, each once."""
+    return sorted({max(1, round(share * steps)) for share in shares})
 
 
 def results_file(out: Path) -> Path:

@@ -37,7 +37,7 @@ def mdt_model(hosts: Path, options: dict[str, Any]) -> nn.Module:
 
 
 class MdtTraining:
-    """MDT's training; see `race_training.Training`. Each step passes all tokens, and then those not masked."""
+    """MDT's training; see `race_training.Training`. A step passes all tokens, then those not masked."""
 
     num_training_only = 0
 

@@ -117,13 +117,17 @@ def own_config(net: Net, terms: Terms, folder: Path) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, section by section; a section with another `type` replaces it."""
+    """`base` with the values of `over`, section by section; a section with another `type` replaces it.
+
+    But not a model: all of ours take DiT's parameters.
+    """
     found = copy.deepcopy(dict(base))
     for key, value in over.items():
         own = found.get(key)
         is_same = isinstance(own, Mapping) and isinstance(value, Mapping)
         is_other = is_same and "type" in own and value.get("type", own["type"]) != own["type"]
-        found[key] = merged(own, value) if is_same and not is_other else copy.deepcopy(value)
+        is_replaced = not is_same or (is_other and key != "model")
+        found[key] = copy.deepcopy(value) if is_replaced else merged(own, value)
     return found
 
 

@@ -187,8 +187,8 @@ def _notes(laps: Sequence[Lap]) -> str:
         shared = f"Not all contestants took turns in the same runs: {len(runs)} sets of runs are compared."
     return (
         "Peers keep their own model, losses, draw, optimizer and clipping. Their learning rates and averages"
-        " are made for hundreds of thousands of steps. Here every learning rate is the published one times the"
-        " same factor (a peer's best factor if several were tried), and every average forgets half in a"
+        " are made for hundreds of thousands of steps. Here every learning rate is the published one times"
+        " the same factor (a peer's best factor if several were tried), and every average forgets half in a"
         " twentieth of the steps; a row of ours may have another rate and schedule. All train on pixels,"
         " where the peers' scripts train on latents. REPA's teacher is the embedded ImageNet network, not"
         " DINOv2. LightningDiT's cosine loss has no gradient on a single channel. Peers' batches lie in"

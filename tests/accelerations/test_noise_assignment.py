@@ -47,8 +47,8 @@ def test_classes_exchange_noise_among_themselves_and_as_if_alone() -> None:
 
 
 def test_the_noise_given_the_class_stays_normal_only_if_classes_keep_to_themselves() -> None:
-    # Two classes at -1 and 1. In a whole batch the larger half of the noise goes to the class at 1. Its mean
-    # is sqrt(2 / pi) = 0.80 for large batches. Within the class it is 0.
+    # Two classes at -1 and 1. In a batch of all, the larger half of the noise goes to the class at 1: its
+    # mean is sqrt(2 / pi) = 0.80 for large batches. Within the class it is 0.
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(64) % 2
     x_0 = (2.0 * label - 1).unsqueeze(1)
@@ -97,7 +97,7 @@ def test_the_trainer_noises_with_the_assigned_noise(tmp_path: Path) -> None:
     given = trainer.inputs.encode(batch, generators)
     seen = []
     corrupt = trainer.objective.process.corrupt
-    trainer.objective.process.corrupt = lambda x_0, draw, noise: (  # type: ignore[method-assign]  # to see what it is given
+    trainer.objective.process.corrupt = lambda x_0, draw, noise: (  # type: ignore[method-assign]  # of this object
         seen.append(noise) or corrupt(x_0, draw, noise=noise)
     )
     draw = trainer.policy.draw(len(given.latents), generator=torch.Generator().manual_seed(0))

@@ -42,6 +42,16 @@ CASES: dict[str, dict[str, Any]] = {
         "diffusion": "{type: RectifiedFlow, policy: {type: uniform}}",
         "sampler__type": "euler",
     },
+    "masking": {
+        "masking__type": "MDT",
+        "model__type": "MDTv2",
+        "model__patch_size": 2,
+        "model__depth": 4,
+        "model__decode_layer": 2,
+        "model__gradient_checkpointing": True,
+    },
+    "REPA": {"alignment": "{type: REPA, teacher: embedded, layer: 1, projector_width: 16}"},
+    "SRA": {"alignment": "{type: SRA, layer: 1, decay: 0.9}"},
 }
 
 

@@ -26,7 +26,7 @@ def outcome(process: Any, index: Tensor, weight: Tensor, scope: Any = "mse") -> 
     """An outcome of which only the timesteps and weights matter."""
     draw = TimestepDraw(index, (index + 0.5) / process.schedule.num_timesteps, weight, scope)
     noised = process.corrupt(torch.zeros(len(index), 1, 1, 1), draw)
-    return Outcome(None, draw, noised, torch.zeros(1), None, lambda: None)  # type: ignore[arg-type]  # no inputs are read
+    return Outcome(None, draw, noised, torch.zeros(1), None, lambda: None)  # type: ignore[arg-type]  # inputs are not read
 
 
 @pytest.mark.parametrize("process", [GaussianProcess(NoiseSchedule.cosine(100)), RectifiedFlow()])

@@ -65,7 +65,7 @@ def test_a_run_goes_on_where_it_stopped(
     printed = capsys.readouterr().out
     assert "4 trainings, 0 done, 4 to do: an unknown number of hours until the first has ended" in printed
     # One is refused by the config, the other by the model: neither ends the run.
-    assert "tiny, flow: later is left out: clairvoyance: unknown key" in printed
+    assert "left out: later: clairvoyance: unknown key\n" in printed
     assert "tiny, flow: wider is left out: ValueError: model 'DiT' has no parameter 'girth'" in printed
     first = out.read_text()
     read = load("compose_results").read_trainings
@@ -220,7 +220,7 @@ def test_the_report_has_products_beside_what_was_measured(load: Load, tmp_path: 
     trainings += synthetic(load, {"sra+auto": 1.0}, [1, 7])
     out = tmp_path / "results.jsonl"
     for training in trainings:
-        results.append(out, training)
+        load("flow_results").append(out, training)
     assert results.read_trainings(out)[0].key == trainings[0].key
     pace = results.Pace("emoji_32", "flow", "muon", {"arm": "muon"}, 1.25, 1.25, [1.2, 1.3], 1.0, 0.25, "abc")
     other = results.Pace("emoji_32", "flow", "blocks", {"arm": "older"}, 9.0, 9.0, [9, 9], 1.0, 0.25, "abc")
@@ -252,7 +252,7 @@ def test_a_training_that_diverged_is_reported_as_a_bound(load: Load, tmp_path: P
     broken = {"classifier": [0.2, math.inf, math.inf, math.inf]}
     trainings = synthetic(load, {"base": 1.0, "auto": 1.0}, [0])
     for training in [*trainings, *synthetic(load, {"muon": 1.0}, [0], distances=broken)]:
-        results.append(out, training)
+        load("flow_results").append(out, training)
     assert json.loads(out.read_text().split("\n")[2])["distances"]["classifier"] == [0.2, None, None, None]
     text = load("compose_report").report(results.read_trainings(out), [])
     row = next(line for line in text.split("\n") if line.startswith("| muon |")).split(" | ")

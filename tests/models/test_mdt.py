@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,16 +18,19 @@ from unittest import mock
 
 import pytest
 import torch
+from runs import small_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
+from speedit_plugins.trainer.diffusion.guidance import Guided, guidance_schedule
 from speedit_plugins.trainer.models.interface import example_inputs, without_storage
 from speedit_plugins.trainer.models.mdt import MDT, MDTv2
 from speedit_plugins.trainer.models.positions import sincos_positions
 from speedit_plugins.trainer.models.relative_positions import RelativePositionBias, index_of, relative_index
 from speedit_plugins.trainer.models.weights import load_weights
+from speedit_plugins.trainer.training.assembly import build_trainer
 
 SMALL: dict[str, Any] = {
     "input_size": 8,
@@ -294,10 +298,27 @@ def test_a_file_of_the_release_loads_and_a_file_of_ours_loads_there(
     report = load_weights(ours, tmp_path / "ema_0.9999_000010.pt")
     assert (report.left_at_init, report.unused) == ((), ())
     save_file(dict(ours.state_dict()), tmp_path / "ours.safetensors")
+    runpy.run_path("tools/convert_checkpoint.py")["convert"](
+        tmp_path / "ours.safetensors", tmp_path / "ours.pt"
+    )
     back = original(originals, name)
-    back.load_state_dict(ours.state_dict())
+    back.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))
     for key, value in theirs.state_dict().items():
         assert torch.equal(value, back.state_dict()[key]), key
+
+
+@pytest.mark.hosts
+def test_a_training_starts_from_a_file_of_the_release(
+    originals: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "depth": 4, "num_heads": 2, "in_channels": 1}
+    theirs = randomised(original(originals, "MDTv2", **sizes))
+    torch.save(theirs.state_dict(), tmp_path / "mdt.pt")
+    options = {"model__type": "MDTv2", "model__depth": 4, "model__decode_layer": 2, "model__patch_size": 2}
+    config = small_config(tmp_path / "run", **options, masking__type="MDT")
+    trainer = build_trainer(config, weights=str(tmp_path / "mdt.pt"))
+    assert_close(dict(trainer.model.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+    assert not trainer.optimizer_step()[0].is_skipped
 
 
 @pytest.mark.hosts
@@ -331,3 +352,24 @@ def test_names_and_shapes_equal_the_release_for_every_size(
     assert [(key, value.shape) for key, value in ours.items()] == [
         (key, value.shape) for key, value in theirs.items()
     ]
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("name", KINDS)
+def test_guidance_equals_that_of_the_release(originals: dict[str, ModuleType], name: str) -> None:
+    ours, theirs = randomised(KINDS[name](**SMALL)).eval(), original(originals, name).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 7])
+    null = torch.full_like(label, 10)
+    both, labels = torch.cat([x, x]), torch.cat([label, null])
+    for timestep, power in ((999, 4.0), (500, 4.0), (0, 4.0), (700, 0.01)):
+        schedule = guidance_schedule("power_cosine", power=power)
+        guided = Guided(ours, label, null, 3.8, 3, schedule, 1000.0)
+        time = torch.full((2,), timestep)
+        with torch.no_grad():
+            found = guided(x, time)
+            wanted = theirs.forward_with_cfg(
+                both, torch.cat([time, time]), labels, cfg_scale=3.8, diffusion_steps=1000, scale_pow=power
+            )
+        # The scale amplifies the rounding of both models.
+        assert_close(found, wanted[:2], atol=4e-5, rtol=0)

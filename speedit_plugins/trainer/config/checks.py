@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
 from speedit_plugins.trainer.config.acceleration_checks import check_accelerations
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
@@ -114,7 +115,10 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given}
+    # Its layers are in the checkpoint.
+    alignment = build_section(AlignmentConfig, config.get("alignment", {}), "alignment")
+    layers = {f"alignment.{key}": getattr(alignment, key) for key in ("type", "teacher", "projector_width")}
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
 
 
 def _check_training(config: ExperimentConfig) -> None:
@@ -267,6 +271,21 @@ def _check_sampler(config: ExperimentConfig) -> None:
         raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
+    _check_guidance_schedule(config)
+
+
+def _check_guidance_schedule(config: ExperimentConfig) -> None:
+    sampler, interval = config.sampler, config.sampler.guidance_interval
+    schedule = sampler.guidance_schedule
+    if schedule != "constant" and config.guidance_scale == 1:
+        raise ConfigError("sampler.guidance_schedule", "has no effect with guidance_scale 1; wanted constant")
+    if sampler.guidance_power is not None and schedule != "power_cosine":
+        raise ConfigError("sampler.guidance_power", f"has no effect with {schedule}; wanted null")
+    if interval and schedule != "interval":
+        raise ConfigError("sampler.guidance_interval", f"has no effect with {schedule}; wanted []")
+    if schedule == "interval" and (len(interval) != 2 or not interval[0] < interval[1]):
+        wanted = "two times, the first one less, such as [0, 0.8]"
+        raise ConfigError("sampler.guidance_interval", f"wanted {wanted}, got {interval}")
 
 
 def _check_classes(config: ExperimentConfig) -> None:

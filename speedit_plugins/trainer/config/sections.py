@@ -137,6 +137,15 @@ class SamplerConfig:
     """Share of the noise that the ddim samplers add back at each step; refused for other samplers."""
     guidance_channels: int | None = limited(None, at_least=1)
     """Guides only the first channels; 3 is the variant of DiT's own code. null guides all of them."""
+    guidance_schedule: Literal["constant", "power_cosine", "interval"] = "constant"
+    """How guidance changes in the course of a sample. `power_cosine`, MDT's, goes from none at noise alone to
+    `guidance_scale` at clean data; `interval` guides at the times of `guidance_interval` alone, and saves the
+    other model calls without a condition."""
+    guidance_power: float | None = limited(None, above=0)
+    """Exponent of `power_cosine`: the larger, the later guidance sets in. null is 4, as in MDT's code."""
+    guidance_interval: list[float] = limited_list([], at_least=0, at_most=1)
+    """First and last time of `interval`, 0 clean and 1 noise: t of a flow, or the timestep divided by
+    `diffusion.diffusion_steps`."""
     clip_sample: bool = False
     """Clamps x_0 to [-1, 1] at each step. It is meant for pixels."""
 

@@ -43,12 +43,14 @@ class Noised:
 class LossTerms:
     """Per-sample terms, each (B,): the loss to train on, the unweighted mse, and vb in bits per dimension.
 
-    vb is 0 if the variance is not learned.
+    vb is 0 if the variance is not learned. `alignment` is the mean cosine similarity of a training that
+    aligns features, None in any other.
     """
 
     loss: Tensor
     mse: Tensor
     vb: Tensor
+    alignment: Tensor | None = None
 
 
 class GaussianProcess:

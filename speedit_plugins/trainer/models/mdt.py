@@ -176,9 +176,8 @@ class MDT(DiT):
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens (B, N, D) after all blocks, and after block `hidden_after`."""
         blocks = [cast(BiasedBlock, block) for block in self.blocks]
-        # The same in every block. A copy, because DistributedDataParallel writes buffers before each pass,
-        # and the backward pass of an earlier one still needs it.
-        index = cast(Tensor, blocks[0].attn.rel_pos_bias.relative_position_index).clone()
+        # The same in every block.
+        index = cast(Tensor, blocks[0].attn.rel_pos_bias.relative_position_index)  # (N, N)
         first_decoder = len(blocks) - self.decode_layer + 1
         start, hidden = x, None
         seen, skips = index, list[Tensor]()

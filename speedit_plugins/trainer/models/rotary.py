@@ -122,8 +122,10 @@ class GridRotary(Rotary):
         """The rotation of a grid other than the model's square, in float32 on the model's device."""
         key = (rows, columns, self.freqs_cos.device)
         if key not in self._others:
-            table = grid_rotation(self.head_size, self.grid_size, shape=(rows, columns))
-            self._others[key] = Rotation(*(part.to(self.freqs_cos.device) for part in table))
+            # The backward pass keeps these, and it cannot keep what was made in inference mode.
+            with torch.inference_mode(mode=False):
+                table = grid_rotation(self.head_size, self.grid_size, shape=(rows, columns))
+                self._others[key] = Rotation(*(part.to(self.freqs_cos.device) for part in table))
         return self._others[key]
 
 

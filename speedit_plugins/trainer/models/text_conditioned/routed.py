@@ -42,12 +42,19 @@ class Routed(TextConditioned):
         self.route = route
         cast(Any, self.net).enable_gradient_checkpointing(self._called)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor] | None = None) -> Tensor:
-        """See `TextConditioned.forward`."""
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Mapping[str, Tensor] | None = None,
+        *,
+        hidden_after: int = 0,
+    ) -> Any:
+        """See `TextConditioned.forward`. Inside a route, the tokens after a block are those that it saw."""
         is_routed = self.training and torch.is_grad_enabled()
         self._passage = Passage(self.route if is_routed else None)
         self._shape = len(x), x.shape[2] if x.ndim == 5 else 1
-        return super().forward(x, timestep, condition)
+        return super().forward(x, timestep, condition, hidden_after=hidden_after)
 
     def _called(self, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """What a block makes of its tokens, which inside the route are a part of all."""
