@@ -62,7 +62,7 @@ class Latte(DiT):
     """
 
     attention_types = (SpatialAttention, TemporalAttention)
-    # The second block is given the positions of the frames, which every token needs.
+    # The second block is given the positions of the frames. Every token needs them.
     earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
