@@ -154,11 +154,27 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
             ["diffusion={type: RectifiedFlow, zero_terminal_snr: true}"],
             "diffusion.zero_terminal_snr: has no effect with diffusion.type RectifiedFlow",
         ),
+        (
+            "train",
+            ["routing.from=3"],
+            "routing.from: has no effect with routing.keep 1; wanted less, such as",
+        ),
+        ("train", ["routing.to=-2"], "routing.to: has no effect with routing.keep 1; wanted less, such as"),
+        ("train", ["routing.from_=3"], "routing.from_: unknown key; did you mean 'routing.from'?"),
+        ("train", ["routing.keep=0"], "routing.keep: wanted float > 0, got 0"),
         ("tain", [], "phase needs one of train, inference, sample, test, got 'tain'"),
     ],
 )
 def test_what_a_phase_needs(minimal: Path, phase: str, overrides: list[str], message: str) -> None:
     assert error_of(minimal, *overrides, phase=phase).startswith(message)
+
+
+def test_a_key_that_python_keeps_for_itself_is_read_and_written_as_it_is(minimal: Path) -> None:
+    config = load_config(minimal, "train", ["routing={from: 1, to: -2, keep: 0.5}"])
+    assert config.routing.from_ == 1
+    written = yaml.safe_load(to_yaml(config))
+    assert written["routing"] == {"from": 1, "to": -2, "keep": 0.5}
+    assert build_section(ExperimentConfig, written) == config
 
 
 def test_whole_floats_are_step_counts(minimal: Path) -> None:

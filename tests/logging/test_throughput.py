@@ -12,6 +12,7 @@ from speedit_plugins.trainer.logging import throughput
 from speedit_plugins.trainer.logging.throughput import mfu, mfu_of, peak_flops, training_flops
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import example_inputs
+from speedit_plugins.trainer.models.routing import set_route
 from speedit_plugins.trainer.parallel.runtime import Runtime
 
 LATENT = (4, 32, 32)
@@ -51,6 +52,24 @@ def test_a_product_is_counted_for_each_factor_that_training_asks_for(
     model[0].requires_grad_(first)
     model[1].requires_grad_(second)
     assert training_flops(model, (torch.empty(1, 8, device="meta"),)) == flops
+
+
+def test_tokens_that_pass_blocks_by_are_not_counted() -> None:
+    model = DiT(8, 2, hidden_size=16, depth=4, num_heads=2, num_classes=3, gradient_checkpointing=True)
+
+    def flops() -> int:
+        return training_flops(model, example_inputs(model, 1))
+
+    whole = flops()
+    set_route(model, 1, 1, 0.5)
+    one = flops()
+    set_route(model, 1, 2, 0.5)
+    assert whole - flops() == 2 * (whole - one)
+    # 8 of 16 tokens skip the products with 12 matrices of 16 x 16, at 6 FLOPs with the gradients, and more.
+    assert whole - one >= 8 * 6 * 12 * 16 * 16
+    # All of them, in another order.
+    set_route(model, 1, 2, 0.999)
+    assert flops() == whole
 
 
 def test_checkpointing_dropout_and_the_attention_kernel_change_no_count(

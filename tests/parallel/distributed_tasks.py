@@ -141,6 +141,17 @@ def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
         trained_resumed_and_sampled(runtime, place / "lightning", DIGITS, (*options, *lightning))
 
 
+def check_routes_noise_and_uncertainty(runtime: Runtime, folder: Path) -> None:
+    added = ("routing={from: 1, to: -2, keep: 0.5}", "uncertainty=true", "contrastive.weight=0.05")
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
+        own = ("model.depth=3", "model.gradient_checkpointing=true", "sample_classes=[3]")
+        options = (*SMALL, *own, *added, "noise_assignment=class", f"plugin={plugin}")
+        trained_resumed_and_sampled(runtime, folder / plugin, DIGITS, (*options, f"precision={precision}"))
+    options = (*NARROW, "model.num_layers=3", *added, "noise_assignment=batch", "diffusion.policy=uniform")
+    for name, config in (("images", EMOJI), ("videos", MOVING)):
+        trained_resumed_and_sampled(runtime, folder / name, config, (*options, "plugin=ddp"))
+
+
 def check_inpainting(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "inpainting=RandomMasks")
     trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)

@@ -25,7 +25,7 @@ class NoiseAssignment(Acceleration):
 
     Args:
         within_classes: only samples of one class exchange noise. Then the noise given the class stays a
-            standard normal, which it does not if a class may take the noise that is near to it.
+            standard normal. It does not if a class may take the noise that is near to it.
     """
 
     def __init__(self, *, within_classes: bool = False) -> None:

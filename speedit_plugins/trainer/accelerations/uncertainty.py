@@ -25,8 +25,8 @@ class UncertaintyHead(nn.Module):
 
     A linear layer, zero at first, on cosines over the process's range of log-SNR.
 
-    Source: Karras et al. 2024 (EDM2), arXiv:2312.02696, equations 14 to 16. There the features have random
-    frequencies; here they are the half-range cosine series, which is complete on an interval.
+    Source: Karras et al. 2024 (EDM2), arXiv:2312.02696. There the features have random frequencies; here they
+    are the half-range cosine series, which is complete on an interval.
 
     Args:
         lowest: smallest log-SNR, finite. What lies outside of the range is taken for its end.

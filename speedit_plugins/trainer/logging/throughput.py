@@ -6,7 +6,7 @@ Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,13 +88,17 @@ def training_flops(model: nn.Module, inputs: Sequence[Any]) -> int:
     Matrix products and convolutions alone. Where all weights are trained they are about three times those of
     the forward pass, since each is differentiated by both its factors; nothing is differentiated by a weight
     that is not trained, or by an input in front of all that are. A block that gradient checkpointing computes
-    again is not counted again: MFU is of what the model needs, not of what the device is made to do.
+    again is not counted again: MFU is of what the model needs, not of what the device is made to do. Nor is a
+    block counted for the tokens that pass it by.
 
     Args:
         model: called as `model(*inputs)`; neither computed with nor changed.
         inputs: of one sample, on the meta device.
     """
-    twin = without_storage(model).eval()
+    twin = cast(Any, without_storage(model)).eval()
+    if getattr(twin, "route", None) is not None:
+        # Only training routes.
+        twin.train().gradient_checkpointing = False
     counter = FlopCounterMode(display=False)
     with counter:
         twin(*inputs).sum().backward()

@@ -29,7 +29,7 @@ class SpatialAttention(SelfAttention):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         if rotation is not None and rotation.cos.ndim == 3:
-            # Of each sample's own places; the same in all its frames.
+            # Each sample has places of its own, the same in all its frames.
             rotation = Rotation(*(part.repeat_interleave(x.shape[1], dim=0) for part in rotation))
         mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
@@ -62,7 +62,7 @@ class Latte(DiT):
     """
 
     attention_types = (SpatialAttention, TemporalAttention)
-    # The second block is given the positions of the frames, which every token needs.
+    # The second block is given the positions of the frames. Every token needs them.
     earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does

@@ -64,10 +64,10 @@ def build_trainer(
     # The weights that adapters are trained on are in no checkpoint.
     base = weights if weights is not None or not config.lora.rank else config.pretrained
     start_from(model, base, config, captions, say=say if runtime.is_main else None)
-    mfu = mfu_of(model, config, runtime)
     process = build.build_process(config, respaced=True)
     teacher = build_teacher(config, dataset, runtime.device)
     accelerations = build_accelerations(config, model, process, teacher)
+    mfu = mfu_of(model, config, runtime)
     if config.compile:
         model.compile()
     trained = training_part(config, dataset)

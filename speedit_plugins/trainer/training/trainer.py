@@ -76,7 +76,8 @@ class Trainer:
 
     Data order, timesteps and noise are functions of the seed, the step and the sample's position in the
     step's global batch. So a resumed run continues as an uninterrupted one would, on any number of ranks.
-    Label dropout is a function of seed, step and rank.
+    Label dropout and the tokens of a route are functions of seed, step and rank. Accelerations that pair
+    samples of a rank's batch depend on the number of ranks.
 
     Args:
         parts: the objects that the trainer uses.

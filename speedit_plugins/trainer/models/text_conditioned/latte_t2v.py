@@ -35,7 +35,7 @@ class LatteT2V(Routed):
             learn_sigma.
     """
 
-    # The first block across frames is given the positions of the frames, which every token needs.
+    # The first block across frames is given the positions of the frames. Every token needs them.
     earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice
