@@ -22,7 +22,7 @@ class Masking(Acceleration):
     torch's global generator, which the trainer seeds for each step and rank. The unweighted terms, which the
     policy learns from, stay those of the full pass, as samples are drawn with it.
 
-    Source: Gao et al. 2023, arXiv:2303.14389, section 3.2.
+    Source: Gao et al. 2023, arXiv:2303.14389, and `forward_backward` of its training code.
 
     Args:
         process: scores the prediction.

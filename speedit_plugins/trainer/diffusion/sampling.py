@@ -95,14 +95,9 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
             no effect, or the process cannot be sampled: it is respaced, not variance-preserving, or predicts
             epsilon at zero SNR.
     """
+    last = TIMESTEP_SCALE if isinstance(process, RectifiedFlow) else process.schedule.num_original
     guided = Guided(
-        model,
-        condition,
-        null_condition,
-        guidance_scale,
-        guidance_channels,
-        guidance_schedule,
-        TIMESTEP_SCALE if isinstance(process, RectifiedFlow) else process.schedule.num_original,
+        model, condition, null_condition, guidance_scale, guidance_channels, guidance_schedule, last
     )
     check_guidance(guided, noise)
     chain = _chain(process, sampler, num_steps, eta, generator)
