@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Read = TypeVar("Read")
 
 # Seeds from here on choose laws; those below report on them.
 FIRST_SELECTION_SEED = 100
@@ -49,10 +51,20 @@ class Result:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results so far, [] without a file. A last line that a killed run left unfinished is skipped.
+    """The results so far; see `read_lines`."""
+    return read_lines(path, Result, "flow.py")
+
+
+def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]:
+    """The lines of a results file, [] without a file. A last line that a killed run left is skipped.
+
+    Args:
+        path: of the file.
+        kind: makes a result of the keys of a line.
+        source: what wrote the file, for the message.
 
     Raises:
-        ValueError: another line is not a result.
+        ValueError: another line is not a result of the source.
     """
     if not path.exists():
         return []
@@ -61,15 +73,15 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(lines, start=1):
         try:
             if line:
-                found.append(Result(**json.loads(line)))
+                found.append(kind(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}, needs a result of flow.py: {error}") from error
+                raise ValueError(f"{path}, line {number}, needs a result of {source}: {error}") from error
     return found
 
 
-def append(path: Path, result: Result) -> None:
-    """Adds a line. Distances that are not finite become null."""
+def append(path: Path, result: Any) -> None:
+    """Adds a dataclass as a line. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a", encoding="utf-8") as file:

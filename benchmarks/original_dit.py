@@ -10,7 +10,7 @@ import ast
 import importlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -37,16 +37,20 @@ def load_original(hosts: Path) -> ModuleType:
 
 
 @contextmanager
-def importable(checkout: Path, *, bare: Sequence[str] = ()) -> Iterator[None]:
+def importable(
+    checkout: Path, *, bare: Sequence[str] = (), instead: Mapping[str, ModuleType] | None = None
+) -> Iterator[None]:
     """Within the block, imports look in the checkout first; after it its modules leave `sys.modules` again.
 
     Args:
         checkout: one checkout at a time, because hosts use the same few module names.
         bare: dotted names of packages whose `__init__` is not run; their modules can be imported one by one.
+        instead: further modules by dotted name, in place of what is not installed; see `unused`.
     """
-    names = {path.stem for path in checkout.iterdir()} | {"timm"}
+    instead = instead or {}
+    names = {path.stem for path in checkout.iterdir()} | {"timm"} | {name.split(".")[0] for name in instead}
     others = _taken_out(names)
-    sys.modules.update(_stand_ins())
+    sys.modules.update({**_stand_ins(), **instead})
     for name in bare:
         package = ModuleType(name)
         package.__path__ = [str(checkout.joinpath(*name.split(".")))]
@@ -58,6 +62,34 @@ def importable(checkout: Path, *, bare: Sequence[str] = ()) -> Iterator[None]:
         sys.path.remove(str(checkout))
         _taken_out(names)
         sys.modules.update(others)
+
+
+def unused(*names: str) -> dict[str, ModuleType]:
+    """Modules for `importable` that a host imports from, but whose contents are never called.
+
+    Args:
+        names: dotted names; the packages above them come too.
+    """
+    parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    modules: dict[str, ModuleType] = {name: _Unused(name) for name in sorted({*names, *parents})}
+    for name, module in modules.items():
+        if "." in name:
+            parent, _, last = name.rpartition(".")
+            setattr(modules[parent], last, module)
+    return modules
+
+
+class _Unused(ModuleType):
+    """A module with every name. None of them can be called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def script_function(script: Path, name: str) -> Callable[..., Any]:
@@ -115,8 +147,12 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Packed projection, a permutation of the heads to the front, fused attention, output projection."""
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = False, *, qk_norm: bool = False
+    ) -> None:
         super().__init__()
+        if qk_norm:
+            raise ValueError("this stand-in for timm's attention has no qk_norm, got True")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()

@@ -42,7 +42,10 @@ class HostParts:
 
 @dataclass(frozen=True)
 class Host:
-    """A host: its name and its checkout's folder. `build` takes that folder, a model's name and options."""
+    """A host: its name and its checkout's folder. `build` takes that folder, a model's name and options.
+
+    The name "DiT" is of the image hosts' model without a size: the options give it.
+    """
 
     name: str
     checkout: str
@@ -56,7 +59,8 @@ class Host:
 def dit_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
     """The parts of facebookresearch/DiT and of fast-DiT; `options` go to the model."""
     with importable(checkout):
-        model = importlib.import_module("models").DiT_models[name](**options)
+        models = importlib.import_module("models")
+        model = {**models.DiT_models, "DiT": models.DiT}[name](**options)
         diffusion = importlib.import_module("diffusion").create_diffusion(timestep_respacing="")
     return HostParts(
         model, *_of_diffusion(diffusion), update_ema=script_function(checkout / "train.py", "update_ema")
@@ -67,8 +71,8 @@ def speed_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostPa
     """The parts of the SpeeD reference: its paired draw, and its weights on the squared error."""
     diffusion = speed_diffusion(checkout)
     with importable(checkout, bare=SPEED_PACKAGES):
-        models = importlib.import_module("speed.networks.dit.dit").DiT_models
-        model = models[name](condition="class", **options)
+        models = importlib.import_module("speed.networks.dit.dit")
+        model = {**models.DiT_models, "DiT": models.DiT}[name](condition="class", **options)
 
     def losses(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         terms = diffusion.training_losses(model, x, t, {"y": y}, weights=diffusion.weights)

@@ -177,8 +177,14 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
 
 
 def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
-    """Raises ValueError if the config has a condition that the model does not take, or the reverse."""
+    """Raises ValueError if the model does not take what the config has, a condition or a prediction."""
     name = config.model["type"]
+    predicts, predicted = getattr(model, "predicts", None), config.diffusion.prediction_type
+    if predicts not in (None, predicted):
+        raise ValueError(
+            f"the model {name} predicts {predicts} alone, got diffusion.prediction_type {predicted}; wanted"
+            " diffusion.type RectifiedFlow, with prediction_type null"
+        )
     if config.num_classes and not model.num_classes:
         raise ValueError(f"num_classes: {config.num_classes} has no effect on the model {name}; wanted 0")
     if (config.text_encoder is not None) != hasattr(model, "text_width"):
@@ -200,6 +206,7 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         "class_cond": config.num_classes > 0,
         "text": config.text_encoder is not None,
         "image_size": config.image_size,
+        "teacher": config.alignment.type == "REPA",
     }
     if config.num_frames:
         facts["num_frames"] = config.num_frames

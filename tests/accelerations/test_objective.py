@@ -23,6 +23,25 @@ from speedit_plugins.trainer.training.trainer import Trainer
 # Changes of the config of `small_trainer`, one for each acceleration.
 CASES: dict[str, dict[str, Any]] = {
     "contrastive": {"contrastive__weight": 0.05},
+    "routing": {"routing": "{from: 0, to: 1, keep: 0.5}", "model__gradient_checkpointing": "true"},
+    "noise assignment": {"noise_assignment": "class"},
+    "uncertainty": {"uncertainty": "true"},
+    "modern blocks": {
+        "model__norm": "rms",
+        "model__qk_norm": "true",
+        "model__rope": "true",
+        "model__perceptron": "swiglu",
+        "model__gradient_checkpointing": "true",
+    },
+    "x0 on a flow": {
+        "diffusion": "{type: RectifiedFlow, prediction_type: x0, policy: {type: speed}}",
+        "sampler__type": "euler",
+    },
+    "LightningDiT": {
+        "model__type": "LightningDiT",
+        "diffusion": "{type: RectifiedFlow, policy: {type: uniform}}",
+        "sampler__type": "euler",
+    },
     "masking": {
         "masking__type": "MDT",
         "model__type": "MDTv2",
@@ -31,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
         "model__decode_layer": 2,
         "model__gradient_checkpointing": True,
     },
+    "REPA": {"alignment": "{type: REPA, teacher: embedded, layer: 1, projector_width: 16}"},
+    "SRA": {"alignment": "{type: SRA, layer: 1, decay: 0.9}"},
 }
 
 

@@ -26,6 +26,10 @@ DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
 GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
 SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
+MODERN = (
+    *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.perceptron=swiglu"),
+    "model.gradient_checkpointing=true",
+)
 
 
 def check_text_to_image(runtime: Runtime, folder: Path) -> None:
@@ -120,11 +124,27 @@ def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:
         "precision=fp32",
     )
     trained_resumed_and_sampled(runtime, folder, CLIPS, options)
+    trained_resumed_and_sampled(runtime, folder / "modern", CLIPS, (*options, *MODERN))
+
+
+def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
+    flow = "diffusion={type: RectifiedFlow, prediction_type: x0, policy: uniform}"
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
+        options = (*SMALL, "sample_classes=[3]", f"plugin={plugin}", f"precision={precision}")
+        place = folder / plugin
+        trained_resumed_and_sampled(runtime, place / "x0", DIGITS, (*options, *MODERN, flow))
+        lightning = (
+            "model.type=LightningDiT",
+            "model.patch_size=2",
+            "diffusion={type: RectifiedFlow, policy: uniform}",
+        )
+        trained_resumed_and_sampled(runtime, place / "lightning", DIGITS, (*options, *lightning))
 
 
 def check_inpainting(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "inpainting=RandomMasks")
     trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)
+    trained_resumed_and_sampled(runtime, folder / "modern", DIGITS, (*options, *MODERN), is_sampled=False)
 
 
 def check_masked_training(runtime: Runtime, folder: Path) -> None:

@@ -109,7 +109,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "prodigyopt": ("trainer/parallel/optimizers.py",),
     "schedulefree": ("trainer/parallel/optimizers.py",),
     "peft": ("trainer/models/lora.py", "trainer/models/exported_adapters.py", *_HOST_TOOLS),
-    "transformers": ("trainer/models/text.py", *_HOST_TOOLS),
+    "transformers": ("trainer/models/text.py", "trainer/models/vision.py", *_HOST_TOOLS),
     "av": ("trainer/data/videos/files.py",),
     "pyarrow": ("trainer/data/parquet_files.py",),
     "datasets": ("trainer/data/archives/saved.py",),

@@ -26,7 +26,7 @@ class ContrastiveFlow(Acceleration):
         self._process, self._weight = process, weight
 
     def terms(self, outcome: Outcome, terms: LossTerms) -> LossTerms:
-        mean, _ = self._process.split(outcome.prediction, outcome.noised.x_t)
+        mean = self._process.compared(outcome.prediction, outcome.noised)
         # The loader shuffles, so the next sample is a random other one.
         other = outcome.noised.target.roll(1, dims=0)
         apart = (mean - other).square().flatten(1).mean(1)  # (B,)

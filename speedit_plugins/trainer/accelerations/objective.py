@@ -3,7 +3,7 @@
 Dims: `B` samples of this rank, `N` tokens, `D` width of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,6 +65,13 @@ class Acceleration:
     def after_step(self) -> None:
         """Called after each optimizer step that moved the weights."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the weights of the model; the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+
 
 class Objective:
     """Noises a batch, calls the model, and returns the losses.
@@ -87,6 +94,17 @@ class Objective:
         """Tells every acceleration that the weights moved."""
         for each in self.accelerations:
             each.after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the accelerations keep, by their class; without those that keep nothing."""
+        found = {type(each).__name__: each.state_dict() for each in self.accelerations}
+        return {name: state for name, state in found.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`. An acceleration without a state there keeps its own."""
+        for each in self.accelerations:
+            if type(each).__name__ in state:
+                each.load_state_dict(state[type(each).__name__])
 
     def losses(self, given: ModelInputs, draw: TimestepDraw) -> LossTerms:
         """The losses (B,) of a batch at the drawn timesteps."""

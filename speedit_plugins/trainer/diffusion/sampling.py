@@ -82,23 +82,21 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
             variance channels are those of `condition`. Source: Ho & Salimans 2022, arXiv:2207.12598.
         guidance_channels: number of mean channels to guide, from the first; None guides all. DiT's released
             samples use 3.
-        guidance_schedule: share of s - 1 at a time in [0, 1], see `guidance`; None keeps s. At a scale of 1
-            the model is called without the null condition.
+        guidance_schedule: share of s - 1 at a time in [0, 1], see `guidance`; None keeps s.
         clip_sample: clamp x_0 to [-1, 1] at every model call.
         eta: amount of noise in ddim, from 0 (none) to 1 (as in ddpm). Source: Song et al. 2021,
             arXiv:2010.02502, eq. 16.
         generator: source of the noise added during sampling; on noise's device or on the CPU.
-        callback: called after each step with the number of finished steps, 1 to N, and x (B, C, ...).
+        callback: called after each step with the number of finished steps, and x (B, C, ...).
 
     Raises:
         ValueError: the sampler is unknown or does not fit the process, a value is out of range, an option has
             no effect, or the process cannot be sampled: it is respaced, not variance-preserving, or predicts
             epsilon at zero SNR.
     """
-    last = TIMESTEP_SCALE if isinstance(process, RectifiedFlow) else process.schedule.num_original
-    guided = Guided(
-        model, condition, null_condition, guidance_scale, guidance_channels, guidance_schedule, last
-    )
+    end = TIMESTEP_SCALE if isinstance(process, RectifiedFlow) else process.schedule.num_original
+    choices = (guidance_scale, guidance_channels, guidance_schedule)
+    guided = Guided(model, condition, null_condition, *choices, end)
     check_guidance(guided, noise)
     chain = _chain(process, sampler, num_steps, eta, generator)
     start = noise if noise.dtype == torch.float64 else noise.float()
@@ -274,7 +272,7 @@ class _FlowChain:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for time, is_step in zip(self.times, self.is_step, strict=True):
             timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
-            velocity = self.process.velocity(guided(x, timestep), x)
+            velocity = self.process.velocity(guided(x, timestep), x, timestep)
             if clip_sample:
                 velocity = (x - (x - time * velocity).clamp(-1, 1)) / time
             x = self.scheduler.step(velocity, time, x, return_dict=False)[0]

@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
-from speedit_plugins.trainer.models.blocks import Block, FinalLayer, PatchEmbedder
+from speedit_plugins.trainer.models.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
 from speedit_plugins.trainer.models.positions import sincos_positions
+from speedit_plugins.trainer.models.rotary import GridRotary, Rotation
+from speedit_plugins.trainer.models.routing import Passage, Route
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
@@ -44,11 +46,21 @@ class DiT(nn.Module):
         attention: "sdpa" or "xformers"; the constructor checks that "xformers" runs on this machine.
         gradient_checkpointing: in training, recompute each block's activations in the backward pass.
         extra_channels: E, the channels of a mask and a masked latent, for example, concatenated to x.
+        norm: see `BlockOptions`, as the three below.
+        qk_norm: norm queries and keys.
+        rope: rotary positions; needs heads with a width that is a multiple of 4.
+        perceptron: of the blocks.
 
     Raises:
-        ValueError: sizes do not divide, or the attention is unknown or cannot run.
+        ValueError: sizes do not divide, the attention is unknown or cannot run, or a name is unknown.
     """
 
+    route: Route | None = None
+    """The blocks that a part of the tokens passes by in training; None is none."""
+    earliest_route: ClassVar[int] = 0
+    """Number of the first block, counted from 0, that tokens may pass by."""
+    predicts: ClassVar[str | None] = None
+    """The one `diffusion.prediction_type` that the model is made for; None takes any."""
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
     """Classes of attention that the blocks use in turn."""
     lora_targets: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj")
@@ -70,6 +82,10 @@ class DiT(nn.Module):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
@@ -81,6 +97,7 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
         self.extra_channels = extra_channels
+        self.options = BlockOptions(norm=norm, qk_norm=qk_norm, rope=rope, perceptron=perceptron)
         kernel = attention_kernel(attention, head_size=hidden_size // num_heads)
 
         self.x_embedder = PatchEmbedder(patch_size, in_channels + extra_channels, hidden_size)
@@ -91,9 +108,19 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
         # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.feat_rope = GridRotary(input_size // patch_size, hidden_size // num_heads) if rope else None
         self._add_blocks(depth, num_heads, mlp_ratio=mlp_ratio, kernel=kernel)
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options=self.options)
         self.reset_parameters()
+
+    @property
+    def route_depth(self) -> int | None:
+        """Number of blocks that a route counts; None if tokens cannot pass blocks by."""
+        return len(self.blocks)
+
+    def set_route(self, route: Route | None) -> None:
+        """Lets a part of the tokens pass blocks by in training, see `routing`."""
+        self.route = route
 
     @property
     def null_label(self) -> int | None:
@@ -123,7 +150,8 @@ class DiT(nn.Module):
         x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
-        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after)
+        rotation = None if self.feat_rope is None else self.feat_rope(rows, columns)
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=(rotation,))
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
         x = self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
         return x if hidden is None else (x, hidden)
@@ -134,13 +162,22 @@ class DiT(nn.Module):
         If the cache were compiled too, every new grid in it would trigger a recompilation for all others.
         """
         self._cached_positions = torch.compiler.disable(self._cached_positions)  # type: ignore[method-assign]  # of this object
+        if self.feat_rope is not None:
+            self.feat_rope.cached = torch.compiler.disable(self.feat_rope.cached)  # type: ignore[method-assign]  # as above
         super().compile(*args, **options)
 
     def _add_blocks(self, depth: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel) -> None:
         """Gives the model its blocks. Whatever is added here precedes the last layer in the state dict."""
         hidden_size = self.pos_embed.shape[2]
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel, attention=attention_type)
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                kernel=kernel,
+                attention=attention_type,
+                options=self.options,
+            )
             for attention_type in islice(cycle(self.attention_types), depth)
         )
 
@@ -156,6 +193,8 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | GridRotary):
+                layer.reset_parameters()
         self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
         self.x_embedder.reset_parameters()
         if self.y_embedder is not None:
@@ -173,27 +212,48 @@ class DiT(nn.Module):
         self._check_condition(x, timestep, label)
         if extra is not None:
             x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        c = self.t_embedder(timestep)
+        c = self.t_embedder(self._embedded_time(timestep))
         return x, c if self.y_embedder is None else c + self.y_embedder(label)
 
-    def _through_blocks(self, x: Tensor, c: Tensor, *, hidden_after: int) -> tuple[Tensor, Tensor | None]:
-        """The tokens after all blocks, and after block `hidden_after`."""
-        hidden = None
+    def _through_blocks(
+        self,
+        x: Tensor,
+        c: Tensor,
+        *,
+        hidden_after: int,
+        rotations: tuple[Rotation | None, ...] = (None,),
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
+        hidden, passage = None, Passage(self.route if self.training else None)
         for number, block in enumerate(self.blocks, start=1):
-            x = self._through(block, self._before(number, x), c)
+            x = passage.before(number, self._before(number, x))
+            x = self._through(block, x, c, self._rotation(number, rotations, passage))
+            x = passage.after(number, x)
             if number == hidden_after:
-                hidden = x
+                hidden = passage.whole(x)
         return x, hidden
+
+    def _rotation(
+        self, number: int, rotations: tuple[Rotation | None, ...], passage: Passage
+    ) -> Rotation | None:
+        """What turns the tokens that block `number`, counted from 1, sees."""
+        return passage.of_tokens(rotations[(number - 1) % len(rotations)])
 
     def _before(self, number: int, x: Tensor) -> Tensor:
         """What block `number`, counted from 1, is given."""
         return x
 
-    def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    def _through(self, block: nn.Module, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # A block makes no random draws, so there is no generator state to keep.
-            return cast(Tensor, checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False))
-        return cast(Tensor, block(x, c))
+            return cast(
+                Tensor, checkpoint(block, x, c, rotation, use_reentrant=False, preserve_rng_state=False)
+            )
+        return cast(Tensor, block(x, c, rotation))
+
+    def _embedded_time(self, timestep: Tensor) -> Tensor:
+        """What the timestep's embedding is computed of, (B,)."""
+        return timestep
 
     def _check_shape(self, x: Tensor) -> None:
         edge = self.patch_size

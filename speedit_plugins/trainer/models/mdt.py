@@ -95,6 +95,11 @@ class MDT(DiT):
             extra_channels=extra_channels,
         )
 
+    @property
+    def route_depth(self) -> int | None:
+        """None: its masked pass leaves tokens out already, and its decoder adds positions to all."""
+        return None
+
     def forward(
         self,
         x: Tensor,

@@ -263,6 +263,7 @@ class Trainer:
                 "ema_updates": self.ema.num_updates,
                 "loader": self._batches.position(self.loader),
                 "policy": self.policy.state_dict(),
+                "accelerations": self.objective.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "products": saved_products(self.model),
             },
@@ -300,6 +301,9 @@ class Trainer:
             load_part("scaler", state, self.engine.scaler_state(), self.engine.load_scaler_state)
             load_part("loader", state, self.loader.state_dict(), self.loader.load_state_dict)
             load_part("policy", state, self.policy.state_dict(), self.policy.load_state_dict)
+            if "accelerations" in state:
+                own, load = self.objective.state_dict(), self.objective.load_state_dict
+                load_part("accelerations", state, own, load)
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
