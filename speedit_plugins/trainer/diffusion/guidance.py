@@ -26,7 +26,7 @@ GuidanceSchedule = Callable[[float], float]
 class Guided:
     """The model with classifier-free guidance: (x, timestep) -> prediction in the dtype of x.
 
-    `num_timesteps` is the timestep of noise alone, which the schedule's time is relative to.
+    `num_timesteps` is the timestep of noise alone: the schedule's time is a share of it.
     """
 
     model: Model
