@@ -95,6 +95,24 @@ def test_each_pass_drops_labels_by_its_own_draw(tmp_path: Path) -> None:
     assert not torch.equal(full, masked)
 
 
+def test_the_averaged_teacher_sees_the_labels_of_the_full_pass(tmp_path: Path) -> None:
+    aligned = "{type: SRA, layer: 1, decay: 0.9}"
+    trainer = masked_trainer(tmp_path, model__class_dropout_prob=0.5, alignment=aligned)
+    student, teacher = list[Tensor](), list[Tensor]()
+    _, alignment = trainer.objective.accelerations
+    for model, seen in ((trainer.model, student), (alignment._teacher, teacher)):
+        model.y_embedder.embedding_table.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0])
+        )
+    trainer.model.train()
+    for _ in range(2):
+        student.clear()
+        teacher.clear()
+        trainer.objective.losses(*batch_of(trainer))
+        assert torch.equal(teacher[0], student[0])
+        assert not torch.equal(student[0], student[1])
+
+
 def test_masks_are_uniform_and_the_share_of_masked_tokens_is_rounded_up() -> None:
     assert [num_kept(16, share) for share in (0.25, 0.3, 0.5, 0.9)] == [12, 11, 8, 1]
     kept = draw_kept(4000, 16, 0.3, device=torch.device("cpu"))

@@ -4,6 +4,7 @@ Dims: `B` batch, `N` tokens, `K` kept tokens, `H` heads.
 """
 
 import contextlib
+import copy
 import importlib.util
 import io
 import os
@@ -21,6 +22,7 @@ import torch
 from runs import small_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
@@ -162,6 +164,25 @@ def test_autocast_and_bf16_weights_stay_within_bf16_of_float32(kind: type[MDT]) 
             assert output.dtype == torch.bfloat16
             # bf16 rounds by 2^-9; twenty times that for the depth of the network.
             assert (output - exact).norm() < 20 * 2**-9 * exact.norm()
+
+
+def test_another_number_of_masked_tokens_compiles_nothing_once_it_is_a_symbol() -> None:
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    model = randomised(MDTv2(**SMALL | {"depth": 4})).eval()
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend=counter)
+    x = inputs()
+    with torch.no_grad():
+        for count in (11, 9, 10):
+            kept = kept_tokens(count=count)
+            # The graphs run as they are; with a traced size a sum may be split otherwise.
+            assert_close(compiled(*x, kept=kept), model(*x, kept=kept), atol=1e-5, rtol=0)
+        seen = counter.frame_count
+        for count in (8, 12, 7):
+            compiled(*x, kept=kept_tokens(count=count))
+    assert counter.frame_count == seen
+    torch._dynamo.reset()
 
 
 def test_an_unconditional_model_without_variance_and_a_copy_without_storage() -> None:

@@ -66,6 +66,19 @@ def test_what_differs_has_a_name_of_its_own(tmp_path: Path, steps: Path) -> None
             "sampler__num_steps": 3,
             "sampler__eta": 0.5,
         },
+        "step_1_ddpm4_n3_cfg3_seed0": {"ckpt_path": steps / "step_1", "guidance_scale": 3},
+        "step_1_ddpm4_n3_cfg3-power_cosine2_seed0": {
+            "ckpt_path": steps / "step_1",
+            "guidance_scale": 3,
+            "sampler__guidance_schedule": "power_cosine",
+            "sampler__guidance_power": 2,
+        },
+        "step_1_ddpm4_n3_cfg3-interval0-0.6_seed0": {
+            "ckpt_path": steps / "step_1",
+            "guidance_scale": 3,
+            "sampler__guidance_schedule": "interval",
+            "sampler__guidance_interval": "[0,0.6]",
+        },
     }
     for changes in runs.values():
         assert infer(tmp_path, **changes) == 0

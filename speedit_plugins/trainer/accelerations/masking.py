@@ -19,10 +19,10 @@ class Masking(Acceleration):
     """Adds the loss of the masked pass to that of the full one, at the same timesteps and noise.
 
     The policy weighs both. Each pass drops labels by its own draw, as in sail-sg/MDT. The mask comes from
-    torch's global generator, which the trainer seeds for each step and rank. The unweighted terms, which the
-    policy learns from, stay those of the full pass, as samples are drawn with it.
+    torch's global generator, seeded by the trainer for each step and rank. The policy learns from the full
+    pass alone, as samples are drawn with it.
 
-    Source: Gao et al. 2023, arXiv:2303.14389, section 3.2.
+    Source: Gao et al. 2023, arXiv:2303.14389, and `forward_backward` of its training code.
 
     Args:
         process: scores the prediction.

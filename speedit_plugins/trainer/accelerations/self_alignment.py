@@ -19,6 +19,7 @@ from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import Noised
+from speedit_plugins.trainer.inputs import ModelInputs
 from speedit_plugins.trainer.models.interface import cut_blocks
 
 
@@ -71,6 +72,10 @@ class SelfAlignment(Alignment):
         self._process, self._last = process, teacher_layer
         self._max_interval, self._decay, self._runs_in = max_interval, decay, autocast
 
+    def paired(self, given: ModelInputs) -> ModelInputs:
+        self._labels.clear()
+        return super().paired(given)
+
     @torch.no_grad()
     def target(self, outcome: Outcome) -> Tensor:
         noised = outcome.noised
@@ -121,13 +126,17 @@ def less_noised(process: Process, noised: Noised, draw: TimestepDraw, share: Ten
 
 
 def _labels_seen_by(model: nn.Module) -> list[Tensor]:
-    """A list that always has the labels of the model's last call, some of them dropped; else it is empty."""
+    """A list with the labels of the model's first call since it was empty, some of them dropped.
+
+    It stays empty without labels. A second call in the same step may drop others.
+    """
     labels: list[Tensor] = []
     table = getattr(getattr(model, "y_embedder", None), "embedding_table", None)
     if table is not None:
 
         def keep(module: nn.Module, given: tuple[Any, ...]) -> None:
-            labels[:] = given[:1]
+            if not labels:
+                labels.append(given[0])
 
         cast(nn.Module, table).register_forward_pre_hook(keep)
     return labels

@@ -26,7 +26,7 @@ GuidanceSchedule = Callable[[float], float]
 class Guided:
     """The model with classifier-free guidance: (x, timestep) -> prediction in the dtype of x.
 
-    `num_timesteps` is the timestep of noise alone, which the schedule's time is relative to.
+    `num_timesteps` is the timestep of noise alone: the schedule's time is a share of it.
     """
 
     model: Model
@@ -59,7 +59,7 @@ class Guided:
 def power_cosine(time: float, *, power: float) -> float:
     """(1 - cos(pi (1 - time)^power)) / 2: none at noise alone, all of it at clean data.
 
-    Source: MDT, Gao et al. 2023, arXiv:2303.14389, section 4.1.
+    Source: MDT, Gao et al. 2023, arXiv:2303.14389, and `forward_with_cfg` of its code.
     """
     return (1 - math.cos(math.pi * (1 - time) ** power)) / 2
 

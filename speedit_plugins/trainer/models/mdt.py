@@ -77,7 +77,7 @@ class MDT(DiT):
                 f"{name} needs decode_layer in [1, depth), so that there are an encoder and a decoder, got"
                 f" {decode_layer} of depth {depth}"
             )
-        # Plain numbers may be set before the constructor, which adds the blocks.
+        # Plain numbers may be set before the constructor. It adds the blocks.
         self.decode_layer = decode_layer
         super().__init__(
             input_size,

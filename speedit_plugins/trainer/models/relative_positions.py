@@ -1,6 +1,6 @@
 """Self-attention with a learned bias for the distance between two patches, and the block made of it.
 
-Source: the relative positions are those of BEiT, Bao et al. 2021, arXiv:2106.08254, which MDT takes over. The
+Source: the relative positions of BEiT, Bao et al. 2021, arXiv:2106.08254, as MDT takes them over. The
 parameters have the names of sail-sg/MDT.
 
 Dims: `B` batch, `N` tokens, `K` tokens of a part of them, `H` heads, `D` width, `R` rows of the table.
