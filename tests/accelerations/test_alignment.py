@@ -183,7 +183,8 @@ def test_videos_and_captions(tmp_path: Path, kind: str, type_: str) -> None:
     gradients, batch = [], next(trainer.loader)
     trainer.model.train()
     for is_checkpointed in (False, True):
-        trainer.model.net.gradient_checkpointing = is_checkpointed
+        if is_checkpointed:
+            trainer.model.net.enable_gradient_checkpointing()
         trainer.model.zero_grad()
         torch.manual_seed(0)
         given = trainer.inputs.encode(batch, [torch.Generator().manual_seed(i) for i in range(4)])

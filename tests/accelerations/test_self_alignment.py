@@ -3,7 +3,6 @@
 Dims: `B` samples.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.accelerations.alignment import alignment
-from speedit_plugins.trainer.accelerations.objective import Objective
 from speedit_plugins.trainer.accelerations.self_alignment import SelfAlignment, less_noised
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.models.training_only import layers_of
@@ -90,9 +88,6 @@ def test_the_target_is_the_averages_tokens_with_the_labels_that_the_model_saw(tm
     similarity = alignment(layers_of(trainer.model)["projector"](tokens), target)
     assert_close(terms.alignment, similarity)
     assert_close(terms.loss, process.loss(prediction, noised, draw).loss - 0.5 * similarity)
-    # The label of a sample that was not dropped stays the model's own in the next call.
-    plain = Objective(trainer.engine, process).losses(replace(given, condition=label), draw)
-    assert plain.alignment is None
 
 
 def test_the_teacher_follows_by_its_decay_without_gradient_and_is_in_no_weights(tmp_path: Path) -> None:
