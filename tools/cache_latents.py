@@ -14,7 +14,8 @@ a cache from another config, or from data that changed since, is refused. At the
 config keys for training from the cache.
 
 float16 halves the size and keeps 11 bits of a mean. --flip doubles the size and allows random flips in
-training.
+training. --teacher also writes the features that `alignment: {type: REPA}` wants, in float16: 2 bytes for
+each cell and channel of the teacher's map, 393,216 an image for the 16 x 16 x 768 of DINOv2-B.
 """
 
 import argparse
@@ -32,6 +33,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from speedit_plugins.files import write_whole
+from speedit_plugins.trainer.accelerations.teachers import (
+    FeatureNetwork,
+    build_network,
+    stored_features,
+    teacher_facts,
+)
 from speedit_plugins.trainer.build import build_dataset, build_encoder
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -87,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
             flip=arguments.flip,
+            network=_network(arguments, config),
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,7 +103,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues after the last finished shard", file=sys.stderr)
         return 130
     _report(done, folder, flip=arguments.flip)
+    if arguments.teacher:
+        size = f", teacher_size: {arguments.teacher_size}" if arguments.teacher_size else ""
+        print(f"    alignment={{type: REPA, teacher: {arguments.teacher}{size}}}")
     return 0
+
+
+def _network(arguments: argparse.Namespace, config: ExperimentConfig) -> FeatureNetwork | None:
+    if arguments.teacher is None:
+        return None
+    device, download = build_device(config), config.allow_download
+    return build_network(
+        arguments.teacher, size=arguments.teacher_size, allow_download=download, device=device
+    )
 
 
 def _report(done: Caching, folder: Path, *, flip: bool) -> None:
@@ -110,7 +130,14 @@ def _report(done: Caching, folder: Path, *, flip: bool) -> None:
 
 
 def cache(
-    config: ExperimentConfig, folder: Path, *, shard_size: int, batch_size: int, dtype: str, flip: bool
+    config: ExperimentConfig,
+    folder: Path,
+    *,
+    shard_size: int,
+    batch_size: int,
+    dtype: str,
+    flip: bool,
+    network: FeatureNetwork | None = None,
 ) -> Caching:
     """Writes the missing shards of the experiment's cache.
 
@@ -121,6 +148,7 @@ def cache(
         batch_size: images encoded at once; the last bits of a latent may depend on it.
         dtype: dtype of the latents, a key of DTYPES.
         flip: encode the mirrored images too.
+        network: a teacher whose features are written too.
 
     Raises:
         ValueError: the samples are not images of one size, an image is damaged, latents are not finite in
@@ -148,7 +176,7 @@ def cache(
             made_from["max_captions"] = max_captions
     if classes := getattr(dataset, "classes", ()):
         made_from[CLASSES] = list(classes)
-    made_from |= identity_of(dataset)
+    made_from |= identity_of(dataset) | teacher_facts(network)
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
     for note in check_same_source(folder, index.made_from, dataset):
         print(note)
@@ -164,6 +192,7 @@ def cache(
             for rows in shard:
                 batch = next(batches)
                 latents = _encoded(encoder, batch, device, flip=flip, dtype=DTYPES[dtype])
+                latents |= stored_features(network, batch["image"].to(device), flip=flip)
                 parts.append({**latents, **_text(captions, batch, max_captions, DTYPES[dtype])})
                 _check_finite(parts[-1], rows, dtype)
                 bar.update(len(rows))
@@ -341,6 +370,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-size", type=_positive, default=32, metavar="N", help="images encoded at once (default: 32)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="PATH", help="also cache this vision network's features, see alignment.teacher"
+    )
+    parser.add_argument(
+        "--teacher-size", type=_positive, metavar="N", help="side in pixels, see alignment.teacher_size"
     )
     parser.add_argument("--flip", action="store_true", help="also cache the mirrored images")
     parser.add_argument(

@@ -127,6 +127,16 @@ def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:
     trained_resumed_and_sampled(runtime, folder / "modern", CLIPS, (*options, *MODERN))
 
 
+def check_alignment(runtime: Runtime, folder: Path) -> None:
+    repa = "{type: REPA, teacher: embedded, teacher_size: 32, layer: 1, until: 10, projector_width: 16}"
+    for name, section in (("repa", repa), ("sra", "{type: SRA, layer: 1, decay: 0.9}")):
+        for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16")):
+            options = (*SMALL, "sample_classes=[3]", f"plugin={plugin}", f"precision={precision}")
+            more = ("optimizer.grad_accumulation=2", "model.gradient_checkpointing=true")
+            place = folder / name / plugin
+            trained_resumed_and_sampled(runtime, place, DIGITS, (*options, *more, f"alignment={section}"))
+
+
 def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
     flow = "diffusion={type: RectifiedFlow, prediction_type: x0, policy: uniform}"
     for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):

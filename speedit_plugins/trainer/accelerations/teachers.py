@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.latents.cache import LatentCache
+from speedit_plugins.trainer.data.latents.cache import FEATURES, FLIPPED_FEATURES, LatentCache
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.evaluation.networks import EfficientNetLite0
 from speedit_plugins.trainer.models.lora import fingerprint
@@ -115,3 +115,22 @@ def build_teacher(
             f" alignment.teacher {options.teacher} at this size; wanted that one, or a new cache"
         )
     return CachedTeacher(network.width)
+
+
+def teacher_facts(network: FeatureNetwork | None) -> dict[str, str]:
+    """What a cache keeps of the network whose features it has; {} without one."""
+    return {} if network is None else {"teacher_fingerprint": network.fingerprint()}
+
+
+def stored_features(network: FeatureNetwork | None, images: Tensor, *, flip: bool) -> dict[str, Tensor]:
+    """What a cache keeps of images (B, C, H, W): maps (B, Z, h', w'), float16; {} without a network.
+
+    Args:
+        flip: also the maps of the mirrored images.
+    """
+    if network is None:
+        return {}
+    found = {FEATURES: network.encode(images)}
+    if flip:
+        found[FLIPPED_FEATURES] = network.encode(images.flip(-1))
+    return {name: features.to(torch.float16).cpu() for name, features in found.items()}
