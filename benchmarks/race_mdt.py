@@ -52,10 +52,12 @@ class MdtTraining:
         with _imported(hosts) as package:
             self._loop = self._build_loop(package)
 
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return self._random.used()
+
     def step(self) -> None:
         x, y = self._batches.at(self._loop.step)
-        with self._random.used():
-            self._loop.run_step(x, {"y": y})
+        self._loop.run_step(x, {"y": y})
         self._loop.step += 1
 
     def denoiser(self) -> Denoiser:

@@ -8,6 +8,7 @@ Dims: B samples, C channels, H x W pixels.
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class OurTraining:
         self.process = build.build_process(config, respaced=False)
         self.num_parameters, self.num_training_only = count_parameters(self._trainer.model)
         self._checkpoints = folder / CHECKPOINTS
+
+    def turn(self) -> AbstractContextManager[None]:
+        # The trainer seeds every step itself.
+        return nullcontext()
 
     def step(self) -> None:
         self._trainer.engine.model.train()

@@ -4,7 +4,7 @@ Dims: B samples, C channels, H x W pixels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,10 @@ class Training(Protocol):
     num_parameters: int
     num_training_only: int
     process: Process
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Entered around its steps: other contestants draw random numbers outside."""
+        ...
 
     def step(self) -> None:
         """Makes one step of the training, with everything that the contestant's own loop does."""
@@ -205,9 +209,12 @@ class ScriptTraining:
         own, extra = count_parameters(script.model, script.training_only)
         self.num_parameters, self.num_training_only = own, extra
 
+    def turn(self) -> AbstractContextManager[None]:
+        return self._random.used()
+
     def step(self) -> None:
         x, y = self._batches.at(self._step)
-        with self._random.used(), _around(self._script):
+        with _around(self._script):
             loss = self._script.loss(self._model, x, y)
             self._optimizer.zero_grad()
             loss.backward()

@@ -1,5 +1,6 @@
 """The race against peers' trainings: its clock, its lines, its arithmetic, and a small race."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,9 @@ class Clocked:
     def __init__(self, name: str, times: dict[str, float], turns: list[str]) -> None:
         self._name, self._times, self._turns = name, times, turns
         self._is_cold, self.count = True, 0
+
+    def turn(self) -> Any:
+        return contextlib.nullcontext()
 
     def step(self) -> None:
         self._times["now"] += 50 if self._is_cold else 2
