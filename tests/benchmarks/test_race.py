@@ -176,9 +176,10 @@ class TestReport:
         assert [str(reading) for reading in field.speed_ups("SiT", "ours, slow")] == ["<=2.00"]
         text = report.report(laps)
         assert "| SiT | 80 | 1.000 | 20.0 s, 4.00 [4.00] | >=40.0 s, <=2.00 [<=2.00] |" in text
-        assert (
-            "- SiT, 3 times: met, 1.33 of it. ours, auto: 4.00 times, 0.500 against 1.000 at the end." in text
-        )
+        # 4 steps of 20 s against 3 of 6.67 s.
+        parts = "(1.33 in steps, 3.00 in seconds a step)"
+        verdict = f"met, 1.33 of it. ours, auto: 4.00 times {parts}, 0.500 against 1.000 at the end."
+        assert f"- SiT, 3 times: {verdict}" in text
         assert "- facebookresearch/DiT, 8 times: not raced." in text
 
     def test_seeds_are_compared_with_their_own(self, load: Load) -> None:
