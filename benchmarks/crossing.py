@@ -86,11 +86,15 @@ def null_ratios(steps: Sequence[int], baselines: Sequence[Sequence[float]], hori
 def null_band(
     steps: Sequence[int], baselines: Sequence[Sequence[float]], horizon: int
 ) -> tuple[Reading, Reading] | None:
-    """The 5 % and 95 % quantiles of `null_ratios`. A quantile of bounds is marked as a bound.
+    """The `band` of `null_ratios`.
 
     None for a single seed: there is no other to compare it with.
     """
-    ratios = null_ratios(steps, baselines, horizon)
+    return band(null_ratios(steps, baselines, horizon))
+
+
+def band(ratios: Sequence[Reading]) -> tuple[Reading, Reading] | None:
+    """The 5 % and 95 % quantiles of ratios, or None. A quantile of bounds is marked as a bound."""
     if not ratios:
         return None
     ends = quantiles([ratio.value for ratio in ratios], (0.05, 0.95))

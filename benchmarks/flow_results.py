@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+Read = TypeVar("Read")
 
 # Seeds from here on choose laws; those below report on them.
 FIRST_SELECTION_SEED = 100
@@ -51,17 +51,20 @@ class Result:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results so far, [] without a file; see `read_lines`."""
+    """The results so far; see `read_lines`."""
     return read_lines(path, Result, "flow.py")
 
 
-def read_lines(path: Path, kind: type[T], maker: str) -> list[T]:
-    """A dataclass of this kind from each line, [] without a file.
+def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]:
+    """The lines of a results file, [] without a file. A last line that a killed run left is skipped.
 
-    A last line that a killed run left unfinished is skipped.
+    Args:
+        path: of the file.
+        kind: makes a result of the keys of a line.
+        source: what wrote the file, for the message.
 
     Raises:
-        ValueError: another line is not a result of the maker.
+        ValueError: another line is not a result of the source.
     """
     if not path.exists():
         return []
@@ -73,12 +76,12 @@ def read_lines(path: Path, kind: type[T], maker: str) -> list[T]:
                 found.append(kind(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}, needs a result of {maker}: {error}") from error
+                raise ValueError(f"{path}, line {number}, needs a result of {source}: {error}") from error
     return found
 
 
 def append(path: Path, result: Any) -> None:
-    """Adds a line with a dataclass's values. Numbers that are not finite become null."""
+    """Adds a dataclass as a line. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with path.open("a", encoding="utf-8") as file:

@@ -242,6 +242,10 @@ def _usage(config: ExperimentConfig, pipeline: Pipeline, device: str) -> str:
         f"guidance_scale={scale:g} sampler.type={pipeline.sampler} sampler.eta=0"
         f" sampler.guidance_channels=null precision=fp32 device={device}"
     )
+    if config.sampler.guidance_schedule != "constant":
+        # A pipeline has one scale for all steps.
+        own = "sampler.guidance_power=null sampler.guidance_interval=[]"
+        changes = f"{changes} sampler.guidance_schedule=constant {own}"
     return f"""
 ```python
 import torch

@@ -93,7 +93,7 @@ def measure(
     assert trainer.profiler is not None
     chosen = trainer.averaged_weights() if weights == "ema" else trainer.weights()
     profile = trainer.profiler.measure(chosen, trainer.engine.untrained())
-    schedule = trainer.process.schedule
+    schedule = trainer.objective.process.schedule
     ranges = timestep_ranges(schedule.num_timesteps)
     report = {
         "step": trainer.step,

@@ -15,7 +15,13 @@ from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
-from speedit_plugins.trainer.models.sides import check_frames, check_sides, shapes_of, stated_patch
+from speedit_plugins.trainer.models.sides import (
+    check_frames,
+    check_one_size,
+    check_sides,
+    shapes_of,
+    stated_patch,
+)
 from speedit_plugins.trainer.models.text import CaptionSource
 
 Process = GaussianProcess | RectifiedFlow
@@ -130,6 +136,7 @@ def check_shapes(
     check_sides(shapes, downsample=_downsample(config, encoder), patch=patch)
     if model is not None:
         check_frames(shapes, model)
+        check_one_size(shapes, model, downsample=_downsample(config, encoder))
 
 
 def _downsample(config: ExperimentConfig, encoder: Encoder | None) -> int:
@@ -170,8 +177,14 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
 
 
 def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
-    """Raises ValueError if the config has a condition that the model does not take, or the reverse."""
+    """Raises ValueError if the model does not take what the config has, a condition or a prediction."""
     name = config.model["type"]
+    predicts, predicted = getattr(model, "predicts", None), config.diffusion.prediction_type
+    if predicts not in (None, predicted):
+        raise ValueError(
+            f"the model {name} predicts {predicts} alone, got diffusion.prediction_type {predicted}; wanted"
+            " diffusion.type RectifiedFlow, with prediction_type null"
+        )
     if config.num_classes and not model.num_classes:
         raise ValueError(f"num_classes: {config.num_classes} has no effect on the model {name}; wanted 0")
     if (config.text_encoder is not None) != hasattr(model, "text_width"):
@@ -193,6 +206,7 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
         "class_cond": config.num_classes > 0,
         "text": config.text_encoder is not None,
         "image_size": config.image_size,
+        "teacher": config.alignment.type == "REPA",
     }
     if config.num_frames:
         facts["num_frames"] = config.num_frames

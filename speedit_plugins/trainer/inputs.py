@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.data.latents.cache import TEXT, sample_latents
+from speedit_plugins.trainer.data.latents.cache import FEATURES, TEXT, sample_latents
 from speedit_plugins.trainer.models.text import CaptionSource, dropped
 
 Generators = Sequence[torch.Generator]
@@ -42,13 +42,25 @@ class MaskSource(Protocol):
     def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor: ...
 
 
+class FeatureSource(Protocol):
+    """Maps images (B, C, H, W) in [-1, 1] to a map of features (B, D, h', w'), while `is_wanted`."""
+
+    is_wanted: bool
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class ModelInputs:
-    """Latents and noise (B, C, [F,] h, w), and the condition of the samples."""
+    """Latents and noise (B, C, [F,] h, w), and the condition of the samples.
+
+    `features` are a teacher's of the clean samples, (B, [F,] D, h', w'), if a training wants them.
+    """
 
     latents: Tensor
     noise: Tensor
     condition: Condition
+    features: Tensor | None = None
 
 
 class BatchEncoder:
@@ -62,9 +74,10 @@ class BatchEncoder:
         null_text: features of the empty caption (1, L, ...), used for dropped captions.
         caption_dropout_prob: probability in [0, 1) that a caption is dropped.
         masks: draws a hole in each image, for the model to fill.
+        teacher: makes features of the samples, unless the batch already has them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a batch may have, one by one
         self,
         encoder: Encoder,
         device: torch.device,
@@ -74,10 +87,11 @@ class BatchEncoder:
         null_text: Mapping[str, Tensor] | None = None,
         caption_dropout_prob: float = 0.0,
         masks: MaskSource | None = None,
+        teacher: FeatureSource | None = None,
     ) -> None:
         self.encoder, self.device, self.captions = encoder, device, captions
         self._is_labelled, self._null_text, self._dropout = is_labelled, null_text, caption_dropout_prob
-        self._masks = masks
+        self._masks, self._teacher = masks, teacher
 
     @property
     def num_cut_captions(self) -> int | None:
@@ -105,7 +119,23 @@ class BatchEncoder:
         latents = self._latents(on_device, generators)
         if self._masks is not None:
             condition = with_extra(condition, self._hole(on_device, generators, self._masks))
-        return ModelInputs(latents, noise, condition)
+        return ModelInputs(latents, noise, condition, self._features(on_device))
+
+    def _features(self, batch: Mapping[str, Any]) -> Tensor | None:
+        if self._teacher is None or not self._teacher.is_wanted:
+            return None
+        if FEATURES in batch:
+            features: Tensor = batch[FEATURES]
+            return features
+        if "image" in batch:
+            return self._teacher.encode(batch["image"])
+        if "video" not in batch:
+            raise ValueError(
+                f"alignment needs images, or a cache with features, got batches of {', '.join(sorted(batch))}"
+            )
+        frames = rearrange(batch["video"], "b c f h w -> (b f) c h w")
+        made = torch.cat([self._teacher.encode(part) for part in frames.split(FRAMES_AT_ONCE)])
+        return rearrange(made, "(b f) d h w -> b f d h w", b=len(batch["video"]))
 
     def _hole(self, batch: Mapping[str, Any], generators: Generators, masks: "MaskSource") -> Tensor:
         if "image" not in batch:

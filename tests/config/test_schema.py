@@ -106,6 +106,30 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
         ("inference", ["sampler.guidance_channels=3"], "sampler.guidance_channels: has no effect"),
         (
             "inference",
+            ["sampler.guidance_schedule=power_cosine"],
+            "sampler.guidance_schedule: has no effect with guidance_scale 1; wanted constant",
+        ),
+        (
+            "inference",
+            ["guidance_scale=2", "sampler.guidance_power=2"],
+            "sampler.guidance_power: has no effect with constant; wanted null",
+        ),
+        (
+            "inference",
+            ["guidance_scale=2", "sampler.guidance_interval=[0, 0.5]"],
+            "sampler.guidance_interval: has no effect with constant; wanted []",
+        ),
+        (
+            "inference",
+            [
+                "guidance_scale=2",
+                "sampler.guidance_schedule=interval",
+                "sampler.guidance_interval=[0.5, 0.1]",
+            ],
+            "sampler.guidance_interval: wanted two times, the first one less",
+        ),
+        (
+            "inference",
             ["num_classes=0", "model.num_classes=0", "guidance_scale=2"],
             "guidance_scale: needs classes, but num_classes is 0, or text; wanted 1, got 2.0",
         ),

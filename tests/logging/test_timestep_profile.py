@@ -44,7 +44,7 @@ def four_digits() -> ModelInputs:
 
 def profiler_of(trainer: Trainer, inputs: ModelInputs) -> TimestepProfiler:
     return TimestepProfiler(
-        trainer.model, trainer.process, trainer.policy, inputs, precision=trainer.config.precision
+        trainer.model, trainer.objective.process, trainer.policy, inputs, precision=trainer.config.precision
     )
 
 
@@ -52,9 +52,9 @@ def by_hand(trainer: Trainer, inputs: ModelInputs, index: Tensor) -> tuple[float
     """Loss, mse and gradient norm at the given timesteps, computed from the model itself."""
     weight = trainer.policy.weight[index].float()
     draw = TimestepDraw(index, (index + 0.5) / 1000, weight, trainer.policy.scope)
-    noised = trainer.process.corrupt(inputs.latents, draw, noise=inputs.noise)
+    noised = trainer.objective.process.corrupt(inputs.latents, draw, noise=inputs.noise)
     prediction = trainer.model(noised.x_t, noised.timestep, inputs.condition)
-    terms = trainer.process.loss(prediction, noised, draw)
+    terms = trainer.objective.process.loss(prediction, noised, draw)
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(terms.loss.mean(), parameters, allow_unused=True)
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
@@ -155,7 +155,7 @@ def test_a_profile_stands_in_the_first_line_from_each_multiple_on(tmp_path: Path
 def test_profiles_need_somebody_to_measure_them(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path)
     parts = TrainingParts(
-        trainer.engine, trainer.inputs, trainer.process, trainer.policy, trainer.loader, trainer.runtime
+        trainer.engine, trainer.inputs, trainer.objective, trainer.policy, trainer.loader, trainer.runtime
     )
     with pytest.raises(ValueError, match="profile_every: 5 needs a profiler, got None"):
         Trainer(parts, small_config(tmp_path, profile_every=5))

@@ -8,6 +8,8 @@ from runs import small_config
 from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MODELS, PROCESSES
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.validation import ConfigError
+from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.training.dry_run import describe, saved_bytes
 
 CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path != Path("configs/base.yaml"))
@@ -35,6 +37,43 @@ def test_the_boundary_of_speed_moves_with_the_shift_of_a_flow() -> None:
         built = build.build_timestep_policy(config, build.build_process(config, respaced=True))
         # Of uniform draws 0.923 are before SNR 1/143, with shift 3 still 0.799.
         assert abs((built.boundary_index or 0) - wanted) <= 1
+
+
+def test_a_network_of_x_0_on_a_flow_has_the_policy_of_a_flow(tmp_path: Path) -> None:
+    flow = "{type: RectifiedFlow, prediction_type: x0, policy: recommended}"
+    config = small_config(tmp_path, diffusion=flow, sampler__type="heun")
+    assert config.diffusion.policy["type"] == "auto"
+    assert config.diffusion.prediction_type == "x0"
+    process = build.build_process(config, respaced=True)
+    assert isinstance(process, RectifiedFlow)
+    assert process.predicts_x_0
+    # A config that was saved before flows had a choice says flow.
+    saved = small_config(tmp_path, diffusion="{type: RectifiedFlow, prediction_type: flow}")
+    assert not build.build_process(saved, respaced=True).predicts_x_0
+    with pytest.raises(ConfigError, match=r"diffusion\.type: RectifiedFlow wanted .* null, flow or x0"):
+        small_config(tmp_path, diffusion="{type: RectifiedFlow, prediction_type: v}")
+
+
+@pytest.mark.parametrize("name", ["SiT", "LightningDiT"])
+@pytest.mark.parametrize(
+    ("diffusion", "predicted"),
+    [("{type: RectifiedFlow, prediction_type: x0}", "x0"), ("{learn_sigma: false}", "epsilon")],
+)
+def test_a_model_of_the_velocity_is_refused_for_anything_else(
+    tmp_path: Path, name: str, diffusion: str, predicted: str
+) -> None:
+    config = small_config(tmp_path, model__type=name, diffusion=diffusion)
+    with pytest.raises(
+        ValueError, match=f"{name} predicts flow alone, got .*{predicted}; wanted .*RectifiedFlow"
+    ):
+        build.build_model(config)
+
+
+def test_a_sit_returns_the_channels_of_a_flow(tmp_path: Path) -> None:
+    config = small_config(tmp_path, model__type="SiT", diffusion="{type: RectifiedFlow, policy: uniform}")
+    model = build.build_model(config)
+    assert model.out_channels == model.in_channels == 1
+    assert model.final_layer.linear.out_features == 2 * 4**2
 
 
 def test_a_registry_imports_its_modules_on_first_use() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models.dit import DiT, sincos_positions
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.positions import sincos_positions
 
 
-@pytest.fixture
-def model() -> DiT:
-    model = DiT(8, 2, hidden_size=48, depth=2, num_heads=4, num_classes=10)
+@pytest.fixture(params=[{}, {"norm": "rms", "qk_norm": True, "rope": True}], ids=["plain", "rotary"])
+def model(request: pytest.FixtureRequest) -> DiT:
+    model = DiT(8, 2, hidden_size=48, depth=2, num_heads=4, num_classes=10, **request.param)
     # Nothing hides behind an initial zero, and the stored positions are not the sines.
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from speedit_plugins.registry import MODELS, build
 from speedit_plugins.trainer.logging.throughput import training_flops
 from speedit_plugins.trainer.models.attention import sdpa
-from speedit_plugins.trainer.models.dit import Block
+from speedit_plugins.trainer.models.blocks import Block
 from speedit_plugins.trainer.models.interface import example_inputs, input_shape
 from speedit_plugins.trainer.models.latte import Latte, SpatialAttention, TemporalAttention
 from speedit_plugins.trainer.models.positions import sincos_frames, sincos_positions

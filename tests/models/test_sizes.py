@@ -6,9 +6,15 @@ import torch
 from speedit_plugins.registry import MODELS, build, check
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.mdt import MDT, MDTv2
+from speedit_plugins.trainer.models.sit import LightningDiT, SiT
 from speedit_plugins.trainer.models.sizes import PATCH_SIZES, SIZES
 
-NAMES = [f"{kind}-{size}/{patch}" for kind in ("DiT", "Latte") for size in SIZES for patch in PATCH_SIZES]
+KINDS = {"DiT": DiT, "Latte": Latte, "SiT": SiT, "MDT": MDT}
+NAMES = [f"{kind}-{size}/{patch}" for kind in KINDS for size in SIZES for patch in PATCH_SIZES]
+KINDS |= {"LightningDiT": LightningDiT, "MDTv2": MDTv2}
+NAMES += [f"LightningDiT-{size}/{patch}" for size in ("B", "L", "XL", "1p0B", "1p6B") for patch in (1, 2)]
+NAMES += [f"MDTv2-{size}/2" for size in SIZES]
 FIXED = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
 
 
@@ -18,7 +24,7 @@ def test_every_size_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_size_takes_what_the_model_takes_but_for_the_sizes(name: str) -> None:
-    kind = DiT if name.startswith("DiT") else Latte
+    kind = KINDS[name.partition("-")[0]]
     own = dict(inspect.signature(kind).parameters)
     found = inspect.signature(MODELS.module_dict[name]).parameters
     assert set(found) == set(own) - set(FIXED)

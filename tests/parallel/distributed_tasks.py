@@ -1,15 +1,20 @@
 """Checks every task on two ranks: 20 steps, a resume bit for bit, samples; run by distributed_checks.py."""
 
+import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from distributed_runs import everything, steps
+import torch.distributed as dist
+from distributed_runs import everything, steps, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved_models import save_pipeline
 from torch.testing import assert_close
 
+from speedit_plugins.trainer.accelerations.objective import Objective
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.videos.files import real_clip
 from speedit_plugins.trainer.logging.tracking import SilentTracker
@@ -21,6 +26,10 @@ DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
 GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
 SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
+MODERN = (
+    *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.perceptron=swiglu"),
+    "model.gradient_checkpointing=true",
+)
 
 
 def check_text_to_image(runtime: Runtime, folder: Path) -> None:
@@ -115,11 +124,81 @@ def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:
         "precision=fp32",
     )
     trained_resumed_and_sampled(runtime, folder, CLIPS, options)
+    trained_resumed_and_sampled(runtime, folder / "modern", CLIPS, (*options, *MODERN))
+
+
+def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
+    flow = "diffusion={type: RectifiedFlow, prediction_type: x0, policy: uniform}"
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
+        options = (*SMALL, "sample_classes=[3]", f"plugin={plugin}", f"precision={precision}")
+        place = folder / plugin
+        trained_resumed_and_sampled(runtime, place / "x0", DIGITS, (*options, *MODERN, flow))
+        lightning = (
+            "model.type=LightningDiT",
+            "model.patch_size=2",
+            "diffusion={type: RectifiedFlow, policy: uniform}",
+        )
+        trained_resumed_and_sampled(runtime, place / "lightning", DIGITS, (*options, *lightning))
 
 
 def check_inpainting(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "inpainting=RandomMasks")
     trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)
+    trained_resumed_and_sampled(runtime, folder / "modern", DIGITS, (*options, *MODERN), is_sampled=False)
+
+
+def check_masked_training(runtime: Runtime, folder: Path) -> None:
+    own = ("model.type=MDTv2", "model.decode_layer=2", "masking.type=MDT", "diffusion.type=RectifiedFlow")
+    own = (*own, "model.patch_size=2", "model.depth=4", "model.hidden_size=32", "model.num_heads=2")
+    few = (f"experiment_dir={folder / 'few'}", "data.batch_size=4")
+    for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16")):
+        options = (*own, f"plugin={plugin}", f"precision={precision}", "sample_classes=[3]")
+        place = folder / plugin
+        trained_resumed_and_sampled(runtime, place, DIGITS, options)
+        config = load_config(DIGITS, "train", [*options, f"experiment_dir={place}", "data.batch_size=4"])
+        trainer = build_trainer(config, runtime)
+        before, after = weights(trainer), weights(steps(trainer, 3))
+        # A parameter without a gradient does not move.
+        assert [name for name in before if torch.equal(before[name], after[name])] == []
+    _check_gradients_of_two_passes(runtime, folder / "gradients", own)
+    # All masks are drawn by rank, so that the plugins differ in the order of sums alone.
+    found = [
+        weights(
+            steps(build_trainer(load_config(DIGITS, "train", [*own, *few, f"plugin={plugin}"]), runtime), 3)
+        )
+        for plugin in ("ddp", "zero1", "zero2")
+    ]
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=0, atol=1e-6)
+
+
+def _check_gradients_of_two_passes(runtime: Runtime, folder: Path, options: Sequence[str]) -> None:
+    """Two forward passes before a backward pass leave the mean of the ranks' own gradients."""
+    config = load_config(DIGITS, "train", [*options, f"experiment_dir={folder}", "data.batch_size=4"])
+    trainer = build_trainer(config, runtime)
+    for parameter in trainer.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    alone = copy.deepcopy(trainer.engine.module)
+    generators = [torch.Generator().manual_seed(2 * runtime.rank + number) for number in range(2)]
+    given = trainer.inputs.encode(next(trainer.loader), generators)
+    draw = trainer.policy.draw(2, generator=torch.Generator().manual_seed(runtime.rank))
+    whole = trainer.objective
+    for objective in (whole, Objective(Alone(alone), whole.process, whole.accelerations)):
+        torch.manual_seed(runtime.rank)
+        objective.losses(given, draw).loss.mean().backward()
+    for (name, ours), other in zip(trainer.model.named_parameters(), alone.named_parameters(), strict=True):
+        dist.all_reduce(other[1].grad)
+        assert_close(ours.grad, other[1].grad / 2, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What an objective needs to call a model of this rank alone."""
+
+    model: torch.nn.Module
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def trained_resumed_and_sampled(

@@ -20,6 +20,7 @@ from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
+from speedit_plugins.trainer.models.mdt import MDTv2
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
@@ -369,5 +370,7 @@ def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"DiTPipeline needs model.mlp_ratio 4, got 2"):
         export_model(wide, num_steps=STEPS, num_timesteps=1000)
     latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-    with pytest.raises(ValueError, match="diffusers has no pipeline for this Latte"):
-        export_model(latte, num_steps=STEPS, num_timesteps=1000)
+    masked = MDTv2(4, 2, hidden_size=32, depth=4, num_heads=2, decode_layer=2, num_classes=10)
+    for model in (latte, masked):
+        with pytest.raises(ValueError, match=f"diffusers has no pipeline for this {type(model).__name__}"):
+            export_model(model, num_steps=STEPS, num_timesteps=1000)

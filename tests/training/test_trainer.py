@@ -98,7 +98,7 @@ def test_one_step_is_adamw_on_the_weighted_loss(tmp_path: Path) -> None:
             for seed in (stream_seed(twin.config.seed, NOISE_STREAM, 0, i) for i in range(16))
         ]
     )
-    alpha_bar = twin.process.schedule.alphas_cumprod[draw.index].float().reshape(-1, 1, 1, 1)
+    alpha_bar = twin.objective.process.schedule.alphas_cumprod[draw.index].float().reshape(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * batch["image"] + (1 - alpha_bar).sqrt() * noise
     prediction = twin.model.train()(x_t, draw.index, batch["label"])
     mse = ((prediction[:, :1] - noise) ** 2).mean(dim=(1, 2, 3))
@@ -265,7 +265,7 @@ def test_grids_need_somebody_to_draw_them(tmp_path: Path) -> None:
     config = small_config(tmp_path, sample_every=2)
     trainer = small_trainer(tmp_path)
     parts = TrainingParts(
-        trainer.engine, trainer.inputs, trainer.process, trainer.policy, trainer.loader, trainer.runtime
+        trainer.engine, trainer.inputs, trainer.objective, trainer.policy, trainer.loader, trainer.runtime
     )
     with pytest.raises(ValueError, match="sample_every: 2 needs its measurement, got none"):
         Trainer(parts, config)

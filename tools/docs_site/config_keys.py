@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.schema import COMPONENTS, ExperimentConfig
-from speedit_plugins.trainer.config.sections import REST
+from speedit_plugins.trainer.config.sections import REST, key_of
 from speedit_plugins.trainer.config.validation import describe_type
 
 # Heading of the part of the table that begins with a key of the top.
@@ -52,7 +52,7 @@ def keys_of(schema: type = ExperimentConfig, path: str = "") -> Iterator[Key]:
         if entry.metadata.get(REST):
             # It collects keys that have no name of their own.
             continue
-        key, hint = join(path, entry.name), hints[entry.name]
+        key, hint = join(path, key_of(entry.name)), hints[entry.name]
         if entry.name not in texts:
             raise ValueError(f"config key {key} has no text below it in {inspect.getsourcefile(schema)}")
         yield Key(key, _type_text(key, hint, entry.metadata), _default_text(key, entry), texts[entry.name])

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
+from speedit_plugins.trainer.config.acceleration_checks import check_accelerations
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
 from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
+    FLOW_PREDICTIONS,
     GAUSSIAN_KEYS,
     METRIC_OF,
     ONLY_IN_TEST,
@@ -112,7 +115,10 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given}
+    # Its layers are in the checkpoint.
+    alignment = build_section(AlignmentConfig, config.get("alignment", {}), "alignment")
+    layers = {f"alignment.{key}": getattr(alignment, key) for key in ("type", "teacher", "projector_width")}
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
 
 
 def _check_training(config: ExperimentConfig) -> None:
@@ -129,6 +135,7 @@ def _check_training(config: ExperimentConfig) -> None:
     _check_measurements(config)
     check_optimizer(config)
     check_average(config)
+    check_accelerations(config)
 
 
 def _check_measurements(config: ExperimentConfig) -> None:
@@ -192,8 +199,9 @@ def _check_agreement(config: ExperimentConfig) -> None:
 def _check_process(diffusion: DiffusionConfig) -> None:
     """Refuses keys of one kind of process in the other kind, where they have no effect."""
     if diffusion.is_flow:
-        if diffusion.learn_sigma or diffusion.prediction_type != "flow":
-            raise ConfigError("diffusion.type", f"{FLOW} wanted learn_sigma null and prediction_type null")
+        if diffusion.learn_sigma or diffusion.prediction_type not in FLOW_PREDICTIONS:
+            problem = f"{FLOW} wanted learn_sigma null and prediction_type null, flow or x0"
+            raise ConfigError("diffusion.type", problem)
         foreign = [key for key in GAUSSIAN_KEYS if key != "prediction_type" and getattr(diffusion, key)]
     else:
         if diffusion.prediction_type == "flow":
@@ -202,7 +210,8 @@ def _check_process(diffusion: DiffusionConfig) -> None:
         if diffusion.zero_terminal_snr and diffusion.prediction_type == "epsilon":
             problem = "noise alone does not determine x_0; wanted prediction_type v or x0, got epsilon"
             raise ConfigError("diffusion.zero_terminal_snr", problem)
-        foreign = [key for key in FLOW_KEYS if getattr(diffusion, key) != defaults[key]]
+        own = ("prediction_type",)
+        foreign = [key for key in FLOW_KEYS if key not in own and getattr(diffusion, key) != defaults[key]]
     if foreign:
         raise ConfigError(f"diffusion.{foreign[0]}", f"has no effect with diffusion.type {diffusion.type}")
 
@@ -262,6 +271,21 @@ def _check_sampler(config: ExperimentConfig) -> None:
         raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
+    _check_guidance_schedule(config)
+
+
+def _check_guidance_schedule(config: ExperimentConfig) -> None:
+    sampler, interval = config.sampler, config.sampler.guidance_interval
+    schedule = sampler.guidance_schedule
+    if schedule != "constant" and config.guidance_scale == 1:
+        raise ConfigError("sampler.guidance_schedule", "has no effect with guidance_scale 1; wanted constant")
+    if sampler.guidance_power is not None and schedule != "power_cosine":
+        raise ConfigError("sampler.guidance_power", f"has no effect with {schedule}; wanted null")
+    if interval and schedule != "interval":
+        raise ConfigError("sampler.guidance_interval", f"has no effect with {schedule}; wanted []")
+    if schedule == "interval" and (len(interval) != 2 or not interval[0] < interval[1]):
+        wanted = "two times, the first one less, such as [0, 0.8]"
+        raise ConfigError("sampler.guidance_interval", f"wanted {wanted}, got {interval}")
 
 
 def _check_classes(config: ExperimentConfig) -> None:

@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from speedit_plugins.policies.recommended import RECOMMENDED, recommended
+from speedit_plugins.trainer.config.accelerations import (
+    AlignmentConfig,
+    ContrastiveConfig,
+    MaskingConfig,
+    RoutingConfig,
+)
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.sections import (
     Component,
@@ -113,6 +119,19 @@ class ExperimentConfig:
     `lora` they are read again whenever its adapters are."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Trains low-rank adapters in place of all weights."""
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Keeps predictions away from the targets of other samples."""
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    """Trains on a part of the tokens as well."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """Lets a part of the tokens pass the middle blocks by in training."""
+    noise_assignment: Literal["batch", "class"] | None = None
+    """Which samples of a rank's batch exchange noise, so that each gets a near one (immiscible diffusion,
+    arXiv:2406.12303): all of the `batch`, or those of a `class` among themselves. null leaves the noise."""
+    uncertainty: bool = False
+    """Divides each loss by a learned estimate of it at its noise level (EDM2, arXiv:2312.02696)."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Draws features inside the model to those of a teacher."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and its schedule."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -235,7 +254,8 @@ def settled_process(diffusion: DiffusionConfig) -> DiffusionConfig:
     predicted = diffusion.prediction_type or ("flow" if is_flow else "epsilon")
     policy = diffusion.policy
     if policy.get("type") == RECOMMENDED:
-        policy = {**policy, "type": recommended(predicted)}
+        # The loss of a flow is that of its velocity, whatever its network predicts.
+        policy = {**policy, "type": recommended("flow" if is_flow else predicted)}
     return dataclasses.replace(
         diffusion,
         policy=policy,

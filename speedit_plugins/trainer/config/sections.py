@@ -23,8 +23,9 @@ Component = dict[str, Any]
 # Marks a field that collects the keys of its section that have no field. No key has its name.
 REST = "rest"
 FLOW = "RectifiedFlow"
+FLOW_PREDICTIONS = ("flow", "x0")
 # Which keys of `diffusion` are arguments of which kind of process.
-FLOW_KEYS = ("base_density", "logit_mean", "logit_std", "shift")
+FLOW_KEYS = ("prediction_type", "base_density", "logit_mean", "logit_std", "shift")
 GAUSSIAN_KEYS = (
     "prediction_type",
     "learn_sigma",
@@ -34,6 +35,16 @@ GAUSSIAN_KEYS = (
     "sigma_small",
     "rescale_learned_sigmas",
 )
+
+
+def key_of(field_name: str) -> str:
+    """The key of a field. A word that Python keeps for itself is a field with `_` at its end.
+
+    Example:
+        >>> key_of("from_"), key_of("to")
+        ('from', 'to')
+    """
+    return field_name.removesuffix("_")
 
 
 def label(sigma_rel: float) -> str:
@@ -75,8 +86,8 @@ class DiffusionConfig:
     """Timesteps T before respacing; the linear schedule needs at least 20. For a flow it is the number of
     rows of the policy's tables."""
     prediction_type: Literal["epsilon", "x0", "v", "flow"] | None = None
-    """What the model predicts. null is epsilon. `RectifiedFlow` takes flow alone, the velocity, and null is
-    flow there."""
+    """What the model predicts. null is epsilon. `RectifiedFlow` takes flow, the velocity, which null is
+    there, or x0, whose loss is the velocity's."""
     learn_sigma: bool | None = None
     """Whether the model predicts a variance too, trained by the variational term. null is true. A
     `RectifiedFlow` has none, and null is false there."""
@@ -126,6 +137,15 @@ class SamplerConfig:
     """Share of the noise that the ddim samplers add back at each step; refused for other samplers."""
     guidance_channels: int | None = limited(None, at_least=1)
     """Guides only the first channels; 3 is the variant of DiT's own code. null guides all of them."""
+    guidance_schedule: Literal["constant", "power_cosine", "interval"] = "constant"
+    """How guidance changes in the course of a sample. `power_cosine`, MDT's, goes from none at noise alone to
+    `guidance_scale` at clean data; `interval` guides at the times of `guidance_interval` alone, and saves the
+    other model calls without a condition."""
+    guidance_power: float | None = limited(None, above=0)
+    """Exponent of `power_cosine`: the larger, the later guidance sets in. null is 4, as in MDT's code."""
+    guidance_interval: list[float] = limited_list([], at_least=0, at_most=1)
+    """First and last time of `interval`, 0 clean and 1 noise: t of a flow, or the timestep divided by
+    `diffusion.diffusion_steps`."""
     clip_sample: bool = False
     """Clamps x_0 to [-1, 1] at each step. It is meant for pixels."""
 

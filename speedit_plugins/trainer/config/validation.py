@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from speedit_plugins.trainer.config.key_names import join, key_hint, value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import REST, Component
+from speedit_plugins.trainer.config.sections import REST, Component, key_of
 
 # "10k" and "2M" are numbers to a person.
 _THOUSANDS = {"k": "e3", "m": "e6"}
@@ -49,11 +49,12 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
     check_keys(schema, raw, path)
     hints, values = get_type_hints(schema), {}
     for entry in fields(cast(Any, schema)):
-        key = join(path, entry.name)
+        name = key_of(entry.name)
+        key = join(path, name)
         if entry.metadata.get(REST):
-            values[entry.name] = {name: raw[name] for name in raw if name not in _keys(schema)}
-        elif entry.name in raw:
-            values[entry.name] = _checked(raw[entry.name], hints[entry.name], key, entry.metadata)
+            values[entry.name] = {other: raw[other] for other in raw if other not in _keys(schema)}
+        elif name in raw:
+            values[entry.name] = _checked(raw[name], hints[entry.name], key, entry.metadata)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
             raise ConfigError(key, f"missing; wanted {describe_type(hints[entry.name])}")
     return schema(**values)
@@ -85,7 +86,9 @@ def key_paths(schema: type = ExperimentConfig, path: str = "") -> dict[str, Any]
 
 def as_plain(config: ExperimentConfig) -> dict[str, Any]:
     """The config as plain mappings, lists and scalars: what `build_section` reads again."""
-    plain = dataclasses.asdict(config)
+    plain = dataclasses.asdict(
+        config, dict_factory=lambda items: {key_of(name): value for name, value in items}
+    )
     plain["optimizer"] |= plain["optimizer"].pop("parameters")
     return plain
 
@@ -109,7 +112,8 @@ def describe_type(hint: Any) -> str:
 def _keys(schema: type) -> dict[str, Any]:
     """The keys of a section with their types, without the field that collects other keys."""
     hints = get_type_hints(schema)
-    return {entry.name: hints[entry.name] for entry in fields(schema) if not entry.metadata.get(REST)}
+    found = [entry.name for entry in fields(schema) if not entry.metadata.get(REST)]
+    return {key_of(name): hints[name] for name in found}
 
 
 def _checked(value: Any, hint: Any, key: str, limits: Mapping[str, float]) -> Any:

@@ -26,8 +26,14 @@ from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess, 
 # The model embeds TIMESTEP_SCALE * t, as in SD3, FLUX and Open-Sora.
 TIMESTEP_SCALE = 1000.0
 
+# Times below it divide as it does where a predicted x_0 becomes a velocity. Source: JiT, Li & He 2025,
+# arXiv:2511.13720, section 4.
+LEAST_DIVISOR = 0.05
+
 # 1 - 2^-24 is the largest float32 below 1. Above it, t would round to 1 and x_t would be pure noise.
 _MARGIN = 2.0**-24
+
+PREDICTIONS = ("flow", "x0")
 
 # A schedule has integer timesteps: t in units of 2^-40, fine enough to separate the bins at both ends.
 _TICKS = 2**40
@@ -38,9 +44,14 @@ Quantile = Callable[[Tensor], Tensor]
 class RectifiedFlow:
     """Noises data along straight paths and computes the loss of a predicted velocity eps - x_0.
 
+    A network may predict x_0 in place of the velocity. Its velocity is (x_t - x_0) / max(t, 0.05), in the
+    loss, where the target is computed in the same way, and in sampling. The loss is still a velocity's, so a
+    policy sees the prediction type "flow". Source: JiT, Li & He 2025, arXiv:2511.13720.
+
     Source: Liu et al. 2022, arXiv:2209.03003; base density and shift: Esser et al. 2024, arXiv:2403.03206.
 
     Args:
+        prediction_type: what the network predicts, "flow" or "x0".
         diffusion_steps: T >= 2, number of bins of the policy's tables; t itself is continuous.
         base_density: distribution of t before the shift, "uniform" or "logit_normal".
         logit_mean: mean of logit(t) for logit_normal, finite; None is 0. Positive values give more noise.
@@ -59,12 +70,18 @@ class RectifiedFlow:
     def __init__(
         self,
         *,
+        prediction_type: str = "flow",
         diffusion_steps: int = 1000,
         base_density: str = "uniform",
         logit_mean: float | None = None,
         logit_std: float | None = None,
         shift: float = 1.0,
     ) -> None:
+        if prediction_type not in PREDICTIONS:
+            close, known = nearest(prediction_type, PREDICTIONS), ", ".join(PREDICTIONS)
+            raise ValueError(
+                f"a rectified flow has no prediction_type {prediction_type!r}{close}; known: {known}"
+            )
         if diffusion_steps < 2:
             raise ValueError(f"a rectified flow needs diffusion_steps >= 2, got {diffusion_steps}")
         if not 0 < shift < math.inf:
@@ -72,7 +89,7 @@ class RectifiedFlow:
         if base_density not in _BASE_DENSITIES:
             close, known = nearest(base_density, _BASE_DENSITIES), ", ".join(sorted(_BASE_DENSITIES))
             raise ValueError(f"unknown base_density {base_density!r}{close}; known: {known}")
-        self.shift = shift
+        self.shift, self.predicts_x_0 = shift, prediction_type == "x0"
         self._quantile = _BASE_DENSITIES[base_density](logit_mean, logit_std)
         middle = (torch.arange(diffusion_steps, dtype=torch.float64, device="cpu") + 0.5) / diffusion_steps
         t = self.time(middle)
@@ -120,28 +137,43 @@ class RectifiedFlow:
             raise ValueError(f"draw needs time shape ({len(x_0)},), got {tuple(draw.time.shape)}")
         time = self.time(draw.time)  # (B,)
         t = time.to(noised.x_0.dtype).reshape(-1, *[1] * (x_0.ndim - 1))  # (B, 1, ...)
-        return replace(
-            noised,
-            x_t=(1 - t) * noised.x_0 + t * noised.noise,
-            timestep=(TIMESTEP_SCALE * time).float(),
-        )
+        x_t, timestep = (1 - t) * noised.x_0 + t * noised.noise, (TIMESTEP_SCALE * time).float()
+        target = self.velocity(noised.x_0, x_t, timestep) if self.predicts_x_0 else noised.target
+        return replace(noised, x_t=x_t, target=target, timestep=timestep)
 
     def loss(self, prediction: Tensor, noised: Noised, draw: TimestepDraw) -> LossTerms:
         """Per-sample weight * mse of the velocity; vb is 0.
 
         Args:
-            prediction: velocity, shape (B, C, ...).
+            prediction: velocity or x_0, shape (B, C, ...).
             noised: the batch that `corrupt` returned.
             draw: the policy's draw for this batch; its weight scales the loss.
 
         Raises:
             ValueError: the prediction has another shape.
         """
-        return self._on_rows.loss(prediction, noised, draw)
+        return self._on_rows.loss(self.compared(prediction, noised), noised, draw)
 
-    def velocity(self, prediction: Tensor, x_t: Tensor) -> Tensor:
-        """The prediction in float32 or wider, (B, C, ...); raises ValueError if its shape is not x_t's."""
-        return self._on_rows.split(prediction, x_t)[0]
+    def compared(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """What the loss compares with `noised.target`: the velocity, (B, C, ...), float32 or wider."""
+        return self.velocity(prediction, noised.x_t, noised.timestep)
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """The velocity of a prediction, in float32 or wider, (B, C, ...).
+
+        Args:
+            prediction: velocity or x_0, (B, C, ...).
+            x_t: what it was predicted from, (B, C, ...).
+            timestep: 1000 t, (B,).
+
+        Raises:
+            ValueError: the prediction has another shape than x_t.
+        """
+        prediction = self._on_rows.split(prediction, x_t)[0]
+        if not self.predicts_x_0:
+            return prediction
+        t = (timestep.to(x_t.dtype) / TIMESTEP_SCALE).clamp(min=LEAST_DIVISOR)
+        return (x_t - prediction) / t.reshape(-1, *[1] * (x_t.ndim - 1))
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:

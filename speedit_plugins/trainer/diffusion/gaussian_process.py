@@ -43,12 +43,14 @@ class Noised:
 class LossTerms:
     """Per-sample terms, each (B,): the loss to train on, the unweighted mse, and vb in bits per dimension.
 
-    vb is 0 if the variance is not learned.
+    vb is 0 if the variance is not learned. `alignment` is the mean cosine similarity of a training that
+    aligns features, None in any other.
     """
 
     loss: Tensor
     mse: Tensor
     vb: Tensor
+    alignment: Tensor | None = None
 
 
 class GaussianProcess:
@@ -224,6 +226,10 @@ class GaussianProcess:
             raise ValueError(f"prediction needs shape {wanted} at learn_sigma={self.learn_sigma}, got {got}")
         prediction = _widened(prediction)
         return prediction[:, :C], prediction[:, C:] if self.learn_sigma else None
+
+    def compared(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """What the loss compares with `noised.target`: the mean channels, (B, C, ...), float32 or wider."""
+        return self.split(prediction, noised.x_t)[0]
 
     def tables(self, device: torch.device) -> ProcessTables:
         """The coefficient tables on the given device, copied there on first use."""

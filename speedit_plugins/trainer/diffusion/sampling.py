@@ -25,7 +25,6 @@ shifted like the process, and get the velocity. If x_0 is clamped, they get the 
 Dims: B batch, C channels, N steps; "..." is (H, W) for images or (F, H, W) for videos.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -44,10 +43,8 @@ from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow, shifted
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
+from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Guided, Model, check_guidance
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
-
-# model(x, timestep, condition) -> prediction. A condition is labels (B,) or named tensors (B, ...).
-Model = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 @torch.no_grad()
@@ -62,6 +59,7 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
     num_steps: int = 250,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
+    guidance_schedule: GuidanceSchedule | None = None,
     clip_sample: bool = False,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
@@ -84,57 +82,28 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
             variance channels are those of `condition`. Source: Ho & Salimans 2022, arXiv:2207.12598.
         guidance_channels: number of mean channels to guide, from the first; None guides all. DiT's released
             samples use 3.
+        guidance_schedule: share of s - 1 at a time in [0, 1], see `guidance`; None keeps s.
         clip_sample: clamp x_0 to [-1, 1] at every model call.
         eta: amount of noise in ddim, from 0 (none) to 1 (as in ddpm). Source: Song et al. 2021,
             arXiv:2010.02502, eq. 16.
         generator: source of the noise added during sampling; on noise's device or on the CPU.
-        callback: called after each step with the number of finished steps, 1 to N, and x (B, C, ...).
+        callback: called after each step with the number of finished steps, and x (B, C, ...).
 
     Raises:
         ValueError: the sampler is unknown or does not fit the process, a value is out of range, an option has
             no effect, or the process cannot be sampled: it is respaced, not variance-preserving, or predicts
             epsilon at zero SNR.
     """
-    _check_guidance(guidance_scale, guidance_channels, noise, condition, null_condition)
+    end = TIMESTEP_SCALE if isinstance(process, RectifiedFlow) else process.schedule.num_original
+    choices = (guidance_scale, guidance_channels, guidance_schedule)
+    guided = Guided(model, condition, null_condition, *choices, end)
+    check_guidance(guided, noise)
     chain = _chain(process, sampler, num_steps, eta, generator)
-    guided = _Guided(model, condition, null_condition, guidance_scale, guidance_channels)
     start = noise if noise.dtype == torch.float64 else noise.float()
     for done, x in enumerate(chain.steps(guided, start, clip_sample=clip_sample), start=1):
         if callback is not None:
             callback(done, x)
     return x
-
-
-@dataclass(frozen=True)
-class _Guided:
-    """The model with classifier-free guidance: (x, timestep) -> prediction in the dtype of x."""
-
-    model: Model
-    condition: Condition
-    null_condition: Condition
-    scale: float
-    channels: int | None
-
-    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        if self.scale == 1 or self.condition is None or self.null_condition is None:
-            return self.model(x, timestep, self.condition).to(x.dtype)
-        both = _one_after_the_other(self.condition, self.null_condition)  # (2B, ...)
-        prediction = self.model(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-        # Widened first: otherwise the scale would amplify the rounding of a half-precision difference.
-        given, null = prediction.to(x.dtype).chunk(2)
-        guided = null + self.scale * (given - null)
-        channels = x.shape[1] if self.channels is None else self.channels
-        return torch.cat([guided[:, :channels], given[:, channels:]], dim=1)
-
-
-def _one_after_the_other(first: Condition, second: Condition) -> Condition:
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        assert isinstance(first, Tensor)
-        assert isinstance(second, Tensor)
-        return torch.cat([first, second])
-    assert first is not None
-    assert second is not None
-    return {name: torch.cat([first[name], second[name]]) for name in first}
 
 
 def _chain(
@@ -173,7 +142,7 @@ class _GaussianChain:
     options: dict[str, Any]
     reads_variance: bool = False
 
-    def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+    def steps(self, guided: Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for row, timestep in reversed(list(enumerate(self.schedule.timesteps.tolist()))):
             # Since the process is not respaced, the model's timestep is also the index in the process.
@@ -299,11 +268,11 @@ class _FlowChain:
     times: list[float]
     is_step: list[bool]
 
-    def steps(self, guided: _Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+    def steps(self, guided: Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for time, is_step in zip(self.times, self.is_step, strict=True):
             timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
-            velocity = self.process.velocity(guided(x, timestep), x)
+            velocity = self.process.velocity(guided(x, timestep), x, timestep)
             if clip_sample:
                 velocity = (x - (x - time * velocity).clamp(-1, 1)) / time
             x = self.scheduler.step(velocity, time, x, return_dict=False)[0]
@@ -359,28 +328,6 @@ def _check_process(process: GaussianProcess) -> None:
         raise ValueError("sampling needs a variance-preserving schedule, got alpha^2 + sigma^2 other than 1")
     if process.prediction_type == "epsilon" and schedule.alpha[-1] == 0:
         raise ValueError("sampling epsilon needs SNR > 0, got 0 at the last timestep: predict v or x0")
-
-
-def _check_guidance(
-    scale: float, channels: int | None, noise: Tensor, condition: Condition, null: Condition
-) -> None:
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"guidance_scale needs a finite value >= 0, got {scale}")
-    if scale == 1 and channels is not None:
-        raise ValueError(f"guidance_channels has no effect at guidance_scale 1: needs None, got {channels}")
-    if channels is not None and not 1 <= channels <= noise.shape[1]:
-        raise ValueError(f"guidance_channels needs to be in [1, {noise.shape[1]}], got {channels}")
-    if scale != 1 and (condition is None or _shapes(condition) != _shapes(null)):
-        raise ValueError(
-            f"guidance_scale {scale} needs condition and null_condition of the same names and shapes, got"
-            f" {_shapes(condition)} and {_shapes(null)}"
-        )
-
-
-def _shapes(condition: Condition) -> Any:
-    if condition is None or isinstance(condition, Tensor):
-        return None if condition is None else tuple(condition.shape)
-    return {name: tuple(tensor.shape) for name, tensor in condition.items()}
 
 
 def _check_num_steps(num_steps: int, least: int, most: int) -> None:

@@ -66,6 +66,25 @@ class EfficientNetLite0:
         return self.read(images).features
 
     @torch.no_grad()
+    def feature_map(self, levels: Tensor) -> Tensor:
+        """The map at 1/16 of the side, float32 (B, 112, h, w), of images (B, 3, H, W) in [0, 255].
+
+        The images are not resized.
+        """
+        network = self._network
+        x = ((levels - LITE_MEAN) / LITE_SCALE).contiguous(memory_format=torch.channels_last)
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for block in network._blocks[: LITE_SPATIAL_BLOCK + 1]:
+            x = block(x)
+        found: Tensor = x.float()
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's weights."""
+        found: dict[str, Tensor] = self._network.state_dict()
+        return found
+
+    @torch.no_grad()
     def read(self, images: Tensor, *, spatial: bool = False, probabilities: bool = False) -> Readings:
         """Features (B, 1280) and, on request, spatial features (B, S) and class probabilities (B, 1000)."""
         levels = _rgb(images, self._device)

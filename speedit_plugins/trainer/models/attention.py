@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.linear import Linear
+from speedit_plugins.trainer.models.rotary import Rotation
 
 AttentionKernel = Callable[[Tensor], Tensor]
 """Softmax attention over packed queries, keys and values: (B, N, 3, H, K) -> (B, N, H, K)."""
@@ -26,20 +27,43 @@ class SelfAttention(nn.Module):
         hidden_size: D, a multiple of H.
         num_heads: H.
         kernel: an attention kernel, from `attention_kernel`.
+        qk_norm: makes a norm of this width for the queries of every head, `q_norm`, and one for the keys,
+            `k_norm`; None leaves both as they are. Source: Dehghani et al. 2023, arXiv:2302.05442.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, kernel: AttentionKernel) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kernel: AttentionKernel,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.kernel = kernel
         self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = None if qk_norm is None else qk_norm(hidden_size // num_heads)
+        self.k_norm = None if qk_norm is None else qk_norm(hidden_size // num_heads)
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), with queries and keys turned by the rotation of the N tokens."""
         qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.num_heads)
+        if self.q_norm is not None or rotation is not None:
+            qkv = self._changed(qkv, rotation)
         mixed = rearrange(self.kernel(qkv), "b n h k -> b n (h k)")
         return cast(Tensor, self.proj(mixed))
+
+    def _changed(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
+        """Queries and keys normed, then turned: (B, N, 3, H, K) -> (B, N, 3, H, K)."""
+        query, key, value = qkv.unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Under autocast the norms return float32.
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if rotation is not None:
+            query, key = rotation.turned(query), rotation.turned(key)
+        return torch.stack((query, key, value), dim=2)
 
 
 def attention_kernel(name: str, *, head_size: int = 64) -> AttentionKernel:

@@ -9,7 +9,6 @@ from itertools import cycle, islice
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
-from speedit_plugins.trainer.models.linear import Linear
 from speedit_plugins.trainer.models.positions import sincos_positions
+from speedit_plugins.trainer.models.rotary import GridRotary, Rotation
+from speedit_plugins.trainer.models.routing import Passage, Route
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
@@ -45,11 +46,21 @@ class DiT(nn.Module):
         attention: "sdpa" or "xformers"; the constructor checks that "xformers" runs on this machine.
         gradient_checkpointing: in training, recompute each block's activations in the backward pass.
         extra_channels: E, the channels of a mask and a masked latent, for example, concatenated to x.
+        norm: see `BlockOptions`, as the three below.
+        qk_norm: norm queries and keys.
+        rope: rotary positions; needs heads with a width that is a multiple of 4.
+        perceptron: of the blocks.
 
     Raises:
-        ValueError: sizes do not divide, or the attention is unknown or cannot run.
+        ValueError: sizes do not divide, the attention is unknown or cannot run, or a name is unknown.
     """
 
+    route: Route | None = None
+    """The blocks that a part of the tokens passes by in training; None is none."""
+    earliest_route: ClassVar[int] = 0
+    """Number of the first block, counted from 0, that tokens may pass by."""
+    predicts: ClassVar[str | None] = None
+    """The one `diffusion.prediction_type` that the model is made for; None takes any."""
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
     """Classes of attention that the blocks use in turn."""
     lora_targets: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj")
@@ -71,6 +82,10 @@ class DiT(nn.Module):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
@@ -82,6 +97,7 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
         self.extra_channels = extra_channels
+        self.options = BlockOptions(norm=norm, qk_norm=qk_norm, rope=rope, perceptron=perceptron)
         kernel = attention_kernel(attention, head_size=hidden_size // num_heads)
 
         self.x_embedder = PatchEmbedder(patch_size, in_channels + extra_channels, hidden_size)
@@ -92,19 +108,28 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
         # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio=mlp_ratio, kernel=kernel, attention=attention_type)
-            for attention_type in islice(cycle(self.attention_types), depth)
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.feat_rope = GridRotary(input_size // patch_size, hidden_size // num_heads) if rope else None
+        self._add_blocks(depth, num_heads, mlp_ratio=mlp_ratio, kernel=kernel)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options=self.options)
         self.reset_parameters()
+
+    @property
+    def route_depth(self) -> int | None:
+        """Number of blocks that a route counts; None if tokens cannot pass blocks by."""
+        return len(self.blocks)
+
+    def set_route(self, route: Route | None) -> None:
+        """Lets a part of the tokens pass blocks by in training, see `routing`."""
+        self.route = route
 
     @property
     def null_label(self) -> int | None:
         """The label for "no class", equal to num_classes; None if the model has no such label."""
         return None if self.y_embedder is None else self.y_embedder.null_label
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
         """Prediction for a noised input.
 
         Args:
@@ -112,10 +137,12 @@ class DiT(nn.Module):
             timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
                 extra_channels it is a mapping of "extra" (B, E, h, w) and, if there are classes, "label".
+            hidden_after: number of a block, counted from 1, whose output is wanted too; 0 wants none.
 
         Returns:
             (B, 2C, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
-            Without learn_sigma only the mean channels, (B, C, h, w).
+            Without learn_sigma only the mean channels, (B, C, h, w). With `hidden_after` a pair of it and the
+            tokens after that block, (B, N, D).
 
         Raises:
             ValueError: a shape is wrong, or labels are missing or not wanted.
@@ -123,10 +150,11 @@ class DiT(nn.Module):
         x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
-        for block in self.blocks:
-            x = self._through(block, x, c)
+        rotation = None if self.feat_rope is None else self.feat_rope(rows, columns)
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=(rotation,))
         x = self.final_layer(x, c)  # (B, N, P P out_channels)
-        return self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
+        x = self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
+        return x if hidden is None else (x, hidden)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the module as `nn.Module.compile` does, but leaves out the cache of positions.
@@ -134,7 +162,24 @@ class DiT(nn.Module):
         If the cache were compiled too, every new grid in it would trigger a recompilation for all others.
         """
         self._cached_positions = torch.compiler.disable(self._cached_positions)  # type: ignore[method-assign]  # of this object
+        if self.feat_rope is not None:
+            self.feat_rope.cached = torch.compiler.disable(self.feat_rope.cached)  # type: ignore[method-assign]  # as above
         super().compile(*args, **options)
+
+    def _add_blocks(self, depth: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel) -> None:
+        """Gives the model its blocks. Whatever is added here precedes the last layer in the state dict."""
+        hidden_size = self.pos_embed.shape[2]
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                kernel=kernel,
+                attention=attention_type,
+                options=self.options,
+            )
+            for attention_type in islice(cycle(self.attention_types), depth)
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -148,6 +193,8 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | GridRotary):
+                layer.reset_parameters()
         self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
         self.x_embedder.reset_parameters()
         if self.y_embedder is not None:
@@ -165,14 +212,48 @@ class DiT(nn.Module):
         self._check_condition(x, timestep, label)
         if extra is not None:
             x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        c = self.t_embedder(timestep)
+        c = self.t_embedder(self._embedded_time(timestep))
         return x, c if self.y_embedder is None else c + self.y_embedder(label)
 
-    def _through(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    def _through_blocks(
+        self,
+        x: Tensor,
+        c: Tensor,
+        *,
+        hidden_after: int,
+        rotations: tuple[Rotation | None, ...] = (None,),
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
+        hidden, passage = None, Passage(self.route if self.training else None)
+        for number, block in enumerate(self.blocks, start=1):
+            x = passage.before(number, self._before(number, x))
+            x = self._through(block, x, c, self._rotation(number, rotations, passage))
+            x = passage.after(number, x)
+            if number == hidden_after:
+                hidden = passage.whole(x)
+        return x, hidden
+
+    def _rotation(
+        self, number: int, rotations: tuple[Rotation | None, ...], passage: Passage
+    ) -> Rotation | None:
+        """What turns the tokens that block `number`, counted from 1, sees."""
+        return passage.of_tokens(rotations[(number - 1) % len(rotations)])
+
+    def _before(self, number: int, x: Tensor) -> Tensor:
+        """What block `number`, counted from 1, is given."""
+        return x
+
+    def _through(self, block: nn.Module, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # A block makes no random draws, so there is no generator state to keep.
-            return cast(Tensor, checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False))
-        return cast(Tensor, block(x, c))
+            return cast(
+                Tensor, checkpoint(block, x, c, rotation, use_reentrant=False, preserve_rng_state=False)
+            )
+        return cast(Tensor, block(x, c, rotation))
+
+    def _embedded_time(self, timestep: Tensor) -> Tensor:
+        """What the timestep's embedding is computed of, (B,)."""
+        return timestep
 
     def _check_shape(self, x: Tensor) -> None:
         edge = self.patch_size
@@ -227,101 +308,6 @@ class DiT(nn.Module):
         """(B, N, P P out_channels) -> (B, out_channels, h, w)."""
         edge = self.patch_size
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=edge, q=edge)
-
-
-class Block(nn.Module):
-    """Attention, then a perceptron, each modulated and gated by c: x (B, N, D), c (B, D) -> (B, N, D).
-
-    If the `attention` takes (B, F, N, D), the block does too, and c is (B, 1, D).
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        *,
-        mlp_ratio: float,
-        kernel: AttentionKernel,
-        attention: type[SelfAttention] = SelfAttention,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = attention(hidden_size, num_heads, kernel=kernel)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Perceptron(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # six of (B, 1, D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and projection to pixels: x (B, N, D), c (B, D) -> (B, N, P P out_channels).
-
-    For a clip, x (B, F, N, D) and c (B, 1, D) -> (B, F, N, P P out_channels).
-    """
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        return cast(Tensor, self.linear(modulate(self.norm_final(x), shift, scale)))
-
-
-class Perceptron(nn.Module):
-    """Linear layer `fc1`, GELU in its tanh form, linear layer `fc2`: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(hidden_size, inner_size)
-        self.fc2 = Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
-
-
-class PatchEmbedder(nn.Module):
-    """Maps each P x P patch linearly to a token, in row-major order: (B, C, h, w) -> (B, N, D).
-
-    The weight has the form of the equivalent convolution's, `proj.weight` (D, C, P, P).
-    """
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def reset_parameters(self) -> None:
-        """Draws the weight Xavier-uniform, as for a linear layer of C P P inputs, and zeros the bias."""
-        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.weight.shape[0], -1))
-        nn.init.zeros_(cast(Tensor, self.proj.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = patches_of(x, self.proj.kernel_size[0])  # (B, N, C P P)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
-
-
-def patches_of(x: Tensor, edge: int) -> Tensor:
-    """The values of each patch in a contiguous tensor, (B, C, h, w) -> (B, N, C P P).
-
-    A convolution would return tokens with the channels first in memory, and every later elementwise operation
-    of the residual stream would inherit these strides. `F.unfold` launches a kernel per row on a CUDA device.
-
-    Args:
-        edge: P; h and w are multiples of it.
-    """
-    return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=edge, q=edge)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, for x (B, N, D), and shift and scale (B, 1, D)."""
-    return torch.addcmul(shift, x, scale + 1)
 
 
 def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:

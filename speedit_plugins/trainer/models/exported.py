@@ -106,10 +106,12 @@ def check_dit(model: nn.Module) -> DiT:
     """The model itself, a DiT that DiTPipeline takes.
 
     Raises:
-        ValueError: it is another model.
+        ValueError: it is another model, or has other blocks than DiT's.
     """
-    # Latte is a subclass of DiT, but no pipeline takes one with classes.
+    # Latte and SiT are subclasses of DiT, but no pipeline takes one of them with classes.
     if type(model) is DiT and model.num_classes and model.null_label is not None:
+        if changed := model.options.changed:
+            raise ValueError(f"diffusers' DiT has blocks without {', '.join(changed)}; got a model with them")
         return model
     raise ValueError(
         f"diffusers has no pipeline for this {type(model).__name__}; wanted a DiT with classes and"

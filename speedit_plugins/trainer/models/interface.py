@@ -5,7 +5,9 @@ text encoder.
 """
 
 import copy
-from collections.abc import Mapping
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,36 @@ def input_shape(model: nn.Module) -> tuple[int, ...]:
     edge, frames = cast(int, model.input_size), getattr(model, "num_frames", None)
     time = () if frames is None else (cast(int, frames),)
     return (cast(int, model.in_channels), *time, edge, edge)
+
+
+def num_tokens(model: nn.Module, latents: Tensor) -> int:
+    """Number of tokens in latents (B, C, ...), whose sides may differ from those of `input_size`."""
+    whole = cast(int, model.num_tokens) * latents[:, 0].numel()
+    return whole // math.prod(input_shape(model)[1:])
+
+
+def token_blocks(model: nn.Module) -> Sequence[nn.Module]:
+    """The model's blocks on tokens, in their order. Empty if its forward pass gives no `hidden_after`."""
+    if "hidden_after" not in inspect.signature(model.forward).parameters:
+        return ()
+    found = getattr(model, "token_blocks", None)
+    return cast(Sequence[nn.Module], model.blocks if found is None else found)
+
+
+def token_width(model: nn.Module) -> int:
+    """The width of the tokens after each of `token_blocks`."""
+    if hasattr(model, "net"):
+        config = cast(Any, model.net).config
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return int(cast(Tensor, model.pos_embed).shape[-1])
+
+
+def cut_blocks(model: nn.Module, depth: int) -> None:
+    """Takes the `token_blocks` after the first `depth` out of the model, and what goes with them."""
+    net = getattr(model, "net", model)
+    for name in ("blocks", "transformer_blocks", "temporal_transformer_blocks"):
+        if isinstance(blocks := getattr(net, name, None), nn.ModuleList):
+            del blocks[depth:]
 
 
 def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | None, Condition]:

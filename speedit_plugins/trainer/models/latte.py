@@ -8,6 +8,8 @@ Dims: `B` batch, `C` channels, `F` frames, `h`, `w` sides of a frame, `N` tokens
 side of a patch.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -17,22 +19,27 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.attention import SelfAttention
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.positions import sincos_frames
+from speedit_plugins.trainer.models.rotary import FrameRotary, Rotation
+from speedit_plugins.trainer.models.routing import Passage
 from speedit_plugins.trainer.models.sizes import register_sizes
 
 
 class SpatialAttention(SelfAttention):
     """Attention within each frame, among its N tokens: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        if rotation is not None and rotation.cos.ndim == 3:
+            # Of each sample's own places; the same in all its frames.
+            rotation = Rotation(*(part.repeat_interleave(x.shape[1], dim=0) for part in rotation))
+        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
 
 
 class TemporalAttention(SelfAttention):
     """Attention at each place of the frame, among the F frames: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"), rotation)
         return rearrange(mixed, "(b n) f d -> b f n d", b=x.shape[0])
 
 
@@ -48,12 +55,15 @@ class Latte(DiT):
         num_frames: the largest number of frames of a clip; >= 1.
         depth: number of blocks, even; every second block attends across frames.
         num_classes: number of classes; 0 makes an unconditional model without label embedding.
+        rope: rotary positions, of the patches within frames and of the frames across frames.
 
     Raises:
         ValueError: sizes do not divide, or the attention is unknown or cannot run.
     """
 
     attention_types = (SpatialAttention, TemporalAttention)
+    # The second block is given the positions of the frames, which every token needs.
+    earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
         self,
@@ -72,6 +82,10 @@ class Latte(DiT):
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
         extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
     ) -> None:
         if depth % 2:
             raise ValueError(f"Latte needs an even depth, got {depth}")
@@ -91,9 +105,14 @@ class Latte(DiT):
             attention=attention,
             gradient_checkpointing=gradient_checkpointing,
             extra_channels=extra_channels,
+            norm=norm,
+            qk_norm=qk_norm,
+            rope=rope,
+            perceptron=perceptron,
         )
         self.num_frames, self.num_tokens = num_frames, num_frames * self.num_tokens
         self.temp_embed = nn.Parameter(torch.empty(1, num_frames, hidden_size), requires_grad=False)
+        self.temp_rope = FrameRotary(num_frames, hidden_size // num_heads) if rope else None
         self._reset_frames()
 
     @property
@@ -101,7 +120,9 @@ class Latte(DiT):
         """Numbers of frames that a clip may have."""
         return range(1, self.num_frames + 1)
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Condition = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
         """Prediction for a noised clip. Channels come before frames here; in Vchitect/Latte they come after.
 
         Args:
@@ -110,10 +131,12 @@ class Latte(DiT):
             timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
                 extra_channels it is a mapping of "extra" (B, E, F, h, w) and, if there are classes, "label".
+            hidden_after: see `DiT.forward`.
 
         Returns:
             (B, 2C, F, h, w): the mean channels, then the variance channels, in [-1, 1] after training.
-            Without learn_sigma only the mean channels, (B, C, F, h, w).
+            Without learn_sigma only the mean channels, (B, C, F, h, w). With `hidden_after` a pair of it and
+            the tokens after that block, (B, F, N, D).
 
         Raises:
             ValueError: a shape is wrong, or labels are missing or not wanted.
@@ -125,14 +148,25 @@ class Latte(DiT):
         x = rearrange(x, "b (f n) d -> b f n d", f=frames)
         x = x + self._positions(rows, columns, x.device)
         c = c.unsqueeze(1)  # (B, 1, D)
-        for index, block in enumerate(self.blocks):
-            if index == 1:
-                # As in the original, after the first block, since that block looks at each frame alone.
-                x = x + self.temp_embed[:, :frames].unsqueeze(2)
-            x = self._through(block, x, c)
+        rotations: tuple[Rotation | None, ...] = (None,)
+        if self.feat_rope is not None and self.temp_rope is not None:
+            # A block within frames, then one across frames.
+            rotations = (self.feat_rope(rows, columns), self.temp_rope(frames))
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=rotations)
         x = rearrange(self.final_layer(x, c), "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
         x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
-        return rearrange(x, "b c (f h) w -> b c f h w", f=frames)
+        x = rearrange(x, "b c (f h) w -> b c f h w", f=frames)
+        return x if hidden is None else (x, hidden)
+
+    def _rotation(
+        self, number: int, rotations: tuple[Rotation | None, ...], passage: Passage
+    ) -> Rotation | None:
+        # A route leaves out places, not frames: every second block, across frames, sees all frames.
+        return rotations[-1] if number % 2 == 0 else super()._rotation(number, rotations, passage)
+
+    def _before(self, number: int, x: Tensor) -> Tensor:
+        # As in the original, after the first block, since that block looks at each frame alone.
+        return x + self.temp_embed[:, : x.shape[1]].unsqueeze(2) if number == 2 else x
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew, like Vchitect/Latte: from the distributions of DiT and in its order."""
@@ -144,6 +178,8 @@ class Latte(DiT):
     @torch.no_grad()
     def _reset_frames(self) -> None:
         self.temp_embed.copy_(sincos_frames(self.temp_embed.shape[2], self.num_frames))
+        if self.temp_rope is not None:
+            self.temp_rope.reset_parameters()
 
     def _check_shape(self, x: Tensor) -> None:
         edge = self.patch_size

@@ -66,6 +66,29 @@ def check_frames(places: Mapping[str, Sequence[int]], model: nn.Module) -> None:
             raise ValueError(f"{key} needs {wanted} frames, the model's num_frames, got {shape[0]}")
 
 
+def check_one_size(places: Mapping[str, Sequence[int]], model: nn.Module, *, downsample: int) -> None:
+    """Nothing, if the model takes inputs of several sizes, or every place has its own.
+
+    Args:
+        places: as in `check_sides`.
+        model: with `is_of_one_size` true, it takes squares of `input_size` alone.
+        downsample: as in `check_sides`.
+
+    Raises:
+        ValueError: a side is another; the message has its key, and the side that fits.
+    """
+    if not getattr(model, "is_of_one_size", False):
+        return
+    edge = int(getattr(model, "input_size", 0)) * downsample
+    for key, shape in places.items():
+        if tuple(shape[-2:]) != (edge, edge):
+            got = " x ".join(map(str, shape[-2:]))
+            raise ValueError(
+                f"{key} needs {edge} x {edge}, got {got}: {type(model).__name__} learns its positions for one"
+                " grid"
+            )
+
+
 def shapes_of(image_size: int, buckets: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """The shapes that a config states, by key: `image_size` and each of the buckets.
 

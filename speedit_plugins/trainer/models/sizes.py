@@ -1,7 +1,7 @@
-"""The named sizes that DiT and Latte share: S, B, L and XL, each with patches of 2, 4 or 8."""
+"""Registers models by size. DiT, Latte, SiT and MDT share S, B, L and XL, each with patches of 2, 4 or 8."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,23 +21,43 @@ MLP_RATIO = 4.0
 INPUT_SIZE = 32
 
 
-def register_sizes(name: str, model: type[nn.Module]) -> None:
+def register_sizes(
+    name: str,
+    model: type[nn.Module],
+    *,
+    sizes: Mapping[str, Mapping[str, int]] = SIZES,
+    patch_sizes: Sequence[int] = PATCH_SIZES,
+) -> None:
     """Registers the model in every size, as `{name}-{size}/{patch_size}`: "DiT-S/2" to "DiT-XL/8"."""
-    for size in SIZES:
-        for patch_size in PATCH_SIZES:
-            MODELS.register_module(name=f"{name}-{size}/{patch_size}", module=_sized(model, size, patch_size))
+    for size, widths in sizes.items():
+        for patch_size in patch_sizes:
+            MODELS.register_module(
+                name=f"{name}-{size}/{patch_size}", module=_sized(model, {**widths, "patch_size": patch_size})
+            )
 
 
-def _sized(model: type[nn.Module], size: str, patch_size: int) -> Callable[..., nn.Module]:
+def with_defaults(model: type[nn.Module], parent: type[nn.Module], defaults: Mapping[str, Any]) -> None:
+    """Gives a model that passes its options on the signature of its parent, with these defaults.
+
+    The registry checks a config against the signature, by name and type. What the parent lacks is added.
+    """
+    taken = dict(inspect.signature(parent).parameters)
+    for name, default in defaults.items():
+        fresh = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=type(default))
+        taken[name] = taken.get(name, fresh).replace(default=default)
+    model.__signature__ = inspect.Signature(list(taken.values()))  # type: ignore[attr-defined]  # inspect reads it
+
+
+def _sized(model: type[nn.Module], size: Mapping[str, int]) -> Callable[..., nn.Module]:
     """A builder of the model in one size. It takes the arguments that the size leaves open."""
-    fixed: dict[str, Any] = {"patch_size": patch_size, "mlp_ratio": MLP_RATIO, **SIZES[size]}
+    fixed: dict[str, Any] = {"mlp_ratio": MLP_RATIO, **size}
 
     def build(input_size: int = INPUT_SIZE, **options: Any) -> nn.Module:
         return model(input_size=input_size, **fixed, **options)
 
-    # The registry checks a config against this signature, by name and type.
     own = inspect.signature(model).parameters
     parameters = [parameter for name, parameter in own.items() if name not in fixed]
     parameters = [p.replace(default=INPUT_SIZE) if p.name == "input_size" else p for p in parameters]
+    # As above.
     build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
     return build

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.state_dicts import SET_KEYS, WEIGHT_SETS, weights_in
+from speedit_plugins.trainer.models.training_only import without_layers
 from speedit_plugins.trainer.weight_files import unlike_weights
 
 __all__ = [
@@ -111,8 +112,9 @@ def fit_weights(
 def read_checkpoint(path: str | Path, *, prefer: str | None = None) -> dict[str, Tensor]:
     """The weights in a file by name, on the CPU.
 
-    The prefixes "module." and "_orig_mod." of DistributedDataParallel and torch.compile are left out. A line
-    is logged if a file has several sets of weights, or not the averaged ones, and says which were taken.
+    Layers that only a training uses are left out, and so are the prefixes "module." and "_orig_mod." of
+    DistributedDataParallel and torch.compile. A line is logged if a file has several sets of weights, or not
+    the averaged ones, and says which were taken.
 
     Args:
         path: a .safetensors file, or a file of `torch.save` with a state dict or with a training checkpoint:
@@ -139,7 +141,7 @@ def read_checkpoint(path: str | Path, *, prefer: str | None = None) -> dict[str,
     if prefer is None and keys not in ("", WEIGHT_SETS[0]):
         averaged = "" if keys.partition(".")[0] in SET_KEYS["ema"] else "; it has no averaged ones"
         _log.warning("'%s': the weights under %r are taken%s", path, keys, averaged)
-    return weights
+    return without_layers(weights)
 
 
 def check_file(path: Path) -> None:

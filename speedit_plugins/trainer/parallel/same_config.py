@@ -1,11 +1,11 @@
 """The processes of a run train one model: they need one config, and one version of this package."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from speedit_plugins.trainer.config.loading import redact
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.validation import as_plain
 from speedit_plugins.version import __version__
 
 PACKAGE = "speedit-plugins"
@@ -30,7 +30,7 @@ def stated(config: ExperimentConfig) -> dict[str, Any]:
 
     Secrets are redacted.
     """
-    keys = _flat(redact(asdict(config)))
+    keys = _flat(redact(as_plain(config)))
     return {PACKAGE: __version__, **{key: value for key, value in keys.items() if key not in MAY_DIFFER}}
 
 

@@ -18,6 +18,7 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion import sampling
+from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Model, guidance_schedule
 from speedit_plugins.trainer.inputs import Encoder, decode_video
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.text import CaptionSource
@@ -100,6 +101,7 @@ class SampleGenerator:
                 num_steps=options.num_steps,
                 guidance_scale=self.config.guidance_scale,
                 guidance_channels=options.guidance_channels,
+                guidance_schedule=self._guidance_schedule() if is_guided else None,
                 clip_sample=options.clip_sample,
                 eta=options.eta,
                 generator=generator,
@@ -108,6 +110,12 @@ class SampleGenerator:
             return decode_video(self.encoder, latents) if latents.ndim == 5 else self.encoder.decode(latents)
         finally:
             self.model.train(is_training)
+
+    def _guidance_schedule(self) -> GuidanceSchedule | None:
+        options = self.config.sampler
+        return guidance_schedule(
+            options.guidance_schedule, power=options.guidance_power, interval=options.guidance_interval
+        )
 
     def draw_batches(
         self,
@@ -129,7 +137,7 @@ class SampleGenerator:
             yield self.draw(condition_of(some), len(some), weights=weights, stream=start, callback=callback)
             start += len(some)
 
-    def _model_with(self, weights: Mapping[str, Tensor] | None) -> sampling.Model:
+    def _model_with(self, weights: Mapping[str, Tensor] | None) -> Model:
         own = dict(weights or {})
         is_half = self.config.precision != "fp32"
 

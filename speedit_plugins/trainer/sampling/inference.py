@@ -157,12 +157,22 @@ def _name(config: ExperimentConfig, source: Path) -> str:
         parts = [source.absolute().parent.name, source.stem]
     sampler = config.sampler
     parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
-    parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}", f"seed{config.seed}"]
+    parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}{_schedule_name(config)}"]
+    parts.append(f"seed{config.seed}")
     if config.inpainting is not None:
         parts.append(f"holes{_hash(config.inpainting)}")
     elif config.text_encoder is not None:
         parts.append(f"prompts{_hash(prompts(config))}")
     return "_".join(parts)
+
+
+def _schedule_name(config: ExperimentConfig) -> str:
+    sampler = config.sampler
+    if sampler.guidance_schedule == "constant":
+        return ""
+    own = [] if sampler.guidance_power is None else [sampler.guidance_power]
+    numbers = "-".join(f"{value:g}" for value in (*own, *sampler.guidance_interval))
+    return f"-{sampler.guidance_schedule}{numbers}"
 
 
 def _hash(value: Any) -> str:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from speedit_plugins.registry import MASKS
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import build, results
+from speedit_plugins.trainer.accelerations.build import build_accelerations
+from speedit_plugins.trainer.accelerations.objective import Objective
+from speedit_plugins.trainer.accelerations.teachers import build_teacher
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
-from speedit_plugins.trainer.inputs import BatchEncoder, Encoder
+from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
@@ -62,21 +65,24 @@ def build_trainer(
     base = weights if weights is not None or not config.lora.rank else config.pretrained
     start_from(model, base, config, captions, say=say if runtime.is_main else None)
     mfu = mfu_of(model, config, runtime)
+    process = build.build_process(config, respaced=True)
+    teacher = build_teacher(config, dataset, runtime.device)
+    accelerations = build_accelerations(config, model, process, teacher)
     if config.compile:
         model.compile()
-    process = build.build_process(config, respaced=True)
     trained = training_part(config, dataset)
     loader = _loader(trained, config, runtime)
     _check_same_data(loader, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
-    inputs = _batch_encoder(encoder, model, captions, config, runtime)
+    inputs = _batch_encoder(encoder, model, captions, config, runtime, teacher)
     profiler = None
     if config.profile_every and runtime.is_main:
         profiler = build_profiler(
             model, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
-    parts = TrainingParts(engine, inputs, process, policy, loader, runtime, mfu, profiler)
+    objective = Objective(engine, process, accelerations)
+    parts = TrainingParts(engine, inputs, objective, policy, loader, runtime, mfu, profiler)
     periodic = _periodic(model, encoder, dataset, captions, process, config, runtime)
     return Trainer(parts, config, periodic=periodic)
 
@@ -157,6 +163,7 @@ def _batch_encoder(
     captions: CaptionSource | None,
     config: ExperimentConfig,
     runtime: Runtime,
+    teacher: FeatureSource | None = None,
 ) -> BatchEncoder:
     return BatchEncoder(
         encoder,
@@ -166,6 +173,7 @@ def _batch_encoder(
         null_text=None if captions is None else cast(Mapping[str, Tensor], model.null_text),
         caption_dropout_prob=config.caption_dropout_prob,
         masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
+        teacher=teacher,
     )
 
 

@@ -42,7 +42,7 @@ def checked_state(state: Any, path: Path) -> Mapping[str, Any]:
     for key in _COUNTS:
         if type(state[key]) is not int or state[key] < 0:
             raise _damaged(path, f"has {key} {state[key]!r}, wanted an int >= 0")
-    for key in (*_SECTIONS, "products"):
+    for key in (*_SECTIONS, "products", "accelerations"):
         if not isinstance(state.get(key, {}), Mapping):
             raise _damaged(path, f"has {key} {state[key]!r}, wanted a section with keys")
     named = step_in_name(path)

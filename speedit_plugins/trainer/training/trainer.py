@@ -3,7 +3,6 @@
 Dims: B samples of this rank in a batch.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.accelerations.objective import Objective
 from speedit_plugins.trainer.best_checkpoint import Best, is_better, kept_names, note_best, read_best
-from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -33,7 +32,7 @@ from speedit_plugins.trainer.logging.step_timer import StepTimer
 from speedit_plugins.trainer.logging.timestep_profile import TimestepProfiler
 from speedit_plugins.trainer.logging.tracking import LossWindow, Tracker, peak_memory_bytes
 from speedit_plugins.trainer.models import lora
-from speedit_plugins.trainer.models.interface import input_shape
+from speedit_plugins.trainer.models.interface import num_tokens
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.replica import Engine, StepResult
 from speedit_plugins.trainer.parallel.runtime import Runtime
@@ -64,7 +63,7 @@ class TrainingParts:
 
     engine: Engine
     inputs: BatchEncoder
-    process: Process
+    objective: Objective
     policy: TimestepPolicy
     loader: ResumableLoader
     runtime: Runtime
@@ -97,7 +96,7 @@ class Trainer:
         if config.profile_every and parts.runtime.is_main and parts.profiler is None:
             raise ValueError(f"profile_every: {config.profile_every} needs a profiler, got None")
         self.engine, self.inputs, self.runtime = parts.engine, parts.inputs, parts.runtime
-        self.process, self.policy, self.loader = parts.process, parts.policy, parts.loader
+        self.objective, self.policy, self.loader = parts.objective, parts.policy, parts.loader
         self.config, self.device = config, parts.runtime.device
         self.model = self.engine.module
         self.folder = Path(config.experiment_dir)
@@ -161,6 +160,7 @@ class Trainer:
             DataError: a batch cannot be read, on any rank. The step does not count.
         """
         self.policy.advance(self.step)
+        self.objective.advance(self.step)
         torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
         quantiles = self._draw_quantiles()
         self._num_tokens = 0
@@ -202,13 +202,10 @@ class Trainer:
         """
         with self.timer.phase("encode"):
             given = self.inputs.encode(batch, self._generators)
-            self._num_tokens += self._tokens_of(given.latents) * self.runtime.world_size
+            self._num_tokens += num_tokens(self.model, given.latents) * self.runtime.world_size
         draw = self._timesteps(quantiles, rows, given.latents)
         with self.timer.phase("forward"):
-            noised = self.process.corrupt(given.latents, draw, noise=given.noise)
-            with self.engine.autocast():
-                prediction = self.engine.model(noised.x_t, noised.timestep, given.condition)
-            terms = self.process.loss(prediction, noised, draw)
+            terms = self.objective.losses(given, draw)
         with self.timer.phase("backward"):
             self.engine.backward(terms.loss.mean() / self.config.optimizer.grad_accumulation)
         return draw, terms
@@ -266,6 +263,7 @@ class Trainer:
                 "ema_updates": self.ema.num_updates,
                 "loader": self._batches.position(self.loader),
                 "policy": self.policy.state_dict(),
+                "accelerations": self.objective.state_dict(),
                 "scaler": self.engine.scaler_state(),
                 "products": saved_products(self.model),
             },
@@ -303,6 +301,9 @@ class Trainer:
             load_part("scaler", state, self.engine.scaler_state(), self.engine.load_scaler_state)
             load_part("loader", state, self.loader.state_dict(), self.loader.load_state_dict)
             load_part("policy", state, self.policy.state_dict(), self.policy.load_state_dict)
+            if "accelerations" in state:
+                own, load = self.objective.state_dict(), self.objective.load_state_dict
+                load_part("accelerations", state, own, load)
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
@@ -337,14 +338,10 @@ class Trainer:
         # Of the global batch, whose halves mirror each other in paired draws.
         return self.policy.draw_at(quantiles, device=self.device).map(lambda table: table[rows])
 
-    def _tokens_of(self, latents: Tensor) -> int:
-        """Number of tokens in a batch. Its sides may differ from those that the model was built for."""
-        per_sample = cast(int, self.model.num_tokens) * latents[:, 0].numel()
-        return per_sample // math.prod(input_shape(self.model)[1:])
-
     def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
         """Updates EMA, metrics and policy after a step that moved the weights."""
         self._num_skipped_in_a_row = 0
+        self.objective.after_step()
         with self.timer.phase("ema"):
             if self.ema.slices:
                 with self.engine.evaluation_point():

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.build import Process
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import VALIDATION_STREAM, SampleSource, stream_seed
@@ -177,7 +178,9 @@ def validation_dataset(config: ExperimentConfig, dataset: SampleSource) -> Sampl
 def of_validation(config: ExperimentConfig) -> ExperimentConfig:
     """The config with its `data.validation` in the place of `data.dataset`."""
     assert config.data.validation is not None
-    return replace(config, data=replace(config.data, dataset=config.data.validation, validation=None))
+    data = replace(config.data, dataset=config.data.validation, validation=None)
+    # The loss is measured without an alignment.
+    return replace(config, data=data, alignment=AlignmentConfig())
 
 
 def training_part(config: ExperimentConfig, dataset: SampleSource) -> SampleSource:

@@ -21,6 +21,8 @@ from speedit_plugins.trainer.terminal import say
 
 LATENTS = ("latent_mean", "latent_std")
 FLIPPED = ("flipped_mean", "flipped_std")
+# A teacher's features of the image, and of the mirrored one.
+FEATURES, FLIPPED_FEATURES = "features", "flipped_features"
 TEXT = ("text_tokens", "text_mask")
 # Number of captions of a sample; stored only if some samples have several.
 TEXT_COUNT = "text_count"
@@ -39,6 +41,7 @@ class LatentCache:
         image_size: side of the encoded images in pixels.
         channels: C.
         encoder_fingerprint: `fingerprint()` of the encoder that wrote the cache.
+        teacher_fingerprint: that of the teacher whose features the cache has; None if it has none.
         null_text: features of the empty caption, "tokens" (1, L, D) and "mask" (1, L); None without captions.
         text_encoder: config of the encoder that made the caption features; None without captions.
 
@@ -52,6 +55,7 @@ class LatentCache:
         verify: compare the sha256 of every shard, which reads the whole cache. Sizes are always compared.
         check_source: compare the images and captions that the cache was made from, where they still are, with
             what they were. False trains from a cache whose data changed.
+        teacher: also read a teacher's features of the images, which the cache must have.
 
     Raises:
         ValueError: there is no cache of latents, it is unfinished, a shard is missing or damaged, an
@@ -59,7 +63,7 @@ class LatentCache:
             that it was made from changed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - flat, because a config names each choice
         self,
         root: str | os.PathLike[str],
         *,
@@ -69,6 +73,7 @@ class LatentCache:
         random_flip: bool | None = None,
         verify: bool = True,
         check_source: bool = True,
+        teacher: bool = False,
     ) -> None:
         self._shards = TensorShards(root, verify=verify)
         index = self._shards.index
@@ -87,6 +92,12 @@ class LatentCache:
         if text is not None and text != has_text:
             found, wanted = ("captions" if has else "no captions" for has in (has_text, text))
             raise ValueError(f"the cache in {root} has {found}, wanted {wanted}")
+        if teacher and FEATURES not in index.tensors:
+            raise ValueError(
+                f"alignment needs a teacher's features, and the cache in {root} has none; wanted a cache that"
+                " tools/cache_latents.py --teacher wrote, or a dataset of images"
+            )
+        self._has_features = teacher
         self.folder = folder = Path(root).expanduser()
         notes = compare_with_source(folder, index.made_from, has_text=has_text) if check_source else []
         for note in notes if speaks() else ():
@@ -105,6 +116,7 @@ class LatentCache:
         self.classes: tuple[str, ...] = tuple(index.made_from.get(CLASSES, ()))
         self.image_size: int = index.made_from["image_size"]
         self.encoder_fingerprint: str = index.made_from["encoder_fingerprint"]
+        self.teacher_fingerprint: str | None = index.made_from.get("teacher_fingerprint")
         self.channels: int = index.tensors[LATENTS[0]]["shape"][0]
 
     def __len__(self) -> int:
@@ -120,13 +132,15 @@ class LatentCache:
         """One sample: "latent_mean" and "latent_std", float32 (C, h, w).
 
         Depending on the cache it also has "label" int, and "text_tokens" float32 (L, D) with "text_mask" bool
-        (L,).
+        (L,), and "features" float32 (D, h', w').
 
         `generator` decides the flip, then which caption if there are several. It is used exactly as in
         `ImageFolder` and `ImageCaptions`, so the choices are the same as without a cache.
         """
         flip = self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
         names = dict(zip(LATENTS, FLIPPED if flip else LATENTS, strict=True))
+        if self._has_features:
+            names[FEATURES] = FLIPPED_FEATURES if flip else FEATURES
         if self._has_label:
             names["label"] = "label"
         if self._has_text:

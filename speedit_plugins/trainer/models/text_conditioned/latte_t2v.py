@@ -7,7 +7,8 @@ from einops import repeat
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MODELS
-from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned, is_on_meta, load_network
+from speedit_plugins.trainer.models.text_conditioned.routed import Routed
+from speedit_plugins.trainer.models.text_conditioned.wrapper import is_on_meta, load_network
 
 # Every released Latte has these values; diffusers' class has other defaults.
 _RELEASED: dict[str, Any] = {
@@ -20,7 +21,7 @@ _RELEASED: dict[str, Any] = {
 }
 
 
-class LatteT2V(TextConditioned):
+class LatteT2V(Routed):
     """The text-to-video transformer of Latte: diffusers' `LatteTransformer3DModel`.
 
     It also takes batches of images, as clips of one frame. Then only its spatial blocks run.
@@ -33,6 +34,9 @@ class LatteT2V(TextConditioned):
         ValueError: there is no such network; it does not fit the text encoder, num_frames, the latents or
             learn_sigma.
     """
+
+    # The first block across frames is given the positions of the frames, which every token needs.
+    earliest_route = 1
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice
         self,

@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from speedit_plugins.registry import MODELS
-from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned, is_on_meta, load_network
+from speedit_plugins.trainer.models.text_conditioned.routed import Routed
+from speedit_plugins.trainer.models.text_conditioned.wrapper import is_on_meta, load_network
 
 
-class PixArt(TextConditioned):
+class PixArt(Routed):
     """The transformer of PixArt-alpha: diffusers' `PixArtTransformer2DModel`.
 
     Args:

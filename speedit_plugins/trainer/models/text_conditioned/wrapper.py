@@ -9,7 +9,8 @@ Dims: `B` batch, `C` latent channels, `E` extra channels, `F` frames, `h`, `w` s
 of a caption, `D` width of the text encoder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +66,7 @@ class TextConditioned(nn.Module):
         self.net = net
         if gradient_checkpointing:
             cast(Any, net).enable_gradient_checkpointing()
+        self.gradient_checkpointing = gradient_checkpointing
         self.input_size, self.in_channels, self.num_frames = input_size, in_channels, num_frames
         self.extra_channels = int(config_value(net, "in_channels")) - in_channels
         # A UNet has no patches.
@@ -91,16 +93,26 @@ class TextConditioned(nn.Module):
         for name, stored in self.null_text.items():
             stored.copy_(features[name])
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        condition: Mapping[str, Tensor] | None = None,
+        *,
+        hidden_after: int = 0,
+    ) -> Any:
         """Prediction for a noised input.
 
         Args:
             x: (B, C, h, w); for a video model (B, C, F, h, w).
             timestep: (B,), integer or fractional.
             condition: see the docstring of the module.
+            hidden_after: number of one of the `token_blocks`, counted from 1, whose output is wanted too; 0
+                wants none.
 
         Returns:
-            (B, C, ...), or with learn_sigma (B, 2C, ...).
+            (B, C, ...), or with learn_sigma (B, 2C, ...). With `hidden_after` a pair of it and the tokens
+            after that block, (B, [F,] N, D), D being the width of the network.
 
         Raises:
             ValueError: the condition is missing, or has features of another width.
@@ -113,10 +125,35 @@ class TextConditioned(nn.Module):
             x = torch.cat([x, extra.to(x.dtype)], dim=1)  # (B, C + E, ...)
         # The features are float32; a training plugin may keep the network in another type.
         tokens = condition["tokens"].to(next(self.net.parameters()).dtype)
-        return self._predict(x.to(tokens.dtype), timestep, tokens, condition["mask"])
+        with _first_output(self.token_blocks, hidden_after) as found:
+            output = self._predict(x.to(tokens.dtype), timestep, tokens, condition["mask"])
+        if not hidden_after:
+            return output
+        # Videos pass a block as a batch of frames.
+        hidden = found[0] if self.num_frames is None else found[0].unflatten(0, (len(x), -1))
+        return output, hidden
+
+    @property
+    def token_blocks(self) -> Sequence[nn.Module]:
+        """The network's blocks on tokens, spatial ones of a video model; none of a UNet."""
+        return cast(Sequence[nn.Module], getattr(self.net, "transformer_blocks", ()))
 
     def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+@contextmanager
+def _first_output(blocks: Sequence[nn.Module], number: int) -> Iterator[list[Tensor]]:
+    """Collects what block `number` returns inside, first of all. A checkpointed block runs a second time."""
+    found: list[Tensor] = []
+    if not number:
+        yield found
+        return
+    hook = blocks[number - 1].register_forward_hook(lambda *call: found.append(call[2]))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def load_network(kind: Any, path: str, subfolder: str, *, allow_download: bool, **wanted: int) -> Any:

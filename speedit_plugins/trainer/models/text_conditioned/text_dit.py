@@ -1,0 +1,311 @@
+"""DiT and Latte that read captions, small enough to train from random weights.
+
+A caption reaches the model as one vector, the mean of its tokens. Its embedding is added to that of the
+timestep, so that it scales, shifts and gates every block. Sources: the pooled caption beside the timestep is
+that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024, arXiv:2403.03206.
+
+With a `draft` one linear layer also makes a rough sample of the caption, without noise or timestep. The
+blocks see it beside the input, and the prediction is the draft plus what they add. Sources: a predicted start
+that diffusion refines is that of Whang et al. 2021, arXiv:2112.02475; the join with the input is that of SR3,
+Saharia et al. 2021, arXiv:2104.07636.
+
+Dims: `B` batch, `C` channels, `F` frames, `h`, `w` sides of the input, `L` tokens of a caption, `D` width of
+the model, `H` hidden width of the caption's layers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speedit_plugins.registry import MODELS
+from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.interface import split_extra
+from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.linear import Linear
+
+
+class CaptionEmbedder(nn.Module):
+    """The mean of a caption's tokens, through a perceptron: tokens (B, L, text_width), mask (B, L).
+
+    The mean is normalised to mean 0 and variance 1: encoders differ in the size of their features.
+
+    Args:
+        text_width: width of a token.
+        inner_size: H.
+        hidden_size: D.
+        draft: shape of the draft, (C, [F,] h, w); None makes none.
+    """
+
+    def __init__(
+        self, text_width: int, inner_size: int, hidden_size: int, *, draft: Sequence[int] | None
+    ) -> None:
+        super().__init__()
+        self.shape = None if draft is None else tuple(draft)
+        self.fc1 = Linear(text_width, inner_size)
+        self.fc2 = Linear(inner_size, hidden_size)
+        self.draft = None if draft is None else Linear(inner_size, math.prod(draft))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the weights anew: N(0, 0.02^2) before the modulation, as in a DiT, else Xavier-uniform."""
+        for layer in (self.fc1, self.fc2, self.draft):
+            if layer is not None:
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.fc2.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The embedding (B, D), and the draft (B, C, [F,] h, w) or None."""
+        is_read = mask.unsqueeze(2).to(tokens.dtype)
+        mean = (tokens * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)  # (B, text_width)
+        hidden = F.silu(self.fc1(F.layer_norm(mean, mean.shape[1:])))  # (B, H)
+        if self.draft is None or self.shape is None:
+            return self.fc2(hidden), None
+        return self.fc2(hidden), self.draft(hidden).view(-1, *self.shape)
+
+
+class ReadsCaptions:
+    """What `TextDiT` and `TextLatte` add to the model that they extend: a caption in place of a label."""
+
+    def _add_captions(
+        self, text_width: int, text_length: int, *, inner_size: int, draft: Sequence[int] | None
+    ) -> None:
+        """Adds the caption's layers. `draft` is the shape of a draft, (C, [F,] h, w); None makes none."""
+        model = cast(DiT, self)
+        hidden_size = model.pos_embed.shape[2]
+        self.text_width, self.text_length = text_width, text_length
+        self.caption_embedder = CaptionEmbedder(text_width, inner_size, hidden_size, draft=draft)
+        self.draft_gate = None
+        if draft is not None:
+            self.draft_gate = Linear(hidden_size, draft[0])
+            # The parent counts the draft's channels as extra ones; in a condition they do not come.
+            model.extra_channels -= draft[0]
+        model.register_buffer("null_tokens", torch.zeros(1, text_length, text_width))
+        model.register_buffer("null_mask", torch.zeros(1, text_length, dtype=torch.bool))
+        self._reset_captions()
+
+    @property
+    def null_text(self) -> dict[str, Tensor]:
+        """Features of the empty caption: "tokens" (1, L, text_width) and "mask" (1, L)."""
+        model = cast(DiT, self)
+        return {"tokens": model.get_buffer("null_tokens"), "mask": model.get_buffer("null_mask")}
+
+    def set_null_text(self, features: Mapping[str, Tensor]) -> None:
+        """Copies in the features of the empty caption. The state dict contains them."""
+        for name, stored in self.null_text.items():
+            stored.copy_(features[name])
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, those of the blocks as the parent does."""
+        cast(Any, super()).reset_parameters()
+        # The parent's constructor calls this before the caption's layers exist.
+        if hasattr(self, "caption_embedder"):
+            self._reset_captions()
+
+    @torch.no_grad()
+    def _reset_captions(self) -> None:
+        self.caption_embedder.reset_parameters()
+        if self.draft_gate is not None:
+            # At the start the draft itself is the prediction, at every timestep.
+            nn.init.zeros_(self.draft_gate.weight)
+            nn.init.ones_(self.draft_gate.bias)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, condition: Condition = None, *, hidden_after: int = 0
+    ) -> Any:
+        """Prediction for a noised input, as the parent's.
+
+        Args:
+            x: (B, C, [F,] h, w).
+            timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
+            condition: "tokens" (B, L, text_width) and "mask" (B, L), and with extra_channels "extra".
+            hidden_after: number of a block, counted from 1, whose output is wanted too; 0 wants none.
+
+        Returns:
+            (B, C, ...), or with learn_sigma (B, 2C, ...); with `hidden_after` a pair of it and the tokens.
+
+        Raises:
+            ValueError: a shape is wrong, or the caption is missing or has features of another width.
+        """
+        model = cast(DiT, self)
+        extra, text = split_extra(condition, model.extra_channels)
+        model._check_shape(x)
+        embedded, draft = self._read(text)
+        if timestep.shape != x.shape[:1]:
+            raise ValueError(
+                f"the model got timesteps of shape {tuple(timestep.shape)}, wanted ({x.shape[0]},)"
+            )
+        if draft is not None and draft.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"a model with a draft takes inputs of one size, {tuple(draft.shape[2:])}, got"
+                f" {tuple(x.shape[2:])}"
+            )
+        c = model.t_embedder(model._embedded_time(timestep)) + embedded
+        parts = [part.to(x.dtype) for part in (extra, draft) if part is not None]
+        given = {"modulation": c, "joined": torch.cat([x, *parts], dim=1)}
+        found = cast(Any, super()).forward(x, timestep, given, hidden_after=hidden_after)
+        if draft is None or self.draft_gate is None:
+            return found
+        prediction = found[0] if hidden_after else found
+        gate = self.draft_gate(F.silu(c)).view(*c.shape[:1], -1, *[1] * (x.ndim - 2))  # (B, C, 1, ...)
+        C = draft.shape[1]
+        prediction = torch.cat([prediction[:, :C] + gate * draft, prediction[:, C:]], dim=1)
+        return (prediction, found[1]) if hidden_after else prediction
+
+    def _prepared(self, x: Tensor, timestep: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What `forward` prepared: x with the draft and the extra channels, and what modulates, (B, D)."""
+        given = cast(Mapping[str, Tensor], condition)
+        return given["joined"], given["modulation"]
+
+    def _read(self, text: Condition) -> tuple[Tensor, Tensor | None]:
+        """The embedding of captions (B, D), and their drafts; ValueError if the captions do not fit."""
+        if not isinstance(text, Mapping) or text["tokens"].shape[2] != self.text_width:
+            got = f"width {text['tokens'].shape[2]}" if isinstance(text, Mapping) else "none"
+            raise ValueError(f"the model needs caption features of width {self.text_width}, got {got}")
+        # The features are float32; a training plugin may keep the weights in another type.
+        tokens = text["tokens"].to(self.caption_embedder.fc1.weight.dtype)
+        return cast(tuple[Tensor, Tensor | None], self.caption_embedder(tokens, text["mask"]))
+
+
+class TextDiT(ReadsCaptions, DiT):
+    """A DiT with a caption in place of a label.
+
+    The arguments that are not listed here mean the same as in `DiT`. The trainer drops captions, so there is
+    no dropout of its own.
+
+    Args:
+        text_width: width of the text encoder.
+        text_length: L, tokens of a caption after padding.
+        draft: make a draft of each caption. A model of x_0 learns captions much sooner with it. It has H
+            weights for each value of a sample, and takes inputs of one size.
+        text_hidden: H; None is hidden_size.
+
+    Raises:
+        ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
+    """
+
+    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as a DiT's does
+        self,
+        input_size: int,
+        patch_size: int,
+        *,
+        text_width: int,
+        text_length: int,
+        draft: bool = False,
+        text_hidden: int | None = None,
+        in_channels: int = 4,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
+    ) -> None:
+        _check_hidden(text_hidden)
+        super().__init__(
+            input_size,
+            patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=0,
+            learn_sigma=learn_sigma,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            extra_channels=extra_channels + (in_channels if draft else 0),
+            norm=norm,
+            qk_norm=qk_norm,
+            rope=rope,
+            perceptron=perceptron,
+        )
+        shape = (in_channels, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
+
+
+class TextLatte(ReadsCaptions, Latte):
+    """A Latte with a caption in place of a label.
+
+    The arguments that are not listed here mean the same as in `Latte` and `TextDiT`.
+
+    Args:
+        draft: make a draft of each caption. The model then takes clips of num_frames frames alone.
+
+    Raises:
+        ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
+    """
+
+    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as a Latte's does
+        self,
+        input_size: int,
+        patch_size: int,
+        *,
+        num_frames: int = 16,
+        text_width: int,
+        text_length: int,
+        draft: bool = False,
+        text_hidden: int | None = None,
+        in_channels: int = 4,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
+        attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        extra_channels: int = 0,
+        norm: str = "layer",
+        qk_norm: bool = False,
+        rope: bool = False,
+        perceptron: str = "gelu",
+    ) -> None:
+        _check_hidden(text_hidden)
+        super().__init__(
+            input_size,
+            patch_size,
+            num_frames=num_frames,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=0,
+            learn_sigma=learn_sigma,
+            attention=attention,
+            gradient_checkpointing=gradient_checkpointing,
+            extra_channels=extra_channels + (in_channels if draft else 0),
+            norm=norm,
+            qk_norm=qk_norm,
+            rope=rope,
+            perceptron=perceptron,
+        )
+        shape = (in_channels, num_frames, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
+
+    @property
+    def taken_frames(self) -> range:
+        """Numbers of frames that a clip may have."""
+        is_laid_out = self.caption_embedder.draft is not None
+        return range(self.num_frames if is_laid_out else 1, self.num_frames + 1)
+
+
+def _check_hidden(text_hidden: int | None) -> None:
+    if text_hidden is not None and text_hidden < 1:
+        raise ValueError(f"the model needs text_hidden >= 1, got {text_hidden}")
+
+
+MODELS.register_module(name="TextDiT", module=TextDiT)
+MODELS.register_module(name="TextLatte", module=TextLatte)
