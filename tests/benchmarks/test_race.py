@@ -273,9 +273,13 @@ class TestTrainings:
 
     def test_ours_goes_on_from_its_state_to_the_bit(self, load: Load, tmp_path: Path) -> None:
         data = load("image_sets").load_image_set("digits", 8)
-        net = load("race_training").Net(8, 1, 10, width=16, depth=1, num_heads=2, patch_size=4)
+        net = load("race_training").Net(8, 1, 10, width=16, depth=2, num_heads=2, patch_size=4)
         terms = load("race_training").Terms(batch_size=4, steps=10, ema_halflife=2.0)
-        row = {"diffusion": {"type": "RectifiedFlow", "policy": {"type": "uniform"}}}
+        row = {
+            "diffusion": {"type": "RectifiedFlow", "policy": {"type": "uniform"}},
+            "optimizer": {"type": "Muon"},
+            "alignment": {"type": "SRA", "layer": 1},
+        }
         x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])
 
         def shown(training: Any) -> torch.Tensor:
@@ -288,6 +292,10 @@ class TestTrainings:
             for _ in range(steps):
                 training.step()
         half.save(tmp_path)
+        # What only the training uses is told apart from the common model.
+        plain = load("race")._num_parameters(net)
+        assert half.num_parameters < plain
+        assert half.num_training_only > 0
         rest = load("race_ours").OurTraining(row, net, data, terms, tmp_path / "half")
         rest.load(tmp_path)
         # In between it is evaluated; that changes nothing.
