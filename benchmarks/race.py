@@ -44,7 +44,7 @@ from speedit_plugins.registry import nearest
 EMA_SHARE = 1 / 20
 # Steps of the trainings that are timed for --minutes; they make the first few.
 PROVISIONAL_STEPS = 10_000
-# Of --minutes: the rest is for what takes longer than it did when it was measured.
+# Share of --minutes that is planned: the rest is for what takes longer than it did when it was measured.
 PLANNED = 0.85
 
 

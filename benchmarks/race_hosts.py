@@ -221,7 +221,7 @@ class Teacher:
 
 
 def _denoise_from_noise(model: nn.Module, x: Tensor, timestep: Tensor, labels: Any) -> Tensor:
-    """Of a model whose time is 0 at noise and whose velocity leads to data."""
+    """For a model whose time is 0 at noise and whose velocity leads to data."""
     return -model(x, 1 - timestep / TIMESTEP_SCALE, labels)
 
 

@@ -143,21 +143,24 @@ class Runner:
         if self._training is None:
             start = time.perf_counter()
             self._training = self._built()
-            self._training.step()
+            with self._training.turn():
+                self._training.step()
             self._synchronize()
             self._setup += time.perf_counter() - start
             self.step += 1
             self._num_untimed += 1
         num_steps = mark - self.step
-        start, cpu = time.perf_counter(), time.process_time()
-        for _ in range(num_steps):
-            self._training.step()
-        self._synchronize()
+        with self._training.turn():
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(num_steps):
+                self._training.step()
+            self._synchronize()
+            taken, of_cpu = time.perf_counter() - start, time.process_time() - cpu
         if num_steps:
             # Steps that were not timed take as long as these.
             share = (num_steps + self._num_untimed) / num_steps
-            self.seconds += share * (time.perf_counter() - start)
-            self.cpu_seconds += share * (time.process_time() - cpu)
+            self.seconds += share * taken
+            self.cpu_seconds += share * of_cpu
             self._num_untimed = 0
         self.step = mark
 
@@ -242,7 +245,8 @@ def paces(entries: Sequence[Entry], device: str) -> dict[str, tuple[float, float
         times = [time.perf_counter()]
         training = entry.build()
         for _ in range(1 + PACED):
-            training.step()
+            with training.turn():
+                training.step()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter())

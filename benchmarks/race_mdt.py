@@ -21,7 +21,7 @@ from race_training import Batches, Denoiser, RandomState, Terms, build_process, 
 from torch import Tensor, nn
 
 MDT, ADAN = "sail-sg+MDT", "sail-sg+Adan"
-# Of scripts/image_train.py, and the mask ratio of the README.
+# The rate is that of scripts/image_train.py, the mask ratio that of the README.
 LR, MASK_RATIO = 3e-4, 0.3
 
 
@@ -52,10 +52,12 @@ class MdtTraining:
         with _imported(hosts) as package:
             self._loop = self._build_loop(package)
 
+    def turn(self) -> contextlib.AbstractContextManager[None]:
+        return self._random.used()
+
     def step(self) -> None:
         x, y = self._batches.at(self._loop.step)
-        with self._random.used():
-            self._loop.run_step(x, {"y": y})
+        self._loop.run_step(x, {"y": y})
         self._loop.step += 1
 
     def denoiser(self) -> Denoiser:
@@ -67,7 +69,7 @@ class MdtTraining:
         loop = self._loop
         state = {
             "model": self._model.state_dict(),
-            "averages": loop.ema_params,
+            "averages": [[value.detach() for value in average] for average in loop.ema_params],
             "optimizer": loop.opt.state_dict(),
             "step": loop.step,
             "random": self._random.values,
@@ -75,8 +77,7 @@ class MdtTraining:
         torch.save(state, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
-        # The file is our own, and numpy's random state is no tensor.
-        state = torch.load(folder / "state.pt", weights_only=False, map_location=self._terms.device)
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=self._terms.device)
         self._model.load_state_dict(state["model"])
         self._loop.ema_params, self._loop.step = state["averages"], state["step"]
         self._loop.opt.load_state_dict(state["optimizer"])

@@ -8,6 +8,7 @@ Dims: B samples, C channels, H x W pixels.
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.func import functional_call
 from speedit_plugins.registry import DATASETS, nearest
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.models import training_only
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.product_choice import choose_products
@@ -64,8 +66,13 @@ class OurTraining:
         self._trainer = build_trainer(config)
         choose_products(self._trainer.model, config, self._trainer.runtime)
         self.process = build.build_process(config, respaced=False)
-        self.num_parameters, self.num_training_only = count_parameters(self._trainer.model)
+        own, extra = count_parameters(self._trainer.model, f"{training_only.CHILD}.")
+        self.num_parameters, self.num_training_only = own, extra
         self._checkpoints = folder / CHECKPOINTS
+
+    def turn(self) -> AbstractContextManager[None]:
+        # The trainer seeds every step itself.
+        return nullcontext()
 
     def step(self) -> None:
         self._trainer.engine.model.train()
@@ -109,8 +116,8 @@ def own_config(net: Net, terms: Terms, folder: Path) -> dict[str, Any]:
         },
         "encoder": {"type": "Pixels", "channels": net.channels},
         "data": {"dataset": {"type": "RaceImages"}, "batch_size": terms.batch_size},
-        "optimizer": {"lr": LR * terms.lr_factor},
-        "ema": {"halflife_steps": terms.ema_halflife},
+        "optimizer": {"type": "AdamW", "lr": LR * terms.lr_factor},
+        "ema": {"type": "halflife", "halflife_steps": terms.ema_halflife},
         "max_training_steps": terms.steps,
         "keep_last": 2,
     }

@@ -26,10 +26,10 @@ class Run:
     def last(self) -> Lap:
         return self.laps[-1]
 
-    def until(self, level: float, space: str = "", *, cpu: bool = False) -> Reading:
-        """Seconds of training until the distance is at most `level`."""
-        seconds = [lap.cpu_seconds if cpu else lap.seconds for lap in self.laps]
-        return first_crossing(seconds, [lap.in_space(space) for lap in self.laps], level)
+    def until(self, level: float, space: str = "", *, clock: str = "seconds") -> Reading:
+        """Training until the distance is at most `level`, in seconds, cpu_seconds or step."""
+        times = [getattr(lap, clock) for lap in self.laps]
+        return first_crossing(times, [lap.in_space(space) for lap in self.laps], level)
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,16 @@ class Field:
             {name: run for name, run in found.items() if name not in names},
         )
 
-    def speed_ups(self, peer: str, name: str, space: str = "", *, cpu: bool = False) -> list[Reading]:
-        """The peer's seconds over ours to its own final distance, for each seed that both have."""
+    def speed_ups(self, peer: str, name: str, space: str = "", *, clock: str = "seconds") -> list[Reading]:
+        """The peer's time over ours to its own final distance, for each seed that both have.
+
+        The clock is as in `Run.until`.
+        """
         found = []
         for seed, run in self.peers[peer].items():
             if seed in self.ours[name]:
-                reached = self.ours[name][seed].until(run.last.in_space(space), space, cpu=cpu)
-                whole = run.last.cpu_seconds if cpu else run.last.seconds
-                found.append(Reading(whole / reached.value, REVERSED[reached.bound]))
+                reached = self.ours[name][seed].until(run.last.in_space(space), space, clock=clock)
+                found.append(Reading(getattr(run.last, clock) / reached.value, REVERSED[reached.bound]))
         return found
 
 
@@ -142,9 +144,11 @@ def targets(field: Field) -> str:
         name, ratio = max((fine or ratios).items(), key=lambda pair: pair[1].value)
         share = ratio.value / wanted
         verdict = f"met, {share:.2f} of it" if share >= 1 else f"missed, {share:.2f} of it"
+        in_steps = mean_of(field.speed_ups(peer, name, clock="step"))
+        parts = f"{in_steps} in steps, {ratio.value / in_steps.value:.2f} in seconds a step"
         end = f"{_mean_end(field.ours[name]):.3f} against {level:.3f} at the end"
         worse = "" if fine else "; all of ours end worse"
-        lines.append(f"- {peer}, {wanted:g} times: {verdict}. {name}: {ratio} times, {end}{worse}.")
+        lines.append(f"- {peer}, {wanted:g} times: {verdict}. {name}: {ratio} times ({parts}), {end}{worse}.")
     return "\n".join(lines)
 
 
@@ -162,7 +166,7 @@ def _cell(field: Field, peer: str, name: str, space: str) -> str:
     reached = [run.until(levels[seed], space) for seed, run in field.ours[name].items() if seed in levels]
     seconds = mean_of(reached)
     ratios = field.speed_ups(peer, name, space)
-    ratio, cpu = mean_of(ratios), mean_of(field.speed_ups(peer, name, space, cpu=True))
+    ratio, cpu = mean_of(ratios), mean_of(field.speed_ups(peer, name, space, clock="cpu_seconds"))
     spread = ""
     if len(ratios) > 1:
         values = [reading.value for reading in ratios]

@@ -4,7 +4,7 @@ Dims: B samples, C channels, H x W pixels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +78,10 @@ class Training(Protocol):
     num_training_only: int
     process: Process
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Entered around its steps: other contestants draw random numbers outside."""
+        ...
+
     def step(self) -> None:
         """Makes one step of the training, with everything that the contestant's own loop does."""
         ...
@@ -143,13 +147,16 @@ class RandomState:
     @staticmethod
     def _read() -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state()}
+        name, keys, *others = np.random.get_state()
+        numpy = {"name": name, "keys": torch.from_numpy(keys.astype(np.int64)), "others": others}
+        return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy}
 
     @staticmethod
     def set(values: dict[str, Any]) -> None:
         """Makes these the global states."""
         torch.set_rng_state(values["torch"])
-        np.random.set_state(values["numpy"])
+        numpy = values["numpy"]
+        np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), *numpy["others"]))
         if values["cuda"]:
             torch.cuda.set_rng_state_all(values["cuda"])
 
@@ -202,9 +209,12 @@ class ScriptTraining:
         own, extra = count_parameters(script.model, script.training_only)
         self.num_parameters, self.num_training_only = own, extra
 
+    def turn(self) -> AbstractContextManager[None]:
+        return self._random.used()
+
     def step(self) -> None:
         x, y = self._batches.at(self._step)
-        with self._random.used(), _around(self._script):
+        with _around(self._script):
             loss = self._script.loss(self._model, x, y)
             self._optimizer.zero_grad()
             loss.backward()
@@ -227,8 +237,7 @@ class ScriptTraining:
         torch.save({**state, "step": self._step, "random": self._random.values}, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
-        # The file is our own, and numpy's random state is no tensor.
-        state = torch.load(folder / "state.pt", weights_only=False, map_location=self._terms.device)
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=self._terms.device)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self._step, self._random.values = state["step"], on_cpu(state["random"])
@@ -252,9 +261,9 @@ def count_parameters(model: nn.Module, training_only: str = "") -> tuple[int, in
 
 
 def on_cpu(random: dict[str, Any]) -> dict[str, Any]:
-    """Random states as torch takes them back: on the CPU."""
-    cuda = [state.cpu() for state in random["cuda"]]
-    return {**random, "torch": random["torch"].cpu(), "cuda": cuda}
+    """Random states as torch and numpy take them back: on the CPU."""
+    numpy = {**random["numpy"], "keys": random["numpy"]["keys"].cpu()}
+    return {"torch": random["torch"].cpu(), "cuda": [state.cpu() for state in random["cuda"]], "numpy": numpy}
 
 
 @contextmanager

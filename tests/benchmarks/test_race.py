@@ -1,5 +1,6 @@
 """The race against peers' trainings: its clock, its lines, its arithmetic, and a small race."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,9 @@ class Clocked:
     def __init__(self, name: str, times: dict[str, float], turns: list[str]) -> None:
         self._name, self._times, self._turns = name, times, turns
         self._is_cold, self.count = True, 0
+
+    def turn(self) -> Any:
+        return contextlib.nullcontext()
 
     def step(self) -> None:
         self._times["now"] += 50 if self._is_cold else 2
@@ -172,9 +176,10 @@ class TestReport:
         assert [str(reading) for reading in field.speed_ups("SiT", "ours, slow")] == ["<=2.00"]
         text = report.report(laps)
         assert "| SiT | 80 | 1.000 | 20.0 s, 4.00 [4.00] | >=40.0 s, <=2.00 [<=2.00] |" in text
-        assert (
-            "- SiT, 3 times: met, 1.33 of it. ours, auto: 4.00 times, 0.500 against 1.000 at the end." in text
-        )
+        # 4 steps of 20 s against 3 of 6.67 s.
+        parts = "(1.33 in steps, 3.00 in seconds a step)"
+        verdict = f"met, 1.33 of it. ours, auto: 4.00 times {parts}, 0.500 against 1.000 at the end."
+        assert f"- SiT, 3 times: {verdict}" in text
         assert "- facebookresearch/DiT, 8 times: not raced." in text
 
     def test_seeds_are_compared_with_their_own(self, load: Load) -> None:
@@ -268,9 +273,13 @@ class TestTrainings:
 
     def test_ours_goes_on_from_its_state_to_the_bit(self, load: Load, tmp_path: Path) -> None:
         data = load("image_sets").load_image_set("digits", 8)
-        net = load("race_training").Net(8, 1, 10, width=16, depth=1, num_heads=2, patch_size=4)
+        net = load("race_training").Net(8, 1, 10, width=16, depth=2, num_heads=2, patch_size=4)
         terms = load("race_training").Terms(batch_size=4, steps=10, ema_halflife=2.0)
-        row = {"diffusion": {"type": "RectifiedFlow", "policy": {"type": "uniform"}}}
+        row = {
+            "diffusion": {"type": "RectifiedFlow", "policy": {"type": "uniform"}},
+            "optimizer": {"type": "Muon"},
+            "alignment": {"type": "SRA", "layer": 1},
+        }
         x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])
 
         def shown(training: Any) -> torch.Tensor:
@@ -283,6 +292,10 @@ class TestTrainings:
             for _ in range(steps):
                 training.step()
         half.save(tmp_path)
+        # What only the training uses is told apart from the common model.
+        plain = load("race")._num_parameters(net)
+        assert half.num_parameters < plain
+        assert half.num_training_only > 0
         rest = load("race_ours").OurTraining(row, net, data, terms, tmp_path / "half")
         rest.load(tmp_path)
         # In between it is evaluated; that changes nothing.

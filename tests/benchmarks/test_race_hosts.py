@@ -40,6 +40,11 @@ def peer_of(load: Load, name: str, hosts: Path) -> Any:
     return peer
 
 
+def step(contestant: Any) -> None:
+    with contestant.turn():
+        contestant.step()
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_goes_on_from_its_state_as_if_it_had_not_stopped(
     load: Load, hosts: Path, tmp_path: Path, eager: None, name: str
@@ -59,14 +64,13 @@ def test_a_peer_goes_on_from_its_state_as_if_it_had_not_stopped(
     whole, half, rest = (peer.train(hosts, net, digits, terms) for _ in range(3))
     first = shown(whole)
     # In turns: neither draws the other's random numbers.
-    for _ in range(2):
-        whole.step()
-        half.step()
+    for contestant in (whole, half, whole, half):
+        step(contestant)
         torch.rand(1)
     half.save(tmp_path)
-    whole.step()
+    step(whole)
     rest.load(tmp_path)
-    rest.step()
+    step(rest)
     assert torch.equal(shown(rest), shown(whole))
     assert not torch.equal(first, shown(whole))
     channels = 1 if whole.process.prediction_type == "flow" else 2
