@@ -2,9 +2,9 @@
 
     python benchmarks/alignment_cost.py
 
-The model is a DiT of 4 blocks of width 128 on 64 tokens, the batch 16 digits, the process one CPU thread. For
-each alignment the ratio of its step to the plain step before it is taken, `ROUNDS` times; the median is printed,
-with the quartiles.
+The model is a DiT of 4 blocks of width 128 on 64 tokens, the batch 16 digits, the process one CPU thread.
+Each alignment's step is divided by the plain step before it, `ROUNDS` times. The median is printed with the
+quartiles.
 """
 
 import statistics
