@@ -148,7 +148,7 @@ def cache(
         batch_size: images encoded at once; the last bits of a latent may depend on it.
         dtype: dtype of the latents, a key of DTYPES.
         flip: encode the mirrored images too.
-        network: a teacher whose features are written too.
+        network: its features are written too.
 
     Raises:
         ValueError: the samples are not images of one size, an image is damaged, latents are not finite in
@@ -159,8 +159,8 @@ def cache(
     _check_cacheable(dataset, config)
     device = build_device(config)
     encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
-    own = {"scaled": True, "dtype": dtype, "flip": flip, "shard_size": shard_size}
-    made_from = _choices(config, dataset, encoder) | own | teacher_facts(network)
+    own = {"dtype": dtype, "flip": flip, "shard_size": shard_size, **teacher_facts(network)}
+    made_from = _choices(config, dataset, encoder) | own
     max_captions = getattr(dataset, "max_captions", 1)
     if captions is not None:
         null_text = null_text_file(folder, captions.encode([""]))
@@ -172,13 +172,12 @@ def cache(
         print(note)
     if captions is not None:
         _write_unless_there(folder / NULL_TEXT, null_text)
-    first = index.num_done
-    cuts = _cuts(first, len(dataset), shard_size=shard_size, batch_size=batch_size)
+    cuts = _cuts(index.num_done, len(dataset), shard_size=shard_size, batch_size=batch_size)
     batches = _batches(dataset, [rows for shard in cuts for rows in shard], config.data.num_workers)
     started = time.perf_counter()
-    with progress("caching", total=len(dataset), initial=first, unit="image") as bar:
+    with progress("caching", total=len(dataset), initial=index.num_done, unit="image") as bar:
         for shard in cuts:
-            parts = []
+            parts: list[dict[str, Tensor]] = []
             for rows in shard:
                 batch = next(batches)
                 images = batch["image"].to(device)
@@ -189,7 +188,7 @@ def cache(
                 _check_finite(parts[-1], rows, dtype)
                 bar.update(len(rows))
             index = append_shard(folder, index, _joined(parts))
-    return Caching(index, len(dataset) - first, time.perf_counter() - started)
+    return Caching(index, sum(len(rows) for shard in cuts for rows in shard), time.perf_counter() - started)
 
 
 def _check_cacheable(dataset: SampleSource, config: ExperimentConfig) -> None:
@@ -213,6 +212,7 @@ def _choices(config: ExperimentConfig, dataset: SampleSource, encoder: Encoder) 
         "class_cond": config.num_classes > 0,
         "encoder_fingerprint": encoder.fingerprint(),
         "num_classes": dataset.num_classes,
+        "scaled": True,
         **({CLASSES: list(classes)} if classes else {}),
         **identity_of(dataset),
     }
