@@ -148,7 +148,7 @@ def cache(
         batch_size: images encoded at once; the last bits of a latent may depend on it.
         dtype: dtype of the latents, a key of DTYPES.
         flip: encode the mirrored images too.
-        network: a teacher whose features are written too.
+        network: its features are written too.
 
     Raises:
         ValueError: the samples are not images of one size, an image is damaged, latents are not finite in
@@ -159,45 +159,36 @@ def cache(
     _check_cacheable(dataset, config)
     device = build_device(config)
     encoder, captions = build_encoder(config, device), build_captions(config, dataset, device)
-    made_from = {
-        **_choices(config),
-        "encoder_fingerprint": encoder.fingerprint(),
-        "num_classes": dataset.num_classes,
-        "scaled": True,
-        "dtype": dtype,
-        "flip": flip,
-        "shard_size": shard_size,
-    }
+    own = {"dtype": dtype, "flip": flip, "shard_size": shard_size, **teacher_facts(network)}
+    made_from = _choices(config, dataset, encoder) | own
     max_captions = getattr(dataset, "max_captions", 1)
     if captions is not None:
         null_text = null_text_file(folder, captions.encode([""]))
         made_from["null_text_sha256"] = hashlib.sha256(null_text).hexdigest()
         if max_captions > 1:
             made_from["max_captions"] = max_captions
-    if classes := getattr(dataset, "classes", ()):
-        made_from[CLASSES] = list(classes)
-    made_from |= identity_of(dataset) | teacher_facts(network)
     index = start_or_resume(folder, made_from=made_from, num_samples=len(dataset))
     for note in check_same_source(folder, index.made_from, dataset):
         print(note)
     if captions is not None:
         _write_unless_there(folder / NULL_TEXT, null_text)
-    first = index.num_done
-    cuts = _cuts(first, len(dataset), shard_size=shard_size, batch_size=batch_size)
+    cuts = _cuts(index.num_done, len(dataset), shard_size=shard_size, batch_size=batch_size)
     batches = _batches(dataset, [rows for shard in cuts for rows in shard], config.data.num_workers)
     started = time.perf_counter()
-    with progress("caching", total=len(dataset), initial=first, unit="image") as bar:
+    with progress("caching", total=len(dataset), initial=index.num_done, unit="image") as bar:
         for shard in cuts:
-            parts = []
+            parts: list[dict[str, Tensor]] = []
             for rows in shard:
                 batch = next(batches)
-                latents = _encoded(encoder, batch, device, flip=flip, dtype=DTYPES[dtype])
-                latents |= stored_features(network, batch["image"].to(device), flip=flip)
-                parts.append({**latents, **_text(captions, batch, max_captions, DTYPES[dtype])})
+                images = batch["image"].to(device)
+                part = _encoded(encoder, images, flip=flip, dtype=DTYPES[dtype])
+                part |= {"label": batch["label"]} if "label" in batch else {}
+                part |= stored_features(network, images, flip=flip)
+                parts.append(part | _text(captions, batch, max_captions, DTYPES[dtype]))
                 _check_finite(parts[-1], rows, dtype)
                 bar.update(len(rows))
             index = append_shard(folder, index, _joined(parts))
-    return Caching(index, len(dataset) - first, time.perf_counter() - started)
+    return Caching(index, sum(len(rows) for shard in cuts for rows in shard), time.perf_counter() - started)
 
 
 def _check_cacheable(dataset: SampleSource, config: ExperimentConfig) -> None:
@@ -209,15 +200,21 @@ def _check_cacheable(dataset: SampleSource, config: ExperimentConfig) -> None:
         )
 
 
-def _choices(config: ExperimentConfig) -> dict[str, Any]:
-    """The config values that decide the latents; random flips do not, as images are encoded without."""
-    dataset = {key: value for key, value in config.data.dataset.items() if key != "random_flip"}
+def _choices(config: ExperimentConfig, dataset: SampleSource, encoder: Encoder) -> dict[str, Any]:
+    """What decides the latents; random flips do not, as images are encoded without."""
+    options = {key: value for key, value in config.data.dataset.items() if key != "random_flip"}
+    classes = getattr(dataset, "classes", ())
     return {
         "encoder": config.encoder,
         "text_encoder": config.text_encoder,
-        "dataset": dataset,
+        "dataset": options,
         "image_size": config.image_size,
         "class_cond": config.num_classes > 0,
+        "encoder_fingerprint": encoder.fingerprint(),
+        "num_classes": dataset.num_classes,
+        "scaled": True,
+        **({CLASSES: list(classes)} if classes else {}),
+        **identity_of(dataset),
     }
 
 
@@ -289,16 +286,12 @@ def _leave_interrupt_to_parent(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _encoded(
-    encoder: Encoder, batch: Mapping[str, Tensor], device: torch.device, *, flip: bool, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Latents (B, C, h, w) of the images, with `flip` also of the mirrored ones, and labels (B,) if any."""
-    images = batch["image"].to(device)
+def _encoded(encoder: Encoder, images: Tensor, *, flip: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Latents (B, C, h, w) of the images, with `flip` also of the mirrored ones."""
     tensors = dict(zip(LATENTS, encoder.posterior(images), strict=True))
     if flip:
         tensors |= zip(FLIPPED, encoder.posterior(images.flip(-1)), strict=True)
-    latents = {name: tensor.to(dtype).cpu() for name, tensor in tensors.items()}
-    return {**latents, **({"label": batch["label"]} if "label" in batch else {})}
+    return {name: tensor.to(dtype).cpu() for name, tensor in tensors.items()}
 
 
 def _text(
