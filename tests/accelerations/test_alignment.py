@@ -225,13 +225,6 @@ def test_a_block_beyond_the_models_last_is_told(tmp_path: Path) -> None:
             small_trainer(tmp_path, alignment=text)
 
 
-def test_a_checkpoint_of_another_alignment_is_told(tmp_path: Path) -> None:
-    small_trainer(tmp_path, max_training_steps=1).fit(SilentTracker(), StopRequest())
-    aligned = small_trainer(tmp_path, max_training_steps=2, alignment=section())
-    with pytest.raises(ValueError, match=r"alignment\.type was 'none', got 'REPA'"):
-        aligned.restore(tmp_path / "checkpoints" / "step_0000001")
-
-
 @pytest.fixture(scope="module")
 def repa() -> Iterator[ModuleType]:
     """`loss.py` of sihyun-yu/REPA."""
