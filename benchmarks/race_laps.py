@@ -1,7 +1,7 @@
 """The loop of benchmarks/race.py: contestants take turns, and each evaluation is a line of a results file.
 
-Seconds are of training alone: evaluations, checkpoints and the first step of each process, which compiles and
-allocates, do not count. The first step is replaced by the mean of the steps after it.
+Seconds are of training alone: evaluations, checkpoints and the first step of each process (it compiles and
+allocates) do not count. The first step is replaced by the mean of the steps after it.
 """
 
 import shutil

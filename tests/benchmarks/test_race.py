@@ -172,9 +172,8 @@ class TestReport:
         field = report.Field.of(laps)
         (reading,) = field.speed_ups("SiT", "ours, auto")
         assert (reading.value, reading.bound) == (pytest.approx(4.0), "")
-        # Never there: at most 80 / 40.
-        assert [str(reading) for reading in field.speed_ups("SiT", "ours, slow")] == ["<=2.00"]
         text = report.report(laps)
+        # The slow one was never there: at most 80 / 40.
         assert "| SiT | 80 | 1.000 | 20.0 s, 4.00 [4.00] | >=40.0 s, <=2.00 [<=2.00] |" in text
         # 4 steps of 20 s against 3 of 6.67 s.
         parts = "(1.33 in steps, 3.00 in seconds a step)"
