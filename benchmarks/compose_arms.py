@@ -38,7 +38,8 @@ class Acceleration:
     until_key: tuple[str, ...] = ()
 
 
-_REPA = {"type": "REPA", "teacher": "embedded", "layer": 2, "weight": 0.5}
+# The release's projector is 2048 wide, for models of 1152: as wide here, it would be larger than the model.
+_REPA = {"type": "REPA", "teacher": "embedded", "layer": 2, "weight": 0.5, "projector_width": 2 * WIDTH}
 ACCELERATIONS: Mapping[str, Acceleration] = {
     "contrastive": Acceleration({"contrastive": {"weight": 0.05}}),
     "muon": Acceleration({"optimizer": {"type": "Muon"}}),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from compose_judges import Judge
+from compose_teacher import TeacherFeatures, teacher_features
 from flow_sets import VENDORS, emoji, fashion
 from flow_spaces import NETWORK_SIDE, Space, of_images, of_network
 from small_autoencoder import load_autoencoder
@@ -21,6 +22,7 @@ from training_steps import GivenLatents
 
 from speedit_plugins.registry import DATASETS, nearest
 from speedit_plugins.trainer.data.identity import identify
+from speedit_plugins.trainer.data.latents.cache import FEATURES
 from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import EfficientNetLite0
 
@@ -44,6 +46,7 @@ class ComposeSet:
         encoder: section of the config.
         build_spaces: makes `spaces` when they are first wanted.
         decode: from what the model makes to images in [-1, 1].
+        teacher_file: where the features of REPA's teacher are kept.
     """
 
     images: Tensor
@@ -53,11 +56,19 @@ class ComposeSet:
     encoder: Mapping[str, Any]
     build_spaces: Callable[[], Mapping[str, Space]]
     decode: Callable[[Tensor], Tensor] = lambda images: images
+    teacher_file: Path | None = None
 
     @cached_property
     def spaces(self) -> Mapping[str, Space]:
         """Name -> feature space of images."""
         return self.build_spaces()
+
+    @cached_property
+    def features(self) -> TeacherFeatures:
+        """Of REPA's teacher, for every image; ValueError without a file to keep them in."""
+        if self.teacher_file is None:
+            raise ValueError("the data set has no teacher_file, wanted one")
+        return teacher_features(self.teacher_file, self.images, self.decode)
 
     @property
     def is_pixels(self) -> bool:
@@ -75,13 +86,17 @@ class GivenTensors:
 
     Args:
         name: of a set.
+        teacher: also give the features of REPA's teacher.
     """
 
     given: Mapping[str, ComposeSet] = {}
 
-    def __init__(self, *, name: str) -> None:
+    def __init__(self, *, name: str, teacher: bool = False) -> None:
         self._name, data = name, self.given[name]
         self._images, self._labels, self.num_classes = data.images, data.labels, data.num_classes
+        self._maps: Tensor | None = None
+        if teacher:
+            self._maps, self.teacher_fingerprint = data.features.maps, data.features.fingerprint
 
     def __len__(self) -> int:
         return len(self._images)
@@ -91,9 +106,13 @@ class GivenTensors:
         return identify(contents=[self._name])
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """One sample: "image" float32 (C, H, W), and "label" if there are labels."""
+        """One sample: "image" float32 (C, H, W), "label" if there are labels, and a teacher's "features"."""
         sample: dict[str, Any] = {"image": self._images[index].clone()}
-        return sample if self._labels is None else {**sample, "label": int(self._labels[index])}
+        if self._labels is not None:
+            sample["label"] = int(self._labels[index])
+        if self._maps is not None:
+            sample[FEATURES] = self._maps[index].float()
+        return sample
 
 
 def give(name: str, data: ComposeSet) -> ComposeSet:
@@ -117,7 +136,15 @@ def spread(values: Tensor) -> Tensor:
 
 def _emoji(folder: Path) -> ComposeSet:
     images = emoji(folder, "twitter", SIDE)
-    return ComposeSet(images, None, 0, 4, {"type": "Pixels", "channels": 3}, partial(_emoji_spaces, folder))
+    return ComposeSet(
+        images,
+        None,
+        0,
+        4,
+        {"type": "Pixels", "channels": 3},
+        partial(_emoji_spaces, folder),
+        teacher_file=folder / "teacher_emoji_32.safetensors",
+    )
 
 
 def _fashion(folder: Path) -> ComposeSet:
@@ -130,7 +157,8 @@ def _fashion(folder: Path) -> ComposeSet:
         return _with_usual(judge)
 
     encoder = {"type": "Pixels", "channels": 1}
-    return ComposeSet(data.images, labels, data.num_classes, 4, encoder, spaces)
+    kept = folder / "teacher_fashion_32.safetensors"
+    return ComposeSet(data.images, labels, data.num_classes, 4, encoder, spaces, teacher_file=kept)
 
 
 def _latents(folder: Path) -> ComposeSet:
@@ -139,7 +167,8 @@ def _latents(folder: Path) -> ComposeSet:
     images = torch.cat([emoji(folder, vendor, SIDE) for vendor in VENDORS])
 
     latents, encoder = autoencoder.encode(images), {"type": GivenLatents.__name__}
-    return ComposeSet(latents, None, 0, 1, encoder, partial(_emoji_spaces, folder), autoencoder.decode)
+    spaces, kept = partial(_emoji_spaces, folder), folder / "teacher_latents.safetensors"
+    return ComposeSet(latents, None, 0, 1, encoder, spaces, autoencoder.decode, kept)
 
 
 def _emoji_spaces(folder: Path) -> dict[str, Space]:

@@ -131,7 +131,7 @@ def _plain(name: str) -> str:
 
 
 def _num_parameters(net: Net) -> int:
-    """Parameters of DiT, which are ours too."""
+    """Parameters of DiT, and so of ours."""
     from speedit_plugins.trainer.models.dit import DiT
 
     model = DiT(

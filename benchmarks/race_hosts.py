@@ -84,7 +84,7 @@ def _of_script(
 
 
 def _dit_script(host: Host, checkout: Path, net: Net, device: str) -> Script:
-    """DiT's loop, and fast-DiT's and SpeeD's, which differ in model, draw and weights."""
+    """DiT's loop. Those of fast-DiT and SpeeD differ in model, draw and weights."""
     parts = host.build(checkout, "DiT", model_options(net))
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def adamw(**options: Any) -> Callable[..., torch.optim.Optimizer]:
 
 
 def model_options(net: Net) -> dict[str, Any]:
-    """Arguments of a peer's model class, which all descend from DiT's."""
+    """Arguments of a peer's model class: all of them descend from DiT's."""
     return {
         "input_size": net.image_size,
         "patch_size": net.patch_size,

@@ -1,7 +1,7 @@
 """The loop of benchmarks/race.py: contestants take turns, and each evaluation is a line of a results file.
 
-Seconds are of training alone: evaluations, checkpoints and the first step of each process, which compiles and
-allocates, do not count. The first step is replaced by the mean of the steps after it.
+Seconds are of training alone: evaluations, checkpoints, and the first step of each process and after each
+evaluation (it compiles and allocates) do not count. Such a step counts as the mean of the steps after it.
 """
 
 import shutil
@@ -126,6 +126,7 @@ class Runner:
         self._setup = 0.0 if self._last is None else self._last.setup_seconds
         self._training: Training | None = None
         self._num_untimed = 0
+        self._is_cold = False
 
     @property
     def _key(self) -> tuple[str, int]:
@@ -149,6 +150,12 @@ class Runner:
             self._setup += time.perf_counter() - start
             self.step += 1
             self._num_untimed += 1
+        elif self._is_cold and mark - self.step > 1:
+            with self._training.turn():
+                self._training.step()
+            self.step += 1
+            self._num_untimed += 1
+        self._is_cold = False
         num_steps = mark - self.step
         with self._training.turn():
             start, cpu = time.perf_counter(), time.process_time()
@@ -185,6 +192,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         self._training.save(folder)
         append(results_file(self._out), lap)
+        self._is_cold = True
         # Only now: a run that is killed before goes on from the earlier state.
         for other in self._states.iterdir():
             if other.name.isdigit() and int(other.name) != self.step:

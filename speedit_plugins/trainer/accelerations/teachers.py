@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.latents.cache import FEATURES, FLIPPED_FEATURES, LatentCache
+from speedit_plugins.trainer.data.latents.cache import FEATURES, FLIPPED_FEATURES
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.evaluation.networks import EfficientNetLite0
 from speedit_plugins.trainer.models.lora import fingerprint
@@ -97,7 +97,9 @@ def build_network(
 def build_teacher(
     config: ExperimentConfig, dataset: SampleSource, device: torch.device
 ) -> Teacher | CachedTeacher | None:
-    """REPA's teacher; None for a config without. A dataset with features is compared with it.
+    """REPA's teacher; None for a config without.
+
+    A dataset with features has the attribute `teacher_fingerprint`, which is compared with the teacher's.
 
     Raises:
         ValueError: there is no such network, or the features are another network's.
@@ -108,12 +110,12 @@ def build_teacher(
     network = build_network(
         options.teacher, size=options.teacher_size, allow_download=config.allow_download, device=device
     )
-    if not isinstance(dataset, LatentCache):
+    if not hasattr(dataset, "teacher_fingerprint"):
         return Teacher(network)
     if dataset.teacher_fingerprint != network.fingerprint():
         raise ValueError(
-            f"data.dataset: the features in {dataset.folder} were made by another teacher than"
-            f" alignment.teacher {options.teacher} at this size; wanted that one, or a new cache"
+            f"data.dataset: the features in {getattr(dataset, 'folder', 'it')} were made by another"
+            f" teacher than alignment.teacher {options.teacher} at this size; wanted that one, or a new cache"
         )
     return CachedTeacher(network.width)
 

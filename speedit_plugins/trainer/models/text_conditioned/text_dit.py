@@ -53,7 +53,7 @@ class CaptionEmbedder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the weights anew: N(0, 0.02^2) before the modulation, as in a DiT, else Xavier-uniform."""
+        """Draws the weights anew: N(0, 0.02^2) before the modulation, as a DiT's, else Xavier-uniform."""
         for layer in (self.fc1, self.fc2, self.draft):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
