@@ -203,7 +203,6 @@ def test_videos_and_captions(tmp_path: Path, kind: str, type_: str) -> None:
         ({"alignment": "{type: SRA, teacher: embedded}"}, r"alignment\.teacher.*no effect.*SRA; wanted null"),
         ({"alignment": "{type: SRA, layer: 2, teacher_layer: 2}"}, r"a block after alignment\.layer 2"),
         ({"alignment": section(until=20)}, r"alignment\.until.*max_training_steps 20, got 20"),
-        ({"alignment": "{type: SRA}", "model__type": "MDTv2"}, r"alignment\.type.*SRA cannot cut MDT"),
         ({"alignment": section(), "plugin": "gemini"}, r"plugin.*alignment\.type REPA; wanted ddp"),
         (
             {"alignment": "{type: SRA, layer: 1}", "lora__rank": 1, "pretrained": "x"},
