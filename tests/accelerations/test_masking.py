@@ -256,7 +256,8 @@ def test_a_model_that_does_not_fit_says_what_is_wanted(
 def test_a_model_of_one_size_refuses_other_sides(tmp_path: Path) -> None:
     folder = f"{{type: ImageFolder, root: {tmp_path}, image_size: 8, buckets: [[8, 8], [8, 4]]}}"
     with pytest.raises(
-        ValueError, match=r"data\.dataset\.buckets\[1\] \[8, 4\] needs 8 x 8, got 8 x 4: MDTv2 learns"
+        ValueError,
+        match=r"data\.dataset\.buckets\[1\] \[8, 4\] needs 8 x 8, got 8 x 4: this MDTv2 takes one size",
     ):
         build_model(small_config(tmp_path, **MASKED, data__dataset=folder))
 
