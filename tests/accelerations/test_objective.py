@@ -111,3 +111,60 @@ def test_a_config_without_accelerations_builds_none(tmp_path: Path) -> None:
 def test_a_batch_of_one_has_no_other_sample(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"contrastive\.weight.*two samples.*batch_size 1"):
         small_config(tmp_path, contrastive__weight=0.05, data__batch_size=1)
+
+
+def test_a_rank_with_one_sample_has_no_other_sample(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, contrastive__weight=0.05)
+    # What each of two ranks gets of a batch of two.
+    batch = {name: values[:1] for name, values in next(trainer.loader).items()}
+    given = trainer.inputs.encode(batch, [torch.Generator()])
+    with pytest.raises(ValueError, match=r"contrastive\.weight needs two samples on each rank"):
+        trainer.objective.losses(given, trainer.policy.draw(1))
+
+
+def test_a_run_resumes_with_the_layers_that_it_was_saved_with(tmp_path: Path) -> None:
+    sra = "{type: SRA, layer: 1, teacher_layer: 3}"
+    small = {"model__depth": 3, "max_training_steps": 1}
+    for name, changes in (("plain", {}), ("aligned", {"alignment": sra, "uncertainty": "true"})):
+        fit(small_trainer(tmp_path / name, **small, **changes))
+    for name, changes, message in (
+        ("plain", {"uncertainty": "true"}, "uncertainty was False, got True"),
+        (
+            "plain",
+            {"alignment": "{type: REPA, teacher: embedded, layer: 1}"},
+            r"alignment\.type was 'none', got 'REPA'",
+        ),
+        ("aligned", {"uncertainty": "true"}, r"alignment\.type was 'SRA', got 'none'"),
+        ("aligned", {"alignment": sra}, "uncertainty was True, got False"),
+        (
+            "aligned",
+            {"alignment": "{type: SRA, layer: 1}", "uncertainty": "true"},
+            r"alignment\.teacher_layer was 3, got 2",
+        ),
+    ):
+        resumed = small_trainer(tmp_path / name, **small, **changes)
+        with pytest.raises(ValueError, match=message):
+            resumed.restore(tmp_path / name / "checkpoints" / "step_0000001")
+
+
+def test_a_batch_that_is_not_finite_is_skipped_with_every_acceleration(tmp_path: Path) -> None:
+    trainer = small_trainer(
+        tmp_path,
+        noise_assignment="class",
+        contrastive__weight=0.05,
+        uncertainty="true",
+        routing="{from: 0, to: 0, keep: 0.5}",
+        alignment="{type: SRA, layer: 1, decay: 0.5}",
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    kept = {name: value.clone() for name, value in trainer.objective.state_dict()["SelfAlignment"].items()}
+    encode = trainer.inputs.encoder.encode
+    trainer.inputs.encoder.encode = lambda *given: encode(*given) * float("nan")
+    trainer.engine.model.train()
+    result, _ = trainer.optimizer_step()
+    assert result.is_skipped
+    assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+    assert_close(trainer.objective.state_dict()["SelfAlignment"], kept, rtol=0, atol=0)
+    trainer.inputs.encoder.encode = encode
+    result, _ = trainer.optimizer_step()
+    assert not result.is_skipped

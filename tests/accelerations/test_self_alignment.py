@@ -3,6 +3,7 @@
 Dims: `B` samples.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 from runs import small_trainer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.accelerations.alignment import alignment
 from speedit_plugins.trainer.accelerations.self_alignment import SelfAlignment, less_noised
 from speedit_plugins.trainer.logging.tracking import SilentTracker
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.interface import cut_blocks, input_shape
+from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.mdt import MDT, MDTv2
 from speedit_plugins.trainer.models.training_only import layers_of
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.trainer import Trainer
@@ -118,3 +123,27 @@ def test_the_teacher_ends_at_its_last_block(tmp_path: Path) -> None:
     kept = sra(trainer).state_dict()
     assert {name.split(".")[1] for name in kept if name.startswith("blocks.")} == {"0", "1"}
     assert len(trainer.model.blocks) == 4
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DiT(8, 2, hidden_size=16, depth=4, num_heads=2, num_classes=0),
+        Latte(8, 2, num_frames=2, hidden_size=16, depth=4, num_heads=2),
+        MDT(8, 2, hidden_size=16, depth=4, num_heads=2, num_classes=0, decode_layer=2),
+        MDTv2(8, 2, hidden_size=16, depth=4, num_heads=2, num_classes=0, decode_layer=2),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_model_without_its_last_blocks_has_the_tokens_of_the_whole(model: nn.Module, depth: int) -> None:
+    model.eval()
+    for parameter in model.parameters():
+        # So that no block is the identity.
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, *input_shape(model), generator=torch.Generator().manual_seed(1))
+    part = copy.deepcopy(model)
+    cut_blocks(part, depth)
+    _, wanted = model(x, torch.tensor([3.0, 700.0]), hidden_after=depth)
+    _, found = part(x, torch.tensor([3.0, 700.0]), hidden_after=depth)
+    assert_close(found, wanted, rtol=0, atol=0)

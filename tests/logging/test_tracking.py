@@ -65,6 +65,18 @@ def test_means_and_bins_are_those_of_the_samples_and_a_summary_starts_anew() -> 
     assert all(math.isnan(nothing[key]) for key in ("loss", "mse", "vb", "uniform_mse"))
 
 
+def test_the_alignment_is_the_mean_of_the_samples_that_have_one() -> None:
+    # An alignment that ends between two summaries: the second batch has none.
+    policy = build_policy("uniform", NoiseSchedule.linear(100))
+    seen = window(policy, 2)
+    draw = TimestepDraw(torch.tensor([0, 9]), torch.tensor([0.0, 0.09]), torch.ones(2))
+    for alignment in (torch.tensor([0.25, 0.75]), None):
+        seen.add(draw, LossTerms(torch.ones(2), torch.ones(2), torch.zeros(2), alignment))
+    assert seen.summary()["alignment"] == 0.5
+    seen.add(draw, terms_of(draw, torch.ones(2)))
+    assert "alignment" not in seen.summary()
+
+
 def test_the_loss_of_a_range_of_timesteps_has_its_mean_and_standard_deviation() -> None:
     policy = build_policy("uniform", NoiseSchedule.linear(100))
     seen = window(policy, 4)

@@ -64,10 +64,8 @@ class Alignment(Acceleration):
             nothing = torch.stack([parameter.sum() for parameter in self._projector.parameters()]).sum()
             return replace(terms, loss=terms.loss + 0.0 * nothing.to(terms.loss.dtype))
         target = self.target(outcome)  # (B, [F,] N, Z)
-        # The weights are of another type than the tokens if a plugin casts the model.
-        dtype = next(self._projector.parameters()).dtype
         with self._autocast():
-            tokens = self._projector(cast(Tensor, outcome.hidden).to(dtype))  # (B, [F,] N, Z)
+            tokens = self._projected(outcome.hidden)  # (B, [F,] N, Z)
         if tokens.shape != target.shape:
             raise ValueError(
                 f"alignment got tokens of shape {tuple(tokens.shape)} and features of {tuple(target.shape)};"
@@ -75,6 +73,15 @@ class Alignment(Acceleration):
             )
         similarity = alignment(tokens, target)
         return replace(terms, loss=terms.loss - self._weight * similarity, alignment=similarity)
+
+    def rehearse(self, predict: Callable[..., Any], x_t: Tensor, hidden: Tensor | None) -> None:
+        self._projected(hidden)
+
+    def _projected(self, hidden: Tensor | None) -> Tensor:
+        # The weights are of another type than the tokens if a plugin casts the model.
+        return cast(
+            Tensor, self._projector(cast(Tensor, hidden).to(next(self._projector.parameters()).dtype))
+        )
 
     @abstractmethod
     def target(self, outcome: Outcome) -> Tensor:

@@ -71,7 +71,7 @@ def _alignment(
     """
     options = config.alignment
     depth = len(token_blocks(model))
-    last = options.layer if options.type == "REPA" else options.teacher_layer or 2 * options.layer
+    last = options.last_block
     if not depth:
         raise ValueError(
             f"alignment.type: the model {config.model['type']} gives no tokens of its blocks; wanted DiT,"

@@ -26,6 +26,15 @@ class ContrastiveFlow(Acceleration):
         self._process, self._weight = process, weight
 
     def terms(self, outcome: Outcome, terms: LossTerms) -> LossTerms:
+        """The losses less those to the next sample's target.
+
+        Raises:
+            ValueError: the rank has a single sample.
+        """
+        if len(terms.loss) < 2:
+            raise ValueError(
+                "contrastive.weight needs two samples on each rank, got data.batch_size 1 for each process"
+            )
         mean = self._process.compared(outcome.prediction, outcome.noised)
         # The loader shuffles, so the next sample is a random other one.
         other = outcome.noised.target.roll(1, dims=0)

@@ -3,7 +3,9 @@
 Dims: `B` samples, `N` tokens, `K` kept tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,9 @@ class Masking(Acceleration):
         kept = draw_kept(len(x), self._num_tokens, share, device=x.device)
         masked = self._process.loss(outcome.predict(kept=kept), outcome.noised, outcome.draw)
         return replace(terms, loss=terms.loss + masked.loss)
+
+    def rehearse(self, predict: Callable[..., Any], x_t: Tensor, hidden: Tensor | None) -> None:
+        predict(kept=draw_kept(len(x_t), self._num_tokens, self._ratio, device=x_t.device))
 
 
 def num_kept(num_tokens: int, share: float) -> int:

@@ -64,7 +64,9 @@ def assignment(x_0: Tensor, noise: Tensor, group: Tensor | None = None) -> Tenso
         The permutation with the smallest sum of |x_0 - noise|^2 among those that are allowed.
     """
     # |x - e|^2 = |x|^2 - 2 x e + |e|^2, and the squares have the same sum for every permutation.
-    products = (x_0.flatten(1).float() @ noise.flatten(1).float().T).cpu()  # (B, B)
+    products = x_0.flatten(1).float() @ noise.flatten(1).float().T  # (B, B)
+    # A sample that is not finite may get any noise: its loss makes all ranks skip the step.
+    products = products.nan_to_num().cpu()
     groups = torch.zeros(len(x_0)) if group is None else group.cpu()
     found = torch.empty(len(x_0), dtype=torch.int64)
     for value in sorted(set(groups.tolist())):

@@ -62,6 +62,15 @@ class Acceleration:
         """The losses of the batch, made from those of the process and the accelerations before this one."""
         return terms
 
+    def rehearse(self, predict: Callable[..., Any], x_t: Tensor, hidden: Tensor | None) -> None:
+        """Runs what `terms` runs with gradients beside the first pass, so that its memory can be counted.
+
+        Args:
+            predict: calls the model on x_t, with keyword arguments of its forward pass.
+            x_t: (B, C, ...), on the meta device.
+            hidden: see `Outcome`.
+        """
+
     def after_step(self) -> None:
         """Called after each optimizer step that moved the weights."""
 
@@ -108,20 +117,23 @@ class Objective:
 
     def losses(self, given: ModelInputs, draw: TimestepDraw) -> LossTerms:
         """The losses (B,) of a batch at the drawn timesteps."""
-        asked: dict[str, Any] = {}
         for each in self.accelerations:
             given = each.paired(given)
-            asked |= each.asked()
         noised = self.process.corrupt(given.latents, draw, noise=given.noise)
 
         def predict(**options: Any) -> Any:
             with self._engine.autocast():
                 return self._engine.model(noised.x_t, noised.timestep, given.condition, **options)
 
-        found = predict(**asked)
+        found = predict(**asked_of(self.accelerations))
         prediction, hidden = found if isinstance(found, tuple) else (found, None)
         terms = self.process.loss(prediction, noised, draw)
         outcome = Outcome(given, draw, noised, prediction, hidden, predict)
         for each in self.accelerations:
             terms = each.terms(outcome, terms)
         return terms
+
+
+def asked_of(accelerations: Sequence[Acceleration]) -> dict[str, Any]:
+    """Keyword arguments of the model's forward pass that accelerations ask for."""
+    return {name: value for each in accelerations for name, value in each.asked().items()}

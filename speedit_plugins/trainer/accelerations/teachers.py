@@ -19,6 +19,7 @@ from speedit_plugins.trainer.models.vision import VisionNetwork, resized
 EMBEDDED = "embedded"
 # At this side the embedded network's map has 8 x 8 cells.
 EMBEDDED_SIDE = 128
+EMBEDDED_WIDTH = 112
 
 
 class FeatureNetwork(Protocol):
@@ -117,6 +118,16 @@ def build_teacher(
             f" teacher than alignment.teacher {options.teacher} at this size; wanted that one, or a new cache"
         )
     return CachedTeacher(network.width)
+
+
+def unread_teacher(config: ExperimentConfig) -> CachedTeacher | None:
+    """What stands for REPA's teacher while no file of it is read; None for a config without.
+
+    Its width is 1 if only the teacher's files have it.
+    """
+    if config.alignment.type != "REPA":
+        return None
+    return CachedTeacher(EMBEDDED_WIDTH if config.alignment.teacher == EMBEDDED else 1)
 
 
 def teacher_facts(network: FeatureNetwork | None) -> dict[str, str]:

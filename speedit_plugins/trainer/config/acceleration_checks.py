@@ -136,8 +136,6 @@ def _check_alignment_with_others(config: ExperimentConfig) -> None:
         )
     if config.plugin == "gemini":
         raise ConfigError("plugin", f"gemini has no whole weights for {name}; wanted ddp, zero1 or zero2")
-    if config.alignment.type == "SRA" and str(config.model["type"]).startswith("MDT"):
-        raise ConfigError("alignment.type", "SRA cannot cut MDT's encoder and decoder; wanted REPA")
     if config.alignment.type == "SRA" and config.lora.rank:
         raise ConfigError(
             "lora.rank", f"{name} needs an average of all weights, and adapters train few; wanted 0, or REPA"

@@ -74,3 +74,8 @@ class AlignmentConfig:
     """SRA's teacher sees a noise level that is lower by up to this share of the time from clean to noise."""
     decay: float = limited(0.9999, at_least=0, below=1)
     """Share of SRA's teacher that each step keeps; the rest is the trained weights."""
+
+    @property
+    def last_block(self) -> int:
+        """Number of the last block whose tokens are compared, counted from 1."""
+        return self.layer if self.type == "REPA" else self.teacher_layer or 2 * self.layer

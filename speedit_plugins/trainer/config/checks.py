@@ -115,10 +115,17 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    # Its layers are in the checkpoint.
+    layers = _training_only(config)
+    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
+
+
+def _training_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the layers that only the training has: a checkpoint holds them too."""
     alignment = build_section(AlignmentConfig, config.get("alignment", {}), "alignment")
     layers = {f"alignment.{key}": getattr(alignment, key) for key in ("type", "teacher", "projector_width")}
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
+    if alignment.type == "SRA":
+        layers["alignment.teacher_layer"] = alignment.last_block
+    return {**layers, "uncertainty": config.get("uncertainty", False)}
 
 
 def _check_training(config: ExperimentConfig) -> None:

@@ -56,10 +56,10 @@ class LossWindow:
         self._policy = policy
         self._batch_size = batch_size
         # One tensor, so that the ranks sum it in one call.
-        self._sums = torch.zeros(5 + 4 * NUM_RANGES, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6 + 4 * NUM_RANGES, dtype=torch.float64, device=device)
         self._totals = self._sums[:4]  # loss, mse, vb, corrected mse
-        self._alignment, self._is_aligned = self._sums[4], False
-        self._ranges = self._sums[5:].view(4, NUM_RANGES)  # count, mse, loss, squared loss
+        self._aligned = self._sums[4:6]  # similarity, number of samples that have one
+        self._ranges = self._sums[6:].view(4, NUM_RANGES)  # count, mse, loss, squared loss
         self._density: Tensor | None = None
         self._table = torch.empty(0)
 
@@ -69,15 +69,15 @@ class LossWindow:
         corrected = mse * self._correction(mse.device)[draw.index]
         self._totals += torch.stack([loss.sum(), mse.sum(), vb.sum(), corrected.sum()])
         if terms.alignment is not None:
-            self._is_aligned = True
-            self._alignment += terms.alignment.detach().double().sum()
+            similarity = terms.alignment.detach().double()
+            self._aligned += torch.stack([similarity.sum(), torch.ones_like(similarity).sum()])
         ranges = range_of(draw.index, self._policy.schedule.num_timesteps)
         self._ranges.index_add_(1, ranges, torch.stack([torch.ones_like(mse), mse, loss, loss**2]))
 
     def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
         """Means per sample since the last call: loss, mse, vb, uniform_mse, and lists by timestep.
 
-        Also alignment, the cosine similarity, if a batch since then had one.
+        Also alignment, the mean cosine similarity of the samples that had one, if any had.
 
         mse_per_bin has `NUM_BINS` means; loss_per_timestep and loss_std_per_timestep have mean and standard
         deviation of the loss in `NUM_RANGES` ranges. NaN, and None in the lists, where no sample was drawn.
@@ -89,14 +89,13 @@ class LossWindow:
             reduce(self._sums)
         sums = self._sums.clone().cpu()
         self._sums.zero_()
-        counts, mse, loss, squares = sums[5:].view(4, NUM_RANGES)
+        counts, mse, loss, squares = sums[6:].view(4, NUM_RANGES)
         means = (sums[:4] / counts.sum()).tolist()  # 0 / 0 is NaN
         mean = loss / counts
         # Rounding may make a variance of 0 negative.
         deviation = (squares / counts - mean**2).clamp(min=0).sqrt()
         pooled = mse.view(NUM_BINS, -1).sum(1) / counts.view(NUM_BINS, -1).sum(1)
-        aligned = {"alignment": float(sums[4] / counts.sum())} if self._is_aligned else {}
-        self._is_aligned = False
+        aligned = {"alignment": float(sums[4] / sums[5])} if sums[5] else {}
         return {
             **dict(zip(("loss", "mse", "vb", "uniform_mse"), means, strict=True)),
             **aligned,

@@ -47,7 +47,10 @@ def token_width(model: nn.Module) -> int:
 
 
 def cut_blocks(model: nn.Module, depth: int) -> None:
-    """Takes the `token_blocks` after the first `depth` out of the model, and what goes with them."""
+    """Takes the `token_blocks` after the first `depth` out of the model, and what goes with them.
+
+    A model with its blocks in lists of its own, as MDTv2, keeps them all.
+    """
     net = getattr(model, "net", model)
     for name in ("blocks", "transformer_blocks", "temporal_transformer_blocks"):
         if isinstance(blocks := getattr(net, name, None), nn.ModuleList):

@@ -79,6 +79,8 @@ class MDT(DiT):
             )
         # Plain numbers may be set before the constructor. It adds the blocks.
         self.decode_layer = decode_layer
+        # Counted from 1. Not of the blocks that are there: a copy may have lost its last ones.
+        self._first_decoder = depth - decode_layer + 1
         super().__init__(
             input_size,
             patch_size,
@@ -178,17 +180,16 @@ class MDT(DiT):
         blocks = [cast(BiasedBlock, block) for block in self.blocks]
         # The same in every block.
         index = cast(Tensor, blocks[0].attn.rel_pos_bias.relative_position_index)  # (N, N)
-        first_decoder = len(blocks) - self.decode_layer + 1
         start, hidden = x, None
         seen, skips = index, list[Tensor]()
         if kept is not None:
             x, seen = _rows(x, kept), index_of(kept, index)
         for number, block in enumerate(blocks, start=1):
-            if number == first_decoder:
+            if number == self._first_decoder:
                 x, seen = self._decoder_input(x, c, kept, index), index
             skip = None
             if block.skip_linear is not None:
-                skip = start if number >= first_decoder else skips.pop()
+                skip = start if number >= self._first_decoder else skips.pop()
             x = self._run(block, x, c, seen, skip)
             if number <= self._num_in:
                 skips.append(x)
