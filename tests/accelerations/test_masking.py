@@ -16,9 +16,12 @@ from torch.testing import assert_close
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.trainer.accelerations.masking import Masking, draw_kept, num_kept
 from speedit_plugins.trainer.accelerations.objective import Objective
+from speedit_plugins.trainer.accelerations.uncertainty import log_snr
 from speedit_plugins.trainer.build import build_model
 from speedit_plugins.trainer.config.validation import ConfigError
+from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import ModelInputs
+from speedit_plugins.trainer.models.training_only import layers_of
 from speedit_plugins.trainer.training.trainer import Trainer
 
 MASKED: dict[str, Any] = {
@@ -80,6 +83,24 @@ def test_the_loss_is_the_sum_of_both_passes_at_one_noise_each_weighed_by_the_pol
     torch.manual_seed(4)
     gain = trainer.objective.losses(given, doubled).loss - terms.loss
     assert_close(gain, draw.weight * (full.mse + masked.mse), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_uncertainty_divides_both_passes_and_neither_bound(tmp_path: Path) -> None:
+    trainer = masked_trainer(tmp_path, uncertainty="true")
+    stir(trainer.model)
+    trainer.model.eval()
+    given, draw = batch_of(trainer)
+    seen: list[LossTerms] = []
+    process = trainer.objective.process
+    score = process.loss
+    process.loss = lambda *scored: seen.append(score(*scored)) or seen[-1]
+    loss = trainer.objective.losses(given, draw).loss
+    noised = process.corrupt(given.latents, draw, noise=given.noise)
+    u = layers_of(trainer.model)["uncertainty"](log_snr(process, noised))
+    mse, bound = sum(each.mse for each in seen), sum(each.vb for each in seen)
+    assert len(seen) == 2
+    assert bound.min() > 0
+    assert_close(loss, draw.weight * mse / torch.exp(u) + u + bound)
 
 
 def test_each_pass_drops_labels_by_its_own_draw(tmp_path: Path) -> None:
@@ -235,7 +256,8 @@ def test_a_model_that_does_not_fit_says_what_is_wanted(
 def test_a_model_of_one_size_refuses_other_sides(tmp_path: Path) -> None:
     folder = f"{{type: ImageFolder, root: {tmp_path}, image_size: 8, buckets: [[8, 8], [8, 4]]}}"
     with pytest.raises(
-        ValueError, match=r"data\.dataset\.buckets\[1\] \[8, 4\] needs 8 x 8, got 8 x 4: MDTv2 learns"
+        ValueError,
+        match=r"data\.dataset\.buckets\[1\] \[8, 4\] needs 8 x 8, got 8 x 4: this MDTv2 takes one size",
     ):
         build_model(small_config(tmp_path, **MASKED, data__dataset=folder))
 

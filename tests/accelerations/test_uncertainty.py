@@ -58,20 +58,28 @@ def test_at_its_optimum_u_is_the_log_of_the_mean_loss_at_the_noise_level(process
 
 
 @pytest.mark.parametrize("scope", ["mse", "loss"])
-def test_loss_and_gradients_are_those_of_the_formula(scope: str) -> None:
+def test_all_but_the_bound_is_the_weighted_mse(scope: str) -> None:
+    process = GaussianProcess(NoiseSchedule.cosine(100))
+    given = outcome(process, torch.tensor([10, 80]), torch.tensor([0.5, 2.0]), scope)
+    prediction = torch.tensor([0.1, -0.3]).view(1, 2, 1, 1).expand(2, -1, 1, 1)
+    terms = process.loss(prediction, given.noised, given.draw)
+    assert_close(terms.loss - terms.bound, given.draw.weight * terms.mse)
+    assert terms.vb.min() > 0
+
+
+def test_loss_and_gradients_are_those_of_the_formula() -> None:
     process, model = GaussianProcess(NoiseSchedule.cosine(100)), nn.Linear(1, 1)
     learned = LearnedUncertainty(model, process)
     linear = layers_of(model)[LAYER].linear
     nn.init.normal_(linear.weight, std=0.1)
     weight = torch.tensor([0.5, 2.0])
-    given = outcome(process, torch.tensor([10, 80]), weight, scope)
-    mse, vb = torch.tensor([0.3, 0.1], requires_grad=True), torch.tensor([2.0, 0.5], requires_grad=True)
-    bound = weight * vb if scope == "loss" else vb
+    given = outcome(process, torch.tensor([10, 80]), weight)
+    mse, bound = torch.tensor([0.3, 0.1], requires_grad=True), torch.tensor([2.0, 0.5], requires_grad=True)
     u = layers_of(model)[LAYER](log_snr(process, given.noised))
     wanted = weight * mse / torch.exp(u) + u + bound
-    found = learned.terms(given, LossTerms(weight * mse + bound, mse, vb)).loss
+    found = learned.terms(given, LossTerms(weight * mse + bound, mse, bound, bound=bound)).loss
     assert_close(found, wanted)
-    inputs = (mse, vb, linear.weight)
+    inputs = (mse, bound, linear.weight)
     for ours, theirs in zip(
         torch.autograd.grad(found.sum(), inputs, retain_graph=True),
         torch.autograd.grad(wanted.sum(), inputs),

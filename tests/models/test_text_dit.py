@@ -9,6 +9,7 @@ from speedit_plugins.registry import MODELS, build
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import example_inputs, input_shape
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.sides import check_one_size
 from speedit_plugins.trainer.models.text_conditioned.text_dit import TextLatte
 
 TEXT: dict[str, Any] = {"text_width": 12, "text_length": 5}
@@ -168,3 +169,13 @@ def test_what_does_not_fit_is_refused() -> None:
         TextLatte(**SIZES, **TEXT, text_hidden=0)
     with pytest.raises(ValueError, match="even depth, got 3"):
         TextLatte(**{**SIZES, "depth": 3}, **TEXT)
+
+
+@BOTH
+def test_a_draft_is_of_one_size_and_a_run_says_so_before_it_starts(name: str) -> None:
+    places = {"image_size": (8, 8), "data.dataset.buckets[0] [8, 16]": (8, 16)}
+    check_one_size(places, made(name), downsample=1)
+    with pytest.raises(
+        ValueError, match=rf"buckets\[0\].*needs 8 x 8, got 8 x 16: this {name} takes one size"
+    ):
+        check_one_size(places, made(name, draft=True), downsample=1)

@@ -52,7 +52,8 @@ class Masking(Acceleration):
         x = outcome.noised.x_t
         kept = draw_kept(len(x), self._num_tokens, share, device=x.device)
         masked = self._process.loss(outcome.predict(kept=kept), outcome.noised, outcome.draw)
-        return replace(terms, loss=terms.loss + masked.loss)
+        bound = None if terms.bound is None or masked.bound is None else terms.bound + masked.bound
+        return replace(terms, loss=terms.loss + masked.loss, bound=bound)
 
     def rehearse(self, predict: Callable[..., Any], x_t: Tensor, hidden: Tensor | None) -> None:
         predict(kept=draw_kept(len(x_t), self._num_tokens, self._ratio, device=x_t.device))

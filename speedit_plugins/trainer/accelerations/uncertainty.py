@@ -74,7 +74,7 @@ class LearnedUncertainty(Acceleration):
         """The losses with the prediction's part divided by exp(u), plus u."""
         u = cast(Tensor, layers_of(self._model)[LAYER](log_snr(self._process, outcome.noised)))
         weight = outcome.draw.weight.to(terms.mse.dtype)
-        bound = weight * terms.vb if outcome.draw.scope == "loss" else terms.vb
+        bound = 0.0 if terms.bound is None else terms.bound
         measured = (weight * terms.mse).detach()
         # Zero, with the gradient of measured / exp(u) + u.
         lesson = measured * torch.exp(-u) + u

@@ -44,13 +44,15 @@ class LossTerms:
     """Per-sample terms, each (B,): the loss to train on, the unweighted mse, and vb in bits per dimension.
 
     vb is 0 if the variance is not learned. `alignment` is the mean cosine similarity of a training that
-    aligns features, None in any other.
+    aligns features, None in any other. `bound` is the part of `loss` that trains the variance channels, of
+    all passes; None is no part.
     """
 
     loss: Tensor
     mse: Tensor
     vb: Tensor
     alignment: Tensor | None = None
+    bound: Tensor | None = None
 
 
 class GaussianProcess:
@@ -163,7 +165,7 @@ class GaussianProcess:
             vb = self._variational_bound(mean.detach(), variance, noised)  # (B,)
         weight = draw.weight.to(mse.dtype)
         loss = weight * (mse + vb) if draw.scope == "loss" else weight * mse + vb
-        return LossTerms(loss, mse, vb)
+        return LossTerms(loss, mse, vb, bound=weight * vb if draw.scope == "loss" else vb)
 
     def _variational_bound(self, mean: Tensor, variance: Tensor, noised: Noised) -> Tensor:
         truth = self.posterior(noised.x_0, noised.x_t, noised.index)

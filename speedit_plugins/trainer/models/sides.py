@@ -84,8 +84,7 @@ def check_one_size(places: Mapping[str, Sequence[int]], model: nn.Module, *, dow
         if tuple(shape[-2:]) != (edge, edge):
             got = " x ".join(map(str, shape[-2:]))
             raise ValueError(
-                f"{key} needs {edge} x {edge}, got {got}: {type(model).__name__} learns its positions for one"
-                " grid"
+                f"{key} needs {edge} x {edge}, got {got}: this {type(model).__name__} takes one size"
             )
 
 

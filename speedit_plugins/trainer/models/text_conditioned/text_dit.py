@@ -96,6 +96,11 @@ class ReadsCaptions:
         model = cast(DiT, self)
         return {"tokens": model.get_buffer("null_tokens"), "mask": model.get_buffer("null_mask")}
 
+    @property
+    def is_of_one_size(self) -> bool:
+        """Whether every input has the sides `input_size`: a draft is laid out for them."""
+        return self.draft_gate is not None
+
     def set_null_text(self, features: Mapping[str, Tensor]) -> None:
         """Copies in the features of the empty caption. The state dict contains them."""
         for name, stored in self.null_text.items():
