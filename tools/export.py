@@ -1,7 +1,7 @@
 """Exports a trained model as a diffusers pipeline for `from_pretrained`.
 
     python tools/export.py -c image/imagenet_256/dit_xl2.yaml --out pipeline
-    python tools/export.py -c text_to_image/emoji.yaml --out exported --model-only
+    python tools/export.py -c text_to_image/emoji_pixart.yaml --out exported --model-only
     python tools/export.py -c text_to_image/sd15.yaml --out adapters --lora lora.rank=16
 
     DiT with classes  ->  DiTPipeline

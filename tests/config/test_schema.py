@@ -218,7 +218,7 @@ def test_a_run_goes_on_with_the_process_and_the_encoders_it_began_with(
     override: str, message: str | None
 ) -> None:
     saved, config = (
-        yaml.safe_load(to_yaml(load_config("configs/text_to_image/emoji.yaml", "train", overrides)))
+        yaml.safe_load(to_yaml(load_config("configs/text_to_image/emoji_pixart.yaml", "train", overrides)))
         for overrides in ([], [override])
     )
     check_same_run(saved, saved)

@@ -30,7 +30,7 @@ def test_every_config_builds_on_the_meta_device(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:'speed' was made for a model of noise")
 def test_the_boundary_of_speed_moves_with_the_shift_of_a_flow() -> None:
-    path = "configs/text_to_image/emoji.yaml"
+    path = "configs/text_to_image/emoji_pixart.yaml"
     for policy, wanted in (("{type: speed}", 923), (f"{{type: speed, snr_boundary: {1 / 143}}}", 799)):
         flow = f"diffusion={{type: RectifiedFlow, shift: 3.0, policy: {policy}}}"
         config = load_config(path, "train", [flow])

@@ -21,7 +21,7 @@ from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.assembly import build_trainer
 
-EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
+EMOJI, MOVING = "configs/text_to_image/emoji_pixart.yaml", "configs/text_to_video/moving_digits_latte.yaml"
 DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
 GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")

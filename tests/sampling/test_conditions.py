@@ -15,7 +15,7 @@ from speedit_plugins.trainer.sampling.conditions import (
 )
 
 CPU = torch.device("cpu")
-T2I = "configs/text_to_image/emoji.yaml"
+T2I = "configs/text_to_image/emoji_pixart.yaml"
 
 
 def config(phase: str = "sample", **changes: Any) -> Any:

@@ -95,7 +95,7 @@ def test_other_prompts_have_another_name(tmp_path: Path) -> None:
     names = set()
     for words in ("[red heart]", "[red heart, a sun]", "[red heart]"):
         options = [f"experiment_dir={tmp_path}", f"sample_prompts={words}"]
-        config = load_config("configs/text_to_image/emoji.yaml", "inference", options)
+        config = load_config("configs/text_to_image/emoji_pixart.yaml", "inference", options)
         names.add(inference._name(config, tmp_path / "x.safetensors"))
     assert len(names) == 2
 

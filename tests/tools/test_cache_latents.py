@@ -287,7 +287,7 @@ def test_training_with_another_encoder_than_the_caches_is_refused(
 def test_a_text_run_from_the_cache_follows_the_run_without_it(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = "configs/text_to_image/emoji.yaml"
+    config = "configs/text_to_image/emoji_pixart.yaml"
     small = ["model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4"]
     shared = ["max_training_steps=3", "optimizer.warmup_steps=1"]
     assert tool.main(["-c", config, "--out", str(tmp_path / "cache"), *small]) == 0
@@ -326,7 +326,7 @@ def test_of_several_captions_the_cache_gives_the_one_that_the_dataset_draws(
         annotations += [{"image_id": i, "caption": f"{i} {text}"} for text in words[: 1 + i % 3]]
     images = [{"id": i, "file_name": f"{i}.png"} for i in range(NUM_IMAGES)]
     (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    config = "configs/text_to_image/emoji.yaml"
+    config = "configs/text_to_image/emoji_pixart.yaml"
     dataset = f"{{type: ImageCaptions, captions_file: {tmp_path / 'coco.json'}, random_flip: true}}"
     options = ["--out", str(tmp_path / "cache"), "--flip", "--batch-size", "4", "--shard-size", "8"]
     assert tool.main(["-c", config, *options, f"data.dataset={dataset}"]) == 0
@@ -354,7 +354,7 @@ def test_last_bits_of_the_empty_captions_features_make_no_other_cache(
     Image.new("RGB", (32, 32), (20, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "c.csv").write_text("path,text\na.png,a red thing\n")
     dataset = f"{{type: ImageCaptions, captions_file: {tmp_path / 'c.csv'}}}"
-    command = ["-c", "configs/text_to_image/emoji.yaml", "--out", str(tmp_path / "cache")]
+    command = ["-c", "configs/text_to_image/emoji_pixart.yaml", "--out", str(tmp_path / "cache")]
     command.append(f"data.dataset={dataset}")
     assert tool.main(command) == 0
     before, encode = files(tmp_path / "cache"), TextEncoder.encode

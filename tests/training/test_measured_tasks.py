@@ -8,7 +8,7 @@ import pytest
 
 from speedit_plugins.cli import main
 
-MOVING, EMOJI = "configs/text_to_video/moving_digits.yaml", "configs/text_to_image/emoji.yaml"
+MOVING, EMOJI = "configs/text_to_video/moving_digits_latte.yaml", "configs/text_to_image/emoji_pixart.yaml"
 NARROW = ("model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4")
 SHORT = (
     *("enable_tensorboard_log=false", "log_every=1", "optimizer.warmup_steps=1", "max_training_steps=2"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from saved_models import save_pipeline
 from torch.testing import assert_close
 
@@ -17,7 +17,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.videos.files import VideoHeader, read_header
 from speedit_plugins.trainer.training.assembly import build_trainer
 
-EMOJI, MOVING = "configs/text_to_image/emoji.yaml", "configs/text_to_video/moving_digits.yaml"
+EMOJI, MOVING = "configs/text_to_image/emoji_pixart.yaml", "configs/text_to_video/moving_digits_latte.yaml"
 DIGITS = "configs/image/digits/speedit.yaml"
 NARROW = ("model.num_layers=1", "model.num_heads=2", "model.head_dim=8", "data.batch_size=4")
 SHORT = ("enable_tensorboard_log=false", "log_every=1", "optimizer.warmup_steps=1")
@@ -69,6 +69,22 @@ def test_a_text_to_video_run_trains_samples_and_infers(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "inference").iterdir()
     headers = [read_header(path) for path in folder.glob("*.mp4")]
     assert headers == [VideoHeader(num_frames=4, height=16, width=16)] * 3
+
+
+@pytest.mark.parametrize("kind", ["image/emoji", "video/moving_digits"])
+def test_a_demo_trains_resumes_and_samples(tmp_path: Path, kind: str) -> None:
+    config = f"configs/text_to_{kind}.yaml"
+    small = ("model.hidden_size=16", "model.depth=2", "model.num_heads=2", "data.batch_size=4")
+    assert run("train", config, tmp_path / "whole", *small, "ckpt_every=1") == 0
+    first = tmp_path / "whole/checkpoints/step_0000001"
+    assert run("train", config, tmp_path / "resumed", *small, f"resume={first}") == 0
+    wanted, found = (
+        load_file(tmp_path / name / "checkpoints/step_0000002/model.safetensors")
+        for name in ("whole", "resumed")
+    )
+    assert_close(found, wanted, rtol=0, atol=0)
+    assert run("sample", config, tmp_path / "whole", *small) == 0
+    assert (tmp_path / "whole/samples.png").is_file()
 
 
 def settled(folder: Path, phase: str) -> tuple[str, str, str]:
