@@ -21,7 +21,9 @@ from speedit_plugins.trainer.build import build_model
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import ModelInputs
+from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.models.training_only import layers_of
+from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.trainer import Trainer
 
 MASKED: dict[str, Any] = {
@@ -178,19 +180,22 @@ def test_a_masked_training_learns_validates_and_profiles(tmp_path: Path, precisi
         precision=precision,
         optimizer__lr=2e-3,
         data__held_out_samples=16,
-        validate_every=30,
+        validate_every=15,
         profile_every=30,
         max_training_steps=30,
     )
     given, draw = batch_of(trainer)
     trainer.model.eval()
     before = trainer.objective.losses(given, draw).loss.mean()
-    trainer.model.train()
-    for _ in range(30):
-        trainer.optimizer_step()
+    with Tracker(tmp_path, total_steps=30, start_step=0) as tracker:
+        trainer.fit(tracker, StopRequest())
     trainer.model.eval()
     assert trainer.objective.losses(given, draw).loss.mean() < 0.8 * before
-    assert all(value is None or value > 0 for value in trainer._profile()["profile_grad_norm"])
+    rows = read_metrics(tmp_path)
+    first, last = (row["val_loss"] for row in rows if "val_loss" in row)
+    assert last < first
+    (norms,) = (row["profile_grad_norm"] for row in rows if "profile_grad_norm" in row)
+    assert min(value for value in norms if value is not None) > 0
 
 
 def test_the_plain_objective_of_the_same_model_has_the_full_pass_alone(tmp_path: Path) -> None:
