@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from spread import Spread
+from step_costs import kept_bytes, time_ratio
 from torch import Tensor
 
 from speedit_plugins.policies.build import build_policy
@@ -72,26 +73,14 @@ class Side:
     def step(self) -> float:
         """Makes a step and returns its seconds."""
         start = time.perf_counter()
-        self.objective.losses(self.given, self.draw).loss.mean().backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start
 
-    def kept_bytes(self) -> int:
-        """Bytes that one forward pass keeps for the backward pass, without the weights."""
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.objective.losses(self.given, self.draw).loss.mean()
-        del loss
-        return sum(kept.values())
+    def loss(self) -> Tensor:
+        """The mean loss of the batch."""
+        return self.objective.losses(self.given, self.draw).loss.mean()
 
 
 def main() -> None:
@@ -107,13 +96,8 @@ def main() -> None:
         if arguments.only not in name:
             continue
         plain, changed = Side(()), Side(options)
-        ratios = []
-        for number in range(arguments.rounds + 1):
-            order = (plain, changed) if number % 2 else (changed, plain)
-            seconds = {id(side): side.step() for side in order}
-            if number:
-                ratios.append(seconds[id(changed)] / seconds[id(plain)])
-        spread, memory = Spread.of(ratios), changed.kept_bytes() / plain.kept_bytes()
+        spread = time_ratio(plain, changed, arguments.rounds)
+        memory = kept_bytes(changed.model, changed.loss) / kept_bytes(plain.model, plain.loss)
         print(
             f"| `{name}` | {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f}) | {memory:.2f} |",
             flush=True,

@@ -39,8 +39,7 @@ def trainer_of(folder: Path, section: str) -> Trainer:
     )
     trainer = build_trainer(config)
     trainer.engine.model.train()
-    for _ in range(1):
-        trainer.optimizer_step()
+    trainer.optimizer_step()
     return trainer
 
 

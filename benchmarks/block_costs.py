@@ -9,10 +9,10 @@ that others use too slows both sides. Memory is what the backward pass keeps of 
 import argparse
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from spread import Spread
+from step_costs import kept_bytes, time_ratio
 from torch import Tensor, nn
 
 from speedit_plugins.registry import MODELS, build
@@ -57,26 +57,14 @@ class Side:
     def step(self) -> float:
         """Makes a step and returns its seconds."""
         start = time.perf_counter()
-        self.model(*self.batch).square().mean().backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start
 
-    def kept_bytes(self) -> int:
-        """Bytes that one forward pass keeps for the backward pass, without the weights."""
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.model(*self.batch).square().mean()
-        del loss
-        return sum(kept.values())
+    def loss(self) -> Tensor:
+        """The mean square of the batch's prediction."""
+        return cast(Tensor, self.model(*self.batch)).square().mean()
 
 
 def main() -> None:
@@ -90,17 +78,11 @@ def main() -> None:
     print("| option | time of a step | kept memory | trained weights |\n|---|---|---|---|")
     for name, options in OPTIONS.items():
         changed = Side.of(**options)
-        ratios = []
-        for number in range(arguments.rounds + 1):
-            order = (plain, changed) if number % 2 else (changed, plain)
-            seconds = {id(side): side.step() for side in order}
-            if number:
-                ratios.append(seconds[id(changed)] / seconds[id(plain)])
-        time_ratio = Spread.of(ratios)
-        memory = changed.kept_bytes() / plain.kept_bytes()
+        spread = time_ratio(plain, changed, arguments.rounds)
+        memory = kept_bytes(changed.model, changed.loss) / kept_bytes(plain.model, plain.loss)
         weights = _trained(changed.model) / _trained(plain.model)
         print(
-            f"| `{name}` | {time_ratio.median:.2f} ({time_ratio.low:.2f} to {time_ratio.high:.2f})"
+            f"| `{name}` | {spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
             f" | {memory:.2f} | {weights:.3f} |",
             flush=True,
         )

@@ -65,7 +65,7 @@ class ComposeSet:
 
     @cached_property
     def features(self) -> TeacherFeatures:
-        """Of REPA's teacher, for every image; ValueError without a file to keep them in."""
+        """The features of REPA's teacher for every image; ValueError without a file to keep them in."""
         if self.teacher_file is None:
             raise ValueError("the data set has no teacher_file, wanted one")
         return teacher_features(self.teacher_file, self.images, self.decode)

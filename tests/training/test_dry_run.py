@@ -85,8 +85,8 @@ def test_what_is_kept_for_backward_has_what_the_accelerations_add(tmp_path: Path
         full = saved_bytes(build.build_model(config), config)
     # The second pass has fewer tokens in 3 of 5 blocks.
     assert full < masked[0.75] < masked[0.25] < 2.4 * full
-    # Of the projector: inputs of both SiLUs and of the two layers after them, (B, N, W) each in float32. The
-    # input of its first layer, (B, N, D), may be kept by the next block as well.
+    # The projector keeps the inputs of both SiLUs and of the two layers after them, each (B, N, W) float32.
+    # The input of its first layer, (B, N, D), may be kept by the next block as well.
     B, N, D, W = 16, 4, 32, 64
     added = kept(tmp_path, **repa("embedded")) - kept(tmp_path)
     assert 4 * B * N * 4 * W <= added <= 4 * B * N * (4 * W + D)
