@@ -29,6 +29,7 @@ class Acceleration:
         has_teacher: it trains with the embedded ImageNet network, so that network must not judge it.
         until: share of the horizon after which it is off. A step then costs less.
         until_key: the key that has the step at which it goes off.
+        patch_factor: how many times as wide patches are: a quarter of the tokens with 2.
     """
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Acceleration:
     has_teacher: bool = False
     until: float = 1.0
     until_key: tuple[str, ...] = ()
+    patch_factor: int = 1
 
 
 # The release's projector is 2048 wide, for models of 1152: as wide here, it would be larger than the model.
@@ -56,6 +58,11 @@ ACCELERATIONS: Mapping[str, Acceleration] = {
     "noise": Acceleration({"noise_assignment": "batch"}),
     "uncertainty": Acceleration({"uncertainty": True}),
     "x0": Acceleration({"diffusion": {"prediction_type": "x0"}}, processes=(FLOW,)),
+    # The loss of a velocity weighs x_0 by 1 / t^2; with p2 by 1 / (t^2 + (1 - t)^2), so nearly evenly.
+    "x0_p2": Acceleration(
+        {"diffusion": {"prediction_type": "x0", "policy": {"weighting": "p2"}}}, processes=(FLOW,)
+    ),
+    "patches": Acceleration(patch_factor=2),
 }
 # What the stack is made of, unless the command line says otherwise.
 STACK = ("contrastive", "muon", "blocks", "routing", "repa")
@@ -121,6 +128,8 @@ class Arm:
         for part in self.accelerations:
             acceleration = ACCELERATIONS[part]
             found = merged(found, acceleration.overrides)
+            if acceleration.patch_factor > 1:
+                found["model"]["patch_size"] *= acceleration.patch_factor
             if acceleration.until_key:
                 content: Any = round(acceleration.until * horizon)
                 for key in reversed(acceleration.until_key):

@@ -138,6 +138,9 @@ def test_a_name_says_what_an_arm_is(load: Load) -> None:
         "contrastive": {"weight": 0.05},
         "diffusion": {"policy": {"type": "auto"}},
     }
+    large = arms.Arm.named("patches+x0_p2+auto").config(base | {"model": {"patch_size": 4}}, 800)
+    assert large["model"] == {"patch_size": 8}
+    assert large["diffusion"] == {"prediction_type": "x0", "policy": {"type": "auto", "weighting": "p2"}}
     early = arms.Arm.named("repa_early")
     assert early.config({}, 800)["alignment"]["until"] == 320
     assert early.has_teacher
