@@ -21,7 +21,7 @@ from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.positions import sincos_frames
 from speedit_plugins.trainer.models.rotary import FrameRotary, Rotation
 from speedit_plugins.trainer.models.routing import Passage
-from speedit_plugins.trainer.models.sizes import register_sizes
+from speedit_plugins.trainer.models.sizes import register_sizes, with_defaults
 
 
 class SpatialAttention(SelfAttention):
@@ -65,54 +65,27 @@ class Latte(DiT):
     # The second block is given the positions of the frames. Every token needs them.
     earliest_route = 1
 
-    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
+    def __init__(
         self,
         input_size: int,
         patch_size: int,
         *,
         num_frames: int = 16,
-        in_channels: int = 4,
         hidden_size: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
         num_classes: int = 0,
-        learn_sigma: bool = True,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        extra_channels: int = 0,
-        norm: str = "layer",
-        qk_norm: bool = False,
-        rope: bool = False,
-        perceptron: str = "gelu",
+        **options: Any,
     ) -> None:
         if depth % 2:
             raise ValueError(f"Latte needs an even depth, got {depth}")
         if num_frames < 1:
             raise ValueError(f"Latte needs num_frames >= 1, got {num_frames}")
-        super().__init__(
-            input_size,
-            patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels,
-            norm=norm,
-            qk_norm=qk_norm,
-            rope=rope,
-            perceptron=perceptron,
-        )
+        options |= {"depth": depth, "num_classes": num_classes}
+        super().__init__(input_size, patch_size, hidden_size=hidden_size, num_heads=num_heads, **options)
         self.num_frames, self.num_tokens = num_frames, num_frames * self.num_tokens
         self.temp_embed = nn.Parameter(torch.empty(1, num_frames, hidden_size), requires_grad=False)
-        self.temp_rope = FrameRotary(num_frames, hidden_size // num_heads) if rope else None
+        self.temp_rope = None if self.feat_rope is None else FrameRotary(num_frames, hidden_size // num_heads)
         self._reset_frames()
 
     @property
@@ -195,5 +168,6 @@ class Latte(DiT):
             )
 
 
+with_defaults(Latte, DiT)
 MODELS.register_module(name="Latte", module=Latte)
 register_sizes("Latte", Latte)

@@ -22,7 +22,7 @@ from speedit_plugins.trainer.models.relative_positions import (
     RelativePositionBias,
     index_of,
 )
-from speedit_plugins.trainer.models.sizes import register_sizes
+from speedit_plugins.trainer.models.sizes import register_sizes, with_defaults
 
 
 class MDT(DiT):
@@ -252,45 +252,15 @@ class MDTv2(MDT):
 
     mask_spread = 0.2
 
-    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as the original does
-        self,
-        input_size: int,
-        patch_size: int,
-        *,
-        in_channels: int = 4,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-        decode_layer: int = 4,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        extra_channels: int = 0,
+    def __init__(
+        self, input_size: int, patch_size: int, *, depth: int, decode_layer: int = 4, **options: Any
     ) -> None:
         if (depth - decode_layer) % 2:
             raise ValueError(
                 f"MDTv2 needs an even number of blocks in its encoder, depth - decode_layer, got {depth} -"
                 f" {decode_layer}"
             )
-        super().__init__(
-            input_size,
-            patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_dropout_prob=class_dropout_prob,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            decode_layer=decode_layer,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels,
-        )
+        super().__init__(input_size, patch_size, depth=depth, decode_layer=decode_layer, **options)
 
     def _add_blocks(self, depth: int, num_heads: int, *, mlp_ratio: float, kernel: AttentionKernel) -> None:
         half = (depth - self.decode_layer) // 2
@@ -315,6 +285,7 @@ def _rows(x: Tensor, kept: Tensor) -> Tensor:
     return x.gather(1, kept.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
+with_defaults(MDTv2, MDT)
 MODELS.register_module(name="MDT", module=MDT)
 MODELS.register_module(name="MDTv2", module=MDTv2)
 register_sizes("MDT", MDT)

@@ -1,7 +1,7 @@
 """Registers models by size. DiT, Latte, SiT and MDT share S, B, L and XL, each with patches of 2, 4 or 8."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,13 +36,28 @@ def register_sizes(
             )
 
 
-def with_defaults(model: type[nn.Module], parent: type[nn.Module], defaults: Mapping[str, Any]) -> None:
+def with_defaults(
+    model: type[nn.Module],
+    parent: type[nn.Module],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    without: Collection[str] = (),
+) -> None:
     """Gives a model that passes its options on the signature of its parent, with these defaults.
 
-    The registry checks a config against the signature, by name and type. What the parent lacks is added.
+    The registry checks a config against the signature, by name and type. What the parent lacks is added: the
+    model's own parameters, and names that have a default here.
+
+    Args:
+        model: takes its own parameters, and `**options` for its parent.
+        parent: has a signature.
+        defaults: name -> default in place of the parent's.
+        without: parameters of the parent that the model does not take.
     """
-    taken = dict(inspect.signature(parent).parameters)
-    for name, default in defaults.items():
+    taken = {name: p for name, p in inspect.signature(parent).parameters.items() if name not in without}
+    own = inspect.signature(model.__init__).parameters.values()
+    taken |= {p.name: p for p in own if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
+    for name, default in (defaults or {}).items():
         fresh = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=type(default))
         taken[name] = taken.get(name, fresh).replace(default=default)
     model.__signature__ = inspect.Signature(list(taken.values()))  # type: ignore[attr-defined]  # inspect reads it

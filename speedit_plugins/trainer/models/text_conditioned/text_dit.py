@@ -27,6 +27,10 @@ from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import split_extra
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.linear import Linear
+from speedit_plugins.trainer.models.sizes import with_defaults
+
+# Parents' options that models with captions do not take.
+NO_CLASSES: Mapping[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
 
 
 class CaptionEmbedder(nn.Module):
@@ -74,13 +78,17 @@ class ReadsCaptions:
     """What `TextDiT` and `TextLatte` add to the model that they extend: a caption in place of a label."""
 
     def _add_captions(
-        self, text_width: int, text_length: int, *, inner_size: int, draft: Sequence[int] | None
+        self, text_width: int, text_length: int, *, inner_size: int | None, draft: Sequence[int] | None
     ) -> None:
         """Adds the caption's layers. `draft` is the shape of a draft, (C, [F,] h, w); None makes none."""
         model = cast(DiT, self)
         hidden_size = model.pos_embed.shape[2]
+        if inner_size is not None and inner_size < 1:
+            raise ValueError(f"the model needs text_hidden >= 1, got {inner_size}")
         self.text_width, self.text_length = text_width, text_length
-        self.caption_embedder = CaptionEmbedder(text_width, inner_size, hidden_size, draft=draft)
+        self.caption_embedder = CaptionEmbedder(
+            text_width, inner_size or hidden_size, hidden_size, draft=draft
+        )
         self.draft_gate = None
         if draft is not None:
             self.draft_gate = Linear(hidden_size, draft[0])
@@ -195,7 +203,7 @@ class TextDiT(ReadsCaptions, DiT):
         ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
     """
 
-    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as a DiT's does
+    def __init__(
         self,
         input_size: int,
         patch_size: int,
@@ -205,40 +213,15 @@ class TextDiT(ReadsCaptions, DiT):
         draft: bool = False,
         text_hidden: int | None = None,
         in_channels: int = 4,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        learn_sigma: bool = True,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
         extra_channels: int = 0,
-        norm: str = "layer",
-        qk_norm: bool = False,
-        rope: bool = False,
-        perceptron: str = "gelu",
+        **options: Any,
     ) -> None:
-        _check_hidden(text_hidden)
+        joined = extra_channels + (in_channels if draft else 0)
         super().__init__(
-            input_size,
-            patch_size,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            num_classes=0,
-            learn_sigma=learn_sigma,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels + (in_channels if draft else 0),
-            norm=norm,
-            qk_norm=qk_norm,
-            rope=rope,
-            perceptron=perceptron,
+            input_size, patch_size, in_channels=in_channels, extra_channels=joined, **NO_CLASSES, **options
         )
         shape = (in_channels, input_size, input_size) if draft else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
+        self._add_captions(text_width, text_length, inner_size=text_hidden, draft=shape)
 
 
 class TextLatte(ReadsCaptions, Latte):
@@ -253,52 +236,25 @@ class TextLatte(ReadsCaptions, Latte):
         ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
     """
 
-    def __init__(  # noqa: PLR0913 - flat, so that a config names each choice as a Latte's does
+    def __init__(
         self,
         input_size: int,
         patch_size: int,
         *,
-        num_frames: int = 16,
         text_width: int,
         text_length: int,
         draft: bool = False,
         text_hidden: int | None = None,
         in_channels: int = 4,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        learn_sigma: bool = True,
-        attention: str = "sdpa",
-        gradient_checkpointing: bool = False,
         extra_channels: int = 0,
-        norm: str = "layer",
-        qk_norm: bool = False,
-        rope: bool = False,
-        perceptron: str = "gelu",
+        **options: Any,
     ) -> None:
-        _check_hidden(text_hidden)
+        joined = extra_channels + (in_channels if draft else 0)
         super().__init__(
-            input_size,
-            patch_size,
-            num_frames=num_frames,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            num_classes=0,
-            learn_sigma=learn_sigma,
-            attention=attention,
-            gradient_checkpointing=gradient_checkpointing,
-            extra_channels=extra_channels + (in_channels if draft else 0),
-            norm=norm,
-            qk_norm=qk_norm,
-            rope=rope,
-            perceptron=perceptron,
+            input_size, patch_size, in_channels=in_channels, extra_channels=joined, **NO_CLASSES, **options
         )
-        shape = (in_channels, num_frames, input_size, input_size) if draft else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden or hidden_size, draft=shape)
+        shape = (in_channels, self.num_frames, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden, draft=shape)
 
     @property
     def taken_frames(self) -> range:
@@ -307,10 +263,7 @@ class TextLatte(ReadsCaptions, Latte):
         return range(self.num_frames if is_laid_out else 1, self.num_frames + 1)
 
 
-def _check_hidden(text_hidden: int | None) -> None:
-    if text_hidden is not None and text_hidden < 1:
-        raise ValueError(f"the model needs text_hidden >= 1, got {text_hidden}")
-
-
+for _model, _parent in ((TextDiT, DiT), (TextLatte, Latte)):
+    with_defaults(_model, _parent, without=NO_CLASSES)
 MODELS.register_module(name="TextDiT", module=TextDiT)
 MODELS.register_module(name="TextLatte", module=TextLatte)
