@@ -42,6 +42,11 @@ def noised(model: nn.Module) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([3.0, 500.5])
 
 
+def normalised(features: Tensor) -> Tensor:
+    centred = features - features.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+
 @BOTH
 @pytest.mark.parametrize("draft", [False, True])
 def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str, draft: bool) -> None:
@@ -51,12 +56,12 @@ def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str,
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
     parent.load_state_dict(state)
     given = condition(length=3)
-    # By hand: the mean of the three tokens that the mask lets through, normalised, through two layers.
-    mean = given["tokens"][:, :3].mean(dim=1)
-    mean = (mean - mean.mean(dim=1, keepdim=True)) / (mean.var(dim=1, correction=0) + 1e-5).sqrt()[:, None]
+    # By hand: a layer for each of the three tokens that the mask lets through, their mean, another layer.
     layers = model.caption_embedder
-    hidden = nn.functional.silu(mean @ layers.fc1.weight.T + layers.fc1.bias)
-    added = hidden @ layers.fc2.weight.T + layers.fc2.bias
+    tokens = normalised(given["tokens"][:, :3]) @ layers.of_token.weight.T + layers.of_token.bias
+    mean = normalised(nn.functional.silu(tokens).mean(dim=1))
+    hidden = nn.functional.silu(mean @ layers.of_caption.weight.T + layers.of_caption.bias)
+    added = hidden @ layers.out.weight.T + layers.out.bias
     embed_time = parent.t_embedder.forward
     parent.t_embedder.forward = lambda timestep: embed_time(timestep) + added  # type: ignore[method-assign]  # of this object
     x, timestep = noised(model)
@@ -113,7 +118,7 @@ def test_training_starts_from_the_draft_and_reaches_every_layer(name: str) -> No
     assert not variance.any()
     # Standard deviations of Xavier-uniform weights, sqrt(2 / (12 + 16)), and of what modulates.
     layers = model.caption_embedder
-    for weight, wanted in ((layers.fc1.weight, (2 / 28) ** 0.5), (layers.fc2.weight, 0.02)):
+    for weight, wanted in ((layers.of_token.weight, (2 / 28) ** 0.5), (layers.out.weight, 0.02)):
         assert float(weight.detach().std()) == pytest.approx(wanted, rel=0.2)
 
 

@@ -1,8 +1,10 @@
 """DiT and Latte that read captions, small enough to train from random weights.
 
-A caption reaches the model as one vector, the mean of its tokens. Its embedding is added to that of the
-timestep, so that it scales, shifts and gates every block. Sources: the pooled caption beside the timestep is
-that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024, arXiv:2403.03206.
+A caption reaches the model as one vector: each token passes a layer, and their mean passes another. Without
+the first, captions that differ in one word would differ little. The vector's embedding is added to that of
+the timestep, so that it scales, shifts and gates every block. Sources: the mean over the elements of a set is
+that of deep sets, Zaheer et al. 2017, arXiv:1703.06114; the pooled caption beside the timestep is that of
+Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024, arXiv:2403.03206.
 
 With a `draft` one linear layer also makes a rough sample of the caption, without noise or timestep. The
 blocks see it beside the input, and the prediction is the draft plus what they add. Sources: a predicted start
@@ -34,9 +36,9 @@ NO_CLASSES: Mapping[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
 
 
 class CaptionEmbedder(nn.Module):
-    """The mean of a caption's tokens, through a perceptron: tokens (B, L, text_width), mask (B, L).
+    """A vector of a caption from its tokens (B, L, text_width) and mask (B, L).
 
-    The mean is normalised to mean 0 and variance 1: encoders differ in the size of their features.
+    Tokens are normalised to mean 0 and variance 1: encoders differ in the size of their features.
 
     Args:
         text_width: width of a token.
@@ -50,28 +52,30 @@ class CaptionEmbedder(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = None if draft is None else tuple(draft)
-        self.fc1 = Linear(text_width, inner_size)
-        self.fc2 = Linear(inner_size, hidden_size)
+        self.of_token = Linear(text_width, inner_size)
+        self.of_caption = Linear(inner_size, inner_size)
+        self.out = Linear(inner_size, hidden_size)
         self.draft = None if draft is None else Linear(inner_size, math.prod(draft))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the weights anew: N(0, 0.02^2) before the modulation, as a DiT's, else Xavier-uniform."""
-        for layer in (self.fc1, self.fc2, self.draft):
+        for layer in (self.of_token, self.of_caption, self.out, self.draft):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.fc2.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """The embedding (B, D), and the draft (B, C, [F,] h, w) or None."""
         is_read = mask.unsqueeze(2).to(tokens.dtype)
-        mean = (tokens * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)  # (B, text_width)
-        hidden = F.silu(self.fc1(F.layer_norm(mean, mean.shape[1:])))  # (B, H)
+        hidden = F.silu(self.of_token(F.layer_norm(tokens, tokens.shape[2:])))  # (B, L, H)
+        mean = (hidden * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)  # (B, H)
+        hidden = F.silu(self.of_caption(F.layer_norm(mean, mean.shape[1:])))
         if self.draft is None or self.shape is None:
-            return self.fc2(hidden), None
-        return self.fc2(hidden), self.draft(hidden).view(-1, *self.shape)
+            return self.out(hidden), None
+        return self.out(hidden), self.draft(hidden).view(-1, *self.shape)
 
 
 class ReadsCaptions:
@@ -182,7 +186,7 @@ class ReadsCaptions:
             got = f"width {text['tokens'].shape[2]}" if isinstance(text, Mapping) else "none"
             raise ValueError(f"the model needs caption features of width {self.text_width}, got {got}")
         # The features are float32; a training plugin may keep the weights in another type.
-        tokens = text["tokens"].to(self.caption_embedder.fc1.weight.dtype)
+        tokens = text["tokens"].to(self.caption_embedder.out.weight.dtype)
         return cast(tuple[Tensor, Tensor | None], self.caption_embedder(tokens, text["mask"]))
 
 
