@@ -261,10 +261,11 @@ class TestTrainings:
         assert merged(base, {"model": {"depth": 2}})["model"] == {"type": "DiT", "depth": 2}
         assert base["model"]["depth"] == 6
 
-    def test_every_row_is_a_config_of_ours(self, load: Load, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("file", ["race_ours.yaml", "race_parts.yaml"])
+    def test_every_row_is_a_config_of_ours(self, load: Load, tmp_path: Path, file: str) -> None:
         ours, training = load("race_ours"), load("race_training")
         terms = training.Terms(steps=100)
-        for name, row in ours.read_rows().items():
+        for name, row in ours.read_rows(ours.ROWS.with_name(file)).items():
             content = ours.merged(ours.own_config(training.Net(32, 1, 10), terms, tmp_path), row)
             path = tmp_path / "config.yaml"
             path.write_text(json.dumps(content))
