@@ -9,7 +9,7 @@ judged by its best one.
 
     python benchmarks/race.py --hosts DIR --data-dir DIR [--steps 1200] [--out outputs/race]
     python benchmarks/race.py --hosts DIR --data-dir DIR --device cuda --minutes 8
-    python benchmarks/race.py --hosts DIR --data-dir DIR --rows benchmarks/race_parts.yaml    (parts of the recipe)
+    python benchmarks/race.py --hosts DIR --data-dir DIR --rows benchmarks/race_parts.yaml
     python benchmarks/race.py --report [--out outputs/race]
 
 --hosts holds checkouts named owner+name, as benchmarks/race_hosts.py lists them; a peer without one is left
