@@ -7,7 +7,7 @@ from typing import Any
 from race_laps import Lap
 from race_report import Field
 
-_MARKERS = "osD^vP*X<>"
+_MARKERS = "osD^vP*X<>hdp"
 
 
 def save_figure(laps: Sequence[Lap], path: Path) -> str:
@@ -30,7 +30,8 @@ def draw(laps: Sequence[Lap]) -> Any:
 
     field, spaces = Field.of(laps), list(laps[0].distances)
     figure = Figure(figsize=(7 * len(spaces), 5), layout="constrained")
-    colours = colormaps["tab10"].colors
+    # The strong colours first, then the light ones.
+    colours = [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]
     for axes, space in zip(figure.subplots(1, len(spaces), squeeze=False)[0], spaces, strict=True):
         for number, (name, runs) in enumerate([*field.ours.items(), *field.peers.items()]):
             for place, run in enumerate(runs.values()):

@@ -80,8 +80,8 @@ def report(laps: Sequence[Lap]) -> str:
     field, spaces = Field.of(laps), list(laps[0].distances)
     parts = [_heading(laps[0]), _notes(laps)]
     for number, space in enumerate(spaces):
-        title = "decides the race" if number == 0 else "beside it"
-        parts.append(f"## To a peer's final distance in {space}, which {title}\n\n{table(field, space)}")
+        title = "which decides the race" if number == 0 else "beside it"
+        parts.append(f"## To a peer's final distance in {space}, {title}\n\n{table(field, space)}")
     parts += [f"## Contestants\n\n{contestants(field, spaces)}", f"## Targets\n\n{targets(field)}"]
     return "\n\n".join(parts)
 
