@@ -56,11 +56,13 @@ def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str,
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
     parent.load_state_dict(state)
     given = condition(length=3)
-    # By hand: a layer for each of the three tokens that the mask lets through, their mean, another layer.
-    layers = model.caption_embedder
-    tokens = normalised(given["tokens"][:, :3]) @ layers.of_token.weight.T + layers.of_token.bias
-    mean = normalised(nn.functional.silu(tokens).mean(dim=1))
-    hidden = nn.functional.silu(mean @ layers.of_caption.weight.T + layers.of_caption.bias)
+    # By hand: of the three tokens that the mask lets through.
+    layers, read = model.caption_embedder, given["tokens"][:, :3]
+    tokens = normalised(read) @ layers.of_token.weight.T + layers.of_token.bias
+    words = normalised(nn.functional.silu(tokens).mean(dim=1))
+    hidden = words @ layers.of_words.weight.T + layers.of_words.bias
+    hidden = hidden + normalised(read.mean(dim=1)) @ layers.of_mean.weight.T + layers.of_mean.bias
+    hidden = nn.functional.silu(hidden)
     added = hidden @ layers.out.weight.T + layers.out.bias
     embed_time = parent.t_embedder.forward
     parent.t_embedder.forward = lambda timestep: embed_time(timestep) + added  # type: ignore[method-assign]  # of this object

@@ -1,10 +1,11 @@
 """DiT and Latte that read captions, small enough to train from random weights.
 
-A caption reaches the model as one vector: each token passes a layer, and their mean passes another. Without
-the first, captions that differ in one word would differ little. The vector's embedding is added to that of
-the timestep, so that it scales, shifts and gates every block. Sources: the mean over the elements of a set is
-that of deep sets, Zaheer et al. 2017, arXiv:1703.06114; the pooled caption beside the timestep is that of
-Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024, arXiv:2403.03206.
+A caption reaches the model as one vector, made of the mean of its tokens, and of the mean of what a layer
+makes of each token: where two captions differ in one word, the first mean hardly differs. The vector's
+embedding is added to that of the timestep, so that it scales, shifts and gates every block. Sources: the mean
+over the elements of a set is that of deep sets, Zaheer et al. 2017, arXiv:1703.06114; the pooled caption
+beside the timestep is that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024,
+arXiv:2403.03206.
 
 With a `draft` one linear layer also makes a rough sample of the caption, without noise or timestep. The
 blocks see it beside the input, and the prediction is the draft plus what they add. Sources: a predicted start
@@ -38,7 +39,7 @@ NO_CLASSES: Mapping[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
 class CaptionEmbedder(nn.Module):
     """A vector of a caption from its tokens (B, L, text_width) and mask (B, L).
 
-    Tokens are normalised to mean 0 and variance 1: encoders differ in the size of their features.
+    All is normalised to mean 0 and variance 1: encoders differ in the size of their features.
 
     Args:
         text_width: width of a token.
@@ -53,7 +54,8 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.shape = None if draft is None else tuple(draft)
         self.of_token = Linear(text_width, inner_size)
-        self.of_caption = Linear(inner_size, inner_size)
+        self.of_words = Linear(inner_size, inner_size)
+        self.of_mean = Linear(text_width, inner_size)
         self.out = Linear(inner_size, hidden_size)
         self.draft = None if draft is None else Linear(inner_size, math.prod(draft))
         self.reset_parameters()
@@ -61,7 +63,7 @@ class CaptionEmbedder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the weights anew: N(0, 0.02^2) before the modulation, as a DiT's, else Xavier-uniform."""
-        for layer in (self.of_token, self.of_caption, self.out, self.draft):
+        for layer in (self.of_token, self.of_words, self.of_mean, self.out, self.draft):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -70,12 +72,18 @@ class CaptionEmbedder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """The embedding (B, D), and the draft (B, C, [F,] h, w) or None."""
         is_read = mask.unsqueeze(2).to(tokens.dtype)
-        hidden = F.silu(self.of_token(F.layer_norm(tokens, tokens.shape[2:])))  # (B, L, H)
-        mean = (hidden * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)  # (B, H)
-        hidden = F.silu(self.of_caption(F.layer_norm(mean, mean.shape[1:])))
+        share = is_read / is_read.sum(dim=1, keepdim=True).clamp(min=1.0)  # (B, L, 1)
+        mean = (tokens * share).sum(dim=1)  # (B, text_width)
+        words = (F.silu(self.of_token(_normalised(tokens))) * share).sum(dim=1)  # (B, H)
+        hidden = F.silu(self.of_words(_normalised(words)) + self.of_mean(_normalised(mean)))
         if self.draft is None or self.shape is None:
             return self.out(hidden), None
         return self.out(hidden), self.draft(hidden).view(-1, *self.shape)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last dim."""
+    return F.layer_norm(features, features.shape[-1:])
 
 
 class ReadsCaptions:
