@@ -1,3 +1,4 @@
+import inspect
 from typing import Any
 
 import pytest
@@ -48,9 +49,11 @@ def normalised(features: Tensor) -> Tensor:
 
 
 @BOTH
-@pytest.mark.parametrize("draft", [False, True])
-def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str, draft: bool) -> None:
-    model = made(name, draft=draft)
+@pytest.mark.parametrize(("draft", "pooling"), [(False, "words"), (True, "mean"), (True, "words")])
+def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(
+    name: str, draft: bool, pooling: str
+) -> None:
+    model = made(name, draft=draft, text_pooling=pooling)
     parent = PARENTS[name](**SIZES, **FRAMES[name], num_classes=0, extra_channels=4 * draft).eval()
     own = ("caption_embedder.", "draft_gate.", "null_")
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
@@ -58,11 +61,11 @@ def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str,
     given = condition(length=3)
     # By hand: of the three tokens that the mask lets through.
     layers, read = model.caption_embedder, given["tokens"][:, :3]
-    tokens = normalised(read) @ layers.of_token.weight.T + layers.of_token.bias
-    words = normalised(nn.functional.silu(tokens).mean(dim=1))
-    hidden = words @ layers.of_words.weight.T + layers.of_words.bias
-    hidden = hidden + normalised(read.mean(dim=1)) @ layers.of_mean.weight.T + layers.of_mean.bias
-    hidden = nn.functional.silu(hidden)
+    if pooling == "words":
+        read = normalised(read) @ layers.of_token.weight.T + layers.of_token.bias
+        read = nn.functional.silu(read)
+    mean = normalised(read.mean(dim=1))
+    hidden = nn.functional.silu(mean @ layers.of_mean.weight.T + layers.of_mean.bias)
     added = hidden @ layers.out.weight.T + layers.out.bias
     embed_time = parent.t_embedder.forward
     parent.t_embedder.forward = lambda timestep: embed_time(timestep) + added  # type: ignore[method-assign]  # of this object
@@ -81,7 +84,7 @@ def test_the_model_is_its_parent_with_the_caption_beside_the_timestep(name: str,
 
 @BOTH
 def test_a_prediction_depends_on_the_words_alone(name: str) -> None:
-    model = made(name, draft=True)
+    model = made(name, draft=True, text_pooling="words")
     given, (x, timestep) = condition(length=3), noised(model)
     first = model(x, timestep, given)
     padded = {**given, "tokens": given["tokens"].clone()}
@@ -107,7 +110,7 @@ def test_an_example_call_has_the_shapes_of_a_real_one(name: str, options: dict[s
 
 @BOTH
 def test_training_starts_from_the_draft_and_reaches_every_layer(name: str) -> None:
-    model, given = made(name, draft=True).train(), condition()
+    model, given = made(name, draft=True, text_pooling="words").train(), condition()
     x, timestep = noised(model)
     model(x, timestep, given).square().sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
@@ -174,6 +177,8 @@ def test_what_does_not_fit_is_refused() -> None:
         model(x[:, :3], torch.zeros(2), condition())
     with pytest.raises(ValueError, match="needs text_hidden >= 1, got 0"):
         TextLatte(**SIZES, **TEXT, text_hidden=0)
+    with pytest.raises(ValueError, match="unknown text_pooling 'word'; did you mean 'words'"):
+        TextLatte(**SIZES, **TEXT, text_pooling="word")
     with pytest.raises(ValueError, match="even depth, got 3"):
         TextLatte(**{**SIZES, "depth": 3}, **TEXT)
 
@@ -186,3 +191,19 @@ def test_a_draft_is_of_one_size_and_a_run_says_so_before_it_starts(name: str) ->
         ValueError, match=rf"buckets\[0\].*needs 8 x 8, got 8 x 16: this {name} takes one size"
     ):
         check_one_size(places, made(name, draft=True), downsample=1)
+
+
+@BOTH
+def test_a_model_of_yours_that_extends_one_has_its_own_options(name: str) -> None:
+    parent = type(made(name))
+
+    class Mine(parent):  # type: ignore[valid-type, misc]  # of either model
+        def __init__(self, *, girth: int = 3, **options: Any) -> None:
+            super().__init__(**options)
+            self.girth = girth
+
+    assert "girth" in inspect.signature(Mine).parameters
+    taken = inspect.signature(parent).parameters
+    assert {"text_width", "hidden_size", "rope"} <= set(taken)
+    assert not {"options", "num_classes", "class_dropout_prob"} & set(taken)
+    assert Mine(**SIZES, **TEXT, **FRAMES[name], girth=5).girth == 5

@@ -55,12 +55,21 @@ def with_defaults(
         without: parameters of the parent that the model does not take.
     """
     taken = {name: p for name, p in inspect.signature(parent).parameters.items() if name not in without}
-    own = inspect.signature(model.__init__).parameters.values()
-    taken |= {p.name: p for p in own if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
+    if "__init__" in vars(model):
+        own = inspect.signature(model).parameters
+        taken |= {name: p for name, p in own.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    else:
+
+        def __init__(self: Any, *args: Any, **options: Any) -> None:  # noqa: N807 - the model's own
+            super(model, self).__init__(*args, **options)
+
+        model.__init__ = __init__  # type: ignore[method-assign]  # its parent's must keep its signature
     for name, default in (defaults or {}).items():
         fresh = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=type(default))
         taken[name] = taken.get(name, fresh).replace(default=default)
-    model.__signature__ = inspect.Signature(list(taken.values()))  # type: ignore[attr-defined]  # inspect reads it
+    receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # Of the constructor, not of the class: a subclass with its own has its own signature.
+    model.__init__.__signature__ = inspect.Signature([receiver, *taken.values()])  # type: ignore[attr-defined]  # inspect reads it
 
 
 def _sized(model: type[nn.Module], size: Mapping[str, int]) -> Callable[..., nn.Module]:

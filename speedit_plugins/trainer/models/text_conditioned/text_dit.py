@@ -1,11 +1,10 @@
 """DiT and Latte that read captions, small enough to train from random weights.
 
-A caption reaches the model as one vector, made of the mean of its tokens, and of the mean of what a layer
-makes of each token: where two captions differ in one word, the first mean hardly differs. The vector's
-embedding is added to that of the timestep, so that it scales, shifts and gates every block. Sources: the mean
-over the elements of a set is that of deep sets, Zaheer et al. 2017, arXiv:1703.06114; the pooled caption
-beside the timestep is that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3, Esser et al. 2024,
-arXiv:2403.03206.
+A caption reaches the model as one vector, the mean of its tokens, or of what a layer makes of each token. The
+vector's embedding is added to that of the timestep, so that it scales, shifts and gates every block. Sources:
+the pooled caption beside the timestep is that of Imagen, Saharia et al. 2022, arXiv:2205.11487, and of SD3,
+Esser et al. 2024, arXiv:2403.03206; a layer before the mean is that of deep sets, Zaheer et al. 2017,
+arXiv:1703.06114.
 
 With a `draft` one linear layer also makes a rough sample of the caption, without noise or timestep. The
 blocks see it beside the input, and the prediction is the draft plus what they add. Sources: a predicted start
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedit_plugins.registry import MODELS
+from speedit_plugins.registry import MODELS, nearest
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import split_extra
@@ -35,27 +34,40 @@ from speedit_plugins.trainer.models.sizes import with_defaults
 # Parents' options that models with captions do not take.
 NO_CLASSES: Mapping[str, Any] = {"num_classes": 0, "class_dropout_prob": 0.0}
 
+POOLINGS = ("mean", "words")
+"""How a caption becomes one vector: the mean of its tokens, or the mean of a layer on each of them."""
+
 
 class CaptionEmbedder(nn.Module):
     """A vector of a caption from its tokens (B, L, text_width) and mask (B, L).
 
-    All is normalised to mean 0 and variance 1: encoders differ in the size of their features.
+    What is read and its mean are normalised to mean 0 and variance 1: encoders differ in the size of their
+    features.
 
     Args:
         text_width: width of a token.
         inner_size: H.
         hidden_size: D.
+        pooling: of `POOLINGS`.
         draft: shape of the draft, (C, [F,] h, w); None makes none.
     """
 
     def __init__(
-        self, text_width: int, inner_size: int, hidden_size: int, *, draft: Sequence[int] | None
+        self,
+        text_width: int,
+        inner_size: int,
+        hidden_size: int,
+        *,
+        pooling: str,
+        draft: Sequence[int] | None,
     ) -> None:
         super().__init__()
+        if pooling not in POOLINGS:
+            known = ", ".join(POOLINGS)
+            raise ValueError(f"unknown text_pooling {pooling!r}{nearest(pooling, POOLINGS)}; known: {known}")
         self.shape = None if draft is None else tuple(draft)
-        self.of_token = Linear(text_width, inner_size)
-        self.of_words = Linear(inner_size, inner_size)
-        self.of_mean = Linear(text_width, inner_size)
+        self.of_token = Linear(text_width, inner_size) if pooling == "words" else None
+        self.of_mean = Linear(text_width if self.of_token is None else inner_size, inner_size)
         self.out = Linear(inner_size, hidden_size)
         self.draft = None if draft is None else Linear(inner_size, math.prod(draft))
         self.reset_parameters()
@@ -63,7 +75,7 @@ class CaptionEmbedder(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the weights anew: N(0, 0.02^2) before the modulation, as a DiT's, else Xavier-uniform."""
-        for layer in (self.of_token, self.of_words, self.of_mean, self.out, self.draft):
+        for layer in (self.of_token, self.of_mean, self.out, self.draft):
             if layer is not None:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -72,10 +84,10 @@ class CaptionEmbedder(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """The embedding (B, D), and the draft (B, C, [F,] h, w) or None."""
         is_read = mask.unsqueeze(2).to(tokens.dtype)
-        share = is_read / is_read.sum(dim=1, keepdim=True).clamp(min=1.0)  # (B, L, 1)
-        mean = (tokens * share).sum(dim=1)  # (B, text_width)
-        words = (F.silu(self.of_token(_normalised(tokens))) * share).sum(dim=1)  # (B, H)
-        hidden = F.silu(self.of_words(_normalised(words)) + self.of_mean(_normalised(mean)))
+        if self.of_token is not None:
+            tokens = F.silu(self.of_token(_normalised(tokens)))  # (B, L, H)
+        mean = (tokens * is_read).sum(dim=1) / is_read.sum(dim=1).clamp(min=1.0)
+        hidden = F.silu(self.of_mean(_normalised(mean)))  # (B, H)
         if self.draft is None or self.shape is None:
             return self.out(hidden), None
         return self.out(hidden), self.draft(hidden).view(-1, *self.shape)
@@ -90,7 +102,13 @@ class ReadsCaptions:
     """What `TextDiT` and `TextLatte` add to the model that they extend: a caption in place of a label."""
 
     def _add_captions(
-        self, text_width: int, text_length: int, *, inner_size: int | None, draft: Sequence[int] | None
+        self,
+        text_width: int,
+        text_length: int,
+        *,
+        inner_size: int | None,
+        pooling: str,
+        draft: Sequence[int] | None,
     ) -> None:
         """Adds the caption's layers. `draft` is the shape of a draft, (C, [F,] h, w); None makes none."""
         model = cast(DiT, self)
@@ -99,7 +117,7 @@ class ReadsCaptions:
             raise ValueError(f"the model needs text_hidden >= 1, got {inner_size}")
         self.text_width, self.text_length = text_width, text_length
         self.caption_embedder = CaptionEmbedder(
-            text_width, inner_size or hidden_size, hidden_size, draft=draft
+            text_width, inner_size or hidden_size, hidden_size, pooling=pooling, draft=draft
         )
         self.draft_gate = None
         if draft is not None:
@@ -210,6 +228,8 @@ class TextDiT(ReadsCaptions, DiT):
         draft: make a draft of each caption. A model of x_0 learns captions much sooner with it. It has H
             weights for each value of a sample, and takes inputs of one size.
         text_hidden: H; None is hidden_size.
+        text_pooling: "mean" of the tokens, or of a layer on each of the "words". Captions that differ in one
+            word differ little in the mean, and more with the layer.
 
     Raises:
         ValueError: sizes do not divide or are out of range, or the attention is unknown or cannot run.
@@ -224,16 +244,12 @@ class TextDiT(ReadsCaptions, DiT):
         text_length: int,
         draft: bool = False,
         text_hidden: int | None = None,
-        in_channels: int = 4,
-        extra_channels: int = 0,
+        text_pooling: str = "mean",
         **options: Any,
     ) -> None:
-        joined = extra_channels + (in_channels if draft else 0)
-        super().__init__(
-            input_size, patch_size, in_channels=in_channels, extra_channels=joined, **NO_CLASSES, **options
-        )
-        shape = (in_channels, input_size, input_size) if draft else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden, draft=shape)
+        super().__init__(input_size, patch_size, **NO_CLASSES, **_with_draft(options, draft=draft))
+        shape = (self.in_channels, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden, pooling=text_pooling, draft=shape)
 
 
 class TextLatte(ReadsCaptions, Latte):
@@ -257,22 +273,25 @@ class TextLatte(ReadsCaptions, Latte):
         text_length: int,
         draft: bool = False,
         text_hidden: int | None = None,
-        in_channels: int = 4,
-        extra_channels: int = 0,
+        text_pooling: str = "mean",
         **options: Any,
     ) -> None:
-        joined = extra_channels + (in_channels if draft else 0)
-        super().__init__(
-            input_size, patch_size, in_channels=in_channels, extra_channels=joined, **NO_CLASSES, **options
-        )
-        shape = (in_channels, self.num_frames, input_size, input_size) if draft else None
-        self._add_captions(text_width, text_length, inner_size=text_hidden, draft=shape)
+        super().__init__(input_size, patch_size, **NO_CLASSES, **_with_draft(options, draft=draft))
+        shape = (self.in_channels, self.num_frames, input_size, input_size) if draft else None
+        self._add_captions(text_width, text_length, inner_size=text_hidden, pooling=text_pooling, draft=shape)
 
     @property
     def taken_frames(self) -> range:
         """Numbers of frames that a clip may have."""
         is_laid_out = self.caption_embedder.draft is not None
         return range(self.num_frames if is_laid_out else 1, self.num_frames + 1)
+
+
+def _with_draft(options: Mapping[str, Any], *, draft: bool) -> dict[str, Any]:
+    """The parent's options: a draft comes as extra channels beside x, as many as x has."""
+    channels = options.get("in_channels", 4)
+    extra = options.get("extra_channels", 0) + (channels if draft else 0)
+    return {**options, "in_channels": channels, "extra_channels": extra}
 
 
 for _model, _parent in ((TextDiT, DiT), (TextLatte, Latte)):
