@@ -10,7 +10,9 @@ from speedit_plugins.registry import MODELS, build
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import example_inputs, input_shape
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.mdt import MDTv2
 from speedit_plugins.trainer.models.sides import check_one_size
+from speedit_plugins.trainer.models.sit import LightningDiT, SiT
 from speedit_plugins.trainer.models.text_conditioned.text_dit import TextLatte
 
 TEXT: dict[str, Any] = {"text_width": 12, "text_length": 5}
@@ -207,3 +209,13 @@ def test_a_model_of_yours_that_extends_one_has_its_own_options(name: str) -> Non
     assert {"text_width", "hidden_size", "rope"} <= set(taken)
     assert not {"options", "num_classes", "class_dropout_prob"} & set(taken)
     assert Mine(**SIZES, **TEXT, **FRAMES[name], girth=5).girth == 5
+
+
+@pytest.mark.parametrize("parent", [Latte, LightningDiT, MDTv2, SiT])
+def test_a_signature_is_not_inherited_by_another_constructor(parent: type[nn.Module]) -> None:
+    class Mine(parent):  # type: ignore[valid-type, misc]  # of each model
+        def __init__(self, girth: int) -> None:
+            pass
+
+    assert list(inspect.signature(Mine).parameters) == ["girth"]
+    assert "hidden_size" in inspect.signature(parent).parameters

@@ -68,7 +68,7 @@ def with_defaults(
         fresh = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=type(default))
         taken[name] = taken.get(name, fresh).replace(default=default)
     receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    # Of the constructor, not of the class: a subclass with its own has its own signature.
+    # It belongs to the constructor. So a subclass that writes its own constructor has its own signature.
     model.__init__.__signature__ = inspect.Signature([receiver, *taken.values()])  # type: ignore[attr-defined]  # inspect reads it
 
 
