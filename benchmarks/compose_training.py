@@ -31,8 +31,8 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
-from speedit_plugins.trainer.training.product_choice import choose_products
-from speedit_plugins.trainer.training.product_timing import fastest_products
+from speedit_plugins.trainer.training.products.choice import choose_products
+from speedit_plugins.trainer.training.products.timing import fastest_products
 from speedit_plugins.trainer.training.trainer import Trainer
 
 # Few-step samplers: with more steps the distances would cost more than the trainings.

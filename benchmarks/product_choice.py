@@ -20,9 +20,9 @@ from spread import Spread, quantiles
 from throughput import CLOCKS
 from training_steps import Case, batch_of, latent_trainer
 
-from speedit_plugins.trainer.models.linear import Products
-from speedit_plugins.trainer.training import product_timing
-from speedit_plugins.trainer.training.product_choice import (
+from speedit_plugins.trainer.models.layers.linear import Products
+from speedit_plugins.trainer.training.products import timing
+from speedit_plugins.trainer.training.products.choice import (
     choose_products,
     describe,
     layer_shapes,
@@ -91,8 +91,8 @@ def product_ratios(shape: tuple[int, int, int], num_pairs: int = 20) -> list[lis
         found.append(list(pairs))
         return False
 
-    with patch.multiple(product_timing, NUM_PAIRS=num_pairs, is_clear=keep):
-        product_timing.fastest_products(*shape)
+    with patch.multiple(timing, NUM_PAIRS=num_pairs, is_clear=keep):
+        timing.fastest_products(*shape)
     return found
 
 

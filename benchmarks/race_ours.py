@@ -26,7 +26,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.models import training_only
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.training.assembly import build_trainer
-from speedit_plugins.trainer.training.product_choice import choose_products
+from speedit_plugins.trainer.training.products.choice import choose_products
 
 ROWS = Path(__file__).with_suffix(".yaml")
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.blocks import PatchEmbedder, patches_of
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.layers.blocks import PatchEmbedder, patches_of
 
 
 def stacked(models: Sequence[DiT]) -> DiT:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from speedit_plugins.registry import DATASETS, ENCODERS
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.training.assembly import build_trainer
-from speedit_plugins.trainer.training.product_choice import choose_products
+from speedit_plugins.trainer.training.products.choice import choose_products
 from speedit_plugins.trainer.training.trainer import Trainer
 
 OURS = "ours"

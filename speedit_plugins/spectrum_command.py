@@ -21,7 +21,7 @@ from speedit_plugins.registry import is_raised_here
 
 if TYPE_CHECKING:
     from speedit_plugins.spectrum_report import Measurement
-    from speedit_plugins.trainer.models.autoencoder import Autoencoder
+    from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
 
 PROGRAM = "speedit-spectrum"
 USER_ERROR = 2
@@ -143,7 +143,7 @@ def _encoder(path: str) -> "Autoencoder":
     """The trainer's encoder, on the first GPU if there is one."""
     import torch
 
-    from speedit_plugins.trainer.models.autoencoder import Autoencoder
+    from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
 
     return Autoencoder(path).to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -24,7 +24,7 @@ from speedit_plugins.files import pickle_fault
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from speedit_plugins.trainer.models.autoencoder import Autoencoder
+    from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
 
 NUM_SAMPLES = 1024
 # So many values take 1.25 GiB: once as float32 and twice as float64. 341 images of 256 x 256 pixels have

@@ -58,7 +58,7 @@ from speedit_plugins.trainer.data.latents.shards import (
 from speedit_plugins.trainer.data.latents.source import CLASSES, check_same_source, identity_of
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.inputs import Encoder
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import build_captions
 from speedit_plugins.trainer.terminal import progress

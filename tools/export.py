@@ -37,8 +37,8 @@ from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import latest, read_metrics
-from speedit_plugins.trainer.models.autoencoder import Autoencoder
-from speedit_plugins.trainer.models.exported import (
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
+from speedit_plugins.trainer.models.pretrained.exported import (
     Exported,
     Pipeline,
     check_pipeline,
@@ -46,13 +46,13 @@ from speedit_plugins.trainer.models.exported import (
     save_pipeline,
     save_scheduler,
 )
-from speedit_plugins.trainer.models.exported_adapters import (
+from speedit_plugins.trainer.models.pretrained.exported_adapters import (
     WEIGHTS,
     ExportedAdapters,
     export_adapters,
     save_adapters,
 )
-from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.models.pretrained.text import TextEncoder
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 
 CLIPPED_NOTE = (

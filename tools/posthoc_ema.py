@@ -20,7 +20,7 @@ from speedit_plugins.files import replacing
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.results import CHECKPOINTS
-from speedit_plugins.trainer.training.snapshots import SNAPSHOTS, posthoc_average, read_snapshots
+from speedit_plugins.trainer.training.averages.snapshots import SNAPSHOTS, posthoc_average, read_snapshots
 
 FOLDER = "posthoc"
 

@@ -13,7 +13,7 @@ from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.tracking import read_metrics
-from speedit_plugins.trainer.training.saved_state import load_part, read_state
+from speedit_plugins.trainer.training.saving.saved_state import load_part, read_state
 
 CONFIG = "config_train.yaml"
 

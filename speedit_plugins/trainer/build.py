@@ -15,6 +15,7 @@ from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.models.sides import (
     check_frames,
     check_one_size,
@@ -22,7 +23,6 @@ from speedit_plugins.trainer.models.sides import (
     shapes_of,
     stated_patch,
 )
-from speedit_plugins.trainer.models.text import CaptionSource
 
 Process = GaussianProcess | RectifiedFlow
 

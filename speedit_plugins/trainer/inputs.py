@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.data.latents.cache import FEATURES, TEXT, sample_latents
-from speedit_plugins.trainer.models.text import CaptionSource, dropped
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource, dropped
 
 Generators = Sequence[torch.Generator]
 

@@ -10,7 +10,7 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.lora import add_adapters, check_fit, load_adapters, read_adapters
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.models.weights import LoadReport, fit_weights, load_weights, read_checkpoint
 
 

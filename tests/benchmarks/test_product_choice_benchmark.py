@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 
-from speedit_plugins.trainer.models.linear import Products, has_onednn
-from speedit_plugins.trainer.training import product_timing
+from speedit_plugins.trainer.models.layers.linear import Products, has_onednn
+from speedit_plugins.trainer.training.products import timing
 
 Load = Callable[[str], ModuleType]
 
@@ -27,10 +27,10 @@ def test_the_table_has_deciles_and_ratios_within_a_round(load: Load) -> None:
 
 @pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN product")
 def test_every_ratio_of_the_three_products_is_kept_and_the_rule_is_as_before(load: Load) -> None:
-    rule = product_timing.NUM_PAIRS, product_timing.is_clear
+    rule = timing.NUM_PAIRS, timing.is_clear
     found = load("product_choice").product_ratios((8, 4, 4), num_pairs=4)
     assert [len(each) for each in found] == [4, 4, 4]
-    assert (product_timing.NUM_PAIRS, product_timing.is_clear) == rule
+    assert (timing.NUM_PAIRS, timing.is_clear) == rule
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN product")

@@ -18,7 +18,7 @@ from speedit_plugins.trainer.data.latents.shards import (
     start_or_resume,
 )
 from speedit_plugins.trainer.data.loader import ResumableLoader
-from speedit_plugins.trainer.models.autoencoder import Autoencoder, Pixels
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder, Pixels
 
 MADE_FROM = {"image_size": 8, "class_cond": True, "num_classes": 3, "encoder_fingerprint": "e"}
 NUM_SAMPLES = 10

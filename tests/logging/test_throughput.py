@@ -75,7 +75,7 @@ def test_tokens_that_pass_blocks_by_are_not_counted() -> None:
 def test_checkpointing_dropout_and_the_attention_kernel_change_no_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from speedit_plugins.trainer.models import attention
+    from speedit_plugins.trainer.models.layers import attention
 
     def count(model: DiT) -> int:
         return training_flops(model, example_inputs(model, 1))

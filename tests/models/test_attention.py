@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models.attention import SelfAttention, attention_kernel, sdpa, xformers_attention
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.layers.attention import (
+    SelfAttention,
+    attention_kernel,
+    sdpa,
+    xformers_attention,
+)
 
 
 def explicit_attention(qkv: Tensor) -> Tensor:

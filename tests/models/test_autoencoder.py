@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from speedit_plugins.registry import ENCODERS, build
-from speedit_plugins.trainer.models.autoencoder import Autoencoder, Pixels
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder, Pixels
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder, timestep_features
+from speedit_plugins.trainer.models.layers.conditioning import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    timestep_features,
+)
 
 
 def test_timestep_features_equal_the_formula() -> None:

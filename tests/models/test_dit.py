@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
-from speedit_plugins.trainer.models.blocks import Block, FinalLayer, PatchEmbedder, Perceptron, modulate
-from speedit_plugins.trainer.models.conditioning import timestep_features
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.positions import sincos_positions
+from speedit_plugins.trainer.models.layers.blocks import (
+    Block,
+    FinalLayer,
+    PatchEmbedder,
+    Perceptron,
+    modulate,
+)
+from speedit_plugins.trainer.models.layers.conditioning import timestep_features
+from speedit_plugins.trainer.models.layers.positions import sincos_positions
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
 # Trained parameters in millions, at 256 x 256 (32 x 32 latents). Source: arXiv:2212.09748, table 4.

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.positions import sincos_positions
+from speedit_plugins.trainer.models.layers.positions import sincos_positions
 
 
 @pytest.fixture(params=[{}, {"norm": "rms", "qk_norm": True, "rope": True}], ids=["plain", "rotary"])

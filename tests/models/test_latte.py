@@ -16,11 +16,11 @@ from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
 from speedit_plugins.trainer.logging.throughput import training_flops
-from speedit_plugins.trainer.models.attention import sdpa
-from speedit_plugins.trainer.models.blocks import Block
 from speedit_plugins.trainer.models.interface import example_inputs, input_shape
 from speedit_plugins.trainer.models.latte import Latte, SpatialAttention, TemporalAttention
-from speedit_plugins.trainer.models.positions import sincos_frames, sincos_positions
+from speedit_plugins.trainer.models.layers.attention import sdpa
+from speedit_plugins.trainer.models.layers.blocks import Block
+from speedit_plugins.trainer.models.layers.positions import sincos_frames, sincos_positions
 
 SMALL: dict[str, Any] = {
     "input_size": 8, "patch_size": 2, "num_frames": 3, "hidden_size": 48, "depth": 4, "num_heads": 4,

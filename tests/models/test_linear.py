@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models import linear
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.linear import ChosenProducts, Linear, Products, product
+from speedit_plugins.trainer.models.layers import linear
+from speedit_plugins.trainer.models.layers.linear import ChosenProducts, Linear, Products, product
 
 needs_onednn = pytest.mark.skipif(not linear.has_onednn(), reason="this build of torch has no oneDNN product")
 CHOICES = [Products(*flags) for flags in itertools.product((False, True), repeat=3)]

@@ -28,9 +28,13 @@ from torch.testing import assert_close
 from speedit_plugins.registry import MODELS, build
 from speedit_plugins.trainer.diffusion.guidance import Guided, guidance_schedule
 from speedit_plugins.trainer.models.interface import example_inputs, without_storage
+from speedit_plugins.trainer.models.layers.positions import sincos_positions
+from speedit_plugins.trainer.models.layers.relative_positions import (
+    RelativePositionBias,
+    index_of,
+    relative_index,
+)
 from speedit_plugins.trainer.models.mdt import MDT, MDTv2
-from speedit_plugins.trainer.models.positions import sincos_positions
-from speedit_plugins.trainer.models.relative_positions import RelativePositionBias, index_of, relative_index
 from speedit_plugins.trainer.models.weights import load_weights
 from speedit_plugins.trainer.training.assembly import build_trainer
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models import attention
-from speedit_plugins.trainer.models.attention import SelfAttention, sdpa
-from speedit_plugins.trainer.models.blocks import Block, BlockOptions
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.exported import check_dit
 from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.layers import attention
+from speedit_plugins.trainer.models.layers.attention import SelfAttention, sdpa
+from speedit_plugins.trainer.models.layers.blocks import Block, BlockOptions
+from speedit_plugins.trainer.models.layers.rotary import Rotation, grid_rotation, line_rotation
 from speedit_plugins.trainer.models.lora import add_adapters
-from speedit_plugins.trainer.models.rotary import Rotation, grid_rotation, line_rotation
+from speedit_plugins.trainer.models.pretrained.exported import check_dit
 
 SMALL = {"input_size": 8, "patch_size": 2, "hidden_size": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
 ALL: dict[str, Any] = {"norm": "rms", "qk_norm": True, "rope": True, "perceptron": "swiglu"}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved_models import TEXT_WIDTH, save_pipeline, save_text_encoder, save_tokenizer
 
-from speedit_plugins.trainer.models.autoencoder import Autoencoder
-from speedit_plugins.trainer.models.text import Clip, TextEncoder
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
+from speedit_plugins.trainer.models.pretrained.text import Clip, TextEncoder
 from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
 from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet

@@ -7,7 +7,7 @@ from saved_models import TEXT_WIDTH, save_text_encoder, save_tokenizer
 from torch.testing import assert_close
 
 from speedit_plugins.registry import TEXT_ENCODERS, build
-from speedit_plugins.trainer.models.text import CaptionTable, TextEncoder, dropped
+from speedit_plugins.trainer.models.pretrained.text import CaptionTable, TextEncoder, dropped
 
 KINDS = ("t5", "clip", "whole clip", "bert")
 

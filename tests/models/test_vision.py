@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models.vision import VisionNetwork
+from speedit_plugins.trainer.models.pretrained.vision import VisionNetwork
 
 SIZE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]

@@ -28,9 +28,9 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.parallel.same_config import difference, stated
 from speedit_plugins.trainer.results import LOCK
 from speedit_plugins.trainer.training import train as train_phase
-from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
-from speedit_plugins.trainer.training.run_lock import alone_in_folder
+from speedit_plugins.trainer.training.saving.ending import run_to_end
+from speedit_plugins.trainer.training.saving.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
 
 

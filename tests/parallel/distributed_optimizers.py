@@ -11,7 +11,11 @@ from torch.testing import assert_close
 
 from speedit_plugins.registry import OPTIMIZERS
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.snapshots import posthoc_average, read_snapshots, write_snapshot
+from speedit_plugins.trainer.training.averages.snapshots import (
+    posthoc_average,
+    read_snapshots,
+    write_snapshot,
+)
 from speedit_plugins.trainer.training.trainer import Trainer
 
 # The packages that some of them need.

@@ -15,7 +15,7 @@ from speedit_plugins.trainer.training import data_centre, evaluation
 from speedit_plugins.trainer.training.data_centre import centred
 from speedit_plugins.trainer.training.evaluation import Evaluation
 from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
-from speedit_plugins.trainer.training.run_lock import alone_in_folder
+from speedit_plugins.trainer.training.saving.run_lock import alone_in_folder
 
 SNAPSHOT = Snapshot(0, dict, {}, {}, Runtime())
 

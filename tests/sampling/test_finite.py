@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.evaluation.npz import write_npz
-from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.models.pretrained.text import TextEncoder
 from speedit_plugins.trainer.sampling.finite import crossed, not_finite, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 

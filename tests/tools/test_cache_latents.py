@@ -19,8 +19,8 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.latents.cache import LatentCache, sample_latents
 from speedit_plugins.trainer.data.latents.shards import read_index
 from speedit_plugins.trainer.data.loader import ResumableLoader
-from speedit_plugins.trainer.models.autoencoder import Autoencoder
-from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
+from speedit_plugins.trainer.models.pretrained.text import TextEncoder
 from speedit_plugins.trainer.training.assembly import build_trainer
 
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,10 @@ from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion.gaussian_process import gaussian_process
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
 from speedit_plugins.trainer.models.mdt import MDTv2
+from speedit_plugins.trainer.models.pretrained.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator

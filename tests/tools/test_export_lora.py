@@ -15,11 +15,15 @@ from torch.testing import assert_close
 
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.exported import export_model
-from speedit_plugins.trainer.models.exported_adapters import WEIGHTS, export_adapters, save_adapters
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.lora import add_adapters
+from speedit_plugins.trainer.models.pretrained.exported import export_model
+from speedit_plugins.trainer.models.pretrained.exported_adapters import (
+    WEIGHTS,
+    export_adapters,
+    save_adapters,
+)
 from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
 from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet

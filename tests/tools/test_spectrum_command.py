@@ -27,7 +27,7 @@ from speedit_plugins.spectrum_samples import Choice, read_samples
 from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.data.images.fit import center_crop
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, stream_seed
-from speedit_plugins.trainer.models.autoencoder import Autoencoder
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 40

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.parallel.master_weights import Slice
-from speedit_plugins.trainer.training.ema import Ema
+from speedit_plugins.trainer.training.averages.ema import Ema
 
 
 def one_weight(value: float = 0.0) -> dict[str, Slice]:

@@ -14,7 +14,7 @@ from speedit_plugins.trainer.inputs import (
     masked_latents,
     with_extra,
 )
-from speedit_plugins.trainer.models.autoencoder import Pixels
+from speedit_plugins.trainer.models.pretrained.autoencoder import Pixels
 
 CPU = torch.device("cpu")
 NULL = {"tokens": torch.full((1, 3, 2), -1.0), "mask": torch.tensor([[True, False, False]])}

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.training.interrupt import StopRequest
-from speedit_plugins.trainer.training.power_averages import (
+from speedit_plugins.trainer.training.averages.power_averages import (
     PowerAverages,
     Profile,
     coefficients,
@@ -25,7 +24,8 @@ from speedit_plugins.trainer.training.power_averages import (
     kept_share,
     sigma_rel_of,
 )
-from speedit_plugins.trainer.training.snapshots import read_snapshots
+from speedit_plugins.trainer.training.averages.snapshots import read_snapshots
+from speedit_plugins.trainer.training.interrupt import StopRequest
 
 
 def run(folder: Path, **options: Any) -> None:

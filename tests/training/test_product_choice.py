@@ -12,13 +12,13 @@ from test_trainer import everything, fit
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer.models import linear
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.linear import ChosenProducts, Linear, Products
+from speedit_plugins.trainer.models.layers import linear
+from speedit_plugins.trainer.models.layers.linear import ChosenProducts, Linear, Products
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training import product_choice
 from speedit_plugins.trainer.training import train as training
-from speedit_plugins.trainer.training.product_choice import (
+from speedit_plugins.trainer.training.products import choice
+from speedit_plugins.trainer.training.products.choice import (
     choose_products,
     describe,
     layer_shapes,
@@ -47,7 +47,7 @@ def refuse(*_: object) -> None:
 def _no_least_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets oneDNN compute products of any size."""
     monkeypatch.setattr(linear, "LEAST_WORK", 0)
-    monkeypatch.setattr(product_choice, "LEAST_WORK", 0)
+    monkeypatch.setattr(choice, "LEAST_WORK", 0)
 
 
 def small_dit() -> DiT:
@@ -74,7 +74,7 @@ def test_shapes_are_those_of_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> 
     # A block has 16 tokens per sample, its modulation one vector per sample.
     assert found["blocks.0.mlp.fc1"] == (80, 32, 128)
     assert found["blocks.0.adaLN_modulation.1"] == (5, 32, 192)
-    monkeypatch.setattr(product_choice, "LEAST_WORK", 80 * 32 * 128)
+    monkeypatch.setattr(choice, "LEAST_WORK", 80 * 32 * 128)
     assert set(layer_shapes(model, 5)) == {f"blocks.{n}.mlp.{fc}" for n in (0, 1) for fc in ("fc1", "fc2")}
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_measured_where_there_is_no_choice(
 
     model = small_dit()
     if case == "no kernel":
-        monkeypatch.setattr(product_choice, "has_onednn", lambda: False)
+        monkeypatch.setattr(choice, "has_onednn", lambda: False)
     if case == "sharded":
         for layer in (module for module in model.modules() if isinstance(module, Linear)):
             layer.weight = Sharded(layer.weight.detach())
@@ -211,7 +211,7 @@ def test_a_machine_without_the_kernel_goes_on_with_torchs_and_says_so(
     restore_products(model, saved, Runtime())
     assert saved_products(model) == saved
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(product_choice, "has_onednn", lambda: False)
+    monkeypatch.setattr(choice, "has_onednn", lambda: False)
     restore_products(model, saved, Runtime())
     assert saved_products(model) == {}
     assert capsys.readouterr().out == (

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from speedit_plugins.trainer.models import linear
-from speedit_plugins.trainer.models.linear import Linear, Products
-from speedit_plugins.trainer.training import product_timing
-from speedit_plugins.trainer.training.product_timing import (
+from speedit_plugins.trainer.models.layers import linear
+from speedit_plugins.trainer.models.layers.linear import Linear, Products
+from speedit_plugins.trainer.training.products import timing
+from speedit_plugins.trainer.training.products.timing import (
     MARGIN,
     NUM_PAIRS,
     fastest_products,
@@ -86,7 +86,7 @@ def test_a_layer_that_is_slower_as_a_whole_stays_torchs(
         assert values is not None
         return iter(values)
 
-    monkeypatch.setattr(product_timing, "ratios", scripted)
+    monkeypatch.setattr(timing, "ratios", scripted)
     num_threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert fastest_products(64, 8, 4) == expected
     # The process is unchanged.
@@ -109,15 +109,15 @@ def test_the_three_products_are_those_of_the_layer_on_one_thread(monkeypatch: py
         torchs()
         yield 0.5
 
-    monkeypatch.setattr(product_timing, "product", recorded)
-    monkeypatch.setattr(product_timing, "ratios", one_pair)
-    monkeypatch.setattr(product_timing, "LEAST_WORK", 0)
+    monkeypatch.setattr(timing, "product", recorded)
+    monkeypatch.setattr(timing, "ratios", one_pair)
+    monkeypatch.setattr(timing, "LEAST_WORK", 0)
     fastest_products(1000, 8, 4)
-    rows = product_timing.MOST_ROWS
+    rows = timing.MOST_ROWS
     assert shapes == [(rows, 8, 4), (rows, 4, 8), (4, rows, 8)]
     shapes.clear()
     # With this many rows the layer would take oneDNN.
-    monkeypatch.setattr(product_timing, "LEAST_WORK", 500 * 8 * 4)
+    monkeypatch.setattr(timing, "LEAST_WORK", 500 * 8 * 4)
     fastest_products(1000, 8, 4)
     assert shapes[0] == (500, 8, 4)
     assert Linear(8, 4).onednn == Products()

@@ -18,7 +18,7 @@ from runs import arguments, file_size_limit, last_step, small_config
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.run_lock import alone_in_folder
+from speedit_plugins.trainer.training.saving.run_lock import alone_in_folder
 
 CONFIG = ["-c", "configs/image/digits/speedit.yaml"]
 

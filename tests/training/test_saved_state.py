@@ -12,7 +12,7 @@ from runs import small_trainer
 
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint import CheckpointError
-from speedit_plugins.trainer.training.saved_state import read_state
+from speedit_plugins.trainer.training.saving.saved_state import read_state
 from speedit_plugins.trainer.training.trainer import Trainer
 
 LEARNS = {"diffusion__policy": "{type: loss_second_moment, history: 1}", "diffusion__diffusion_steps": 25}

@@ -29,9 +29,9 @@ from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.sampling.generator import find_weights
 from speedit_plugins.trainer.training import assembly
-from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
+from speedit_plugins.trainer.training.saving.ending import run_to_end
 from speedit_plugins.trainer.training.trainer import Trainer
 from speedit_plugins.trainer.training.validation import spread_quantiles
 

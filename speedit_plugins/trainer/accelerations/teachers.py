@@ -14,7 +14,7 @@ from speedit_plugins.trainer.data.latents.cache import FEATURES, FLIPPED_FEATURE
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.evaluation.networks import EfficientNetLite0
 from speedit_plugins.trainer.models.lora import fingerprint
-from speedit_plugins.trainer.models.vision import VisionNetwork, resized
+from speedit_plugins.trainer.models.pretrained.vision import VisionNetwork, resized
 
 EMBEDDED = "embedded"
 # At this side the embedded network's map has 8 x 8 cells.

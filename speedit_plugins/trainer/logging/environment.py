@@ -33,7 +33,7 @@ def save_environment(folder: Path, runtime: Runtime, *, linear_layers: str = "to
     """Writes `folder/environment.json`: text by name. It holds no host or user name.
 
     Args:
-        linear_layers: which kernels compute them, see `training/product_choice.py`.
+        linear_layers: which kernels compute them, see `training/products/choice.py`.
     """
     device = runtime.device
     is_cuda = device.type == "cuda"

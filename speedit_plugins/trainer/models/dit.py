@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention, attention_kernel
-from speedit_plugins.trainer.models.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
-from speedit_plugins.trainer.models.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.interface import split_extra
-from speedit_plugins.trainer.models.positions import sincos_positions
-from speedit_plugins.trainer.models.rotary import GridRotary, Rotation
+from speedit_plugins.trainer.models.layers.attention import AttentionKernel, SelfAttention, attention_kernel
+from speedit_plugins.trainer.models.layers.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
+from speedit_plugins.trainer.models.layers.conditioning import LabelEmbedder, TimestepEmbedder
+from speedit_plugins.trainer.models.layers.positions import sincos_positions
+from speedit_plugins.trainer.models.layers.rotary import GridRotary, Rotation
 from speedit_plugins.trainer.models.routing import Passage, Route
 from speedit_plugins.trainer.models.sizes import register_sizes
 

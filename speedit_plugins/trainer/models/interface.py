@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import SelfAttention, sdpa
+from speedit_plugins.trainer.models.layers.attention import SelfAttention, sdpa
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import SelfAttention
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.positions import sincos_frames
-from speedit_plugins.trainer.models.rotary import FrameRotary, Rotation
+from speedit_plugins.trainer.models.layers.attention import SelfAttention
+from speedit_plugins.trainer.models.layers.positions import sincos_frames
+from speedit_plugins.trainer.models.layers.rotary import FrameRotary, Rotation
 from speedit_plugins.trainer.models.routing import Passage
 from speedit_plugins.trainer.models.sizes import register_sizes, with_defaults
 

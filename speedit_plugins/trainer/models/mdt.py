@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.attention import AttentionKernel
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.positions import sincos_positions
-from speedit_plugins.trainer.models.relative_positions import (
+from speedit_plugins.trainer.models.layers.attention import AttentionKernel
+from speedit_plugins.trainer.models.layers.positions import sincos_positions
+from speedit_plugins.trainer.models.layers.relative_positions import (
     BiasedBlock,
     RelativePositionBias,
     index_of,

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.rotary import Rotation
+from speedit_plugins.trainer.models.layers.rotary import Rotation
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import LABEL_STREAM, SampleSource, stream_seed
-from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
 
 # Names that a message lists.
 _SHOWN = 20

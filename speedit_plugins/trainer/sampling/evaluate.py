@@ -43,7 +43,7 @@ from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging.loggers import open_boards
-from speedit_plugins.trainer.models.text import Clip
+from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
 from speedit_plugins.trainer.sampling.finite import of_one_value

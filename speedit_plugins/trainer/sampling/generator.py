@@ -21,7 +21,7 @@ from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Model, guidance_schedule
 from speedit_plugins.trainer.inputs import Encoder, decode_video
 from speedit_plugins.trainer.models.interface import input_shape
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition

@@ -24,7 +24,7 @@ from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import HOLE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS
 from speedit_plugins.trainer.sampling.finite import check_all
 from speedit_plugins.trainer.sampling.generator import SampleGenerator

@@ -18,7 +18,7 @@ from speedit_plugins.trainer.data.images.pixels import read_rgb
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.models.text import CaptionSource
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator

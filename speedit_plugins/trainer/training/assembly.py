@@ -22,7 +22,7 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
-from speedit_plugins.trainer.models.text import CaptionSource, CaptionTable
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import (

@@ -21,10 +21,10 @@ from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.data_centre import centred
-from speedit_plugins.trainer.training.ending import run_to_end
 from speedit_plugins.trainer.training.interrupt import StopRequest
-from speedit_plugins.trainer.training.product_choice import choose_products, describe
-from speedit_plugins.trainer.training.run_lock import alone_in_folder
+from speedit_plugins.trainer.training.products.choice import choose_products, describe
+from speedit_plugins.trainer.training.saving.ending import run_to_end
+from speedit_plugins.trainer.training.saving.run_lock import alone_in_folder
 from speedit_plugins.trainer.training.trainer import Trainer
 
 

@@ -38,15 +38,15 @@ from speedit_plugins.trainer.parallel.replica import Engine, StepResult
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.ema import build_average
+from speedit_plugins.trainer.training.averages.ema import build_average
+from speedit_plugins.trainer.training.averages.snapshots import check_no_snapshots, write_snapshot
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.learning_rate import learning_rate
 from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
-from speedit_plugins.trainer.training.product_choice import restore_products, saved_products
-from speedit_plugins.trainer.training.resuming import restore_average, restore_optimizer
-from speedit_plugins.trainer.training.saved_state import checked_state, load_part
-from speedit_plugins.trainer.training.saved_weights import check_finite, weights_to_save
-from speedit_plugins.trainer.training.snapshots import check_no_snapshots, write_snapshot
+from speedit_plugins.trainer.training.products.choice import restore_products, saved_products
+from speedit_plugins.trainer.training.saving.resuming import restore_average, restore_optimizer
+from speedit_plugins.trainer.training.saving.saved_state import checked_state, load_part
+from speedit_plugins.trainer.training.saving.saved_weights import check_finite, weights_to_save
 from speedit_plugins.trainer.training.step_batches import StepBatches
 
 # Keys whose measurement the trainer is given.

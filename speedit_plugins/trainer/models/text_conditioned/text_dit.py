@@ -28,7 +28,7 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.interface import split_extra
 from speedit_plugins.trainer.models.latte import Latte
-from speedit_plugins.trainer.models.linear import Linear
+from speedit_plugins.trainer.models.layers.linear import Linear
 from speedit_plugins.trainer.models.sizes import with_defaults
 
 # Parents' options that models with captions do not take.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.models.interface import split_extra
-from speedit_plugins.trainer.models.saved_models import check_whole, reading
+from speedit_plugins.trainer.models.pretrained.saved_models import check_whole, reading
 
 # What the config calls the sizes that a saved network must share with it.
 _ORIGINS = {"video_length": "num_frames of the config"}

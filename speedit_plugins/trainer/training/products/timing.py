@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from speedit_plugins.trainer.models.linear import LEAST_WORK, Linear, Products, product
+from speedit_plugins.trainer.models.layers.linear import LEAST_WORK, Linear, Products, product
 
 # Torch's seconds over oneDNN's must be above this, in the median of so many pairs of calls. The margin lies
 # between what large products reach on an AMD with AVX2, 1.3 at most, and with AVX-512, 1.7 at least. Single

@@ -18,8 +18,8 @@ from speedit_plugins.trainer.checkpoint import CheckpointError
 from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.ema import Average
-from speedit_plugins.trainer.training.power_averages import PowerAverages, Profile, coefficients
+from speedit_plugins.trainer.training.averages.ema import Average
+from speedit_plugins.trainer.training.averages.power_averages import PowerAverages, Profile, coefficients
 
 SNAPSHOTS = "snapshots"
 

@@ -3,7 +3,7 @@
 Torch's builds for x86 multiply float32 matrices by MKL, and have oneDNN's product as well. Which one is
 faster depends on the processor and the shape: oneDNN is twice as fast on an AMD with AVX-512, and slower in
 most products on an AMD with AVX2 alone. A training measures both and sets `Linear.onednn`, see
-`training/product_choice.py`. Everywhere else the layer computes as torch's does.
+`training/products/choice.py`. Everywhere else the layer computes as torch's does.
 
 Dims: N rows, I features in, O features out.
 """

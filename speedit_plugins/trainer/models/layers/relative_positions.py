@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.blocks import Perceptron, modulate
-from speedit_plugins.trainer.models.linear import Linear
+from speedit_plugins.trainer.models.layers.blocks import Perceptron, modulate
+from speedit_plugins.trainer.models.layers.linear import Linear
 
 # BEiT has three more distances: from its class token, to it, and of it to itself. MDT has no such token, and
 # keeps the rows.

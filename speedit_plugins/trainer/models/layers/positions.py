@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from speedit_plugins.trainer.models.conditioning import MAX_PERIOD
+from speedit_plugins.trainer.models.layers.conditioning import MAX_PERIOD
 
 
 def sincos_positions(hidden_size: int, grid_size: int, *, shape: tuple[int, int] | None = None) -> Tensor:

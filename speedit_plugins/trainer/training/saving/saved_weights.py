@@ -11,7 +11,7 @@ from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.replica import Engine
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.ema import Average
+from speedit_plugins.trainer.training.averages.ema import Average
 
 
 @dataclass(frozen=True)

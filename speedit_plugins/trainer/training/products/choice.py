@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.interface import example_inputs, without_storage
-from speedit_plugins.trainer.models.linear import LEAST_WORK, Linear, Products, has_onednn
+from speedit_plugins.trainer.models.layers.linear import LEAST_WORK, Linear, Products, has_onednn
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.product_timing import fastest_products
+from speedit_plugins.trainer.training.products.timing import fastest_products
 
 Shape = tuple[int, int, int]
 """(N, I, O)."""

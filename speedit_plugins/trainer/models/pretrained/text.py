@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins.registry import TEXT_ENCODERS
-from speedit_plugins.trainer.models.saved_models import check_whole, reading
+from speedit_plugins.trainer.models.pretrained.saved_models import check_whole, reading
 
 # By model_type. For these, transformers' AutoModel would also load a decoder or an image tower.
 _TEXT_TOWERS = {

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
-from speedit_plugins.trainer.models.linear import Linear
-from speedit_plugins.trainer.models.rotary import Rotation
+from speedit_plugins.trainer.models.layers.linear import Linear
+from speedit_plugins.trainer.models.layers.rotary import Rotation
 
 AttentionKernel = Callable[[Tensor], Tensor]
 """Softmax attention over packed queries, keys and values: (B, N, 3, H, K) -> (B, N, H, K)."""

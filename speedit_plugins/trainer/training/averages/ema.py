@@ -8,7 +8,7 @@ from torch import Tensor
 
 from speedit_plugins.trainer.config.sections import EmaConfig
 from speedit_plugins.trainer.parallel.master_weights import Slice
-from speedit_plugins.trainer.training.power_averages import PowerAverages
+from speedit_plugins.trainer.training.averages.power_averages import PowerAverages
 
 
 class Average(Protocol):

@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.autoencoder import Autoencoder
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.lora import merge_adapters
-from speedit_plugins.trainer.models.text import TextEncoder
+from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
+from speedit_plugins.trainer.models.pretrained.text import TextEncoder
 from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
 
 # DiTPipeline always uses this label for "no class".

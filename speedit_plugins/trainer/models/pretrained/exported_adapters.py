@@ -12,8 +12,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.exported import PIPELINES, Pipeline, check_dit, timestep_fit
 from speedit_plugins.trainer.models.lora import Adapters, adapters_of, factors
+from speedit_plugins.trainer.models.pretrained.exported import PIPELINES, Pipeline, check_dit, timestep_fit
 from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

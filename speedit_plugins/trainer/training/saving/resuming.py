@@ -12,8 +12,8 @@ from speedit_plugins.trainer.config.validation import build_section
 from speedit_plugins.trainer.parallel.replica import Engine
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.ema import Average
-from speedit_plugins.trainer.training.snapshots import check_no_snapshots
+from speedit_plugins.trainer.training.averages.ema import Average
+from speedit_plugins.trainer.training.averages.snapshots import check_no_snapshots
 
 
 def restore_optimizer(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.conditioning import MAX_PERIOD
+from speedit_plugins.trainer.models.layers.conditioning import MAX_PERIOD
 
 
 class Rotation(NamedTuple):

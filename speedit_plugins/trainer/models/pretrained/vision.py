@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins.trainer.models.lora import fingerprint
-from speedit_plugins.trainer.models.saved_models import check_whole, reading
+from speedit_plugins.trainer.models.pretrained.saved_models import check_whole, reading
 
 # By model_type. For these, transformers' AutoModel would also load a text tower.
 _VISION_TOWERS = {

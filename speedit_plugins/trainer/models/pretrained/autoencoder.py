@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.registry import ENCODERS
-from speedit_plugins.trainer.models.saved_models import check_whole, reading
+from speedit_plugins.trainer.models.pretrained.saved_models import check_whole, reading
 
 
 class Autoencoder(nn.Module):

@@ -15,9 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from speedit_plugins.registry import nearest
-from speedit_plugins.trainer.models.attention import AttentionKernel, SelfAttention
-from speedit_plugins.trainer.models.linear import Linear
-from speedit_plugins.trainer.models.rotary import Rotation
+from speedit_plugins.trainer.models.layers.attention import AttentionKernel, SelfAttention
+from speedit_plugins.trainer.models.layers.linear import Linear
+from speedit_plugins.trainer.models.layers.rotary import Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
