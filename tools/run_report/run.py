@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from report_plots import Point
-
+from run_report.plots import Point
 from speedit_plugins import TimestepPolicy
 from speedit_plugins.trainer import build, checkpoint, results
 from speedit_plugins.trainer.config.loading import load_config

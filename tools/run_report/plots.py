@@ -1,6 +1,6 @@
 """Draws line charts and heat maps as inline SVG in the colours of the page's theme.
 
-Colours are CSS classes of report.css: c0, c1, ... for lines, a0 to a2 for areas.
+Colours are CSS classes of page.css: c0, c1, ... for lines, a0 to a2 for areas.
 """
 
 import io
@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from report_page import data_uri
+
+from run_report.page import data_uri
 
 WIDTH, HEIGHT = 560, 290
 LEFT, RIGHT, TOP, BOTTOM = 66, 22, 22, 44

@@ -22,11 +22,11 @@ import torch
 from conformance.diffusers_flows import SHIFT, write_flux, write_images, write_sd3
 from conformance.diffusers_stand_ins import RESOLUTION, stand_ins
 from torch import Tensor
-from whole_trainings.checks import fit
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 from speedit_plugins.hosts.states.state_file import CHECKPOINT_FILE, read_state
 from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
+from whole_trainings.checks import fit
 
 BATCH, NUM_STEPS, NUM_MORE = 32, 200, 20
 NUM_IMAGES = 64

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from policy_tables import AREAS, areas
-
+from policy_pictures.tables import AREAS, areas
 from speedit_plugins import NoiseSchedule
 
 # Label of the y-axis -> name of a line -> the line's value at each timestep, None for a gap.

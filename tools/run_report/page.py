@@ -10,7 +10,7 @@ from PIL import Image
 
 # About the width of the page, in pixels.
 MAX_WIDTH = 1140
-STYLE = Path(__file__).with_name("report.css")
+STYLE = Path(__file__).with_name("page.css")
 
 
 def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
