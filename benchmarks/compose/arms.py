@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.overrides import merged
 from speedit_plugins.registry import nearest
 
 Overrides = dict[str, Any]
@@ -145,15 +146,3 @@ def standard_arms(process: str, stack: Sequence[str] = STACK) -> list[Arm]:
         arm = Arm.named(JOINT.join(parts))
         found += [arm, Arm((*arm.parts, AUTO))] if parts else []
     return [arm for arm in dict.fromkeys(found) if arm.fits(process)]
-
-
-def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Overrides:
-    """`upper` over `lower`, section by section. A section of another `type` keeps the other keys."""
-    found = {key: merged(value, {}) if isinstance(value, Mapping) else value for key, value in lower.items()}
-    for key, value in upper.items():
-        below = found.get(key)
-        if isinstance(value, Mapping):
-            found[key] = merged(below if isinstance(below, Mapping) else {}, value)
-        else:
-            found[key] = value
-    return found

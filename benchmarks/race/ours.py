@@ -5,7 +5,6 @@ A step is `Trainer.optimizer_step`, with our loader, policy, optimizer and avera
 Dims: B samples, C channels, H x W pixels.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from benchmarks.image_sets import ImageSet
+from benchmarks.overrides import merged
 from benchmarks.race.hosts import LR
 from benchmarks.race.training import Denoiser, Net, Terms, count_parameters
 from speedit_plugins.registry import DATASETS, nearest
@@ -121,21 +121,6 @@ def own_config(net: Net, terms: Terms, folder: Path) -> dict[str, Any]:
         "max_training_steps": terms.steps,
         "keep_last": 2,
     }
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, section by section; a section with another `type` replaces it.
-
-    But not a model: all of ours take DiT's parameters.
-    """
-    found = copy.deepcopy(dict(base))
-    for key, value in over.items():
-        own = found.get(key)
-        is_same = isinstance(own, Mapping) and isinstance(value, Mapping)
-        is_other = is_same and "type" in own and value.get("type", own["type"]) != own["type"]
-        is_replaced = not is_same or (is_other and key != "model")
-        found[key] = copy.deepcopy(value) if is_replaced else merged(own, value)
-    return found
 
 
 class RaceImages:

@@ -12,27 +12,12 @@ import torch
 Load = Callable[[str], ModuleType]
 
 
-def test_a_row_changes_its_sections_and_no_others(load: Load) -> None:
-    merged = load("race.ours").merged
-    policy = {"type": "speed", "k": 5}
-    base = {"model": {"type": "DiT", "depth": 6}, "optimizer": {"lr": 1.0}, "policy": policy, "seed": 1}
-    assert merged(base, {"optimizer": {"warmup_steps": 5}}) == {
-        **base,
-        "optimizer": {"lr": 1.0, "warmup_steps": 5},
-    }
-    # Parameters of one type are not those of another, but all models of ours have DiT's.
-    assert merged(base, {"policy": {"type": "auto"}})["policy"] == {"type": "auto"}
-    assert merged(base, {"model": {"type": "MDT"}})["model"] == {"type": "MDT", "depth": 6}
-    assert merged(base, {"model": {"depth": 2}})["model"] == {"type": "DiT", "depth": 2}
-    assert base["model"]["depth"] == 6
-
-
 @pytest.mark.parametrize("file", ["ours.yaml", "parts.yaml"])
 def test_every_row_is_a_config_of_ours(load: Load, tmp_path: Path, file: str) -> None:
     ours, training = load("race.ours"), load("race.training")
     terms = training.Terms(steps=100)
     for name, row in ours.read_rows(ours.ROWS.with_name(file)).items():
-        content = ours.merged(ours.own_config(training.Net(32, 1, 10), terms, tmp_path), row)
+        content = load("overrides").merged(ours.own_config(training.Net(32, 1, 10), terms, tmp_path), row)
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps(content))
         assert ours.load_config(path, "train").experiment_dir == str(tmp_path), name
