@@ -221,7 +221,8 @@ class DataConfig:
     """What is trained on."""
 
     dataset: Component
-    """`type` and parameters of a dataset. `image_size` and `num_frames` are filled in from the top."""
+    """`type` and parameters of a dataset. `image_size`, or `num_frames`, `voxel_size` and `num_points`, are
+    filled in from the top."""
     validation: Component | None = None
     """`type` and parameters of the dataset that `validate_every` measures the loss on. null is the samples of
     `held_out_samples`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.terminal import say
 
 
@@ -30,10 +31,16 @@ def of_one_value(samples: Tensor) -> int:
 
 
 def crossed(samples: Tensor) -> tuple[Tensor, int]:
-    """Samples (B, C, [F,] H, W) with a white cross for each that is not finite, and the number of crosses."""
+    """Samples (B, C, [F,] H, W) with a white cross for each that is not finite, and the number of crosses.
+
+    A cloud of points, (B, C, N), becomes a diagonal.
+    """
     bad = not_finite(samples)
     if not bad.any():
         return samples, 0
+    if samples.ndim == 3:
+        line = torch.linspace(-1, 1, samples.shape[2]).to(samples)
+        return torch.where(bad.view(-1, 1, 1), line, samples), int(bad.sum())
     height, width = samples.shape[-2:]
     across = torch.arange(height).unsqueeze(1) * width // height  # (H, 1)
     column = torch.arange(width)
@@ -53,7 +60,8 @@ def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig,
         source: the weights that drew them.
     """
     scale = config.guidance_scale
-    is_clippable = config.encoder["type"] == "Pixels" and not config.sampler.clip_sample
+    # Points are not in [-1, 1].
+    is_clippable = config.encoder["type"] in ("Pixels", "Voxels") and not config.sampler.clip_sample
     remedies = (
         ("precision bf16 or fp32", config.precision == "fp16"),
         ("a guidance_scale nearer to 1", scale > 1),
@@ -61,7 +69,7 @@ def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig,
         ("another checkpoint", True),
     )
     return (
-        f"{num_bad} of {num_samples} {'videos' if config.num_frames else 'images'} are not finite: precision"
+        f"{num_bad} of {num_samples} {plural(config)} are not finite: precision"
         f" {config.precision}, guidance_scale {scale:g}, weights of {source}; wanted"
         f" {' or '.join(name for name, is_open in remedies if is_open)}"
     )

@@ -19,7 +19,8 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Model, guidance_schedule
-from speedit_plugins.trainer.inputs import Encoder, decode_video
+from speedit_plugins.trainer.inputs import Encoder, decoded
+from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
@@ -30,7 +31,7 @@ from speedit_plugins.trainer.terminal import say
 
 
 class SampleGenerator:
-    """Draws images or videos as `sampler`, `guidance_scale` and `seed` of the config say.
+    """Draws images, videos or shapes as `sampler`, `guidance_scale` and `seed` of the config say.
 
     Args:
         model: on the device where samples are drawn.
@@ -54,7 +55,7 @@ class SampleGenerator:
     ) -> None:
         self.source = source
         self.model, self.process, self.encoder, self.config = model, process, encoder, config
-        self.what = "videos" if config.num_frames else "images"
+        self.what = plural(config)
         self.device = next(model.parameters()).device
         if config.num_classes and config.guidance_scale != 1 and model.null_label is None:
             raise ValueError(
@@ -77,6 +78,8 @@ class SampleGenerator:
         callback: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
         """`num_samples` samples (B, C, [F,] H, W), about [-1, 1]. They depend on the seed and `stream` only.
+
+        Shapes are (B, C, D, H, W), about [-1, 1], or points (B, C, N), normalised as the data were.
 
         Args:
             condition: condition of the B samples; None for an unconditional model.
@@ -107,7 +110,7 @@ class SampleGenerator:
                 generator=generator,
                 callback=callback,
             )
-            return decode_video(self.encoder, latents) if latents.ndim == 5 else self.encoder.decode(latents)
+            return decoded(self.encoder, latents)
         finally:
             self.model.train(is_training)
 

@@ -20,6 +20,7 @@ from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
+from speedit_plugins.trainer.layouts import check_first_shape
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
@@ -59,6 +60,7 @@ def build_trainer(
     build.check_shapes(config, encoder)
     dataset = _in_turn(runtime, lambda: build.build_dataset(config))
     _check_cache(dataset, encoder, config, "data.dataset")
+    check_first_shape(dataset, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     # The weights that adapters are trained on are in no checkpoint.
