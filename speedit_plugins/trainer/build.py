@@ -15,7 +15,7 @@ from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
-from speedit_plugins.trainer.layouts import IDENTITIES, IMAGES, check_layout, layout_of
+from speedit_plugins.trainer.layouts import IDENTITIES, check_layout
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.models.sides import (
     check_frames,
@@ -228,12 +228,10 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
 
 def _sizes(config: ExperimentConfig) -> dict[str, Any]:
     """The sizes of a sample, under the names of the datasets' arguments."""
-    layout = layout_of(config)
-    if layout == IMAGES:
-        frames = {"num_frames": config.num_frames} if config.num_frames else {}
-        return {"image_size": config.image_size, **frames}
-    points = {"num_points": config.num_points} if config.num_points else {}
-    return {"form": layout, "voxel_size": config.voxel_size, **points}
+    if config.voxel_size:
+        return {"voxel_size": config.voxel_size, "num_points": config.num_points}
+    frames = {"num_frames": config.num_frames} if config.num_frames else {}
+    return {"image_size": config.image_size, **frames}
 
 
 def summary_options(config: ExperimentConfig) -> dict[str, Any]:

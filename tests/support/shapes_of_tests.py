@@ -15,10 +15,11 @@ class SmallShapes:
     classes = ("flat", "tall")
 
     def __init__(
-        self, *, form: str, voxel_size: int, num_points: int = 0, found: str = "", bad: str = ""
+        self, *, voxel_size: int, num_points: int = 0, found: str = "", bad: str = ""
     ) -> None:
-        self.form, self.edge, self.num_points = form, voxel_size, num_points
-        self.key, self.bad = found or form, bad
+        self.edge, self.num_points, self.bad = voxel_size, num_points, bad
+        self.form = "points" if num_points else "voxels"
+        self.key = found or self.form
 
     def __len__(self) -> int:
         return 64
