@@ -119,6 +119,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "pyarrow": ("trainer/data/parquet_files.py",),
     "datasets": ("trainer/data/archives/saved.py",),
     "einops": ("trainer/*.py",),
+    "trimesh": ("trainer/data/shapes/meshes.py",),
+    "skimage": ("trainer/data/shapes/solid_meshes.py",),
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),
     "xformers": ("trainer/models/layers/attention.py",),
