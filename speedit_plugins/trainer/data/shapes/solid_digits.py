@@ -21,8 +21,6 @@ from speedit_plugins.trainer.data.shapes.normalization import Moments, Normaliza
 SPLITS = ("all", "train", "test")
 # Side of a digit's bitmap. The source counted the ink of 32 x 32 bitmaps in blocks of 4 x 4.
 BITMAP = 32
-# Grey level at 5 / 8 of the ink. At half of it, the small loop of many a 6 closes.
-CUT = 2 * 5 / 8 - 1
 # Half of a solid's thickness; its height is at most 2.
 HALF_DEPTH = 0.25
 # A solid's scale is drawn from this range. At 0.9 its corners, at sqrt(1 + HALF_DEPTH^2), are still inside.
@@ -36,7 +34,7 @@ _MEASURED = 64
 class SolidDigits:
     """1,797 solids, each a handwritten digit of `Digits`, turned about the vertical axis and scaled.
 
-    A digit is enlarged to 32 x 32, cut at 5 / 8 of the ink, and extruded to a quarter of its height. Angle
+    A digit is enlarged to 32 x 32, cut at half of the ink, and extruded to a quarter of its height. Angle
     and scale are fixed for each index and seed. The last fifth of the digits, by other writers, is the test
     split.
 
@@ -145,7 +143,7 @@ class SolidDigits:
 def _bitmaps(images: Tensor) -> Tensor:
     """Where a digit is, from grey levels (S, 1, 8, 8) in [-1, 1]: bool (S, P, P)."""
     large = functional.interpolate(images, size=(BITMAP, BITMAP), mode="bicubic", align_corners=False)
-    return large[:, 0] > CUT
+    return large[:, 0] > 0
 
 
 def _turned(x: Tensor, z: Tensor, angle: float) -> tuple[Tensor, Tensor]:
