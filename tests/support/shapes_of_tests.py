@@ -1,25 +1,36 @@
 """Small shapes for trainings of tests: boxes as solids, and clouds on the surface of ellipsoids."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from speedit_plugins.registry import DATASETS
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 
 
 class SmallShapes:
-    """64 shapes of two classes, flat and tall, as voxels (1, V, V, V) or as points (3, N)."""
+    """64 shapes of two classes, flat and tall, as voxels (1, V, V, V) or as points (3, N).
+
+    Args:
+        voxel_size: V.
+        num_points: N; 0 gives voxels.
+        found: key of the samples, in place of the right one.
+        bad: "nan" or "size", what is wrong with the samples.
+    """
 
     num_classes = 2
     classes = ("flat", "tall")
 
-    def __init__(
-        self, *, voxel_size: int, num_points: int = 0, found: str = "", bad: str = ""
-    ) -> None:
+    def __init__(self, *, voxel_size: int, num_points: int = 0, found: str = "", bad: str = "") -> None:
         self.edge, self.num_points, self.bad = voxel_size, num_points, bad
         self.form = "points" if num_points else "voxels"
         self.key = found or self.form
+        # Not that of the points below, so that one sees whether it was undone.
+        self.normalization = Normalization((10.0, 20.0, 30.0), 0.5) if num_points else None
 
     def __len__(self) -> int:
         return 64
@@ -67,3 +78,16 @@ guidance_scale: 2.0
 """
 POINTS = ("num_points=40", "encoder={type: Points}")
 FLOW = "diffusion={type: RectifiedFlow}"
+
+
+def shape_config(folder: Path, *overrides: str, phase: str = "train") -> ExperimentConfig:
+    """The config of a small run on shapes in `folder`, checked."""
+    return load_config(config_file(folder), phase, [f"experiment_dir={folder / 'run'}", *overrides])
+
+
+def config_file(folder: Path) -> Path:
+    """A file with `CONFIG` in the folder, which is made."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "shapes.yaml"
+    path.write_text(CONFIG)
+    return path

@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shapes_of_tests
 import torch
-from shapes_of_tests import FLOW, POINTS
+from shapes_of_tests import FLOW, POINTS, shape_config
 from torch.testing import assert_close
 
 from speedit_plugins.trainer import build
-from speedit_plugins.trainer.config.loading import load_config
-from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, TIMESTEP_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
 from speedit_plugins.trainer.parallel.runtime import Runtime
@@ -24,14 +21,6 @@ from speedit_plugins.trainer.training.trainer import Trainer
 
 IMAGES = ("voxel_size=0", "encoder={type: Pixels, channels: 1}")
 FORMS = {"voxels": ((), (1, 8, 8, 8)), "points": (POINTS, (3, 40))}
-
-
-def shape_config(folder: Path, *overrides: str, phase: str = "train") -> ExperimentConfig:
-    """The config of a small run on shapes, checked."""
-    folder.mkdir(exist_ok=True)
-    path = folder / "shapes.yaml"
-    path.write_text(shapes_of_tests.CONFIG)
-    return load_config(path, phase, [f"experiment_dir={folder / 'run'}", *overrides])
 
 
 def fit(trainer: Trainer) -> Trainer:

@@ -31,16 +31,10 @@ def of_one_value(samples: Tensor) -> int:
 
 
 def crossed(samples: Tensor) -> tuple[Tensor, int]:
-    """Samples (B, C, [F,] H, W) with a white cross for each that is not finite, and the number of crosses.
-
-    A cloud of points, (B, C, N), becomes a diagonal.
-    """
+    """Samples (B, C, [F,] H, W) with a white cross for each that is not finite, and the number of crosses."""
     bad = not_finite(samples)
     if not bad.any():
         return samples, 0
-    if samples.ndim == 3:
-        line = torch.linspace(-1, 1, samples.shape[2]).to(samples)
-        return torch.where(bad.view(-1, 1, 1), line, samples), int(bad.sum())
     height, width = samples.shape[-2:]
     across = torch.arange(height).unsqueeze(1) * width // height  # (H, 1)
     column = torch.arange(width)
@@ -93,10 +87,10 @@ def check_all(samples: Tensor, num_before: int, config: ExperimentConfig, source
 
 
 def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may_fail: bool) -> Tensor:
-    """The samples of a grid, `crossed`; a line says how many are not finite.
+    """The samples of a grid, `crossed`; a line says how many are not finite. Shapes stay as they are.
 
     Args:
-        samples: (B, C, [F,] H, W).
+        samples: (B, C, [F,] H, W), or shapes.
         config: the experiment.
         source: the weights that drew them.
         may_fail: False goes on also without a single finite sample, as a training does.
@@ -104,7 +98,8 @@ def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may
     Raises:
         ValueError: no sample is finite, and `may_fail`.
     """
-    shown, num_bad = crossed(samples)
+    # What draws shapes marks them.
+    shown, num_bad = (samples, int(not_finite(samples).sum())) if config.voxel_size else crossed(samples)
     if num_bad == len(samples) and may_fail:
         raise ValueError(not_finite_message(num_bad, len(samples), config, source))
     if num_bad:

@@ -1,0 +1,115 @@
+"""What sample and inference write of shapes, and in which units."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shapes_of_tests import POINTS, config_file, shape_config
+from torch import Tensor
+from torch.testing import assert_close
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
+from speedit_plugins.trainer.sampling.generator import load_generator
+from speedit_plugins.trainer.sampling.shape_files import read_normalization, save_models, save_shape
+
+FORMS = {"voxels": (), "points": POINTS}
+
+
+def run(folder: Path, phase: str, *options: str) -> int:
+    return main(["-c", str(config_file(folder)), "-p", phase, f"experiment_dir={folder / 'run'}", *options])
+
+
+def drawn(folder: Path, *options: str, normalized: bool = False) -> Tensor:
+    """What inference draws for the classes in its labels.jsonl."""
+    config = shape_config(folder, *options, phase="inference")
+    generator, _, _ = load_generator(config)
+    if normalized:
+        generator.normalization = None
+    (lines,) = (folder / "run" / "inference").glob("*/labels.jsonl")
+    labels = [json.loads(line)["label"] for line in lines.read_text().splitlines()]
+    return generator.draw(torch.tensor(labels), len(labels))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_on_shapes_writes_grids_models_and_sets(
+    tmp_path: Path, form: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, folder = FORMS[form], tmp_path / "run"
+    assert run(tmp_path, "train", *options, "sample_every=10") == 0
+    grids = [folder / "grids" / f"step_0000010.{suffix}" for suffix in ("png", "gif")]
+    assert all(path.stat().st_size for path in grids)
+    assert run(tmp_path, "sample", *options) == 0
+    assert {path.name for path in folder.glob("samples.*")} == {"samples.png", "samples.gif"}
+    # Meshes need scikit-image.
+    models = [path.name for path in folder.glob("samples/*")]
+    assert form == "voxels" or models == ["000000.ply", "000001.ply"]
+    assert run(tmp_path, "inference", *options, "num_samples=3") == 0
+    assert "drew 3 shapes" in capfd.readouterr().out
+    (made,) = (path for path in (folder / "inference").iterdir() if path.is_dir())
+    suffix = ".npy" if form == "voxels" else ".ply"
+    names = [f"{number:06d}{suffix}" for number in range(3)]
+    assert sorted(path.name for path in made.glob(f"*{suffix}")) == names
+    lines = (made / "labels.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file_name"] for line in lines] == names
+    wanted = drawn(tmp_path, *options)
+    for name, shape in zip(names, wanted, strict=True):
+        if form == "voxels":
+            assert_close(np.load(made / name), (shape[0].clamp(-1, 1).numpy() + 1) / 2)
+        else:
+            assert_close(cloud(made / name), shape.T, atol=1e-5, rtol=1e-5)
+    if form == "points":
+        # The normalization of the data is undone.
+        seen = drawn(tmp_path, *options, normalized=True)
+        assert_close(wanted, seen * 0.5 + torch.tensor([[10.0], [20.0], [30.0]]))
+
+
+def cloud(path: Path) -> Tensor:
+    """The points of a binary .ply with x, y and z alone, (N, 3)."""
+    _, _, rows = path.read_bytes().partition(b"end_header\n")
+    return torch.from_numpy(np.frombuffer(rows, dtype="<f4").reshape(-1, 3).copy())
+
+
+def test_a_checkpoint_keeps_the_normalization_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    assert run(tmp_path, "train", *POINTS, "max_training_steps=1") == 0
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    kept = Normalization((10.0, 20.0, 30.0), 0.5)
+    assert read_normalization(folder) == read_normalization(folder / checkpoint.EMA) == kept
+    assert checkpoint.damage(folder) is None
+    file = folder / checkpoint.NORMALIZATION
+    file.write_text('{"mean": [1, 2, 3], "std": 0}')
+    assert checkpoint.damage(folder) is not None
+    with pytest.raises(checkpoint.CheckpointError, match=r"normalization.json is damaged: .*std > 0"):
+        read_normalization(folder)
+    file.unlink()
+    assert read_normalization(folder) is None
+
+
+def test_voxels_come_back_from_a_folder_as_they_were_drawn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    voxels = torch.rand(2, 1, 8, 8, 8) * 2.4 - 1.2
+    for number, sample in enumerate(voxels):
+        save_shape(sample, tmp_path / f"{number:06d}.npy")
+    folder = ShapeFolder(tmp_path, voxel_size=8, class_cond=False)
+    found = torch.stack([folder.load(number, torch.Generator())["voxels"] for number in range(2)])
+    assert_close(found, voxels.clamp(-1, 1))
+
+
+def test_shapes_without_a_surface_have_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = shape_config(tmp_path, *POINTS)
+    clouds = torch.randn(3, 3, 40)
+    clouds[1, 0, 0] = torch.nan
+    assert save_models(clouds, tmp_path / "clouds", config) == 2
+    assert sorted(path.name for path in (tmp_path / "clouds").iterdir()) == ["000000.ply", "000002.ply"]
+    assert "1 of 3 shapes are empty or not finite" in capfd.readouterr().out
+    solids = torch.full((2, 1, 8, 8, 8), -1.0)
+    assert save_models(solids, tmp_path / "solids", shape_config(tmp_path)) == 0
+    assert "2 of 2 shapes are empty or not finite" in capfd.readouterr().out
+    pytest.importorskip("skimage")
+    solids[0, 0, 2:6, 2:6, 2:6] = 1.0
+    assert save_models(solids, tmp_path / "solids", shape_config(tmp_path)) == 1
+    assert (tmp_path / "solids" / "000000.obj").read_text().startswith("v ")
