@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from shapes_of_tests import POINTS, config_file, shape_config
@@ -15,7 +14,12 @@ from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.sampling.shape_files import read_normalization, save_models, save_shape
+from speedit_plugins.trainer.sampling.shape_files import (
+    read_normalization,
+    read_shapes,
+    save_models,
+    save_shape,
+)
 
 FORMS = {"voxels": (), "points": POINTS}
 
@@ -51,27 +55,17 @@ def test_a_run_on_shapes_writes_grids_models_and_sets(
     assert run(tmp_path, "inference", *options, "num_samples=3") == 0
     assert "drew 3 shapes" in capfd.readouterr().out
     (made,) = (path for path in (folder / "inference").iterdir() if path.is_dir())
-    suffix = ".npy" if form == "voxels" else ".ply"
-    names = [f"{number:06d}{suffix}" for number in range(3)]
-    assert sorted(path.name for path in made.glob(f"*{suffix}")) == names
+    names = [f"{number:06d}.npy" for number in range(3)]
+    assert sorted(path.name for path in made.iterdir()) == [*names, "labels.jsonl"]
     lines = (made / "labels.jsonl").read_text().splitlines()
     assert [json.loads(line)["file_name"] for line in lines] == names
     wanted = drawn(tmp_path, *options)
-    for name, shape in zip(names, wanted, strict=True):
-        if form == "voxels":
-            assert_close(np.load(made / name), (shape[0].clamp(-1, 1).numpy() + 1) / 2)
-        else:
-            assert_close(cloud(made / name), shape.T, atol=1e-5, rtol=1e-5)
+    found = read_shapes(made)
+    assert_close(found, wanted if form == "points" else wanted.clamp(-1, 1))
     if form == "points":
         # The normalization of the data is undone.
         seen = drawn(tmp_path, *options, normalized=True)
         assert_close(wanted, seen * 0.5 + torch.tensor([[10.0], [20.0], [30.0]]))
-
-
-def cloud(path: Path) -> Tensor:
-    """The points of a binary .ply with x, y and z alone, (N, 3)."""
-    _, _, rows = path.read_bytes().partition(b"end_header\n")
-    return torch.from_numpy(np.frombuffer(rows, dtype="<f4").reshape(-1, 3).copy())
 
 
 def test_a_checkpoint_keeps_the_normalization_and_a_damaged_one_is_named(tmp_path: Path) -> None:
@@ -89,14 +83,36 @@ def test_a_checkpoint_keeps_the_normalization_and_a_damaged_one_is_named(tmp_pat
     assert read_normalization(folder) is None
 
 
-def test_voxels_come_back_from_a_folder_as_they_were_drawn(tmp_path: Path) -> None:
+def test_shapes_come_back_from_their_folder_as_they_were_drawn(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    voxels = torch.rand(2, 1, 8, 8, 8) * 2.4 - 1.2
-    for number, sample in enumerate(voxels):
-        save_shape(sample, tmp_path / f"{number:06d}.npy")
-    folder = ShapeFolder(tmp_path, voxel_size=8, class_cond=False)
-    found = torch.stack([folder.load(number, torch.Generator())["voxels"] for number in range(2)])
-    assert_close(found, voxels.clamp(-1, 1))
+    drawn = {"voxels": torch.rand(2, 1, 8, 8, 8) * 2.4 - 1.2, "points": torch.randn(2, 3, 40) + 5}
+    sizes = {"voxels": {"voxel_size": 8}, "points": {"num_points": 40, "fit_box": False}}
+    for form, shapes in drawn.items():
+        folder = tmp_path / form
+        folder.mkdir()
+        for number, sample in enumerate(shapes):
+            save_shape(sample, folder / f"{number:06d}.npy")
+        assert_close(read_shapes(folder), shapes.clamp(-1, 1) if form == "voxels" else shapes)
+        data = ShapeFolder(folder, class_cond=False, **sizes[form])
+        found = data.load(1, torch.Generator())[form]
+        if form == "voxels":
+            assert_close(found, shapes[1].clamp(-1, 1))
+        else:
+            # The data set gives the points of a file in an order of its own.
+            own = data.normalization.invert(found)
+            assert_close(own.sort(dim=1).values, shapes[1].sort(dim=1).values, atol=1e-4, rtol=0)
+
+
+def test_a_folder_of_shapes_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no shapes, .npy files, in {tmp_path}"):
+        read_shapes(tmp_path)
+    save_shape(torch.zeros(3, 40), tmp_path / "000000.npy")
+    save_shape(torch.zeros(3, 41), tmp_path / "000001.npy")
+    with pytest.raises(ValueError, match=r"000001.npy has an array \(41, 3\), unlike the others"):
+        read_shapes(tmp_path)
+    (tmp_path / "000001.npy").write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"cannot read the shape .*000001.npy"):
+        read_shapes(tmp_path)
 
 
 def test_shapes_without_a_surface_have_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

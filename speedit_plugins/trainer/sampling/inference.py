@@ -25,7 +25,7 @@ from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditio
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
-from speedit_plugins.trainer.sampling.shape_files import save_shape, suffix_of
+from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -35,8 +35,8 @@ def inference(config: ExperimentConfig) -> int:
     An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
     it was given is in a second folder, `..._masked`, transparent in the hole.
 
-    Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes PLY files, or NPY
-    files with voxels. captions.jsonl beside them
+    Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files,
+    see `save_shape`. captions.jsonl beside them
     has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
@@ -211,7 +211,7 @@ def _save(item: Any, path: Path, config: ExperimentConfig) -> None:
 def _suffix(config: ExperimentConfig) -> str:
     """Suffix of the file of a sample."""
     if config.voxel_size:
-        return suffix_of(config)
+        return SUFFIX
     return ".mp4" if config.num_frames else ".png"
 
 

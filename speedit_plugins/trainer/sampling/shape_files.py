@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from speedit_plugins.trainer import checkpoint
@@ -16,24 +17,41 @@ from speedit_plugins.trainer.layouts import POINTS, layout_of
 from speedit_plugins.trainer.logging.shapes import save_obj, save_ply
 from speedit_plugins.trainer.terminal import say
 
-
-def suffix_of(config: ExperimentConfig) -> str:
-    """Suffix of the file of a drawn shape: .ply of a cloud, .npy of voxels."""
-    return ".ply" if layout_of(config) == POINTS else ".npy"
+SUFFIX = ".npy"
+"""Of a drawn shape's file: what needs no package to read, and `ShapeFolder` reads."""
 
 
 def save_shape(sample: Tensor, path: Path) -> None:
-    """Writes one shape as a file that `ShapeFolder` reads.
+    """Writes one finite shape as `.npy`, float32.
 
     Args:
-        sample: finite points (3, N), or voxels (1, D, H, W), clamped to [-1, 1].
-        path: ends in `suffix_of` the config. `.npy` holds shares in [0, 1], float32 (D, H, W).
+        sample: points (3, N), written as (N, 3), or voxels (1, D, H, W), clamped to [-1, 1] and written as
+            shares in [0, 1], (D, H, W).
+        path: the file.
     """
-    if path.suffix == ".ply":
-        save_ply(sample, path)
-    else:
-        share = (sample[0].clamp(-1, 1) + 1) / 2
-        np.save(path, share.float().cpu().numpy(), allow_pickle=False)
+    values = sample.T if sample.ndim == 2 else (sample[0].clamp(-1, 1) + 1) / 2
+    np.save(path, values.float().cpu().contiguous().numpy(), allow_pickle=False)
+
+
+def read_shapes(folder: Path) -> Tensor:
+    """The shapes that `save_shape` wrote to a folder, by name: (B, 3, N) or (B, 1, D, H, W).
+
+    Raises:
+        ValueError: there are none, one cannot be read, or their shapes differ.
+    """
+    found: list[Tensor] = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            values = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"cannot read the shape {path}: {error}") from error
+        shape = values.T if values.ndim == 2 else (values * 2 - 1).unsqueeze(0)
+        if values.ndim not in (2, 3) or (found and shape.shape != found[0].shape):
+            raise ValueError(f"{path} has an array {tuple(values.shape)}, unlike the others of {folder}")
+        found.append(shape)
+    if not found:
+        raise ValueError(f"no shapes, {SUFFIX} files, in {folder}")
+    return torch.stack(found)
 
 
 def save_models(samples: Tensor, folder: Path, config: ExperimentConfig) -> int:
