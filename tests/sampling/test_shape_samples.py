@@ -1,16 +1,19 @@
 """What sample and inference write of shapes, and in which units."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from shapes_of_tests import POINTS, config_file, shape_config
+from shapes_of_tests import POINTS, SmallShapes, config_file, shape_config
 from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import build, checkpoint
+from speedit_plugins.trainer.data.held_out import hold_out
+from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.sampling.generator import load_generator
@@ -21,6 +24,7 @@ from speedit_plugins.trainer.sampling.shape_files import (
     save_shape,
 )
 
+CHAMFER = "evaluation.metrics=[chamfer]"
 FORMS = {"voxels": (), "points": POINTS}
 
 
@@ -129,3 +133,72 @@ def test_shapes_without_a_surface_have_no_model(tmp_path: Path, capfd: pytest.Ca
     solids[0, 0, 2:6, 2:6, 2:6] = 1.0
     assert save_models(solids, tmp_path / "solids", shape_config(tmp_path)) == 1
     assert (tmp_path / "solids" / "000000.obj").read_text().startswith("v ")
+
+
+def test_samples_are_scored_against_shapes_that_were_held_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # "Samples" that are the held-out shapes themselves have distance 0, and cover all of them.
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    config = shape_config(tmp_path, *POINTS, "data.held_out_samples=6", phase="test")
+    _, held_out = hold_out(build.build_dataset(config), 6, seed=config.seed)
+    for number in range(6):
+        seed = stream_seed(config.seed, DATA_STREAM, 0, number)
+        points = held_out.load(number, torch.Generator().manual_seed(seed))["points"]
+        save_shape(points * 0.5 + torch.tensor([[10.0], [20.0], [30.0]]), samples / f"{number:06d}.npy")
+    options = (*POINTS, "data.held_out_samples=6", f"samples={samples}")
+    assert run(tmp_path, "test", *options, "evaluation.metrics=[chamfer, earth_mover]") == 0
+    found = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert found["reference"] == "data.held_out_samples"
+    figures = {name: each["value"] for name, each in found["figures"].items()}
+    for distance in ("chamfer", "earth_mover"):
+        assert abs(figures[f"mmd[{distance}]"]) < 1e-5
+        assert figures[f"coverage[{distance}]"] == 1
+        # Each nearest other shape is the copy in the other set.
+        assert figures[f"one_nn_accuracy[{distance}]"] == 0
+    assert "40 points; 6 samples, 6 reference" in capfd.readouterr().out
+    # A folder as the reference has no units of its own.
+    assert run(tmp_path, "test", *POINTS, f"samples={samples}", f"reference={samples}", CHAMFER) == 0
+    again = json.loads((tmp_path / "run" / "test.json").read_text())["figures"]
+    assert again["coverage[chamfer]"]["value"] == 1
+    assert abs(again["mmd[chamfer]"]["value"]) < 1e-5
+
+
+def test_an_empty_solid_counts_and_a_smaller_set_decides(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = SmallShapes(voxel_size=8)
+    folders = {name: tmp_path / name for name in ("samples", "reference")}
+    for folder, start, number in ((folders["samples"], 0, 5), (folders["reference"], 8, 4)):
+        folder.mkdir()
+        for i in range(number):
+            save_shape(data.load(start + i, torch.Generator())["voxels"], folder / f"{i:06d}.npy")
+    save_shape(torch.full((1, 8, 8, 8), -1.0), folders["samples"] / "000000.npy")
+    options = [f"{name}={folder}" for name, folder in folders.items()]
+    assert run(tmp_path, "test", *options, CHAMFER) == 0
+    said = capfd.readouterr().out
+    assert "comparing 4 of 5 samples and 4 of 4 reference shapes" in said
+    assert "1 of 4 samples are empty solids" in said
+    assert "1024 points; 4 samples, 4 reference" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "unknown metric 'fid' of shapes in evaluation.metrics; known: chamfer, earth_mover"),
+        ([CHAMFER, "evaluation.kid_subsets=3"], "evaluation.kid_subsets has no effect on chamfer"),
+        (["evaluation.metrics=[chamfer, chamfer]"], "each metric once, at least one of chamfer, earth_mover"),
+        ([CHAMFER], "no shapes in .*run the phase inference first, or give samples"),
+        ([CHAMFER, "samples=SOLIDS"], "wanted reference, data.validation or data.held_out_samples"),
+        ([*POINTS, CHAMFER, "samples=SOLIDS"], r"has shapes \(1, 8, 8, 8\), not points"),
+    ],
+)
+def test_what_test_cannot_measure_is_named(
+    tmp_path: Path, options: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    solids = tmp_path / "solids"
+    solids.mkdir()
+    save_shape(torch.ones(1, 8, 8, 8), solids / "000000.npy")
+    assert run(tmp_path, "test", *(option.replace("SOLIDS", str(solids)) for option in options)) == 2
+    assert re.search(message, capfd.readouterr().err)

@@ -12,22 +12,25 @@ def check_shape_keys(config: ExperimentConfig) -> None:
     Raises:
         ConfigError: two keys contradict, or an option has no effect.
     """
-    if not config.voxel_size:
-        if config.num_points:
-            problem = f"needs voxel_size, the side of its cube, beside {config.num_points} points, got 0"
-            raise ConfigError("num_points", problem)
-        return
-    defaults = {entry.name: entry.default for entry in fields(ExperimentConfig)}
-    if config.image_size != defaults["image_size"]:
-        problem = f"has no effect with voxel_size {config.voxel_size}; wanted none, got {config.image_size}"
-        raise ConfigError("image_size", problem)
+    if config.voxel_size:
+        _check_others(config)
+    elif config.num_points:
+        problem = f"needs voxel_size, the side of its cube, beside {config.num_points} points, got 0"
+        raise ConfigError("num_points", problem)
+
+
+def _check_others(config: ExperimentConfig) -> None:
+    size = next(entry.default for entry in fields(ExperimentConfig) if entry.name == "image_size")
     what = f"with voxel_size {config.voxel_size}"
-    if config.num_frames:
-        raise ConfigError("num_frames", f"is of videos; wanted 0 {what}, got {config.num_frames}")
-    if config.inpainting is not None:
-        raise ConfigError("inpainting", f"fills images; wanted null {what}")
-    if config.alignment.type == "REPA":
-        raise ConfigError("alignment.type", f"a teacher of REPA sees images; wanted another {what}")
-    if config.num_points and config.sampler.clip_sample:
-        problem = "is for values in [-1, 1], which normalised points are not; wanted false with num_points"
-        raise ConfigError("sampler.clip_sample", problem)
+    clipped = "is for values in [-1, 1], which normalised points are not; wanted false with num_points"
+    problems = (
+        ("image_size", config.image_size != size, f"has no effect {what}; wanted none"),
+        ("num_frames", config.num_frames, f"is of videos; wanted 0 {what}"),
+        ("inpainting", config.inpainting, f"fills images; wanted null {what}"),
+        ("alignment.type", config.alignment.type == "REPA", f"a teacher sees images; wanted none {what}"),
+        ("evaluate_every", config.evaluate_every, f"measures images; wanted 0 {what}: test measures shapes"),
+        ("sampler.clip_sample", config.num_points and config.sampler.clip_sample, clipped),
+    )
+    for key, is_wrong, problem in problems:
+        if is_wrong:
+            raise ConfigError(key, problem)
