@@ -185,6 +185,11 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
         )
     if config.inpainting is not None:
         raise ValueError("inpainting models cannot be exported; wanted inpainting: null")
+    if config.super_resolution.factor and not (model_only and config.model["type"] == "UNet"):
+        raise ValueError(
+            "no pipeline of diffusers samples these super-resolution models; --model-only writes a UNet,"
+            f" got {config.model['type']}"
+        )
     if config.encoder["type"] == "Pixels" and not model_only:
         raise ValueError(
             "a pipeline needs latents, got a model of pixels (encoder: Pixels); use --model-only to write the"

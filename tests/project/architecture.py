@@ -45,7 +45,15 @@ _FLOOR = _METHOD | {
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
     f"trainer/{name}"
-    for name in ("inputs", "build", "checkpoint", "best_checkpoint", "checkpoint_paths", "results")
+    for name in (
+        "inputs",
+        "build",
+        "low_resolution",
+        "checkpoint",
+        "best_checkpoint",
+        "checkpoint_paths",
+        "results",
+    )
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -73,6 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/parallel": _FLOOR,
     "trainer/inputs": _PARTS,
     "trainer/build": _PARTS | {"trainer/inputs"},
+    "trainer/low_resolution": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/accelerations": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,

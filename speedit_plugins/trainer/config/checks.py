@@ -22,7 +22,9 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     EvaluationConfig,
     SamplerConfig,
+    SuperResolutionConfig,
 )
+from speedit_plugins.trainer.config.super_resolution_checks import check_super_resolution
 from speedit_plugins.trainer.config.training_checks import (
     check_average,
     check_optimizer,
@@ -47,6 +49,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    check_super_resolution(config)
     _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
@@ -116,7 +119,10 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
     layers = _training_only(config)
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
+    low = build_section(SuperResolutionConfig, config.get("super_resolution", {}), "super_resolution")
+    sections = (("diffusion", process), ("super_resolution", low))
+    meant = {f"{name}.{key}": value for name, part in sections for key, value in asdict(part).items()}
+    return {**meant, **given, **layers}
 
 
 def _training_only(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from speedit_plugins.trainer.config.sections import (
     LoraConfig,
     OptimizerConfig,
     SamplerConfig,
+    SuperResolutionConfig,
     limited,
 )
 
@@ -99,6 +100,8 @@ class ExperimentConfig:
     """How often training sees the empty caption in place of the sample's own; guidance needs it."""
     inpainting: Component | None = None
     """Trains DiT or UNet to fill holes, such as those of `RandomMasks`; null does not."""
+    super_resolution: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
+    """Trains DiT, Latte or UNet to make samples of their low-resolution versions."""
     data: DataConfig
     """What is trained on."""
 

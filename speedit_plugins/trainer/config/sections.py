@@ -203,6 +203,18 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig:
+    """Trains the model to make samples of their low-resolution versions, as a stage of a cascade."""
+
+    factor: int = limited(0, at_least=0)
+    """How many times a side of the low-resolution sample is smaller; 0 is no super-resolution."""
+    augmentation: float = limited(0.2, at_least=0, at_most=1)
+    """Largest level of the noise that training puts on the low-resolution input, 0 none and 1 noise alone:
+    each sample's is drawn uniformly up to it, and the model is told it. It keeps a cascade from handing on
+    the errors of the stage before."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters on frozen weights, those of `pretrained` or `model.path`. Needs the package peft."""
 

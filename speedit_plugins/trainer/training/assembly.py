@@ -22,6 +22,7 @@ from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
+from speedit_plugins.trainer.low_resolution import build_low_resolution
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
@@ -174,6 +175,7 @@ def _batch_encoder(
         caption_dropout_prob=config.caption_dropout_prob,
         masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
         teacher=teacher,
+        low_resolution=build_low_resolution(config, encoder),
     )
 
 

@@ -1,0 +1,33 @@
+"""Checks of `super_resolution`. Uses the standard library only, like `checks.py`."""
+
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.sections import SuperResolutionConfig
+from speedit_plugins.trainer.config.validation import ConfigError
+
+
+def check_super_resolution(config: ExperimentConfig) -> None:
+    """Checks the section against the other keys.
+
+    Raises:
+        ConfigError: the factor is 1 or does not divide a side, an option has no effect, or two keys exclude
+            each other.
+    """
+    options = config.super_resolution
+    if not options.factor:
+        if options.augmentation != SuperResolutionConfig().augmentation:
+            raise ConfigError(
+                "super_resolution.augmentation", "has no effect without super_resolution.factor"
+            )
+        return
+    if options.factor == 1:
+        raise ConfigError("super_resolution.factor", "wanted int >= 2, or 0 for no super-resolution, got 1")
+    if config.inpainting is not None:
+        raise ConfigError("super_resolution", "a model fills holes or enlarges; wanted inpainting null")
+    for key in ("dataset", "validation"):
+        section = getattr(config.data, key) or {}
+        if section.get("type") == "LatentCache":
+            problem = "super_resolution makes its inputs of pixels; wanted a dataset of images or videos"
+            raise ConfigError(f"data.{key}", f"{problem}, got LatentCache")
+    if config.image_size % options.factor:
+        problem = f"wanted a multiple of super_resolution.factor {options.factor}"
+        raise ConfigError("image_size", f"{problem}, got {config.image_size}")
