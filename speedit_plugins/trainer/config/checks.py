@@ -49,7 +49,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
-    check_super_resolution(config)
+    check_super_resolution(config, phase)
     _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
@@ -79,6 +79,9 @@ def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
     _check_classes(config)
     if config.inpainting is not None and config.inpaint_image is None:
         # Images of the dataset are filled, each with its own class or caption.
+        return
+    if config.super_resolution.factor:
+        # As with holes: low-resolution samples have their own classes or captions.
         return
     if is_grid and config.num_classes and not config.sample_classes:
         raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")

@@ -54,6 +54,7 @@ PATHS = (
     "inpaint_mask",
     "reference",
     "samples",
+    "low_resolution",
 )
 
 
@@ -195,13 +196,17 @@ class ExperimentConfig:
     """The image in which sample fills a hole. null fills holes in images of the dataset."""
     inpaint_mask: str | None = None
     """The hole: an image of the same size that is white where it is to be filled."""
+    low_resolution: str | None = None
+    """npz or folder of low-resolution samples that a super-resolution model enlarges in sample and inference,
+    such as those of another run's inference. null takes samples of the data and reduces them."""
     samples_per_class: int = limited(1, at_least=1)
     """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
-    of the dataset that are filled."""
+    of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills."""
+    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills.
+    A super-resolution model enlarges its low-resolution samples in turn."""
     per_proc_batch_size: int = limited(32, at_least=1)
     """Samples that are drawn at once, in grids too."""
 

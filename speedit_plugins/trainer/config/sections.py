@@ -148,6 +148,10 @@ class SamplerConfig:
     `diffusion.diffusion_steps`."""
     clip_sample: bool = False
     """Clamps x_0 to [-1, 1] at each step. It is meant for pixels."""
+    augmentation: float = limited(0.0, at_least=0, at_most=1)
+    """Level of the noise on the low-resolution input of a super-resolution model, at most
+    `super_resolution.augmentation`. 0 is right for inputs that are data; more repairs those that a stage of a
+    cascade has drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)

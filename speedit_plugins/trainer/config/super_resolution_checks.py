@@ -5,13 +5,14 @@ from speedit_plugins.trainer.config.sections import SuperResolutionConfig
 from speedit_plugins.trainer.config.validation import ConfigError
 
 
-def check_super_resolution(config: ExperimentConfig) -> None:
-    """Checks the section against the other keys.
+def check_super_resolution(config: ExperimentConfig, phase: str) -> None:
+    """Checks the section, and the keys that go with it, against the other keys.
 
     Raises:
         ConfigError: the factor is 1 or does not divide a side, an option has no effect, or two keys exclude
             each other.
     """
+    _check_sampling(config, phase)
     options = config.super_resolution
     if not options.factor:
         if options.augmentation != SuperResolutionConfig().augmentation:
@@ -31,3 +32,16 @@ def check_super_resolution(config: ExperimentConfig) -> None:
     if config.image_size % options.factor:
         problem = f"wanted a multiple of super_resolution.factor {options.factor}"
         raise ConfigError("image_size", f"{problem}, got {config.image_size}")
+
+
+def _check_sampling(config: ExperimentConfig, phase: str) -> None:
+    options, level = config.super_resolution, config.sampler.augmentation
+    if not options.factor:
+        for key, value in (("sampler.augmentation", level), ("low_resolution", config.low_resolution)):
+            if value:
+                raise ConfigError(key, "has no effect without super_resolution.factor")
+    elif level > options.augmentation:
+        most = f"super_resolution.augmentation {options.augmentation:g}, the largest level that is trained"
+        raise ConfigError("sampler.augmentation", f"wanted at most {most}, got {level:g}")
+    if config.low_resolution is not None and phase not in ("sample", "inference"):
+        raise ConfigError("low_resolution", f"has no effect in {phase}; wanted null")

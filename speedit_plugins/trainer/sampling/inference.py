@@ -25,11 +25,14 @@ from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditio
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
+from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.terminal import progress, say
 
 
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
+
+    A super-resolution model enlarges samples of `low_resolution`, or of the data, in turn.
 
     An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
     it was given is in a second folder, `..._masked`, transparent in the hole.
@@ -46,7 +49,12 @@ def inference(config: ExperimentConfig) -> int:
     places.check_free()
     holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
     generator, captions, _ = load_generator(config, source)
-    conditions = all_conditions(config, captions, checkpoint.class_names(source))
+    classes = checkpoint.class_names(source)
+    if config.super_resolution.factor:
+        number = config.num_samples
+        conditions = given_conditions(config, generator, captions, num_samples=number, classes=classes)
+    else:
+        conditions = all_conditions(config, captions, classes)
     partial = places.partial
     with (
         _claimed(places),
@@ -161,6 +169,8 @@ def _name(config: ExperimentConfig, source: Path) -> str:
     parts.append(f"seed{config.seed}")
     if config.inpainting is not None:
         parts.append(f"holes{_hash(config.inpainting)}")
+    elif config.super_resolution.factor:
+        parts.append(f"low{_hash([config.low_resolution, sampler.augmentation])}")
     elif config.text_encoder is not None:
         parts.append(f"prompts{_hash(prompts(config))}")
     return "_".join(parts)
