@@ -288,6 +288,7 @@ def _check_sampler(config: ExperimentConfig) -> None:
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
     _check_guidance_schedule(config)
+    _check_thresholding(config)
 
 
 def _check_guidance_schedule(config: ExperimentConfig) -> None:
@@ -302,6 +303,23 @@ def _check_guidance_schedule(config: ExperimentConfig) -> None:
     if schedule == "interval" and (len(interval) != 2 or not interval[0] < interval[1]):
         wanted = "two times, the first one less, such as [0, 0.8]"
         raise ConfigError("sampler.guidance_interval", f"wanted {wanted}, got {interval}")
+
+
+def _check_thresholding(config: ExperimentConfig) -> None:
+    sampler = config.sampler
+    if sampler.dynamic_percentile is not None and sampler.thresholding != "dynamic":
+        got = sampler.thresholding or "null"
+        raise ConfigError("sampler.dynamic_percentile", f"has no effect with thresholding {got}; wanted null")
+    if sampler.thresholding is None:
+        return
+    if sampler.clip_sample:
+        problem = f"clip_sample is static thresholding already; wanted null, got {sampler.thresholding}"
+        if sampler.thresholding == "dynamic":
+            problem = "dynamic scales x_0 in place of clamping it; wanted sampler.clip_sample false beside it"
+        raise ConfigError("sampler.thresholding", problem)
+    if config.encoder["type"] == "AutoencoderKL":
+        problem = f"latents do not lie in [-1, 1]; wanted null, got {sampler.thresholding}"
+        raise ConfigError("sampler.thresholding", problem)
 
 
 def _check_classes(config: ExperimentConfig) -> None:

@@ -165,6 +165,7 @@ def _name(config: ExperimentConfig, source: Path) -> str:
         parts = [source.absolute().parent.name, source.stem]
     sampler = config.sampler
     parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
+    parts += [] if sampler.percentile is None else [f"dynamic{sampler.percentile:g}"]
     parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}{_schedule_name(config)}"]
     parts.append(f"seed{config.seed}")
     if config.inpainting is not None:
