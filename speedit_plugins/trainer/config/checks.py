@@ -80,7 +80,7 @@ def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
     if config.inpainting is not None and config.inpaint_image is None:
         # Images of the dataset are filled, each with its own class or caption.
         return
-    if config.super_resolution.factor:
+    if config.super_resolution.factor and not config.cascade:
         # As with holes: low-resolution samples have their own classes or captions.
         return
     if is_grid and config.num_classes and not config.sample_classes:

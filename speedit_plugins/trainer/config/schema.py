@@ -199,6 +199,10 @@ class ExperimentConfig:
     low_resolution: str | None = None
     """npz or folder of low-resolution samples that a super-resolution model enlarges in sample and inference,
     such as those of another run's inference. null takes samples of the data and reduces them."""
+    cascade: list[str] = field(default_factory=list)
+    """Folders of the runs before this super-resolution run, in their order: the first draws from noise alone,
+    and sample and inference go through all of them. Each draws with its newest checkpoint, and with sampler
+    and guidance as in the config of its training."""
     samples_per_class: int = limited(1, at_least=1)
     """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
     of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
@@ -237,6 +241,7 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
         sampler=sampler,
         evaluation=evaluation,
         optimizer=_settled_optimizer(config.optimizer),
+        cascade=[os.path.expanduser(path) for path in config.cascade],
         **paths,
     )
 

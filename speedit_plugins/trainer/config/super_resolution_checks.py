@@ -1,5 +1,7 @@
 """Checks of `super_resolution`. Uses the standard library only, like `checks.py`."""
 
+from typing import Any
+
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import SuperResolutionConfig
 from speedit_plugins.trainer.config.validation import ConfigError
@@ -36,12 +38,16 @@ def check_super_resolution(config: ExperimentConfig, phase: str) -> None:
 
 def _check_sampling(config: ExperimentConfig, phase: str) -> None:
     options, level = config.super_resolution, config.sampler.augmentation
-    if not options.factor:
-        for key, value in (("sampler.augmentation", level), ("low_resolution", config.low_resolution)):
-            if value:
-                raise ConfigError(key, "has no effect without super_resolution.factor")
-    elif level > options.augmentation:
+    given: dict[str, Any] = {"low_resolution": config.low_resolution, "cascade": config.cascade}
+    for key, value in given.items():
+        if value and phase not in ("sample", "inference"):
+            default = "[]" if key == "cascade" else "null"
+            raise ConfigError(key, f"has no effect in {phase}; wanted {default}")
+    for key, value in {"sampler.augmentation": level, **given}.items():
+        if value and not options.factor:
+            raise ConfigError(key, "has no effect without super_resolution.factor")
+    if all(given.values()):
+        raise ConfigError("low_resolution", "the stages of cascade draw what is enlarged; wanted null")
+    if level > options.augmentation:
         most = f"super_resolution.augmentation {options.augmentation:g}, the largest level that is trained"
         raise ConfigError("sampler.augmentation", f"wanted at most {most}, got {level:g}")
-    if config.low_resolution is not None and phase not in ("sample", "inference"):
-        raise ConfigError("low_resolution", f"has no effect in {phase}; wanted null")

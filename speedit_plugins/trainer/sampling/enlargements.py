@@ -27,7 +27,8 @@ def draw_enlargements(
 ) -> int:
     """Writes a PNG with a row for each low-resolution sample: itself, what was drawn, and the original.
 
-    The original is there where it is known. For videos see `images.save_videos`.
+    The original is there where it is known. In a cascade there is a column for each stage. For videos see
+    `images.save_videos`.
 
     Args:
         generator: draws.
@@ -45,21 +46,22 @@ def draw_enlargements(
     inputs, config = conditions.inputs, generator.config
     assert isinstance(inputs, LowResolutionInputs)
     rows = torch.arange(len(inputs))
-    drawn, low, originals = [], [], []
+    drawn, earlier, originals = [], [], []
     batches = generator.draw_batches(
         lambda some: conditions.of(some, generator.device), rows, weights=weights, callback=callback
     )
     for some, batch in zip(rows.split(config.per_proc_batch_size), batches, strict=True):
         drawn.append(batch.cpu())
-        low.append(inputs.samples.at(some).cpu())
+        earlier.append(inputs.samples.versions(some))
         originals.append(inputs.samples.originals(some))
-    columns = [blocks(torch.cat(low), inputs.maker.factor)]
+    columns = [torch.cat(parts) for parts in zip(*earlier, strict=True)]
     columns.append(marked(torch.cat(drawn), config, generator.source, may_fail=may_fail))
-    titles = [size_of(torch.cat(low)), size_of(columns[1])]
+    titles = [f"{column.shape[-2]} x {column.shape[-1]}" for column in columns]
     known = [part for part in originals if part is not None]
     if known:
         columns.append(torch.cat(known))
         titles.append("original")
+    columns = [blocks(column, config.image_size // column.shape[-1]) for column in columns]
     save_columns(columns, path, titles, conditions.names, frames_per_second=config.frames_per_second)
     return len(rows)
 
@@ -85,8 +87,3 @@ def save_columns(
 def blocks(samples: Tensor, factor: int) -> Tensor:
     """Samples (B, C, [F,] h, w) enlarged by a factor, each pixel as a square."""
     return samples.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
-
-
-def size_of(samples: Tensor) -> str:
-    """Height and width of samples (B, C, [F,] H, W), for a title."""
-    return f"{samples.shape[-2]} x {samples.shape[-1]}"

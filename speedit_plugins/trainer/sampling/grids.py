@@ -14,6 +14,8 @@ from torch import Tensor
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
+from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
 from speedit_plugins.trainer.sampling.enlargements import draw_enlargements
 from speedit_plugins.trainer.sampling.finite import marked
@@ -27,6 +29,8 @@ from speedit_plugins.trainer.terminal import progress, say
 def sample(config: ExperimentConfig) -> int:
     """Writes the sample grid: a column per class or prompt, `samples_per_class` rows. Returns 0."""
     folder = Path(config.experiment_dir)
+    # Before any weights are read.
+    stages_of(config)
     generator, captions, source = load_generator(config)
     classes = checkpoint.class_names(source)
     path = results.free_path(folder / results.SAMPLES)
@@ -37,9 +41,8 @@ def sample(config: ExperimentConfig) -> int:
             generator, Holes(config, num_images=config.samples_per_class), captions, path
         )
     elif config.super_resolution.factor:
-        number = config.samples_per_class
-        conditions = given_conditions(config, generator, captions, num_samples=number, classes=classes)
-        with _progress(config, number) as bar:
+        conditions = _enlarged(config, generator, captions, classes)
+        with _progress(config, len(conditions.inputs or ())) as bar:
             num_samples = draw_enlargements(
                 generator, conditions, path, callback=lambda step, x: bar.update()
             )
@@ -51,6 +54,21 @@ def sample(config: ExperimentConfig) -> int:
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
     results.say_where(folder, samples=path)
     return 0
+
+
+def _enlarged(
+    config: ExperimentConfig,
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    classes: tuple[str, ...],
+) -> Conditions:
+    """What the grid of a super-resolution model enlarges: samples of its cascade, files, or the data."""
+    if not config.cascade:
+        number = config.samples_per_class
+        return given_conditions(config, generator, captions, num_samples=number, classes=classes)
+    conditions = grid_conditions(config, captions, classes)
+    rows = torch.arange(max(1, len(conditions.names))).repeat_interleave(config.samples_per_class)
+    return cascade_conditions(config, generator, captions, conditions, rows)
 
 
 def _progress(config: ExperimentConfig, num_samples: int) -> AbstractContextManager[Any]:

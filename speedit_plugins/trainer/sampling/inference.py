@@ -20,7 +20,9 @@ from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
+from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
@@ -32,7 +34,8 @@ from speedit_plugins.trainer.terminal import progress, say
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
 
-    A super-resolution model enlarges samples of `low_resolution`, or of the data, in turn.
+    A super-resolution model enlarges samples of `low_resolution`, or of the data, in turn, or those that the
+    stages of its `cascade` draw.
 
     An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
     it was given is in a second folder, `..._masked`, transparent in the hole.
@@ -50,11 +53,7 @@ def inference(config: ExperimentConfig) -> int:
     holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
     generator, captions, _ = load_generator(config, source)
     classes = checkpoint.class_names(source)
-    if config.super_resolution.factor:
-        number = config.num_samples
-        conditions = given_conditions(config, generator, captions, num_samples=number, classes=classes)
-    else:
-        conditions = all_conditions(config, captions, classes)
+    conditions = _conditions(config, generator, captions, classes)
     partial = places.partial
     with (
         _claimed(places),
@@ -77,6 +76,23 @@ def inference(config: ExperimentConfig) -> int:
         if place.exists():
             say(f"  {name:<12} {place}{'/' if place.is_dir() else ''}")
     return 0
+
+
+def _conditions(
+    config: ExperimentConfig,
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    classes: tuple[str, ...],
+) -> Conditions:
+    """The conditions of the samples, with what a super-resolution model enlarges."""
+    if config.super_resolution.factor and not config.cascade:
+        number = config.num_samples
+        return given_conditions(config, generator, captions, num_samples=number, classes=classes)
+    conditions = all_conditions(config, captions, classes)
+    if not config.cascade:
+        return conditions
+    rows = random_rows(conditions, config.num_samples, seed=config.seed)
+    return cascade_conditions(config, generator, captions, conditions, rows)
 
 
 @contextmanager
@@ -170,6 +186,9 @@ def _name(config: ExperimentConfig, source: Path) -> str:
     parts.append(f"seed{config.seed}")
     if config.inpainting is not None:
         parts.append(f"holes{_hash(config.inpainting)}")
+    elif config.cascade:
+        before = [str(path) for path in stage_weights(config)]
+        parts.append(f"cascade{_hash([*before, sampler.augmentation, *prompts(config)])}")
     elif config.super_resolution.factor:
         parts.append(f"low{_hash([config.low_resolution, sampler.augmentation])}")
     elif config.text_encoder is not None:

@@ -26,11 +26,16 @@ from speedit_plugins.trainer.sampling.sample_sets import SampleSet, load_item, o
 
 
 class LowResolutionSet(Protocol):
-    """N low-resolution samples. `originals` are what they were made of; None if that is not known."""
+    """N low-resolution samples.
+
+    `originals` are what they were made of; None if that is not known. `versions` are a sample's, the smallest
+    first; `at` is the last of them.
+    """
 
     def __len__(self) -> int: ...
     def at(self, rows: Tensor) -> Tensor: ...
     def originals(self, rows: Tensor) -> Tensor | None: ...
+    def versions(self, rows: Tensor) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +104,10 @@ class FromData:
         name = "video" if self._config.num_frames else "image"
         return torch.stack([torch.as_tensor(self.item(row)[name]) for row in rows.tolist()])
 
+    def versions(self, rows: Tensor) -> list[Tensor]:
+        """The one low-resolution version of the samples at rows (B,)."""
+        return [self.at(rows)]
+
     def item(self, row: int) -> dict[str, Any]:
         """The sample at a row, as the dataset has it."""
         return load_item(self._config, self.dataset, int(self.items[row]))
@@ -147,6 +156,10 @@ class FromFiles:
 
     def originals(self, rows: Tensor) -> None:
         """None: files have no originals."""
+
+    def versions(self, rows: Tensor) -> list[Tensor]:
+        """See `FromData.versions`."""
+        return [self.at(rows)]
 
 
 def given_conditions(
