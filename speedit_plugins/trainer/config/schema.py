@@ -102,7 +102,8 @@ class ExperimentConfig:
     inpainting: Component | None = None
     """Trains DiT or UNet to fill holes, such as those of `RandomMasks`; null does not."""
     super_resolution: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
-    """Trains DiT, Latte or UNet to make samples of their low-resolution versions."""
+    """Trains DiT, Latte or UNet to make samples of their low-resolution versions; see
+    docs/cascades.md."""
     data: DataConfig
     """What is trained on."""
 
