@@ -35,19 +35,33 @@ COMMANDS = sorted(
 
 
 def test_commands_name_programs_and_their_options() -> None:
-    assert {place.split("/")[0] for place, _, _ in COMMANDS} == {"Makefile", "benchmarks", "docs"}
+    assert {place.split("/")[0] for place, _, _ in COMMANDS} >= {"Makefile", "benchmarks", "docs"}
     options_of_bench = ("--schedule", "--policies", "--seeds", "--out")
     assert ("Makefile", "benchmarks.convergence", options_of_bench) in COMMANDS
     for place, module, options in COMMANDS:
         assert source(module).is_file(), (place, module)
         program = source(module).read_text(encoding="utf-8")
         assert '__name__ == "__main__"' in program, (place, module)
-        assert [option for option in options if f'"{option}"' not in program] == [], (place, module)
+        own = [option for option in options if option != "--help"]
+        assert [option for option in own if f'"{option}"' not in program] == [], (place, module)
 
 
 def test_a_path_that_is_mentioned_is_there() -> None:
     mentioned = {path: place for place, text in texts().items() for path in MENTIONED.findall(text)}
     assert {path for path in mentioned if not (ROOT / path).is_file()} == {REPLACED}
+
+
+def test_the_page_of_benchmarks_lists_every_program() -> None:
+    page = (ROOT / "docs" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    files = [path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")]
+    programs = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+        for path in files
+        if '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")
+    }
+    # Figures belong to the program whose results they show.
+    plots = {program for program in programs if program.endswith(".plots")}
+    assert set(re.findall(r"`(benchmarks\.[\w.]+)`", page)) == programs - plots
 
 
 def test_the_package_is_not_the_folder_of_its_tests(load: Callable[[str], ModuleType]) -> None:
