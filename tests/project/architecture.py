@@ -45,7 +45,7 @@ _FLOOR = _METHOD | {
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
     f"trainer/{name}"
-    for name in ("inputs", "build", "checkpoint", "best_checkpoint", "checkpoint_paths", "results")
+    for name in ("layouts", "inputs", "build", "checkpoint", "best_checkpoint", "checkpoint_paths", "results")
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -71,8 +71,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/diffusion": _FLOOR - {"trainer/config"},
     "trainer/evaluation": _FLOOR,
     "trainer/parallel": _FLOOR,
-    "trainer/inputs": _PARTS,
-    "trainer/build": _PARTS | {"trainer/inputs"},
+    "trainer/layouts": _PARTS,
+    "trainer/inputs": _PARTS | {"trainer/layouts"},
+    "trainer/build": _PARTS | {"trainer/layouts", "trainer/inputs"},
     "trainer/accelerations": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,

@@ -23,6 +23,7 @@ from speedit_plugins.trainer.config.sections import (
     EvaluationConfig,
     SamplerConfig,
 )
+from speedit_plugins.trainer.config.shape_checks import check_shape_keys
 from speedit_plugins.trainer.config.training_checks import (
     check_average,
     check_optimizer,
@@ -47,6 +48,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    check_shape_keys(config)
     _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
@@ -193,8 +195,12 @@ def _check_agreement(config: ExperimentConfig) -> None:
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
         ("data.dataset.image_size", config.data.dataset, config.image_size),
         ("data.dataset.num_frames", config.data.dataset, config.num_frames),
+        ("data.dataset.voxel_size", config.data.dataset, config.voxel_size),
+        ("data.dataset.num_points", config.data.dataset, config.num_points),
         ("data.validation.image_size", config.data.validation or {}, config.image_size),
         ("data.validation.num_frames", config.data.validation or {}, config.num_frames),
+        ("data.validation.voxel_size", config.data.validation or {}, config.voxel_size),
+        ("data.validation.num_points", config.data.validation or {}, config.num_points),
     )
     for key, section, wanted in pairs:
         name = key.rpartition(".")[2]

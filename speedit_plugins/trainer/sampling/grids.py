@@ -1,4 +1,4 @@
-"""The phase sample: a grid of images or videos from a trained model.
+"""The phase sample: a grid of images, videos or shapes from a trained model.
 
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
@@ -12,11 +12,13 @@ from torch import Tensor
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.logging.shapes import save_shapes
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 from speedit_plugins.trainer.sampling.holes import Holes
 from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
+from speedit_plugins.trainer.sampling.shape_files import save_models
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -36,7 +38,9 @@ def sample(config: ExperimentConfig) -> int:
         num_samples = _grid_size(config, conditions)
         num_batches = -(-num_samples // config.per_proc_batch_size)
         with progress("sampling", total=num_batches * config.sampler.num_steps) as bar:
-            num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
+            num_samples = draw_grid(
+                generator, conditions, path, callback=lambda step, x: bar.update(), has_models=True
+            )
     results.save_config(config, "sample")
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
     results.say_where(folder, samples=path)
@@ -51,14 +55,17 @@ def draw_grid(
     weights: Mapping[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
     may_fail: bool = True,
+    has_models: bool = False,
 ) -> int:
     """Writes a PNG with `samples_per_class` samples of each condition. Returns the number of samples.
 
     For videos the PNG shows frames from left to right. An MP4 and a GIF of the grid are written beside it.
+    Shapes are shown from several sides, and the GIF turns them.
 
     Args:
         weights, callback: see `SampleGenerator.draw`.
         may_fail: False writes a grid also without a single finite sample, as a training does.
+        has_models: write each shape as a file too, in a folder with the name of the grid.
 
     Raises:
         ValueError: no sample is finite, and `may_fail`. A cross marks each of a few.
@@ -74,7 +81,11 @@ def draw_grid(
     samples = marked(drawn, config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = conditions.titles
-    if samples.ndim == 5:
+    if config.voxel_size:
+        save_shapes(samples, path, columns=columns, titles=titles)
+        if has_models:
+            save_models(samples, path.with_suffix(""), config)
+    elif samples.ndim == 5:
         images.save_videos(
             samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
         )

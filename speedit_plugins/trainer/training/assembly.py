@@ -19,7 +19,9 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
+from speedit_plugins.trainer.layouts import check_first_shape
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
@@ -59,6 +61,7 @@ def build_trainer(
     build.check_shapes(config, encoder)
     dataset = _in_turn(runtime, lambda: build.build_dataset(config))
     _check_cache(dataset, encoder, config, "data.dataset")
+    check_first_shape(dataset, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     # The weights that adapters are trained on are in no checkpoint.
@@ -111,7 +114,8 @@ def _periodic(
         periodic.append(Periodic("validate_every", config.validate_every, measure))
     if config.sample_every:
         conditions = grid_conditions(config, captions, tuple(getattr(dataset, "classes", ())))
-        grids = _grids(model, encoder, conditions, config)
+        normalization = getattr(dataset, "normalization", None)
+        grids = _grids(model, encoder, conditions, config, normalization)
         periodic.append(Periodic("sample_every", config.sample_every, grids))
     if config.evaluate_every:
         conditions = all_conditions(config, captions)
@@ -188,7 +192,11 @@ def _other_captions(
 
 
 def _grids(
-    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig
+    model: nn.Module,
+    encoder: Encoder,
+    conditions: Conditions,
+    config: ExperimentConfig,
+    normalization: Normalization | None,
 ) -> Callable[[Snapshot], Measured]:
     """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
@@ -197,7 +205,8 @@ def _grids(
     from speedit_plugins.trainer.sampling.holes import Holes
     from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
 
-    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    process = build.build_process(config, respaced=False)
+    generator = SampleGenerator(model, process, encoder, config, normalization=normalization)
     holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
 
     def write(snapshot: Snapshot) -> Measured:
