@@ -107,9 +107,14 @@ def test_a_run_is_trained_measured_sampled_and_tested(
         "sample_every": 2,
         "evaluate_every": 2,
         "evaluate_samples": 20,
+        "profile_every": 2,
+        "validate_every": 2,
+        "data__held_out_samples": 20,
         "evaluation__metrics": "[fid]",
     }
     assert run("train", tmp_path, samples_per_class=3, **measured) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert {"val_loss", "evaluation_samples", "profile_mse"} <= {key for row in rows for key in row}
     # A row per sample: low resolution, sample and original, below their titles.
     width = 3 * 66 + 2
     with Image.open(tmp_path / "grids" / "step_0000002.png") as grid:
