@@ -107,9 +107,14 @@ def test_a_run_is_trained_measured_sampled_and_tested(
         "sample_every": 2,
         "evaluate_every": 2,
         "evaluate_samples": 20,
+        "profile_every": 2,
+        "validate_every": 2,
+        "data__held_out_samples": 20,
         "evaluation__metrics": "[fid]",
     }
     assert run("train", tmp_path, samples_per_class=3, **measured) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert {"val_loss", "evaluation_samples", "profile_mse"} <= {key for row in rows for key in row}
     # A row per sample: low resolution, sample and original, below their titles.
     width = 3 * 66 + 2
     with Image.open(tmp_path / "grids" / "step_0000002.png") as grid:
@@ -125,9 +130,20 @@ def test_a_run_is_trained_measured_sampled_and_tested(
     labels = [json.loads(line) for line in (npz.with_suffix("") / "labels.jsonl").read_text().splitlines()]
     data = FromData(small_config(tmp_path, "inference", **SUPER), num_samples=5)
     assert [row["label"] for row in labels] == [data.item(row)["label"] for row in range(5)]
-    assert run("test", tmp_path, evaluation__metrics="[fid]") == 0
+    assert run("test", tmp_path, evaluation__metrics="[fid,psnr]") == 0
     figures = json.loads((tmp_path / "test.json").read_text())["figures"]
-    assert set(figures) == {"fid[digit_classifier]"}
+    assert set(figures) == {"fid[digit_classifier]", "psnr"}
+    originals = images.to_uint8(data.originals(torch.arange(5)))
+    errors = ((read_npz(npz).astype(float) - originals) ** 2).mean(axis=(1, 2, 3))
+    assert figures["psnr"]["value"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors)))
+    # The folder has the same samples. Other held-out samples are other originals.
+    pairs = {"evaluation__metrics": "[psnr]", "samples": npz.with_suffix("")}
+    assert run("test", tmp_path, **pairs) == 0
+    said = error(capsys, "test", tmp_path, **pairs, data__held_out_samples=1500)
+    assert "the data have another sample in place of that of 000000.png" in said
+    assert "hole_error compares" in error(capsys, "test", tmp_path, evaluation__metrics="[hole_error]")
+    (npz.with_suffix("") / "items.jsonl").unlink()
+    assert "metrics of pairs need what" in error(capsys, "test", tmp_path, **pairs)
 
 
 def test_files_of_another_run_are_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,40 @@ def test_nothing_else_that_is_drawn_moves() -> None:
     assert not torch.isclose(own, given.noise, atol=1e-3).any()
 
 
+class Coarse:
+    """Its latents are means of 2 x 2 pixels plus noise from the generators, as an autoencoder's are."""
+
+    channels, image_channels, downsample = 1, 1, 2
+
+    def encode(self, images: Tensor, generators: Any) -> Tensor:
+        means = reduced(images, 2)
+        return means + torch.cat([torch.randn(means[:1].shape, generator=each) for each in generators])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return enlarged(latents, 2)
+
+    def fingerprint(self) -> str:
+        return "coarse"
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 1, 3, 8, 8)])
+def test_with_latents_the_enlarged_sample_is_encoded(shape: tuple[int, ...]) -> None:
+    maker = LowResolution(Coarse(), NoiseAugmentation(RectifiedFlow(), largest=1.0), factor=2)
+    low = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    low = reduced(low, 2)
+    clean = maker.of(low, torch.zeros(2), generators(2))["extra"]
+    assert clean.shape == low.shape
+    # At level 0 the encoder's own noise alone is added, from the generators.
+    whole = enlarged(low, 2)
+    frames = [whole] if whole.ndim == 4 else list(whole.unbind(2))
+    draws = generators(2)
+    expected = torch.stack([Coarse().encode(frame, draws) for frame in frames], dim=2)
+    assert_close(clean, expected if whole.ndim == 5 else expected[:, :, 0], rtol=0, atol=1e-6)
+    # At level 1 there is noise alone, of mean 0 and variance 1, whatever was given.
+    noise = maker.of(low + 50, torch.ones(2), generators(2))["extra"]
+    assert float(noise.abs().max()) < 6
+
+
 def test_a_batch_without_pixels_is_refused() -> None:
     with pytest.raises(
         ValueError, match="super_resolution needs images or videos, got batches of latent_mean"

@@ -28,6 +28,7 @@ from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+from speedit_plugins.trainer.sampling.originals import write_items
 from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
 from speedit_plugins.trainer.terminal import progress, say
 
@@ -228,7 +229,9 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-    _write_conditions(conditions, rows.tolist(), folder, suffix=_suffix(config))
+    suffix = _suffix(config)
+    _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
+    write_items(conditions, rows.tolist(), folder, suffix=suffix)
 
 
 def _save(item: Any, path: Path, config: ExperimentConfig) -> None:

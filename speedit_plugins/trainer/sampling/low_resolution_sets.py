@@ -5,6 +5,7 @@ Dims: N samples, B of them at a time, C channels, F frames (absent for images), 
 
 import json
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,8 +102,13 @@ class FromData:
 
     def originals(self, rows: Tensor) -> Tensor:
         """The samples at rows (B,) in full resolution, (B, C, [F,] H, W) in [-1, 1]."""
+        return self.loaded(self.items[rows].tolist())
+
+    def loaded(self, items: Sequence[int]) -> Tensor:
+        """The samples with these numbers in the data, (B, C, [F,] H, W) in [-1, 1]."""
         name = "video" if self._config.num_frames else "image"
-        return torch.stack([torch.as_tensor(self.item(row)[name]) for row in rows.tolist()])
+        loaded = [load_item(self._config, self.dataset, item)[name] for item in items]
+        return torch.stack([torch.as_tensor(each) for each in loaded])
 
     def versions(self, rows: Tensor) -> list[Tensor]:
         """The one low-resolution version of the samples at rows (B,)."""
