@@ -8,12 +8,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from speedit_plugins.trainer.config.accelerations import RoutingConfig
 from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.same_run import check_same_meaning, check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import DiffusionConfig, EmaConfig, SamplerConfig
+from speedit_plugins.trainer.config.switches import SWITCHES
 from speedit_plugins.trainer.config.validation import (
     ConfigError,
     build_section,
@@ -161,6 +163,15 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
             "routing.from: has no effect with routing.keep 1; wanted less, such as",
         ),
         ("train", ["routing.to=-2"], "routing.to: has no effect with routing.keep 1; wanted less, such as"),
+        (
+            "train",
+            ["contrastive=0.05"],
+            "contrastive: wanted a section with keys, got 0.05; wanted contrastive.weight",
+        ),
+        ("train", ["routing=0.5"], "routing: wanted a section with keys, got 0.5; wanted routing.keep=0.5"),
+        ("train", ["routing=off"], "routing: wanted a section with keys, got False; null switches it off"),
+        ("train", ["lora=x"], "lora: wanted a section with keys, got 'x'; wanted its key 'rank', or null to"),
+        ("train", ["masking=MTD"], "masking.type: wanted one of none, MDT, got 'MTD'; did you mean 'MDT'?"),
         ("train", ["routing.from_=3"], "routing.from_: unknown key; did you mean 'routing.from'?"),
         ("train", ["routing.keep=0"], "routing.keep: wanted float > 0, got 0"),
         ("tain", [], "phase needs one of train, inference, sample, test, got 'tain'"),
@@ -168,6 +179,51 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
 )
 def test_what_a_phase_needs(minimal: Path, phase: str, overrides: list[str], message: str) -> None:
     assert error_of(minimal, *overrides, phase=phase).startswith(message)
+
+
+ACCELERATED = [
+    "masking={type: MDT, ratio: 0.4}",
+    "routing={from: 1, to: -2, keep: 0.5}",
+    "alignment={type: REPA, teacher: embedded, layer: 1}",
+    "contrastive={weight: 0.05}",
+    "noise_assignment=class",
+    "uncertainty=true",
+    "lora={rank: 4, alpha: 8}",
+    "super_resolution={factor: 2, augmentation: 0.5}",
+]
+
+
+def test_null_switches_every_optional_section_off(minimal: Path) -> None:
+    plain = load_config(minimal, "train")
+    keys = [text.partition("=")[0] for text in ACCELERATED]
+    assert set(SWITCHES) < set(keys)
+    on = [*ACCELERATED, "pretrained=x"]
+    changed = load_config(minimal, "train", on)
+    assert all(getattr(changed, key) != getattr(plain, key) for key in keys)
+    off = load_config(minimal, "train", [*on, *(f"{key}=null" for key in keys), "pretrained=null"])
+    assert off == plain
+    # Switched on again by a key alone, the section has none of its earlier options.
+    again = load_config(
+        minimal, "train", ["routing={from: 3, keep: 0.2}", "routing=null", "routing.keep=0.5"]
+    )
+    assert again.routing.from_ == RoutingConfig().from_
+
+
+@pytest.mark.parametrize(
+    "off", ["masking=none", "alignment=none", "routing.keep=1", "lora.rank=0", "super_resolution.factor=0"]
+)
+def test_the_switch_of_a_section_takes_its_options_along(minimal: Path, off: str) -> None:
+    key = off.partition("=")[0].partition(".")[0]
+    on = next(text for text in ACCELERATED if text.startswith(f"{key}="))
+    assert load_config(minimal, "train", [on, off]) == load_config(minimal, "train")
+
+
+def test_a_bare_name_is_the_type_of_a_section(minimal: Path) -> None:
+    names = ["alignment=SRA", "masking=MDT", "optimizer=Muon", "diffusion=RectifiedFlow", "sampler=heun"]
+    config = load_config(minimal, "train", names)
+    for name in names:
+        key, _, wanted = name.partition("=")
+        assert getattr(config, key).type == wanted
 
 
 def test_a_key_that_python_keeps_for_itself_is_read_and_written_as_it_is(minimal: Path) -> None:
