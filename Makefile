@@ -4,7 +4,7 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs
+EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs,shapes
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
