@@ -134,6 +134,28 @@ def test_points_are_even_over_the_surface_of_a_mesh(tmp_path: Path, write: objec
     assert_close(points.mean(dim=0), torch.tensor([12, 1, 0.5]), atol=0.05, rtol=0)
 
 
+def test_all_parts_of_an_obj_are_one_shape(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh", reason=NO_TRIMESH)
+    # Two unit squares, 9 apart, with materials that nobody wrote.
+    lines = ["mtllib missing.mtl"]
+    for number, start in enumerate((0, 10)):
+        lines += [f"o part{number}", *(f"v {start + x} {y} 0" for x, y in ((0, 0), (1, 0), (1, 1), (0, 1)))]
+        lines += [f"usemtl colour{number}", "f " + " ".join(str(4 * number + i) for i in (1, 2, 3, 4))]
+    (tmp_path / "parts.obj").write_text("\n".join(lines) + "\n")
+    points = in_units(ShapeFolder(tmp_path, num_points=4000, class_cond=False, fit_box=False))
+    # 4 sigma of a binomial frequency.
+    share = float((points[:, 0] > 5).double().mean())
+    assert_close(share, 0.5, atol=4 * math.sqrt(0.25 / 4000), rtol=0)
+    assert points[:, 0].max() <= 11
+
+
+def test_a_header_that_runs_into_the_numbers_is_read_as_in_modelnet(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh", reason=NO_TRIMESH)
+    (tmp_path / "x.off").write_text("OFF3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    points = in_units(ShapeFolder(tmp_path, num_points=50, class_cond=False, fit_box=False))
+    assert (points[:, :2].sum(dim=1) <= 1 + 1e-6).all()
+
+
 def test_a_ply_without_faces_is_a_cloud(tmp_path: Path) -> None:
     pytest.importorskip("trimesh", reason=NO_TRIMESH)
     write_ply(tmp_path / "box.ply", BOX, [])

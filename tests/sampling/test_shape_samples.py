@@ -165,6 +165,31 @@ def test_samples_are_scored_against_shapes_that_were_held_out(
     assert abs(again["mmd[chamfer]"]["value"]) < 1e-5
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_frechet_distance_sees_classes_that_are_missing(
+    tmp_path: Path, form: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = (*FORMS[form], "data.held_out_samples=16", "evaluation.metrics=[frechet]")
+    config = shape_config(tmp_path, *options, phase="test")
+    whole = build.build_dataset(config)
+    folders = {"mixed": range(24), "flat": range(0, 48, 2)}
+    found = {}
+    for name, indices in folders.items():
+        (tmp_path / name).mkdir()
+        for number, index in enumerate(indices):
+            shape = whole.load(index, torch.Generator().manual_seed(index))[form]
+            if form == "points":
+                shape = shape * 0.5 + torch.tensor([[10.0], [20.0], [30.0]])
+            save_shape(shape, tmp_path / name / f"{number:06d}.npy")
+        assert run(tmp_path, "test", *options, f"samples={tmp_path / name}") == 0
+        found[name] = json.loads((tmp_path / "run" / "test.json").read_text())["figures"]["frechet"]["value"]
+    assert found["mixed"] < found["flat"]
+    said = capfd.readouterr().out
+    # The 48 shapes that are not held out.
+    assert "features a classifier of 48 shapes; 16 samples, 16 reference" in said
+    assert "the classifier of frechet is right on" in said
+
+
 def test_an_empty_solid_counts_and_a_smaller_set_decides(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,9 +211,13 @@ def test_an_empty_solid_counts_and_a_smaller_set_decides(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "unknown metric 'fid' of shapes in evaluation.metrics; known: chamfer, earth_mover"),
+        ([], "unknown metric 'fid' of shapes in evaluation.metrics; known: chamfer, earth_mover, frechet"),
         ([CHAMFER, "evaluation.kid_subsets=3"], "evaluation.kid_subsets has no effect on chamfer"),
         (["evaluation.metrics=[chamfer, chamfer]"], "each metric once, at least one of chamfer, earth_mover"),
+        (
+            ["num_classes=0", "evaluation.metrics=[frechet]"],
+            "frechet learns the classes .* num_classes above 0",
+        ),
         ([CHAMFER], "no shapes in .*run the phase inference first, or give samples"),
         ([CHAMFER, "samples=SOLIDS"], "wanted reference, data.validation or data.held_out_samples"),
         ([*POINTS, CHAMFER, "samples=SOLIDS"], r"has shapes \(1, 8, 8, 8\), not points"),

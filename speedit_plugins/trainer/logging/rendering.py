@@ -90,26 +90,46 @@ def _reach(voxels: Tensor) -> tuple[float, float]:
 def _render_solid(solid: Tensor, turn: Tensor, reach: tuple[float, float], size: int) -> Tensor:
     """One picture, uint8 (P, P, 3), of a solid (1, 1, R, R, R)."""
     half_width, half_depth = reach
-    voxel = 2 / solid.shape[-1]
+    voxel, pixel = 2 / solid.shape[-1], 2 * half_width / size
     padded = functional.pad(solid, (1,) * 6, value=-1.0)
-    across = (torch.arange(size) + 0.5) * (2 * half_width / size) - half_width
     # Half a voxel per step, from the viewer away.
     depth = torch.arange(half_depth + voxel, -half_depth - voxel, -voxel / 2)
-    u, v, w = torch.broadcast_tensors(across[None, :, None], -across[:, None, None], depth)
-    found = _values(padded, torch.stack([u, v, w], dim=-1) @ turn)  # (P, P, S)
+    # Few rays find where there is something; pixels elsewhere are background.
+    every = max(1, min(4, int(voxel / pixel)))
+    rough = _along_rays(padded, _pixels(size, half_width, every), depth, turn).amax(dim=-1) > -1
+    wide = functional.max_pool2d(rough.reshape(1, 1, -(-size // every), -1).float(), 3, stride=1, padding=1)
+    wide = wide.repeat_interleave(every, dim=2).repeat_interleave(every, dim=3)[0, 0, :size, :size]
+    is_near = wide.flatten() > 0
+    where = _pixels(size, half_width)[is_near]  # (K, 2)
+    picture = torch.full((size * size, 3), BACKGROUND, dtype=torch.uint8)
+    found = _along_rays(padded, where, depth, turn)  # (K, S)
     is_inside = found > 0
     is_hit = is_inside.any(dim=-1)
     step = torch.where(is_hit, is_inside.int().argmax(dim=-1), found.argmax(dim=-1))
-    value = found.gather(-1, step[..., None])[..., 0]
-    before = found.gather(-1, (step - 1).clamp(min=0)[..., None])[..., 0]
+    value = found.gather(-1, step[:, None])[:, 0]
+    before = found.gather(-1, (step - 1).clamp(min=0)[:, None])[:, 0]
     # Between the last place outside and the first inside, where a straight line is 0.
     back = torch.where(is_hit, (value / (value - before).clamp(min=1e-6)).clamp(0, 1), 0.0)
-    place = torch.stack([u[..., 0], v[..., 0], depth[step] + back * voxel / 2], dim=-1)  # (P, P, 3)
+    place = torch.cat([where, (depth[step] + back * voxel / 2)[:, None]], dim=1)  # (K, 3)
     normal = _normals(padded, place @ turn, voxel) @ turn.T
     # At an edge of the outline the values change by about 2 per voxel. A pixel there is partly covered.
-    per_pixel = 2 * (2 * half_width / size) / voxel
-    cover = torch.where(is_hit, 1.0, (0.5 + found.amax(dim=-1) / per_pixel).clamp(0, 1))
-    return _coloured(normal, place[..., 2] / half_depth, cover)
+    cover = torch.where(is_hit, 1.0, (0.5 + found.amax(dim=-1) * voxel / (2 * pixel)).clamp(0, 1))
+    picture[is_near] = _coloured(normal, place[:, 2] / half_depth, cover)
+    return picture.reshape(size, size, 3)
+
+
+def _pixels(size: int, half_width: float, every: int = 1) -> Tensor:
+    """Places (K, 2), right and up, of the middles of blocks of `every` x `every` pixels, row by row."""
+    starts = torch.arange(0, size, every)
+    across = (starts + every / 2) * (2 * half_width / size) - half_width
+    up, right = torch.meshgrid(-across, across, indexing="ij")
+    return torch.stack([right.flatten(), up.flatten()], dim=-1)
+
+
+def _along_rays(padded: Tensor, where: Tensor, depth: Tensor, turn: Tensor) -> Tensor:
+    """Values (K, S) at places (K, 2) of a picture and depths (S), of the solid as it is turned."""
+    # The inverse of a turn is its transpose, and multiplies rows from the right as the turn itself.
+    return _values(padded, (where @ turn[:2])[:, None] + depth[:, None] * turn[2])
 
 
 def _values(padded: Tensor, place: Tensor) -> Tensor:

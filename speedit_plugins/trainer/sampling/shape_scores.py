@@ -20,17 +20,23 @@ from speedit_plugins.trainer.data.loader import DATA_STREAM, SampleSource, strea
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.voxel_surface import surface_of_voxels
 from speedit_plugins.trainer.evaluation.metrics import MetricValue
+from speedit_plugins.trainer.evaluation.shape_classifier import ShapeClassifier, frechet_shape_distance
 from speedit_plugins.trainer.evaluation.shapes import DISTANCES, shape_scores
 from speedit_plugins.trainer.layouts import POINTS, layout_of
 from speedit_plugins.trainer.sampling.shape_files import read_shapes
 from speedit_plugins.trainer.terminal import progress, say
+
+FRECHET = "frechet"
+METRICS = (*DISTANCES, FRECHET)
+# Shapes of the training that the classifier of `frechet` learns from, at most.
+NUM_LEARNED = 2000
 
 Found = tuple[list[MetricValue], str, str | None]
 """Measured values, where the samples are, and the reference."""
 
 
 def measure_shapes(config: ExperimentConfig) -> Found:
-    """MMD, coverage and 1-NN accuracy by each distance of `evaluation.metrics`.
+    """MMD, coverage and 1-NN accuracy by each distance of `evaluation.metrics`, and the Fréchet distance.
 
     The measures need two sets of one size: of the larger one, shapes are left out, and a line says so.
 
@@ -42,7 +48,7 @@ def measure_shapes(config: ExperimentConfig) -> Found:
         ValueError: a metric is unknown, an option has no effect, there is no reference, or a set cannot be
             read or has another kind of shapes.
     """
-    _check_options(config.evaluation)
+    _check_options(config)
     folder = Path(config.samples) if config.samples is not None else _newest(config)
     drawn = read_shapes(folder)
     if drawn.ndim != (3 if layout_of(config) == POINTS else 5):
@@ -53,11 +59,14 @@ def measure_shapes(config: ExperimentConfig) -> Found:
         say(f"comparing {number} of {len(drawn)} samples and {number} of {len(dataset)} reference shapes")
     generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 1))
     chosen = torch.randperm(len(dataset), generator=generator)[:number].sort().values
-    reference = torch.stack([_shape(config, dataset, int(index)) for index in chosen])
+    reference = torch.stack([_labelled(config, dataset, int(index))[0] for index in chosen])
     ours = _clouds(drawn[:number], generator, "samples")
     theirs = _clouds(reference, generator, "reference shapes")
     measured = []
     for name in config.evaluation.metrics:
+        if name == FRECHET:
+            measured.append(_frechet(config, drawn[:number], reference))
+            continue
         with progress(name, total=_num_searches(name, number), unit="search") as bar:
             scores = shape_scores(ours, theirs, distance=name, progress=bar.update)
         for label in ("mmd", "coverage", "one_nn_accuracy"):
@@ -66,11 +75,30 @@ def measure_shapes(config: ExperimentConfig) -> Found:
     return measured, str(folder), source
 
 
-def _check_options(options: EvaluationConfig) -> None:
-    """Refuses metrics that are no distances between shapes, and options of other metrics."""
-    known, names = ", ".join(DISTANCES), options.metrics
+def _frechet(config: ExperimentConfig, samples: Tensor, reference: Tensor) -> MetricValue:
+    """The Fréchet distance in features of a classifier, which learns from the training's shapes."""
+    dataset = build.build_dataset(config, augmented=False)
+    if config.data.held_out_samples:
+        dataset = hold_out(dataset, config.data.held_out_samples, seed=config.seed)[0]
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 2))
+    chosen = torch.randperm(len(dataset), generator=generator)[:NUM_LEARNED].tolist()
+    pairs = [_labelled(config, dataset, index) for index in chosen]
+    shapes, labels = torch.stack([shape for shape, _ in pairs]), torch.tensor([label for _, label in pairs])
+    classifier = ShapeClassifier(shapes, labels, seed=config.seed)
+    say(f"the classifier of {FRECHET} is right on {classifier.accuracy:.1%} of shapes that it has not seen")
+    distance = frechet_shape_distance(classifier, samples, reference)
+    number, what = len(samples), f"a classifier of {len(shapes)} shapes"
+    return MetricValue(FRECHET, distance, what, number, number, True, {"accuracy": classifier.accuracy})
+
+
+def _check_options(config: ExperimentConfig) -> None:
+    """Refuses metrics that are not of shapes, and options of other metrics."""
+    options = config.evaluation
+    known, names = ", ".join(METRICS), options.metrics
+    if FRECHET in names and not config.num_classes:
+        raise ValueError(f"{FRECHET} learns the classes of the training's shapes: wanted num_classes above 0")
     for name in names:
-        if name not in DISTANCES:
+        if name not in METRICS:
             raise ValueError(f"unknown metric {name!r} of shapes in evaluation.metrics; known: {known}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"evaluation.metrics needs each metric once, at least one of {known}, got {names}")
@@ -113,12 +141,14 @@ def _reference(config: ExperimentConfig) -> tuple[SampleSource, str]:
     )
 
 
-def _shape(config: ExperimentConfig, dataset: SampleSource, index: int) -> Tensor:
-    """A shape of the reference, in the units of the data."""
+def _labelled(config: ExperimentConfig, dataset: SampleSource, index: int) -> tuple[Tensor, int]:
+    """A shape in the units of the data, and its label; 0 without one."""
     generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 0, index))
-    shape: Tensor = dataset.load(index, generator)[layout_of(config)]
+    sample = dataset.load(index, generator)
+    shape: Tensor = sample[layout_of(config)]
     normalization = getattr(dataset, "normalization", None)
-    return shape if normalization is None else normalization.invert(shape)
+    shape = shape if normalization is None else normalization.invert(shape)
+    return shape, int(sample.get("label", 0))
 
 
 def _clouds(shapes: Tensor, generator: torch.Generator, name: str, *, num_points: int = 1024) -> Tensor:
