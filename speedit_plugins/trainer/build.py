@@ -15,6 +15,7 @@ from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.inputs import Encoder
+from speedit_plugins.trainer.layouts import IDENTITIES, check_layout
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.models.sides import (
     check_factor,
@@ -98,14 +99,16 @@ def build_model(
 
     Raises:
         ValueError: a size is missing, in the config and without encoders, or does not fit the encoders; the
-            image size or a bucket of the dataset has a side or a number of frames that does not fit.
+            image size or a bucket of the dataset has a side or a number of frames that does not fit; the
+            samples are of another layout than the encoder's or the model's.
     """
     check_shapes(config, encoder)
     facts = _facts(config, encoder, text)
+    side = "voxel_size" if config.voxel_size else "image_size"
     for key, size in facts.items():
         if config.model.get(key, size) != size:
             raise ValueError(
-                f"model.{key} needs {size} for image_size {config.image_size} and these encoders, got"
+                f"model.{key} needs {size} for {side} {getattr(config, side)} and these encoders, got"
                 f" {config.model[key]}"
             )
     given = {key: value for key, value in facts.items() if key not in config.model}
@@ -122,7 +125,7 @@ def build_model(
 def check_shapes(
     config: ExperimentConfig, encoder: Encoder | None = None, model: nn.Module | None = None
 ) -> None:
-    """Nothing, if image size and buckets fit the encoder and the model's patches.
+    """Nothing, if image size and buckets, or the side of shapes, fit the encoder and the model's patches.
 
     Args:
         config: the config.
@@ -132,9 +135,12 @@ def check_shapes(
     Raises:
         ValueError: a side or a number of frames does not fit; the message has the key and what would fit.
     """
+    check_layout(config)
     sections = {"data.dataset": config.data.dataset, "data.validation": config.data.validation or {}}
     buckets = {f"{key}.buckets": section.get("buckets") for key, section in sections.items()}
     shapes = shapes_of(config.image_size, buckets)
+    if config.voxel_size:
+        shapes = {"voxel_size": (config.voxel_size, config.voxel_size)}
     patch = stated_patch(config.model) if model is None else int(getattr(model, "patch_size", 1))
     check_sides(shapes, downsample=_downsample(config, encoder), patch=patch)
     check_factor(shapes, config.super_resolution.factor)
@@ -144,18 +150,19 @@ def check_shapes(
 
 
 def _downsample(config: ExperimentConfig, encoder: Encoder | None) -> int:
-    """Pixels for each cell of a latent, on a side: the encoder's, or what the config's sizes say."""
+    """Pixels or voxels for each cell of a latent, on a side: the encoder's, or by the config's sizes."""
     if encoder is not None:
         return encoder.downsample
     size = config.model.get("input_size")
-    if config.encoder["type"] == "Pixels" or not isinstance(size, int) or size < 1:
+    if config.encoder["type"] in IDENTITIES.values() or not isinstance(size, int) or size < 1:
         return 1
-    if config.image_size % size:
+    key = "voxel_size" if config.voxel_size else "image_size"
+    side = int(getattr(config, key))
+    if side % size:
         raise ValueError(
-            f"image_size needs a multiple of model.input_size {size}, the side of a latent, got"
-            f" {config.image_size}"
+            f"{key} needs a multiple of model.input_size {size}, the side of a latent, got {side}"
         )
-    return config.image_size // size
+    return side // size
 
 
 def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSource | None) -> dict[str, Any]:
@@ -165,10 +172,11 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
         "learn_sigma": config.diffusion.learn_sigma,
         "allow_download": config.allow_download,
     }
-    if encoder is None and config.encoder["type"] == "Pixels":
+    if encoder is None and config.encoder["type"] in IDENTITIES.values():
         encoder = build_encoder(config, torch.device("cpu"))
     if encoder is not None:
-        facts |= {"input_size": config.image_size // encoder.downsample, "in_channels": encoder.channels}
+        side = config.voxel_size or config.image_size
+        facts |= {"input_size": side // encoder.downsample, "in_channels": encoder.channels}
     channels = config.model.get("in_channels") if encoder is None else encoder.channels
     if channels is not None and config.inpainting is not None:
         facts["extra_channels"] = 1 + channels
@@ -178,6 +186,8 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
         facts |= {"text_width": text.width, "text_length": text.max_length}
     if config.num_frames:
         facts["num_frames"] = config.num_frames
+    if config.voxel_size:
+        facts["num_points"] = config.num_points
     return facts
 
 
@@ -224,17 +234,23 @@ def dataset_options(config: ExperimentConfig, *, augmented: bool) -> tuple[dict[
     facts: dict[str, Any] = {
         "class_cond": config.num_classes > 0,
         "text": config.text_encoder is not None,
-        "image_size": config.image_size,
         "teacher": config.alignment.type == "REPA",
     }
-    if config.num_frames:
-        facts["num_frames"] = config.num_frames
+    facts |= _sizes(config)
     if not augmented:
         section.pop("random_flip", None)
         if section.get("fit") == "random_crop":
             del section["fit"]
         facts["random_flip"] = False
     return section, {key: value for key, value in facts.items() if key not in section}
+
+
+def _sizes(config: ExperimentConfig) -> dict[str, Any]:
+    """The sizes of a sample, under the names of the datasets' arguments."""
+    if config.voxel_size:
+        return {"voxel_size": config.voxel_size, "num_points": config.num_points}
+    frames = {"num_frames": config.num_frames} if config.num_frames else {}
+    return {"image_size": config.image_size, **frames}
 
 
 def summary_options(config: ExperimentConfig) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 `checkpoints/step_0000100/` holds model.safetensors and ema.safetensors (whole float32 weights; with adapters,
 the trained ones alone), a file of optimizer moments per rank, state.pt (data position, policy, loss scale,
 what the optimizer keeps besides moments: plain values and tensors), config.yaml, classes.json where the data
-name their classes, and manifest.json with the size and SHA-256 of each file. Without an average there is no
-ema.safetensors. If several are kept, others are ema_<length>.safetensors.
+name their classes, normalization.json of point clouds, and manifest.json with the size and SHA-256 of each
+file. Without an average there is no ema.safetensors. If several are kept, others are
+ema_<length>.safetensors.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from speedit_plugins.trainer.parallel.saved_moments import Moments
 from speedit_plugins.trainer.terminal import say
 
 MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
-MANIFEST, CLASSES = "manifest.json", "classes.json"
+MANIFEST, CLASSES, NORMALIZATION = "manifest.json", "classes.json", "normalization.json"
 _NAME = re.compile(r"step_(\d{7,})")
 _AVERAGE = re.compile(r"ema_[\w.+-]+\.safetensors")
 _MOMENTS = re.compile(r"optimizer_(\d{5,})_of_(\d{5,})\.safetensors")
@@ -48,6 +49,7 @@ class Contents:
         config: the run's config as YAML text.
         moments: this rank's slices of the optimizer's state.
         classes: names of the classes, by number; empty if they have none.
+        normalization: a dataclass that undoes the data's own scaling, or None.
         averages: state dicts with further averages, by label.
         metadata: of the files of weights.
     """
@@ -58,6 +60,7 @@ class Contents:
     config: str
     moments: Mapping[str, Slice] = field(default_factory=dict)
     classes: Sequence[str] = ()
+    normalization: Any = None
     averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -279,10 +282,11 @@ def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[st
         save_file(tensors, partial / name, metadata=dict(contents.metadata))
     torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
-    if contents.classes:
-        (partial / CLASSES).write_text(json.dumps(list(contents.classes), indent=0) + "\n", encoding="utf-8")
-    classes = (CLASSES,) if contents.classes else ()
-    once = {name: _finished(partial / name) for name in (*written, STATE, CONFIG, *classes)}
+    facts: dict[str, Any] = {CLASSES: list(contents.classes)} if contents.classes else {}
+    facts |= {NORMALIZATION: asdict(contents.normalization)} if contents.normalization is not None else {}
+    for name, value in facts.items():
+        (partial / name).write_text(json.dumps(value, indent=0) + "\n", encoding="utf-8")
+    once = {name: _finished(partial / name) for name in (*written, STATE, CONFIG, *facts)}
     return {**once, **_write_moments(partial, contents, runtime)}
 
 
@@ -365,7 +369,7 @@ def _wrong_manifest(path: Path, step: Any, files: Mapping[str, Any]) -> str | No
     whole = {MODEL, STATE, CONFIG, *ranks, *average}
     if missing := sorted(whole - set(files)):
         return f"does not list {', '.join(missing)}"
-    for name in sorted(set(files) - whole - {EMA, CLASSES}):
+    for name in sorted(set(files) - whole - {EMA, CLASSES, NORMALIZATION}):
         if not _AVERAGE.fullmatch(name):
             return f"lists {name!r}, which is no file of a checkpoint"
     return None

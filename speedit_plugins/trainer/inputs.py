@@ -1,7 +1,7 @@
 """Turns a batch of the loader into the inputs of the model: latents, noise and condition.
 
 Dims: `B` samples, `C` channels, `F` frames (absent for images), `H`, `W` sides in pixels, `h`, `w` sides of
-the latent, `L` caption tokens.
+the latent, `L` caption tokens. A shape has other axes after its channels: `N` points, or three sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.data.latents.cache import FEATURES, TEXT, sample_latents
+from speedit_plugins.trainer.layouts import IMAGES, SHAPES
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, dropped
 
 Generators = Sequence[torch.Generator]
@@ -110,8 +111,9 @@ class BatchEncoder:
         """The model's inputs for a batch of the loader.
 
         Args:
-            batch: "image" (B, C, H, W) or "video" (B, C, F, H, W) in [-1, 1], or their cached latents. If the
-                model wants them, "label", int64 (B,), and "caption" or its cached features.
+            batch: "image" (B, C, H, W) or "video" (B, C, F, H, W) in [-1, 1], "voxels" (B, C, D, H, W) or
+                "points" (B, C, N), or their cached latents. If the model wants them, "label", int64 (B,), and
+                "caption" or its cached features.
             generators: one per sample, on the device.
 
         Raises:
@@ -158,6 +160,10 @@ class BatchEncoder:
     def _latent_shape(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
         if "latent_mean" in batch:
             return tuple(batch["latent_mean"].shape)
+        shape = _shape_in(batch)
+        if shape is not None:
+            sides = (side // self.encoder.downsample for side in shape.shape[2:])
+            return (len(shape), self.encoder.channels, *sides)
         pixels = batch["image"] if "image" in batch else batch["video"]
         height, width = (side // self.encoder.downsample for side in pixels.shape[-2:])
         return (len(pixels), self.encoder.channels, *pixels.shape[2:-2], height, width)
@@ -165,7 +171,10 @@ class BatchEncoder:
     def _latents(self, batch: Mapping[str, Any], generators: Generators) -> Tensor:
         if "latent_mean" in batch:
             return sample_latents(batch["latent_mean"], batch["latent_std"], generators)
+        shape = _shape_in(batch)
         with torch.no_grad():
+            if shape is not None:
+                return self.encoder.encode(shape, list(generators))
             if "image" in batch:
                 return self.encoder.encode(batch["image"], list(generators))
             return encode_video(self.encoder, batch["video"], generators)
@@ -189,6 +198,11 @@ class BatchEncoder:
             return features
         coins = [torch.rand(1, generator=generator, device=generator.device) for generator in generators]
         return dropped(features, self._null_text, torch.cat(coins).to(self.device) < self._dropout)
+
+
+def _shape_in(batch: Mapping[str, Any]) -> Tensor | None:
+    """The voxels or points of a batch; None if it has images or videos."""
+    return next((batch[layout] for layout in SHAPES if layout in batch), None)
 
 
 def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: Generators) -> Tensor:
@@ -233,6 +247,12 @@ def encode_video(encoder: Encoder, videos: Tensor, generators: Generators) -> Te
     parts = [slice(first, first + FRAMES_AT_ONCE) for first in range(0, B * F, FRAMES_AT_ONCE)]
     latents = [encoder.encode(frames[part], each[part]) for part in parts]
     return rearrange(torch.cat(latents), "(b f) c h w -> b c f h w", b=B)
+
+
+def decoded(encoder: Encoder, latents: Tensor) -> Tensor:
+    """Latents of images, videos or shapes (B, c, ...) -> samples (B, C, ...), as the encoder makes them."""
+    is_video = latents.ndim == 5 and getattr(encoder, "layout", IMAGES) == IMAGES
+    return decode_video(encoder, latents) if is_video else encoder.decode(latents)
 
 
 def decode_video(encoder: Encoder, latents: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """The folder of an experiment: the names of its files.
 
 `experiment_dir` holds checkpoints/, metrics.jsonl, loss.png, tensorboard/, wandb/, grids/, samples.png (for
-videos also samples.mp4 and samples.gif), inference/, test.json, environment.json, the statistics of a
-reference, the config of each phase that ran, and train.lock, which names the training that is in it. Tools
-write timestep_profile.json, timestep_profile.png and report.html. Nothing is written over that a person may
-want: the next grid is samples_0001.png, and an earlier test.json becomes test_0001.json.
+videos also samples.mp4 and samples.gif, for shapes samples.gif and samples/), inference/, test.json,
+environment.json, the statistics of a reference, the config of each phase that ran, and train.lock, which
+names the training that is in it. Tools write timestep_profile.json, timestep_profile.png and report.html.
+Nothing is written over that a person may want: the next grid is samples_0001.png, and an earlier test.json
+becomes test_0001.json.
 """
 
 import re
@@ -71,6 +72,7 @@ def say_where(folder: Path, *, samples: Path | None = None) -> None:
         "sample grid": grid,
         "as video": grid.with_suffix(".mp4"),
         "as GIF": grid.with_suffix(".gif"),
+        "as models": grid.with_suffix(""),
         "loss curve": folder / LOSS_CURVE,
         "metrics": folder / METRICS,
         "checkpoint": checkpoint.newest(folder / CHECKPOINTS),

@@ -278,7 +278,10 @@ def test_adapters_find_their_layers_and_exports_are_refused_by_option() -> None:
     ("options", "message"),
     [
         ({"norm": "rns"}, "unknown norm 'rns'; did you mean 'rms'.; known: layer, rms"),
-        ({"perceptron": "swglu"}, "unknown perceptron 'swglu'; did you mean 'swiglu'.; known: gelu, swiglu"),
+        (
+            {"perceptron": "swglu"},
+            "unknown perceptron 'swglu'; did you mean 'swiglu'.; known: gelu, gelu_erf, swiglu",
+        ),
         ({"rope": True, "num_heads": 8}, "heads with a width that is a multiple of 4, got 6"),
     ],
 )

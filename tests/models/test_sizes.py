@@ -5,12 +5,13 @@ import torch
 
 from speedit_plugins.registry import MODELS, build, check
 from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.dit3d import DiT3D
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.mdt import MDT, MDTv2
 from speedit_plugins.trainer.models.sit import LightningDiT, SiT
 from speedit_plugins.trainer.models.sizes import PATCH_SIZES, SIZES
 
-KINDS = {"DiT": DiT, "Latte": Latte, "SiT": SiT, "MDT": MDT}
+KINDS = {"DiT": DiT, "Latte": Latte, "SiT": SiT, "MDT": MDT, "DiT3D": DiT3D}
 NAMES = [f"{kind}-{size}/{patch}" for kind in KINDS for size in SIZES for patch in PATCH_SIZES]
 KINDS |= {"LightningDiT": LightningDiT, "MDTv2": MDTv2}
 NAMES += [f"LightningDiT-{size}/{patch}" for size in ("B", "L", "XL", "1p0B", "1p6B") for patch in (1, 2)]

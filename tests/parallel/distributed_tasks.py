@@ -177,6 +177,20 @@ def check_super_resolution(runtime: Runtime, folder: Path) -> None:
     trained_resumed_and_sampled(runtime, folder / "clips", clips, (*options, "plugin=ddp"))
 
 
+def check_shapes(runtime: Runtime, folder: Path) -> None:
+    own = (
+        *("model.hidden_size=24", "model.depth=2", "model.num_heads=2", "model.gradient_checkpointing=true"),
+        *("voxel_size=8", "validate_every=0", "data.validation=null", "sample_classes=[3]"),
+    )
+    clouds = ("num_points=40", "model.window_size=2", "model.window_blocks=[0]")
+    for plugin, precision in (("ddp", "fp32"), ("zero2", "bf16")):
+        options = (*own, f"plugin={plugin}", f"precision={precision}")
+        place = folder / plugin
+        trained_resumed_and_sampled(runtime, place / "voxels", "configs/shapes/digits.yaml", options)
+        points = "configs/shapes/digits_points.yaml"
+        trained_resumed_and_sampled(runtime, place / "points", points, (*options, *clouds))
+
+
 def check_masked_training(runtime: Runtime, folder: Path) -> None:
     own = ("model.type=MDTv2", "model.decode_layer=2", "masking.type=MDT", "diffusion.type=RectifiedFlow")
     own = (*own, "model.patch_size=2", "model.depth=4", "model.hidden_size=32", "model.num_heads=2")

@@ -46,6 +46,7 @@ _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion",
 _SHARED = _PARTS | {
     f"trainer/{name}"
     for name in (
+        "layouts",
         "inputs",
         "build",
         "low_resolution",
@@ -79,8 +80,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/diffusion": _FLOOR - {"trainer/config"},
     "trainer/evaluation": _FLOOR,
     "trainer/parallel": _FLOOR,
-    "trainer/inputs": _PARTS,
-    "trainer/build": _PARTS | {"trainer/inputs"},
+    "trainer/layouts": _PARTS,
+    "trainer/inputs": _PARTS | {"trainer/layouts"},
+    "trainer/build": _PARTS | {"trainer/layouts", "trainer/inputs"},
     "trainer/low_resolution": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/accelerations": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/checkpoint": _PARTS,
@@ -127,6 +129,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "pyarrow": ("trainer/data/parquet_files.py",),
     "datasets": ("trainer/data/archives/saved.py",),
     "einops": ("trainer/*.py",),
+    "trimesh": ("trainer/data/shapes/meshes.py",),
+    "skimage": ("trainer/data/shapes/solid_meshes.py",),
     "sklearn": ("trainer/data/images/digits.py",),
     "wandb": ("trainer/logging/loggers.py",),
     "xformers": ("trainer/models/layers/attention.py",),

@@ -24,6 +24,7 @@ from speedit_plugins.trainer.config.sections import (
     SamplerConfig,
     SuperResolutionConfig,
 )
+from speedit_plugins.trainer.config.shape_checks import check_shape_keys
 from speedit_plugins.trainer.config.super_resolution_checks import check_super_resolution
 from speedit_plugins.trainer.config.training_checks import (
     check_average,
@@ -49,6 +50,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_process(config.diffusion)
     _check_text(config)
     _check_inpainting(config, phase)
+    check_shape_keys(config)
     check_super_resolution(config, phase)
     _check_lora(config, phase)
     if phase == "train":
@@ -202,8 +204,12 @@ def _check_agreement(config: ExperimentConfig) -> None:
         ("model.learn_sigma", config.model, config.diffusion.learn_sigma),
         ("data.dataset.image_size", config.data.dataset, config.image_size),
         ("data.dataset.num_frames", config.data.dataset, config.num_frames),
+        ("data.dataset.voxel_size", config.data.dataset, config.voxel_size),
+        ("data.dataset.num_points", config.data.dataset, config.num_points),
         ("data.validation.image_size", config.data.validation or {}, config.image_size),
         ("data.validation.num_frames", config.data.validation or {}, config.num_frames),
+        ("data.validation.voxel_size", config.data.validation or {}, config.voxel_size),
+        ("data.validation.num_points", config.data.validation or {}, config.num_points),
     )
     for key, section, wanted in pairs:
         name = key.rpartition(".")[2]
@@ -317,8 +323,9 @@ def _check_thresholding(config: ExperimentConfig) -> None:
         if sampler.thresholding == "dynamic":
             problem = "dynamic scales x_0 in place of clamping it; wanted sampler.clip_sample false beside it"
         raise ConfigError("sampler.thresholding", problem)
-    if config.encoder["type"] == "AutoencoderKL":
-        problem = f"latents do not lie in [-1, 1]; wanted null, got {sampler.thresholding}"
+    if config.encoder["type"] in ("AutoencoderKL", "Points"):
+        what = "normalised points" if config.num_points else "latents"
+        problem = f"{what} do not lie in [-1, 1]; wanted null, got {sampler.thresholding}"
         raise ConfigError("sampler.thresholding", problem)
 
 

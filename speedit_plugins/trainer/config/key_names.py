@@ -31,6 +31,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "num_classes": ("n_classes", "nclasses", "classes", "num_class"),
     "image_size": ("resolution", "img_size", "size", "height", "width", "image_resolution", "res"),
     "num_frames": ("frames", "n_frames", "video_length", "frame_num", "num_video_frames"),
+    "voxel_size": ("voxel_resolution", "voxels", "grid_size"),
+    "num_points": ("npoints", "n_points", "num_sample_points"),
     "caption_dropout_prob": (
         "caption_dropout_rate",
         "cond_dropout",

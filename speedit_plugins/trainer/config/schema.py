@@ -91,9 +91,15 @@ class ExperimentConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """The process that is trained, and its policy."""
     encoder: Component = field(default_factory=lambda: {"type": "Pixels"})
-    """What turns images into what the model sees: `Pixels`, or `AutoencoderKL` with a path or hub name."""
+    """What turns images into what the model sees: `Pixels`, or `AutoencoderKL` with a path or hub name. For
+    shapes it is `Voxels` or `Points`."""
     num_frames: int = limited(0, at_least=0)
     """Frames of a video; 0 is images."""
+    voxel_size: int = limited(0, at_least=0)
+    """Voxels on a side of the cube that a 3D model sees; 0 is images or videos. `image_size` has no effect
+    beside it."""
+    num_points: int = limited(0, at_least=0)
+    """Points of a cloud, which the model averages in the cube of `voxel_size`; 0 trains on voxels."""
     text_encoder: Component | None = None
     """What turns captions into features: the embedded `MiniLM`, or `TextEncoder` with a path or hub name of
     T5, CLIP or another encoder. null has no captions."""

@@ -257,7 +257,8 @@ class DataConfig:
     """What is trained on."""
 
     dataset: Component
-    """`type` and parameters of a dataset. `image_size` and `num_frames` are filled in from the top."""
+    """`type` and parameters of a dataset. `image_size`, or `num_frames`, `voxel_size` and `num_points`, are
+    filled in from the top."""
     validation: Component | None = None
     """`type` and parameters of the dataset that `validate_every` measures the loss on. null is the samples of
     `held_out_samples`."""
@@ -280,7 +281,8 @@ class EvaluationConfig:
 
     metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
     """Any of fid, sfid, kid, prdc, inception_score and clip_score; with inpainting also psnr, ssim and
-    hole_error, and with super-resolution psnr and ssim."""
+    hole_error, and with super-resolution psnr and ssim. Shapes take chamfer and earth_mover, of which each
+    gives MMD, coverage and 1-NN accuracy, and frechet."""
     batch_size: int = limited(16, at_least=1)
     """Images that are read and passed through the feature network at once."""
     reference_statistics: str | None = None

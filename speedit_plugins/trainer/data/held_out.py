@@ -17,9 +17,9 @@ class Part:
     """Some samples of a dataset, as a dataset of their own.
 
     `buckets` are those of the samples, None without buckets. `chunked` is how they are stored, None if that
-    does not matter. `classes` are the names of the whole dataset's classes, empty if it names none. What the
-    whole dataset counts (`left_out`, `num_corrupt`) and what it consists of (`identity`, `name`) hold for a
-    part too.
+    does not matter. `classes` are the names of the whole dataset's classes, empty if it names none.
+    `normalization` is how it scales point clouds, None if it does not. What the whole dataset counts
+    (`left_out`, `num_corrupt`) and what it consists of (`identity`, `name`) hold for a part too.
 
     Args:
         whole: the dataset.
@@ -38,6 +38,7 @@ class Part:
         self.num_classes = int(getattr(whole, "num_classes", 0))
         has_captions = getattr(whole, "num_captions", 0) or getattr(whole, "captions", None)
         self.num_captions = len(self) if has_captions else 0
+        self.normalization = getattr(whole, "normalization", None)
         self.left_out: dict[str, int] = dict(getattr(whole, "left_out", {}))
         for method in ("identity", "name"):
             if hasattr(whole, method):

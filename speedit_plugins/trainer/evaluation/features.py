@@ -142,12 +142,12 @@ class DigitClassifier:
         if epochs < 1:
             raise ValueError(f"digit_classifier needs epochs >= 1, got {epochs}")
         generator = torch.Generator().manual_seed(seed)
-        held_out, trained_on = _split(len(images), generator)
+        held_out, trained_on = held_out_fifth(len(images), generator)
         # Training needs gradients, also if the caller is under no_grad or inference_mode.
         with torch.inference_mode(mode=False), torch.enable_grad():
             self._network = _Network(self.shape[2], self.dim, int(labels.max()) + 1, generator)
             values, targets = self._prepare(images), labels.cpu().clone()
-            _train(self._network, values[trained_on], targets[trained_on], epochs, generator)
+            train_classifier(self._network, values[trained_on], targets[trained_on], epochs, generator)
         # The weights identify the features: another machine or number of threads trains slightly others.
         digest = hashlib.sha256()
         for parameter in self._network.parameters():
@@ -206,7 +206,7 @@ class _Network(nn.Module):
         return logits
 
 
-def _train(
+def train_classifier(
     network: nn.Module,
     values: Tensor,
     targets: Tensor,
@@ -214,6 +214,7 @@ def _train(
     generator: torch.Generator,
     batch_size: int = 64,
 ) -> None:
+    """Trains a network on values (N, ...) with classes (N,), by cross-entropy and Adam."""
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     for _ in range(epochs):
         for picked in torch.randperm(len(values), generator=generator).split(batch_size):
@@ -223,7 +224,7 @@ def _train(
             optimizer.step()
 
 
-def _split(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def held_out_fifth(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices of a random fifth of the images, and of the rest."""
     order = torch.randperm(num_images, generator=generator)
     return order[: num_images // 5], order[num_images // 5 :]

@@ -88,9 +88,7 @@ def save_videos(
     from speedit_plugins.trainer.data.videos.files import write_gif, write_mp4
 
     frames = to_uint8(videos)  # (B, F, H, W, C)
-    moving = np.stack(
-        [_titled(_grid(frames[:, f], columns), columns, titles) for f in range(frames.shape[1])]
-    )
+    moving = np.stack([titled_grid(frames[:, f], columns, titles) for f in range(frames.shape[1])])
     write_mp4(path.with_suffix(".mp4"), torch.from_numpy(moving), fps=frames_per_second)
     write_gif(path.with_suffix(".gif"), torch.from_numpy(moving), fps=frames_per_second)
     shown = np.linspace(0, frames.shape[1] - 1, min(8, frames.shape[1])).round().astype(int)
@@ -102,6 +100,16 @@ def save_videos(
             [_row_titles(grid.shape[0], of_rows), np.broadcast_to(grid, (*grid.shape[:2], 3))], axis=1
         )
     save_png(grid, path)
+
+
+def titled_grid(
+    cells: npt.NDArray[np.uint8], columns: int, titles: Sequence[str] = ()
+) -> npt.NDArray[np.uint8]:
+    """Cells (B, H, W, C), row by row, as one image (H', W', C), with a title above each column.
+
+    Small cells are enlarged. With titles, C becomes 3.
+    """
+    return _titled(_grid(cells, columns), columns, titles)
 
 
 def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,7 @@ The parameters have the names and shapes of facebookresearch/DiT: each code load
 Dims: `B` batch, `C` channels, `h`, `w` sides of the input, `N` tokens, `D` width, `P` side of a patch.
 """
 
-from itertools import cycle, islice
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -63,6 +63,10 @@ class DiT(nn.Module):
     """The one `diffusion.prediction_type` that the model is made for; None takes any."""
     attention_types: ClassVar[tuple[type[SelfAttention], ...]] = (SelfAttention,)
     """Classes of attention that the blocks use in turn."""
+    axes: ClassVar[int] = 2
+    """Axes of the grid of patches."""
+    embedder_type: ClassVar[type[PatchEmbedder]] = PatchEmbedder
+    """Makes tokens of the patches of an input."""
     lora_targets: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj")
     """Ends of the names of the layers that get LoRA's adapters if the config names none."""
 
@@ -88,19 +92,26 @@ class DiT(nn.Module):
         perceptron: str = "gelu",
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        _check_sizes(
+            input_size,
+            patch_size,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            axes=self.axes,
+        )
         if num_classes < 0:
             raise ValueError(f"the model needs num_classes >= 0 (0: unconditional), got {num_classes}")
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes, self.num_tokens = num_classes, (input_size // patch_size) ** 2
+        self.num_classes, self.num_tokens = num_classes, (input_size // patch_size) ** self.axes
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
         self.extra_channels = extra_channels
         self.options = BlockOptions(norm=norm, qk_norm=qk_norm, rope=rope, perceptron=perceptron)
         kernel = attention_kernel(attention, head_size=hidden_size // num_heads)
 
-        self.x_embedder = PatchEmbedder(patch_size, in_channels + extra_channels, hidden_size)
+        self.x_embedder = self.embedder_type(patch_size, in_channels + extra_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = (
             LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
@@ -112,7 +123,9 @@ class DiT(nn.Module):
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
         self.feat_rope = GridRotary(input_size // patch_size, hidden_size // num_heads) if rope else None
         self._add_blocks(depth, num_heads, mlp_ratio=mlp_ratio, kernel=kernel)
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, options=self.options)
+        # The layer makes P P values of each channel; with a third axis there are P times as many.
+        layers = self.out_channels * patch_size ** (self.axes - 2)
+        self.final_layer = FinalLayer(hidden_size, patch_size, layers, options=self.options)
         self.reset_parameters()
 
     @property
@@ -188,11 +201,15 @@ class DiT(nn.Module):
                 num_heads,
                 mlp_ratio=mlp_ratio,
                 kernel=kernel,
-                attention=attention_type,
+                attention=self._attention_of(index),
                 options=self.options,
             )
-            for attention_type in islice(cycle(self.attention_types), depth)
+            for index in range(depth)
         )
+
+    def _attention_of(self, index: int) -> Callable[..., SelfAttention]:
+        """What builds the attention of a block, counted from 0."""
+        return self.attention_types[index % len(self.attention_types)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -208,7 +225,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | GridRotary):
                 layer.reset_parameters()
-        self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size))
+        self.pos_embed.copy_(self._position_table())
         self.x_embedder.reset_parameters()
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -317,6 +334,10 @@ class DiT(nn.Module):
                 f"wanted ({x.shape[0]},) int64 in [0, {self.num_classes}]"
             )
 
+    def _position_table(self) -> Tensor:
+        """The position table of the grid of `input_size`, float32 (1, N, D)."""
+        return sincos_positions(self.pos_embed.shape[2], self.input_size // self.patch_size)
+
     def _positions(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """The position table of a grid (1, rows columns, D), in the dtype of `pos_embed`."""
         edge = self.input_size // self.patch_size
@@ -339,7 +360,9 @@ class DiT(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=edge, q=edge)
 
 
-def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int) -> None:
+def _check_sizes(
+    input_size: int, patch_size: int, *, hidden_size: int, depth: int, num_heads: int, axes: int
+) -> None:
     """Raises ValueError for sizes that are not positive or do not divide."""
     sizes = {
         "input_size": input_size,
@@ -355,9 +378,10 @@ def _check_sizes(input_size: int, patch_size: int, *, hidden_size: int, depth: i
         raise ValueError(
             f"the model needs an input_size that is a multiple of patch_size {patch_size}, got {input_size}"
         )
-    if hidden_size % num_heads or hidden_size % 4:
+    # Each axis has sines and cosines.
+    if hidden_size % num_heads or hidden_size % (2 * axes):
         raise ValueError(
-            f"the model needs a hidden_size that is a multiple of 4 and of num_heads {num_heads},"
+            f"the model needs a hidden_size that is a multiple of {2 * axes} and of num_heads {num_heads},"
             f" got {hidden_size}"
         )
 

@@ -1,7 +1,7 @@
 """What the trainer needs to know about a model, its own or another's.
 
-Dims: `B` batch, `C` channels, `E` extra channels, `F` frames, `s` side, `L` caption tokens, `D` width of a
-text encoder.
+Dims: `B` batch, `C` channels, `E` extra channels, `F` frames, `s` side, `N` points, `V` voxels on a side,
+`L` caption tokens, `D` width of a text encoder.
 """
 
 import copy
@@ -21,7 +21,12 @@ LEVEL_SCALE = 1000.0
 
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
-    """Shape of one sample that the model denoises: (C, s, s), or (C, F, s, s) for a video model."""
+    """Shape of one sample that the model denoises: (C, s, s), or (C, F, s, s) for a video model.
+
+    A model of shapes states its own, as `sample_shape`: (C, N) or (C, V, V, V).
+    """
+    if hasattr(model, "sample_shape"):
+        return cast(tuple[int, ...], model.sample_shape)
     edge, frames = cast(int, model.input_size), getattr(model, "num_frames", None)
     time = () if frames is None else (cast(int, frames),)
     return (cast(int, model.in_channels), *time, edge, edge)

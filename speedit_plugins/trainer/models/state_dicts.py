@@ -1,6 +1,6 @@
 """Finds the weights in what a trainer saved: a state dict, or a dict with one or several under known keys."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ SET_KEYS = {
 # What DistributedDataParallel and torch.compile put before the names of a model's parameters. Compiled parts
 # of a model have the second one inside of their names.
 _DDP, _COMPILED = "module.", "_orig_mod."
+# Where DiT-3D's trainer and Lightning modules keep their network.
+_NETWORK = "model."
 # {"model": {"state_dict": {...}}} is as deep as trainers go.
 _MAX_DEPTH = 3
 
@@ -57,12 +59,19 @@ def weights_in(content: Any, prefer: str | None) -> tuple[dict[str, Tensor], str
 
 
 def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names that the model itself gives them: no "module.", no "_orig_mod."."""
+    """The weights under the names that the model itself gives them.
+
+    There is no "_orig_mod.", and no "module." or "model." that is before all of them.
+    """
     found = {name.replace(_COMPILED, ""): tensor for name, tensor in weights.items()}
-    while found and all(name.startswith(_DDP) and name != _DDP for name in found):
-        found = {name.removeprefix(_DDP): tensor for name, tensor in found.items()}
+    while prefix := next((each for each in (_DDP, _NETWORK) if _all_below(each, found)), None):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     # Two names that become one are no names of wrappers.
     return found if len(found) == len(weights) else dict(weights)
+
+
+def _all_below(prefix: str, names: Collection[str]) -> bool:
+    return bool(names) and all(name.startswith(prefix) and name != prefix for name in names)
 
 
 def _is_state_dict(content: Any) -> bool:

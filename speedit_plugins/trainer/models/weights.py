@@ -113,8 +113,8 @@ def read_checkpoint(path: str | Path, *, prefer: str | None = None) -> dict[str,
     """The weights in a file by name, on the CPU.
 
     Layers that only a training uses are left out, and so are the prefixes "module." and "_orig_mod." of
-    DistributedDataParallel and torch.compile. A line is logged if a file has several sets of weights, or not
-    the averaged ones, and says which were taken.
+    DistributedDataParallel and torch.compile, and "model." where all names have it. A line is logged if a
+    file has several sets of weights, or not the averaged ones, and says which were taken.
 
     Args:
         path: a .safetensors file, or a file of `torch.save` with a state dict or with a training checkpoint:

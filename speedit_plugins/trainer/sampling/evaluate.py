@@ -55,6 +55,7 @@ from speedit_plugins.trainer.sampling.sample_sets import (
     open_set,
     read_captions,
 )
+from speedit_plugins.trainer.sampling.shape_scores import Found, measure_shapes
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -62,10 +63,29 @@ def test(config: ExperimentConfig) -> int:
     """Measures the metrics in `evaluation.metrics`, prints them and writes them to test.json.
 
     The samples are an npz or a folder. So is the reference; without one it is the dataset of the experiment.
+    Shapes are compared with shapes that were not trained on, see `measure_shapes`.
 
     Raises:
         ValueError: sets, features and metrics do not fit each other, or an option has no effect.
     """
+    folder = Path(config.experiment_dir)
+    measured, samples, source = (measure_shapes if config.voxel_size else _of_images)(config)
+    results.save_config(config, "test")
+    results.keep_earlier(folder / results.TEST)
+    # An absolute path can be found from any folder.
+    _write(folder / results.TEST, measured, samples=str(Path(samples).absolute()), reference=source)
+    for metric in measured:
+        say(line_of(metric))
+    say(f"  samples      {samples}")
+    if source is not None:
+        say(f"  reference    {source}")
+    say(f"  result       {folder / results.TEST}")
+    # Last, because a board may be out of reach.
+    _show(config, measured, samples)
+    return 0
+
+
+def _of_images(config: ExperimentConfig) -> Found:
     check_metrics(config.evaluation)
     _check_options(config)
     folder = Path(config.experiment_dir)
@@ -77,24 +97,12 @@ def test(config: ExperimentConfig) -> int:
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
     measured += clip_scores + measure_pairs(config, samples)
-    results.save_config(config, "test")
-    results.keep_earlier(folder / results.TEST)
-    # An absolute path can be found from any folder.
-    _write(folder / results.TEST, measured, samples=str(Path(samples.source).absolute()), reference=source)
-    for metric in measured:
-        say(line_of(metric))
-    say(f"  samples      {samples.source}")
-    if source is not None:
-        say(f"  reference    {source}")
-    say(f"  result       {folder / results.TEST}")
-    # Last, because a board may be out of reach.
-    _show(config, measured, samples)
-    return 0
+    return measured, str(samples.source), source
 
 
-def _show(config: ExperimentConfig, measured: list[MetricValue], samples: SampleSet) -> None:
+def _show(config: ExperimentConfig, measured: list[MetricValue], samples: str) -> None:
     """Puts the figures on the run's boards, where the samples are inference's of one of its steps."""
-    path = Path(samples.source).absolute()
+    path = Path(samples).absolute()
     step = re.match(r"step_(\d+)_", path.name)
     if step is None or path.parent != (Path(config.experiment_dir) / results.INFERENCE).absolute():
         return

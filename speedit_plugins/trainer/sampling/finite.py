@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.terminal import say
 
 
@@ -54,7 +55,8 @@ def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig,
     """
     scale = config.guidance_scale
     is_bounded = config.sampler.is_clamped or config.sampler.percentile is not None
-    is_clippable = config.encoder["type"] == "Pixels" and not is_bounded
+    # Points are not in [-1, 1].
+    is_clippable = config.encoder["type"] in ("Pixels", "Voxels") and not is_bounded
     remedies = (
         ("precision bf16 or fp32", config.precision == "fp16"),
         ("a guidance_scale nearer to 1", scale > 1),
@@ -62,7 +64,7 @@ def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig,
         ("another checkpoint", True),
     )
     return (
-        f"{num_bad} of {num_samples} {'videos' if config.num_frames else 'images'} are not finite: precision"
+        f"{num_bad} of {num_samples} {plural(config)} are not finite: precision"
         f" {config.precision}, guidance_scale {scale:g}, weights of {source}; wanted"
         f" {' or '.join(name for name, is_open in remedies if is_open)}"
     )
@@ -86,10 +88,10 @@ def check_all(samples: Tensor, num_before: int, config: ExperimentConfig, source
 
 
 def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may_fail: bool) -> Tensor:
-    """The samples of a grid, `crossed`; a line says how many are not finite.
+    """The samples of a grid, `crossed`; a line says how many are not finite. Shapes stay as they are.
 
     Args:
-        samples: (B, C, [F,] H, W).
+        samples: (B, C, [F,] H, W), or shapes.
         config: the experiment.
         source: the weights that drew them.
         may_fail: False goes on also without a single finite sample, as a training does.
@@ -97,7 +99,8 @@ def marked(samples: Tensor, config: ExperimentConfig, source: str | Path, *, may
     Raises:
         ValueError: no sample is finite, and `may_fail`.
     """
-    shown, num_bad = crossed(samples)
+    # What draws shapes marks them.
+    shown, num_bad = (samples, int(not_finite(samples).sum())) if config.voxel_size else crossed(samples)
     if num_bad == len(samples) and may_fail:
         raise ValueError(not_finite_message(num_bad, len(samples), config, source))
     if num_bad:

@@ -17,20 +17,23 @@ from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.diffusion import sampling
 from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Model, guidance_schedule
-from speedit_plugins.trainer.inputs import Encoder, decode_video
+from speedit_plugins.trainer.inputs import Encoder, decoded
+from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.sampling.shape_files import read_normalization
 from speedit_plugins.trainer.starting_weights import load_trained
 from speedit_plugins.trainer.terminal import say
 
 
 class SampleGenerator:
-    """Draws images or videos as `sampler`, `guidance_scale` and `seed` of the config say.
+    """Draws images, videos or shapes as `sampler`, `guidance_scale` and `seed` of the config say.
 
     Args:
         model: on the device where samples are drawn.
@@ -38,6 +41,7 @@ class SampleGenerator:
         encoder: decodes the model's latents.
         config: the experiment.
         source: the weights that the model has, for messages.
+        normalization: of the data set of point clouds, undone in samples; None leaves them as they are.
 
     Raises:
         ValueError: the model or the encoder's channels do not allow the config's guidance.
@@ -51,10 +55,11 @@ class SampleGenerator:
         config: ExperimentConfig,
         *,
         source: str | Path = "the model",
+        normalization: Normalization | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.normalization = source, normalization
         self.model, self.process, self.encoder, self.config = model, process, encoder, config
-        self.what = "videos" if config.num_frames else "images"
+        self.what = plural(config)
         self.device = next(model.parameters()).device
         if config.num_classes and config.guidance_scale != 1 and model.null_label is None:
             raise ValueError(
@@ -77,6 +82,8 @@ class SampleGenerator:
         callback: Callable[[int, Tensor], object] | None = None,
     ) -> Tensor:
         """`num_samples` samples (B, C, [F,] H, W), about [-1, 1]. They depend on the seed and `stream` only.
+
+        Shapes are voxels (B, C, D, H, W), about [-1, 1], or points (B, C, N) in the units of the data.
 
         Args:
             condition: condition of the B samples; None for an unconditional model.
@@ -108,7 +115,8 @@ class SampleGenerator:
                 generator=generator,
                 callback=callback,
             )
-            return decode_video(self.encoder, latents) if latents.ndim == 5 else self.encoder.decode(latents)
+            samples = decoded(self.encoder, latents)
+            return samples if self.normalization is None else self.normalization.invert(samples)
         finally:
             self.model.train(is_training)
 
@@ -170,7 +178,11 @@ def load_generator(
     path = source / checkpoint.sampled_file(source) if source.is_dir() else source
     load_trained(model, path, config, captions)
     process = build.build_process(config, respaced=False)
-    return SampleGenerator(model, process, encoder, config, source=source), captions, source
+    normalization = read_normalization(source) if config.num_points else None
+    if config.num_points and normalization is None:
+        say(f"{source} has no {checkpoint.NORMALIZATION}: the points stay as the model sees them")
+    generator = SampleGenerator(model, process, encoder, config, source=source, normalization=normalization)
+    return generator, captions, source
 
 
 def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""The phase sample: a grid of images or videos from a trained model.
+"""The phase sample: a grid of images, videos or shapes from a trained model.
 
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.logging.shapes import save_shapes
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
@@ -23,6 +24,7 @@ from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_gen
 from speedit_plugins.trainer.sampling.holes import Holes
 from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+from speedit_plugins.trainer.sampling.shape_files import save_models
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -49,7 +51,9 @@ def sample(config: ExperimentConfig) -> int:
     else:
         conditions = grid_conditions(config, captions, classes)
         with _progress(config, _grid_size(config, conditions)) as bar:
-            num_samples = draw_grid(generator, conditions, path, callback=lambda step, x: bar.update())
+            num_samples = draw_grid(
+                generator, conditions, path, callback=lambda step, x: bar.update(), has_models=True
+            )
     results.save_config(config, "sample")
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
     results.say_where(folder, samples=path)
@@ -85,14 +89,17 @@ def draw_grid(
     weights: Mapping[str, Tensor] | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
     may_fail: bool = True,
+    has_models: bool = False,
 ) -> int:
     """Writes a PNG with `samples_per_class` samples of each condition. Returns the number of samples.
 
     For videos the PNG shows frames from left to right. An MP4 and a GIF of the grid are written beside it.
+    Shapes are shown from several sides, and the GIF turns them.
 
     Args:
         weights, callback: see `SampleGenerator.draw`.
         may_fail: False writes a grid also without a single finite sample, as a training does.
+        has_models: write each shape as a file too, in a folder with the name of the grid.
 
     Raises:
         ValueError: no sample is finite, and `may_fail`. A cross marks each of a few.
@@ -108,7 +115,11 @@ def draw_grid(
     samples = marked(drawn, config, generator.source, may_fail=may_fail)
     path.parent.mkdir(parents=True, exist_ok=True)
     titles = conditions.titles
-    if samples.ndim == 5:
+    if config.voxel_size:
+        save_shapes(samples, path, columns=columns, titles=titles)
+        if has_models:
+            save_models(samples, path.with_suffix(""), config)
+    elif samples.ndim == 5:
         images.save_videos(
             samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
         )

@@ -29,6 +29,7 @@ from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_wei
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.sampling.originals import write_items
+from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -41,7 +42,8 @@ def inference(config: ExperimentConfig) -> int:
     An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
     it was given is in a second folder, `..._masked`, transparent in the hole.
 
-    Images become PNG files and one npz in ADM's format, videos become MP4 files. captions.jsonl beside them
+    Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files,
+    see `save_shape`. captions.jsonl beside them
     has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
 
     Raises:
@@ -61,7 +63,7 @@ def inference(config: ExperimentConfig) -> int:
         progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
-        if config.num_frames:
+        if config.num_frames or config.voxel_size:
             for _ in _written(generator, conditions, partial, bar):
                 pass
         else:
@@ -212,24 +214,38 @@ def _hash(value: Any) -> str:
 
 
 def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, bar: Any) -> Iterator[Any]:
-    """Chunks of uint8 samples (B, [F,] H, W, C). Each is written to `folder` before it is yielded."""
+    """Chunks of uint8 samples (B, [F,] H, W, C), or of shapes. Each is in `folder` before it is yielded."""
     config = generator.config
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         check_all(batch, done, config, generator.source)
-        samples = images.to_uint8(batch)
-        flat += of_one_value(torch.from_numpy(samples))
+        samples: Any = batch.cpu() if config.voxel_size else images.to_uint8(batch)
+        flat += 0 if config.voxel_size else of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
-            images.save(item, folder / f"{i:06d}", frames_per_second=config.frames_per_second)
+            _save(item, folder / f"{i:06d}", config)
         done += len(samples)
         bar.update(len(samples))
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-    suffix = ".mp4" if config.num_frames else ".png"
+    suffix = _suffix(config)
     _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
     write_items(conditions, rows.tolist(), folder, suffix=suffix)
+
+
+def _save(item: Any, path: Path, config: ExperimentConfig) -> None:
+    if config.voxel_size:
+        save_shape(item, path.with_suffix(_suffix(config)))
+    else:
+        images.save(item, path, frames_per_second=config.frames_per_second)
+
+
+def _suffix(config: ExperimentConfig) -> str:
+    """Suffix of the file of a sample."""
+    if config.voxel_size:
+        return SUFFIX
+    return ".mp4" if config.num_frames else ".png"
 
 
 def _write_conditions(conditions: Conditions, rows: list[int], folder: Path, *, suffix: str) -> None:

@@ -20,7 +20,9 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.identity import TIMES
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import ResumableLoader, SampleSource
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
+from speedit_plugins.trainer.layouts import check_first_shape
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.low_resolution import build_low_resolution
@@ -60,6 +62,7 @@ def build_trainer(
     build.check_shapes(config, encoder)
     dataset = _in_turn(runtime, lambda: build.build_dataset(config))
     _check_cache(dataset, encoder, config, "data.dataset")
+    check_first_shape(dataset, config)
     captions = build_captions(config, dataset, runtime.device)
     model = build.build_model(config, encoder, captions).to(runtime.device)
     # The weights that adapters are trained on are in no checkpoint.
@@ -112,7 +115,8 @@ def _periodic(
         periodic.append(Periodic("validate_every", config.validate_every, measure))
     if config.sample_every:
         classes = tuple(getattr(dataset, "classes", ()))
-        grids = _grids(model, encoder, captions, config, classes)
+        normalization = getattr(dataset, "normalization", None)
+        grids = _grids(model, encoder, captions, config, classes, normalization)
         periodic.append(Periodic("sample_every", config.sample_every, grids))
     if config.evaluate_every:
         evaluation = _evaluation(model, encoder, captions, config, runtime)
@@ -194,6 +198,7 @@ def _grids(
     captions: CaptionSource | None,
     config: ExperimentConfig,
     classes: tuple[str, ...],
+    normalization: Normalization | None,
 ) -> Callable[[Snapshot], Measured]:
     """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
@@ -204,7 +209,8 @@ def _grids(
     from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
     from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 
-    generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    process = build.build_process(config, respaced=False)
+    generator = SampleGenerator(model, process, encoder, config, normalization=normalization)
     number = config.samples_per_class
     if config.inpainting is not None:
         draw = partial(draw_dataset_fills, generator, Holes(config, num_images=number), captions)

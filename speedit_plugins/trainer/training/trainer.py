@@ -270,6 +270,7 @@ class Trainer:
             },
             config=to_yaml(self.config),
             classes=tuple(getattr(self.loader.dataset, "classes", ())),
+            normalization=getattr(self.loader.dataset, "normalization", None),
         )
         path = checkpoint.save(
             self.folder / CHECKPOINTS,

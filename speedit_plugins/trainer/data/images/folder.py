@@ -222,7 +222,7 @@ class ImageFolder(Images):
         # The root itself may be a link; only links below it are checked.
         listing = list_files(self.root, suffixes=suffixes, follow_links=follow_links)
         self.left_out: Mapping[str, int] = listing.left_out
-        self.classes, labels = _with_classes(listing, suffixes) if class_cond else _without(listing, suffixes)
+        self.classes, labels = labels_of_folders(listing, suffixes, class_cond=class_cond, what="image")
         self.num_classes = len(self.classes)
         self.labels = torch.from_numpy(labels)
         super().__init__(
@@ -272,13 +272,30 @@ def checked_folder(dataset: object, root: object) -> Path:
     return folder
 
 
-def _with_classes(listing: Listing, suffixes: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, and labels int64 (N,), of a folder in the ImageNet layout."""
+def labels_of_folders(
+    listing: Listing, suffixes: Sequence[str], *, class_cond: bool, what: str
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and labels int64 (N,), of a folder in the ImageNet layout.
+
+    Args:
+        listing: its files.
+        suffixes: those that were listed, for messages.
+        class_cond: False gives no class names, and label 0 for each file.
+        what: what a file is, such as "image".
+
+    Raises:
+        ValueError: there are no files, or the layout does not fit `class_cond`.
+    """
     root = listing.root
+    if not class_cond:
+        if not len(listing.names):
+            raise ValueError(f"found no {what}s below {root} (suffixes: {', '.join(suffixes)})")
+        return (), np.zeros(len(listing.names), dtype=np.int64)
     if len(listing.names) and os.sep not in listing.names[0]:
+        article = "an" if what[0] in "aeiou" else "a"
         raise ValueError(
-            f"class_cond=True needs one folder per class below {root}, got an image directly in it: "
-            f"{root / listing.names[0]}; class_cond=False uses images at any depth, without labels"
+            f"class_cond=True needs one folder per class below {root}, got {article} {what} directly in it: "
+            f"{root / listing.names[0]}; class_cond=False uses {what}s at any depth, without labels"
         )
     classes = tuple(name for name in listing.folders if name and os.sep not in name)
     if not classes:
@@ -288,18 +305,9 @@ def _with_classes(listing: Listing, suffixes: Sequence[str]) -> tuple[tuple[str,
     empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
     if len(empty):
         raise ValueError(
-            f"the class folder {root / classes[empty[0]]} has no images (suffixes: {', '.join(suffixes)})"
+            f"the class folder {root / classes[empty[0]]} has no {what}s (suffixes: {', '.join(suffixes)})"
         )
     return classes, labels
-
-
-def _without(listing: Listing, suffixes: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """No class names, and label 0 for each image."""
-    if not len(listing.names):
-        raise ValueError(
-            f"ImageFolder found no images below {listing.root} (suffixes: {', '.join(suffixes)})"
-        )
-    return (), np.zeros(len(listing.names), dtype=np.int64)
 
 
 DATASETS.register_module(name="ImageFolder", module=ImageFolder)

@@ -31,8 +31,8 @@ class BlockOptions:
             arXiv:1910.07467. The last layer has the same.
         qk_norm: norm queries and keys, see `SelfAttention`, in the kind of `norm`, both with weights.
         rope: rotary positions, see `rotary`, beside the table that is added to the tokens.
-        perceptron: "gelu", or "swiglu": Shazeer 2020, arXiv:2002.05202, with 2/3 of the inner width, so that
-            the number of weights stays.
+        perceptron: "gelu", in its tanh form; "gelu_erf", in its exact form; or "swiglu": Shazeer 2020,
+            arXiv:2002.05202, with 2/3 of the inner width, so that the number of weights stays.
 
     Raises:
         ValueError: a name is unknown.
@@ -85,7 +85,7 @@ class Block(nn.Module):
         *,
         mlp_ratio: float,
         kernel: AttentionKernel,
-        attention: type[SelfAttention] = SelfAttention,
+        attention: Callable[..., SelfAttention] = SelfAttention,
         options: BlockOptions | None = None,
     ) -> None:
         super().__init__()
@@ -131,6 +131,13 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class ErfPerceptron(Perceptron):
+    """The same layers with the exact GELU, by the error function: (B, N, D) -> (B, N, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
 
 
 class GatedPerceptron(nn.Module):
@@ -204,4 +211,8 @@ def _rms_norm(width: int) -> nn.Module:
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": _layer_norm, "rms": _rms_norm}
 _HEAD_NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": _rms_norm}
-_PERCEPTRONS: dict[str, Callable[[int, int], nn.Module]] = {"gelu": Perceptron, "swiglu": GatedPerceptron}
+_PERCEPTRONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "gelu": Perceptron,
+    "gelu_erf": ErfPerceptron,
+    "swiglu": GatedPerceptron,
+}

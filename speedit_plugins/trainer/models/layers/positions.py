@@ -1,4 +1,4 @@
-"""Fixed sine-cosine embeddings of the positions of patches and of frames.
+"""Fixed sine-cosine embeddings of the positions of patches, of frames and of cubes.
 
 Dims: `D` width of the model, `F` frames.
 """
@@ -49,3 +49,23 @@ def sincos_frames(hidden_size: int, num_frames: int) -> Tensor:
     a table that is twice as wide. Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
     return sincos_positions(2 * hidden_size, num_frames, shape=(1, num_frames))[..., :hidden_size]
+
+
+def sincos_cube(hidden_size: int, edge: int) -> Tensor:
+    """Position table of a cube of edge^3 patches, row-major in (x, y, z), float32 (1, edge^3, D), on the CPU.
+
+    The thirds of D encode x, y and z, each as `sincos_frames` encodes a frame. Source: Mo et al. 2023,
+    arXiv:2307.01831.
+
+    Args:
+        hidden_size: D, a multiple of 6.
+        edge: patches on a side.
+
+    Raises:
+        ValueError: hidden_size is not a multiple of 6.
+    """
+    if hidden_size % 6:
+        raise ValueError(f"sincos_cube needs a hidden_size that is a multiple of 6, got {hidden_size}")
+    line = sincos_frames(hidden_size // 3, edge)[0]  # (edge, D / 3)
+    axes = (line[:, None, None], line[None, :, None], line[None, None, :])
+    return torch.cat([axis.expand(edge, edge, edge, -1) for axis in axes], dim=3).view(1, -1, hidden_size)
