@@ -4,7 +4,7 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs
+EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs,shapes
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
@@ -22,7 +22,7 @@ DEMO_CONFIG := configs/image/digits/speedit.yaml
 DEMO_DIR ?= outputs/digits/speedit
 DEMO_T2I_CONFIG := configs/text_to_image/emoji.yaml
 DEMO_T2V_CONFIG := configs/text_to_video/moving_digits.yaml
-# Fashion-MNIST; benchmarks/flow_sets.py says where to get it.
+# Fashion-MNIST; benchmarks/flow/sets.py says where to get it.
 RACE_DATA ?= outputs/flow/data
 SMOKE_DIR := outputs/smoke
 SMOKE_TRAIN := max_training_steps=20 log_every=10 sample_every=0
@@ -77,11 +77,11 @@ demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and G
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
 
 bench: install  ## steps that policies save, for a model of noise and a flow (6 minutes on two cores)
-	$(BIN)/python benchmarks/convergence.py --schedule linear rectified_flow \
+	$(BIN)/python -m benchmarks.convergence --schedule linear rectified_flow \
 		--policies speed speedit logit_normal auto --seeds 0 1 2 --out outputs/bench
 
 race: install  ## seconds to the quality of peers' own trainings, from $SPEEDIT_HOSTS (5 minutes on two cores)
-	$(BIN)/python benchmarks/race.py --data-dir $(RACE_DATA) --out outputs/race_short \
+	$(BIN)/python -m benchmarks.race --data-dir $(RACE_DATA) --out outputs/race_short \
 		--steps 240 --patch-size 8 --depth 4 --calls 9 --turns 12
 
 lint: install  ## ruff: rules and formatting; habits of language

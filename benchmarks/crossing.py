@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from spread import quantiles
+
+from benchmarks.spread import quantiles
 
 AT_MOST, EXACT, AT_LEAST = "<=", "", ">="
 MIXED = "~"

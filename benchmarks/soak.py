@@ -5,7 +5,7 @@ checkpoint is being written) and a rank, and sends the rank SIGKILL. The next ro
 whole checkpoint. After the last kill the run finishes. Its last checkpoint is then compared bit for bit, for
 every tensor, with the checkpoint of a run that nobody disturbed.
 
-    python benchmarks/soak.py [--kills 40] [--plugin zero2] [--precision fp32] [--json OUT] [key=value ...]
+    python -m benchmarks.soak [--kills 40] [--plugin zero2] [--precision fp32] [--json OUT] [key=value ...]
 """
 
 import argparse
@@ -236,7 +236,9 @@ def _finish(job: subprocess.Popen[str]) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--plugin", default="zero2", choices=("ddp", "zero1", "zero2"))

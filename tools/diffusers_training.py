@@ -10,7 +10,7 @@ policy's density, and how far the loss is from the mean of weight * mse. With `-
 also runs without the launcher at the same t, and the difference of the losses is printed.
 
 This file has the text-to-image scripts. SD3's and Flux's DreamBooth scripts are in
-`diffusers_flow_training`, and are started by the same command.
+`whole_trainings/diffusers_flows.py`, and are started by the same command.
 
 Dims: B batch.
 """
@@ -33,11 +33,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from conformance.diffusers_stand_ins import NAMES, RESOLUTION, stand_ins, write_pipeline
-from diffusers_flow_training import is_flow
-from diffusers_flow_training import is_right as is_right_flow
-from diffusers_flow_training import run as run_flow
 from torch import Tensor, nn
 from whole_trainings.checks import fit, tenths
+from whole_trainings.diffusers_flows import is_flow
+from whole_trainings.diffusers_flows import is_right as is_right_flow
+from whole_trainings.diffusers_flows import run as run_flow
 
 from speedit_plugins import NoiseSchedule, build_policy, launch
 

@@ -98,7 +98,7 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
         num_steps=config.sampler.num_steps,
         num_timesteps=config.diffusion.diffusion_steps,
     )
-    if config.sampler.clip_sample:
+    if config.sampler.is_clamped:
         exported = replace(exported, notes=(*exported.notes, CLIPPED_NOTE))
     text = captions if isinstance(captions, TextEncoder) else None
     if not model_only:
@@ -169,7 +169,7 @@ def _write(
         "noise_schedule": config.diffusion.noise_schedule,
         "zero_terminal_snr": config.diffusion.zero_terminal_snr,
         "prediction_type": config.diffusion.prediction_type,
-        "clip_sample": config.sampler.clip_sample,
+        "clip_sample": config.sampler.is_clamped,
     }
     if model_only:
         exported.net.save_pretrained(folder / exported.pipeline.subfolder)
@@ -185,12 +185,21 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
         )
     if config.inpainting is not None:
         raise ValueError("inpainting models cannot be exported; wanted inpainting: null")
+    if config.super_resolution.factor and not (model_only and config.model["type"] == "UNet"):
+        raise ValueError(
+            "no pipeline of diffusers samples these super-resolution models; --model-only writes a UNet,"
+            f" got {config.model['type']}"
+        )
     if config.encoder["type"] == "Pixels" and not model_only:
         raise ValueError(
             "a pipeline needs latents, got a model of pixels (encoder: Pixels); use --model-only to write the"
             " model and the scheduler"
         )
-    if config.sampler.clip_sample and not model_only:
+    if config.sampler.percentile is not None:
+        raise ValueError(
+            "an exported scheduler has no dynamic thresholding; wanted sampler.thresholding static or null"
+        )
+    if config.sampler.is_clamped and not model_only:
         raise ValueError(
             "with sampler.clip_sample a pipeline clamps x_0 but keeps the predicted noise, unlike our"
             " sampling; wanted clip_sample false, or --model-only"

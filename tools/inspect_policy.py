@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from host_flags import host_configs, split_hosts, value_of
-from policy_figure import save_figure
-from policy_tables import AREAS, QUARTILES, areas, describe
+from policy_pictures.figure import save_figure
+from policy_pictures.tables import AREAS, QUARTILES, areas, describe
 
 from speedit_plugins import NoiseSchedule, TimestepPolicy, build_policy
 from speedit_plugins.files import write_whole

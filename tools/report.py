@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import report_page as html
-from policy_tables import areas, describe
-from report_plots import Line, Span, heat_map, line_chart, staircase
-from report_run import CONFIG, Run, open_run
+from policy_pictures.tables import areas, describe
+from run_report import page as html
+from run_report.plots import Line, Span, heat_map, line_chart, staircase
+from run_report.run import CONFIG, Run, open_run
 from safetensors import safe_open
 from timestep_profile import PROFILE
 

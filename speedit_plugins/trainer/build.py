@@ -18,6 +18,7 @@ from speedit_plugins.trainer.inputs import Encoder
 from speedit_plugins.trainer.layouts import IDENTITIES, check_layout
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.models.sides import (
+    check_factor,
     check_frames,
     check_one_size,
     check_sides,
@@ -112,6 +113,8 @@ def build_model(
             )
     given = {key: value for key, value in facts.items() if key not in config.model}
     model = cast(nn.Module, build(MODELS, config.model, **given))
+    if config.super_resolution.factor:
+        _tell_level(model, config)
     check_shapes(config, encoder, model)
     _check_conditions(model, config)
     if text is not None:
@@ -140,6 +143,7 @@ def check_shapes(
         shapes = {"voxel_size": (config.voxel_size, config.voxel_size)}
     patch = stated_patch(config.model) if model is None else int(getattr(model, "patch_size", 1))
     check_sides(shapes, downsample=_downsample(config, encoder), patch=patch)
+    check_factor(shapes, config.super_resolution.factor)
     if model is not None:
         check_frames(shapes, model)
         check_one_size(shapes, model, downsample=_downsample(config, encoder))
@@ -173,10 +177,11 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
     if encoder is not None:
         side = config.voxel_size or config.image_size
         facts |= {"input_size": side // encoder.downsample, "in_channels": encoder.channels}
-        if config.inpainting is not None:
-            facts["extra_channels"] = 1 + encoder.channels
-    elif config.inpainting is not None and "in_channels" in config.model:
-        facts["extra_channels"] = 1 + config.model["in_channels"]
+    channels = config.model.get("in_channels") if encoder is None else encoder.channels
+    if channels is not None and config.inpainting is not None:
+        facts["extra_channels"] = 1 + channels
+    elif channels is not None and config.super_resolution.factor:
+        facts["extra_channels"] = channels
     if text is not None:
         facts |= {"text_width": text.width, "text_length": text.max_length}
     if config.num_frames:
@@ -184,6 +189,20 @@ def _facts(config: ExperimentConfig, encoder: Encoder | None, text: CaptionSourc
     if config.voxel_size:
         facts["num_points"] = config.num_points
     return facts
+
+
+def _tell_level(model: nn.Module, config: ExperimentConfig) -> None:
+    """Has the model embed the level of the noise on its low-resolution input.
+
+    Raises:
+        ValueError: the model cannot.
+    """
+    if not hasattr(model, "tell_level"):
+        raise ValueError(
+            f"super_resolution does not fit the model {config.model['type']}; wanted one that takes a"
+            " low-resolution input, such as DiT, Latte, SiT, TextDiT, TextLatte or UNet"
+        )
+    cast(Any, model).tell_level()
 
 
 def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
@@ -200,10 +219,10 @@ def _check_conditions(model: nn.Module, config: ExperimentConfig) -> None:
     if (config.text_encoder is not None) != hasattr(model, "text_width"):
         wanted = "null" if config.text_encoder is not None else "one, such as MiniLM"
         raise ValueError(f"text_encoder does not fit the model {name}: wanted {wanted}")
-    if (config.inpainting is not None) != bool(getattr(model, "extra_channels", 0)):
-        raise ValueError(
-            f"inpainting does not fit the model {name} and its extra_channels; wanted both or none"
-        )
+    wants_extra = config.inpainting is not None or config.super_resolution.factor > 0
+    if wants_extra != bool(getattr(model, "extra_channels", 0)):
+        key = "super_resolution" if config.super_resolution.factor else "inpainting"
+        raise ValueError(f"{key} does not fit the model {name} and its extra_channels; wanted both or none")
     if config.num_frames != (getattr(model, "num_frames", None) or 0):
         frames = getattr(model, "num_frames", None) or 0
         raise ValueError(f"num_frames: {config.num_frames} does not fit the model {name}, which has {frames}")

@@ -51,6 +51,12 @@ class FeatureSource(Protocol):
     def encode(self, images: Tensor) -> Tensor: ...
 
 
+class LowResolutionSource(Protocol):
+    """Makes the low-resolution input of a super-resolution model, and what it is told about it."""
+
+    def of_batch(self, batch: Mapping[str, Any], generators: Generators) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """Latents and noise (B, C, [F,] h, w), and the condition of the samples.
@@ -76,6 +82,7 @@ class BatchEncoder:
         caption_dropout_prob: probability in [0, 1) that a caption is dropped.
         masks: draws a hole in each image, for the model to fill.
         teacher: makes features of the samples, unless the batch already has them.
+        low_resolution: makes the low-resolution input of a super-resolution model.
     """
 
     def __init__(  # noqa: PLR0913 - what a batch may have, one by one
@@ -89,10 +96,11 @@ class BatchEncoder:
         caption_dropout_prob: float = 0.0,
         masks: MaskSource | None = None,
         teacher: FeatureSource | None = None,
+        low_resolution: LowResolutionSource | None = None,
     ) -> None:
         self.encoder, self.device, self.captions = encoder, device, captions
         self._is_labelled, self._null_text, self._dropout = is_labelled, null_text, caption_dropout_prob
-        self._masks, self._teacher = masks, teacher
+        self._masks, self._teacher, self._low_resolution = masks, teacher, low_resolution
 
     @property
     def num_cut_captions(self) -> int | None:
@@ -116,11 +124,13 @@ class BatchEncoder:
             for key, value in batch.items()
         }
         # Drawn before the encoder draws, so that the noise is the same with cached latents.
-        noise = _noise(self._latent_shape(on_device), generators, self.device)
+        noise = standard_noise(self._latent_shape(on_device), generators, self.device)
         condition = self._condition(on_device, generators)
         latents = self._latents(on_device, generators)
         if self._masks is not None:
             condition = with_extra(condition, self._hole(on_device, generators, self._masks))
+        if self._low_resolution is not None:
+            condition = with_entries(condition, self._low_resolution.of_batch(on_device, generators))
         return ModelInputs(latents, noise, condition, self._features(on_device))
 
     def _features(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -213,9 +223,14 @@ def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: G
 
 def with_extra(condition: Condition, extra: Tensor) -> Condition:
     """The condition as a mapping that also has "extra". Labels become "label"."""
+    return with_entries(condition, {"extra": extra})
+
+
+def with_entries(condition: Condition, entries: Mapping[str, Tensor]) -> Condition:
+    """The condition as a mapping that also has these entries. Labels become "label"."""
     if isinstance(condition, Tensor):
-        return {"label": condition, "extra": extra}
-    return {**(condition or {}), "extra": extra}
+        return {"label": condition, **entries}
+    return {**(condition or {}), **entries}
 
 
 def encode_video(encoder: Encoder, videos: Tensor, generators: Generators) -> Tensor:
@@ -247,8 +262,8 @@ def decode_video(encoder: Encoder, latents: Tensor) -> Tensor:
     return rearrange(frames, "(b f) c h w -> b c f h w", b=len(latents))
 
 
-def _noise(shape: Sequence[int], generators: Generators, device: torch.device) -> Tensor:
-    """Standard normal noise. Each sample's comes from its own generator."""
+def standard_noise(shape: Sequence[int], generators: Generators, device: torch.device) -> Tensor:
+    """Standard normal noise in the shape (B, ...), float32. Each sample's comes from its own generator."""
     noise = torch.empty(tuple(shape), device=device)
     for row, generator in zip(noise, generators, strict=True):
         torch.randn(row.shape, generator=generator, out=row)

@@ -22,8 +22,9 @@ _NUMBER = re.compile(r".+_(\d{4,})")
 CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
 LOCK = "train.lock"
-# What inference writes: captions or classes beside the samples, and the suffix of an unfinished folder.
-CAPTIONS, LABELS, UNFINISHED = "captions.jsonl", "labels.jsonl", ".tmp"
+# What inference writes: captions, classes or items of the data beside the samples, and the suffix of an
+# unfinished folder.
+CAPTIONS, LABELS, ITEMS, UNFINISHED = "captions.jsonl", "labels.jsonl", "items.jsonl", ".tmp"
 
 
 def save_config(config: ExperimentConfig, phase: str) -> None:

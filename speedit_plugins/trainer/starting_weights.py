@@ -45,9 +45,9 @@ def start_from(
         return
     if getattr(model, "is_widened", False):
         raise ValueError(
-            "lora with inpainting needs a network that has channels for the mask: that of"
-            f" {config.model['path']} has none, and frozen new ones would stay without effect; wanted an"
-            " inpainting model's network"
+            "lora with inpainting or super_resolution needs a network that has their input channels: that of"
+            f" {config.model['path']} has none, and frozen new ones would stay without effect; wanted the"
+            " network of such a model"
         )
     # Embeddings of other classes than the file's are random, so they are trained whole.
     options, source = config.lora, weights or config.model.get("path") or ""

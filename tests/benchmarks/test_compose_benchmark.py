@@ -21,9 +21,9 @@ STEPS = [100, 200, 400, 1000]
 @pytest.fixture
 def tiny(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts sets of ten digits, and of their halves as latents, into the table of data sets; a small model."""
-    sets, arms = load("compose_sets"), load("compose_arms")
+    sets, arms = load("compose.sets"), load("compose.arms")
     digits = load("image_sets").load_image_set("digits", 8)
-    space = load("flow_spaces").of_images(Pixels(pool=2))
+    space = load("flow.spaces").of_images(Pixels(pool=2))
 
     def spaces() -> dict[str, Callable[[Tensor], Tensor]]:
         return {"pixels@8": space, "network": space}
@@ -35,7 +35,7 @@ def tiny(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "SETS", {"tiny": made})
     sets.load_compose_set.cache_clear()
     for name, value in {"WIDTH": 16, "DEPTH": 1, "NUM_HEADS": 2}.items():
-        monkeypatch.setattr(load("compose_training"), name, value)
+        monkeypatch.setattr(load("compose.training"), name, value)
     known = {
         "muon": arms.Acceleration({"optimizer": {"type": "Muon"}}),
         "taught": arms.Acceleration({"contrastive": {"weight": 0.05}}, has_teacher=True, until=0.5),
@@ -48,10 +48,10 @@ def tiny(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(load: Load, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> int:
     given = ["--out", str(out), "--data", "tiny", "--jobs", "1", "--horizon", "4", "--num-samples", "8"]
-    monkeypatch.setattr("sys.argv", ["compose.py", *given, *options])
-    compose = load("compose")
+    monkeypatch.setattr("sys.argv", ["compose", *given, *options])
+    compose = load("compose.__main__")
     # The choices of the command line were made of the real table.
-    monkeypatch.setattr(compose, "SETS", load("compose_sets").SETS)
+    monkeypatch.setattr(compose, "SETS", load("compose.sets").SETS)
     return int(compose.main())
 
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert "left out: later: clairvoyance: unknown key\n" in printed
     assert "tiny, flow: wider is left out: ValueError: model 'DiT' has no parameter 'girth'" in printed
     first = out.read_text()
-    read = load("compose_results").read_trainings
+    read = load("compose.results").read_trainings
     found = {training.arm: training for training in read(out)}
     assert list(found) == ["base", "taught", "taught+auto"]
     assert found["base"].steps == [1, 2, 3, 4]
@@ -95,7 +95,7 @@ def test_a_run_goes_on_where_it_stopped(
 
 @pytest.mark.usefixtures("tiny")
 def test_arms_of_a_seed_are_paired_and_a_seed_repeats_its_training(load: Load) -> None:
-    training, arm = load("compose_training"), load("compose_arms").Arm
+    training, arm = load("compose.training"), load("compose.arms").Arm
     cell = training.Cell("tiny", "flow", Path(), training.Settings(horizon=2, num_samples=8))
     starts = {}
     for name, seed in (("base", 0), ("muon+auto", 0), ("base", 1)):
@@ -120,7 +120,7 @@ def test_paces_are_of_the_arms_that_can_be_built(
     arms = ("--processes", "epsilon", "--arms", "taught", "wider", "of_flows", "--rounds", "2", "--pace")
     assert run(load, monkeypatch, out, *arms) == 0
     assert "tiny, epsilon: wider is left out: model 'DiT' has no parameter" in capsys.readouterr().out
-    base, taught = load("compose_results").read_paces(tmp_path / "results_pace.jsonl")
+    base, taught = load("compose.results").read_paces(tmp_path / "results_pace.jsonl")
     assert (base.arm, base.early, base.late, base.until) == ("base", 1.0, 1.0, 1.0)
     assert (taught.arm, taught.until) == ("taught", 0.5)
     assert taught.early > 0 < taught.late
@@ -128,7 +128,7 @@ def test_paces_are_of_the_arms_that_can_be_built(
 
 
 def test_a_name_says_what_an_arm_is(load: Load) -> None:
-    arms = load("compose_arms")
+    arms = load("compose.arms")
     arm = arms.Arm.named("auto+muon+contrastive")
     assert arm.name == "contrastive+muon+auto"
     assert arms.Arm.named("base") == arms.Arm()
@@ -161,7 +161,7 @@ def power_law(factor: float) -> list[float]:
 
 
 def test_factors_of_power_laws_are_exact(load: Load) -> None:
-    factors = load("compose_factors")
+    factors = load("compose.factors")
     base = power_law(1.0)
     ahead = factors.equal_distance(STEPS, power_law(2.5), base)
     assert ahead.base_steps == 1000
@@ -176,13 +176,13 @@ def test_factors_of_power_laws_are_exact(load: Load) -> None:
     assert str(diverged.factor) == "<=0.10"
     assert factors.equal_distance(STEPS, base, base).factor.value == pytest.approx(1.0)
     # A step that costs 1.5 up to step 500, and 1 after it.
-    pace = load("compose_results").Pace("d", "flow", "a", {}, 1.5, 1.0, [1.5, 1.5], 0.5, 0.1, "")
+    pace = load("compose.results").Pace("d", "flow", "a", {}, 1.5, 1.0, [1.5, 1.5], 0.5, 0.1, "")
     assert ahead.factor_of_seconds(pace, 1000).value == pytest.approx(1000 / (1.5 * 400))
     assert behind.factor_of_seconds(pace, 1000).value == pytest.approx(500 / (1.5 * 500 + 500))
 
 
 def test_products_have_the_mean_of_products_and_their_bounds(load: Load) -> None:
-    factors, reading = load("compose_factors"), load("crossing").Reading
+    factors, reading = load("compose.factors"), load("crossing").Reading
     found = factors.over_seeds(
         [factors.product([reading(a), reading(b)]) for a, b in ((2.0, 3.0), (8.0, 0.75))]
     )
@@ -194,7 +194,7 @@ def test_products_have_the_mean_of_products_and_their_bounds(load: Load) -> None
 
 def synthetic(load: Load, factors: Mapping[str, float], seeds: Sequence[int], **changes: Any) -> list[Any]:
     """Trainings whose distances are power laws; the base of seed n is 1 + n / 8 times as fast."""
-    training = load("compose_results").Training
+    training = load("compose.results").Training
     options = {"horizon": 1000, "batch_size": 32, "num_samples": 500, "sampling_steps": 12}
     return [
         training("emoji_32", "flow", arm, seed, {"arm": arm}, options).with_results(
@@ -215,7 +215,7 @@ def synthetic(load: Load, factors: Mapping[str, float], seeds: Sequence[int], **
 
 
 def test_the_report_has_products_beside_what_was_measured(load: Load, tmp_path: Path) -> None:
-    results, report = load("compose_results"), load("compose_report").report
+    results, report = load("compose.results"), load("compose.report").report
     known = {"base": 1.0, "auto": 1.5, "muon": 2.0, "muon+auto": 2.4, "blocks": 1.2}
     stacks = {"muon+blocks": 2.0, "muon+blocks+auto": 3.0}
     trainings = synthetic(load, known | stacks, [0, 1, 2])
@@ -223,7 +223,7 @@ def test_the_report_has_products_beside_what_was_measured(load: Load, tmp_path: 
     trainings += synthetic(load, {"sra+auto": 1.0}, [1, 7])
     out = tmp_path / "results.jsonl"
     for training in trainings:
-        load("flow_results").append(out, training)
+        load("results_file").append(out, training)
     assert results.read_trainings(out)[0].key == trainings[0].key
     pace = results.Pace("emoji_32", "flow", "muon", {"arm": "muon"}, 1.25, 1.25, [1.2, 1.3], 1.0, 0.25, "abc")
     other = results.Pace("emoji_32", "flow", "blocks", {"arm": "older"}, 9.0, 9.0, [9, 9], 1.0, 0.25, "abc")
@@ -251,20 +251,20 @@ def test_the_report_has_products_beside_what_was_measured(load: Load, tmp_path: 
 
 
 def test_a_training_that_diverged_is_reported_as_a_bound(load: Load, tmp_path: Path) -> None:
-    results, out = load("compose_results"), tmp_path / "results.jsonl"
+    results, out = load("compose.results"), tmp_path / "results.jsonl"
     broken = {"classifier": [0.2, math.inf, math.inf, math.inf]}
     trainings = synthetic(load, {"base": 1.0, "auto": 1.0}, [0])
     for training in [*trainings, *synthetic(load, {"muon": 1.0}, [0], distances=broken)]:
-        load("flow_results").append(out, training)
+        load("results_file").append(out, training)
     assert json.loads(out.read_text().split("\n")[2])["distances"]["classifier"] == [0.2, None, None, None]
-    text = load("compose_report").report(results.read_trainings(out), [])
+    text = load("compose.report").report(results.read_trainings(out), [])
     row = next(line for line in text.split("\n") if line.startswith("| muon |")).split(" | ")
     assert row[1:4] == ["<=0.10", "1.00", "<=0.10"]
     assert row[8] == "+inf"
 
 
 def test_a_judge_is_kept_and_sees_whole_images(load: Load, tmp_path: Path) -> None:
-    judge = load("compose_judges").Judge
+    judge = load("compose.judges").Judge
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 2
     # The classes differ in a pattern whose mean over 4 x 4 pixels is the same.

@@ -122,7 +122,7 @@ def small_set(load: Callable[[str], ModuleType], dtype: torch.dtype = torch.floa
 
 def lone_run(load: Callable[[str], ModuleType], member: Any, data: Any, shape: Any, num_steps: int) -> Any:
     """The losses of an ordinary training loop around an ordinary DiT, and its weights and their averages."""
-    training = load("stacked_training")
+    training = load("stacked.training")
     process = training.build_process("linear", member.prediction_type)
     policy = build_policy(member.policy, process.schedule, member.prediction_type)
     model = training.first_model(data, shape, member.seed)
@@ -149,7 +149,7 @@ def lone_run(load: Callable[[str], ModuleType], member: Any, data: Any, shape: A
 def test_a_member_of_a_stack_equals_a_lone_run(
     load: Callable[[str], ModuleType], prediction_type: str
 ) -> None:
-    training = load("stacked_training")
+    training = load("stacked.training")
     data, shape = small_set(load, torch.float64), training.Shape(width=16, depth=2, num_heads=2, batch_size=6)
     policies = ("uniform", "speedit", {"type": "clts", "curriculum_steps": 4}, "loss_second_moment")
     members = [
@@ -170,7 +170,7 @@ def test_a_member_of_a_stack_equals_a_lone_run(
 
 
 def test_a_stack_of_models_answers_as_each_of_them(load: Callable[[str], ModuleType]) -> None:
-    training = load("stacked_training")
+    training = load("stacked.training")
     data, shape = small_set(load), training.Shape(width=16, depth=1, num_heads=2)
     models = [training.build_model(data, shape) for _ in range(3)]
     for model in models:
@@ -179,22 +179,22 @@ def test_a_stack_of_models_answers_as_each_of_them(load: Callable[[str], ModuleT
             torch.nn.init.normal_(parameter, std=0.3)
         model.pos_embed.data.copy_(models[0].pos_embed)
     x, timestep, label = torch.randn(6, 1, 8, 8), torch.arange(6) * 100, torch.arange(6) % 4
-    stacked = load("stacked_dit").stacked(models)(x, timestep, label)
+    stacked = load("stacked.dit").stacked(models)(x, timestep, label)
     apart = [models[i](x[2 * i : 2 * i + 2], timestep[2 * i :][:2], label[2 * i :][:2]) for i in range(3)]
     # Float32 sums of up to 64 products in another order. The outputs are about 10.
     assert_close(stacked, torch.cat(apart), atol=1e-4, rtol=0)
 
 
 def test_label_dropout_cannot_be_stacked(load: Callable[[str], ModuleType]) -> None:
-    training = load("stacked_training")
+    training = load("stacked.training")
     model = training.build_model(small_set(load), training.Shape(width=16, depth=1, num_heads=2))
     model.y_embedder.dropout_prob = 0.1
     with pytest.raises(ValueError, match=r"stacked needs class_dropout_prob 0, got 0.1"):
-        load("stacked_dit").stacked([model])
+        load("stacked.dit").stacked([model])
 
 
 def test_members_of_a_seed_are_paired(load: Callable[[str], ModuleType]) -> None:
-    training = load("stacked_training")
+    training = load("stacked.training")
     data, shape = small_set(load), training.Shape(width=16, depth=1, num_heads=2, batch_size=50)
     members = [training.Member(policy, seed) for seed in (0, 1) for policy in ("uniform", "speed")]
     stack = training.StackedTraining(members, data, "linear", shape)
@@ -210,8 +210,8 @@ def test_members_of_a_seed_are_paired(load: Callable[[str], ModuleType]) -> None
 
 
 def test_members_with_unlike_rates_are_no_stack(load: Callable[[str], ModuleType]) -> None:
-    training = load("stacked_training")
+    training = load("stacked.training")
     members = [training.Member("uniform"), training.Member("uniform", lr=1e-3)]
     with pytest.raises(ValueError, match="a stack needs one lr and prediction_type, got .*0.001"):
         training.StackedTraining(members, small_set(load), "linear", training.Shape())
-    assert [len(stack) for stack in load("paired_run").stacks_of(members * 6, 2)] == [3, 3, 3, 3]
+    assert [len(stack) for stack in load("convergence.paired_run").stacks_of(members * 6, 2)] == [3, 3, 3, 3]

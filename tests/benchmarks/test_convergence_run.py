@@ -90,7 +90,7 @@ def test_sampled_labels_have_the_proportions_of_the_data(load: Load) -> None:
 
 
 def test_a_sampler_is_read_from_its_name(load: Load) -> None:
-    Sampler = load("sample_quality").Sampler
+    Sampler = load("stacked.sample_quality").Sampler
     assert Sampler.named("ddim-25") == Sampler("ddim", 25, is_clamped=True)
     assert Sampler.named("ancestral-100-unclamped") == Sampler("ddpm", 100, is_clamped=False)
     for name in ("ddim", "plms-25", "ddim-25-clamped"):
@@ -99,15 +99,15 @@ def test_a_sampler_is_read_from_its_name(load: Load) -> None:
 
 
 def short(load: Load, **options: Any) -> Any:
-    shape = load("stacked_training").Shape(width=8, depth=1, num_heads=2, batch_size=4)
-    return load("paired_run").Protocol(
+    shape = load("stacked.training").Shape(width=8, depth=1, num_heads=2, batch_size=4)
+    return load("convergence.paired_run").Protocol(
         **{"horizon": 4, "steps": (2, 4), "num_samples": 40, "samplers": ("ddim-2",), "shape": shape}
         | options
     )
 
 
 def test_a_curve_depends_on_no_other_member(load: Load) -> None:
-    Member, run = load("stacked_training").Member, load("paired_run").run
+    Member, run = load("stacked.training").Member, load("convergence.paired_run").run
     policy = build_policy("loss_second_moment", NoiseSchedule.linear())
     members = [Member(p, s) for p in ("uniform", "speed", policy) for s in (0, 1)]
     together = run(members, short(load, workers=1), say=None)
@@ -142,22 +142,24 @@ def test_a_curve_depends_on_no_other_member(load: Load) -> None:
 def test_what_cannot_run_is_refused(
     load: Load, members: list[tuple[str, int]], options: dict[str, Any], message: str
 ) -> None:
-    members = [load("stacked_training").Member(*member) for member in members]
+    members = [load("stacked.training").Member(*member) for member in members]
     with pytest.raises(ValueError, match=message):
-        load("paired_run").run(members, short(load, **options), say=None)
+        load("convergence.paired_run").run(members, short(load, **options), say=None)
 
 
 def test_a_policy_of_another_schedule_is_refused(load: Load) -> None:
-    member = load("stacked_training").Member(build_policy("speed", NoiseSchedule.cosine()))
+    member = load("stacked.training").Member(build_policy("speed", NoiseSchedule.cosine()))
     with pytest.raises(
         ValueError, match=r"policy 'speed' needs the schedule NoiseSchedule\(.* of the run, got"
     ):
-        load("paired_run").run([member], short(load), say=None)
+        load("convergence.paired_run").run([member], short(load), say=None)
 
 
 def test_a_speed_up_needs_the_baseline_of_its_seed(load: Load) -> None:
-    Member = load("stacked_training").Member
-    results = load("paired_run").run([Member("speed", 1), Member("uniform", 2)], short(load), say=None)
+    Member = load("stacked.training").Member
+    results = load("convergence.paired_run").run(
+        [Member("speed", 1), Member("uniform", 2)], short(load), say=None
+    )
     with pytest.raises(
         ValueError, match=r"needs 'uniform' and 'speed' of the same seeds, got \[2\] and \[1\]"
     ):
@@ -177,12 +179,14 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
     load: Load, tmp_path: Path, schedule: str, prediction: str, samplers: tuple[str, ...]
 ) -> None:
     pytest.importorskip("matplotlib")
-    Member, report = load("stacked_training").Member, load("convergence_report")
+    Member, report = load("stacked.training").Member, load("convergence.report")
     members = [Member(p, s, prediction_type=prediction, label=p) for p in ("uniform", "p2") for s in (0, 1)]
     protocol = short(load, schedule=schedule, samplers=samplers)
-    results = load("paired_run").run(members, protocol, say=None)
+    results = load("convergence.paired_run").run(members, protocol, say=None)
     digits = load("image_sets").load_image_set("digits", 8)
-    paces = load("policy_pace").paces(members[::2], digits, schedule, protocol.shape, rounds=1, steps=1)
+    paces = load("convergence.policy_pace").paces(
+        members[::2], digits, schedule, protocol.shape, rounds=1, steps=1
+    )
     found = report.document(results, paces, command="python here", date="2026-01-01")
     found = json.loads(json.dumps(found, allow_nan=False))
     assert [member["policy"] for member in found["members"]] == ["uniform", "uniform", "p2", "p2"]
@@ -194,7 +198,7 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
         lines = report.table(found, sampler).splitlines()
         assert lines[2] == "    python here"
         assert [line.split(" | ")[0] for line in lines[6:8]] == ["| uniform", "| p2"]
-    plots = load("convergence_plots")
+    plots = load("convergence.plots")
     written = plots.draw(found, tmp_path)
     assert len(written) == 2 * len(samplers)
     assert all(Image.open(path).size == (1080, 600) for path in written)
@@ -213,20 +217,22 @@ def test_the_document_holds_what_tables_and_plots_are_drawn_from(
 
 
 def test_a_pace_is_the_clocks(load: Load) -> None:
-    Member, shape = load("stacked_training").Member, short(load).shape
+    Member, shape = load("stacked.training").Member, short(load).shape
     digits = load("image_sets").load_image_set("digits", 8)
     # The clock moves by 1 each time it is read. So 4 steps take 1, and 80 draws take 1.
     ticking = iter(range(10_000)).__next__
-    paces = load("policy_pace").paces([Member("speed")], digits, "linear", shape, steps=4, clock=ticking)
-    assert paces == {"speed": load("policy_pace").Pace(4.0, pytest.approx(1e6 / 80))}
+    paces = load("convergence.policy_pace").paces(
+        [Member("speed")], digits, "linear", shape, steps=4, clock=ticking
+    )
+    assert paces == {"speed": load("convergence.policy_pace").Pace(4.0, pytest.approx(1e6 / 80))}
 
 
 def test_a_distance_of_samples_that_are_not_finite_is_null(load: Load) -> None:
-    run, report = load("paired_run"), load("convergence_report")
-    member = load("stacked_training").Member("uniform")
+    run, report = load("convergence.paired_run"), load("convergence.report")
+    member = load("stacked.training").Member("uniform")
     curve = run.Curve(member, {"ddim-2": (math.inf, 3.0)})
     results = run.Results(short(load, horizon=2), (curve,), 1, 1.0)
-    paces = {"uniform": load("policy_pace").Pace(100.0, 30.0)}
+    paces = {"uniform": load("convergence.policy_pace").Pace(100.0, 30.0)}
     found = report.document(results, paces, command="python here", date="2026-01-01")
     assert found["members"][0]["distances"]["ddim-2"] == [None, 3.0]
     json.dumps(found, allow_nan=False)
@@ -237,7 +243,11 @@ def test_a_distance_of_samples_that_are_not_finite_is_null(load: Load) -> None:
 
 
 def test_a_baseline_that_does_not_fall_yet_and_bounds_are_marked(load: Load) -> None:
-    run, report, Member = load("paired_run"), load("convergence_report"), load("stacked_training").Member
+    run, report, Member = (
+        load("convergence.paired_run"),
+        load("convergence.report"),
+        load("stacked.training").Member,
+    )
     # All seeds are nearer to the data at their first evaluation than at the horizon.
     curves = [
         run.Curve(Member(policy, seed), {"ddim-2": (2.0 + seed, 3.0 + seed)})
@@ -245,7 +255,7 @@ def test_a_baseline_that_does_not_fall_yet_and_bounds_are_marked(load: Load) -> 
         for seed in (0, 1)
     ]
     results = run.Results(short(load), tuple(curves), 1, 1.0)
-    paces = {name: load("policy_pace").Pace(100.0, 30.0) for name in ("uniform", "speed")}
+    paces = {name: load("convergence.policy_pace").Pace(100.0, 30.0) for name in ("uniform", "speed")}
     shown = report.table(report.document(results, paces, command="here", date="2026-01-01"), "ddim-2")
     # The horizon, 4, over at most 2 steps, at 100 steps per second.
     assert "| speed | >=2.00 | >=2.00, >=2.00 | >=2.00 | >=2.00 >=2.00 | 3.50 | 100.0 | <=0.0 |" in shown
@@ -273,8 +283,8 @@ def test_a_wrong_option_is_one_line(
     options: list[str],
     message: str,
 ) -> None:
-    module = load("convergence")
-    monkeypatch.setattr("sys.argv", ["convergence.py", *options])
+    module = load("convergence.__main__")
+    monkeypatch.setattr("sys.argv", ["convergence", *options])
     with pytest.raises(SystemExit) as left:
         module.main()
     assert left.value.code == 2
@@ -287,8 +297,8 @@ TINY = (
 
 
 def run(load: Load, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
-    monkeypatch.setattr("sys.argv", ["convergence.py", *options.split()])
-    load("convergence").main()
+    monkeypatch.setattr("sys.argv", ["convergence", *options.split()])
+    load("convergence.__main__").main()
 
 
 def test_normalised_losses_stand_beside_those_of_uniform(
@@ -335,9 +345,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("sys.argv", ["convergence.py", "--out", str(tmp_path / "file")])
+    monkeypatch.setattr("sys.argv", ["convergence", "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit):
-        load("convergence").main()
+        load("convergence.__main__").main()
     printed = capsys.readouterr()
     assert f"--out needs a folder, got {tmp_path / 'file'}: File exists" in printed.err
     assert "distances of" not in printed.out

@@ -1,7 +1,7 @@
 """Which caption the nearest training image of a sample has."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,13 +12,10 @@ from torch import Tensor
 
 from speedit_plugins.trainer.evaluation.features import Pixels
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def faithfulness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("emoji_faithfulness")
+def faithfulness(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("captions.emoji")
 
 
 def images(number: int) -> Tensor:

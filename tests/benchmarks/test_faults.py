@@ -33,14 +33,14 @@ def test_what_is_wrong_with_an_outcome(
     stderr: str,
     complaints: list[str],
 ) -> None:
-    bench = load("fault_bench")
+    bench = load("faults.bench")
     outcome = bench.Outcome(returncode, "", stderr)
     fault = bench.Fault("a batch of 0", lambda place: outcome, ("batch_size",), ends)
     assert bench.wrong_with(fault, outcome, bench.Bench(ROOT, tmp_path, tmp_path)) == complaints
 
 
 def test_names_are_unique_and_there_are_eighty(load: Callable[[str], ModuleType]) -> None:
-    groups = load("faults").GROUPS
+    groups = load("faults.__main__").GROUPS
     names = [(group, fault.name) for group, faults in groups.items() for fault in faults]
     assert len(set(names)) == len(names) >= 80
     # A text alone would be a pattern for each letter.
@@ -53,7 +53,7 @@ def test_a_fault_is_tried_on_the_real_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    faults, out = load("faults"), tmp_path / "table.md"
+    faults, out = load("faults.__main__"), tmp_path / "table.md"
     # Commands that fail before anything is trained.
     monkeypatch.setattr(faults, "train_base", lambda package, folder: folder)
     monkeypatch.setattr(

@@ -13,7 +13,7 @@ Load = Callable[[str], ModuleType]
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_members_start_from_the_weights_of_their_seed_and_move(load: Load, tmp_path: Path, rank: int) -> None:
-    tuning, training, sets = load("fine_tuning"), load("stacked_training"), load("image_sets")
+    tuning, training, sets = load("stacked.fine_tuning"), load("stacked.training"), load("image_sets")
     digits = sets.load_image_set("digits", 8)
     first, later = (
         sets.ImageSet(digits.images[rows][:20], digits.labels[rows][:20], 10)
@@ -50,7 +50,7 @@ def test_members_start_from_the_weights_of_their_seed_and_move(load: Load, tmp_p
 
 
 def test_a_member_alone_computes_what_it_computes_in_the_stack(load: Load, tmp_path: Path) -> None:
-    tuning, training, sets = load("fine_tuning"), load("stacked_training"), load("image_sets")
+    tuning, training, sets = load("stacked.fine_tuning"), load("stacked.training"), load("image_sets")
     digits = sets.load_image_set("digits", 8)
     shape = training.Shape(width=8, depth=1, num_heads=2, batch_size=4)
     start = tuning.Start(digits, 3, 2, tmp_path, "start")

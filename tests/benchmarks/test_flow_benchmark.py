@@ -25,10 +25,10 @@ FACTS = {"num_samples": 10, "shape": [1, 8, 8], "centre": 0.5, "std": 0.7, "floo
 
 def tiny(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts a set of ten digits and a small model into the table of data sets."""
-    sets, training = load("flow_sets"), load("stacked_training")
+    sets, training = load("flow.sets"), load("stacked.training")
     digits = load("image_sets").load_image_set("digits", 8)
     few = load("image_sets").ImageSet(digits.images[:40], digits.labels[:40], 10)
-    space = load("flow_spaces").of_images(Pixels(pool=2))
+    space = load("flow.spaces").of_images(Pixels(pool=2))
     shape = training.Shape(width=8, depth=1, num_heads=2, batch_size=4)
     made = sets.FlowSet(few, {"pixels": space}, shape, 4, is_clamped=True)
     monkeypatch.setattr(sets, "SETS", {"tiny": lambda folder: made})
@@ -36,8 +36,8 @@ def tiny(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(load: Load, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> None:
     given = ["--data", "tiny", "--out", str(out), "--samplers", "euler-2", "--num-samples", "8", *options]
-    monkeypatch.setattr("sys.argv", ["flow.py", *given])
-    load("flow").main()
+    monkeypatch.setattr("sys.argv", ["flow", *given])
+    load("flow.__main__").main()
 
 
 def test_a_run_goes_on_where_it_stopped(
@@ -53,8 +53,8 @@ def test_a_run_goes_on_where_it_stopped(
     out.write_text(first + first[:40])
     run(load, monkeypatch, out, "--laws", "logit_normal(0,1)", "--seeds", "100", "101")
     assert "4 trainings, 2 done, 2 to do" in capsys.readouterr().out
-    results = load("flow_results").read_results
-    with pytest.raises(ValueError, match=r"results.jsonl, line 3, needs a result of flow.py"):
+    results = load("flow.results").read_results
+    with pytest.raises(ValueError, match=r"results.jsonl, line 3, needs a result of benchmarks/flow"):
         results(out)
     whole = "\n".join(line for line in out.read_text().split("\n") if line != first[:40])
     out.write_text(whole)
@@ -62,7 +62,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert found == [(law, seed) for seed in (100, 101) for law in ("uniform", "logit_normal(0,1)")]
     assert whole.startswith(first)
     # Results of other code count, unless a law is to be trained again. The newest one is reported.
-    monkeypatch.setattr(load("flow"), "_revision", lambda: "newer")
+    monkeypatch.setattr(load("flow.__main__"), "revision", lambda: "newer")
     wanted = ("--laws", "logit_normal(0,1)", "--seeds", "100", "--again", "logit_normal(0,1)")
     for left in (1, 0):
         run(load, monkeypatch, out, *wanted)
@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_it_stopped(
 
 def test_auto_measures_the_data_that_it_is_trained_on(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(load, monkeypatch)
-    flow = load("flow")
+    flow = load("flow.__main__")
     runner = flow.Runner("tiny", Path(), flow.Options(), Path("out.jsonl"))
     auto, spectral = (runner._member(name, 0) for name in ("auto", "spectral_flow"))
     assert auto.policy.needs_data
@@ -91,7 +91,7 @@ def test_a_law_that_cannot_be_built_is_left_out(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     tiny(load, monkeypatch)
-    laws = load("flow_laws")
+    laws = load("flow.laws")
     made = laws.laws
     monkeypatch.setattr(laws, "laws", lambda horizon: {**made(horizon), "new": {"type": "not_there"}})
     run(load, monkeypatch, tmp_path / "out.jsonl", "--laws", "new", "--seeds", "0")
@@ -128,7 +128,7 @@ def test_a_wrong_option_is_one_line(
 
 
 def results_of(load: Load, curves: Mapping[tuple[str, int], list[float | None]]) -> list[Any]:
-    Result = load("flow_results").Result
+    Result = load("flow.results").Result
     options = {"steps": STEPS, "prediction": "flow", "horizon": STEPS[-1]}
     return [
         Result("tiny", law, seed, {}, options, {"euler-25": {"pixels": distances}}, 1.0, FACTS, "")
@@ -151,7 +151,7 @@ def test_laws_are_chosen_on_other_seeds_than_they_are_reported_on(load: Load) ->
         (law, seed): distances[seed < 100] for law, distances in laws.items() for seed in (100, 101, 0, 1)
     }
     results = results_of(load, curves)
-    report = load("flow_report")
+    report = load("flow.report")
     assert report.leading(results, "tiny") == ["logit_normal(0,1)", "uniform", "logit_normal(1,1)"]
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[4:] for line in report.report(results).split("\n")}
     # Twice as far in as many steps, and so on: these curves fall as 1 / steps up to a factor.
@@ -174,15 +174,15 @@ def test_a_law_leads_if_it_is_near_in_all_spaces(load: Load) -> None:
     both = results_of(load, details)
     for result, other in zip(both, results_of(load, colours), strict=True):
         result.distances["euler-25"]["colours"] = other.distances["euler-25"]["pixels"]
-    assert load("flow_report").leading(both, "tiny") == ["mode", "uniform", "laplace"]
+    assert load("flow.report").leading(both, "tiny") == ["mode", "uniform", "laplace"]
     # ln of 1/4 and 8; and of 1/2 and 7/8.
-    rows = load("flow_report").search(both).split("\n")
+    rows = load("flow.report").search(both).split("\n")
     assert rows[0] == "| law | tiny, flow: pixels, colours |"
     assert rows[2:] == ["| laplace | -1.39, +2.08 (N = 1) |", "| mode | -0.69, -0.13 (N = 1) |"]
 
 
 def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load, tmp_path: Path) -> None:
-    flow, laws = load("flow"), load("flow_laws")
+    flow, laws = load("flow.__main__"), load("flow.laws")
 
     def ranked(at: Mapping[tuple[str, int], float]) -> list[Any]:
         distances = {"uniform": 8.0, **{law: distance for (law, _), distance in at.items()}}
@@ -192,7 +192,7 @@ def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load
     def named(search: str, results: list[Any]) -> list[str]:
         out = tmp_path / f"{search}.jsonl"
         for result in results:
-            load("flow_results").append(out, result)
+            load("results_file").append(out, result)
         names: list[str] = flow._names([search], "tiny", 8, out)
         return names
 
@@ -211,7 +211,7 @@ def test_the_search_goes_from_all_laws_on_one_seed_to_the_best_on_two(load: Load
 
 
 def test_a_ratio_of_steps_is_read_either_way(load: Load) -> None:
-    report = load("flow_report")
+    report = load("flow.report")
     steps, slow, fast = (1, 2, 4, 8), (8.0, 4.0, 2.0, 1.0), (4.0, 2.0, 1.0, 0.5)
     ahead, behind = report.Curve(steps, fast), report.Curve(steps, slow)
     # Both fall as 1 / steps, one with half the factor: half the steps to any distance.
@@ -228,7 +228,7 @@ def test_the_figure_has_each_width_and_the_spectrums_centre(load: Load) -> None:
         for law, last in (("uniform", 1.0), ("logit_normal(0,1)", 0.5), ("logit_normal(0.5,1)", 0.25))
         for seed in (0, 100)
     }
-    (axes,) = load("flow_plots").laws_figure(results_of(load, curves)).axes
+    (axes,) = load("flow.plots").laws_figure(results_of(load, curves)).axes
     lines = {line.get_label(): line for line in axes.lines}
     drawn = lines["logit-normal, width 1"]
     assert drawn.get_xdata().tolist() == [0.0, 0.5]
@@ -239,7 +239,7 @@ def test_the_figure_has_each_width_and_the_spectrums_centre(load: Load) -> None:
 
 def test_the_best_mean_is_the_middle_of_a_parabola(load: Load) -> None:
     pytest.importorskip("matplotlib")
-    plots, MEANS = load("flow_plots"), load("flow_laws").MEANS
+    plots, MEANS = load("flow.plots"), load("flow.laws").MEANS
     curves = {("uniform", 100): [8.0, 4.0, 2.0, 1.0]} | {
         (f"logit_normal({mean:g},1)", 100): [8.0, 4.0, 2.0, math.exp((mean - 0.3) ** 2)] for mean in MEANS
     }
@@ -259,19 +259,19 @@ def test_the_best_mean_is_the_middle_of_a_parabola(load: Load) -> None:
 def test_distances_that_are_not_finite_are_null_in_the_file_and_infinite_in_the_report(
     load: Load, tmp_path: Path
 ) -> None:
-    module, out = load("flow_results"), tmp_path / "out.jsonl"
+    module, out = load("flow.results"), tmp_path / "out.jsonl"
     for result in results_of(
         load, {("uniform", 0): [8.0, 4.0, 2.0, 1.0], ("min_snr", 0): [float("inf")] * 4}
     ):
-        module.append(out, result)
+        load("results_file").append(out, result)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[1]["distances"]["euler-25"]["pixels"] == [None] * 4
-    shown = load("flow_report").report(module.read_results(out))
+    shown = load("flow.report").report(module.read_results(out))
     assert "| min_snr | +inf | +inf | +inf at 100 | - | " in shown
 
 
 def test_the_grid_holds_each_law_once_under_its_name(load: Load) -> None:
-    laws = load("flow_laws")
+    laws = load("flow.laws")
     found = laws.laws(1200)
     assert len([name for name in found if name.startswith("logit_normal(")]) == 15
     assert found["logit_normal(-0.5,1.4)"] == {"type": "logit_normal", "mean": -0.5, "std": 1.4}
@@ -287,7 +287,7 @@ def test_the_grid_holds_each_law_once_under_its_name(load: Load) -> None:
 
 
 def test_feature_maps_lead_on_to_the_networks_own_features(load: Load) -> None:
-    spaces = load("flow_spaces")
+    spaces = load("flow.spaces")
     network = EfficientNetLite0()
     shown = torch.randint(0, 256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     maps = spaces.feature_maps(network, shown.permute(0, 3, 1, 2) / 127.5 - 1)
@@ -297,7 +297,7 @@ def test_feature_maps_lead_on_to_the_networks_own_features(load: Load) -> None:
 
 
 def test_directions_are_orthonormal_and_always_the_same(load: Load) -> None:
-    spaces = load("flow_spaces")
+    spaces = load("flow.spaces")
     found = spaces.directions(80)
     assert_close(found.T @ found, torch.eye(spaces.NUM_FEATURES), atol=1e-5, rtol=0)
     assert torch.equal(found, spaces.directions(80))

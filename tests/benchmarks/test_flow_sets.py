@@ -22,16 +22,16 @@ def folder(load: Load, tmp_path: Path) -> Path:
         header = bytes([0, 0, 8, kind]) + np.array(values.shape, dtype=">i4").tobytes()
         path = tmp_path / f"train-{name}-ubyte.gz"
         path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
-    for vendor in load("flow_sets").VENDORS:
+    for vendor in load("flow.sets").VENDORS:
         drawn = random.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
         np.savez(tmp_path / f"emoji_{vendor}_32.npz", images=drawn)
-    shown = torch.cat([load("flow_sets").emoji(tmp_path, vendor, 32) for vendor in ("twitter", "google")])
-    load("small_autoencoder").train(shown, tmp_path / "autoencoder", 1, 1e-6, batch_size=4)
+    shown = torch.cat([load("flow.sets").emoji(tmp_path, vendor, 32) for vendor in ("twitter", "google")])
+    load("flow.small_autoencoder").train(shown, tmp_path / "autoencoder", 1, 1e-6, batch_size=4)
     return tmp_path
 
 
 def test_each_set_has_data_and_spaces_for_its_samples(load: Load, folder: Path) -> None:
-    sets = load("flow_sets")
+    sets = load("flow.sets")
     shapes = {
         "digits_8": (1, 8, 8),
         "fashion_16": (1, 16, 16),
@@ -66,7 +66,7 @@ def test_each_set_has_data_and_spaces_for_its_samples(load: Load, folder: Path) 
 
 
 def test_images_keep_their_size_and_their_frame(load: Load, folder: Path) -> None:
-    sets = load("flow_sets")
+    sets = load("flow.sets")
     framed, plain = (
         sets.fashion(folder, 32).images,
         load("image_sets").load_image_set(str(folder / "train-images-idx3-ubyte.gz"), 28).images,
@@ -77,5 +77,5 @@ def test_images_keep_their_size_and_their_frame(load: Load, folder: Path) -> Non
 
 def test_a_file_that_is_not_there_is_named(load: Load, tmp_path: Path) -> None:
     for name, file in (("fashion_8", "train-images-idx3-ubyte.gz"), ("latents", "autoencoder")):
-        with pytest.raises(ValueError, match=f"--data-dir needs {file}, got .*flow_sets.py says how"):
-            load("flow_sets").load_flow_set(name, tmp_path)
+        with pytest.raises(ValueError, match=f"--data-dir needs {file}, got .*flow/sets.py says how"):
+            load("flow.sets").load_flow_set(name, tmp_path)

@@ -12,7 +12,7 @@ Load = Callable[[str], ModuleType]
 
 
 def test_the_table_has_deciles_and_ratios_within_a_round(load: Load) -> None:
-    module = load("product_choice")
+    module = load("speed.product_choice")
     measured = {
         "choices": [("torch's products", 0.25)],
         "ratios": {"4x2x3": [[0.0, 1.0], [2.0, 2.0], [3.0, 3.0]]},
@@ -28,14 +28,14 @@ def test_the_table_has_deciles_and_ratios_within_a_round(load: Load) -> None:
 @pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN product")
 def test_every_ratio_of_the_three_products_is_kept_and_the_rule_is_as_before(load: Load) -> None:
     rule = timing.NUM_PAIRS, timing.is_clear
-    found = load("product_choice").product_ratios((8, 4, 4), num_pairs=4)
+    found = load("speed.product_choice").product_ratios((8, 4, 4), num_pairs=4)
     assert [len(each) for each in found] == [4, 4, 4]
     assert (timing.NUM_PAIRS, timing.is_clear) == rule
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN product")
 def test_a_small_case_steps_with_each_choice_in_turn(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, steps = load("product_choice"), load("training_steps")
+    module, steps = load("speed.product_choice"), load("speed.training_steps")
     seen = []
     step = module._step
 

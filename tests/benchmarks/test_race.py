@@ -33,7 +33,7 @@ def laps_of(
     load: Load, curves: Mapping[tuple[str, str, int], Sequence[tuple[float, float]]], *, steps: int = 4
 ) -> list[Any]:
     """Laps at steps 1, 2, ... of (contestant, entry, seed) -> seconds and distances."""
-    Lap = load("race_laps").Lap
+    Lap = load("race.laps").Lap
     return [
         Lap(
             contestant=contestant,
@@ -82,7 +82,7 @@ class Clocked:
 @pytest.fixture
 def clock(load: Load, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     times = {"now": 0.0}
-    laps = load("race_laps")
+    laps = load("race.laps")
     for name in ("perf_counter", "process_time"):
         monkeypatch.setattr(laps.time, name, lambda: times["now"])
     return times
@@ -91,7 +91,7 @@ def clock(load: Load, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 class TestTurns:
     def run(self, load: Load, out: Path, clock: dict[str, float], *, stop: int = 0) -> tuple[list[str], str]:
         """Races two trainings, the first of which cannot be measured at step `stop`: turns and output."""
-        laps, turns, said = load("race_laps"), [], []
+        laps, turns, said = load("race.laps"), [], []
 
         def measure(training: Clocked, seed: int) -> dict[str, float]:
             # Nothing of an evaluation is training.
@@ -115,7 +115,7 @@ class TestTurns:
         self, load: Load, tmp_path: Path, clock: dict[str, float]
     ) -> None:
         turns, _ = self.run(load, tmp_path, clock)
-        laps = load("race_laps").read_laps(tmp_path)
+        laps = load("race.laps").read_laps(tmp_path)
         # Every step counts as 2 s, also those that take 50 s; those of the first one are set-up.
         assert {(lap.seconds, lap.cpu_seconds) for lap in laps if lap.step == 100} == {(200.0, 200.0)}
         assert {lap.setup_seconds for lap in laps} == {50.0}
@@ -131,7 +131,7 @@ class TestTurns:
         lines = (tmp_path / "results.jsonl").read_text()
         _, said = self.run(load, tmp_path, clock)
         assert "2 trainings of 100 steps, 0 done" in said
-        laps = load("race_laps").read_laps(tmp_path)
+        laps = load("race.laps").read_laps(tmp_path)
         assert (tmp_path / "results.jsonl").read_text().startswith(lines)
         assert len({(lap.contestant, lap.step) for lap in laps}) == len(laps) == 16
         # The training went on from its state: the distance at a step is as without a stop.
@@ -151,9 +151,9 @@ class TestTurns:
 
     def test_lines_of_another_race_are_an_error(self, load: Load, tmp_path: Path) -> None:
         for lap in laps_of(load, {("SiT", "SiT", 0): [(1, 2)]}):
-            load("flow_results").append(tmp_path / "results.jsonl", lap)
+            load("results_file").append(tmp_path / "results.jsonl", lap)
         with pytest.raises(ValueError, match=r"is of a race with \{'threads': 1\}, got \{'threads': 2\}"):
-            load("race_laps").read_laps(tmp_path, {**SETTINGS, "threads": 2})
+            load("race.laps").read_laps(tmp_path, {**SETTINGS, "threads": 2})
 
 
 class TestReport:
@@ -167,7 +167,7 @@ class TestReport:
                 ("ours, slow", "ours, slow", 0): [(5, 8.0), (10, 7.0), (20, 6.0), (40, 5.0)],
             },
         )
-        report = load("race_report")
+        report = load("race.report")
         field = report.Field.of(laps)
         (reading,) = field.speed_ups("SiT", "ours, auto")
         assert (reading.value, reading.bound) == (pytest.approx(4.0), "")
@@ -188,11 +188,11 @@ class TestReport:
             {("REPA", "REPA", seed): part for seed, part in curve.items()}
             | {("ours", "ours", seed): part for seed, part in ours.items()},
         )
-        field = load("race_report").Field.of(laps)
+        field = load("race.report").Field.of(laps)
         assert [reading.value for reading in field.speed_ups("REPA", "ours")] == pytest.approx([4.0, 1.0])
         # The geometric mean of 4 and 1.
-        assert ", 2.00 (1.00 to 4.00, N = 2) [2.00] |" in load("race_report").report(laps)
-        assert "REPA, 2 times: met, 1.00 of it" in load("race_report").report(laps)
+        assert ", 2.00 (1.00 to 4.00, N = 2) [2.00] |" in load("race.report").report(laps)
+        assert "REPA, 2 times: met, 1.00 of it" in load("race.report").report(laps)
 
     def test_a_peer_is_judged_by_its_best_rate_and_only_at_its_end(self, load: Load) -> None:
         ends = {"SiT x10": 2.0, "SiT x3": 1.0, "SiT x30": float("inf")}
@@ -201,7 +201,7 @@ class TestReport:
             {(name, "SiT", 0): [(1, 9.0), (2, 9.0), (3, 9.0), (4, end)] for name, end in ends.items()}
             | {("DiT", "facebookresearch/DiT", 0): [(1, 9.0)]},
         )
-        field = load("race_report").Field.of(laps)
+        field = load("race.report").Field.of(laps)
         assert list(field.peers) == ["SiT"]
         assert field.peers["SiT"][0].last.contestant == "SiT x3"
 
@@ -209,7 +209,7 @@ class TestReport:
         pytest.importorskip("matplotlib")
         curve = [(1.0, 4.0), (2.0, 3.0), (3.0, 2.5), (4.0, 2.0)]
         laps = laps_of(load, {("SiT", "SiT", 0): curve, ("ours", "ours", 0): curve})
-        first, second = load("race_plots").draw(laps).axes
+        first, second = load("race.plots").draw(laps).axes
         assert [line.get_label() for line in first.lines] == ["ours", "SiT"]
         assert list(first.lines[0].get_xdata()) == [1.0, 2.0, 3.0, 4.0]
         assert len(second.lines) == 2
@@ -219,7 +219,7 @@ class TestTrainings:
     def test_an_epoch_has_every_image_once(self, load: Load) -> None:
         images = torch.arange(7.0).view(7, 1, 1, 1)
         data = load("image_sets").ImageSet(images, torch.arange(7), 7)
-        batches = load("race_training").Batches(data, 2, 0, "cpu")
+        batches = load("race.training").Batches(data, 2, 0, "cpu")
         seen = [batches.at(step) for step in range(6)]
         for x, y in seen:
             assert torch.equal(x.flatten().long(), y)
@@ -227,10 +227,10 @@ class TestTrainings:
         assert [len(set(epoch)) for epoch in epochs] == [6, 6]
         assert epochs[0] != epochs[1]
         # A resumed training sees the same batches.
-        assert torch.equal(load("race_training").Batches(data, 2, 0, "cpu").at(4)[1], seen[4][1])
+        assert torch.equal(load("race.training").Batches(data, 2, 0, "cpu").at(4)[1], seen[4][1])
 
     def test_turns_of_others_do_not_change_ones_random_numbers(self, load: Load) -> None:
-        RandomState = load("race_training").RandomState
+        RandomState = load("race.training").RandomState
         torch.manual_seed(5)
         alone = torch.rand(4)
         outer = torch.rand(1)
@@ -260,7 +260,7 @@ def main(load: Load, out: Path, *given: str) -> None:
     small = "--data digits --image-size 8 --patch-size 4 --width 16 --depth 1 --heads 2 --batch-size 4"
     counts = "--steps 40 --turns 2 --num-samples 100 --calls 3 --threads 1"
     try:
-        load("race").main([*small.split(), *counts.split(), "--out", str(out), *given])
+        load("race.__main__").main([*small.split(), *counts.split(), "--out", str(out), *given])
     finally:
         torch.set_num_threads(threads)
 
@@ -274,7 +274,7 @@ class TestMain:
         printed = capsys.readouterr().out
         assert f"left out: MDT, no checkout sail-sg+MDT, sail-sg+Adan in {tmp_path}" in printed
         assert "- LightningDiT, 2 times: not raced." in printed
-        laps = load("race_laps").read_laps(tmp_path / "out")
+        laps = load("race.laps").read_laps(tmp_path / "out")
         assert [lap.step for lap in laps] == [2, 3, 5, 8, 12, 18, 26, 40]
         assert all(before.seconds < after.seconds for before, after in itertools.pairwise(laps))
         assert (tmp_path / "out" / "report.md").read_text().startswith("digits at 8 pixels, 40 steps")
@@ -285,7 +285,7 @@ class TestMain:
     def test_minutes_become_steps_once(
         self, load: Load, tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        race = load("race")
+        race = load("race.__main__")
         monkeypatch.setattr(race, "paces", lambda entries, device: {"ours, auto": (2.0, 0.25)})
         monkeypatch.setattr(race, "race", lambda entries, plan, *given, **others: planned.append(plan.steps))
         planned: list[int] = []
@@ -294,7 +294,7 @@ class TestMain:
         # Less than 0.85 * 120 s in steps of 0.25 s, and not by much: nothing else takes long here.
         assert 200 < planned[0] < 408
         for lap in laps_of(load, {("ours", "ours", 0): [(1.0, 2.0)]}, steps=77):
-            load("flow_results").append(tmp_path / "out" / "results.jsonl", lap)
+            load("results_file").append(tmp_path / "out" / "results.jsonl", lap)
         monkeypatch.setattr(race, "_settings", lambda arguments, net: {})
         main(load, tmp_path / "out", *given)
         assert planned[1] == 77
@@ -324,7 +324,7 @@ class TestMain:
         message: str,
     ) -> None:
         # No classifier is trained for an error.
-        monkeypatch.setattr(load("race_quality").Classifier, "teach", lambda self, data: None)
+        monkeypatch.setattr(load("race.quality").Classifier, "teach", lambda self, data: None)
         with pytest.raises(SystemExit) as left:
             main(load, tmp_path / "out", "--hosts", str(tmp_path), "--rows", str(rows), *given)
         assert left.value.code == 2
@@ -332,7 +332,7 @@ class TestMain:
 
 
 def test_the_distance_to_the_data_itself_is_small_and_to_noise_large(load: Load, tmp_path: Path) -> None:
-    quality = load("race_quality")
+    quality = load("race.quality")
     data = load("image_sets").load_image_set("digits", 8)
     measured = quality.Quality(data, num_samples=400, num_calls=3, folder=tmp_path)
     own, noise = measured.of(data.images[::4]), measured.of(torch.rand_like(data.images[::4]) * 2 - 1)

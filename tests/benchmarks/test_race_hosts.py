@@ -34,7 +34,7 @@ def eager() -> Iterator[None]:
 
 
 def peer_of(load: Load, name: str, hosts: Path) -> Any:
-    peer = next(peer for peer in load("race_hosts").PEERS if peer.name == name)
+    peer = next(peer for peer in load("race.hosts").PEERS if peer.name == name)
     if missing := peer.missing(hosts):
         pytest.skip(f"no checkout {', '.join(missing)}")
     return peer
@@ -50,7 +50,7 @@ def test_a_peer_goes_on_from_its_state_as_if_it_had_not_stopped(
     load: Load, hosts: Path, tmp_path: Path, eager: None, name: str
 ) -> None:
     peer = peer_of(load, name, hosts)
-    training = load("race_training")
+    training = load("race.training")
     net = training.Net(16, 1, 10, width=32, depth=2, num_heads=2, patch_size=4)
     digits = load("image_sets").load_image_set("digits", 16)
     terms = training.Terms(batch_size=4, ema_halflife=2.0)
@@ -79,9 +79,9 @@ def test_a_peer_goes_on_from_its_state_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_has_as_many_parameters_as_ours(load: Load, hosts: Path, eager: None, name: str) -> None:
-    peer, training = peer_of(load, name, hosts), load("race_training")
+    peer, training = peer_of(load, name, hosts), load("race.training")
     net = training.Net(32, 1, 10)
-    wanted = load("race")._num_parameters(net)
+    wanted = load("race.__main__")._num_parameters(net)
     assert 1e6 < wanted < 5e6
     found = peer.model(hosts, peer.matched(hosts, net, wanted))
     own, extra = training.count_parameters(found, peer.training_only)
@@ -105,7 +105,9 @@ class TestConventions:
     def test_of_a_path_from_noise(self, load: Load, hosts: Path, name: str) -> None:
         peer = peer_of(load, name, hosts)
         checkout = hosts / peer.checkouts[0]
-        with load("original_dit").importable(checkout, instead=load("original_dit").unused("torchdiffeq")):
+        with load("peers.original_dit").importable(
+            checkout, instead=load("peers.original_dit").unused("torchdiffeq")
+        ):
             path = importlib.import_module("transport.path").ICPlan()
         _, x_t, velocity = path.plan(1 - self.time, self.noise, self.data)
         ours = ours_of(self.data, self.noise, self.time)
@@ -116,12 +118,12 @@ class TestConventions:
             seen.append(t)
             return velocity
 
-        assert_close(load("race_hosts")._denoise_from_noise(model, x_t, ours.timestep, None), ours.target)
+        assert_close(load("race.hosts")._denoise_from_noise(model, x_t, ours.timestep, None), ours.target)
         assert_close(seen[0], 1 - self.time)
 
     def test_of_repa(self, load: Load, hosts: Path) -> None:
         peer = peer_of(load, "REPA", hosts)
-        with load("original_dit").importable(hosts / peer.checkouts[0]):
+        with load("peers.original_dit").importable(hosts / peer.checkouts[0]):
             alpha, sigma, d_alpha, d_sigma = importlib.import_module("loss").SILoss().interpolant(0.3)
         ours = ours_of(self.data, self.noise, torch.full((3,), 0.3))
         assert_close(alpha * self.data + sigma * self.noise, ours.x_t)
@@ -129,7 +131,7 @@ class TestConventions:
 
     def test_of_mdt(self, load: Load, hosts: Path) -> None:
         peer = peer_of(load, "MDT", hosts)
-        training = load("race_training")
+        training = load("race.training")
         net = training.Net(8, 1, 10, width=16, depth=2, num_heads=2, patch_size=4)
         contestant = peer.train(hosts, net, load("image_sets").load_image_set("digits", 8), training.Terms())
         theirs = torch.from_numpy(contestant._loop.diffusion.alphas_cumprod)
@@ -138,5 +140,5 @@ class TestConventions:
 
 def test_the_teacher_has_a_feature_for_each_token(load: Load, hosts: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    found = load("race_hosts").Teacher(4, "cpu")(torch.rand(2, 1, 32, 32) * 2 - 1)
-    assert found.shape == (2, 16, load("race_hosts").TEACHER_WIDTH)
+    found = load("race.hosts").Teacher(4, "cpu")(torch.rand(2, 1, 32, 32) * 2 - 1)
+    assert found.shape == (2, 16, load("race.hosts").TEACHER_WIDTH)

@@ -12,27 +12,12 @@ import torch
 Load = Callable[[str], ModuleType]
 
 
-def test_a_row_changes_its_sections_and_no_others(load: Load) -> None:
-    merged = load("race_ours").merged
-    policy = {"type": "speed", "k": 5}
-    base = {"model": {"type": "DiT", "depth": 6}, "optimizer": {"lr": 1.0}, "policy": policy, "seed": 1}
-    assert merged(base, {"optimizer": {"warmup_steps": 5}}) == {
-        **base,
-        "optimizer": {"lr": 1.0, "warmup_steps": 5},
-    }
-    # Parameters of one type are not those of another, but all models of ours have DiT's.
-    assert merged(base, {"policy": {"type": "auto"}})["policy"] == {"type": "auto"}
-    assert merged(base, {"model": {"type": "MDT"}})["model"] == {"type": "MDT", "depth": 6}
-    assert merged(base, {"model": {"depth": 2}})["model"] == {"type": "DiT", "depth": 2}
-    assert base["model"]["depth"] == 6
-
-
-@pytest.mark.parametrize("file", ["race_ours.yaml", "race_parts.yaml"])
+@pytest.mark.parametrize("file", ["ours.yaml", "parts.yaml"])
 def test_every_row_is_a_config_of_ours(load: Load, tmp_path: Path, file: str) -> None:
-    ours, training = load("race_ours"), load("race_training")
+    ours, training = load("race.ours"), load("race.training")
     terms = training.Terms(steps=100)
     for name, row in ours.read_rows(ours.ROWS.with_name(file)).items():
-        content = ours.merged(ours.own_config(training.Net(32, 1, 10), terms, tmp_path), row)
+        content = load("overrides").merged(ours.own_config(training.Net(32, 1, 10), terms, tmp_path), row)
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps(content))
         assert ours.load_config(path, "train").experiment_dir == str(tmp_path), name
@@ -40,8 +25,8 @@ def test_every_row_is_a_config_of_ours(load: Load, tmp_path: Path, file: str) ->
 
 def test_ours_goes_on_from_its_state_to_the_bit(load: Load, tmp_path: Path) -> None:
     data = load("image_sets").load_image_set("digits", 8)
-    net = load("race_training").Net(8, 1, 10, width=16, depth=2, num_heads=2, patch_size=4)
-    terms = load("race_training").Terms(batch_size=4, steps=10, ema_halflife=2.0)
+    net = load("race.training").Net(8, 1, 10, width=16, depth=2, num_heads=2, patch_size=4)
+    terms = load("race.training").Terms(batch_size=4, steps=10, ema_halflife=2.0)
     row = {
         "diffusion": {"type": "RectifiedFlow", "policy": {"type": "uniform"}},
         "optimizer": {"type": "Muon"},
@@ -53,17 +38,17 @@ def test_ours_goes_on_from_its_state_to_the_bit(load: Load, tmp_path: Path) -> N
         with torch.no_grad():
             return training.denoiser()(x, t, y)
 
-    whole = load("race_ours").OurTraining(row, net, data, terms, tmp_path / "whole")
-    half = load("race_ours").OurTraining(row, net, data, terms, tmp_path / "half")
+    whole = load("race.ours").OurTraining(row, net, data, terms, tmp_path / "whole")
+    half = load("race.ours").OurTraining(row, net, data, terms, tmp_path / "half")
     for training, steps in ((whole, 3), (half, 2)):
         for _ in range(steps):
             training.step()
     half.save(tmp_path)
     # What only the training uses is told apart from the common model.
-    plain = load("race")._num_parameters(net)
+    plain = load("race.__main__")._num_parameters(net)
     assert half.num_parameters < plain
     assert half.num_training_only > 0
-    rest = load("race_ours").OurTraining(row, net, data, terms, tmp_path / "half")
+    rest = load("race.ours").OurTraining(row, net, data, terms, tmp_path / "half")
     rest.load(tmp_path)
     # In between it is evaluated; that changes nothing.
     assert not torch.equal(shown(rest), shown(whole))

@@ -1,21 +1,18 @@
 """The files that the soak benchmark leaves behind. Its trainings are replaced."""
 
-import importlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def soak(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     pytest.importorskip("psutil")
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    module = importlib.import_module("soak")
+    module = load("soak")
     monkeypatch.setattr("sys.argv", ["soak"])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(module, "_launch", lambda folder, options: folder.mkdir())

@@ -24,7 +24,7 @@ def hosts() -> Path:
 
 
 def host_of(load: Load, name: str, hosts: Path) -> Any:
-    module = load("peer_training")
+    module = load("peers.training")
     host = next(each for each in (*module.IMAGE_HOSTS, *module.VIDEO_HOSTS) if each.name == name)
     if not host.is_in(hosts):
         pytest.skip(f"no checkout {host.checkout}")
@@ -36,10 +36,10 @@ class TestLoading:
         with pytest.raises(
             ValueError, match="no checkout of facebookresearch/DiT: .*models.py is not a file"
         ):
-            load("original_dit").load_original(tmp_path)
+            load("peers.original_dit").load_original(tmp_path)
 
     def test_the_stand_in_layers_equal_torch_modules(self, load: Load) -> None:
-        original = load("original_dit")
+        original = load("peers.original_dit")
         x = torch.randn(2, 5, 12)
         ours = original.Attention(12, num_heads=3, qkv_bias=True)
         theirs = nn.MultiheadAttention(12, 3, batch_first=True)
@@ -69,7 +69,7 @@ class TestLoading:
         (package / "numbers_of_it.py").write_text("ONE = 1")
         other = ModuleType("hostpart")
         monkeypatch.setitem(sys.modules, "hostpart", other)
-        with load("original_dit").importable(tmp_path, bare=("hostpart",)):
+        with load("peers.original_dit").importable(tmp_path, bare=("hostpart",)):
             assert importlib.import_module("hostpart.numbers_of_it").ONE == 1
         assert sys.modules["hostpart"] is other
         assert "hostpart.numbers_of_it" not in sys.modules
@@ -78,7 +78,7 @@ class TestLoading:
     def test_one_function_of_a_script_runs_without_its_imports(self, load: Load, tmp_path: Path) -> None:
         script = tmp_path / "train.py"
         script.write_text("import absent_package\ndef double(x: absent_package.Number):\n    return 2 * x\n")
-        load_function = load("original_dit").script_function
+        load_function = load("peers.original_dit").script_function
         assert load_function(script, "double")(4) == 8
         with pytest.raises(ValueError, match="train.py needs a function halve, got none"):
             load_function(script, "halve")
@@ -88,7 +88,7 @@ class TestArithmetic:
     @pytest.fixture
     def found(self, load: Load) -> Any:
         """Ours takes 2 s, 1 s of it forward. The host takes 3 s in one round and 5 s in the other."""
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         nothing = dict.fromkeys(steps.PHASES, (0.0, 0.0))
         ours = steps.Steps((2.0, 2.0), {**nothing, "forward": (1.0, 1.0), "draw": (0.01, 0.01)})
         host = steps.Steps((3.0, 5.0), {**nothing, "backward": (2.0, 2.0)})
@@ -103,38 +103,38 @@ class TestArithmetic:
         assert found.sides["host"].split()["rest"] == 2.0  # the median of 1 and 3
 
     def test_the_table_says_whether_the_floor_holds(self, load: Load, found: Any) -> None:
-        bench = load("throughput")
+        bench = load("speed.throughput")
         assert "Floor 1.1: held by ours, 2.000 against host." in bench.steps_table(found, 1.1)
         assert "Floor 2.5: missed by ours, 2.000 against host." in bench.steps_table(found, 2.5)
         # 4 samples in 2 s.
         assert "| ours | 2.000 s | 2.00 | 1.000 (1.000, 1.000) |" in bench.steps_table(found, None)
 
     def test_compiled_is_a_side_of_ours_not_a_peer(self, load: Load, found: Any) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         twice_as_fast = steps.Steps((1.0, 1.0), found.sides["ours"].phases)
         both = steps.Comparison(found.case, {**found.sides, steps.COMPILED: twice_as_fast})
-        text = load("throughput").steps_table(both, 3.0)
+        text = load("speed.throughput").steps_table(both, 3.0)
         assert "Floor 3.0: missed by ours, 2.000 against host." in text
         # The ratios are 3 / 1 and 5 / 1.
         assert "Floor 3.0: held by ours, compiled, 4.000 against host." in text
         assert "| host | 4.000 s | 1.00 | 2.000 (1.750, 2.250) | 4.000 (3.500, 4.500) |" in text
 
     def test_the_draws_share_is_of_our_step(self, load: Load, found: Any) -> None:
-        bench = load("throughput")
+        bench = load("speed.throughput")
         assert bench.draw_shares({"DiT-S/8": bench.steps_values(found)}) == {"DiT-S/8": 0.005}
 
     def test_the_fewest_calls_reach_mean_and_deviation_of_the_reference(self, load: Load) -> None:
         # Mean 2, standard deviation 1.
-        distances = load("sampling_calls").Distances(
+        distances = load("speed.sampling_calls").Distances(
             (1.0, 2.0, 3.0), {"ddim": {50: (2.0, 2.0), 10: (3.0, 3.0), 5: (3.1, 3.1)}, "dpm": {4: (9.0, 9.0)}}
         )
         assert distances.level == 3.0
         assert distances.fewest("ddim") == 10
         assert distances.fewest("dpm") is None
-        assert "10 calls, 25.0 times fewer" in load("throughput").sampling_table(distances)
+        assert "10 calls, 25.0 times fewer" in load("speed.throughput").sampling_table(distances)
 
     def test_phases_add_up_by_the_clock_until_they_are_taken(self, load: Load) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         times = iter(range(100))
         watch = steps.Stopwatch(lambda: float(next(times)))
         for name in (*steps.PHASES, "draw", "data"):
@@ -145,7 +145,7 @@ class TestArithmetic:
 
 class TestParts:
     def test_our_side_is_a_step_of_the_trainer(self, load: Load) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
         step = steps.OurStep(steps.Case("DiT-S/8", 2, 8), x, y, iter(range(10_000)).__next__)
         before = step.trainer.model.final_layer.linear.weight.detach().clone()
@@ -158,7 +158,7 @@ class TestParts:
         assert seconds > len(steps.PHASES)
 
     def test_a_compiled_side_has_the_weights_of_the_other(self, load: Load) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
         case = steps.Case("DiT-S/8", 2, 8)
         plain, compiled = (steps.latent_trainer(case, x, y, is_compiled=each).model for each in (False, True))
@@ -169,14 +169,14 @@ class TestParts:
         assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
 
     def test_our_draws_are_there_without_any_checkout(self, load: Load, tmp_path: Path) -> None:
-        draw_cost = load("draw_cost")
+        draw_cost = load("speed.draw_cost")
         found = draw_cost.measure(tmp_path, [4], 2)
         learning = [f"ours: {name}, drawn and taught" for name in draw_cost.LEARNING]
         assert list(found[4]) == [*(f"ours: {name}" for name in draw_cost.POLICIES), *learning]
-        assert load("throughput").draw_table(found).splitlines()[3].endswith("| 1.00 |")
+        assert load("speed.throughput").draw_table(found).splitlines()[3].endswith("| 1.00 |")
 
     def test_latents_are_read_from_images_and_from_their_cache(self, load: Load) -> None:
-        reading = load("latent_reading").measure(image_size=16, batch=2, rounds=1, channels=(32, 32))
+        reading = load("speed.latent_reading").measure(image_size=16, batch=2, rounds=1, channels=(32, 32))
         assert len(reading.timings.host) == len(reading.timings.ours) == 1
 
     @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ class TestParts:
         self, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
     ) -> None:
         with pytest.raises(SystemExit):
-            load("throughput").main(["--hosts", str(tmp_path), *options])
+            load("speed.throughput").main(["--hosts", str(tmp_path), *options])
         assert message in capsys.readouterr().err
 
     def test_peers_without_a_checkout_are_named(
         self, load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bench = load("throughput")
+        bench = load("speed.throughput")
         monkeypatch.setattr(bench, "BATCH_SIZES", (2,))
         out, threads = tmp_path / "out.json", torch.get_num_threads()
         try:
@@ -226,7 +226,7 @@ def assert_same_predictions(steps: ModuleType, parts: Any, case: Any) -> None:
 class TestHosts:
     @pytest.mark.parametrize("name", ["facebookresearch/DiT", "fast-DiT", "SpeeD reference"])
     def test_an_image_host_trains_from_our_weights(self, load: Load, hosts: Path, name: str) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         host = host_of(load, name, hosts)
         case = steps.Case("DiT-S/8", 2, 8)
         assert_same_predictions(steps, host.build(hosts / host.checkout, case.model, OPTIONS), case)
@@ -235,13 +235,13 @@ class TestHosts:
         assert min(min(side.seconds) for side in found.sides.values()) > 0
 
     def test_latte_trains_from_our_weights(self, load: Load, hosts: Path) -> None:
-        steps = load("training_steps")
+        steps = load("speed.training_steps")
         host = host_of(load, "Latte", hosts)
         found = steps.compare(steps.Case("Latte-S/8", 1, 8, num_frames=2), [host], hosts, 1)
         assert list(found.sides) == ["ours", "Latte"]
 
     def test_the_learning_sampler_is_warm_and_of_equal_losses_uniform(self, load: Load, hosts: Path) -> None:
-        module = load("peer_training")
+        module = load("peers.training")
         if not (hosts / module.GUIDED).is_dir():
             pytest.skip(f"no checkout {module.GUIDED}")
         draw = module.guided_draws(hosts / module.GUIDED)["loss-second-moment"]
@@ -251,7 +251,7 @@ class TestHosts:
         assert_close(weight, torch.ones(16), atol=1e-6, rtol=0)
 
     def test_the_references_weights_lie_in_its_range(self, load: Load, hosts: Path) -> None:
-        module = load("peer_training")
+        module = load("peers.training")
         if not (hosts / module.SPEED).is_dir():
             pytest.skip(f"no checkout {module.SPEED}")
         index, weight = module.speed_draw(hosts / module.SPEED)(64)

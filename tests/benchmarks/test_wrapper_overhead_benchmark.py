@@ -1,6 +1,5 @@
 """The wrappers' benchmark: its arithmetic for known times, its small hosts in closed form, one tiny run."""
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -17,13 +16,10 @@ from torch.testing import assert_close
 from speedit_plugins import NoiseSchedule, with_policy
 from speedit_plugins.hosts.attachment import attachment_of
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("wrapper_overhead")
+def bench(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("speed.wrapper_overhead")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def original() -> ModuleType:
     hosts = os.environ.get("SPEEDIT_HOSTS")
     if not hosts or not (Path(hosts) / "facebookresearch+DiT").is_dir():
         pytest.skip("needs $SPEEDIT_HOSTS with a checkout facebookresearch+DiT")
-    source = Path(__file__).parents[2] / "benchmarks" / "original_dit.py"
+    source = Path(__file__).parents[2] / "benchmarks" / "peers" / "original_dit.py"
     spec = importlib.util.spec_from_file_location("original_dit", source)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -305,7 +305,7 @@ def original() -> ModuleType:
     source = Path(hosts or "") / "Vchitect+Latte" / "models" / "latte.py"
     if not hosts or not source.is_file():
         pytest.skip("needs $SPEEDIT_HOSTS with a checkout Vchitect+Latte")
-    standin = _module("original_dit", Path(__file__).parents[2] / "benchmarks" / "original_dit.py")
+    standin = _module("original_dit", Path(__file__).parents[2] / "benchmarks" / "peers" / "original_dit.py")
     layers = ModuleType("timm.models.vision_transformer")
     vars(layers).update(PatchEmbed=standin.PatchEmbed, Mlp=standin.Mlp)
     packages = {name: ModuleType(name) for name in ("timm", "timm.models")}

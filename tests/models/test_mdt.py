@@ -244,7 +244,7 @@ def originals() -> dict[str, ModuleType]:
 
 
 def _executed(name: str, code: str) -> ModuleType:
-    standin = Path(__file__).parents[2] / "benchmarks" / "original_dit.py"
+    standin = Path(__file__).parents[2] / "benchmarks" / "peers" / "original_dit.py"
     spec = importlib.util.spec_from_file_location("original_dit", standin)
     layers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(layers)

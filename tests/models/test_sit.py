@@ -80,7 +80,7 @@ def checkout(name: str) -> Path:
 @contextmanager
 def imported(folder: Path, *, bare: tuple[str, ...] = ()) -> Iterator[None]:
     """Inside the block the checkout is importable, without timm and fairscale, and nothing is compiled."""
-    source = Path(__file__).parents[2] / "benchmarks" / "original_dit.py"
+    source = Path(__file__).parents[2] / "benchmarks" / "peers" / "original_dit.py"
     spec = importlib.util.spec_from_file_location("original_dit", source)
     standin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(standin)

@@ -168,6 +168,15 @@ def check_inpainting(runtime: Runtime, folder: Path) -> None:
     trained_resumed_and_sampled(runtime, folder / "modern", DIGITS, (*options, *MODERN), is_sampled=False)
 
 
+def check_super_resolution(runtime: Runtime, folder: Path) -> None:
+    options = (*SMALL, "super_resolution.factor=2", "samples_per_class=2")
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "bf16"), ("zero2", "fp32")):
+        own = (*options, f"plugin={plugin}", f"precision={precision}")
+        trained_resumed_and_sampled(runtime, folder / plugin, DIGITS, own)
+    clips = "configs/text_to_video/moving_digits.yaml"
+    trained_resumed_and_sampled(runtime, folder / "clips", clips, (*options, "plugin=ddp"))
+
+
 def check_shapes(runtime: Runtime, folder: Path) -> None:
     own = (
         *("model.hidden_size=24", "model.depth=2", "model.num_heads=2", "model.gradient_checkpointing=true"),

@@ -45,7 +45,16 @@ _FLOOR = _METHOD | {
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
     f"trainer/{name}"
-    for name in ("layouts", "inputs", "build", "checkpoint", "best_checkpoint", "checkpoint_paths", "results")
+    for name in (
+        "layouts",
+        "inputs",
+        "build",
+        "low_resolution",
+        "checkpoint",
+        "best_checkpoint",
+        "checkpoint_paths",
+        "results",
+    )
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -74,6 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/layouts": _PARTS,
     "trainer/inputs": _PARTS | {"trainer/layouts"},
     "trainer/build": _PARTS | {"trainer/layouts", "trainer/inputs"},
+    "trainer/low_resolution": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/accelerations": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/checkpoint": _PARTS,
     "trainer/best_checkpoint": _PARTS,

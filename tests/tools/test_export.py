@@ -1,5 +1,6 @@
 """Samples of diffusers' pipelines from an exported folder, against the trainer's own sampler."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def dit_options(folder: Path) -> list[str]:
 # Large enough for class and guidance to show in 8 bits.
 DIT_SPREAD = 0.2
 DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
+EMOJI = "configs/text_to_image/emoji.yaml"
 PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/latte_16x256.yaml"
 DIGITS = "configs/image/digits/speedit.yaml"
 
@@ -374,3 +376,27 @@ def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
     for model in (latte, masked):
         with pytest.raises(ValueError, match=f"diffusers has no pipeline for this {type(model).__name__}"):
             export_model(model, num_steps=STEPS, num_timesteps=1000)
+
+
+def test_a_super_resolution_unet_is_exported_with_the_embedding_of_its_level(tmp_path: Path) -> None:
+    options = ["super_resolution.factor=2", "sampler.clip_sample=false"]
+    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0", *options)
+    message = (
+        "no pipeline of diffusers samples these super-resolution models; --model-only writes a UNet, got DiT"
+    )
+    with pytest.raises(ValueError, match=message):
+        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
+    size = "block_out_channels: [32, 32], layers_per_block: 1, text_width: 384, text_length: 16"
+    changes = [
+        f"model={{type: UNet, {size}}}",
+        "diffusion={type: SpeeDiffusion, prediction_type: epsilon, learn_sigma: false, policy: uniform}",
+        "sampler.type=ddpm",
+    ]
+    arguments = trained(tmp_path / "unet", EMOJI, *changes, *options)
+    exported(EMOJI, arguments, tmp_path / "out", model_only=True)
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+    # Three channels of x, three of the low-resolution sample.
+    assert (config["in_channels"], config["class_embed_type"]) == (6, "timestep")
+    dynamic = [*arguments, "sampler.thresholding=dynamic"]
+    with pytest.raises(ValueError, match="an exported scheduler has no dynamic thresholding"):
+        exported(EMOJI, dynamic, tmp_path / "other", model_only=True)

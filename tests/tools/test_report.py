@@ -22,8 +22,8 @@ from speedit_plugins.trainer.results import save_config
 from speedit_plugins.trainer.training.assembly import build_trainer
 
 report: ModuleType = importlib.import_module("report")
-page: ModuleType = importlib.import_module("report_page")
-plots: ModuleType = importlib.import_module("report_plots")
+page: ModuleType = importlib.import_module("run_report.page")
+plots: ModuleType = importlib.import_module("run_report.plots")
 
 METRIC = {"value": 12.34567, "features": "digit_classifier", "num_samples": 300, "num_reference": None}
 VOID = {"meta", "img", "path", "rect", "circle", "image"}
@@ -87,7 +87,7 @@ def test_a_report_is_one_file_without_scripts_or_outside_addresses(trained: Path
     assert found.addresses
     assert all(address.startswith("data:image/") for address in found.addresses)
     assert not found.tags & {"script", "link", "iframe", "object"}
-    style = (Path(page.__file__).with_name("report.css")).read_text()
+    style = (Path(page.__file__).with_name("page.css")).read_text()
     assert "url(" not in style
     assert "@import" not in style
     # The run's name must appear as text, not as markup.

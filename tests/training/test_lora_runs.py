@@ -241,7 +241,7 @@ def test_inpainting_adapters_need_a_network_with_channels_for_the_mask(tmp_path:
     parts = save_pipeline(tmp_path / "parts", "UNet")
     options = [*text_options(parts, tmp_path), "lora.rank=2", "inpainting=RandomMasks"]
     with pytest.raises(
-        ValueError, match="lora with inpainting needs a network that has channels for the mask"
+        ValueError, match="lora with inpainting or super_resolution needs a network that has their"
     ):
         build_trainer(load_config(SD15, "train", options))
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import inspect_policy
 import torch
-from policy_figure import LINE_COLORS, over_log_snr_axis, over_time, shade_areas
-from policy_tables import over_log_snr
+from policy_pictures.figure import LINE_COLORS, over_log_snr_axis, over_time, shade_areas
+from policy_pictures.tables import over_log_snr
 from torch import Tensor
 
 from speedit_plugins.policies.build import build_policy

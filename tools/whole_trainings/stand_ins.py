@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -254,8 +255,12 @@ def _refused(*_: Any, **__: Any) -> Any:
 
 
 def _timm() -> dict[str, ModuleType]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    original = import_module("original_dit")
+    # By its path: a host may have a package `benchmarks` of its own.
+    spec = spec_from_file_location("original_dit", ROOT / "benchmarks" / "peers" / "original_dit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    original = module_from_spec(spec)
+    spec.loader.exec_module(original)
 
     class Mlp(original.Mlp):
         """With timm's argument for another width of the result."""

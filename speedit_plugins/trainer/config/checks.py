@@ -22,8 +22,10 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     EvaluationConfig,
     SamplerConfig,
+    SuperResolutionConfig,
 )
 from speedit_plugins.trainer.config.shape_checks import check_shape_keys
+from speedit_plugins.trainer.config.super_resolution_checks import check_super_resolution
 from speedit_plugins.trainer.config.training_checks import (
     check_average,
     check_optimizer,
@@ -49,6 +51,7 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
     _check_text(config)
     _check_inpainting(config, phase)
     check_shape_keys(config)
+    check_super_resolution(config, phase)
     _check_lora(config, phase)
     if phase == "train":
         _check_training(config)
@@ -78,6 +81,9 @@ def _check_drawing(config: ExperimentConfig, *, is_grid: bool) -> None:
     _check_classes(config)
     if config.inpainting is not None and config.inpaint_image is None:
         # Images of the dataset are filled, each with its own class or caption.
+        return
+    if config.super_resolution.factor and not config.cascade:
+        # As with holes: low-resolution samples have their own classes or captions.
         return
     if is_grid and config.num_classes and not config.sample_classes:
         raise ConfigError("sample_classes", "wanted at least one class for the grid, got none")
@@ -118,7 +124,10 @@ def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
     layers = _training_only(config)
-    return {**{f"diffusion.{key}": value for key, value in asdict(process).items()}, **given, **layers}
+    low = build_section(SuperResolutionConfig, config.get("super_resolution", {}), "super_resolution")
+    sections = (("diffusion", process), ("super_resolution", low))
+    meant = {f"{name}.{key}": value for name, part in sections for key, value in asdict(part).items()}
+    return {**meant, **given, **layers}
 
 
 def _training_only(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +294,7 @@ def _check_sampler(config: ExperimentConfig) -> None:
     if sampler.guidance_channels is not None and config.guidance_scale == 1:
         raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
     _check_guidance_schedule(config)
+    _check_thresholding(config)
 
 
 def _check_guidance_schedule(config: ExperimentConfig) -> None:
@@ -299,6 +309,24 @@ def _check_guidance_schedule(config: ExperimentConfig) -> None:
     if schedule == "interval" and (len(interval) != 2 or not interval[0] < interval[1]):
         wanted = "two times, the first one less, such as [0, 0.8]"
         raise ConfigError("sampler.guidance_interval", f"wanted {wanted}, got {interval}")
+
+
+def _check_thresholding(config: ExperimentConfig) -> None:
+    sampler = config.sampler
+    if sampler.dynamic_percentile is not None and sampler.thresholding != "dynamic":
+        got = sampler.thresholding or "null"
+        raise ConfigError("sampler.dynamic_percentile", f"has no effect with thresholding {got}; wanted null")
+    if sampler.thresholding is None:
+        return
+    if sampler.clip_sample:
+        problem = f"clip_sample is static thresholding already; wanted null, got {sampler.thresholding}"
+        if sampler.thresholding == "dynamic":
+            problem = "dynamic scales x_0 in place of clamping it; wanted sampler.clip_sample false beside it"
+        raise ConfigError("sampler.thresholding", problem)
+    if config.encoder["type"] in ("AutoencoderKL", "Points"):
+        what = "normalised points" if config.num_points else "latents"
+        problem = f"{what} do not lie in [-1, 1]; wanted null, got {sampler.thresholding}"
+        raise ConfigError("sampler.thresholding", problem)
 
 
 def _check_classes(config: ExperimentConfig) -> None:

@@ -26,6 +26,7 @@ from speedit_plugins.trainer.config.sections import (
     LoraConfig,
     OptimizerConfig,
     SamplerConfig,
+    SuperResolutionConfig,
     limited,
 )
 
@@ -53,6 +54,7 @@ PATHS = (
     "inpaint_mask",
     "reference",
     "samples",
+    "low_resolution",
 )
 
 
@@ -105,6 +107,9 @@ class ExperimentConfig:
     """How often training sees the empty caption in place of the sample's own; guidance needs it."""
     inpainting: Component | None = None
     """Trains DiT or UNet to fill holes, such as those of `RandomMasks`; null does not."""
+    super_resolution: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
+    """Trains DiT, Latte or UNet to make samples of their low-resolution versions; see
+    docs/cascades.md."""
     data: DataConfig
     """What is trained on."""
 
@@ -198,13 +203,21 @@ class ExperimentConfig:
     """The image in which sample fills a hole. null fills holes in images of the dataset."""
     inpaint_mask: str | None = None
     """The hole: an image of the same size that is white where it is to be filled."""
+    low_resolution: str | None = None
+    """npz or folder of low-resolution samples that a super-resolution model enlarges in sample and inference,
+    such as those of another run's inference. null takes samples of the data and reduces them."""
+    cascade: list[str] = field(default_factory=list)
+    """Folders of the runs before this super-resolution run, in their order: the first draws from noise alone,
+    and sample and inference go through all of them. Each draws with its newest checkpoint, and with sampler
+    and guidance as in the config of its training."""
     samples_per_class: int = limited(1, at_least=1)
     """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
-    of the dataset that are filled."""
+    of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills."""
+    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills.
+    A super-resolution model enlarges its low-resolution samples in turn."""
     per_proc_batch_size: int = limited(32, at_least=1)
     """Samples that are drawn at once, in grids too."""
 
@@ -235,6 +248,7 @@ def settled(config: ExperimentConfig) -> ExperimentConfig:
         sampler=sampler,
         evaluation=evaluation,
         optimizer=_settled_optimizer(config.optimizer),
+        cascade=[os.path.expanduser(path) for path in config.cascade],
         **paths,
     )
 

@@ -18,6 +18,8 @@ METRIC_OF = {
     "score_splits": "inception_score",
     "clip": "clip_score",
 }
+# Source: `dynamic_thresholding_ratio` of diffusers' schedulers.
+DYNAMIC_PERCENTILE = 0.995
 # A section that a registry builds: `type` and free keys, checked by its builder's own signature.
 Component = dict[str, Any]
 # Marks a field that collects the keys of its section that have no field. No key has its name.
@@ -148,6 +150,28 @@ class SamplerConfig:
     `diffusion.diffusion_steps`."""
     clip_sample: bool = False
     """Clamps x_0 to [-1, 1] at each step. It is meant for pixels."""
+    thresholding: Literal["static", "dynamic"] | None = None
+    """How x_0 is kept in [-1, 1] at each step, for pixels. `static` is `clip_sample`. `dynamic`, Imagen's
+    (arXiv:2205.11487), scales each sample down by a percentile of its absolute values where that is above 1,
+    for large guidance scales. null leaves it to `clip_sample`."""
+    dynamic_percentile: float | None = limited(None, above=0, at_most=1)
+    """The percentile of `dynamic`, as a share; null is 0.995, as in diffusers."""
+    augmentation: float = limited(0.0, at_least=0, at_most=1)
+    """Level of the noise on the low-resolution input of a super-resolution model, at most
+    `super_resolution.augmentation`. 0 is right for inputs that are data; more repairs those that a stage of a
+    cascade has drawn."""
+
+    @property
+    def is_clamped(self) -> bool:
+        """Whether x_0 is clamped to [-1, 1]."""
+        return self.clip_sample or self.thresholding == "static"
+
+    @property
+    def percentile(self) -> float | None:
+        """The percentile of dynamic thresholding; None without it."""
+        if self.thresholding != "dynamic":
+            return None
+        return DYNAMIC_PERCENTILE if self.dynamic_percentile is None else self.dynamic_percentile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +227,18 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig:
+    """Trains the model to make samples of their low-resolution versions, as a stage of a cascade."""
+
+    factor: int = limited(0, at_least=0)
+    """How many times a side of the low-resolution sample is smaller; 0 is no super-resolution."""
+    augmentation: float = limited(0.2, at_least=0, at_most=1)
+    """Largest level of the noise that training puts on the low-resolution input, 0 none and 1 noise alone:
+    each sample's is drawn uniformly up to it, and the model is told it. It keeps a cascade from handing on
+    the errors of the stage before."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters on frozen weights, those of `pretrained` or `model.path`. Needs the package peft."""
 
@@ -245,8 +281,8 @@ class EvaluationConfig:
 
     metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
     """Any of fid, sfid, kid, prdc, inception_score and clip_score; with inpainting also psnr, ssim and
-    hole_error. Shapes take chamfer and earth_mover, of which each gives MMD, coverage and 1-NN accuracy, and
-    frechet."""
+    hole_error, and with super-resolution psnr and ssim. Shapes take chamfer and earth_mover, of which each
+    gives MMD, coverage and 1-NN accuracy, and frechet."""
     batch_size: int = limited(16, at_least=1)
     """Images that are read and passed through the feature network at once."""
     reference_statistics: str | None = None

@@ -26,7 +26,7 @@ from speedit_plugins.trainer.terminal import say
 
 # The first number of every path given to `stream_seed`: it keeps the random streams of each purpose apart.
 DATA_STREAM, NOISE_STREAM, IMAGE_STREAM, LABEL_STREAM, TIMESTEP_STREAM, MODEL_STREAM = range(6)
-HELD_OUT_STREAM, VALIDATION_STREAM, HOLE_STREAM = 6, 7, 8
+HELD_OUT_STREAM, VALIDATION_STREAM, HOLE_STREAM, AUGMENTATION_STREAM, STAGE_STREAM = range(6, 11)
 
 _FAULT = "fault"
 

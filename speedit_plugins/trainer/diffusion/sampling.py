@@ -7,8 +7,8 @@ linspace(999, 0), DDIMScheduler subtracts the truncated stride 1000 // N and lan
 The model's prediction is converted to x_0 here, for all samplers, and schedulers get it as
 prediction_type="sample". This solves two problems:
 
-- Clamping is done in one place. DDIMScheduler combines a clamped x_0 with the unclamped noise, and DPM-Solver
-  cannot clamp.
+- Clamping and thresholding are done in one place. DDIMScheduler combines a clamped x_0 with the unclamped
+  noise, and DPM-Solver cannot clamp.
 - No scheduler has to guess the number of channels. DPM-Solver cuts outputs with learned variance at three.
 
 Samplers of a Gaussian process:
@@ -45,6 +45,7 @@ from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.guidance import GuidanceSchedule, Guided, Model, check_guidance
 from speedit_plugins.trainer.diffusion.respacing import space_timesteps
+from speedit_plugins.trainer.diffusion.thresholding import Threshold, threshold_of
 
 
 @torch.no_grad()
@@ -61,6 +62,7 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
     guidance_channels: int | None = None,
     guidance_schedule: GuidanceSchedule | None = None,
     clip_sample: bool = False,
+    dynamic_percentile: float | None = None,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     callback: Callable[[int, Tensor], object] | None = None,
@@ -84,6 +86,8 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
             samples use 3.
         guidance_schedule: share of s - 1 at a time in [0, 1], see `guidance`; None keeps s.
         clip_sample: clamp x_0 to [-1, 1] at every model call.
+        dynamic_percentile: of dynamic thresholding, see `thresholding.dynamic`, at every model call; None is
+            none.
         eta: amount of noise in ddim, from 0 (none) to 1 (as in ddpm). Source: Song et al. 2021,
             arXiv:2010.02502, eq. 16.
         generator: source of the noise added during sampling; on noise's device or on the CPU.
@@ -98,9 +102,10 @@ def sample(  # noqa: PLR0913 - one entry point; every choice is a keyword with a
     choices = (guidance_scale, guidance_channels, guidance_schedule)
     guided = Guided(model, condition, null_condition, *choices, end)
     check_guidance(guided, noise)
+    threshold = threshold_of(clip_sample=clip_sample, dynamic_percentile=dynamic_percentile)
     chain = _chain(process, sampler, num_steps, eta, generator)
     start = noise if noise.dtype == torch.float64 else noise.float()
-    for done, x in enumerate(chain.steps(guided, start, clip_sample=clip_sample), start=1):
+    for done, x in enumerate(chain.steps(guided, start, threshold=threshold), start=1):
         if callback is not None:
             callback(done, x)
     return x
@@ -142,15 +147,15 @@ class _GaussianChain:
     options: dict[str, Any]
     reads_variance: bool = False
 
-    def steps(self, guided: Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+    def steps(self, guided: Guided, x: Tensor, *, threshold: Threshold | None) -> Iterator[Tensor]:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for row, timestep in reversed(list(enumerate(self.schedule.timesteps.tolist()))):
             # Since the process is not respaced, the model's timestep is also the index in the process.
             index = torch.full(x.shape[:1], timestep, device=x.device)  # (B,)
             mean, variance = self.process.split(guided(x, index), x)
             x_0 = self.process.predicted_x_0(mean, x, index)
-            if clip_sample:
-                x_0 = x_0.clamp(-1, 1)
+            if threshold is not None:
+                x_0 = threshold(x_0)
             if variance is not None and self.reads_variance:
                 x_0 = torch.cat([x_0, variance], dim=1)  # (B, 2C, ...)
             x = self.scheduler.step(x_0, row, x, return_dict=False, **self.options)[0]
@@ -268,13 +273,13 @@ class _FlowChain:
     times: list[float]
     is_step: list[bool]
 
-    def steps(self, guided: Guided, x: Tensor, *, clip_sample: bool) -> Iterator[Tensor]:
+    def steps(self, guided: Guided, x: Tensor, *, threshold: Threshold | None) -> Iterator[Tensor]:
         """Yields x (B, C, ...) after each of the N steps; the last one is data."""
         for time, is_step in zip(self.times, self.is_step, strict=True):
             timestep = torch.full(x.shape[:1], TIMESTEP_SCALE * time, dtype=torch.float32, device=x.device)
             velocity = self.process.velocity(guided(x, timestep), x, timestep)
-            if clip_sample:
-                velocity = (x - (x - time * velocity).clamp(-1, 1)) / time
+            if threshold is not None:
+                velocity = (x - threshold(x - time * velocity)) / time
             x = self.scheduler.step(velocity, time, x, return_dict=False)[0]
             if is_step:
                 yield x

@@ -59,13 +59,23 @@ def save_with_hole(image: npt.NDArray[np.uint8], hole: npt.NDArray[np.bool_], pa
     Image.fromarray(np.concatenate([shown, alpha], axis=-1)).save(path)
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
+def save_grid(
+    images: Tensor, path: Path, *, columns: int, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
+) -> None:
     """Writes images (B, C, H, W) in [-1, 1] as one PNG, row by row. Small images are enlarged.
 
     Args:
         titles: written above the columns, wrapped.
+        row_titles: written beside the rows, wrapped.
     """
-    save_png(titled_grid(to_uint8(images), columns, titles), path)
+    grid = _grid(to_uint8(images), columns)
+    whole = _titled(grid, columns, titles)
+    if row_titles:
+        beside = _row_titles(grid.shape[0], row_titles)
+        above = np.full((whole.shape[0] - grid.shape[0], *beside.shape[1:]), 255, dtype=np.uint8)
+        colored = np.broadcast_to(whole, (*whole.shape[:2], 3))
+        whole = np.concatenate([np.concatenate([above, beside]), colored], axis=1)
+    save_png(whole, path)
 
 
 def save_videos(

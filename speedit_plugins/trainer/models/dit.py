@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.models.interface import split_extra
+from speedit_plugins.trainer.models.interface import level_of, split_extra
 from speedit_plugins.trainer.models.layers.attention import AttentionKernel, SelfAttention, attention_kernel
 from speedit_plugins.trainer.models.layers.blocks import Block, BlockOptions, FinalLayer, PatchEmbedder
 from speedit_plugins.trainer.models.layers.conditioning import LabelEmbedder, TimestepEmbedder
@@ -116,6 +116,8 @@ class DiT(nn.Module):
         self.y_embedder = (
             LabelEmbedder(num_classes, hidden_size, dropout_prob=class_dropout_prob) if num_classes else None
         )
+        # Of the noise in the extra channels; see `tell_level`.
+        self.level_embedder: TimestepEmbedder | None = None
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens, hidden_size), requires_grad=False)
         # Positions of other grids by rows, columns and device. Not buffers: the state dict stays DiT's.
         self._other_positions: dict[tuple[int, int, torch.device], Tensor] = {}
@@ -136,6 +138,16 @@ class DiT(nn.Module):
         self.route = route
 
     @property
+    def is_told_level(self) -> bool:
+        """Whether the condition has "level", the level of the noise in the extra channels."""
+        return self.level_embedder is not None
+
+    def tell_level(self) -> None:
+        """Adds an embedding of "level" in the condition, (B,) in [0, 1], to that of the timestep."""
+        self.level_embedder = TimestepEmbedder(self.pos_embed.shape[2])
+        self._reset_level()
+
+    @property
     def null_label(self) -> int | None:
         """The label for "no class", equal to num_classes; None if the model has no such label."""
         return None if self.y_embedder is None else self.y_embedder.null_label
@@ -149,7 +161,8 @@ class DiT(nn.Module):
             x: (B, C, h, w), with h and w multiples of patch_size. They may change from call to call.
             timestep: (B,), timestep in [0, T) of the process without respacing, integer or fractional.
             condition: int64 labels (B,) in [0, num_classes], or None for an unconditional model. With
-                extra_channels it is a mapping of "extra" (B, E, h, w) and, if there are classes, "label".
+                extra_channels it is a mapping of "extra" (B, E, h, w), "label" if there are classes, and
+                "level" after `tell_level`.
             hidden_after: number of a block, counted from 1, whose output is wanted too; 0 wants none.
 
         Returns:
@@ -221,6 +234,21 @@ class DiT(nn.Module):
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(cast(Any, part).adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        self._reset_level()
+
+    def _reset_level(self) -> None:
+        if self.level_embedder is None:
+            return
+        for index in (0, 2):
+            layer = cast(nn.Linear, self.level_embedder.mlp[index])
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def _embedded(self, timestep: Tensor, condition: Condition) -> Tensor:
+        """The embedding (B, D) of the timestep, and of the level of noise if the model is told it."""
+        c = cast(Tensor, self.t_embedder(self._embedded_time(timestep)))
+        level = level_of(condition, is_told=self.is_told_level)
+        return c if level is None or self.level_embedder is None else c + self.level_embedder(level)
 
     def _prepared(self, x: Tensor, timestep: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """x with the extra channels (B, C + E, ...), and the embedding c (B, D) that modulates the blocks."""
@@ -229,7 +257,7 @@ class DiT(nn.Module):
         self._check_condition(x, timestep, label)
         if extra is not None:
             x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        c = self.t_embedder(self._embedded_time(timestep))
+        c = self._embedded(timestep, condition)
         return x, c if self.y_embedder is None else c + self.y_embedder(label)
 
     def _through_blocks(

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.models.layers.attention import SelfAttention, sdpa
 
+# Level 1 of the noise on a low-resolution input, as it is embedded.
+LEVEL_SCALE = 1000.0
+
 
 def input_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one sample that the model denoises: (C, s, s), or (C, F, s, s) for a video model.
@@ -66,7 +69,7 @@ def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | Non
     """Splits a condition into "extra" (B, E, ...), which is concatenated to x, and the rest.
 
     Returns:
-        The extra channels or None, and the rest: labels, named tensors, or None.
+        The extra channels or None, and the rest without "level": labels, named tensors, or None.
 
     Raises:
         ValueError: the condition has another number of extra channels than the model takes.
@@ -77,8 +80,23 @@ def split_extra(condition: Condition, extra_channels: int) -> tuple[Tensor | Non
         raise ValueError(f"the model needs {extra_channels} extra channels in its condition, got {got}")
     if extra is None or not isinstance(condition, Mapping):
         return None, condition
-    rest = {name: value for name, value in condition.items() if name != "extra"}
+    rest = {name: value for name, value in condition.items() if name not in ("extra", "level")}
     return extra, rest.get("label") if rest.keys() <= {"label"} else rest
+
+
+def level_of(condition: Condition, *, is_told: bool) -> Tensor | None:
+    """What a model embeds for "level" of the condition, (B,), 1000 at level 1; None for a model without it.
+
+    The factor is that of a flow's timestep: the features of a timestep tell numbers of this size apart.
+
+    Raises:
+        ValueError: a model that is told the level gets none, or another one gets it.
+    """
+    level = condition.get("level") if isinstance(condition, Mapping) else None
+    if (level is not None) != is_told:
+        wanted, got = ("a level", "none") if is_told else ("no level", "one")
+        raise ValueError(f"the model needs {wanted} of noise in its condition, got {got}")
+    return None if level is None else LEVEL_SCALE * level
 
 
 def example_inputs(
@@ -101,6 +119,8 @@ def example_inputs(
         if condition is not None:
             named = {"label": condition} if isinstance(condition, Tensor) else condition
         condition = {**named, "extra": x[:, :1].expand(-1, extra, *x.shape[2:])}
+        if getattr(model, "is_told_level", False):
+            condition["level"] = torch.empty(batch_size, device="meta")
     return x, index, condition
 
 

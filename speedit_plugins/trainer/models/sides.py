@@ -49,6 +49,24 @@ def check_sides(places: Mapping[str, Sequence[int]], *, downsample: int, patch: 
                 )
 
 
+def check_factor(places: Mapping[str, Sequence[int]], factor: int) -> None:
+    """Nothing, if every side in pixels is a multiple of the factor of a super-resolution; 0 is none.
+
+    Args:
+        places: as in `check_sides`.
+        factor: how many times smaller the low-resolution sides are.
+
+    Raises:
+        ValueError: a side is none; the message has its key.
+    """
+    for key, shape in places.items():
+        for side in shape[-2:] if factor else ():
+            if side % factor:
+                raise ValueError(
+                    f"{key} needs sides that are multiples of super_resolution.factor {factor}, got {side}"
+                )
+
+
 def check_frames(places: Mapping[str, Sequence[int]], model: nn.Module) -> None:
     """Nothing, if a video model takes the frames of every shape (F, H, W).
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +14,40 @@ from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import LABEL_STREAM, SampleSource, stream_seed
+from speedit_plugins.trainer.inputs import with_entries
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
 
 # Names that a message lists.
 _SHOWN = 20
 
 
+class Inputs(Protocol):
+    """What a model is given besides, for each of N samples, such as a low-resolution one."""
+
+    def __len__(self) -> int: ...
+    def of(self, rows: Tensor, device: torch.device) -> Mapping[str, Tensor]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Conditions:
     """Named conditions: `labels` (int64, one per name), or prompts that `captions` encodes, or none.
 
-    `titles` are the names that say more than the number of a class.
+    `titles` are the names that say more than the number of a class. With `inputs` there is a name for each of
+    their samples, or none.
     """
 
     names: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
     labels: Tensor | None = None
     captions: CaptionSource | None = None
+    inputs: Inputs | None = None
 
     def of(self, rows: Tensor, device: torch.device) -> Condition:
         """The conditions of the names at `rows` (B,) int64, on the device; None without conditions."""
+        named = self._named(rows, device)
+        return named if self.inputs is None else with_entries(named, self.inputs.of(rows, device))
+
+    def _named(self, rows: Tensor, device: torch.device) -> Condition:
         if self.labels is not None:
             return self.labels[rows].to(device)
         if self.captions is None:
@@ -72,7 +86,12 @@ def all_conditions(
 
 
 def random_rows(conditions: Conditions, num_samples: int, *, seed: int) -> Tensor:
-    """Which condition each sample of a large set has, int64 (N,): a random class, or the prompts in turn."""
+    """Which condition each sample of a large set has, int64 (N,): a random class, or the prompts in turn.
+
+    Where there are inputs, they are taken in turn.
+    """
+    if conditions.inputs is not None:
+        return torch.arange(num_samples) % len(conditions.inputs)
     if conditions.labels is None:
         return torch.arange(num_samples) % max(1, len(conditions.names))
     chooser = torch.Generator().manual_seed(stream_seed(seed, LABEL_STREAM))

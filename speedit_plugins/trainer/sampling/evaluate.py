@@ -215,11 +215,20 @@ def check_metrics(options: EvaluationConfig) -> None:
         raise ValueError("clip_score needs evaluation.clip, a folder or hub name of a CLIPModel; got null")
 
 
+def _check_pairs(config: ExperimentConfig) -> None:
+    """Refuses metrics of pairs where there are none: `hole_error` needs holes."""
+    is_enlarged = config.super_resolution.factor > 0
+    for name in config.evaluation.metrics:
+        if name not in PAIRED or config.inpainting is not None or (is_enlarged and name != "hole_error"):
+            continue
+        also = "" if name == "hole_error" else " or super_resolution"
+        raise ValueError(f"{name} compares images with those that they were made of: wanted inpainting{also}")
+
+
 def _check_options(config: ExperimentConfig) -> None:
     """Refuses options that have no effect, and a file of statistics that cannot be written."""
     options, defaults = config.evaluation, EvaluationConfig()
-    if config.inpainting is None and (paired := next((m for m in options.metrics if m in PAIRED), None)):
-        raise ValueError(f"{paired} compares fills with the images that they were made in: wanted inpainting")
+    _check_pairs(config)
     for key, metric in METRIC_OF.items():
         if metric not in options.metrics and getattr(options, key) != getattr(defaults, key):
             raise ValueError(f"evaluation.{key} has no effect without {metric} in evaluation.metrics")

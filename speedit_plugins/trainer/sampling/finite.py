@@ -54,8 +54,9 @@ def not_finite_message(num_bad: int, num_samples: int, config: ExperimentConfig,
         source: the weights that drew them.
     """
     scale = config.guidance_scale
+    is_bounded = config.sampler.is_clamped or config.sampler.percentile is not None
     # Points are not in [-1, 1].
-    is_clippable = config.encoder["type"] in ("Pixels", "Voxels") and not config.sampler.clip_sample
+    is_clippable = config.encoder["type"] in ("Pixels", "Voxels") and not is_bounded
     remedies = (
         ("precision bf16 or fp32", config.precision == "fp16"),
         ("a guidance_scale nearer to 1", scale > 1),

@@ -109,7 +109,8 @@ class SampleGenerator:
                 guidance_scale=self.config.guidance_scale,
                 guidance_channels=options.guidance_channels,
                 guidance_schedule=self._guidance_schedule() if is_guided else None,
-                clip_sample=options.clip_sample,
+                clip_sample=options.is_clamped,
+                dynamic_percentile=options.percentile,
                 eta=options.eta,
                 generator=generator,
                 callback=callback,
@@ -157,13 +158,14 @@ class SampleGenerator:
 
 
 def load_generator(
-    config: ExperimentConfig, source: Path | None = None
+    config: ExperimentConfig, source: Path | None = None, *, captions: CaptionSource | None = None
 ) -> tuple[SampleGenerator, CaptionSource | None, Path]:
     """The generator with averaged weights, or the model's if none are kept; text encoder; weights' path.
 
     Args:
         config: the experiment.
         source: what `find_weights` found before; None looks for the weights.
+        captions: the config's text encoder, where it is built already.
 
     Raises:
         ValueError: there are no weights, or they cannot be read.
@@ -171,7 +173,7 @@ def load_generator(
     source = find_weights(config, tell=say) if source is None else source
     device = build_device(config)
     encoder = build.build_encoder(config, device)
-    captions = build.build_text_encoder(config, device)
+    captions = captions or build.build_text_encoder(config, device)
     model = build.build_model(config, encoder, captions).to(device)
     path = source / checkpoint.sampled_file(source) if source.is_dir() else source
     load_trained(model, path, config, captions)

@@ -4,7 +4,9 @@ Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,15 @@ from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.shapes import save_shapes
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
+from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
+from speedit_plugins.trainer.sampling.enlargements import draw_enlargements
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 from speedit_plugins.trainer.sampling.holes import Holes
 from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
+from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.sampling.shape_files import save_models
 from speedit_plugins.trainer.terminal import progress, say
 
@@ -25,19 +31,26 @@ from speedit_plugins.trainer.terminal import progress, say
 def sample(config: ExperimentConfig) -> int:
     """Writes the sample grid: a column per class or prompt, `samples_per_class` rows. Returns 0."""
     folder = Path(config.experiment_dir)
+    # Before any weights are read.
+    stages_of(config)
     generator, captions, source = load_generator(config)
-    conditions = grid_conditions(config, captions, checkpoint.class_names(source))
+    classes = checkpoint.class_names(source)
     path = results.free_path(folder / results.SAMPLES)
     if config.inpainting is not None and config.inpaint_image is not None:
-        num_samples = draw_fills(generator, conditions, path)
+        num_samples = draw_fills(generator, grid_conditions(config, captions, classes), path)
     elif config.inpainting is not None:
         num_samples = draw_dataset_fills(
             generator, Holes(config, num_images=config.samples_per_class), captions, path
         )
+    elif config.super_resolution.factor:
+        conditions = _enlarged(config, generator, captions, classes)
+        with _progress(config, len(conditions.inputs or ())) as bar:
+            num_samples = draw_enlargements(
+                generator, conditions, path, callback=lambda step, x: bar.update()
+            )
     else:
-        num_samples = _grid_size(config, conditions)
-        num_batches = -(-num_samples // config.per_proc_batch_size)
-        with progress("sampling", total=num_batches * config.sampler.num_steps) as bar:
+        conditions = grid_conditions(config, captions, classes)
+        with _progress(config, _grid_size(config, conditions)) as bar:
             num_samples = draw_grid(
                 generator, conditions, path, callback=lambda step, x: bar.update(), has_models=True
             )
@@ -45,6 +58,27 @@ def sample(config: ExperimentConfig) -> int:
     say(f"sampled {num_samples} {generator.what} with the weights of {source}")
     results.say_where(folder, samples=path)
     return 0
+
+
+def _enlarged(
+    config: ExperimentConfig,
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    classes: tuple[str, ...],
+) -> Conditions:
+    """What the grid of a super-resolution model enlarges: samples of its cascade, files, or the data."""
+    if not config.cascade:
+        number = config.samples_per_class
+        return given_conditions(config, generator, captions, num_samples=number, classes=classes)
+    conditions = grid_conditions(config, captions, classes)
+    rows = torch.arange(max(1, len(conditions.names))).repeat_interleave(config.samples_per_class)
+    return cascade_conditions(config, generator, captions, conditions, rows)
+
+
+def _progress(config: ExperimentConfig, num_samples: int) -> AbstractContextManager[Any]:
+    """A bar that counts the sampling steps of all batches."""
+    num_batches = -(-num_samples // config.per_proc_batch_size)
+    return progress("sampling", total=num_batches * config.sampler.num_steps)
 
 
 def draw_grid(

@@ -20,17 +20,24 @@ from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
+from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
+from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+from speedit_plugins.trainer.sampling.originals import write_items
 from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
 from speedit_plugins.trainer.terminal import progress, say
 
 
 def inference(config: ExperimentConfig) -> int:
     """Draws `num_samples` samples: of random classes, or of the prompts in turn. Returns the exit code.
+
+    A super-resolution model enlarges samples of `low_resolution`, or of the data, in turn, or those that the
+    stages of its `cascade` draw.
 
     An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
     it was given is in a second folder, `..._masked`, transparent in the hole.
@@ -48,7 +55,8 @@ def inference(config: ExperimentConfig) -> int:
     places.check_free()
     holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
     generator, captions, _ = load_generator(config, source)
-    conditions = all_conditions(config, captions, checkpoint.class_names(source))
+    classes = checkpoint.class_names(source)
+    conditions = _conditions(config, generator, captions, classes)
     partial = places.partial
     with (
         _claimed(places),
@@ -71,6 +79,23 @@ def inference(config: ExperimentConfig) -> int:
         if place.exists():
             say(f"  {name:<12} {place}{'/' if place.is_dir() else ''}")
     return 0
+
+
+def _conditions(
+    config: ExperimentConfig,
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    classes: tuple[str, ...],
+) -> Conditions:
+    """The conditions of the samples, with what a super-resolution model enlarges."""
+    if config.super_resolution.factor and not config.cascade:
+        number = config.num_samples
+        return given_conditions(config, generator, captions, num_samples=number, classes=classes)
+    conditions = all_conditions(config, captions, classes)
+    if not config.cascade:
+        return conditions
+    rows = random_rows(conditions, config.num_samples, seed=config.seed)
+    return cascade_conditions(config, generator, captions, conditions, rows)
 
 
 @contextmanager
@@ -159,10 +184,16 @@ def _name(config: ExperimentConfig, source: Path) -> str:
         parts = [source.absolute().parent.name, source.stem]
     sampler = config.sampler
     parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]
+    parts += [] if sampler.percentile is None else [f"dynamic{sampler.percentile:g}"]
     parts += [f"n{config.num_samples}", f"cfg{config.guidance_scale:g}{_schedule_name(config)}"]
     parts.append(f"seed{config.seed}")
     if config.inpainting is not None:
         parts.append(f"holes{_hash(config.inpainting)}")
+    elif config.cascade:
+        before = [str(path) for path in stage_weights(config)]
+        parts.append(f"cascade{_hash([*before, sampler.augmentation, *prompts(config)])}")
+    elif config.super_resolution.factor:
+        parts.append(f"low{_hash([config.low_resolution, sampler.augmentation])}")
     elif config.text_encoder is not None:
         parts.append(f"prompts{_hash(prompts(config))}")
     return "_".join(parts)
@@ -198,7 +229,9 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-    _write_conditions(conditions, rows.tolist(), folder, suffix=_suffix(config))
+    suffix = _suffix(config)
+    _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
+    write_items(conditions, rows.tolist(), folder, suffix=suffix)
 
 
 def _save(item: Any, path: Path, config: ExperimentConfig) -> None:

@@ -1,7 +1,9 @@
-"""Metrics of the phase test for inpainting: each fill against the image that the hole was made in.
+"""Metrics of the phase test for pairs: each fill or enlarged image against the image that it was made of.
 
 Dims: B images, C channels, H x W pixels.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from speedit_plugins.trainer.evaluation.metrics import MetricValue
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.sampling.holes import Holes
+from speedit_plugins.trainer.sampling.originals import enlarged_pairs
 from speedit_plugins.trainer.sampling.sample_sets import SampleSet
 from speedit_plugins.trainer.terminal import progress
 
@@ -19,31 +22,45 @@ def measure_pairs(config: ExperimentConfig, samples: SampleSet) -> list[MetricVa
     """The metrics of pairs that the config asks for, averaged over the samples; none needs features.
 
     The images and their holes are drawn again from dataset, `inpainting` and seed, as inference drew them.
+    What enlarged images were made of is in a file beside them.
 
     Raises:
-        ValueError: the samples are not fills of these holes, since other pixels differ.
+        ValueError: the samples are not fills of these holes, since other pixels differ; or it is not known
+            what they were made of.
     """
     wanted = {name: PAIRED[name] for name in config.evaluation.metrics if name in PAIRED}
     if not wanted:
         return []
-    holes = Holes(config, num_images=len(samples))
+    if samples.is_video:
+        raise ValueError(f"{', '.join(wanted)} compare images, got videos; wanted other metrics")
     totals = dict.fromkeys(wanted, 0.0)
-    size, done = config.evaluation.batch_size, 0
     with progress("pairs", total=len(samples), unit="image") as bar:
-        for fills in samples.batches(size):
-            given = holes.at(holes.items[done : done + len(fills)])
-            originals = torch.from_numpy(images.to_uint8(given.images))
-            inside = given.masks[:, 0] > 0
-            _check_known(samples.source, fills, originals, inside, first=done)
+        for made, originals, inside in _pairs(config, samples):
             for name, measure in wanted.items():
-                totals[name] += float(measure(fills, originals, inside).sum())
-            done += len(fills)
-            bar.update(len(fills))
+                totals[name] += float(measure(made, originals, inside).sum())
+            bar.update(len(made))
     number = len(samples)
     return [
         MetricValue(name, total / number, "pixels", number, number, has_reference=True)
         for name, total in totals.items()
     ]
+
+
+def _pairs(config: ExperimentConfig, samples: SampleSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Samples and their originals, uint8 (B, H, W, C), and where they may differ, bool (B, H, W)."""
+    size, done = config.evaluation.batch_size, 0
+    if config.super_resolution.factor:
+        for made, originals in enlarged_pairs(config, samples, size):
+            yield made, originals, torch.ones(made.shape[:3], dtype=torch.bool)
+        return
+    holes = Holes(config, num_images=len(samples))
+    for fills in samples.batches(size):
+        given = holes.at(holes.items[done : done + len(fills)])
+        originals = torch.from_numpy(images.to_uint8(given.images))
+        inside = given.masks[:, 0] > 0
+        _check_known(samples.source, fills, originals, inside, first=done)
+        yield fills, originals, inside
+        done += len(fills)
 
 
 def _check_known(source: str, fills: Tensor, originals: Tensor, inside: Tensor, *, first: int) -> None:

@@ -264,10 +264,14 @@ def load_item(config: ExperimentConfig, dataset: SampleSource, index: int) -> di
     return dict(dataset.load(index, generator))
 
 
-def read_captions(samples: SampleSet) -> list[str]:
+def read_captions(samples: SampleSet, reader: str = "clip_score") -> list[str]:
     """The caption of each sample, in the samples' order, from the file that inference wrote beside them.
 
     A folder's samples are identified by file path, an npz's by position.
+
+    Args:
+        samples: the samples.
+        reader: what needs the captions, for messages.
 
     Raises:
         ValueError: there is no file, not one caption per sample, a line that is no caption, or for an npz
@@ -276,17 +280,17 @@ def read_captions(samples: SampleSet) -> list[str]:
     """
     path = samples.captions_file
     if path is None or not path.is_file():
-        raise ValueError(f"clip_score needs the captions of {samples.source}, got no {path}")
+        raise ValueError(f"{reader} needs the captions of {samples.source}, got no {path}")
     rows = list(caption_files.read_captions(path))
     if len(rows) != len(samples):
-        raise ValueError(f"clip_score needs {len(samples)} captions, got {len(rows)} in {path}")
+        raise ValueError(f"{reader} needs {len(samples)} captions, got {len(rows)} in {path}")
     if samples.names is not None:
         texts = {posixpath.normpath(row.path): row.texts[0] for row in rows}
         if missing := next((name for name in samples.names if name not in texts), None):
-            raise ValueError(f"clip_score needs a caption of each sample, got none of {missing} in {path}")
+            raise ValueError(f"{reader} needs a caption of each sample, got none of {missing} in {path}")
         return [texts[name] for name in samples.names]
     for before, after in pairwise(rows):
         if before.path >= after.path:
             got = f"{after.path} behind {before.path} at {after.where}"
-            raise ValueError(f"clip_score needs the captions of {path} in the order of file names, got {got}")
+            raise ValueError(f"{reader} needs the captions of {path} in the order of file names, got {got}")
     return [row.texts[0] for row in rows]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -24,11 +25,11 @@ from speedit_plugins.trainer.inputs import BatchEncoder, Encoder, FeatureSource
 from speedit_plugins.trainer.layouts import check_first_shape
 from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
+from speedit_plugins.trainer.low_resolution import build_low_resolution
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
 from speedit_plugins.trainer.parallel.booster import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import (
-    Conditions,
     all_conditions,
     build_captions,
     grid_conditions,
@@ -113,13 +114,12 @@ def _periodic(
         measure = Validation(model, process, undropped, measured, config, runtime)
         periodic.append(Periodic("validate_every", config.validate_every, measure))
     if config.sample_every:
-        conditions = grid_conditions(config, captions, tuple(getattr(dataset, "classes", ())))
+        classes = tuple(getattr(dataset, "classes", ()))
         normalization = getattr(dataset, "normalization", None)
-        grids = _grids(model, encoder, conditions, config, normalization)
+        grids = _grids(model, encoder, captions, config, classes, normalization)
         periodic.append(Periodic("sample_every", config.sample_every, grids))
     if config.evaluate_every:
-        conditions = all_conditions(config, captions)
-        evaluation = _evaluation(model, encoder, conditions, config, runtime)
+        evaluation = _evaluation(model, encoder, captions, config, runtime)
         periodic.append(Periodic("evaluate_every", config.evaluate_every, evaluation))
     return periodic
 
@@ -178,6 +178,7 @@ def _batch_encoder(
         caption_dropout_prob=config.caption_dropout_prob,
         masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
         teacher=teacher,
+        low_resolution=build_low_resolution(config, encoder),
     )
 
 
@@ -194,20 +195,30 @@ def _other_captions(
 def _grids(
     model: nn.Module,
     encoder: Encoder,
-    conditions: Conditions,
+    captions: CaptionSource | None,
     config: ExperimentConfig,
+    classes: tuple[str, ...],
     normalization: Normalization | None,
 ) -> Callable[[Snapshot], Measured]:
     """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
+    from speedit_plugins.trainer.sampling.enlargements import draw_enlargements
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
     from speedit_plugins.trainer.sampling.holes import Holes
     from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
+    from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 
     process = build.build_process(config, respaced=False)
     generator = SampleGenerator(model, process, encoder, config, normalization=normalization)
-    holes = None if config.inpainting is None else Holes(config, num_images=config.samples_per_class)
+    number = config.samples_per_class
+    if config.inpainting is not None:
+        draw = partial(draw_dataset_fills, generator, Holes(config, num_images=number), captions)
+    elif config.super_resolution.factor:
+        given = given_conditions(config, generator, captions, num_samples=number, classes=classes)
+        draw = partial(draw_enlargements, generator, given)
+    else:
+        draw = partial(draw_grid, generator, grid_conditions(config, captions, classes))
 
     def write(snapshot: Snapshot) -> Measured:
         weights = snapshot.on_main
@@ -215,11 +226,7 @@ def _grids(
             return Measured()
         path = Path(config.experiment_dir) / results.GRIDS / f"step_{snapshot.step:07d}.png"
         generator.source = f"step {snapshot.step}"
-        if holes is not None:
-            captions = conditions.captions
-            draw_dataset_fills(generator, holes, captions, path, weights=weights, may_fail=False)
-        else:
-            draw_grid(generator, conditions, path, weights=weights, may_fail=False)
+        draw(path, weights=weights, may_fail=False)
         return Measured(pictures={"samples": path.with_suffix(".gif") if config.num_frames else path})
 
     return write
@@ -235,11 +242,21 @@ def _check_cache(dataset: SampleSource, encoder: Encoder, config: ExperimentConf
 
 
 def _evaluation(
-    model: nn.Module, encoder: Encoder, conditions: Conditions, config: ExperimentConfig, runtime: Runtime
+    model: nn.Module,
+    encoder: Encoder,
+    captions: CaptionSource | None,
+    config: ExperimentConfig,
+    runtime: Runtime,
 ) -> Callable[[Snapshot], Measured]:
     # As in `_grids`.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
+    from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
     from speedit_plugins.trainer.training.evaluation import Evaluation
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)
+    if config.super_resolution.factor:
+        number = config.evaluate_samples
+        conditions = given_conditions(config, generator, captions, num_samples=number)
+    else:
+        conditions = all_conditions(config, captions)
     return Evaluation(generator, conditions, config, runtime)

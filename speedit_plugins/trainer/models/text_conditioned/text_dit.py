@@ -189,7 +189,7 @@ class ReadsCaptions:
                 f"a model with a draft takes inputs of one size, {tuple(draft.shape[2:])}, got"
                 f" {tuple(x.shape[2:])}"
             )
-        c = model.t_embedder(model._embedded_time(timestep)) + embedded
+        c = model._embedded(timestep, condition) + embedded
         parts = [part.to(x.dtype) for part in (extra, draft) if part is not None]
         given = {"modulation": c, "joined": torch.cat([x, *parts], dim=1)}
         found = cast(Any, super()).forward(x, timestep, given, hidden_after=hidden_after)

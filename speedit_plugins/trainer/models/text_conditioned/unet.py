@@ -24,8 +24,9 @@ class UNet(TextConditioned):
     The arguments that `PixArt` has too mean the same here.
 
     Args:
-        extra_channels: channels for a mask and a masked latent, for inpainting. A network at `path` without
-            them gets a wider first convolution. Its new weights are zero: predictions start unchanged.
+        extra_channels: channels for a mask and a masked latent, for inpainting, or for a low-resolution
+            sample. A network at `path` without them gets a wider first convolution. Its new weights are zero:
+            predictions start unchanged.
         block_out_channels: width of each level, finest first.
         layers_per_block: residual layers of each level.
         attention_head_dim: number of heads of each attention, which diffusers calls so.
@@ -88,9 +89,47 @@ class UNet(TextConditioned):
         )
         self.is_widened = is_widened
 
-    def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    @property
+    def is_told_level(self) -> bool:  # type: ignore[override]  # a plain value in the other networks
+        """Whether the condition has "level", the level of the noise in the extra channels."""
+        return bool(config_value(self.net, "class_embed_type") == "timestep")
+
+    def tell_level(self) -> None:
+        """Adds an embedding of "level" in the condition, (B,) in [0, 1], to that of the timestep.
+
+        It is diffusers' own, of `class_embed_type` "timestep". Its last layer is zero: predictions start
+        unchanged.
+
+        Raises:
+            ValueError: the network embeds something else in its place, such as classes.
+        """
+        from diffusers.models.embeddings import TimestepEmbedding
+
+        net = cast(Any, self.net)
+        if self.is_told_level:
+            return
+        if net.class_embedding is not None:
+            raise ValueError(
+                "super_resolution tells the network the level of the noise by its class embedding, and this"
+                " network embeds something else there; wanted class_embed_type null or timestep"
+            )
+        # The sizes of the timestep's own embedding.
+        first, last = net.time_embedding.linear_1, net.time_embedding.linear_2
+        net.class_embedding = TimestepEmbedding(first.in_features, last.out_features)
+        nn.init.zeros_(net.class_embedding.linear_2.weight)
+        nn.init.zeros_(net.class_embedding.linear_2.bias)
+        net.register_to_config(class_embed_type="timestep")
+
+    def _predict(
+        self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor, level: Tensor | None = None
+    ) -> Tensor:
         output: Tensor = self.net(
-            x, timestep, tokens, encoder_attention_mask=mask.to(tokens.dtype), return_dict=False
+            x,
+            timestep,
+            tokens,
+            class_labels=level,
+            encoder_attention_mask=mask.to(tokens.dtype),
+            return_dict=False,
         )[0]
         return output
 

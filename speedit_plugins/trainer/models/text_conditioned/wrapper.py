@@ -2,8 +2,9 @@
 
 The trainer calls a model as `model(x, timestep, condition)`, and reads from its attributes which inputs it
 takes. The condition of a text-conditioned model is a mapping of tensors: "tokens" (B, L, D) and "mask" (B, L)
-describe the caption, and "extra" (B, E, ...), if the model takes it, is concatenated to x. The network of
-diffusers is the attribute `net`, so that the names of its parameters begin with "net.".
+describe the caption, and "extra" (B, E, ...), if the model takes it, is concatenated to x. A model that is
+told the level of the noise in "extra" also gets "level" (B,). The network of diffusers is the attribute
+`net`, so that the names of its parameters begin with "net.".
 
 Dims: `B` batch, `C` latent channels, `E` extra channels, `F` frames, `h`, `w` sides of the latent, `L` tokens
 of a caption, `D` width of the text encoder.
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.trainer.models.interface import split_extra
+from speedit_plugins.trainer.models.interface import level_of, split_extra
 from speedit_plugins.trainer.models.pretrained.saved_models import check_whole, reading
 
 # What the config calls the sizes that a saved network must share with it.
@@ -47,6 +48,7 @@ class TextConditioned(nn.Module):
     """
 
     num_classes, null_label = 0, None
+    is_told_level = False
     # What gets LoRA's adapters, and the layers in it that get them if the config names none.
     adapted_part, lora_targets = "net", ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -121,12 +123,14 @@ class TextConditioned(nn.Module):
             got = "none" if condition is None else f"width {condition['tokens'].shape[2]}"
             raise ValueError(f"the model needs caption features of width {self.text_width}, got {got}")
         extra, _ = split_extra(condition, self.extra_channels)
+        level = level_of(condition, is_told=self.is_told_level)
+        told = {} if level is None else {"level": level}
         if extra is not None:
             x = torch.cat([x, extra.to(x.dtype)], dim=1)  # (B, C + E, ...)
         # The features are float32; a training plugin may keep the network in another type.
         tokens = condition["tokens"].to(next(self.net.parameters()).dtype)
         with _first_output(self.token_blocks, hidden_after) as found:
-            output = self._predict(x.to(tokens.dtype), timestep, tokens, condition["mask"])
+            output = self._predict(x.to(tokens.dtype), timestep, tokens, condition["mask"], **told)
         if not hidden_after:
             return output
         # Videos pass a block as a batch of frames.

@@ -1,0 +1,174 @@
+"""Cascades: a run draws small samples, and super-resolution runs enlarge them, one after the other.
+
+Source: Ho et al. 2021, arXiv:2106.15282; with captions, Saharia et al. 2022, arXiv:2205.11487.
+
+Dims: N samples, B of them at a time, C channels, F frames (absent for images), h x w pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from torch import Tensor
+
+from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.loader import STAGE_STREAM, stream_seed
+from speedit_plugins.trainer.models.pretrained.text import CaptionSource
+from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
+from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, inputs_of
+
+# What a training leaves in its folder, see `results.save_config`.
+_CONFIG = "config_train.yaml"
+
+
+class FromStage:
+    """Samples that a stage draws when they are asked for, those of one batch at a time.
+
+    Args:
+        generator: draws them.
+        conditions: one for each of the N samples, in their order; the stage's own low-resolution inputs too.
+        num_samples: N.
+    """
+
+    def __init__(self, generator: SampleGenerator, conditions: Conditions, *, num_samples: int) -> None:
+        self._generator, self._conditions, self._num_samples = generator, conditions, num_samples
+        # Of the last call, so that a grid shows what the next stage was given without drawing it again.
+        self._last: tuple[list[int], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def at(self, rows: Tensor) -> Tensor:
+        """The samples at rows (B,), (B, C, [F,] h, w) in [-1, 1], on the CPU. Batches start at other rows."""
+        if self._last is None or self._last[0] != rows.tolist():
+            condition = self._conditions.of(rows, self._generator.device)
+            drawn = self._generator.draw(condition, len(rows), stream=int(rows[0]))
+            self._last = rows.tolist(), drawn.clamp(-1, 1).cpu()
+        return self._last[1]
+
+    def originals(self, rows: Tensor) -> None:
+        """None: what is drawn has no original."""
+
+    def versions(self, rows: Tensor) -> list[Tensor]:
+        """What this stage and those before it have drawn, the smallest first."""
+        # In this order: the stage draws what those before it keep.
+        own = self.at(rows)
+        before = self._conditions.inputs
+        earlier = before.samples.versions(rows) if isinstance(before, LowResolutionInputs) else []
+        return [*earlier, own]
+
+
+def cascade_conditions(
+    config: ExperimentConfig,
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    conditions: Conditions,
+    rows: Tensor,
+) -> Conditions:
+    """A condition for each of N samples of a cascade's last stage, with what the stages before it draw.
+
+    Args:
+        config: of the last stage; `cascade` names the runs before it.
+        generator: draws with the last stage.
+        captions: the text encoder, which all stages share.
+        conditions: classes or prompts.
+        rows: which of them each sample has, int64 (N,).
+
+    Raises:
+        ValueError: a stage has no checkpoint, or does not fit the one before it.
+    """
+    each = _spread(conditions, rows)
+    last = each
+    samples: FromStage | None = None
+    for stage in [*stages_of(config), config]:
+        drawing = generator
+        if stage is not config:
+            drawing = load_generator(stage, captions=captions)[0]
+        _check_channels(drawing, generator)
+        if samples is not None:
+            last = replace(each, inputs=inputs_of(samples, stage, drawing))
+        samples = FromStage(drawing, last, num_samples=len(rows))
+    return last
+
+
+def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
+    """The configs of the runs that `cascade` names, as their trainings left them, each with its own seed.
+
+    There are none without a cascade.
+
+    Raises:
+        ValueError: a folder has no run, or a stage does not fit the one before it.
+    """
+    found = []
+    for number, folder in enumerate(config.cascade):
+        path = Path(folder) / _CONFIG
+        if not path.is_file():
+            raise ValueError(
+                f"cascade[{number}] needs the folder of a trained run, got {folder} without {_CONFIG}"
+            )
+        stage = replace(
+            load_config(path, "test"),
+            experiment_dir=str(folder),
+            ckpt_path=None,
+            # Otherwise the noise of two stages would begin with the same numbers.
+            seed=stream_seed(config.seed, STAGE_STREAM, number),
+            device=config.device,
+            allow_download=config.allow_download,
+        )
+        found.append(stage)
+    if found:
+        _check_stages([*found, config])
+    return found
+
+
+def stage_weights(config: ExperimentConfig) -> list[Path]:
+    """The checkpoint that each stage before the last one draws with: the newest of its run."""
+    return [find_weights(stage) for stage in stages_of(config)]
+
+
+def _check_stages(stages: Sequence[ExperimentConfig]) -> None:
+    names = [*(f"cascade[{number}]" for number in range(len(stages) - 1)), "this run"]
+    first = stages[0]
+    if first.super_resolution.factor:
+        problem = f"got a super-resolution run, {first.experiment_dir}"
+        raise ValueError(f"{names[0]} needs a run that draws from noise alone, {problem}")
+    for (name, small), (other, large) in pairwise(list(zip(names, stages, strict=True))):
+        factor = large.super_resolution.factor
+        if not factor:
+            problem = f"got another, {large.experiment_dir}"
+            raise ValueError(f"{other} needs a super-resolution run behind {name}, {problem}")
+        side, wanted = small.image_size, large.image_size // factor
+        if side != wanted:
+            raise ValueError(
+                f"the stages of cascade do not fit: {name} draws {side} x {side} pixels, and {other} enlarges"
+                f" {wanted} x {wanted} to {large.image_size} x {large.image_size}"
+            )
+        for key in ("num_frames", "num_classes", "text_encoder"):
+            ours, theirs = getattr(small, key), getattr(large, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"the stages of cascade do not fit: {name} has {key} {ours!r}, and {other} {theirs!r}"
+                )
+
+
+def _check_channels(stage: SampleGenerator, last: SampleGenerator) -> None:
+    ours, theirs = stage.encoder.image_channels, last.encoder.image_channels
+    if ours != theirs:
+        raise ValueError(
+            f"the stages of cascade do not fit: {stage.config.experiment_dir} has {ours} channels,"
+            f" and the last stage of {theirs}"
+        )
+
+
+def _spread(conditions: Conditions, rows: Tensor) -> Conditions:
+    """The conditions of the rows (N,), one after the other, as conditions of N names."""
+    names = tuple(conditions.names[row] for row in rows.tolist()) if conditions.names else ()
+    return replace(
+        conditions,
+        names=names,
+        titles=names if conditions.titles else (),
+        labels=None if conditions.labels is None else conditions.labels[rows],
+    )

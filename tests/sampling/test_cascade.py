@@ -1,0 +1,170 @@
+"""Cascades: stages in a row, in grids and in inference, and what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import arguments, small_config
+
+from speedit_plugins.cli import main
+from speedit_plugins.trainer.evaluation.npz import read_npz
+from speedit_plugins.trainer.inputs import with_entries
+from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.low_resolution import enlarged
+from speedit_plugins.trainer.sampling import cascade
+from speedit_plugins.trainer.sampling.generator import load_generator
+
+DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
+CPU = torch.device("cpu")
+# Both stages have their own process, sampler and guidance.
+STAGES: tuple[dict[str, Any], ...] = (
+    {"image_size": 8, "sampler__num_steps": 3, "guidance_scale": 2.0},
+    {
+        "image_size": 16,
+        "super_resolution__factor": 2,
+        "diffusion": "{type: RectifiedFlow, shift: 2.0, policy: auto}",
+        "sampler": "{type: euler, num_steps: 2, clip_sample: true}",
+        "guidance_scale": 1.0,
+    },
+    {
+        "image_size": 32,
+        "super_resolution__factor": 2,
+        "diffusion__noise_schedule": "cosine",
+        "sampler__augmentation": 0.1,
+        "guidance_scale": 1.5,
+    },
+)
+
+
+def run(phase: str, folder: Path, **changes: Any) -> int:
+    return main(["-c", DIGITS, "-p", phase, *arguments(folder, **{"max_training_steps": 2, **changes})])
+
+
+def error(capsys: pytest.CaptureFixture[str], phase: str, folder: Path, **changes: Any) -> str:
+    capsys.readouterr()
+    assert run(phase, folder, **changes) == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of three trained stages, of 8, 16 and 32 pixels."""
+    folders = [tmp_path_factory.mktemp(f"stage_{number}") for number in range(len(STAGES))]
+    for folder, stage in zip(folders, STAGES, strict=True):
+        assert run("train", folder, **stage) == 0
+    return folders
+
+
+def before(folders: list[Path], last: int) -> dict[str, Any]:
+    return {"cascade": f"[{','.join(map(str, folders[:last]))}]"}
+
+
+def test_each_stage_enlarges_what_the_one_before_it_drew(trained: list[Path]) -> None:
+    config = small_config(trained[2], "inference", **STAGES[2], **before(trained, 2))
+    assert (
+        run("inference", trained[2], **STAGES[2], **before(trained, 2), num_samples=3, per_proc_batch_size=2)
+        == 0
+    )
+    (npz,) = (trained[2] / "inference").glob("*cascade*.npz")
+    drawn = read_npz(npz)
+    assert drawn.shape == (3, 32, 32, 1)
+    rows = [json.loads(line)["label"] for line in (npz.with_suffix("") / "labels.jsonl").open()]
+
+    # By hand, the first batch: what a stage draws, within [-1, 1], is enlarged and noised for the next one.
+    label, given = torch.tensor(rows[:2]), None
+    for stage in [*cascade.stages_of(config), config]:
+        generator = load_generator(stage)[0]
+        condition: Any = label
+        if given is not None:
+            level = stage.sampler.augmentation
+            inputs = cascade.inputs_of(cascade.FromStage(generator, None, num_samples=3), stage, generator)  # type: ignore[arg-type]  # it is not drawn with
+            seeds = [cascade.stream_seed(stage.seed, 9, row) for row in range(2)]
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            entries = inputs.maker.of(given, torch.full((2,), level), draws)
+            if level == 0:
+                assert torch.equal(entries["extra"], enlarged(given, 2))
+            condition = with_entries(label, entries)
+        given = generator.draw(condition, 2, stream=0).clamp(-1, 1)
+    assert given is not None
+    assert np.array_equal(drawn[:2], images.to_uint8(given))
+    # A stage's noise is not that of another one.
+    assert len({stage.seed for stage in [*cascade.stages_of(config), config]}) == 3
+
+
+def test_stages_keep_their_own_process_sampler_and_guidance(trained: list[Path]) -> None:
+    config = small_config(trained[2], "sample", **STAGES[2], **before(trained, 2))
+    first, second = cascade.stages_of(config)
+    assert (first.sampler.type, first.sampler.num_steps, first.guidance_scale) == ("ddpm", 3, 2.0)
+    assert (second.sampler.type, second.sampler.num_steps, second.guidance_scale) == ("euler", 2, 1.0)
+    assert (first.diffusion.type, second.diffusion.shift) == ("SpeeDiffusion", 2.0)
+
+
+def test_a_grid_has_a_column_for_each_stage(trained: list[Path]) -> None:
+    grid = {"sample_classes": "[3, 5]", "samples_per_class": 2}
+    assert run("sample", trained[2], **STAGES[2], **before(trained, 2), **grid) == 0
+    with Image.open(trained[2] / "samples.png") as shown:
+        pixels = np.asarray(shown)
+    # Titles on the left and above, then four rows of three stages, each enlarged to 64 pixels.
+    assert pixels.shape[1] == 128 + 3 * 66 + 2
+    assert pixels.shape[0] > 4 * 66 + 2
+    assert (pixels[0] == 255).all()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(
+    trained: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, small, _ = trained
+    grid = {"sample_classes": "[3]"}
+    cases: tuple[tuple[str, dict[str, Any], str], ...] = (
+        (f"[{base}]", STAGES[2], "cascade[0] draws 8 x 8 pixels, and this run enlarges 16 x 16 to 32 x 32"),
+        (f"[{small}]", STAGES[2], "cascade[0] needs a run that draws from noise alone"),
+        (f"[{base},{base}]", STAGES[2], "cascade[1] needs a super-resolution run behind cascade[0]"),
+        (f"[{tmp_path}]", STAGES[1], f"cascade[0] needs the folder of a trained run, got {tmp_path}"),
+        (f"[{base}]", STAGES[0], "cascade: has no effect without super_resolution.factor"),
+        (f"[{base}]", {**STAGES[1], "low_resolution": "x.npz"}, "low_resolution: the stages of cascade draw"),
+        (
+            f"[{base}]",
+            {**STAGES[1], "num_classes": 0, "sample_classes": "[]"},
+            "cascade[0] has num_classes 10, and this run 0",
+        ),
+    )
+    for named, changes, said in cases:
+        found = error(capsys, "sample", trained[1], cascade=named, **{**grid, **changes})
+        assert said in found
+        assert len(found.strip().splitlines()) == 1
+    assert not (trained[1] / "samples.png").exists()
+    assert "cascade: has no effect in train" in error(
+        capsys, "train", small, cascade=f"[{base}]", **STAGES[1]
+    )
+
+
+def test_a_cascade_of_captions_shares_its_text_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = [
+        *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.text_hidden=16"),
+        *("max_training_steps=101", "data.batch_size=2", "log_every=100", "enable_tensorboard_log=false"),
+        *("sampler.num_steps=2", "model.draft=false", "sample_prompts=[red heart, green apple]"),
+    ]
+    base, top = tmp_path / "base", tmp_path / "top"
+    large = [*tiny, f"experiment_dir={top}", "super_resolution.factor=2"]
+    small = [
+        *tiny,
+        f"experiment_dir={base}",
+        "image_size=16",
+        "data.dataset.image_size=16",
+        "model.input_size=16",
+    ]
+    assert main(["-c", EMOJI, "-p", "train", *small]) == 0
+    assert main(["-c", EMOJI, "-p", "train", *large]) == 0
+    built = []
+    build = cascade.load_generator.__globals__["build"]
+    text = build.build_text_encoder
+    monkeypatch.setattr(build, "build_text_encoder", lambda *given: built.append(given) or text(*given))
+    assert main(["-c", EMOJI, "-p", "sample", *large, f"cascade=[{base}]", "samples_per_class=1"]) == 0
+    assert len(built) == 1
+    assert (top / "samples.png").is_file()
