@@ -202,7 +202,6 @@ def test_videos_and_captions(tmp_path: Path, kind: str, type_: str) -> None:
         ({"alignment": section(decay=0.5)}, r"alignment\.decay.*no effect with alignment\.type REPA"),
         ({"alignment": "{type: SRA, teacher: embedded}"}, r"alignment\.teacher.*no effect.*SRA; wanted null"),
         ({"alignment": "{type: SRA, layer: 2, teacher_layer: 2}"}, r"a block after alignment\.layer 2"),
-        ({"alignment": section(until=20)}, r"alignment\.until.*max_training_steps 20, got 20"),
         ({"alignment": section(), "plugin": "gemini"}, r"plugin.*alignment\.type REPA; wanted ddp"),
         (
             {"alignment": "{type: SRA, layer: 1}", "lora__rank": 1, "pretrained": "x"},
@@ -217,8 +216,18 @@ def test_what_cannot_be_combined_is_told(tmp_path: Path, changes: dict[str, Any]
 
 def test_a_block_beyond_the_models_last_is_told(tmp_path: Path) -> None:
     for text, message in (
-        (section(layer=3), r"alignment\.layer: wanted a block of the model's 2, got 3"),
-        ("{type: SRA, layer: 2}", r"alignment\.teacher_layer: wanted a block of the model's 2, got 4"),
+        (section(layer=3), r"alignment\.layer: wanted a block of the model's 2, got 3$"),
+        ("{type: SRA}", r"alignment\.layer: wanted a block of the model's 2, got 8, the default$"),
+        ("{type: SRA, layer: 5, teacher_layer: 9}", r"alignment\.layer: wanted .* 2, got 5$"),
+        (
+            "{type: SRA, layer: 2}",
+            r"alignment\.teacher_layer: wanted .* 2, got 4, twice alignment\.layer 2; wanted"
+            r" alignment\.layer before the last",
+        ),
+        (
+            "{type: SRA, layer: 1, teacher_layer: 7}",
+            r"teacher_layer: wanted .* 2, got 7; wanted one after alignment\.layer, up to 2$",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             small_trainer(tmp_path, alignment=text)

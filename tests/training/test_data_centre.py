@@ -52,6 +52,12 @@ def test_a_given_centre_is_kept() -> None:
     assert centred(config, LONE) is config
 
 
+def test_the_rest_of_the_policy_is_checked_before_the_data_are_read() -> None:
+    policy = "diffusion.policy={type: spectral, weighting: p3}"
+    with pytest.raises(ValueError, match="unknown weighting 'p3'"):
+        centred(digits(policy, "data.dataset={type: ImageFolder, root: /nowhere}"), LONE)
+
+
 def test_of_several_shapes_the_commonest_is_measured(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for number in range(48):

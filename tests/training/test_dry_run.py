@@ -24,6 +24,7 @@ MASKED = {
     "model__decode_layer": 1,
     "masking__type": "MDT",
 }
+FLOW = {"diffusion__type": "RectifiedFlow"}
 SRA = {"alignment": "{type: SRA, layer: 1}"}
 
 
@@ -54,6 +55,8 @@ def test_layers_of_the_training_alone_are_told_apart(tmp_path: Path, changes: di
     assert found["training only"] == f"{own:,} parameters"
     assert found["parameters"] == plain["parameters"] == f"{sum(sizes.values()) - own:,}"
     assert "training only" not in plain
+    assert "accelerations" in found
+    assert "accelerations" not in plain
 
 
 def test_the_state_has_what_only_the_training_keeps(tmp_path: Path) -> None:
@@ -69,6 +72,22 @@ def test_the_state_has_what_only_the_training_keeps(tmp_path: Path) -> None:
     assert "EMA, SRA's teacher in fp32" in found
     # Weights, gradients, the average and AdamW's two moments take 20 bytes a parameter. Both were rounded.
     assert mebibytes(found) - mebibytes(plain) == pytest.approx((20 * head + teacher) / 2**20, abs=0.1)
+
+
+def test_the_accelerations_are_listed(tmp_path: Path) -> None:
+    some = {
+        "contrastive__weight": 0.05,
+        "noise_assignment": "class",
+        "routing": "{from: 0, to: 1, keep: 0.5}",
+    }
+    assert lines(tmp_path, **some)["accelerations"] == (
+        "routing of 0.5 of the tokens past blocks 0 to 1, contrastive 0.05, noise_assignment class"
+    )
+    ends = {5: "until step 5", 20: "to the end (until is 20, the training has 20 steps)"}
+    for until, text in ends.items():
+        given = {"alignment": f"{{type: SRA, layer: 1, until: {until}}}", "uncertainty": "true"}
+        found = lines(tmp_path, **given, max_training_steps=20)["accelerations"]
+        assert found == f"alignment SRA 0.5 at block 1 {text}, uncertainty"
 
 
 def test_a_teacher_is_not_read(tmp_path: Path) -> None:
@@ -106,7 +125,11 @@ def test_what_is_kept_for_backward_has_what_the_accelerations_add(tmp_path: Path
             r"alignment\.teacher_layer: wanted a block of the model's 2",
         ),
         ({"masking__type": "MDT"}, r"masking\.type: MDT needs a model with a masked pass"),
-        ({"routing": "{from: 0, to: 2, keep: 0.5}"}, r"routing needs 0 <= from <= to < 2"),
+        ({**FLOW, "diffusion__policy": "{type: auto, weighting: p3}"}, r"unknown weighting 'p3'"),
+        ({**FLOW, "diffusion__policy": "{type: auto, weighting: {type: p2, gama: 3}}"}, r"gama"),
+        ({**FLOW, "diffusion__policy": "{type: auto, normalize: los}"}, r"policy normalize needs"),
+        ({"routing": "{from: 0, to: 2, keep: 0.5}"}, r"routing\.to: wanted 0 <= from <= to < 2"),
+        ({"routing__keep": 0.5}, r"got from 2 and to -4, blocks 2 and -2; wanted such as from 0 and to 1$"),
     ],
 )
 def test_a_dry_run_refuses_what_the_training_refuses(

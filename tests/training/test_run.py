@@ -53,6 +53,7 @@ def test_train_says_where_its_results_lie(tmp_path: Path, capfd: pytest.CaptureF
     assert speedit("train", tmp_path) == 0
     out, err = capfd.readouterr()
     assert "policy speedit: boundary 642 of 1000 timesteps, mean weight 0.5815" in out
+    assert "accelerations" not in out
     for name in ("loss.png", "metrics.jsonl", "checkpoints/step_0000020"):
         assert (tmp_path / name).exists()
         assert str(tmp_path / name) in out

@@ -15,6 +15,7 @@ from speedit_plugins.trainer.accelerations.self_alignment import SelfAlignment
 from speedit_plugins.trainer.accelerations.teachers import CachedTeacher, Teacher
 from speedit_plugins.trainer.accelerations.uncertainty import LearnedUncertainty
 from speedit_plugins.trainer.build import Process
+from speedit_plugins.trainer.config.accelerations import AlignmentConfig
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.interface import token_blocks, token_width
 from speedit_plugins.trainer.models.routing import set_route
@@ -70,18 +71,7 @@ def _alignment(
         ValueError: the model gives no tokens, or has no such block.
     """
     options = config.alignment
-    depth = len(token_blocks(model))
-    last = options.last_block
-    if not depth:
-        raise ValueError(
-            f"alignment.type: the model {config.model['type']} gives no tokens of its blocks; wanted DiT,"
-            " Latte, PixArt or LatteT2V, or one whose forward takes hidden_after"
-        )
-    if last > depth:
-        key = "layer" if options.type == "REPA" or options.layer > depth else "teacher_layer"
-        raise ValueError(
-            f"alignment.{key}: wanted a block of the model's {depth}, got {max(options.layer, last)}"
-        )
+    _check_blocks(config, len(token_blocks(model)))
     _check_route(config, model)
     device, dtype = next(model.parameters()).device, AUTOCAST[config.precision]
     given: dict[str, Any] = {
@@ -100,11 +90,35 @@ def _alignment(
         model,
         head.to(device),
         process=process,
-        teacher_layer=last,
+        teacher_layer=options.last_block,
         max_interval=options.max_interval,
         decay=options.decay,
         **given,
     )
+
+
+def _check_blocks(config: ExperimentConfig, depth: int) -> None:
+    """Raises ValueError if a model with so many blocks has not those that are aligned."""
+    options = config.alignment
+    if not depth:
+        raise ValueError(
+            f"alignment.type: the model {config.model['type']} gives no tokens of its blocks; wanted DiT,"
+            " Latte, PixArt or LatteT2V, or one whose forward takes hidden_after"
+        )
+    if options.layer > depth:
+        unset = ", the default" if options.layer == AlignmentConfig().layer else ""
+        raise ValueError(
+            f"alignment.layer: wanted a block of the model's {depth}, got {options.layer}{unset}"
+        )
+    if options.last_block > depth:
+        twice = f", twice alignment.layer {options.layer}" if options.teacher_layer is None else ""
+        fitting = f"one after alignment.layer, up to {depth}"
+        if options.layer == depth:
+            fitting = f"alignment.layer before the last, and this one after it, up to {depth}"
+        raise ValueError(
+            f"alignment.teacher_layer: wanted a block of the model's {depth}, got"
+            f" {options.last_block}{twice}; wanted {fitting}"
+        )
 
 
 def _check_route(config: ExperimentConfig, model: nn.Module) -> None:

@@ -119,12 +119,6 @@ def _check_alignment(config: ExperimentConfig) -> None:
             "alignment.teacher_layer",
             f"wanted a block after alignment.layer {options.layer}, got {options.teacher_layer}",
         )
-    if options.until is not None and options.until >= config.max_training_steps:
-        raise ConfigError(
-            "alignment.until",
-            f"has no effect at or after max_training_steps {config.max_training_steps}, got {options.until};"
-            " wanted fewer steps, or null",
-        )
     _check_alignment_with_others(config)
 
 

@@ -35,7 +35,8 @@ class MaskingConfig:
 class RoutingConfig:
     """Token routing (TREAD, arXiv:2501.04765): in training a part of the tokens passes blocks by.
 
-    DiT, SiT, LightningDiT, Latte, PixArt and LatteT2V can; see docs/accelerations/routing.md.
+    DiT, SiT, LightningDiT, Latte, TextDiT, TextLatte, PixArt and LatteT2V can; see
+    docs/accelerations/routing.md.
     """
 
     from_: int = 2
@@ -64,7 +65,8 @@ class AlignmentConfig:
     weight: float = limited(0.5, above=0)
     """Weight of the mean cosine similarity. The policy's weight of the timestep does not scale it."""
     until: int | None = limited(None, at_least=1)
-    """Steps after which the alignment ends (HASTE, arXiv:2505.16792). null keeps it to the end."""
+    """Steps after which the alignment ends (HASTE, arXiv:2505.16792). null keeps it to the end, as does a
+    number past the end of the training."""
     projector_width: int | None = limited(None, at_least=1)
     """Inner width of the projector between tokens and features. null is the release's: 2048 for REPA, twice
     the model's width for SRA."""

@@ -15,7 +15,7 @@ def with_lora_section(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: the config has both forms of a key.
     """
-    model, section = content.get("model"), content.get("lora", {})
+    model, section = content.get("model"), content.get("lora") or {}
     if not isinstance(model, Mapping) or model.get("type") != "UNet" or not isinstance(section, Mapping):
         return dict(content)
     moved = {new: model[old] for old, new in _LORA_KEYS.items() if old in model}

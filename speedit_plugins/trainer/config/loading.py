@@ -23,8 +23,15 @@ from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.custom_imports import import_stated, listed
 from speedit_plugins.trainer.config.earlier_keys import with_lora_section
 from speedit_plugins.trainer.config.key_names import argument_hint, join
+from speedit_plugins.trainer.config.merging import left_out, merge
 from speedit_plugins.trainer.config.reference_keys import ReferenceKeys
-from speedit_plugins.trainer.config.schema import COMPONENTS, PHASES, ExperimentConfig, settled
+from speedit_plugins.trainer.config.schema import (
+    COMPONENTS,
+    PHASES,
+    TYPED_SECTIONS,
+    ExperimentConfig,
+    settled,
+)
 from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys
 from speedit_plugins.trainer.config.yaml_text import check_text, other_number
 
@@ -33,17 +40,8 @@ __all__ = ["ConfigError", "ExperimentConfig", "find_config", "load_config", "mer
 CONFIG_FOLDER = "configs"
 SUFFIXES = (".yaml", ".yml", ".py")
 REDACTED = "<redacted>"
+_COMMAND_LINE = "command line"
 
-# Kept when a section's `type` changes: facts about the data, the policy, and its number of steps.
-_KEPT_ON_TYPE_CHANGE = {
-    "model": ("input_size", "in_channels", "num_classes", "learn_sigma"),
-    "diffusion": ("policy", "diffusion_steps"),
-    # What the trainer does, whatever the optimizer.
-    "optimizer": (
-        *("warmup_steps", "schedule", "power", "decay_steps", "decay_shape"),
-        *("max_grad_norm", "grad_accumulation"),
-    ),
-}
 # Not every `..._key` or `..._token`: `image_key` and `pad_token` are ordinary arguments.
 _SECRET_KEY = re.compile(
     r"(^|_)((api|access|private|secret)_?key|(api|access|auth|hf|hub|bearer)_?token|secret|password|passwd"
@@ -95,16 +93,21 @@ def load_config(
     if phase not in PHASES:
         raise ValueError(f"phase needs one of {', '.join(PHASES)}, got {phase!r}")
     files = [_read(file, allow_python) for file in _chain(find_config(path))]
-    raw = [*files, _Layer("command line", _dotlist(overrides))]
+    raw = [*files, _Layer(_COMMAND_LINE, _dotlist(overrides))]
     for layer in raw:
         _refuse_secrets(layer)
         _check_other_phases(layer, phase)
     reference = ReferenceKeys(phase)
     merged: dict[str, Any] = {}
     layers: list[_Layer] = []
+    notes: list[str] = []
     for layer in _in_order(raw, phase):
         layers.append(_translated(layer, reference))
+        if layer.source.startswith(_COMMAND_LINE):
+            notes += left_out(merged, layers[-1].content)
         merged = merge(merged, layers[-1].content)
+    for note in notes:
+        _log.warning("%s", note)
     try:
         resolved = with_lora_section(reference.finish(_resolve(merged)))
         config = settled(build_section(ExperimentConfig, resolved))
@@ -134,26 +137,6 @@ def redact(value: Any, key: str = "") -> Any:
         return value
     looks_secret = _SECRET_VALUE.search(value) and key not in _PUBLIC_HASH_KEYS
     return REDACTED if looks_secret or _SECRET_KEY.search(key) else value
-
-
-def merge(lower: Mapping[str, Any], upper: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """`upper` over `lower`: sections key by key, lists and scalars whole. Changes neither argument.
-
-    A section with another `type` than the one below it replaces that section, so that no parameter of the old
-    type reaches the new one. But `model` keeps input_size, in_channels, num_classes and learn_sigma, and
-    `diffusion` keeps the policy and diffusion_steps.
-    """
-    result = dict(lower)
-    for key, value in upper.items():
-        here, old = join(path, key), result.get(key)
-        if isinstance(value, Mapping):
-            kept = old if isinstance(old, Mapping) else {}
-            if _changes_type(kept, value, here):
-                kept = {name: kept[name] for name in _KEPT_ON_TYPE_CHANGE.get(here, ()) if name in kept}
-            result[key] = merge(kept, value, here)
-        else:
-            result[key] = value
-    return result
 
 
 def find_config(path: str | Path) -> Path:
@@ -295,7 +278,7 @@ def _check_other_phases(layer: _Layer, phase: str) -> None:
     for other in PHASES:
         if other == phase or other not in layer.content:
             continue
-        if layer.source == "command line":
+        if layer.source == _COMMAND_LINE:
             raise ConfigError(other, f"has no effect in phase {phase}; wanted the key without {other!r}")
         _translated(_Layer(f"{layer.source}, section {other}", _phase(layer, other)), ReferenceKeys(other))
 
@@ -312,7 +295,8 @@ def _translated(layer: _Layer, reference: ReferenceKeys) -> _Layer:
 
 def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
     """`content` itself, changed so that a component given as a bare name is a section with that `type`."""
-    for path in (*COMPONENTS, "optimizer", "ema"):
+    # A section before what is inside it.
+    for path in (*TYPED_SECTIONS, *COMPONENTS):
         *parents, name = path.split(".")
         section: Any = content
         for parent in parents:
@@ -320,14 +304,6 @@ def _with_sections(content: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict) and isinstance(section.get(name), str):
             section[name] = {"type": section[name]}
     return content
-
-
-def _changes_type(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> bool:
-    if path == "diffusion.policy" and ("type" in old) != ("type" in new):
-        named, composed = (old, new) if "type" in old else (new, old)
-        # One part alone is no policy: it replaces that part of the named one.
-        return "type" in named and {"density", "weighting"} <= set(composed)
-    return "type" in old and "type" in new and old["type"] != new["type"]
 
 
 def _resolve(merged: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ COMPONENTS = (
     "data.validation",
     "features",
 )
+# Other sections with a `type`, whose keys are fields.
+TYPED_SECTIONS = ("diffusion", "sampler", "optimizer", "ema", "alignment", "masking")
 # Keys of the top that hold a path; of a component its builder expands them.
 PATHS = (
     "experiment_dir",

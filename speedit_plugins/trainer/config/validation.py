@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from speedit_plugins.trainer.config.key_names import join, key_hint, value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import REST, Component, key_of
+from speedit_plugins.trainer.config.switches import OFF_AT_NULL, SWITCHES
 
 # "10k" and "2M" are numbers to a person.
 _THOUSANDS = {"k": "e3", "m": "e6"}
@@ -44,7 +45,7 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(
-            path or "config", f"wanted a section with keys, got {raw!r}{_section_hint(schema, raw)}"
+            path or "config", f"wanted a section with keys, got {raw!r}{_section_hint(schema, raw, path)}"
         )
     check_keys(schema, raw, path)
     hints, values = get_type_hints(schema), {}
@@ -53,6 +54,8 @@ def build_section(schema: type[Config], raw: Any, path: str = "") -> Config:
         key = join(path, name)
         if entry.metadata.get(REST):
             values[entry.name] = {other: raw[other] for other in raw if other not in _keys(schema)}
+        elif raw.get(name) is None and key in OFF_AT_NULL:
+            continue
         elif name in raw:
             values[entry.name] = _checked(raw[name], hints[entry.name], key, entry.metadata)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
@@ -187,11 +190,20 @@ def _scalar(value: Any, hint: type, key: str, limits: Mapping[str, float]) -> An
     return value
 
 
-def _section_hint(schema: type, raw: Any) -> str:
-    """How to write what looks like the `type` of a section, or a section that is left empty."""
-    if isinstance(raw, str) and "type" in get_type_hints(schema):
-        return f"; wanted its key `type`: {raw}"
-    return "; leave the key out for the defaults" if raw is None else ""
+def _section_hint(schema: type, raw: Any, path: str) -> str:
+    """How to write what looks like the main key of a section, or a section that is left empty or off."""
+    if raw is None:
+        return "; leave the key out for the defaults"
+    if raw is False and path in SWITCHES:
+        return "; null switches it off"
+    is_number = isinstance(raw, int | float) and not isinstance(raw, bool)
+    if path in SWITCHES and is_number:
+        return f"; wanted {path}.{SWITCHES[path][0]}={raw}"
+    if path in SWITCHES:
+        return f"; wanted its key {SWITCHES[path][0]!r}, or null to switch it off"
+    return (
+        f"; wanted its key `type`: {raw}" if isinstance(raw, str) and "type" in get_type_hints(schema) else ""
+    )
 
 
 def _list_hint(value: Any) -> str:

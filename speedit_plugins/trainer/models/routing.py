@@ -54,9 +54,15 @@ def route_of(start: int, end: int, keep: float, *, depth: int, earliest: int = 0
     """
     first, last = (number + depth if number < 0 else number for number in (start, end))
     if not earliest <= first <= last < depth:
+        seen = f", blocks {first} and {last}" if start < 0 or end < 0 else ""
+        # The middle half, but behind the earliest.
+        middle = max(earliest, depth // 4)
+        fitting = f"from {middle} and to {max(middle, depth - 1 - depth // 4)}"
+        if middle >= depth:
+            fitting = "keep 1, as the model has too few blocks"
         raise ValueError(
-            f"routing needs {earliest} <= from <= to < {depth}, the blocks of the model, got from {start} and"
-            f" to {end}" + (f", blocks {first} and {last}" if start < 0 or end < 0 else "")
+            f"routing.from and routing.to: wanted {earliest} <= from <= to < {depth}, the model's blocks, got"
+            f" from {start} and to {end}{seen}; wanted such as {fitting}"
         )
     return Route(first + 1, last + 1, keep)
 
@@ -71,7 +77,7 @@ def set_route(model: nn.Module, start: int, end: int, keep: float) -> None:
     if depth is None:
         raise ValueError(
             f"routing: {type(model).__name__} has no row of blocks that tokens can pass by; wanted DiT, SiT,"
-            " LightningDiT, Latte, PixArt or LatteT2V, or keep 1"
+            " LightningDiT, Latte, TextDiT, TextLatte, PixArt or LatteT2V, or routing null"
         )
     routable: Routable = model  # type: ignore[assignment]  # a model with a route_depth is one
     earliest = getattr(model, "earliest_route", 0)

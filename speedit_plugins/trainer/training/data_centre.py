@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,30 @@ NUM_SAMPLES = 1024
 _MAX_VALUES = 2**26
 
 
-class _UnknownCentreError(Exception):
-    """The policy asked for the spectrum of the data."""
-
-
 def is_centred_by_data(config: ExperimentConfig) -> bool:
-    """Whether the policy needs a centre that is not in the config."""
+    """Whether the policy needs a centre that is not in the config.
 
-    def unknown() -> DataSpectrum:
-        raise _UnknownCentreError
-
+    Raises:
+        ValueError: a part of the policy is wrong, wherever its centre will be.
+    """
     process = build.build_process(config, respaced=True)
-    policy, prediction_type = config.diffusion.policy, process.prediction_type
-    try:
-        build_policy(policy, process.schedule, prediction_type, data_spectrum=unknown)
-    except _UnknownCentreError:
-        return True
-    return False
+    log_snr = process.schedule.log_snr
+    asked: list[bool] = []
+
+    def in_the_middle() -> DataSpectrum:
+        asked.append(True)
+        return DataSpectrum((-log_snr[len(log_snr) // 2]).exp().reshape(1))
+
+    # A whole policy, so that all of it is checked before the data are read. The one that stays warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        build_policy(
+            config.diffusion.policy,
+            process.schedule,
+            process.prediction_type,
+            data_spectrum=in_the_middle,
+        )
+    return bool(asked)
 
 
 def centred(config: ExperimentConfig, runtime: Runtime, resumed: Path | None = None) -> ExperimentConfig:

@@ -14,6 +14,7 @@ from speedit_plugins.trainer import build
 from speedit_plugins.trainer.accelerations.alignment import PROJECTOR
 from speedit_plugins.trainer.accelerations.build import build_accelerations
 from speedit_plugins.trainer.accelerations.objective import Acceleration, asked_of
+from speedit_plugins.trainer.accelerations.summary import in_use
 from speedit_plugins.trainer.accelerations.teachers import EMBEDDED, unread_teacher
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -66,6 +67,7 @@ def describe(config: ExperimentConfig) -> str:
             f"training state     {_gib(state)} ({what} in fp32)",
             f"activations        about {activations} kept for backward, batch {batch_size} in one process",
             f"policy             {policy}",
+            *([f"accelerations      {', '.join(used)}"] if (used := in_use(config)) else []),
             *(f"{name:<19}{text}" for name, text in _data(config)),
         ]
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer.accelerations.summary import in_use
 from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.key_names import value_hint
@@ -158,6 +159,8 @@ def _introduce(trainer: Trainer, resumed: Path | None) -> None:
     if runtime.world_size > 1:
         where += f", {runtime.world_size} processes, {config.plugin}"
     say(f"policy {trainer.policy}; {trained:,} trained parameters on {where}")
+    if used := in_use(config):
+        say(f"accelerations: {', '.join(used)}")
     for name, text in data_lines(trainer.loader.dataset, **build.summary_options(config)):
         say(f"{name}: {text}")
 
