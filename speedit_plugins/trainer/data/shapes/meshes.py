@@ -113,7 +113,7 @@ def _read(path: Path) -> Any:
         raise ImportError(message) from error
     try:
         # Several groups of an .obj become one mesh. `process` would merge vertices.
-        shape = trimesh.load(path, process=False)
+        shape: Any = trimesh.load(path, process=False)
         if isinstance(shape, trimesh.Scene):
             shape = shape.to_mesh()
     except OSError:
