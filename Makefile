@@ -4,7 +4,7 @@
 # Pip's flags may follow the name: where pip finds a CUDA build under it, --index-url names an index of CPU builds.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs
+EXTRAS ?= trainer,video,data,eval,optim,colossal,dev,docs,shapes
 # Frameworks that the tests run against, without their dependencies: they ask for torchvision, whose wheel on
 # PyPI is made for a CUDA build of torch; the tests stand in for it.
 HOSTS := imagen-pytorch==2.1.0
@@ -40,12 +40,12 @@ PYTEST := $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 # Small tensors gain little from a second thread, and two threads wait for each other on a busy machine.
 demo docs smoke check test: export OMP_NUM_THREADS ?= 1
 # Models of some width gain from the second.
-demo-t2i demo-t2v: export OMP_NUM_THREADS ?= 2
+demo-t2i demo-t2v demo-cascade demo-3d: export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-t2i demo-t2v bench race lint format types docs smoke check test clean
+.PHONY: help install demo demo-t2i demo-t2v demo-cascade demo-3d bench race lint format types docs smoke check test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,16 @@ demo-t2i: install  ## the same with emoji and their names: captions in, a labell
 demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and GIF
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p train
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
+
+demo-cascade: install  ## captions in, emoji of 16 pixels out, and of 32 made of them; a column for each stage
+	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_16.yaml -p train
+	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_32.yaml -p train
+	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_32.yaml -p sample sampler.augmentation=0.1 \
+		'cascade=[outputs/text_to_image/cascade_emoji_16]'
+
+demo-3d: install  ## handwritten digits as solids: pictures from several sides, a turntable, .obj files
+	$(BIN)/python tools/main.py -c shapes/digits.yaml -p train
+	$(BIN)/python tools/main.py -c shapes/digits.yaml -p sample
 
 bench: install  ## steps that policies save, for a model of noise and a flow (6 minutes on two cores)
 	$(BIN)/python -m benchmarks.convergence --schedule linear rectified_flow \

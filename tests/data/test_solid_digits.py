@@ -90,6 +90,11 @@ def test_points_are_even_over_the_faces_and_the_sides() -> None:
     on_cells = torch.tensor(bitmap)[row, column]
     # Within rounding of a cell's border it may be counted to the next one.
     assert on_cells[front | back].double().mean() > 0.999
+    # On the open sides, the place along a cell's side and the depth have nothing to do with each other.
+    for cells_along, is_straight in ((x * 16, y * 16), (y * 16, x * 16)):
+        on_side = ~(front | back) & ((is_straight - is_straight.round()).abs() < 1e-3)
+        both = torch.stack([cells_along.remainder(1)[on_side], z[on_side]])
+        assert torch.corrcoef(both)[0, 1].abs() < 4 / math.sqrt(both.shape[1])
     upper = (y > 0)[front].double().mean()
     assert_close(float(upper), sum(map(sum, bitmap[:16])) / cells, atol=2 * slack, rtol=0)
 

@@ -71,15 +71,15 @@ def test_earth_mover_is_the_best_of_all_matchings() -> None:
 
 def test_scores_of_a_case_worked_by_hand() -> None:
     # Chamfer distances of single points are twice their squared distances.
-    samples, reference = line(0.0, 1.0, 10.0), line(0.5, 2.5, 2.75)
+    samples, reference = line(0.0, 1.0, 10.0), line(0.75, 2.5, 2.75)
     found = shape_scores(samples, reference)
-    # Nearest samples: 0.5 to 0 or 1, 2.5 to 1, 2.75 to 1.
-    assert_close(found.mmd, 2 * (0.5**2 + 1.5**2 + 1.75**2) / 3)
-    # 0 and 1 go to 0.5, 10 goes to 2.75; 2.5 is nobody's.
+    # The nearest sample is 1 for each of the reference.
+    assert_close(found.mmd, 2 * (0.25**2 + 1.5**2 + 1.75**2) / 3)
+    # 0 and 1 go to 0.75, 10 goes to 2.75; 2.5 is nobody's.
     assert_close(found.coverage, 2 / 3)
-    # 0 and 1 are nearest to 0.5, 10 to 2.75, 0.5 to 0: all foreign. 2.5 and 2.75 have each other.
+    # 0 and 1 are nearest to 0.75, 10 to 2.75, 0.75 to 1: all foreign. 2.5 and 2.75 have each other.
     assert_close(found.one_nn_accuracy, 2 / 6)
-    assert_close(shape_scores(samples, reference, distance="earth_mover").mmd, (0.5 + 1.5 + 1.75) / 3)
+    assert_close(shape_scores(samples, reference, distance="earth_mover").mmd, (0.25 + 1.5 + 1.75) / 3)
 
 
 def test_copies_have_distance_0_full_coverage_and_accuracy_0() -> None:

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from speedit_plugins.trainer.logging.rendering import (
     BACKGROUND,
+    _reach,
     _render_cloud,
+    _turn,
     render_points,
     render_voxels,
 )
@@ -71,6 +73,17 @@ def test_axes_are_right_up_and_towards_the_viewer(form: str) -> None:
     assert shown(0, 90)[1] > 1
     assert shown(0, -90)[1] < -1
     assert shown(2, 0)[1] < -1
+
+
+def test_no_single_voxel_is_missed() -> None:
+    places = torch.randint(32, (40, 3), generator=torch.Generator().manual_seed(0))
+    voxels = torch.full((1, 1, 32, 32, 32), -1.0)
+    voxels[0, 0, places[:, 0], places[:, 1], places[:, 2]] = 1.0
+    picture = drawn(render_voxels(voxels, azimuth_degrees=70, size=96)[0])
+    right, up, _ = _turn(70) @ ((2 * places.T + 1) / 32 - 1)
+    width = _reach(voxels)[0]
+    column, row = (((1 + place / width) * 48).floor().long() for place in (right, -up))
+    assert picture[row, column].all()
 
 
 def test_what_is_near_hides_what_is_far() -> None:

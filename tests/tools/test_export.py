@@ -271,22 +271,17 @@ def test_the_exported_scheduler_has_the_schedule_of_the_training(is_rescaled: bo
 def test_a_super_resolution_unet_is_exported_with_the_embedding_of_its_level(tmp_path: Path) -> None:
     options = ["super_resolution.factor=2", "sampler.clip_sample=false"]
     arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0", *options)
-    message = (
-        "no pipeline of diffusers samples these super-resolution models; --model-only writes a UNet, got DiT"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="super-resolution models; --model-only writes a UNet, got DiT"):
         exported(DIGITS, arguments, tmp_path / "out", model_only=True)
-    size = "block_out_channels: [32, 32], layers_per_block: 1, text_width: 384, text_length: 16"
-    changes = [
-        f"model={{type: UNet, {size}}}",
-        "diffusion={type: SpeeDiffusion, prediction_type: epsilon, learn_sigma: false, policy: uniform}",
-        "sampler.type=ddpm",
-    ]
-    arguments = trained(tmp_path / "unet", EMOJI, *changes, *options)
+    model = (
+        "{type: UNet, block_out_channels: [32, 32], layers_per_block: 1, text_width: 384, text_length: 16}"
+    )
+    process = "{type: SpeeDiffusion, prediction_type: epsilon, learn_sigma: false, policy: uniform}"
+    changes = [f"model={model}", f"diffusion={process}", "sampler.type=ddpm", *options]
+    arguments = trained(tmp_path / "unet", EMOJI, *changes)
     exported(EMOJI, arguments, tmp_path / "out", model_only=True)
     config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
     # Three channels of x, three of the low-resolution sample.
     assert (config["in_channels"], config["class_embed_type"]) == (6, "timestep")
-    dynamic = [*arguments, "sampler.thresholding=dynamic"]
     with pytest.raises(ValueError, match="an exported scheduler has no dynamic thresholding"):
-        exported(EMOJI, dynamic, tmp_path / "other", model_only=True)
+        exported(EMOJI, [*arguments, "sampler.thresholding=dynamic"], tmp_path / "other", model_only=True)

@@ -19,6 +19,10 @@ from speedit_plugins.trainer.training.dry_run import describe
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.trainer import Trainer
 
+ACCELERATED = (
+    *("model.depth=4", "routing={from: 1, to: -2, keep: 0.5}", "alignment={type: SRA, layer: 1, decay: 0.9}"),
+    *("contrastive.weight=0.05", "uncertainty=true", "noise_assignment=class", "precision=bf16"),
+)
 IMAGES = ("voxel_size=0", "encoder={type: Pixels, channels: 1}")
 FORMS = {"voxels": ((), (1, 8, 8, 8)), "points": (POINTS, (3, 40))}
 
@@ -39,19 +43,20 @@ def state(trainer: Trainer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("process", ["gaussian", "flow"])
+@pytest.mark.parametrize("process", ["gaussian", "flow", "accelerated flow"])
 def test_a_run_on_shapes_resumes_bit_for_bit_and_draws_with_every_sampler(
     tmp_path: Path, form: str, process: str
 ) -> None:
     options, shape = FORMS[form]
-    options = (*options, *([FLOW] if process == "flow" else []))
+    is_flow = "flow" in process
+    options = (*options, *([FLOW] if is_flow else []), *(ACCELERATED if "accelerated" in process else []))
     whole = fit(build_trainer(shape_config(tmp_path / "whole", *options)))
     half = shape_config(tmp_path / "parts", *options, "max_training_steps=5")
     fit(build_trainer(half))
     resumed = build_trainer(shape_config(tmp_path / "parts", *options))
     resumed.restore(tmp_path / "parts" / "run" / "checkpoints" / "step_0000005")
     assert_close(state(fit(resumed)), state(whole), rtol=0, atol=0)
-    samplers = ("euler", "heun") if process == "flow" else ("ddpm", "ddim", "dpm_solver")
+    samplers = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm_solver")
     process_ = build.build_process(whole.config, respaced=False)
     for sampler in samplers:
         config = shape_config(tmp_path / "whole", *options, f"sampler.type={sampler}", phase="sample")
@@ -94,8 +99,13 @@ def test_the_loss_of_a_step_is_that_of_the_noised_shapes(tmp_path: Path, form: s
 def test_every_kind_of_policy_trains_on_shapes(tmp_path: Path, form: str, policy: str) -> None:
     config = shape_config(tmp_path, *FORMS[form][0], f"diffusion.policy={policy}", "max_training_steps=2")
     config = centred(config, Runtime(device=torch.device("cpu")))
-    trainer = fit(build_trainer(config))
+    trainer = build_trainer(config)
+    before = trainer.model.final_layer.linear.weight.clone()
+    fit(trainer)
     assert trainer.step == 2
+    after = trainer.model.final_layer.linear.weight
+    assert after.isfinite().all()
+    assert not torch.equal(after, before)
 
 
 def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
@@ -113,6 +123,10 @@ def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
         (["num_frames=4"], r"num_frames: is of videos; wanted 0 with voxel_size 8"),
         (["inpainting={type: RandomMasks}"], r"inpainting: fills images; wanted null with voxel_size 8"),
         ([*POINTS, "sampler.clip_sample=true"], r"sampler.clip_sample: .*; wanted false with num_points"),
+        (
+            ["super_resolution.factor=2"],
+            r"super_resolution.factor: enlarges images; wanted 0 with voxel_size 8",
+        ),
         (["alignment.type=REPA"], r"alignment.type: a teacher sees images; wanted none with voxel_size 8"),
         (["evaluate_every=5"], r"evaluate_every: measures images; wanted 0 with voxel_size 8: test measures"),
         (["data.dataset.voxel_size=4"], r"data.dataset.voxel_size: wanted the value of voxel_size, 8, got 4"),
