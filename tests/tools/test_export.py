@@ -28,6 +28,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion.gaussian_process import gaussian_process
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
 from speedit_plugins.trainer.models.pretrained.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
@@ -87,6 +88,14 @@ def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     assert (
         "sampler.type=ddim_leading sampler.eta=0 sampler.guidance_channels=null precision=fp32 device" in card
     )
+
+
+def test_a_layer_that_fits_too_many_steps_is_told_with_the_number_that_fits() -> None:
+    model = DiT(4, 2, hidden_size=32, depth=1, num_heads=2, num_classes=10)
+    few, many = (export_model(model, num_steps=steps, num_timesteps=1000).notes for steps in (50, 100))
+    # The message names a number that gives an exact fit.
+    assert few == ("The timestep layer is fitted to num_inference_steps=50.",)
+    assert many[0].endswith("images differ. The fit is exact for up to about 50 steps: sampler.num_steps=50")
 
 
 def test_the_timestep_layer_is_fitted_to_the_processes_own_steps(tmp_path: Path) -> None:
