@@ -181,7 +181,8 @@ def _write(
 def _check(config: ExperimentConfig, model_only: bool) -> None:
     if config.diffusion.is_flow:
         raise ValueError(
-            "no pipeline for these models samples a RectifiedFlow; wanted diffusion.type SpeeDiffusion"
+            "no pipeline of diffusers samples a RectifiedFlow with these models; speedit -p inference draws"
+            " files, and tools/convert_checkpoint.py writes the weights as .pt for other code"
         )
     if config.inpainting is not None:
         raise ValueError("inpainting models cannot be exported; wanted inpainting: null")

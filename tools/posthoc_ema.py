@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 from speedit_plugins.files import replacing
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.sections import label
-from speedit_plugins.trainer.results import CHECKPOINTS
+from speedit_plugins.trainer.saved_configs import CHECKPOINTS, POSTHOC
 from speedit_plugins.trainer.training.averages.snapshots import SNAPSHOTS, posthoc_average, read_snapshots
-
-FOLDER = "posthoc"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +65,7 @@ def reconstruct(run: Path, sigma_rel: float, *, step: int | None = None) -> tupl
     # It says which weights adapters adapt.
     with safe_open(source / checkpoint.MODEL, framework="pt") as file:
         metadata = file.metadata()
-    path = run / FOLDER / f"step_{step:07d}_{label(sigma_rel)}.safetensors"
+    path = run / POSTHOC / f"step_{step:07d}_{label(sigma_rel)}.safetensors"
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as partial:
         save_file({**untrained, **averages}, partial, metadata=metadata)

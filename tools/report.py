@@ -24,6 +24,7 @@ from timestep_profile import PROFILE
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer.accelerations.summary import in_use
 from speedit_plugins.trainer.logging.environment import ENVIRONMENT
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
 from speedit_plugins.trainer.logging.tracking import EVALUATION, latest
@@ -80,6 +81,7 @@ def summary(run: Run) -> dict[str, str]:
         "training time": _duration(_seconds(run)),
         "speed": f"{_short(pace[0])} steps/s, {_short(pace[1])} samples/s (medians of the logged lines)",
         "policy": str(run.policy),
+        "accelerations": ", ".join(in_use(config)) or "none",
         "process": f"{process}, T = {run.policy.schedule.num_timesteps}, {config.diffusion.prediction_type}",
         "model": f"{config.model['type']}, "
         + (
@@ -91,6 +93,7 @@ def summary(run: Run) -> dict[str, str]:
         "precision, plugin": f"{config.precision}, {config.plugin}",
         "last loss": _short(last.get("loss")),
         "last uniform mse": _short(last.get("uniform_mse")),
+        **({"last alignment": _short(aligned[-1][1])} if (aligned := run.series("alignment")) else {}),
         **({"last validation loss": _short(last["val_loss"])} if "val_loss" in last else {}),
         "peak memory": _gib(last.get("peak_memory_bytes")),
         "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
@@ -106,7 +109,9 @@ def curves(run: Run) -> str:
     if not run.rows:
         return html.paragraph(f"{METRICS} has no line yet.", is_quiet=True)
     losses = {
-        "loss": "loss (weight × mse + vb)",
+        "loss": "loss (weight × mse + vb + accelerations)"
+        if in_use(run.config)
+        else "loss (weight × mse + vb)",
         "mse": "mse at the drawn timesteps",
         "uniform_mse": "mse, uniform timesteps",
     }
@@ -120,6 +125,10 @@ def curves(run: Run) -> str:
             labels=list(losses.values()),
         )
     ]
+    if aligned := run.series("alignment"):
+        line = Line("alignment", aligned)
+        drawn = line_chart([line], x_label="step", y_label="mean cosine similarity")
+        charts.append(html.chart("Alignment: mean cosine similarity", drawn))
     for key, label, is_log in (
         ("grad_norm", "gradient norm", True),
         ("lr", "learning rate", False),
@@ -292,7 +301,8 @@ def _last_losses(run: Run, schedule: NoiseSchedule) -> str:
     (step, mean), (_, deviation) = means[-1], deviations[-1]
     ranges = timestep_ranges(schedule.num_timesteps)
     upper = [None if m is None else m + d for m, d in zip(mean, deviation, strict=True)]
-    lower = [None if m is None else max(0.0, m - d) for m, d in zip(mean, deviation, strict=True)]
+    floor = -math.inf if any(m is not None and m < 0 for m in mean) else 0.0
+    lower = [None if m is None else max(floor, m - d) for m, d in zip(mean, deviation, strict=True)]
     stairs = [staircase(ranges, values) for values in (mean, lower, upper)]
     band = [
         None if low is None else (low, high) for (_, low), (_, high) in zip(stairs[1], stairs[2], strict=True)

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedit_plugins.files import flush, pickle_fault, sha256_of, usual_mode
+from speedit_plugins.trainer import saved_configs
 from speedit_plugins.trainer.parallel.master_weights import Slice
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.saved_moments import Moments
 from speedit_plugins.trainer.terminal import say
 
-MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", "config.yaml"
+MODEL, EMA, STATE, CONFIG = "model.safetensors", "ema.safetensors", "state.pt", saved_configs.CONFIG
 MANIFEST, CLASSES, NORMALIZATION = "manifest.json", "classes.json", "normalization.json"
 _NAME = re.compile(r"step_(\d{7,})")
 _AVERAGE = re.compile(r"ema_[\w.+-]+\.safetensors")

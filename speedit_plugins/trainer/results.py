@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoint, saved_configs
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.terminal import say
 
 _NUMBER = re.compile(r".+_(\d{4,})")
-CHECKPOINTS, GRIDS, INFERENCE = "checkpoints", "grids", "inference"
+CHECKPOINTS, GRIDS, INFERENCE = saved_configs.CHECKPOINTS, "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
 LOCK = "train.lock"
 # What inference writes: captions, classes or items of the data beside the samples, and the suffix of an

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
+from speedit_plugins.trainer.config.same_run import check_same_run
 
 BASE = (Path(__file__).parents[2] / "configs/image/digits/base.yaml").read_text()
 MODULES = ("brought_a", "brought_b", "brought_c")

@@ -9,9 +9,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from speedit_plugins.trainer.config.accelerations import RoutingConfig
-from speedit_plugins.trainer.config.checks import check_phase, check_same_run
+from speedit_plugins.trainer.config.checks import check_phase
 from speedit_plugins.trainer.config.key_names import join
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
+from speedit_plugins.trainer.config.same_run import check_same_meaning, check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import DiffusionConfig, EmaConfig, SamplerConfig
 from speedit_plugins.trainer.config.switches import SWITCHES
@@ -283,6 +284,73 @@ def test_a_run_goes_on_with_the_process_and_the_encoders_it_began_with(
     else:
         with pytest.raises(ValueError, match=message):
             check_same_run(saved, config)
+
+
+DIT = "hidden_size: 384, depth: 12, num_heads: 6"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("{type: DiT-S/2}", "{type: DiT-S/2, rope: true}", r"model\.rope was False, got True"),
+        ("{type: DiT-S/2, norm: rms}", "{type: DiT-S/2}", r"model\.norm was 'rms', got 'layer'"),
+        ("{type: DiT-S/2}", "{type: SiT-S/2}", r"model\.type was 'DiT-S/2', got 'SiT-S/2'"),
+        ("{type: DiT-S/2}", f"{{type: DiT, patch_size: 2, {DIT}}}", None),
+        (f"{{type: DiT, patch_size: 2, {DIT}}}", "{type: DiT-S/4}", r"model\.patch_size was 2, got 4"),
+        ("{type: DiT-S/2}", "{type: DiT-S/2, attention: xformers, gradient_checkpointing: true}", None),
+        ("{type: DiT-S/2, class_dropout_prob: 0.2}", "{type: DiT-S/2, input_size: 64}", None),
+        ("{type: UNet, layers_per_block: 1}", "{type: UNet}", r"model\.layers_per_block was 1, got 2"),
+        # A saved network's own files have its sizes.
+        ("{type: UNet, path: there}", "{type: UNet, path: here, layers_per_block: 1}", None),
+        ("{type: UNet, block_out_channels: [320, 640, 1280, 1280]}", "{type: UNet}", None),
+    ],
+)
+def test_a_model_is_the_same_whether_its_options_are_stated_or_not(
+    minimal: Path, was: str, now: str, message: str | None
+) -> None:
+    saved, config = (
+        yaml.safe_load(to_yaml(load_config(minimal, "train", [f"model={model}"]))) for model in (was, now)
+    )
+    for check in (check_same_run, check_same_meaning):
+        if message is None:
+            check(saved, config)
+        else:
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                check(saved, config)
+
+
+EMOJI_PIXART, DIGITS = "configs/text_to_image/emoji_pixart.yaml", "configs/image/digits/speedit.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "message"),
+    [
+        (DIGITS, ["diffusion.prediction_type=v"], r"prediction_type was 'epsilon', got 'v'"),
+        (DIGITS, ["diffusion.noise_schedule=cosine"], r"noise_schedule was 'linear', got 'cosine'"),
+        (DIGITS, ["diffusion.diffusion_steps=500"], r"diffusion_steps was 1000, got 500"),
+        (DIGITS, ["diffusion.type=RectifiedFlow"], r"type was 'SpeeDiffusion', got 'RectifiedFlow'"),
+        # What only the training reads, or a sampler chooses.
+        (DIGITS, ["diffusion.policy=speed", "uncertainty=true", "contrastive.weight=0"], None),
+        (EMOJI_PIXART, ["diffusion.prediction_type=x0"], r"prediction_type was 'flow', got 'x0'"),
+        (EMOJI_PIXART, ["diffusion.shift=3", "diffusion.diffusion_steps=500"], None),
+        (
+            EMOJI_PIXART,
+            ["text_encoder.max_length=12", "model.text_length=16"],
+            r"text_encoder\.max_length was 16, got 12",
+        ),
+        (EMOJI_PIXART, ["encoder.channels=1"], None),
+    ],
+)
+def test_samples_are_drawn_with_the_process_of_the_training(
+    file: str, overrides: list[str], message: str | None
+) -> None:
+    saved = yaml.safe_load(to_yaml(load_config(file, "train")))
+    config = yaml.safe_load(to_yaml(load_config(file, "sample", overrides)))
+    if message is None:
+        check_same_meaning(saved, config)
+    else:
+        with pytest.raises(ValueError, match=f"{message}$"):
+            check_same_meaning(saved, config)
 
 
 def test_every_path_may_begin_with_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,20 @@ def test_the_loss_curve_is_an_image_of_the_logged_steps(tmp_path: Path) -> None:
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 3
 
 
+def test_a_loss_that_is_not_positive_has_a_linear_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, *_, **__: scales.append(figure.axes[0].get_yscale()),
+    )
+    for last in (0.5, None, 0.0, -0.5):
+        rows = [{"step": 1, "loss": 1.0, "mse": 1.0}, {"step": 2, "loss": last, "mse": 0.5}]
+        save_loss_curve(rows, tmp_path / "loss.png", title="a run")
+    assert scales == ["log", "log", "linear", "linear"]
+
+
 def test_titles_stand_above_their_columns(tmp_path: Path) -> None:
     images = torch.zeros(2, 3, 64, 64)
     save_grid(images, tmp_path / "plain.png", columns=2)

@@ -40,7 +40,8 @@ STEP_PATH = (
 _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
 _FLOOR = _METHOD | {
-    f"trainer/{name}" for name in ("terminal", "condition", "config", "exhaustion", "weight_files")
+    f"trainer/{name}"
+    for name in ("terminal", "condition", "config", "exhaustion", "saved_configs", "weight_files")
 }
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
@@ -73,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/exhaustion": _GROUND | {"trainer/config"},
     "trainer/streams": set(),
     "trainer/condition": set(),
+    "trainer/saved_configs": set(),
     "trainer/weight_files": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},

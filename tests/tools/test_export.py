@@ -1,54 +1,40 @@
 """Samples of diffusers' pipelines from an exported folder, against the trainer's own sampler."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exported_runs import (
+    DIGITS,
+    DIT,
+    EMOJI,
+    LATTE,
+    PIXART,
+    SD15,
+    STEPS,
+    dit_options,
+    exported,
+    text_options,
+    trained,
+)
 from runs import file_size_limit
-from saved_models import save_pipeline, save_text_encoder
+from saved_models import save_text_encoder
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion.gaussian_process import gaussian_process
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.models.dit import DiT
-from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.lora import adapted_layers, add_adapters
-from speedit_plugins.trainer.models.mdt import MDTv2
 from speedit_plugins.trainer.models.pretrained.exported import export_model, save_scheduler
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.conditions import grid_conditions
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.training.assembly import build_trainer
 
-EXPORT = runpy.run_path("tools/export.py")
-STEPS = 10
 SEED = stream_seed(0, IMAGE_STREAM, 0)
-
-
-def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> list[str]:
-    """Writes a checkpoint of a random model without a zero layer, and returns the arguments that name it.
-
-    Args:
-        spread: standard deviation of the noise that is added to each weight.
-    """
-    arguments = [f"experiment_dir={folder}", *options]
-    trainer = build_trainer(load_config(config, "train", arguments))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-    weights = dict(trainer.model.state_dict())
-    contents = checkpoint.Contents(model=weights, ema=weights, state={}, config="")
-    checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
-    return arguments
 
 
 def drawn(config: str, arguments: list[str]) -> Any:
@@ -61,40 +47,13 @@ def drawn(config: str, arguments: list[str]) -> Any:
     return images.to_uint8(generator.draw(conditions.of(torch.tensor([0]), torch.device("cpu")), 1))[0]
 
 
-def exported(config: str, arguments: list[str], folder: Path, **options: Any) -> str:
-    loaded = load_config(config, "sample", [*arguments, f"sampler.num_steps={STEPS}"])
-    return EXPORT["export"](loaded, folder, **options)
-
-
 def agree(one: Any, other: Any) -> bool:
     # Both round to 8 bits. Their sums have different orders.
     return np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-def dit_options(folder: Path) -> list[str]:
-    save_pipeline(folder / "parts", "PixArt")
-    return [
-        "image_size=8",
-        "num_classes=10",
-        "model={type: DiT, input_size: 4, patch_size: 2, hidden_size: 32, depth: 2, num_heads: 2}",
-        f"encoder={{type: AutoencoderKL, path: {folder / 'parts'}, subfolder: vae}}",
-        "data.dataset=Digits",
-        "data.batch_size=2",
-        "data.num_workers=0",
-        "guidance_scale=2.0",
-        "sampler.guidance_channels=null",
-        "precision=fp32",
-        "sample_classes=[2]",
-        "max_training_steps=1",
-    ]
-
-
 # Large enough for class and guidance to show in 8 bits.
 DIT_SPREAD = 0.2
-DIT, SD15 = "configs/image/imagenet_256/base.yaml", "configs/text_to_image/sd15.yaml"
-EMOJI = "configs/text_to_image/emoji.yaml"
-PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/latte_16x256.yaml"
-DIGITS = "configs/image/digits/speedit.yaml"
 
 
 def drawn_by_dit_pipeline(folder: Path) -> Any:
@@ -164,35 +123,6 @@ def test_merged_adapters_leave_the_prediction_as_it_is() -> None:
     assert not any("lora" in name or "base_layer" in name for name in net.state_dict())
     # W x + B (A x) against (W + B A) x in float32, summed in another order.
     assert_close(model(*given), adapted, rtol=0, atol=1e-4)
-
-
-def test_stable_diffusion_is_exported_where_padding_was_read_in_training(tmp_path: Path) -> None:
-    options = [*text_options(tmp_path, "UNet"), "text_encoder.attend_padding=false"]
-    arguments = trained(tmp_path / "run", SD15, *options)
-    message = "reads padding like words, got a model trained with text_encoder.attend_padding false"
-    with pytest.raises(ValueError, match=message):
-        exported(SD15, arguments, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def text_options(folder: Path, kind: str, *, frames: int = 0) -> list[str]:
-    parts = save_pipeline(folder / "parts", kind)
-    padding = ", attend_padding: true" if kind == "UNet" else ""
-    places = f"path: {parts}, subfolder: text_encoder, tokenizer_subfolder: tokenizer"
-    text = f"{places}, max_length: 8, dtype: float32{padding}"
-    edge = 8 if frames else 4
-    return [
-        f"image_size={2 * edge}",
-        f"model={{type: {kind}, path: {parts}, input_size: {edge}, text_width: 16, text_length: 8}}",
-        f"encoder={{type: AutoencoderKL, path: {parts}, subfolder: vae}}",
-        f"text_encoder={{type: TextEncoder, {text}}}",
-        "data.dataset=" + ("MovingDigits" if frames else "Digits"),
-        "data.batch_size=2",
-        "data.num_workers=0",
-        "precision=fp32",
-        "sample_prompts=[a red heart]",
-        "max_training_steps=1",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -327,55 +257,6 @@ def test_the_exported_scheduler_has_the_schedule_of_the_training(is_rescaled: bo
     process = gaussian_process(diffusion_steps=100, **options)
     # diffusers multiplies 100 float32 factors.
     assert_close(scheduler.alphas_cumprod.double(), process.schedule.alphas_cumprod, rtol=1e-4, atol=1e-6)
-
-
-def test_variance_channels_are_refused_where_the_pipeline_takes_none(tmp_path: Path) -> None:
-    size = "input_size: 4, text_width: 16, text_length: 8, block_out_channels: [32, 32], layers_per_block: 1"
-    learned = (f"model={{type: UNet, path: null, {size}}}", "diffusion.learn_sigma=true")
-    arguments = trained(tmp_path / "run", SD15, *text_options(tmp_path, "UNet"), *learned)
-    message = (
-        "StableDiffusionPipeline takes no variance channels, got .*learn_sigma true; wanted false, or --mo"
-    )
-    with pytest.raises(ValueError, match=message):
-        exported(SD15, arguments, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-    exported(SD15, arguments, tmp_path / "out", model_only=True)
-
-
-def test_clamped_sampling_has_no_pipeline(tmp_path: Path) -> None:
-    arguments = [*trained(tmp_path / "run", DIT, *dit_options(tmp_path)), "sampler.clip_sample=true"]
-    with pytest.raises(
-        ValueError, match="with sampler.clip_sample a pipeline clamps x_0 but keeps the predicted noise"
-    ):
-        exported(DIT, arguments, tmp_path / "out")
-
-
-@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt()])
-def test_what_fails_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
-    def fail(*_: object) -> str:
-        raise failure
-
-    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
-    monkeypatch.setitem(EXPORT["export"].__globals__, "_card", fail)
-    with pytest.raises(type(failure)):
-        exported(DIGITS, arguments, tmp_path / "out", model_only=True)
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_what_no_pipeline_is_for_is_refused(tmp_path: Path) -> None:
-    arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0")
-    with pytest.raises(ValueError, match="no pipeline for these models samples a RectifiedFlow"):
-        exported(DIGITS, [*arguments, "diffusion.type=RectifiedFlow"], tmp_path / "out", model_only=True)
-    wide = DiT(8, 2, hidden_size=16, depth=1, num_heads=2, mlp_ratio=2.0, num_classes=10)
-    with pytest.raises(ValueError, match=r"DiTPipeline needs model.mlp_ratio 4, got 2"):
-        export_model(wide, num_steps=STEPS, num_timesteps=1000)
-    latte = Latte(4, 2, num_frames=3, hidden_size=32, depth=2, num_heads=2, num_classes=10)
-    masked = MDTv2(4, 2, hidden_size=32, depth=4, num_heads=2, decode_layer=2, num_classes=10)
-    for model in (latte, masked):
-        with pytest.raises(ValueError, match=f"diffusers has no pipeline for this {type(model).__name__}"):
-            export_model(model, num_steps=STEPS, num_timesteps=1000)
 
 
 def test_a_super_resolution_unet_is_exported_with_the_embedding_of_its_level(tmp_path: Path) -> None:

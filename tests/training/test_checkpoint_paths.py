@@ -76,6 +76,34 @@ def test_every_key_takes_the_folder_of_a_run(
     assert "got 'latest'; did you mean 'auto'?" in capfd.readouterr().err
 
 
+def test_samples_are_refused_that_the_weights_were_not_trained_for(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The training's config is beside the weights. Elsewhere the weights mean what the config says."""
+    newest = run / "checkpoints" / "step_0000005"
+    drawn = {"sample_classes": "[1]", "samples_per_class": 1, "num_samples": 1}
+    for changes, differs in (
+        ({"diffusion__prediction_type": "x0"}, "diffusion.prediction_type was 'epsilon', got 'x0'"),
+        ({"diffusion__type": "RectifiedFlow"}, "diffusion.type was 'SpeeDiffusion', got 'RectifiedFlow'"),
+        ({"model__num_heads": 4}, "model.num_heads was 2, got 4"),
+    ):
+        message = f"{newest} was trained with another config: {differs}; wanted that of the training:"
+        for phase in ("sample", "inference"):
+            assert speedit(phase, run, **changes, **drawn) == 2
+            assert f"{message} -c {run}/config_train.yaml\n" in capfd.readouterr().err
+    assert speedit("sample", tmp_path, ckpt_path=newest / "model.safetensors", **changes, **drawn) == 2
+    assert not list(run.glob("samples*")) + list((run / "inference").glob("*"))
+    # A shape says more than the first tensors that differ.
+    assert speedit("sample", run, model__class_dropout_prob=0.0, **drawn) == 2
+    assert "does not fit the model: y_embedder" in (said := capfd.readouterr().err)
+    assert f"wanted the model section of the run that wrote the file: -c {run}/config_train.yaml" in said
+    options = [f"experiment_dir={run}", "sample_classes=[1]", "samples_per_class=1"]
+    assert main(["-c", str(run / "config_train.yaml"), "-p", "sample", *options]) == 0
+    shutil.copy(newest / "ema.safetensors", tmp_path / "foreign.safetensors")
+    foreign = {"ckpt_path": tmp_path / "foreign.safetensors", **drawn}
+    assert speedit("sample", tmp_path, diffusion__prediction_type="x0", **foreign) == 0
+
+
 def test_a_resumed_run_needs_its_first_weights_no_more(tmp_path: Path, run: Path) -> None:
     shutil.copytree(run, tmp_path / "first")
     assert speedit("train", tmp_path / "tuned", pretrained=tmp_path / "first", max_training_steps=1) == 0

@@ -123,6 +123,10 @@ def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
         (["num_frames=4"], r"num_frames: is of videos; wanted 0 with voxel_size 8"),
         (["inpainting={type: RandomMasks}"], r"inpainting: fills images; wanted null with voxel_size 8"),
         ([*POINTS, "sampler.clip_sample=true"], r"sampler.clip_sample: .*; wanted false with num_points"),
+        (
+            ["super_resolution.factor=2"],
+            r"super_resolution.factor: enlarges images; wanted 0 with voxel_size 8",
+        ),
         (["alignment.type=REPA"], r"alignment.type: a teacher sees images; wanted none with voxel_size 8"),
         (["evaluate_every=5"], r"evaluate_every: measures images; wanted 0 with voxel_size 8: test measures"),
         (["data.dataset.voxel_size=4"], r"data.dataset.voxel_size: wanted the value of voxel_size, 8, got 4"),

@@ -200,7 +200,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) 
         CheckpointError,
         match=r"is of another run: .*has shape .*, wanted",
     ):
-        small_trainer(tmp_path, model__hidden_size=64).restore(path)
+        small_trainer(tmp_path, model__class_dropout_prob=0.0).restore(path)
+    # The weights have the same shapes with any number of heads.
+    with pytest.raises(CheckpointError, match=r"is of another run: model\.num_heads was 2, got 4"):
+        small_trainer(tmp_path, model__num_heads=4).restore(path)
     with pytest.raises(CheckpointError, match=r"policy was \{'type': 'speedit'\}, got \{'type': 'speed'\}"):
         small_trainer(tmp_path, diffusion__policy="{type: speed}").restore(path)
 

@@ -89,10 +89,12 @@ def line_chart(
     Args:
         lines: the lines, in order of their colours.
         x_label, y_label: labels of the axes.
-        is_log: use a logarithmic y-axis; values <= 0 are then gaps. A linear axis starts at 0.
+        is_log: use a logarithmic y-axis if each value of the lines is positive. A linear axis includes 0.
         spans: shaded ranges behind the lines.
         x_range: range of the x-axis; None uses that of the points.
     """
+    # A loss may be negative: log-likelihoods are, and contrastive and alignment losses.
+    is_log = is_log and all(y is None or not -math.inf < y <= 0 for line in lines for _, y in line.points)
     shown = [_thinned(_with_gaps(line, is_log=is_log)) for line in lines]
     values = [y for line in shown for _, y in line.points if y is not None]
     values += [y for line in shown for pair in line.band if pair is not None for y in pair]
@@ -100,7 +102,9 @@ def line_chart(
         return ""
     places = [x for line in shown for x, _ in line.points]
     x = _Axis(*_widened(*(x_range or (min(places), max(places)))), LEFT, WIDTH - RIGHT)
-    low, high = (min(values), max(values)) if is_log else (min(0.0, *values), max(values) * 1.05)
+    low, high = min(values), max(values)
+    if not is_log:
+        low, high = min(0.0, low * 1.05), max(0.0, high * 1.05)
     y = _Axis(*_widened(low, high, is_log=is_log), HEIGHT - BOTTOM, TOP, is_log)
     parts = [_span(span, x, number) for number, span in enumerate(spans)]
     parts += [_frame(x, y, x_label, y_label)]
@@ -118,7 +122,9 @@ def heat_map(
     y_label: str,
     value_label: str,
 ) -> str:
-    """A heat map of positive values, with logarithmic colours, as SVG; '' if there is no value.
+    """A heat map as SVG; '' if there is no value. Its colours are logarithmic without a negative value.
+
+    Zeros are left empty among logarithmic colours, which have none for them.
 
     Args:
         steps: x of each column, rising; a column extends from the previous step to its own.
@@ -130,13 +136,15 @@ def heat_map(
     known = table[np.isfinite(table)]
     if not len(known):
         return ""
-    low, high = _widened(float(known.min()), float(known.max()), is_log=True)
+    is_log = bool(known.min() > 0)
+    low, high = _widened(float(known.min()), float(known.max()), is_log=is_log)
     bar = 14
     x = _Axis(0, float(steps[-1]), LEFT, WIDTH - RIGHT - bar - 58)
     y = _Axis(*y_range, HEIGHT - BOTTOM, TOP)
-    scale = _Axis(low, high, HEIGHT - BOTTOM, TOP, is_log=True)
+    scale = _Axis(low, high, HEIGHT - BOTTOM, TOP, is_log=is_log)
     place = x.end + 12
-    cells = _image(_colored(np.log(table), math.log(low), math.log(high))[::-1])
+    ends = (math.log(low), math.log(high)) if is_log else (low, high)
+    cells = _image(_colored(np.log(table) if is_log else table, *ends)[::-1])
     ramp = _image(_colored(np.linspace(0, 1, 64)[:, None], 0, 1)[::-1])
     parts = [
         _placed(cells, x.start, TOP, x.end - x.start, y.start - TOP),
@@ -278,8 +286,15 @@ def _number(value: float) -> str:
 
 
 def _by_step(steps: Sequence[float], columns: Sequence[Sequence[float | None]]) -> npt.NDArray[np.float64]:
-    """Means over NUM_COLUMNS equal intervals from 0 to the last step, (rows, NUM_COLUMNS); NaN if unknown."""
-    values = np.array([[v or math.nan for v in column] for column in columns], dtype=np.float64)
+    """Means over NUM_COLUMNS equal intervals from 0 to the last step, (rows, NUM_COLUMNS); NaN if unknown.
+
+    Zeros count as unknown unless there are negative values too.
+    """
+    values = np.array(
+        [[math.nan if v is None else v for v in column] for column in columns], dtype=np.float64
+    )
+    if not (values < 0).any():
+        values[values == 0] = math.nan
     ends = np.arange(NUM_COLUMNS + 1) * steps[-1] / NUM_COLUMNS
     table = np.full((values.shape[1], NUM_COLUMNS), math.nan)
     # A column of values extends from the previous step to its own. These are the columns that overlap each

@@ -1,17 +1,14 @@
-"""Checks that the keys of an experiment agree: in each phase, and with the checkpoint of a resumed run.
+"""Checks that the keys of an experiment agree, in each phase.
 
 Uses the standard library only, like `schema.py`: a contradiction fails before torch is imported.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import fields
+from typing import get_args, get_type_hints
 
 from speedit_plugins.trainer.config.acceleration_checks import check_accelerations
-from speedit_plugins.trainer.config.accelerations import AlignmentConfig
-from speedit_plugins.trainer.config.custom_imports import check_same_imports
-from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig, settled_process
+from speedit_plugins.trainer.config.schema import PATHS, ExperimentConfig
 from speedit_plugins.trainer.config.sections import (
     FLOW,
     FLOW_KEYS,
@@ -22,7 +19,6 @@ from speedit_plugins.trainer.config.sections import (
     DiffusionConfig,
     EvaluationConfig,
     SamplerConfig,
-    SuperResolutionConfig,
 )
 from speedit_plugins.trainer.config.shape_checks import check_shape_keys
 from speedit_plugins.trainer.config.super_resolution_checks import check_super_resolution
@@ -31,7 +27,7 @@ from speedit_plugins.trainer.config.training_checks import (
     check_optimizer,
     check_optimizer_keys,
 )
-from speedit_plugins.trainer.config.validation import ConfigError, build_section
+from speedit_plugins.trainer.config.validation import ConfigError
 
 # The names in the schema's `Literal[...] | None`.
 _SAMPLERS: tuple[str, ...] = get_args(get_args(get_type_hints(SamplerConfig)["type"])[0])
@@ -101,42 +97,6 @@ def _check_paths(config: ExperimentConfig) -> None:
                 f"environment variables are not replaced in a path, got {found[0]}; wanted"
                 f" ${{oc.env:{found[1]}}}, or quotes that let the shell replace it",
             )
-
-
-def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Checks that the checkpoint's weights keep their meaning: same imports, process, encoders and holes.
-
-    Args:
-        saved: plain config of the checkpoint; a key added since it was written is at its default.
-        config: plain config of the run that resumes from it.
-
-    Raises:
-        ValueError: a key has another value; the message has both values.
-    """
-    check_same_imports(saved, config.get("custom_imports", []))
-    was, now = _meaning(saved), _meaning(config)
-    for key, value in was.items():
-        if now[key] != value:
-            raise ValueError(f"{key} was {value!r}, got {now[key]!r}")
-
-
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    process = settled_process(build_section(DiffusionConfig, config["diffusion"], "diffusion"))
-    given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    layers = _training_only(config)
-    low = build_section(SuperResolutionConfig, config.get("super_resolution", {}), "super_resolution")
-    sections = (("diffusion", process), ("super_resolution", low))
-    meant = {f"{name}.{key}": value for name, part in sections for key, value in asdict(part).items()}
-    return {**meant, **given, **layers}
-
-
-def _training_only(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the layers that only the training has: a checkpoint holds them too."""
-    alignment = build_section(AlignmentConfig, config.get("alignment", {}), "alignment")
-    layers = {f"alignment.{key}": getattr(alignment, key) for key in ("type", "teacher", "projector_width")}
-    if alignment.type == "SRA":
-        layers["alignment.teacher_layer"] = alignment.last_block
-    return {**layers, "uncertainty": config.get("uncertainty", False)}
 
 
 def _check_training(config: ExperimentConfig) -> None:

@@ -177,6 +177,8 @@ def _pillow(image: npt.NDArray[np.uint8]) -> Image.Image:
 def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Plots the logged losses against the step: weighted, raw, under uniform timesteps, and of validation.
 
+    The axis is logarithmic, or linear if a loss is not positive: accelerations make some negative.
+
     Args:
         rows: lines of metrics.jsonl, each with `step` and the losses.
         path: the PNG file to write.
@@ -198,7 +200,8 @@ def save_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
-    axes.set(xlabel="training step", ylabel="loss", title=title, yscale="log")
+    is_positive = all(row[key] is None or row[key] > 0 for key in curves for row in rows if key in row)
+    axes.set(xlabel="training step", ylabel="loss", title=title, yscale="log" if is_positive else "linear")
     for axis_part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_part("{x:g}")
     axes.grid(alpha=0.3, which="both")

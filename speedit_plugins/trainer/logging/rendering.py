@@ -111,9 +111,11 @@ def _render_solid(solid: Tensor, turn: Tensor, reach: tuple[float, float], size:
     # Between the last place outside and the first inside, where a straight line is 0.
     back = torch.where(is_hit, (value / (value - before).clamp(min=1e-6)).clamp(0, 1), 0.0)
     place = torch.cat([where, (depth[step] + back * voxel / 2)[:, None]], dim=1)  # (K, 3)
-    normal = _normals(padded, place @ turn, voxel) @ turn.T
-    # At an edge of the outline the values change by about 2 per voxel. A pixel there is partly covered.
-    cover = torch.where(is_hit, 1.0, (0.5 + found.amax(dim=-1) * voxel / (2 * pixel)).clamp(0, 1))
+    slope = _slopes(padded, place @ turn, voxel) @ turn.T
+    # A pixel at an edge of the outline is partly covered, by how far inside or outside of the edge it is.
+    beyond = found.amax(dim=-1) / (slope.norm(dim=-1) * pixel).clamp(min=1e-6)
+    cover = torch.where(is_hit, 1.0, (0.5 + beyond).clamp(0, 1))
+    normal = functional.normalize(-slope, dim=-1)
     picture[is_near] = _coloured(normal, place[:, 2] / half_depth, cover)
     return picture.reshape(size, size, 3)
 
@@ -142,11 +144,11 @@ def _values(padded: Tensor, place: Tensor) -> Tensor:
     return values.reshape(place.shape[:-1])
 
 
-def _normals(padded: Tensor, place: Tensor, voxel: float) -> Tensor:
-    """Unit vectors out of the solid at places (..., 3)."""
+def _slopes(padded: Tensor, place: Tensor, voxel: float) -> Tensor:
+    """How fast the values rise along each axis at places (..., 3), over a voxel to both sides."""
     steps = torch.eye(3) * voxel
-    slope = [_values(padded, place + step) - _values(padded, place - step) for step in steps]
-    return functional.normalize(-torch.stack(slope, dim=-1), dim=-1)
+    rises = [_values(padded, place + step) - _values(padded, place - step) for step in steps]
+    return torch.stack(rises, dim=-1) / (2 * voxel)
 
 
 def _coloured(normal: Tensor, depth: Tensor, cover: Tensor) -> Tensor:

@@ -84,4 +84,6 @@ def _sized(model: type[nn.Module], size: Mapping[str, int]) -> Callable[..., nn.
     parameters = [p.replace(default=INPUT_SIZE) if p.name == "input_size" else p for p in parameters]
     # As above.
     build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it
+    # So that a config with these sizes in place of the name is known as the same model.
+    build.model, build.fixed = model, fixed  # type: ignore[attr-defined]  # attributes of a function
     return build

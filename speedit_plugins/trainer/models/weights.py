@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.state_dicts import SET_KEYS, WEIGHT_SETS, weights_in
 from speedit_plugins.trainer.models.training_only import without_layers
+from speedit_plugins.trainer.saved_configs import named_config
 from speedit_plugins.trainer.weight_files import unlike_weights
 
 __all__ = [
@@ -95,9 +96,10 @@ def fit_weights(
     if faults:
         listed = [f"{name}: {_shape(found, name)}, wanted {_shape(wanted, name)}" for name in faults[:3]]
         rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        beside = named_config(Path(path))
         raise ValueError(
             f"'{path}' does not fit the model: {'; '.join(listed)}{rest}; wanted the model section of the run"
-            " that wrote the file (see config.yaml next to the checkpoint)"
+            f" that wrote the file{'' if beside is None else f': -c {beside}'}"
         )
     taken = {name: found[name] for name in loaded}
     # A model of someone else's may have a mask of -inf as a buffer.

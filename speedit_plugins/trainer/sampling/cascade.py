@@ -19,9 +19,7 @@ from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, inputs_of
-
-# What a training leaves in its folder, see `results.save_config`.
-_CONFIG = "config_train.yaml"
+from speedit_plugins.trainer.saved_configs import RUN_CONFIG
 
 
 class FromStage:
@@ -104,10 +102,10 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
     """
     found = []
     for number, folder in enumerate(config.cascade):
-        path = Path(folder) / _CONFIG
+        path = Path(folder) / RUN_CONFIG
         if not path.is_file():
             raise ValueError(
-                f"cascade[{number}] needs the folder of a trained run, got {folder} without {_CONFIG}"
+                f"cascade[{number}] needs the folder of a trained run, got {folder} without {RUN_CONFIG}"
             )
         stage = replace(
             load_config(path, "test"),

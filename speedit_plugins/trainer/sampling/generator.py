@@ -27,6 +27,7 @@ from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.sampling.same_meaning import check_drawn
 from speedit_plugins.trainer.sampling.shape_files import read_normalization
 from speedit_plugins.trainer.starting_weights import load_trained
 from speedit_plugins.trainer.terminal import say
@@ -168,9 +169,11 @@ def load_generator(
         captions: the config's text encoder, where it is built already.
 
     Raises:
-        ValueError: there are no weights, or they cannot be read.
+        ValueError: there are no weights, they cannot be read, or the config asks them for something else than
+            they were trained to predict.
     """
     source = find_weights(config, tell=say) if source is None else source
+    check_drawn(source, config)
     device = build_device(config)
     encoder = build.build_encoder(config, device)
     captions = captions or build.build_text_encoder(config, device)

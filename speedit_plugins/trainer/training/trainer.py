@@ -16,8 +16,8 @@ from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.accelerations.objective import Objective
 from speedit_plugins.trainer.best_checkpoint import Best, is_better, kept_names, note_best, read_best
-from speedit_plugins.trainer.config.checks import check_same_run
 from speedit_plugins.trainer.config.loading import to_yaml
+from speedit_plugins.trainer.config.same_run import check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import (
     MODEL_STREAM,

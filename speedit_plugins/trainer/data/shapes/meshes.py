@@ -63,7 +63,8 @@ def solid(path: Path, size: int) -> Tensor:
     # A voxel with index i reaches from i - 1/2 to i + 1/2. A point on the outer border would round out of it.
     mesh.apply_scale(scale * size / 2 * (1 - 1e-6))
     mesh.apply_translation([(size - 1) / 2] * 3)
-    touched = np.rint(voxelize(mesh, pitch=1.0).points).astype(int)  # (K, 3)
+    voxels: Any = voxelize(mesh, pitch=1.0)
+    touched = np.rint(voxels.points).astype(int)  # (K, 3)
     grid = np.zeros((size,) * 3, dtype=bool)
     grid[tuple(touched.clip(0, size - 1).T)] = True
     return torch.from_numpy(binary_fill_holes(grid))
