@@ -37,6 +37,12 @@ def read_lines(path: Path, kind: Callable[..., Read], source: str) -> list[Read]
     return found
 
 
+def check_exists(path: Path) -> None:
+    """Raises ValueError if there is no results file for a report."""
+    if not path.is_file():
+        raise ValueError(f"--report needs results, and there is no file {path}; wanted the --out of a run")
+
+
 def append(path: Path, result: Any) -> None:
     """Adds a dataclass as a line. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)

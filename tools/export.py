@@ -35,6 +35,7 @@ from speedit_plugins.files import naming, usual_mode
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.yaml_text import one_line
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import latest, read_metrics
 from speedit_plugins.trainer.models.pretrained.autoencoder import Autoencoder
@@ -222,7 +223,7 @@ tags:
 
 # {config.experiment_name or Path(config.experiment_dir).name}
 
-Trained by speedit_plugins with the timestep policy `{config.diffusion.policy}` on the dataset
+Trained by speedit_plugins with the timestep policy `{one_line(config.diffusion.policy)}` on the dataset
 `{config.data.dataset}`.
 The weights are {_kind(config, source)} `{source.name}`.
 {usage}{notes}

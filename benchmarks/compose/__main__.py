@@ -29,7 +29,7 @@ from benchmarks.compose.report import report
 from benchmarks.compose.results import Training, pace_file, read_paces, read_trainings
 from benchmarks.compose.sets import SETS
 from benchmarks.compose.training import Cell, Settings, check
-from benchmarks.results_file import append, revision
+from benchmarks.results_file import append, check_exists, revision
 
 STANDARD = "standard"
 
@@ -54,6 +54,8 @@ class Plan:
         found: dict[Cell, list[Arm]] = {cell: [] for cell in self.cells}
         lacking: dict[str, dict[str, list[Cell]]] = {}
         for cell in self.cells:
+            # A missing file is no reason to leave an arm out.
+            cell.load()
             for arm in self._arms[cell.process]:
                 try:
                     check(cell, arm)
@@ -115,6 +117,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.report:
+            check_exists(arguments.out)
             print(report(read_trainings(arguments.out), read_paces(pace_file(arguments.out))))
             return 0
         plan = Plan(arguments)

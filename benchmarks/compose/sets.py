@@ -126,7 +126,13 @@ def load_compose_set(name: str, folder: Path) -> ComposeSet:
     """A data set by name, ready for the trainer; ValueError for an unknown name or a missing file."""
     if name not in SETS:
         raise ValueError(f"unknown data set {name!r}{nearest(name, SETS)}; known: {', '.join(SETS)}")
-    return give(name, SETS[name](folder))
+    try:
+        return give(name, SETS[name](folder))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"data set {name} has no file {error.filename}; benchmarks/flow/sets.py says how to make the"
+            " files of --data-dir, and --data names the sets that are wanted"
+        ) from error
 
 
 def spread(values: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from benchmarks.flow.laws import Policy, coarse_laws, laws, policy_of, widths_at
 from benchmarks.flow.report import leading, report
 from benchmarks.flow.results import Result, read_results
 from benchmarks.flow.sets import SETS, FlowSet, load_flow_set
-from benchmarks.results_file import append, revision
+from benchmarks.results_file import append, check_exists, revision
 from benchmarks.stacked.fine_tuning import going_on
 from benchmarks.stacked.sample_quality import SampleDraws, Sampler
 from benchmarks.stacked.training import SETTINGS, Member, StackedTraining, build_member_policy, build_process
@@ -236,6 +236,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.report:
+            check_exists(arguments.out)
             print(report(read_results(arguments.out)))
             return
         options = Options(

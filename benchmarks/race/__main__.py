@@ -32,13 +32,13 @@ import torch
 from benchmarks.flow.sets import fashion
 from benchmarks.image_sets import ImageSet, load_image_set
 from benchmarks.race.hosts import PEERS, Peer
-from benchmarks.race.laps import PEERS_EVALUATED, Entry, Plan, paces, race, read_laps
-from benchmarks.race.ours import ROWS, OurTraining, read_rows, row_of
+from benchmarks.race.laps import PEERS_EVALUATED, Entry, Plan, paces, race, read_laps, results_file
+from benchmarks.race.ours import ROWS, OurTraining, check_config, read_rows, row_of
 from benchmarks.race.plots import save_figure
 from benchmarks.race.quality import Measure, Quality
 from benchmarks.race.report import report
 from benchmarks.race.training import Net, Terms, Training, count_parameters
-from benchmarks.results_file import revision
+from benchmarks.results_file import check_exists, revision
 from speedit_plugins.registry import nearest
 
 # The average forgets half in this share of the steps.
@@ -82,6 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.minutes:
         # The first run of a race decides; one that goes on keeps its steps.
         arguments.steps = _steps_of(arguments.out) or PROVISIONAL_STEPS
+    _check_ours(arguments, net)
     measure = Quality(
         data,
         num_samples=arguments.num_samples,
@@ -91,6 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
     ).distances
     if arguments.minutes and _steps_of(arguments.out) is None:
         arguments.steps = _steps_that_fit(arguments, peers, net, data, measure)
+        _check_ours(arguments, net)
     settings = _settings(arguments, net)
     read_laps(arguments.out, settings)
     run = f"{time.strftime('%Y-%m-%d %H:%M:%S')}, {revision()}"
@@ -119,6 +121,13 @@ def _entries(arguments: argparse.Namespace, peers: Sequence[Peer], net: Net, dat
                 build = partial(peer.train, arguments.hosts, matched, data, terms)
                 entries.append(Entry(name, peer.name, seed, build, PEERS_EVALUATED))
     return entries
+
+
+def _check_ours(arguments: argparse.Namespace, net: Net) -> None:
+    """Raises ValueError, before anything is trained, if a config of ours does not fit the race."""
+    rows = read_rows(arguments.rows)
+    for name in arguments.ours or rows:
+        check_config(name, row_of(name, rows), net, _terms(arguments, 0, arguments.lr_factors[0]))
 
 
 def _build_ours(
@@ -223,8 +232,14 @@ def _peers(arguments: argparse.Namespace) -> list[Peer]:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.report:
+        check_exists(results_file(arguments.out))
         return
-    if arguments.hosts is None or not arguments.hosts.is_dir():
+    if arguments.hosts is None:
+        raise ValueError(
+            "--hosts needs the folder of the checkouts, got none, and SPEEDIT_HOSTS is not set; its folders"
+            " are named owner+name, as benchmarks/race/hosts.py lists them"
+        )
+    if not arguments.hosts.is_dir():
         raise ValueError(f"--hosts needs the folder of the checkouts, got {arguments.hosts}")
     least = {"steps": 40, "num_samples": 100, "threads": 1, "batch_size": 1, "turns": 1}
     for name, value in least.items():

@@ -6,6 +6,7 @@ Dims: B samples, C channels, H x W pixels.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -43,6 +44,17 @@ def row_of(name: str, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         known = "; ".join(rows)
         raise ValueError(f"unknown contestant {name!r}{nearest(name, rows)}; known: {known}")
     return rows[name]
+
+
+def check_config(name: str, row: Mapping[str, Any], net: Net, terms: Terms) -> None:
+    """Raises ValueError, which begins with the contestant's name, if its config is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(merged(own_config(net, terms, Path(folder)), row)), encoding="utf-8")
+        try:
+            load_config(path, "train")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 class OurTraining:

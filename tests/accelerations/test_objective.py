@@ -128,7 +128,11 @@ def test_a_run_resumes_with_the_layers_that_it_was_saved_with(tmp_path: Path) ->
     for name, changes in (("plain", {}), ("aligned", {"alignment": sra, "uncertainty": "true"})):
         fit(small_trainer(tmp_path / name, **small, **changes))
     for name, changes, message in (
-        ("plain", {"uncertainty": "true"}, "uncertainty was False, got True"),
+        (
+            "plain",
+            {"uncertainty": "true"},
+            "uncertainty was False, got True; wanted the former, or a new experiment_dir with pretrained=",
+        ),
         (
             "plain",
             {"alignment": "{type: REPA, teacher: embedded, layer: 1}"},

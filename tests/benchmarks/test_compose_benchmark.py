@@ -55,6 +55,29 @@ def run(load: Load, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -
     return int(compose.main())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report"], "--report needs results, and there is no file"),
+        (["--arms", "base"], "data set latents has no file"),
+    ],
+)
+def test_a_missing_file_is_one_line_that_says_what_it_is_for(
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    where = ["--out", str(tmp_path / "results.jsonl"), "--data", "latents", "--data-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compose", *where, *options])
+    with pytest.raises(SystemExit) as left:
+        load("compose.__main__").main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_run_goes_on_where_it_stopped(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

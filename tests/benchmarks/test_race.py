@@ -309,6 +309,11 @@ class TestMain:
             (["--peers", "Sit"], "unknown peer 'Sit'; did you mean 'SiT'?"),
             (["--ours", "ours, aut"], "unknown contestant 'ours, aut'; did you mean 'ours, auto'?"),
             (["--patch-size", "3"], "--image-size needs to be a multiple, twice or more, of --patch-size"),
+            (
+                ["--rows", "benchmarks/race/ours.yaml", "--steps", "40"],
+                "ours, stack: optimizer.warmup_steps: wanted less than max_training_steps = 40",
+            ),
+            (["--report"], "--report needs results, and there is no file"),
             (["--calls", "4"], "num_calls needs to be odd and >= 3, got 4"),
             (["--device", "cuda"], "--device cuda needs a CUDA device"),
         ],
@@ -329,6 +334,15 @@ class TestMain:
             main(load, tmp_path / "out", "--hosts", str(tmp_path), "--rows", str(rows), *given)
         assert left.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_race_without_checkouts_says_how_to_name_them(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPEEDIT_HOSTS", raising=False)
+    with pytest.raises(SystemExit):
+        main(load, tmp_path)
+    assert "--hosts needs the folder of the checkouts, got none, and SPEEDIT_HOSTS" in capsys.readouterr().err
 
 
 def test_the_distance_to_the_data_itself_is_small_and_to_noise_large(load: Load, tmp_path: Path) -> None:

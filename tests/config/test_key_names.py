@@ -41,6 +41,10 @@ def error_of(*overrides: str) -> str:
         ("guidance=2", "did you mean 'guidance_scale'?"),
         ("ema_decay=0.9", "ema.halflife_steps = ln 0.5 / ln decay"),
         ("gpus=2", "torchrun --nproc-per-node N"),
+        ("tread=0.5", "did you mean 'routing.keep'?"),
+        ("repa=true", "did you mean 'alignment.type'?"),
+        ("immiscible=true", "did you mean 'noise_assignment'?"),
+        ("alignment.proj_coeff=0.5", "did you mean 'alignment.weight'?"),
         ("Seed=2", "did you mean 'seed'?"),
     ],
 )
@@ -51,6 +55,8 @@ def test_a_key_of_another_trainer_is_answered_with_ours(override: str, hint: str
     else:
         assert error.startswith(f"{override.partition('=')[0]}: unknown key; ")
         assert hint in error.partition("; known here")[0]
+        # The keys of the top would fill the screen.
+        assert "." in override.partition("=")[0] or "known here" not in error
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ _COMPUTATION = frozenset(("dtype", "attention", "gradient_checkpointing"))
 _SIZES = frozenset(("input_size", "num_frames", "num_points"))
 # Probabilities of the training.
 _DROPOUTS = frozenset(("class_dropout_prob",))
+# After a difference in layers that only the training has.
+_NEW_RUN = "; wanted the former, or a new experiment_dir with pretrained= this checkpoint"
 
 
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -42,6 +44,7 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """
     check_same_imports(saved, config.get("custom_imports", []))
     _compare(_trained(saved), _trained(config))
+    _compare(_training_only(saved), _training_only(config), instead=_NEW_RUN)
     _check_same_model(saved, config)
 
 
@@ -64,16 +67,17 @@ def check_same_meaning(saved: Mapping[str, Any], config: Mapping[str, Any]) -> N
         _check_same_part("text_encoder", TEXT_ENCODERS, was, now, free=_PLACES | _COMPUTATION)
 
 
-def _compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _compare(was: Mapping[str, Any], now: Mapping[str, Any], *, instead: str = "") -> None:
+    """Raises ValueError for the first key with another value, or without one. `instead` ends the message."""
     for key, value in was.items():
-        if now[key] != value:
-            raise ValueError(f"{key} was {value!r}, got {now[key]!r}")
+        if now.get(key) != value:
+            raise ValueError(f"{key} was {value!r}, got {now.get(key)!r}{instead}")
 
 
 def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
     meant = {f"diffusion.{key}": value for key, value in asdict(_process(config)).items()}
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    return {**meant, **_enlarged(config), **given, **_training_only(config)}
+    return {**meant, **_enlarged(config), **given}
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:

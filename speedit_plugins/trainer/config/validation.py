@@ -71,8 +71,9 @@ def check_keys(schema: type, raw: Mapping[Any, Any], path: str = "") -> None:
             continue
         if name not in hints:
             hint = key_hint(str(name), path, hints, list(key_paths()))
-            message = f"unknown key{hint}; known here: {', '.join(hints)}"
-            raise ConfigError(join(path, str(name)), message)
+            # The keys of the top fill half a screen, and a hint is better than they are.
+            listed = "" if hint and not path else f"; known here: {', '.join(hints)}"
+            raise ConfigError(join(path, str(name)), f"unknown key{hint}{listed}")
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             check_keys(cast(type, hints[name]), value, join(path, name))
 

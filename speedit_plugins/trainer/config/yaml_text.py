@@ -1,7 +1,10 @@
-"""Faults of a YAML file that its parser does not report, or not in a user's words; each with its line."""
+"""Faults of a YAML file that its parser does not report, or not in a user's words, each with its line; and a
+section in one line.
+"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
@@ -9,6 +12,18 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode
 _STRING, _BOOL, _NULL, _INT = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "bool", "null", "int"))
 # YAML 1.1 reads 010 as 8, and 1:30 as 90.
 _SURPRISING = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+)")
+
+
+def one_line(section: Mapping[str, Any]) -> str:
+    """A section as a person writes it: its name alone if it has nothing else, else in YAML's braces.
+
+    Example:
+        >>> one_line({"type": "auto", "weighting": "p2"}), one_line({"type": "speed"})
+        ('{type: auto, weighting: p2}', 'speed')
+    """
+    if list(section) == ["type"]:
+        return str(section["type"])
+    return yaml.safe_dump(dict(section), default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
 def check_text(text: str) -> None:

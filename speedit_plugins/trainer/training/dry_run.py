@@ -18,6 +18,7 @@ from speedit_plugins.trainer.accelerations.summary import in_use
 from speedit_plugins.trainer.accelerations.teachers import EMBEDDED, unread_teacher
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.config.yaml_text import one_line
 from speedit_plugins.trainer.data.summary import data_lines
 from speedit_plugins.trainer.models.interface import example_inputs
 from speedit_plugins.trainer.models.training_only import CHILD, layers_of
@@ -56,7 +57,7 @@ def describe(config: ExperimentConfig) -> str:
     state, what = _training_state(config, num_parameters + own, trained, accelerations)
     activations = _gib(saved_bytes(model, config, accelerations))
     if is_centred_by_data(config):
-        policy = f"{config.diffusion.policy}, centred by the data when training starts"
+        policy = f"{one_line(config.diffusion.policy)}, centred by the data when training starts"
     else:
         policy = str(build.build_timestep_policy(config, process))
     return "\n".join(
