@@ -1,6 +1,7 @@
 """Cascades: stages in a row, in grids and in inference, and what does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
 ) -> None:
     base, small, _ = trained
     grid = {"sample_classes": "[3]"}
+    other = shutil.copytree(base, tmp_path / "other")
+    told = (other / "config_train.yaml").read_text()
+    (other / "config_train.yaml").write_text(told.replace("prediction_type: epsilon", "prediction_type: x0"))
+    differs = "was trained with another config: diffusion.prediction_type was 'epsilon', got 'x0'"
     cases: tuple[tuple[str, dict[str, Any], str], ...] = (
         (f"[{base}]", STAGES[2], "cascade[0] draws 8 x 8 pixels, and this run enlarges 16 x 16 to 32 x 32"),
         (f"[{small}]", STAGES[2], "cascade[0] needs a run that draws from noise alone"),
         (f"[{base},{base}]", STAGES[2], "cascade[1] needs a super-resolution run behind cascade[0]"),
+        (f"[{other}]", STAGES[1], f"{other}/checkpoints/step_0000002 {differs}"),
         (f"[{tmp_path}]", STAGES[1], f"cascade[0] needs the folder of a trained run, got {tmp_path}"),
         (f"[{base}]", STAGES[0], "cascade: has no effect without super_resolution.factor"),
         (f"[{base}]", {**STAGES[1], "low_resolution": "x.npz"}, "low_resolution: the stages of cascade draw"),

@@ -10,6 +10,7 @@ from runs import arguments
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+from speedit_plugins.trainer.saved_configs import config_of, named_config
 
 
 def speedit(phase: str, folder: Path, **changes: object) -> int:
@@ -74,6 +75,23 @@ def test_every_key_takes_the_folder_of_a_run(
     assert f"got no step_4; did you mean {run}/checkpoints/step_0000004?" in capfd.readouterr().err
     assert speedit("train", tmp_path / "x", resume="latest") == 2
     assert "got 'latest'; did you mean 'auto'?" in capfd.readouterr().err
+
+
+def test_weights_know_the_config_of_their_training(tmp_path: Path) -> None:
+    run, step = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_0000001"
+    for path in (run / "config_train.yaml", step / "config.yaml", run / "posthoc" / "a.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    # A checkpoint has the config that it was written with; the run's own is shorter to type.
+    for source in (step, step / "ema.safetensors"):
+        assert config_of(source) == step / "config.yaml"
+        assert named_config(source) == run / "config_train.yaml"
+    averaged = run / "posthoc" / "a.safetensors"
+    assert config_of(averaged) == named_config(averaged) == run / "config_train.yaml"
+    copied = shutil.copytree(step, tmp_path / "elsewhere")
+    assert named_config(copied) == copied / "config.yaml"
+    assert config_of(run / "foreign.pt") is None
+    assert named_config(tmp_path / "foreign.pt") is None
 
 
 def test_samples_are_refused_that_the_weights_were_not_trained_for(
