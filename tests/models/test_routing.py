@@ -174,7 +174,7 @@ def test_blocks_are_counted_from_zero_or_from_the_end(
 @pytest.mark.parametrize(
     ("kind", "start", "end", "message"),
     [
-        ("DiT", 2, -4, r"0 <= from <= to < 4, the blocks of the model, got from 2 and to -4, blocks 2 and 0"),
+        ("DiT", 2, -4, r"0 <= from <= to < 4, the model's blocks, got from 2 and to -4, blocks 2 and 0"),
         ("DiT", 1, 4, r"got from 1 and to 4"),
         ("Latte", 0, 2, r"1 <= from <= to < 4"),
         ("LatteT2V", 0, 2, r"1 <= from <= to < 4"),

@@ -82,7 +82,7 @@ def test_a_dit_pipeline_draws_what_the_sampler_draws(tmp_path: Path) -> None:
     for change in ("guidance_scale=1.0", "sampler.guidance_channels=3", "sample_classes=[5]"):
         assert not agree(found, drawn(DIT, [*arguments, change])), change
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "timestep policy `{'type': 'speedit'}`" in card
+    assert "timestep policy `speedit`" in card
     assert f'torch.Generator("cpu").manual_seed({SEED})' in card
     assert f"num_inference_steps={STEPS} and guidance_scale=2\n" in card
     assert (
