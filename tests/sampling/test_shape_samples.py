@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from shapes_of_tests import POINTS, SmallShapes, config_file, shape_config
@@ -16,6 +17,7 @@ from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
+from speedit_plugins.trainer.logging.images import save_with_hole
 from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.sampling.shape_files import (
     read_normalization,
@@ -117,6 +119,25 @@ def test_a_folder_of_shapes_that_cannot_be_read_is_named(tmp_path: Path) -> None
     (tmp_path / "000001.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match=r"cannot read the shape .*000001.npy"):
         read_shapes(tmp_path)
+
+
+def test_what_cannot_be_written_leaves_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    pixels, hole = np.zeros((4, 4, 3), dtype=np.uint8), np.eye(4, dtype=bool)
+    shape, filled = tmp_path / "000000.npy", tmp_path / "000000.png"
+    save_shape(torch.zeros(3, 40), shape)
+    save_with_hole(pixels, hole, filled)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="000000.npy"):
+        save_shape(torch.ones(3, 40), shape)
+    with pytest.raises(OSError, match="000000.png"):
+        save_with_hole(pixels + 1, ~hole, filled)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shapes_without_a_surface_have_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -194,16 +194,21 @@ class _Network(nn.Module):
             nn.SiLU(),
         )
         self.head = nn.utils.skip_init(nn.Linear, width, num_classes)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.kaiming_normal_(parameter, generator=generator)
-            else:
-                nn.init.zeros_(parameter)
+        draw_weights(self, generator)
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, C, 8, 8) to logits (B, num_classes)."""
         logits: Tensor = self.head(self.features(values))
         return logits
+
+
+def draw_weights(network: nn.Module, generator: torch.Generator) -> None:
+    """Draws the weights of a small classifier from its own generator; biases become zero."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, generator=generator)
+        else:
+            nn.init.zeros_(parameter)
 
 
 def train_classifier(

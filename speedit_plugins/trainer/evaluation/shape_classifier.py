@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
-from speedit_plugins.trainer.evaluation.features import held_out_fifth, train_classifier
+from speedit_plugins.trainer.evaluation.features import draw_weights, held_out_fifth, train_classifier
 
 # Side of the grid that shapes are brought to.
 GRID = 16
@@ -133,11 +133,7 @@ class _Network(nn.Module):
             nn.SiLU(),
         )
         self.head = nn.utils.skip_init(nn.Linear, width, num_classes)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.kaiming_normal_(parameter, generator=generator)
-            else:
-                nn.init.zeros_(parameter)
+        draw_weights(self, generator)
 
     def forward(self, grids: Tensor) -> Tensor:
         """(B, 1, 16, 16, 16) to logits (B, K)."""

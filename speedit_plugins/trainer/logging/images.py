@@ -44,7 +44,7 @@ def save(sample: npt.NDArray[np.uint8], stem: Path, *, frames_per_second: float)
 
 
 def save_png(image: npt.NDArray[np.uint8], path: Path) -> None:
-    """Writes one uint8 image (H, W, C), C 1 or 3, as PNG, whole or not at all.
+    """Writes one uint8 image (H, W, C), C 1 to 4, as PNG, whole or not at all.
 
     Raises:
         OSError: the file cannot be written; names it.
@@ -56,7 +56,7 @@ def save_with_hole(image: npt.NDArray[np.uint8], hole: npt.NDArray[np.bool_], pa
     """Writes an image (H, W, C) as PNG, transparent in the hole (H, W), where its pixels become mid-grey."""
     shown = np.where(hole[..., None], np.uint8(128), image)
     alpha = np.where(hole, 0, 255).astype(np.uint8)[..., None]
-    Image.fromarray(np.concatenate([shown, alpha], axis=-1)).save(path)
+    save_png(np.concatenate([shown, alpha], axis=-1), path)
 
 
 def save_grid(

@@ -3,6 +3,7 @@
 Dims: B shapes, C channels, D x H x W voxels, N points.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
@@ -22,15 +24,21 @@ SUFFIX = ".npy"
 
 
 def save_shape(sample: Tensor, path: Path) -> None:
-    """Writes one finite shape as `.npy`, float32.
+    """Writes one finite shape as `.npy`, float32, whole or not at all.
 
     Args:
         sample: points (3, N), written as (N, 3), or voxels (1, D, H, W), clamped to [-1, 1] and written as
             shares in [0, 1], (D, H, W).
         path: the file.
+
+    Raises:
+        OSError: the file cannot be written; names it.
     """
     values = sample.T if sample.ndim == 2 else (sample[0].clamp(-1, 1) + 1) / 2
-    np.save(path, values.float().cpu().contiguous().numpy(), allow_pickle=False)
+    content = io.BytesIO()
+    np.save(content, values.float().cpu().contiguous().numpy(), allow_pickle=False)
+    # One of very many files, as in `images.save`.
+    write_whole(path, content.getvalue(), is_flushed=False)
 
 
 def read_shapes(folder: Path) -> Tensor:
