@@ -180,7 +180,7 @@ def test_an_inpainting_model_sees_the_mask_and_what_lies_around_the_hole() -> No
     assert mask[0].tolist() == [[1] * 4] * 2 + [[0] * 4] * 2
     assert rest[0].tolist() == [[0] * 4] * 2 + [[0.5] * 4] * 2
     assert given.condition["label"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="inpainting needs images, got batches of latent_mean"):
+    with pytest.raises(ValueError, match="inpainting needs images, videos or voxels, got batches of latent_mean"):
         encoder(masks=TopHalf()).encode(
             {"latent_mean": torch.zeros(1, 1, 2, 2), "latent_std": torch.ones(1, 1, 2, 2)}, generators(1)
         )
