@@ -84,7 +84,8 @@ def _video(path: Path, num_frames: int, key: str) -> list[Image.Image]:
         raise ValueError(f"{key} needs a video file with num_frames {num_frames}, got {path}")
     found = read_header(path).num_frames
     if found < num_frames:
-        raise ValueError(f"{key} needs num_frames {num_frames} frames or more, got {found} in {path}")
+        hint = "; a GIF drops repeated frames, an MP4 keeps them" if path.suffix.lower() == ".gif" else ""
+        raise ValueError(f"{key} needs num_frames {num_frames} frames or more, got {found} in {path}{hint}")
     return read_frames(path, range(num_frames), num_frames=found)
 
 

@@ -77,8 +77,8 @@ class Holes:
         total = len(self._dataset)
         if num_samples > total:
             raise ValueError(
-                f"inpainting fills each {what[:-1]} of the dataset once: wanted at most its {total} {what}, got"
-                f" {num_samples}"
+                f"inpainting fills each {what[:-1]} of the dataset once: wanted at most its {total} {what},"
+                f" got {num_samples}"
             )
         self.items = torch.arange(num_samples) * total // num_samples
 
