@@ -9,8 +9,9 @@ from speedit_plugins.policies.advice import warn_if_slow
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.shifted_boundary import with_shifted_boundary
-from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, PROCESSES, TEXT_ENCODERS, build
+from speedit_plugins.registry import DATASETS, ENCODERS, MASKS, MODELS, PROCESSES, TEXT_ENCODERS, build
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.holes import IMAGE, VIDEO, VOXELS, draw_hole
 from speedit_plugins.trainer.data.loader import SampleSource
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
@@ -85,6 +86,25 @@ def build_dataset(config: ExperimentConfig, *, augmented: bool = True) -> Sample
             f" wanted {f'at least {dataset.num_classes}' if dataset.num_classes else 'data with classes'}"
         )
     return cast(SampleSource, dataset)
+
+
+def build_masks(config: ExperimentConfig) -> Any:
+    """What makes the holes of `inpainting`, see `draw_hole`; None without it.
+
+    Raises:
+        ValueError: the masks do not fit the samples, or one of the buckets.
+    """
+    if config.inpainting is None:
+        return None
+    masks = build(MASKS, config.inpainting)
+    key = VIDEO if config.num_frames else IMAGE
+    shapes = {(*([config.num_frames] if config.num_frames else []), config.image_size, config.image_size)}
+    shapes |= {tuple(bucket) for bucket in config.data.dataset.get("buckets") or ()}
+    if config.voxel_size:
+        key, shapes = VOXELS, {(config.voxel_size,) * 3}
+    for shape in sorted(shapes):
+        draw_hole(masks, key, shape, torch.Generator().manual_seed(config.seed))
+    return masks
 
 
 def build_model(

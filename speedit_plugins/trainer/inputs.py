@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.data.holes import IMAGE, VIDEO, VOXELS, draw_hole
 from speedit_plugins.trainer.data.latents.cache import FEATURES, TEXT, sample_latents
 from speedit_plugins.trainer.layouts import IMAGES, SHAPES
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, dropped
@@ -35,12 +36,6 @@ class Encoder(Protocol):
     def encode(self, images: Tensor, generators: list[torch.Generator]) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def fingerprint(self) -> str: ...
-
-
-class MaskSource(Protocol):
-    """Draws a mask (H, W) for inpainting, 1 in the hole."""
-
-    def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor: ...
 
 
 class FeatureSource(Protocol):
@@ -80,7 +75,7 @@ class BatchEncoder:
         captions: encodes the batch's "caption", unless the batch already has the features.
         null_text: features of the empty caption (1, L, ...), used for dropped captions.
         caption_dropout_prob: probability in [0, 1) that a caption is dropped.
-        masks: draws a hole in each image, for the model to fill.
+        masks: makes a hole in each sample, for the model to fill; see `draw_hole`.
         teacher: makes features of the samples, unless the batch already has them.
         low_resolution: makes the low-resolution input of a super-resolution model.
     """
@@ -94,7 +89,7 @@ class BatchEncoder:
         captions: CaptionSource | None = None,
         null_text: Mapping[str, Tensor] | None = None,
         caption_dropout_prob: float = 0.0,
-        masks: MaskSource | None = None,
+        masks: Any = None,
         teacher: FeatureSource | None = None,
         low_resolution: LowResolutionSource | None = None,
     ) -> None:
@@ -128,7 +123,7 @@ class BatchEncoder:
         condition = self._condition(on_device, generators)
         latents = self._latents(on_device, generators)
         if self._masks is not None:
-            condition = with_extra(condition, self._hole(on_device, generators, self._masks))
+            condition = with_extra(condition, self._hole(on_device, generators))
         if self._low_resolution is not None:
             condition = with_entries(condition, self._low_resolution.of_batch(on_device, generators))
         return ModelInputs(latents, noise, condition, self._features(on_device))
@@ -149,13 +144,15 @@ class BatchEncoder:
         made = torch.cat([self._teacher.encode(part) for part in frames.split(FRAMES_AT_ONCE)])
         return rearrange(made, "(b f) d h w -> b f d h w", b=len(batch["video"]))
 
-    def _hole(self, batch: Mapping[str, Any], generators: Generators, masks: "MaskSource") -> Tensor:
-        if "image" not in batch:
-            raise ValueError(f"inpainting needs images, got batches of {', '.join(sorted(batch))}")
-        height, width = batch["image"].shape[2:]
-        drawn = [masks.draw(height, width, generator) for generator in generators]
-        mask = torch.stack(drawn).unsqueeze(1).to(self.device)  # (B, 1, H, W)
-        return masked_latents(self.encoder, batch["image"], mask, generators)
+    def _hole(self, batch: Mapping[str, Any], generators: Generators) -> Tensor:
+        key = next((key for key in (IMAGE, VIDEO, VOXELS) if key in batch), None)
+        if key is None:
+            got = ", ".join(sorted(batch))
+            raise ValueError(f"inpainting needs images, videos or voxels, got batches of {got}")
+        samples: Tensor = batch[key]
+        drawn = [draw_hole(self._masks, key, samples.shape[2:], generator) for generator in generators]
+        mask = torch.stack(drawn).unsqueeze(1).to(self.device)  # (B, 1, [F,] H, W)
+        return masked_latents(self.encoder, samples, mask, generators)
 
     def _latent_shape(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
         if "latent_mean" in batch:
@@ -205,19 +202,23 @@ def _shape_in(batch: Mapping[str, Any]) -> Tensor | None:
     return next((batch[layout] for layout in SHAPES if layout in batch), None)
 
 
-def masked_latents(encoder: Encoder, images: Tensor, mask: Tensor, generators: Generators) -> Tensor:
-    """What an inpainting model sees besides x: mask and latents of the masked image, (B, 1 + C, h, w).
+def masked_latents(encoder: Encoder, samples: Tensor, mask: Tensor, generators: Generators) -> Tensor:
+    """What an inpainting model sees besides x: mask and latents of the masked sample, (B, 1 + C, [F,] h, w).
 
     Source: Stable Diffusion's inpainting model has this order and meaning.
 
     Args:
-        encoder: encodes the masked images.
-        images: (B, channels, H, W) in [-1, 1].
-        mask: (B, 1, H, W), 1 in the hole. Pixels in the hole become 0, mid-grey.
-        generators: one per image.
+        encoder: encodes the masked samples.
+        samples: images (B, channels, H, W), videos (B, channels, F, H, W) or voxels, in [-1, 1].
+        mask: (B, 1, ...) with their other axes, 1 in the hole. There the samples become 0, mid-grey.
+        generators: one per sample.
     """
+    known = samples * (1 - mask)
     with torch.no_grad():
-        rest = encoder.encode(images * (1 - mask), list(generators))
+        if _is_video(encoder, known):
+            rest = encode_video(encoder, known, generators)
+        else:
+            rest = encoder.encode(known, list(generators))
     return torch.cat([functional.interpolate(mask, rest.shape[2:], mode="nearest"), rest], dim=1)
 
 
@@ -251,8 +252,12 @@ def encode_video(encoder: Encoder, videos: Tensor, generators: Generators) -> Te
 
 def decoded(encoder: Encoder, latents: Tensor) -> Tensor:
     """Latents of images, videos or shapes (B, c, ...) -> samples (B, C, ...), as the encoder makes them."""
-    is_video = latents.ndim == 5 and getattr(encoder, "layout", IMAGES) == IMAGES
-    return decode_video(encoder, latents) if is_video else encoder.decode(latents)
+    return decode_video(encoder, latents) if _is_video(encoder, latents) else encoder.decode(latents)
+
+
+def _is_video(encoder: Encoder, samples: Tensor) -> bool:
+    """Whether samples, or their latents, are videos: solids have as many axes, and encoders of their own."""
+    return samples.ndim == 5 and getattr(encoder, "layout", IMAGES) == IMAGES
 
 
 def decode_video(encoder: Encoder, latents: Tensor) -> Tensor:

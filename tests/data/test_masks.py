@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from speedit_plugins.registry import MASKS, build
+from speedit_plugins.trainer.data.holes import IMAGE, VIDEO, VOXELS, draw_hole
 from speedit_plugins.trainer.data.images.masks import RandomMasks
+from speedit_plugins.trainer.data.videos.frame_masks import FrameMasks
 
 
 def generator(seed: int) -> torch.Generator:
@@ -54,6 +58,82 @@ def test_a_mask_depends_only_on_the_generator() -> None:
     first, second, other = (masks.draw(16, 16, generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@given(seed=st.integers(0, 1000), edge=st.integers(1, 12))
+def test_a_hole_in_a_solid_is_a_box_or_tubes(seed: int, edge: int) -> None:
+    box = RandomMasks(box_prob=1.0, box_share=(0.25, 0.5)).draw_solid((edge,) * 3, generator(seed))
+    sides = [int(box.amax(others).sum()) for others in ((1, 2), (0, 2), (0, 1))]
+    assert box.sum() == math.prod(sides)
+    assert all(max(1, round(edge / 4)) <= side <= max(1, round(edge / 2)) for side in sides)
+    tubes = RandomMasks(box_prob=0.0).draw_solid((edge,) * 3, generator(seed))
+    assert tubes.shape == (edge,) * 3
+    assert tubes.any()
+    assert set(tubes.unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("future", {"011111", "001111"}),
+        ("past", {"111110", "111100"}),
+        ("between", {"011110", "001100"}),
+        ("scattered", {format(63 - kept, "06b") for kept in range(64) if kept.bit_count() in (1, 2)}),
+    ],
+)
+def test_holes_in_time_leave_the_frames_of_their_way(way: str, expected: set[str]) -> None:
+    masks = build(MASKS, {"type": "FrameMasks", "ways": [way], "given": [1, 2]})
+    drawn = [masks.draw_frames(6, generator(seed)) for seed in range(200)]
+    found = {"".join(str(int(value)) for value in mask) for mask in drawn}
+    # Each of the at most 21 masks is missed by 200 draws with a probability below 1 in 1,000.
+    assert found == expected
+    assert torch.equal(masks.draw_frames(6, generator(3)), drawn[3])
+
+
+def test_every_way_is_drawn_as_often() -> None:
+    masks = FrameMasks(ways=("future", "past", "between", "scattered"), given=(1, 1))
+    found = [tuple(masks.draw_frames(5, generator(seed)).tolist()) for seed in range(2000)]
+    # 4 sigma of a binomial frequency of 1/4, and of the 1/20 that each scattered frame has.
+    for mask, share in (((0, 1, 1, 1, 0), 0.25), ((0, 1, 1, 1, 1), 0.3), ((1, 1, 0, 1, 1), 0.05)):
+        spread = 4 * math.sqrt(share * (1 - share) / 2000)
+        assert found.count(mask) / 2000 == pytest.approx(share, abs=spread)
+
+
+def test_a_hole_in_space_is_the_same_in_all_frames_and_one_in_time_takes_whole_frames() -> None:
+    space = draw_hole(RandomMasks(), VIDEO, (3, 8, 6), generator(0))
+    assert space.shape == (3, 8, 6)
+    assert torch.equal(space, RandomMasks().draw(8, 6, generator(0)).expand(3, 8, 6))
+    time = draw_hole(FrameMasks(ways=["future"]), VIDEO, (3, 2, 2), generator(0))
+    assert time.flatten(1).tolist() == [[0] * 4, [1] * 4, [1] * 4]
+    with pytest.raises(ValueError, match="FrameMasks makes no holes in images; wanted masks with draw"):
+        draw_hole(FrameMasks(), IMAGE, (8, 8), generator(0))
+    with pytest.raises(ValueError, match="FrameMasks makes no holes in voxels; wanted masks with draw_solid"):
+        draw_hole(FrameMasks(), VOXELS, (8, 8, 8), generator(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ways": []}, "needs ways, each one of future, past, between, scattered, once, got"),
+        ({"ways": "future"}, "needs ways, .* got 'future'"),
+        ({"ways": ["future", "future"]}, "needs ways, .* got"),
+        ({"ways": ["sideways"]}, "needs ways, .* got .'sideways'."),
+        ({"given": [0, 1]}, "needs given = .low, high. with 1 <= low <= high, got .0, 1."),
+        ({"given": [2, 1]}, "needs given"),
+        ({"given": 2}, "needs given"),
+    ],
+)
+def test_frames_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(MASKS, {"type": "FrameMasks", **options})
+
+
+def test_masks_that_may_leave_no_frame_to_fill_are_refused() -> None:
+    for ways, most in ((["future"], 3), (["future", "between"], 6)):
+        masks = FrameMasks(ways=ways, given=(1, 3))
+        assert masks.draw_frames(most + 1, generator(0)).any()
+        with pytest.raises(ValueError, match=f"may give {most} frames, and needs videos of more, got {most}"):
+            masks.draw_frames(most, generator(0))
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,17 @@ def error(capsys: pytest.CaptureFixture[str], phase: str, folder: Path, **change
 
 def test_images_and_holes_depend_on_seed_and_index_alone(tmp_path: Path) -> None:
     few, more, other = (
-        Holes(small_config(tmp_path, "inference", **HOLES, seed=seed), num_images=number)
+        Holes(small_config(tmp_path, "inference", **HOLES, seed=seed), num_samples=number)
         for number, seed in ((3, 0), (1797, 0), (3, 1))
     )
     # Evenly over the data, whatever their order.
     assert few.items.tolist() == [0, 599, 1198]
     given, again = few.at(few.items), more.at(more.items[few.items])
     assert torch.equal(given.masks, again.masks)
-    assert torch.equal(given.images, again.images)
+    assert torch.equal(given.samples, again.samples)
     assert given.labels is not None
     plain = [Digits(image_size=8).load(index, torch.Generator()) for index in few.items.tolist()]
-    assert torch.equal(given.images, torch.stack([item["image"] for item in plain]))
+    assert torch.equal(given.samples, torch.stack([item["image"] for item in plain]))
     assert given.labels.tolist() == [item["label"] for item in plain]
     assert not torch.equal(given.masks, other.at(other.items).masks)
     assert (given.masks.flatten(1).sum(dim=1) > 0).all()
@@ -70,9 +70,9 @@ def test_fills_are_written_beside_what_was_given_and_are_measured_in_pairs(
     names = [f"{i:06d}.png" for i in range(5)]
     assert [path.name for path in sorted(folder.iterdir())] == names
     assert [path.name for path in sorted(masked.iterdir())] == names
-    holes = Holes(small_config(tmp_path, "inference", **HOLES), num_images=5)
+    holes = Holes(small_config(tmp_path, "inference", **HOLES), num_samples=5)
     given = holes.at(holes.items)
-    originals, inside = images.to_uint8(given.images), given.masks[:, 0].numpy() > 0
+    originals, inside = images.to_uint8(given.samples), given.masks[:, 0].numpy() > 0
     assert np.array_equal(fills[~inside], originals[~inside])
     assert not np.array_equal(fills[inside], originals[inside])
     shown = np.stack([np.asarray(Image.open(masked / name)) for name in names])
@@ -128,6 +128,6 @@ def test_a_hole_is_filled_under_the_images_own_caption(tmp_path: Path) -> None:
         assert main(["-c", EMOJI, "-p", phase, *options]) == 0
     (table,) = (tmp_path / "inference").glob("*/captions.jsonl")
     found = [json.loads(line) for line in table.read_text().splitlines()]
-    holes = Holes(load_config(EMOJI, "inference", options), num_images=3)
+    holes = Holes(load_config(EMOJI, "inference", options), num_samples=3)
     assert [row["caption"] for row in found] == holes.at(holes.items).captions
     assert [row["file_name"] for row in found] == ["000000.png", "000001.png", "000002.png"]

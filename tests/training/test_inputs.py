@@ -180,7 +180,7 @@ def test_an_inpainting_model_sees_the_mask_and_what_lies_around_the_hole() -> No
     assert mask[0].tolist() == [[1] * 4] * 2 + [[0] * 4] * 2
     assert rest[0].tolist() == [[0] * 4] * 2 + [[0.5] * 4] * 2
     assert given.condition["label"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="inpainting needs images, got batches of latent_mean"):
+    with pytest.raises(ValueError, match="needs images, videos or voxels, got batches of latent_mean"):
         encoder(masks=TopHalf()).encode(
             {"latent_mean": torch.zeros(1, 1, 2, 2), "latent_std": torch.ones(1, 1, 2, 2)}, generators(1)
         )
@@ -193,6 +193,18 @@ def test_a_mask_is_brought_to_the_latents_size() -> None:
     assert extra[0, 0].tolist() == [[0, 0], [1, 1]]
     drawn = torch.randn(2, 2, generator=generators(1)[0])
     assert_close(extra[0, 1], torch.tensor([[1.0, 1.0], [0.0, 0.0]]) + drawn, rtol=0, atol=0)
+
+
+def test_the_latents_of_a_masked_video_are_those_of_its_frames() -> None:
+    # The second of three frames is missing.
+    mask = torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand(3, 4, 4)[None, None]
+    videos = torch.rand(1, 1, 3, 4, 4)
+    extra = masked_latents(Halving(), videos, mask, generators(1))
+    assert extra[0, 0].flatten(1).tolist() == [[0] * 4, [1] * 4, [0] * 4]
+    draws = generators(1)
+    frames = [videos[:, :, 0], torch.zeros(1, 1, 4, 4), videos[:, :, 2]]
+    expected = torch.cat([Halving().encode(frame, draws) for frame in frames])
+    assert_close(extra[0, 1], expected[:, 0], rtol=0, atol=1e-6)
 
 
 def test_extra_channels_stand_beside_any_condition() -> None:

@@ -86,6 +86,37 @@ def test_a_place_that_is_no_folder_to_write_in_is_one_line(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_refused_training_takes_its_lock_away_and_no_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "train.lock"
+    wrong = {"data__dataset": "{type: ImageFolder, root: nowhere}"}
+    assert speedit("train", tmp_path, **wrong) == 2
+    assert "nowhere" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    # That of an earlier training stays.
+    lock.touch()
+    assert speedit("train", tmp_path, **wrong) == 2
+    assert lock.exists()
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lockf, asked = fcntl.lockf, []
+
+    def after_a_refused_training(*given: Any) -> None:
+        if not asked:
+            (tmp_path / "train.lock").unlink()
+        asked.append(given)
+        lockf(*given)
+
+    monkeypatch.setattr(fcntl, "lockf", after_a_refused_training)
+    with alone_in_folder(small_config(tmp_path), Runtime()):
+        held = json.loads((tmp_path / "train.lock").read_text())
+    assert (len(asked), held["pid"]) == (2, os.getpid())
+
+
 def test_a_full_disk_names_the_lock_and_leaves_none(tmp_path: Path) -> None:
     def enter() -> None:
         with alone_in_folder(small_config(tmp_path), Runtime()):

@@ -121,7 +121,8 @@ def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
         (["voxel_size=0", "num_points=40"], r"num_points: needs voxel_size"),
         (["image_size=64"], r"image_size: has no effect with voxel_size 8; wanted none"),
         (["num_frames=4"], r"num_frames: is of videos; wanted 0 with voxel_size 8"),
-        (["inpainting={type: RandomMasks}"], r"inpainting: fills images; wanted null with voxel_size 8"),
+        ([*POINTS, "inpainting=RandomMasks"], r"inpainting: a cloud has no place for each point, .* null"),
+        (["inpainting=FrameMasks"], r"inpainting: FrameMasks makes no holes in voxels; wanted .* draw_solid"),
         ([*POINTS, "sampler.clip_sample=true"], r"sampler.clip_sample: .*; wanted false with num_points"),
         (
             ["super_resolution.factor=2"],

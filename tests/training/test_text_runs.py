@@ -167,8 +167,8 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
         ),
         (
             MOVING,
-            ("inpainting=RandomMasks",),
-            "inpainting: fills images; wanted num_frames 0, got 4",
+            ("inpainting=FrameMasks",),
+            "inpainting does not fit the model PixArt",
         ),
         (DIGITS, ("diffusion.shift=3",), "diffusion.shift: has no effect with diffusion.type SpeeDiffusion"),
         (

@@ -210,8 +210,8 @@ def _check_text(config: ExperimentConfig) -> None:
 
 
 def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
-    if config.inpainting is not None and config.num_frames:
-        raise ConfigError("inpainting", f"fills images; wanted num_frames 0, got {config.num_frames}")
+    if config.inpainting is not None:
+        _check_pixels(config)
     is_filling = phase == "sample" and config.inpainting is not None
     keys = ("inpaint_image", "inpaint_mask")
     is_given = any(getattr(config, key) is not None for key in keys)
@@ -221,7 +221,19 @@ def _check_inpainting(config: ExperimentConfig, phase: str) -> None:
         if not is_filling and getattr(config, key) is not None:
             raise ConfigError(key, "has no effect but in sample with inpainting; wanted null")
     if config.inpainting is not None and phase == "train" and config.evaluate_every:
-        raise ConfigError("evaluate_every", "draws whole images, which inpainting does not; wanted 0")
+        raise ConfigError("evaluate_every", "draws whole samples, which inpainting does not; wanted 0")
+
+
+def _check_pixels(config: ExperimentConfig) -> None:
+    """Refuses to make holes in what has no pixels and no voxels."""
+    if config.num_points:
+        problem = "a cloud has no place for each point, so nothing of it can stay as given"
+        raise ConfigError("inpainting", f"{problem}; wanted num_points 0, or inpainting null")
+    for key in ("dataset", "validation"):
+        section = getattr(config.data, key) or {}
+        if section.get("type") == "LatentCache":
+            problem = "inpainting makes holes in pixels; wanted a dataset of images or videos"
+            raise ConfigError(f"data.{key}", f"{problem}, got LatentCache")
 
 
 def _check_lora(config: ExperimentConfig, phase: str) -> None:

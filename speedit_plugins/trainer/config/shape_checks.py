@@ -26,8 +26,6 @@ def _check_others(config: ExperimentConfig) -> None:
     problems = (
         ("image_size", config.image_size != size, f"has no effect {what}; wanted none"),
         ("num_frames", config.num_frames, f"is of videos; wanted 0 {what}"),
-        ("inpainting", config.inpainting, f"fills images; wanted null {what}"),
-        ("super_resolution.factor", config.super_resolution.factor, f"enlarges images; wanted 0 {what}"),
         ("super_resolution.factor", config.super_resolution.factor, f"enlarges images; wanted 0 {what}"),
         ("alignment.type", config.alignment.type == "REPA", f"a teacher sees images; wanted none {what}"),
         ("evaluate_every", config.evaluate_every, f"measures images; wanted 0 {what}: test measures shapes"),

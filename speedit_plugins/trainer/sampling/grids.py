@@ -13,8 +13,6 @@ from torch import Tensor
 
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.logging.shapes import save_shapes
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
@@ -24,6 +22,7 @@ from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_gen
 from speedit_plugins.trainer.sampling.holes import Holes
 from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+from speedit_plugins.trainer.sampling.sample_files import save_cells
 from speedit_plugins.trainer.sampling.shape_files import save_models
 from speedit_plugins.trainer.terminal import progress, say
 
@@ -39,9 +38,8 @@ def sample(config: ExperimentConfig) -> int:
     if config.inpainting is not None and config.inpaint_image is not None:
         num_samples = draw_fills(generator, grid_conditions(config, captions, classes), path)
     elif config.inpainting is not None:
-        num_samples = draw_dataset_fills(
-            generator, Holes(config, num_images=config.samples_per_class), captions, path
-        )
+        holes = Holes(config, num_samples=config.samples_per_class)
+        num_samples = draw_dataset_fills(generator, holes, captions, path, has_models=True)
     elif config.super_resolution.factor:
         conditions = _enlarged(config, generator, captions, classes)
         with _progress(config, len(conditions.inputs or ())) as bar:
@@ -113,18 +111,9 @@ def draw_grid(
     )
     drawn = torch.cat([batch.cpu() for batch in batches])
     samples = marked(drawn, config, generator.source, may_fail=may_fail)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    titles = conditions.titles
-    if config.voxel_size:
-        save_shapes(samples, path, columns=columns, titles=titles)
-        if has_models:
-            save_models(samples, path.with_suffix(""), config)
-    elif samples.ndim == 5:
-        images.save_videos(
-            samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
-        )
-    else:
-        images.save_grid(samples, path, columns=columns, titles=titles)
+    save_cells(samples, path, config, columns=columns, titles=conditions.titles)
+    if config.voxel_size and has_models:
+        save_models(samples, path.with_suffix(""), config)
     return num_samples
 
 

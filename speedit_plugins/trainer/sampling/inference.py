@@ -19,7 +19,6 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
-from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
 from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
@@ -29,7 +28,7 @@ from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_wei
 from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.sampling.originals import write_items
-from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
+from speedit_plugins.trainer.sampling.sample_files import save_sample, saved_form, suffix_of
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -39,8 +38,8 @@ def inference(config: ExperimentConfig) -> int:
     A super-resolution model enlarges samples of `low_resolution`, or of the data, in turn, or those that the
     stages of its `cascade` draw.
 
-    An inpainting model fills holes in as many images of the dataset, each with its own class or caption. What
-    it was given is in a second folder, `..._masked`, transparent in the hole.
+    An inpainting model fills holes in as many samples of the dataset, each with its own class or caption.
+    What it was given is in a second folder, `..._masked`, see `save_known`.
 
     Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files,
     see `save_shape`. captions.jsonl beside them
@@ -53,7 +52,7 @@ def inference(config: ExperimentConfig) -> int:
     source = find_weights(config, tell=say)
     places = _Places(Path(config.experiment_dir) / results.INFERENCE / _name(config, source))
     places.check_free()
-    holes = None if config.inpainting is None else Holes(config, num_images=config.num_samples)
+    holes = None if config.inpainting is None else Holes(config, num_samples=config.num_samples)
     generator, captions, _ = load_generator(config, source)
     classes = checkpoint.class_names(source)
     conditions = _conditions(config, generator, captions, classes)
@@ -63,14 +62,14 @@ def inference(config: ExperimentConfig) -> int:
         progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
+        if holes is None:
+            written = _written(generator, conditions, partial, bar)
+        else:
+            written = written_fills(generator, holes, captions, partial, bar)
         if config.num_frames or config.voxel_size:
-            for _ in _written(generator, conditions, partial, bar):
+            for _ in written:
                 pass
         else:
-            if holes is None:
-                written = _written(generator, conditions, partial, bar)
-            else:
-                written = written_fills(generator, holes, captions, partial, bar)
             write_npz(places.partial_npz, written, num_images=config.num_samples)
         places.publish()
     results.save_config(config, "inference")
@@ -220,32 +219,18 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         check_all(batch, done, config, generator.source)
-        samples: Any = batch.cpu() if config.voxel_size else images.to_uint8(batch)
+        samples = saved_form(batch, config)
         flat += 0 if config.voxel_size else of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
-            _save(item, folder / f"{i:06d}", config)
+            save_sample(item, folder / f"{i:06d}", config)
         done += len(samples)
         bar.update(len(samples))
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-    suffix = _suffix(config)
+    suffix = suffix_of(config)
     _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
     write_items(conditions, rows.tolist(), folder, suffix=suffix)
-
-
-def _save(item: Any, path: Path, config: ExperimentConfig) -> None:
-    if config.voxel_size:
-        save_shape(item, path.with_suffix(_suffix(config)))
-    else:
-        images.save(item, path, frames_per_second=config.frames_per_second)
-
-
-def _suffix(config: ExperimentConfig) -> str:
-    """Suffix of the file of a sample."""
-    if config.voxel_size:
-        return SUFFIX
-    return ".mp4" if config.num_frames else ".png"
 
 
 def _write_conditions(conditions: Conditions, rows: list[int], folder: Path, *, suffix: str) -> None:

@@ -53,10 +53,10 @@ def _pairs(config: ExperimentConfig, samples: SampleSet) -> Iterator[tuple[Tenso
         for made, originals in enlarged_pairs(config, samples, size):
             yield made, originals, torch.ones(made.shape[:3], dtype=torch.bool)
         return
-    holes = Holes(config, num_images=len(samples))
+    holes = Holes(config, num_samples=len(samples))
     for fills in samples.batches(size):
         given = holes.at(holes.items[done : done + len(fills)])
-        originals = torch.from_numpy(images.to_uint8(given.images))
+        originals = torch.from_numpy(images.to_uint8(given.samples))
         inside = given.masks[:, 0] > 0
         _check_known(samples.source, fills, originals, inside, first=done)
         yield fills, originals, inside

@@ -10,8 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.registry import MASKS
-from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import build, results
 from speedit_plugins.trainer.accelerations.build import build_accelerations
 from speedit_plugins.trainer.accelerations.objective import Objective
@@ -176,7 +174,7 @@ def _batch_encoder(
         captions=captions,
         null_text=None if captions is None else cast(Mapping[str, Tensor], model.null_text),
         caption_dropout_prob=config.caption_dropout_prob,
-        masks=None if config.inpainting is None else build_registered(MASKS, config.inpainting),
+        masks=build.build_masks(config),
         teacher=teacher,
         low_resolution=build_low_resolution(config, encoder),
     )
@@ -213,7 +211,7 @@ def _grids(
     generator = SampleGenerator(model, process, encoder, config, normalization=normalization)
     number = config.samples_per_class
     if config.inpainting is not None:
-        draw = partial(draw_dataset_fills, generator, Holes(config, num_images=number), captions)
+        draw = partial(draw_dataset_fills, generator, Holes(config, num_samples=number), captions)
     elif config.super_resolution.factor:
         given = given_conditions(config, generator, captions, num_samples=number, classes=classes)
         draw = partial(draw_enlargements, generator, given)

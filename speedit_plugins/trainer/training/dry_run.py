@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, MASKS, TEXT_ENCODERS, check
+from speedit_plugins.registry import DATASETS, ENCODERS, FEATURES, TEXT_ENCODERS, check
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.accelerations.alignment import PROJECTOR
 from speedit_plugins.trainer.accelerations.build import build_accelerations
@@ -36,9 +36,9 @@ def describe(config: ExperimentConfig) -> str:
     """
     check(ENCODERS, config.encoder, allow_download=False)
     check(FEATURES, config.features, images=None, labels=None)
-    for registry, section in ((TEXT_ENCODERS, config.text_encoder), (MASKS, config.inpainting)):
-        if section is not None:
-            check(registry, section, allow_download=False)
+    if config.text_encoder is not None:
+        check(TEXT_ENCODERS, config.text_encoder, allow_download=False)
+    build.build_masks(config)
     section, given = build.dataset_options(config, augmented=True)
     check(DATASETS, section, **given)
     if config.data.validation is not None:

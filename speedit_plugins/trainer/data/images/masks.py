@@ -1,6 +1,6 @@
-"""Random masks for inpainting training.
+"""Random masks for inpainting training: holes in space.
 
-Dims: H x W pixels.
+Dims: H x W pixels; D x H x W voxels.
 """
 
 import math
@@ -15,14 +15,17 @@ from speedit_plugins.registry import MASKS
 class RandomMasks:
     """Masks that are a rectangle or a chain of brush strokes, at random.
 
+    A video has the same hole in all of its frames. In a solid the rectangle is a box, and the strokes are
+    tubes through space.
+
     Source of the two shapes: Suvorov et al. 2021 (LaMa), arXiv:2109.07161, appendix.
 
     Args:
         box_prob: probability of a rectangle, in [0, 1].
-        box_share: smallest and largest height and width of a rectangle, as fractions of the image's, in
-            (0, 1].
+        box_share: smallest and largest sides of a rectangle, as fractions of the image's or the solid's,
+            in (0, 1].
         num_strokes: largest number of strokes in a chain, >= 1.
-        brush_share: smallest and largest brush width, as fractions of the shorter image side, in (0, 1].
+        brush_share: smallest and largest brush width, as fractions of the shortest side, in (0, 1].
 
     Raises:
         ValueError: a value out of range.
@@ -50,37 +53,47 @@ class RandomMasks:
 
     def draw(self, height: int, width: int, generator: torch.Generator) -> Tensor:
         """A mask, float32 (H, W), on the generator's device: 1 in the hole, 0 elsewhere; never all 0."""
-        uniform = torch.rand(5 + 2 * self.num_strokes + 2, generator=generator, device=generator.device)
-        chances = uniform.tolist()
-        if chances[0] < self.box_prob:
-            return self._box(height, width, chances, generator.device)
-        return self._strokes(height, width, chances, generator.device)
+        return self._mask((height, width), generator)
 
-    def _box(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
+    def draw_solid(self, sides: Sequence[int], generator: torch.Generator) -> Tensor:
+        """As `draw`, for a solid with these sides: (D, H, W)."""
+        return self._mask(sides, generator)
+
+    def _mask(self, sides: Sequence[int], generator: torch.Generator) -> Tensor:
+        axes = len(sides)
+        count = 1 + 2 * axes + axes * (self.num_strokes + 1)
+        chances = torch.rand(count, generator=generator, device=generator.device).tolist()
+        if chances[0] < self.box_prob:
+            return self._box(sides, chances[1:], generator.device)
+        return self._strokes(sides, chances[1:], generator.device)
+
+    def _box(self, sides: Sequence[int], chances: list[float], device: torch.device) -> Tensor:
         low, high = self.box_share
-        mask = torch.zeros(height, width, device=device)
-        rows, columns = (
+        axes = len(sides)
+        mask = torch.zeros(*sides, device=device)
+        taken = [
             max(1, round(side * (low + (high - low) * chance)))
-            for side, chance in zip((height, width), chances[1:3], strict=True)
-        )
-        top, left = (
-            math.floor(chance * (side - taken + 1))
-            for side, taken, chance in zip((height, width), (rows, columns), chances[3:5], strict=True)
-        )
-        mask[top : top + rows, left : left + columns] = 1
+            for side, chance in zip(sides, chances[:axes], strict=True)
+        ]
+        starts = [
+            math.floor(chance * (side - length + 1))
+            for side, length, chance in zip(sides, taken, chances[axes : 2 * axes], strict=True)
+        ]
+        mask[tuple(slice(start, start + length) for start, length in zip(starts, taken, strict=True))] = 1
         return mask
 
-    def _strokes(self, height: int, width: int, chances: list[float], device: torch.device) -> Tensor:
+    def _strokes(self, sides: Sequence[int], chances: list[float], device: torch.device) -> Tensor:
         low, high = self.brush_share
-        # A point is at most sqrt(1/2) pixels from the nearest pixel; a larger radius always covers one.
-        radius = max(0.75, min(height, width) * (low + (high - low) * chances[1]) / 2)
-        count = 1 + math.floor(chances[2] * self.num_strokes)
-        points = torch.tensor(chances[5 : 5 + 2 * (count + 1)], device=device).view(count + 1, 2)
-        points = points * torch.tensor([height - 1, width - 1], device=device)
-        rows = torch.arange(height, device=device, dtype=torch.float32)
-        columns = torch.arange(width, device=device, dtype=torch.float32)
-        pixels = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (H, W, 2)
-        hole = torch.zeros(height, width, dtype=torch.bool, device=device)
+        axes = len(sides)
+        # A point is at most sqrt(axes) / 2 from the nearest pixel; a larger radius always covers one.
+        radius = max(0.75 if axes == 2 else 0.9, min(sides) * (low + (high - low) * chances[0]) / 2)
+        count = 1 + math.floor(chances[1] * self.num_strokes)
+        first = 2 * axes
+        points = torch.tensor(chances[first : first + axes * (count + 1)], device=device)
+        points = points.view(count + 1, axes) * torch.tensor([side - 1 for side in sides], device=device)
+        places = [torch.arange(side, device=device, dtype=torch.float32) for side in sides]
+        pixels = torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1)  # (..., axes)
+        hole = torch.zeros(*sides, dtype=torch.bool, device=device)
         for start, end in zip(points[:-1], points[1:], strict=True):
             along = end - start
             # Nearest point on the segment for each pixel, as a fraction of its length.

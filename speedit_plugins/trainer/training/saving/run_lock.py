@@ -28,7 +28,8 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
     """A context in which no other training can enter `experiment_dir`. Collective.
 
     Rank 0 holds the lock for all. The other phases do not ask for it: they write files of their own, and may
-    run beside a training. The file stays behind: to remove it could remove the lock of the next training.
+    run beside a training. The file stays behind, but a training that is the first one in the folder and ends
+    by an error takes it away.
 
     Raises:
         ValueError: another training is in it (the message has its process, host and start), or the folder
@@ -36,15 +37,21 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
         OSError: the lock cannot be written. The other ranks raise a ValueError with its text.
     """
     file: IO[str] | None = None
+    is_new = False
     fault: Exception | None = None
     if runtime.is_main:
         try:
-            file = _locked(Path(config.experiment_dir))
+            file, is_new = _locked(Path(config.experiment_dir))
         except (ValueError, OSError) as error:
             fault = error
     runtime.raise_together(fault)
     try:
         yield
+    except Exception:
+        if is_new:
+            # While the lock is held: whoever has opened this file meanwhile finds it gone, see `_locked`.
+            (Path(config.experiment_dir) / LOCK).unlink(missing_ok=True)
+        raise
     finally:
         # Closing ends the lock, as the end of the process does.
         if file is not None:
@@ -52,20 +59,34 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
             file.close()
 
 
-def _locked(folder: Path) -> IO[str]:
-    """The open lock file of the folder, with this process in it."""
+def _locked(folder: Path) -> tuple[IO[str], bool]:
+    """The open lock file of the folder, with this process in it, and whether there was none before."""
     path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"experiment_dir needs a folder to write in, got {_fault(folder, error)}") from error
-    try:
-        _enter(file, path)
-    except (ValueError, OSError):
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_new = not path.exists()
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            problem = _fault(folder, error)
+            raise ValueError(f"experiment_dir needs a folder to write in, got {problem}") from error
+        try:
+            _enter(file, path)
+            if _is_at(path, file):
+                return file, is_new
+        except (ValueError, OSError):
+            file.close()
+            raise
+        # A training that was refused has taken the file away, and its lock is worth nothing.
         file.close()
-        raise
-    return file
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _enter(file: IO[str], path: Path) -> None:
