@@ -12,7 +12,7 @@ EXPLAINED = """\
 A factor is the steps of uniform draws over the policy's to equal distance, the larger of their distances at
 the horizon: above 1 is faster. Seeds are paired. A factor is their geometric mean, with the smallest and the
 largest in brackets; `>=` and `<=` mark bounds. By chance: what the seeds of uniform draws give over each
-other, 5 to 95 %. The centre is the log-SNR by which a policy is placed. Policies stand in its order."""
+other, 5 to 95 %. The centre is the log-SNR by which a policy is placed, and orders the rows."""
 
 # Policy -> seed -> training.
 Policies = Mapping[str, Mapping[int, Training]]
@@ -45,7 +45,7 @@ def groups(trainings: Sequence[Training]) -> Iterator[Policies]:
         found.setdefault(training.group, {}).setdefault(training.arm, {})[training.seed] = training
     for policies in found.values():
         if BASE in policies:
-            yield dict(sorted(policies.items(), key=lambda item: _centre(item[1]) or -math.inf))
+            yield dict(sorted(policies.items(), key=lambda item: _place(item[1])))
 
 
 def factors(policies: Policies, policy: str, name: str) -> dict[int, Reading]:
@@ -91,6 +91,11 @@ def _centre(by_seed: Mapping[int, Training]) -> float | None:
     """The mean centre of the seeds; None without one."""
     found = [each.centre for each in by_seed.values() if each.centre is not None]
     return sum(found) / len(found) if found else None
+
+
+def _place(by_seed: Mapping[int, Training]) -> float:
+    centre = _centre(by_seed)
+    return -math.inf if centre is None else centre
 
 
 def _text(centre: float | None) -> str:
