@@ -29,6 +29,7 @@ class Training:
         num_samples: of the data set.
         floor: distances of as many samples of the data.
         revision: of the code.
+        centre: log-SNR by which the policy was placed; None for a policy without one.
     """
 
     data: str
@@ -47,6 +48,7 @@ class Training:
     num_samples: int = 0
     floor: Mapping[str, float] = field(default_factory=dict)
     revision: str = ""
+    centre: float | None = None
 
     def with_results(self, **found: Any) -> "Training":
         """The same training with what came out of it."""

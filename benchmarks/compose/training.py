@@ -136,13 +136,13 @@ def train(cell: Cell, arm: Arm, seed: int, *, revision: str) -> Training:
     start = time.perf_counter()
     data, judges = cell.load(), _judges(cell.data, cell.folder)
     with built(cell, arm, seed) as (trainer, setup):
-        watch = _Watch()
+        watch = Watch()
         curves: dict[str, list[float]] = {}
         seconds, cpu_seconds = [], []
         has_diverged = False
         for step in cell.settings.steps:
             with watch:
-                has_diverged = has_diverged or not _trained_to(trainer, step)
+                has_diverged = has_diverged or not trained_to(trainer, step)
             seconds.append(round(watch.seconds, 2))
             cpu_seconds.append(round(watch.cpu_seconds, 2))
             samples = _broken() if has_diverged else draw(trainer, data, cell.settings.num_samples)
@@ -165,7 +165,7 @@ def train(cell: Cell, arm: Arm, seed: int, *, revision: str) -> Training:
 def check(cell: Cell, arm: Arm) -> None:
     """Nothing if this revision knows the arm's keys; ValueError with the reason otherwise. Builds nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        _loaded(cell.config(arm, 0), Path(folder))
+        loaded(cell.config(arm, 0), Path(folder))
 
 
 @contextmanager
@@ -178,9 +178,16 @@ def built(cell: Cell, arm: Arm, seed: int) -> Iterator[tuple[Trainer, float]]:
         ValueError: this revision cannot build the arm.
     """
     cell.load()
+    with built_from(cell.config(arm, seed)) as found:
+        yield found
+
+
+@contextmanager
+def built_from(content: Mapping[str, Any]) -> Iterator[tuple[Trainer, float]]:
+    """The trainer of a config's keys, all but `experiment_dir`: see `built`."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        config = _loaded(cell.config(arm, seed), Path(folder))
+        config = loaded(content, Path(folder))
         runtime = Runtime(device=build_device(config))
         trainer = build_trainer(centred(config, runtime), runtime)
         choose_products(trainer.model, trainer.config, runtime, measure=_fastest_products)
@@ -233,15 +240,16 @@ def _base_config(cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
-def _loaded(content: Mapping[str, Any], folder: Path) -> ExperimentConfig:
+def loaded(content: Mapping[str, Any], folder: Path) -> ExperimentConfig:
+    """The config of these keys and `experiment_dir`, which is in the folder; ValueError if one is wrong."""
     # JSON is YAML too.
     path = folder / "arm.yaml"
     path.write_text(json.dumps({**content, "experiment_dir": str(folder / "run")}), encoding="utf-8")
     return load_config(path, "train")
 
 
-def _trained_to(trainer: Trainer, step: int) -> bool:
-    """False if the training diverged before that step."""
+def trained_to(trainer: Trainer, step: int) -> bool:
+    """Trains up to a step. False if the training diverged before that step."""
     while trainer.step < step:
         try:
             trainer.optimizer_step()
@@ -252,8 +260,8 @@ def _trained_to(trainer: Trainer, step: int) -> bool:
     return True
 
 
-class _Watch:
-    """Sums the seconds of its blocks, by the wall's clock and by this process's."""
+class Watch:
+    """A stop-watch: sums the seconds of its blocks, by the wall's clock and by this process's."""
 
     def __init__(self) -> None:
         self.seconds = self.cpu_seconds = 0.0

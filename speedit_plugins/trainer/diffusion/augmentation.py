@@ -68,12 +68,12 @@ class NoiseAugmentation:
             level: see `levels`.
             noise: standard normal, in x's shape.
         """
-        alpha, sigma = self._scales(level)
+        alpha, sigma = self.scales(level)
         shape = (-1, *[1] * (x.ndim - 1))
         return alpha.to(x.dtype).view(shape) * x + sigma.to(x.dtype).view(shape) * noise
 
-    def _scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at the levels, each (B,)."""
+    def scales(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at the levels (B,), each (B,): 1 and 0 at level 0."""
         if isinstance(self._process, RectifiedFlow):
             return 1 - level, level
         tables = self._process.tables(level.device)
