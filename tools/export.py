@@ -1,8 +1,9 @@
-"""Exports a trained model as a diffusers pipeline for `from_pretrained`.
+"""Exports a trained model as a diffusers pipeline for `from_pretrained`, or for `load_stages`.
 
     python tools/export.py -c image/imagenet_256/dit_xl2.yaml --out pipeline
     python tools/export.py -c text_to_image/emoji_pixart.yaml --out exported --model-only
     python tools/export.py -c text_to_image/sd15.yaml --out adapters --lora lora.rank=16
+    python tools/export.py -c text_to_image/cascade_emoji_32.yaml --for-loader 'cascade=[RUN]'
 
     DiT with classes  ->  DiTPipeline
     PixArt            ->  PixArtAlphaPipeline
@@ -19,6 +20,8 @@ those of the model if the run keeps no average. Adapters (LoRA) are merged into 
 alone are written, as pytorch_lora_weights.safetensors: a pipeline of the adapted model takes them by
 load_lora_weights. Pipelines without that take them by peft, from the two files beside it; the model card has
 the lines.
+With --for-loader a folder is written that `load_stages` of this package draws with. It takes every model but
+those of inpainting: flows, super-resolution, shapes, and all stages of a `cascade`.
 The model card README.md has the config, the data and the last metrics.
 """
 
@@ -54,8 +57,11 @@ from speedit_plugins.trainer.models.pretrained.exported_adapters import (
     save_adapters,
 )
 from speedit_plugins.trainer.models.pretrained.text import TextEncoder
+from speedit_plugins.trainer.sampling.exported_stages import write_stages
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 
+# The options that choose a form, and the folder that each writes in experiment_dir by default.
+_FORMS = {"lora": "lora", "for-loader": "stages", "model-only": "pipeline"}
 CLIPPED_NOTE = (
     "Sampling clamps x_0 (sampler.clip_sample). For the same steps, call scheduler.step(...,"
     " use_clipped_model_output=True)."
@@ -67,13 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         config = load_config(arguments.config, "sample", arguments.overrides, imports=arguments.imports)
-        if arguments.lora and arguments.model_only:
+        given = [name for name in _FORMS if getattr(arguments, name.replace("-", "_"))]
+        if len(given) > 1:
             raise ValueError(
-                "--model-only has no effect with --lora, which writes no model; wanted one of the two"
+                f"each writes a folder of its own, got --{' and --'.join(given)}; wanted one of them"
             )
-        folder = arguments.out or Path(config.experiment_dir) / ("lora" if arguments.lora else "pipeline")
+        folder = arguments.out or Path(config.experiment_dir) / _FORMS[given[0] if given else "model-only"]
         if arguments.lora:
             said = export_lora(config, folder)
+        elif arguments.for_loader:
+            said = export_stages(config, folder)
         else:
             said = export(config, folder, model_only=arguments.model_only)
     except (ValueError, OSError) as error:
@@ -107,7 +116,7 @@ def export(config: ExperimentConfig, folder: Path, *, model_only: bool = False) 
     with _published(folder) as partial:
         _write(partial, config, exported, generator, text, model_only=model_only)
         usage = "" if model_only else _usage(config, exported.pipeline, generator.device.type)
-        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+        (partial / "README.md").write_text(_card(config, exported.notes, source, usage), encoding="utf-8")
     pipeline = exported.pipeline
     what = f"{pipeline.subfolder} and scheduler" if model_only else pipeline.name
     lines = [f"{folder}: {what}, with the weights of {source}", *exported.notes]
@@ -132,8 +141,24 @@ def export_lora(config: ExperimentConfig, folder: Path) -> str:
     with _published(folder) as partial:
         partial.mkdir(parents=True)
         save_adapters(partial, exported)
-        (partial / "README.md").write_text(_card(config, exported, source, usage), encoding="utf-8")
+        (partial / "README.md").write_text(_card(config, exported.notes, source, usage), encoding="utf-8")
     return f"{folder}: {WEIGHTS}, for {exported.pipeline.name} of {base}, with the adapters of {source}"
+
+
+def export_stages(config: ExperimentConfig, folder: Path) -> str:
+    """Writes the folder for `load_stages`, complete or not at all, and returns a short description.
+
+    Raises:
+        ValueError: the folder exists, or see `write_stages`.
+    """
+    if folder.exists():
+        raise ValueError(f"--out needs a folder that does not exist, got {folder}")
+    with _published(folder) as partial:
+        sources = write_stages(partial, config)
+        card = _card(config, (), sources[-1], _stages_usage(config), library="speedit_plugins")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    lines = (f"  stage_{number}: the weights of {source}" for number, source in enumerate(sources))
+    return "\n".join([f"{folder}: for load_stages of speedit_plugins", *lines])
 
 
 @contextmanager
@@ -182,20 +207,26 @@ def _write(
 def _check(config: ExperimentConfig, model_only: bool) -> None:
     if config.diffusion.is_flow:
         raise ValueError(
-            "no pipeline of diffusers samples a RectifiedFlow with these models; speedit -p inference draws"
-            " files, and tools/convert_checkpoint.py writes the weights as .pt for other code"
+            "no pipeline of diffusers samples a RectifiedFlow with these models; --for-loader writes a folder"
+            " for load_stages, and tools/convert_checkpoint.py the weights as .pt for other code"
         )
     if config.inpainting is not None:
         raise ValueError("inpainting models cannot be exported; wanted inpainting: null")
-    if config.super_resolution.factor and not (model_only and config.model["type"] == "UNet"):
+    is_unet = model_only and config.model["type"] == "UNet"
+    if config.cascade or (config.super_resolution.factor and not is_unet):
         raise ValueError(
-            "no pipeline of diffusers samples these super-resolution models; --model-only writes a UNet,"
-            f" got {config.model['type']}"
+            "no pipeline of diffusers samples these super-resolution models; --for-loader writes a folder for"
+            f" load_stages, and --model-only a UNet without its cascade; got {config.model['type']}"
+        )
+    if config.voxel_size:
+        raise ValueError(
+            f"diffusers has no {config.model['type']}; --for-loader writes a folder for load_stages, with the"
+            " weights under the names of DiT-3D"
         )
     if config.encoder["type"] == "Pixels" and not model_only:
         raise ValueError(
-            "a pipeline needs latents, got a model of pixels (encoder: Pixels); use --model-only to write the"
-            " model and the scheduler"
+            "a pipeline needs latents, got a model of pixels (encoder: Pixels); --model-only writes the model"
+            " and the scheduler, and --for-loader a folder for load_stages"
         )
     if config.sampler.percentile is not None:
         raise ValueError(
@@ -208,15 +239,22 @@ def _check(config: ExperimentConfig, model_only: bool) -> None:
         )
 
 
-def _card(config: ExperimentConfig, exported: Exported | ExportedAdapters, source: Path, usage: str) -> str:
+def _card(
+    config: ExperimentConfig,
+    said: Sequence[str],
+    source: Path,
+    usage: str,
+    *,
+    library: str = "diffusers",
+) -> str:
     rows = read_metrics(Path(config.experiment_dir))
     last = {k: v for k, v in latest(rows).items() if isinstance(v, int | float)}
     metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items()) or "| none | |"
-    named = ("diffusers", "speedit_plugins", config.diffusion.policy.get("type", "custom"))
+    named = dict.fromkeys((library, "speedit_plugins", config.diffusion.policy.get("type", "custom")))
     tags = "\n".join(f"- {tag}" for tag in named)
-    notes = "".join(f"\n{note}\n" for note in exported.notes)
+    notes = "".join(f"\n{note}\n" for note in said)
     return f"""---
-library_name: diffusers
+library_name: {library}
 tags:
 {tags}
 ---
@@ -270,6 +308,25 @@ generator = torch.Generator("{device}").manual_seed({seed})
 """
 
 
+def _stages_usage(config: ExperimentConfig) -> str:
+    given = []
+    if config.num_classes:
+        given.append(str(config.sample_classes[:2]))
+    elif config.text_encoder is not None:
+        given.append(str(config.sample_prompts[:2] or ["a caption"]))
+    if config.super_resolution.factor and not config.cascade:
+        given.append("low_resolution=images")
+    arguments = ", ".join(given or ["num_samples=2"])
+    return f"""
+```python
+from speedit_plugins.trainer.sampling.exported_stages import load_stages
+
+stages = load_stages(FOLDER)
+samples = stages({arguments}, seed={config.seed})[-1]  # a tensor; what the stages before it drew is before it
+```
+"""
+
+
 def _lora_usage(exported: ExportedAdapters) -> str:
     name, part = exported.pipeline.name, exported.pipeline.subfolder
     imported, load = "", "pipeline.load_lora_weights(FOLDER)"
@@ -293,9 +350,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", required=True, help="config of the training run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: pipeline/ in experiment_dir, lora/ with --lora"
+        "--out", type=Path, metavar="FOLDER", help="default: in experiment_dir pipeline/, lora/ or stages/"
     )
     parser.add_argument("--model-only", action="store_true", help="write only the model and the scheduler")
+    parser.add_argument(
+        "--for-loader",
+        action="store_true",
+        help="write a folder for load_stages, with all stages of a cascade",
+    )
     parser.add_argument("--lora", action="store_true", help="write only the adapters, unmerged")
     parser.add_argument(
         "--import",

@@ -1,6 +1,7 @@
 """The backbone of shapes against the release of DiT-3D, whose compiled functions are replaced by torch's."""
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,19 @@ from typing import Any
 import pytest
 import torch
 from conformance import timm_layers
+from exported_runs import EXPORT, trained
+from safetensors.torch import load_file
+from shapes_of_tests import POINTS, config_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import MODELS, build
+from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
+from speedit_plugins.trainer.diffusion.sampling import sample
 from speedit_plugins.trainer.models.dit3d import SIZES_3D, DiT3D
 from speedit_plugins.trainer.models.weights import load_weights
+from speedit_plugins.trainer.sampling.exported_stages import load_stages
 
 SMALL: dict[str, Any] = {
     "input_size": 8,
@@ -173,6 +181,37 @@ def test_a_checkpoint_of_the_release_loads(
     assert (report.left_at_init, report.unused) == ((), ())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, weights[name] + has_ema), name
+
+
+@pytest.mark.hosts
+def test_exported_weights_load_into_the_release_which_draws_the_same(
+    release: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    sizes = "model={type: DiT3D, patch_size: 2, hidden_size: 48, depth: 2, num_heads: 4}"
+    options = [sizes, "diffusion.learn_sigma=false", "guidance_scale=1", *POINTS]
+    config, kept = str(config_file(tmp_path)), Normalization((10.0, 20.0, 30.0), 0.5)
+    arguments = trained(tmp_path / "run", config, *options, spread=0.1, normalization=kept)
+    assert EXPORT["main"](["-c", config, *arguments, "--for-loader", "--out", str(tmp_path / "out")]) == 0
+    stages = load_stages(tmp_path / "out")
+    (ours,), (found,) = stages.generators, stages([1, 0], seed=7)
+
+    theirs = release["plain"].DiT(**{**SMALL, "num_classes": 2}).eval()
+    theirs.load_state_dict(load_file(tmp_path / "out" / "stage_0" / "model.safetensors"))
+    generator = torch.Generator().manual_seed(stream_seed(7, IMAGE_STREAM, 0))
+    drawn = sample(
+        theirs,
+        ours.process,
+        torch.randn(2, 3, 40, generator=generator),
+        condition=torch.tensor([1, 0]),
+        num_steps=4,
+        generator=generator,
+    )
+    # Not only the noise: four steps of a random network change it.
+    assert ours.model(drawn, torch.tensor([500, 500]), torch.tensor([1, 0])).std() > 0.05
+    told = json.loads((tmp_path / "out" / "stage_0" / "normalization.json").read_text())
+    assert told == {"mean": [10.0, 20.0, 30.0], "std": 0.5}
+    in_units = drawn * kept.std + torch.tensor(kept.mean).unsqueeze(1)
+    assert_close(found, in_units, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.hosts

@@ -9,10 +9,11 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -21,10 +22,12 @@ import diffusers
 import one_trainer_standin
 import pytest
 import torch
+from exported_runs import DIGITS, stages_in
 from flow_standins import RectifiedFlow, ReversedTransport, Transport
 from host_standins import HunyuanDiffusion, PixArtDiffusion, create, create_points
 from interpolant_standins import SILoss, TokenSILoss, self_training
 from markdown_blocks import ROOT, Block, blocks, page_id, pages
+from saved_models import save_text_encoder, save_tokenizer
 
 from speedit_plugins import cli, launch_options, spectrum_command
 from speedit_plugins.policies.build import build_policy
@@ -133,6 +136,26 @@ def of_sd_scripts(stack: ExitStack) -> dict[str, Any]:
     return of_trainer("library.flux_train_utils", "library_standin.flux_train_utils")(stack)
 
 
+def of_an_export(
+    config: str, *options: str, before: str | None = None
+) -> Callable[[ExitStack], dict[str, Any]]:
+    """A folder `exported` of a tiny random model, where the blocks run."""
+
+    def names(stack: ExitStack) -> dict[str, Any]:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        save_tokenizer(folder)
+        save_text_encoder(folder, "bert")
+        given = [
+            option.replace("TEXT", f"{{type: TextEncoder, path: {folder}, max_length: 8}}")
+            for option in options
+        ]
+        stages_in(folder, config, *given, before=before)
+        stack.enter_context(chdir(folder))
+        return {}
+
+    return names
+
+
 # Page -> names that its blocks take from the reader's own code.
 STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/ai_toolkit/README.md": of_trainer(
@@ -152,7 +175,25 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
     "integrations/simple_tuner/README.md": of_trainer(
         "simpletuner.helpers.models.common", "simple_tuner_standin"
     ),
+    "docs/cascades.md": of_an_export(
+        "configs/text_to_image/cascade_emoji_32.yaml",
+        *(
+            "text_encoder=TEXT",
+            "model.text_width=16",
+            "model.hidden_size=16",
+            "model.depth=1",
+            "sampler.num_steps=2",
+        ),
+        before="image_size=16 data.dataset.image_size=16 model.input_size=16",
+    ),
     "docs/index.md": of_dit,
+    "docs/shapes.md": of_an_export(
+        "configs/shapes/digits_points.yaml",
+        "data.validation=null",
+        "model.depth=1",
+        *("model.window_blocks=[0]", "sampler.num_steps=2", "validate_every=0"),
+    ),
+    "docs/training.md": of_an_export(DIGITS, "model.depth=1", "sampler.num_steps=2"),
     "docs/questions.md": of_sit,
     "integrations/ddt/README.md": of_trainer(
         "src.diffusion.stateful_flow_matching.training_repa", "diffusion_trainer_standin"

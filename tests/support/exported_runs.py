@@ -9,6 +9,7 @@ from saved_models import save_pipeline
 
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
+from speedit_plugins.trainer.results import save_config
 from speedit_plugins.trainer.training.assembly import build_trainer
 
 EXPORT = runpy.run_path("tools/export.py")
@@ -19,11 +20,14 @@ PIXART, LATTE = "configs/text_to_image/pixart_256.yaml", "configs/text_to_video/
 DIGITS = "configs/image/digits/speedit.yaml"
 
 
-def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> list[str]:
+def trained(
+    folder: Path, config: str, *options: str, spread: float = 0.03, normalization: Any = None
+) -> list[str]:
     """Writes a checkpoint of a random model without a zero layer, and returns the arguments that name it.
 
     Args:
         spread: standard deviation of the noise that is added to each weight.
+        normalization: of points, that the checkpoint keeps.
     """
     arguments = [f"experiment_dir={folder}", *options]
     loaded = load_config(config, "train", arguments)
@@ -33,10 +37,28 @@ def trained(folder: Path, config: str, *options: str, spread: float = 0.03) -> l
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+    save_config(loaded, "train")
     weights = dict(trainer.model.state_dict())
-    contents = checkpoint.Contents(model=weights, ema=weights, state={}, config=to_yaml(loaded))
+    contents = checkpoint.Contents(
+        model=weights, ema=weights, state={}, config=to_yaml(loaded), normalization=normalization
+    )
     checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
     return arguments
+
+
+def stages_in(folder: Path, config: str, *options: str, before: str | None = None) -> None:
+    """Writes folder/exported for `load_stages`: a random model, and perhaps its first stage, `before`.
+
+    Args:
+        config: of the model.
+        options: of it, and of the stage before it.
+        before: an option that only the stage before it has; None is no such stage.
+    """
+    arguments = trained(folder / "last", config, *options)
+    if before is not None:
+        trained(folder / "first", config, *options, "super_resolution.factor=0", *before.split())
+        arguments.append(f"cascade=[{folder / 'first'}]")
+    EXPORT["export_stages"](load_config(config, "sample", arguments), folder / "exported")
 
 
 def exported(config: str, arguments: list[str], folder: Path, **options: Any) -> str:

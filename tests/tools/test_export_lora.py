@@ -207,7 +207,7 @@ def test_the_tool_writes_a_folder_whose_card_has_the_lines(
     assert len(names) == 2 * 2 * 4
     for changed, message in (
         (arguments, "--out needs a folder that does not exist"),
-        ([*arguments, "--model-only"], "--model-only has no effect with --lora"),
+        ([*arguments, "--model-only"], "each writes a folder of its own, got --lora and --model-only"),
     ):
         assert EXPORT["main"](changed) == 2
         assert message in capsys.readouterr().err

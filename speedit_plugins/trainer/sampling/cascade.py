@@ -18,7 +18,11 @@ from speedit_plugins.trainer.data.loader import STAGE_STREAM, stream_seed
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
-from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, inputs_of
+from speedit_plugins.trainer.sampling.low_resolution_sets import (
+    LowResolutionInputs,
+    LowResolutionSet,
+    inputs_of,
+)
 from speedit_plugins.trainer.saved_configs import RUN_CONFIG
 
 
@@ -32,7 +36,8 @@ class FromStage:
     """
 
     def __init__(self, generator: SampleGenerator, conditions: Conditions, *, num_samples: int) -> None:
-        self._generator, self._conditions, self._num_samples = generator, conditions, num_samples
+        self.conditions = conditions
+        self._generator, self._num_samples = generator, num_samples
         # Of the last call, so that a grid shows what the next stage was given without drawing it again.
         self._last: tuple[list[int], Tensor] | None = None
 
@@ -40,11 +45,15 @@ class FromStage:
         return self._num_samples
 
     def at(self, rows: Tensor) -> Tensor:
-        """The samples at rows (B,), (B, C, [F,] h, w) in [-1, 1], on the CPU. Batches start at other rows."""
+        """The samples at rows (B,), (B, C, [F,] h, w) in [-1, 1], on the CPU. Batches start at other rows.
+
+        Points are in the units of the data.
+        """
         if self._last is None or self._last[0] != rows.tolist():
-            condition = self._conditions.of(rows, self._generator.device)
+            condition = self.conditions.of(rows, self._generator.device)
             drawn = self._generator.draw(condition, len(rows), stream=int(rows[0]))
-            self._last = rows.tolist(), drawn.clamp(-1, 1).cpu()
+            is_bounded = not self._generator.config.num_points
+            self._last = rows.tolist(), (drawn.clamp(-1, 1) if is_bounded else drawn).cpu()
         return self._last[1]
 
     def originals(self, rows: Tensor) -> None:
@@ -54,7 +63,7 @@ class FromStage:
         """What this stage and those before it have drawn, the smallest first."""
         # In this order: the stage draws what those before it keep.
         own = self.at(rows)
-        before = self._conditions.inputs
+        before = self.conditions.inputs
         earlier = before.samples.versions(rows) if isinstance(before, LowResolutionInputs) else []
         return [*earlier, own]
 
@@ -78,18 +87,37 @@ def cascade_conditions(
     Raises:
         ValueError: a stage has no checkpoint, or does not fit the one before it.
     """
-    each = _spread(conditions, rows)
-    last = each
-    samples: FromStage | None = None
-    for stage in [*stages_of(config), config]:
-        drawing = generator
-        if stage is not config:
-            drawing = load_generator(stage, captions=captions)[0]
-        _check_channels(drawing, generator)
+    before = [load_generator(stage, captions=captions)[0] for stage in stages_of(config)]
+    return in_turn([*before, generator], _spread(conditions, rows), num_samples=len(rows)).conditions
+
+
+def in_turn(
+    stages: Sequence[SampleGenerator],
+    conditions: Conditions,
+    *,
+    num_samples: int,
+    given: LowResolutionSet | None = None,
+) -> FromStage:
+    """N samples of the last stage, each of which enlarges what the stage before it draws.
+
+    Args:
+        stages: at least one, in their order.
+        conditions: one for each of the N samples, in their order.
+        num_samples: N.
+        given: what the first stage enlarges; None draws it from noise alone.
+
+    Raises:
+        ValueError: a stage draws another number of channels than the last one.
+    """
+    samples = given
+    for stage in stages:
+        _check_channels(stage, stages[-1])
+        own = conditions
         if samples is not None:
-            last = replace(each, inputs=inputs_of(samples, stage, drawing))
-        samples = FromStage(drawing, last, num_samples=len(rows))
-    return last
+            own = replace(conditions, inputs=inputs_of(samples, stage.config, stage))
+        samples = FromStage(stage, own, num_samples=num_samples)
+    assert isinstance(samples, FromStage)
+    return samples
 
 
 def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
@@ -118,7 +146,7 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
         )
         found.append(stage)
     if found:
-        _check_stages([*found, config])
+        check_stages([*found, config])
     return found
 
 
@@ -127,7 +155,12 @@ def stage_weights(config: ExperimentConfig) -> list[Path]:
     return [find_weights(stage) for stage in stages_of(config)]
 
 
-def _check_stages(stages: Sequence[ExperimentConfig]) -> None:
+def check_stages(stages: Sequence[ExperimentConfig]) -> None:
+    """Nothing, if each stage enlarges what the one before it draws, and the first draws from noise alone.
+
+    Raises:
+        ValueError: a stage does not fit the one before it; says which key.
+    """
     names = [*(f"cascade[{number}]" for number in range(len(stages) - 1)), "this run"]
     first = stages[0]
     if first.super_resolution.factor:
