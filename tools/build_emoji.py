@@ -3,10 +3,11 @@
     npm pack emoji-datasource-twitter@16.0.0
     npm pack emojibase-data@16.0.3
     python tools/build_emoji.py --images emoji-datasource-twitter-16.0.0.tgz \\
-        --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_32.npz
+        --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_64.npz
 
-Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The arrays depend only on the
-packages; the bytes of the file also depend on the version of zlib.
+Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The file has the emoji as one
+lossless WebP image, which takes two minutes to write; with --side 32 it has an array of smaller images. The
+pixels depend only on the packages; the bytes of the file also depend on the versions of libwebp and zlib.
 
 Dims: N emoji.
 """
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from speedit_plugins.files import replacing, sha256_of
+from speedit_plugins.trainer.data.images.emoji import SOURCE_SIZE, halved
 
 # Hashes of the published packages: with other files the dataset could change unnoticed.
 IMAGES_SHA256 = {
@@ -33,7 +35,8 @@ IMAGES_SHA256 = {
     "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
 }
 NAMES_SHA256 = "cab288279075778f15b37f3ca60dfb17759af6fe29758e07338e248879991689"
-SOURCE_SIZE = 64
+# WebP's largest side.
+LARGEST_SIDE = 16383
 # The code point that asks for display as emoji. The two packages do not use it in the same places.
 VARIATION_SELECTOR = "-FE0F"
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
@@ -50,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--vendor", choices=list(IMAGES_SHA256), default="twitter", help="who drew the images"
     )
+    parser.add_argument(
+        "--side", type=int, choices=[SOURCE_SIZE, SOURCE_SIZE // 2], default=SOURCE_SIZE, help="in pixels"
+    )
     args = parser.parse_args(argv)
     try:
-        num_emoji = build(args.images, args.names, args.output, vendor=args.vendor)
+        num_emoji = build(args.images, args.names, args.output, vendor=args.vendor, side=args.side)
     except (ValueError, OSError) as error:
         print(f"build_emoji: error: {error}", file=sys.stderr)
         return 2
@@ -60,7 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(image_package: Path, name_package: Path, output: Path, *, vendor: str = "twitter") -> int:
+def build(
+    image_package: Path,
+    name_package: Path,
+    output: Path,
+    *,
+    vendor: str = "twitter",
+    side: int = SOURCE_SIZE,
+) -> int:
     """Writes the dataset file atomically and returns N.
 
     Raises:
@@ -73,9 +86,10 @@ def build(image_package: Path, name_package: Path, output: Path, *, vendor: str 
         caption_of_key = read_names(package)
     with tarfile.open(image_package) as package:
         images, captions = read_images(package, caption_of_key, vendor=vendor)
+    pixels = {"sheet": sheet(images)} if side == SOURCE_SIZE else {"images": halved(images)}
     # An open file, since numpy would append .npz to a path without it.
     with replacing(output) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, images=images, captions=np.array(captions))
+        np.savez_compressed(file, captions=np.array(captions), **pixels)
     return len(captions)
 
 
@@ -105,21 +119,24 @@ def caption_of(name: str) -> str:
 def read_images(
     package: tarfile.TarFile, names: dict[str, str], *, vendor: str = "twitter"
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Images, uint8 (N, 32, 32, 3), and captions, in Unicode's emoji order, without skin-tone variants."""
+    """Images, uint8 (N, 64, 64, 3), and captions, in Unicode's emoji order, without skin-tone variants."""
     emoji: list[dict[str, Any]] = json.loads(_content(package, "package/emoji.json"))
     emoji.sort(key=lambda entry: entry["sort_order"])
     # Read in the archive's order: going backwards in a compressed archive decompresses it from the start.
     folder = f"package/img/{vendor}/64/"
     pngs = {member.name: _read(package, member) for member in package if member.name.startswith(folder)}
-    images = [halved(Image.open(io.BytesIO(pngs[folder + entry["image"]]))) for entry in emoji]
+    images = [blended(Image.open(io.BytesIO(pngs[folder + entry["image"]]))) for entry in emoji]
     captions = [names[_key(entry["unified"])] for entry in emoji]
     assert len(set(captions)) == len(captions)
     assert all(caption.isascii() for caption in captions)
     return np.stack(images), captions
 
 
-def halved(image: Image.Image) -> NDArray[np.uint8]:
-    """Blends an image onto white and averages each 2 x 2 pixels, uint8 (32, 32, 3).
+def blended(image: Image.Image) -> NDArray[np.uint8]:
+    """Blends an image onto white, uint8 (64, 64, 3).
+
+    Each value is rounded up or down, so that `halved` gives the rounded mean of the exact values: the rounded
+    mean of rounded ones is another number in two blocks of a hundred.
 
     Raises:
         ValueError: the image does not have 64 x 64 pixels.
@@ -130,8 +147,32 @@ def halved(image: Image.Image) -> NDArray[np.uint8]:
     opacity = pixels[..., 3:] / 255.0
     over_white = pixels[..., :3] * opacity + 255.0 * (1.0 - opacity)  # (64, 64, 3)
     half = SOURCE_SIZE // 2
-    averaged: NDArray[np.float64] = over_white.reshape(half, 2, half, 2, 3).mean(axis=(1, 3))
-    return np.rint(averaged).astype(np.uint8)
+    squares = over_white.reshape(half, 2, half, 2, 3)
+    wanted = np.rint(squares.mean(axis=(1, 3))).ravel()
+    exact = squares.transpose(0, 2, 4, 1, 3).reshape(-1, 4)  # the four values of each mean
+    rounded = np.rint(exact)
+    while (is_off := np.rint(rounded.mean(axis=1)) != wanted).any():
+        rows = np.flatnonzero(is_off)
+        step = np.sign(wanted[rows] - rounded[rows].mean(axis=1))
+        # The value that its rounding has taken farthest the other way.
+        column = ((exact[rows] - rounded[rows]) * step[:, None]).argmax(axis=1)
+        rounded[rows, column] += step
+    assert (np.abs(rounded - exact) < 1).all()
+    values: NDArray[np.float64] = rounded.reshape(half, half, 3, 2, 2).transpose(0, 3, 1, 4, 2)
+    return values.reshape(SOURCE_SIZE, SOURCE_SIZE, 3).astype(np.uint8)
+
+
+def sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (N, 64, 64, 3), row by row in one lossless WebP image, as bytes (K,); white fills the rest."""
+    columns = -(-len(images) * SOURCE_SIZE // LARGEST_SIDE)
+    rows = -(-len(images) // columns)
+    cells = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
+    cells[: len(images)] = images
+    cells = cells.reshape(rows, columns, *images.shape[1:]).transpose(0, 2, 1, 3, 4)
+    file = io.BytesIO()
+    whole = Image.fromarray(cells.reshape(rows * SOURCE_SIZE, columns * SOURCE_SIZE, 3))
+    whole.save(file, "webp", lossless=True, quality=100, method=6)
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def _key(code_points: str) -> str:

@@ -4,7 +4,7 @@ They are read from a folder that is no part of the repository:
 
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist*.deb DIR
     npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0 emojibase-data@16.0.3
-    python tools/build_emoji.py --vendor google --images emoji-datasource-google-16.0.0.tgz \\
+    python tools/build_emoji.py --vendor google --images emoji-datasource-google-16.0.0.tgz --side 32 \\
         --names emojibase-data-16.0.3.tgz --output DIR/emoji_google_32.npz     (and the same for twitter)
     python -m benchmarks.flow.small_autoencoder --data-dir DIR
 

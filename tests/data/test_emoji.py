@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import pickle
@@ -13,10 +14,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 from speedit_plugins.registry import DATASETS, build
-from speedit_plugins.trainer.data.images.emoji import SOURCE, Emoji
+from speedit_plugins.trainer.data.images.emoji import SOURCE, Emoji, halved, read_sheet
 from speedit_plugins.trainer.data.loader import ResumableLoader
 
-LARGEST_FILE_BYTES = 2_200_000
+LARGEST_FILE_BYTES = 3_300_000
+# Of the published pixels at 32 x 32, uint8 (N, H, W, C), on which measurements rest.
+SHA256_AT_32 = "7cadcbed249011e06ba111b182665dd28e6970928a01379f0ba0ad41c74a3637"
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,6 +64,19 @@ def test_captions_are_different_and_plain() -> None:
     assert not any("skin tone" in caption and ":" in caption for caption in captions)
 
 
+def test_the_size_of_the_source_averages_to_the_pixels_that_were_published_at_32() -> None:
+    levels = [
+        ((emoji.load(index, generator())["image"] + 1) * 127.5).round().to(torch.uint8)
+        for emoji in (Emoji(image_size=64), Emoji(image_size=32))
+        for index in range(len(emoji))
+    ]
+    large, small = torch.stack(levels[:1911]), torch.stack(levels[1911:])
+    mean = large.double().unflatten(2, (32, 2)).unflatten(4, (32, 2)).mean(dim=(3, 5))
+    assert torch.equal(mean.round().to(torch.uint8), small)
+    pixels = small.permute(0, 2, 3, 1).contiguous().numpy()
+    assert hashlib.sha256(pixels.tobytes()).hexdigest() == SHA256_AT_32
+
+
 def test_the_smaller_size_is_the_mean_of_two_by_two_pixels() -> None:
     large, small = image_of("red heart"), image_of("red heart", image_size=16)
     mean = (large[:, ::2, ::2] + large[:, 1::2, ::2] + large[:, ::2, 1::2] + large[:, 1::2, 1::2]) / 4
@@ -92,8 +108,8 @@ def test_only_random_flip_uses_random_numbers() -> None:
 
 
 def test_bad_options_say_what_is_wanted() -> None:
-    with pytest.raises(ValueError, match=r"image_size in \(16, 32\), got 64"):
-        build(DATASETS, {"type": "Emoji", "image_size": 64})
+    with pytest.raises(ValueError, match=r"image_size in \(16, 32, 64\), got 128"):
+        build(DATASETS, {"type": "Emoji", "image_size": 128})
     with pytest.raises(ValueError, match=r"split in \('all', 'train', 'test'\), got 'val'"):
         Emoji(split="val")
     with pytest.raises(IndexError, match="has 191 images, got index 191"):
@@ -119,16 +135,35 @@ def test_the_file_is_small_and_its_sources_are_named() -> None:
 
 
 class TestTool:
-    def test_an_image_is_blended_onto_white_and_averaged(self) -> None:
+    def test_an_image_is_blended_onto_white_so_that_its_means_stay(self) -> None:
         image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
         image.putpixel((0, 0), (255, 0, 0, 255))
         image.putpixel((2, 0), (0, 0, 0, 51))
-        half = build_emoji.halved(image)
-        assert (half.shape, half.dtype) == ((32, 32, 3), np.uint8)
+        whole = build_emoji.blended(image)
+        assert (whole.shape, whole.dtype) == ((64, 64, 3), np.uint8)
+        assert whole[0, :4].tolist() == [[255, 0, 0], [255] * 3, [204] * 3, [255] * 3]
+        half = halved(whole[None])[0]
         # One of four pixels is red: (0 + 3 * 255) / 4 = 191.25. One is 1/5 black: (204 + 765) / 4 = 242.25.
         assert half[0, :3].tolist() == [[255, 191, 191], [242] * 3, [255] * 3]
         with pytest.raises(ValueError, match=r"64 x 64 pixels, got \(32, 32\)"):
-            build_emoji.halved(Image.new("RGBA", (32, 32)))
+            build_emoji.blended(Image.new("RGBA", (32, 32)))
+
+    def test_values_are_rounded_so_that_their_means_are_those_of_exact_ones(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+        opacity = pixels[..., 3:] / 255
+        exact = pixels[..., :3] * opacity + 255 * (1 - opacity)
+        whole = build_emoji.blended(Image.fromarray(pixels, "RGBA"))
+        assert np.abs(whole - exact).max() < 1
+        means = exact.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+        assert np.array_equal(halved(whole[None])[0], np.rint(means))
+        # Rounding each value to the nearest does not do.
+        assert not np.array_equal(halved(np.rint(exact).astype(np.uint8)[None])[0], np.rint(means))
+
+    @pytest.mark.parametrize("number", [1, 300])
+    def test_a_sheet_gives_its_images_back(self, number: int) -> None:
+        images = np.random.default_rng(0).integers(0, 2, (number, 64, 64, 3), dtype=np.uint8) * 255
+        images[:, 8:] = 0
+        assert np.array_equal(read_sheet(build_emoji.sheet(images).tobytes(), number), images)
 
     def test_names_become_plain(self) -> None:
         assert build_emoji.caption_of("flag: Côte d’Ivoire") == "flag: cote d'ivoire"
@@ -179,11 +214,14 @@ class TestTool:
         with tarfile.open(package, "w:gz") as archive:
             _add(archive, "package/en/compact.json", b"[]")
         monkeypatch.setattr(build_emoji, "check_package", lambda path, sha256: None)
-        images = np.zeros((1, 32, 32, 3), np.uint8)
+        images = np.zeros((1, 64, 64, 3), np.uint8)
         monkeypatch.setattr(build_emoji, "read_images", lambda package, names, vendor: (images, ["a heart"]))
+        assert build_emoji.build(package, package, output, side=32) == 1
+        with np.load(output) as found:
+            assert np.array_equal(found["images"], halved(images))
         assert build_emoji.build(package, package, output) == 1
         with np.load(output) as found:
-            assert np.array_equal(found["images"], images)
+            assert np.array_equal(read_sheet(found["sheet"].tobytes(), 1), images)
             assert found["captions"].tolist() == ["a heart"]
 
         def interrupted(file: io.BufferedWriter, **arrays: Any) -> None:

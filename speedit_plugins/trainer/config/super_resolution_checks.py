@@ -39,10 +39,13 @@ def check_super_resolution(config: ExperimentConfig, phase: str) -> None:
 def _check_sampling(config: ExperimentConfig, phase: str) -> None:
     options, level = config.super_resolution, config.sampler.augmentation
     given: dict[str, Any] = {"low_resolution": config.low_resolution, "cascade": config.cascade}
+    _check_stage_scores(config, phase)
+    is_scored = phase == "test" and config.score_stages
     for key, value in given.items():
-        if value and phase not in ("sample", "inference"):
-            default = "[]" if key == "cascade" else "null"
-            raise ConfigError(key, f"has no effect in {phase}; wanted {default}")
+        if value and phase not in ("sample", "inference") and not (key == "cascade" and is_scored):
+            wanted = "null" if key == "low_resolution" else "[]"
+            wanted += ", or score_stages true" if key == "cascade" and phase == "test" else ""
+            raise ConfigError(key, f"has no effect in {phase}; wanted {wanted}")
     for key, value in {"sampler.augmentation": level, **given}.items():
         if value and not options.factor:
             raise ConfigError(key, "has no effect without super_resolution.factor")
@@ -51,3 +54,10 @@ def _check_sampling(config: ExperimentConfig, phase: str) -> None:
     if level > options.augmentation:
         most = f"super_resolution.augmentation {options.augmentation:g}, the largest level that is trained"
         raise ConfigError("sampler.augmentation", f"wanted at most {most}, got {level:g}")
+
+
+def _check_stage_scores(config: ExperimentConfig, phase: str) -> None:
+    if config.score_stages and phase not in ("inference", "test"):
+        raise ConfigError("score_stages", f"has no effect in {phase}; wanted false")
+    if config.score_stages and not config.cascade:
+        raise ConfigError("score_stages", "has no effect without cascade; wanted false")

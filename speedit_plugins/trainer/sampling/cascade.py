@@ -67,6 +67,12 @@ class FromStage:
         earlier = before.samples.versions(rows) if isinstance(before, LowResolutionInputs) else []
         return [*earlier, own]
 
+    def generators(self) -> list[SampleGenerator]:
+        """Those of the stages before this one, and its own: the smallest first."""
+        before = self._conditions.inputs
+        is_first = not isinstance(before, LowResolutionInputs) or not isinstance(before.samples, FromStage)
+        return [*([] if is_first else before.samples.generators()), self._generator]
+
 
 def cascade_conditions(
     config: ExperimentConfig,
@@ -128,6 +134,19 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
     Raises:
         ValueError: a folder has no run, or a stage does not fit the one before it.
     """
+    # Otherwise the noise of two stages would begin with the same numbers.
+    return [
+        replace(stage, seed=stream_seed(config.seed, STAGE_STREAM, number))
+        for number, stage in enumerate(trained_stages(config))
+    ]
+
+
+def trained_stages(config: ExperimentConfig) -> list[ExperimentConfig]:
+    """As `stages_of`, with the seeds of their trainings, which decide the samples that were held out.
+
+    Raises:
+        ValueError: see `stages_of`.
+    """
     found = []
     for number, folder in enumerate(config.cascade):
         path = Path(folder) / RUN_CONFIG
@@ -139,8 +158,6 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
             load_config(path, "test"),
             experiment_dir=str(folder),
             ckpt_path=None,
-            # Otherwise the noise of two stages would begin with the same numbers.
-            seed=stream_seed(config.seed, STAGE_STREAM, number),
             device=config.device,
             allow_download=config.allow_download,
         )

@@ -5,7 +5,6 @@ Dims: N images or videos, F frames, H x W pixels, C channels, D features.
 
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -15,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from speedit_plugins.files import write_whole
 from speedit_plugins.registry import FEATURES, check, nearest
 from speedit_plugins.registry import build as build_registered
 from speedit_plugins.trainer import results
@@ -42,7 +40,6 @@ from speedit_plugins.trainer.evaluation.metrics import (
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
-from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.results import UNFINISHED
@@ -55,7 +52,10 @@ from speedit_plugins.trainer.sampling.sample_sets import (
     open_set,
     read_captions,
 )
+from speedit_plugins.trainer.sampling.score_files import show_scores, write_scores
 from speedit_plugins.trainer.sampling.shape_scores import Found, measure_shapes
+from speedit_plugins.trainer.sampling.stage_scores import StageScores, measure_stages, table, written_stages
+from speedit_plugins.trainer.sampling.stage_sets import WHOLE, is_beside
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -63,52 +63,53 @@ def test(config: ExperimentConfig) -> int:
     """Measures the metrics in `evaluation.metrics`, prints them and writes them to test.json.
 
     The samples are an npz or a folder. So is the reference; without one it is the dataset of the experiment.
-    Shapes are compared with shapes that were not trained on, see `measure_shapes`.
+    Shapes are compared with shapes that were not trained on, see `measure_shapes`. With `score_stages` the
+    stages of a cascade are measured too, each against data of its size, see `measure_stages`.
 
     Raises:
         ValueError: sets, features and metrics do not fit each other, or an option has no effect.
     """
     folder = Path(config.experiment_dir)
-    measured, samples, source = (measure_shapes if config.voxel_size else _of_images)(config)
+    scores = _of_stages(config) if config.score_stages else []
+    if scores:
+        # Its figures are those of the test as a whole, as without stages.
+        whole = next(each for each in scores if each.about.name == WHOLE)
+        measured, samples, source = whole.measured, whole.samples, whole.reference
+    else:
+        measured, samples, source = (measure_shapes if config.voxel_size else _of_images)(config)
     results.save_config(config, "test")
     results.keep_earlier(folder / results.TEST)
     # An absolute path can be found from any folder.
-    _write(folder / results.TEST, measured, samples=str(Path(samples).absolute()), reference=source)
-    for metric in measured:
-        say(line_of(metric))
+    path = str(Path(samples).absolute())
+    write_scores(folder / results.TEST, measured, samples=path, reference=source, stages=scores)
+    for line in [*map(line_of, measured), *(table(scores) if scores else [])]:
+        say(line)
     say(f"  samples      {samples}")
     if source is not None:
         say(f"  reference    {source}")
     say(f"  result       {folder / results.TEST}")
     # Last, because a board may be out of reach.
-    _show(config, measured, samples)
+    show_scores(config, measured, samples)
     return 0
+
+
+def _of_stages(config: ExperimentConfig) -> list[StageScores]:
+    """The figures of a cascade and of each of its stages. All sets are looked for before one is measured."""
+    check_metrics(config.evaluation)
+    _check_options(config)
+    return measure_stages(config, written_stages(config, _place(config)), _of_images)
 
 
 def _of_images(config: ExperimentConfig) -> Found:
     check_metrics(config.evaluation)
     _check_options(config)
-    folder = Path(config.experiment_dir)
-    samples = open_set(
-        config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
-    )
+    samples = open_set(_place(config), key="samples")
     metrics = [name for name in config.evaluation.metrics if name in METRICS]
     # First, because captions may be missing and the other metrics take longer.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
     measured += clip_scores + measure_pairs(config, samples)
     return measured, str(samples.source), source
-
-
-def _show(config: ExperimentConfig, measured: list[MetricValue], samples: str) -> None:
-    """Puts the figures on the run's boards, where the samples are inference's of one of its steps."""
-    path = Path(samples).absolute()
-    step = re.match(r"step_(\d+)_", path.name)
-    if step is None or path.parent != (Path(config.experiment_dir) / results.INFERENCE).absolute():
-        return
-    for logger in open_boards(config):
-        logger.add(int(step[1]), {f"test/{metric.name}": metric.value for metric in measured})
-        logger.close(is_failed=False)
 
 
 def _compared(
@@ -243,9 +244,16 @@ def _check_options(config: ExperimentConfig) -> None:
         )
 
 
+def _place(config: ExperimentConfig) -> Path:
+    """Where the samples are."""
+    if config.samples is not None:
+        return Path(config.samples)
+    return _newest(Path(config.experiment_dir) / results.INFERENCE, bool(config.num_frames))
+
+
 def _newest(folder: Path, of_videos: bool) -> Path:
     """The newest output of inference: an npz of images or a folder of videos."""
-    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED]
+    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED and not is_beside(path)]
     places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
     if not places:
         what = "videos" if of_videos else "npz"
@@ -378,18 +386,3 @@ def _clip_score(config: ExperimentConfig, samples: SampleSet) -> MetricValue:
         total += float(scores.mean(dim=0).double().sum())
         done += len(batch)
     return MetricValue(f"{CLIP_SCORE}[{clip.name}]", 100.0 * total / len(samples), clip.name, len(samples))
-
-
-def _write(path: Path, measured: list[MetricValue], *, samples: str, reference: str | None) -> None:
-    rows = {
-        metric.name: {
-            "value": metric.value,
-            "features": metric.features,
-            "num_samples": metric.num_samples,
-            "num_reference": metric.num_reference,
-            **metric.details,
-        }
-        for metric in measured
-    }
-    content = {"figures": rows, "samples": samples, "reference": reference}
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())

@@ -29,6 +29,14 @@ from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.sampling.originals import write_items
 from speedit_plugins.trainer.sampling.sample_files import save_sample, saved_form, suffix_of
+from speedit_plugins.trainer.sampling.stage_sets import (
+    STAGES,
+    cascade_of,
+    earlier_samples,
+    on_data,
+    stage_sets,
+    write_list,
+)
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -40,6 +48,8 @@ def inference(config: ExperimentConfig) -> int:
 
     An inpainting model fills holes in as many samples of the dataset, each with its own class or caption.
     What it was given is in a second folder, `..._masked`, see `save_known`.
+
+    With `score_stages` the samples of each stage of a cascade are in another folder, see `stage_sets`.
 
     Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files,
     see `save_shape`. captions.jsonl beside them
@@ -59,7 +69,7 @@ def inference(config: ExperimentConfig) -> int:
     partial = places.partial
     with (
         _claimed(places),
-        progress("inference", total=config.num_samples, unit=generator.what[:-1]) as bar,
+        progress("inference", total=_total(config), unit=generator.what[:-1]) as bar,
         _all_or_none(partial, bar, generator.what),
     ):
         if holes is None:
@@ -71,10 +81,13 @@ def inference(config: ExperimentConfig) -> int:
                 pass
         else:
             write_npz(places.partial_npz, written, num_images=config.num_samples)
+        if config.score_stages:
+            _write_stages(generator, captions, conditions, partial / STAGES, bar)
         places.publish()
     results.save_config(config, "inference")
     say(f"drew {config.num_samples} {generator.what} with the weights of {source}")
-    for name, place in ((generator.what, places.folder), ("npz", places.npz), ("with holes", places.masked)):
+    named = {"npz": places.npz, "with holes": places.masked, "of stages": places.stages}
+    for name, place in {generator.what: places.folder, **named}.items():
         if place.exists():
             say(f"  {name:<12} {place}{'/' if place.is_dir() else ''}")
     return 0
@@ -152,22 +165,24 @@ class _Places:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}", f"_{MASKED}")
-        self.partial, self.npz, self.partial_npz, self.masked = (
+        suffixes = (UNFINISHED, ".npz", f".npz{UNFINISHED}", f"_{MASKED}", f"_{STAGES}")
+        self.partial, self.npz, self.partial_npz, self.masked, self.stages = (
             folder.with_name(f"{folder.name}{suffix}") for suffix in suffixes
         )
 
     def check_free(self) -> None:
         """Raises ValueError if an earlier inference has written files of the same name."""
-        for path in (self.folder, self.npz, self.masked):
+        for path in (self.folder, self.npz, self.masked, self.stages):
             if path.exists():
                 raise ValueError(f"inference would write over {path}; move or delete it")
 
     def publish(self) -> None:
         """Gives what was written its final name."""
-        finals = (self.masked, self.folder, self.npz)
+        finals = (self.masked, self.stages, self.folder, self.npz)
         for partial, final in zip(
-            (self.partial / MASKED, self.partial, self.partial_npz), finals, strict=True
+            (self.partial / MASKED, self.partial / STAGES, self.partial, self.partial_npz),
+            finals,
+            strict=True,
         ):
             if partial.exists():
                 partial.rename(final)
@@ -216,23 +231,84 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     """Chunks of uint8 samples (B, [F,] H, W, C), or of shapes. Each is in `folder` before it is yielded."""
     config = generator.config
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
+    suffix = _suffix(config)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         check_all(batch, done, config, generator.source)
         samples = saved_form(batch, config)
         flat += 0 if config.voxel_size else of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
+<<<<<<< HEAD
             save_sample(item, folder / f"{i:06d}", config)
+=======
+            _save(item, folder / f"{i:06d}", config)
+        if config.score_stages:
+            _write_earlier(conditions, rows[done : done + len(samples)], folder / STAGES, config, first=done)
+>>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
         done += len(samples)
         bar.update(len(samples))
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
+<<<<<<< HEAD
     suffix = suffix_of(config)
+=======
+>>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
     _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
     write_items(conditions, rows.tolist(), folder, suffix=suffix)
 
 
+<<<<<<< HEAD
+=======
+def _write_earlier(
+    conditions: Conditions, rows: torch.Tensor, folder: Path, config: ExperimentConfig, *, first: int
+) -> None:
+    """Writes what the stages before the last one drew for the samples at rows (B,), numbered from `first`."""
+    for name, samples in earlier_samples(conditions, rows):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, item in enumerate(images.to_uint8(samples), start=first):
+            _save(item, folder / name / f"{number:06d}", config)
+
+
+def _write_stages(
+    generator: SampleGenerator,
+    captions: CaptionSource | None,
+    conditions: Conditions,
+    folder: Path,
+    bar: Any,
+) -> None:
+    """Completes the sets of the stages that the cascade drew, and draws each stage on inputs of the data."""
+    config, generators = generator.config, cascade_of(conditions, generator)
+    rows = random_rows(conditions, config.num_samples, seed=config.seed).tolist()
+    for number in range(1, len(generators)):
+        _write_conditions(conditions, rows, folder / f"stage_{number}", suffix=_suffix(config))
+    for name, drawing, given in on_data(config, generators, captions):
+        (folder / name).mkdir()
+        for _ in _written(drawing, given, folder / name, bar):
+            pass
+    write_list(folder, stage_sets(generators))
+
+
+def _total(config: ExperimentConfig) -> int:
+    """How many samples are drawn, without those that the stages of a cascade hand on."""
+    return config.num_samples * (1 + (len(config.cascade) if config.score_stages else 0))
+
+
+def _save(item: Any, path: Path, config: ExperimentConfig) -> None:
+    if config.voxel_size:
+        save_shape(item, path.with_suffix(_suffix(config)))
+    else:
+        images.save(item, path, frames_per_second=config.frames_per_second)
+
+
+def _suffix(config: ExperimentConfig) -> str:
+    """Suffix of the file of a sample."""
+    if config.voxel_size:
+        return SUFFIX
+    return ".mp4" if config.num_frames else ".png"
+
+
+>>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
 def _write_conditions(conditions: Conditions, rows: list[int], folder: Path, *, suffix: str) -> None:
     """Writes a line for each sample with its prompt, or with its class; nothing without conditions."""
     if not conditions.names:
