@@ -15,7 +15,7 @@ from speedit_plugins.trainer.training.trainer import Trainer
 
 # Longer than the default, so that tests can tell them apart.
 TIMEOUT_SECONDS = 900.0
-PLUGINS = ("ddp", "zero1", "zero2")
+PLUGINS = ("ddp", "zero1", "zero2", "fsdp2")
 # Softmax does not see a key's bias, so its gradient is zero in exact arithmetic. AdamW divides the rounding
 # error by its own size. So two orders of summation drift apart there, by the learning rate at each step.
 KEY_BIAS = ".attn.qkv.bias"
@@ -68,7 +68,8 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     moments = master_weights.optimizer_slices(engine.optimizer, engine.masters, trainer.runtime)
     return {
         "weights": {name: part.values for name, part in parts.items()},
-        "model": dict(trainer.model.state_dict()),
+        # Under fsdp2 this rank's rows.
+        "model": {k: getattr(v, "to_local", lambda v=v: v)() for k, v in trainer.model.state_dict().items()},
         "ema": {name: part.values for name, part in trainer.ema.slices.items()},
         "ema_updates": trainer.ema.num_updates,
         "moments": {name: part.values for name, part in moments.items()},

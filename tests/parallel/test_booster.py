@@ -34,7 +34,8 @@ def test_a_sharding_plugin_without_colossalai_says_what_is_missing(
         return None if name == "colossalai" else find_spec(name, *options)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    wanted = rf"plugin: {plugin} needs ColossalAI; wanted ddp, or pip install '.*\[colossal\]' && pip install"
+    install = r"pip install '.*\[colossal\]' && pip install"
+    wanted = rf"plugin: {plugin} needs ColossalAI; wanted ddp or fsdp2, or {install}"
     with pytest.raises(ValueError, match=wanted):
         build_engine(nn.Linear(2, 2), small_config(tmp_path, plugin=plugin), Runtime())
 

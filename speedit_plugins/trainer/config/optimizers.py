@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-EVERY_PLUGIN = ("ddp", "zero1", "zero2", "gemini")
-# Where every process holds whole parameters. The others hold flat slices of them.
+EVERY_PLUGIN = ("ddp", "zero1", "zero2", "gemini", "fsdp2")
+# Where every process holds whole parameters. The others hold slices of them.
 WHOLE_PARAMETERS = ("ddp",)
 
 

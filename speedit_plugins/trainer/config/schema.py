@@ -26,6 +26,7 @@ from speedit_plugins.trainer.config.sections import (
     LoraConfig,
     OptimizerConfig,
     SamplerConfig,
+    ShardingConfig,
     SuperResolutionConfig,
     limited,
 )
@@ -76,7 +77,7 @@ class ExperimentConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors are. `auto` is CUDA where there is a device."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast under ddp, a cast model under zero1, zero2 and gemini. Master weights, EMA and losses stay
+    """Autocast under ddp, a model in this type under the other plugins. Master weights, EMA and losses stay
     float32; fp16 scales the loss."""
     allow_tf32: bool = True
     """Allows TF32 products on CUDA."""
@@ -115,8 +116,10 @@ class ExperimentConfig:
     data: DataConfig
     """What is trained on."""
 
-    plugin: Literal["ddp", "zero1", "zero2", "gemini"] = "ddp"
-    """How several processes share the work; all but ddp need ColossalAI."""
+    plugin: Literal["ddp", "zero1", "zero2", "gemini", "fsdp2"] = "ddp"
+    """How several processes share the work; zero1, zero2 and gemini need ColossalAI."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """How fsdp2 shards."""
     distributed_timeout_seconds: float = limited(600.0, above=0)
     """A process that waits longer than this for another one ends the job."""
     compile: bool = False

@@ -253,6 +253,17 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How `plugin: fsdp2` shards."""
+
+    replicate: int = limited(1, at_least=1)
+    """Groups of processes, each with a whole sharded model: 1 shards over all processes. Take the number of
+    machines where the network between them is slow."""
+    cpu_offload: bool = False
+    """Keeps weights, gradients and moments in the memory of the CPU, and steps there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on."""
 

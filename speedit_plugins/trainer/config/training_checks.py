@@ -1,11 +1,11 @@
-"""Checks of the sections `optimizer` and `ema`. Uses the standard library only, like `checks.py`."""
+"""Checks of `optimizer`, `sharding` and `ema`. Uses the standard library only, like `checks.py`."""
 
 from dataclasses import fields
 
 from speedit_plugins.trainer.config.key_names import key_hint, value_hint
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.config.sections import REST, EmaConfig, OptimizerConfig, label
+from speedit_plugins.trainer.config.sections import REST, EmaConfig, OptimizerConfig, ShardingConfig, label
 from speedit_plugins.trainer.config.validation import ConfigError, key_paths
 
 # Which schedule a key belongs to, and whether that schedule needs it.
@@ -86,6 +86,20 @@ def check_plugin(name: str, plugins: tuple[str, ...], plugin: str) -> None:
             f"{name} does not work with plugin {plugin}; wanted plugin {' or '.join(plugins)}, or the"
             " optimizer AdamW",
         )
+
+
+def check_sharding(config: ExperimentConfig) -> None:
+    """Refuses keys of `sharding` where nothing is sharded so.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if config.plugin == "fsdp2":
+        return
+    for entry in fields(ShardingConfig):
+        if getattr(config.sharding, entry.name) != entry.default:
+            problem = f"has no effect with plugin {config.plugin}; wanted it left out, or plugin fsdp2"
+            raise ConfigError(f"sharding.{entry.name}", problem)
 
 
 def check_average(config: ExperimentConfig) -> None:

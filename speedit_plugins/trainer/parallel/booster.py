@@ -1,4 +1,4 @@
-"""ColossalAI behind the engine's interface: its Booster with DDP, ZeRO 1 and 2, Gemini.
+"""The engine of a config, and ColossalAI behind its interface: DDP, ZeRO 1 and 2, Gemini.
 
 Only this file and colossal_setup.py import ColossalAI. Checkpoints are this project's own and do not need it.
 Tested with 0.5.0. Its ZeRO also runs on CPUs, see `colossal_setup`.
@@ -7,7 +7,7 @@ Tested with 0.5.0. Its ZeRO also runs on CPUs, see `colossal_setup`.
 import importlib.util
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -20,17 +20,10 @@ from speedit_plugins.trainer.parallel.colossal_setup import (
     set_accelerator_of,
 )
 from speedit_plugins.trainer.parallel.gemini import check_gemini
-from speedit_plugins.trainer.parallel.group_state import changed_values, group_values, load_group_values
+from speedit_plugins.trainer.parallel.group_state import group_values
 from speedit_plugins.trainer.parallel.heap import keep_freed_pages
-from speedit_plugins.trainer.parallel.master_weights import (
-    STEP,
-    Master,
-    Slice,
-    load_optimizer,
-    optimizer_layout,
-    optimizer_slices,
-)
-from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer, has_two_points
+from speedit_plugins.trainer.parallel.master_weights import STEP, Master
+from speedit_plugins.trainer.parallel.optimizers import build_optimizer, check_optimizer
 from speedit_plugins.trainer.parallel.replica import (
     GROWTH_INTERVAL_STEPS,
     INITIAL_LOSS_SCALE,
@@ -40,13 +33,14 @@ from speedit_plugins.trainer.parallel.replica import (
     set_lr,
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.sharded import Sharded, check_one_point
 from speedit_plugins.trainer.terminal import say
 
 INSTALLATION = "pip install 'speedit-plugins[colossal]' && pip install --no-deps colossalai==0.5.0"
 
 
 def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> Engine:
-    """The engine that the config's `plugin` names. `ddp` works without ColossalAI.
+    """The engine that the config's `plugin` names. `ddp` and `fsdp2` work without ColossalAI.
 
     Raises:
         ValueError: ColossalAI is missing, or the plugin does not go with device, precision or optimizer.
@@ -56,9 +50,16 @@ def build_engine(model: nn.Module, config: ExperimentConfig, runtime: Runtime) -
         keep_freed_pages()
     if config.plugin == "ddp" and runtime.world_size == 1:
         return Replica(model, config, runtime)
+    if config.plugin == "fsdp2":
+        # Here, so that it is imported where it is chosen.
+        from speedit_plugins.trainer.parallel.fully_sharded import FullyShardedEngine
+
+        return FullyShardedEngine(model, config, runtime)
     if importlib.util.find_spec("colossalai") is None:
         if config.plugin != "ddp":
-            raise ValueError(f"plugin: {config.plugin} needs ColossalAI; wanted ddp, or {INSTALLATION}")
+            raise ValueError(
+                f"plugin: {config.plugin} needs ColossalAI; wanted ddp or fsdp2, or {INSTALLATION}"
+            )
         if runtime.is_main:
             say(f"no ColossalAI: ddp is torch's own; zero1, zero2 and gemini need {INSTALLATION}")
         return Replica(model, config, runtime)
@@ -89,7 +90,7 @@ class BoostedReplica(Replica):
         return cast(AbstractContextManager[Any], self._booster.no_sync(self.model, self._boosted_optimizer))
 
 
-class ZeroEngine:
+class ZeroEngine(Sharded):
     """`plugin: zero1 | zero2`: master weights and moments are sharded; with zero2 gradients too.
 
     Under bf16 and fp16 ColossalAI casts the model itself to that precision.
@@ -97,7 +98,7 @@ class ZeroEngine:
     """
 
     def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
-        self.module = model
+        self.module = self.template = model
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         weights = {name: p.detach().clone() for name, p in named.items()}
         # Copies, since ColossalAI casts the model: frozen tensors are saved as they were.
@@ -109,14 +110,6 @@ class ZeroEngine:
         self.masters = self._masters(named)
         # ColossalAI made the master weights from the cast model. Take the weights as initialised instead.
         self.load_weights(weights)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Does nothing: the model is in its precision already."""
-        return nullcontext()
-
-    def micro_batch(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Does nothing: each backward pass adds to the sharded gradients."""
-        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of `loss`, a scalar, averaged over the ranks."""
@@ -146,24 +139,6 @@ class ZeroEngine:
                 self._untrained[name].copy_(value)
         self._load_masters(weights)
 
-    def evaluation_point(self) -> AbstractContextManager[bool]:
-        """Does nothing: the optimizers of these plugins train and evaluate at the same weights."""
-        return nullcontext(False)
-
-    def moments(self, runtime: Runtime) -> dict[str, Slice]:
-        """This rank's part of the optimizer's moments, by name."""
-        return optimizer_slices(self.optimizer, self.masters, runtime)
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """What else the optimizer needs to go on, see `Replica.optimizer_state`."""
-        changed = changed_values(self.optimizer, self._built_groups)
-        return {"layout": optimizer_layout(self.optimizer, self.masters), "groups": changed}
-
-    def load_moments(self, whole: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Restores `moments` and `optimizer_state`, see `Replica.load_moments`."""
-        load_optimizer(self.optimizer, self.masters, whole, state.get("layout"))
-        load_group_values(self.optimizer, state.get("groups", ()))
-
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, in the precision in which they were built."""
         return self._untrained
@@ -185,8 +160,7 @@ class ZeroEngine:
         from colossalai.booster.plugin import LowLevelZeroPlugin
 
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.module, config)
-        if has_two_points(self.optimizer):
-            raise ValueError(f"optimizer {config.optimizer.type!r} with train() and eval() needs plugin ddp")
+        check_one_point(self.optimizer, config)
         plugin = LowLevelZeroPlugin(
             stage={"zero1": 1, "zero2": 2}[config.plugin],
             precision=config.precision,

@@ -40,11 +40,13 @@ class StepResult:
 class Engine(Protocol):
     """Turns losses into steps. Every method is called by all ranks in the same order.
 
-    `model` runs the forward passes. `module` is the bare model, with the parameters' own names.
+    `model` runs the forward passes. `module` is the bare model, with the parameters' own names. `template` is
+    for `functional_call` with whole weights on one rank; its own may be empty.
     """
 
     model: nn.Module
     module: nn.Module
+    template: nn.Module
     optimizer: torch.optim.Optimizer
     masters: list[Master]
 
@@ -73,7 +75,7 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, config: ExperimentConfig, runtime: Runtime) -> None:
-        self.module = model
+        self.module = self.template = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = build_optimizer(model, config)
         self._built_groups = group_values(self.optimizer)

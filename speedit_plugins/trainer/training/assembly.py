@@ -70,7 +70,8 @@ def build_trainer(
     teacher = build_teacher(config, dataset, runtime.device)
     accelerations = build_accelerations(config, model, process, teacher)
     mfu = mfu_of(model, config, runtime)
-    if config.compile:
+    # Under fsdp2 the engine compiles the blocks: the hooks around them are not compiled.
+    if config.compile and config.plugin != "fsdp2":
         model.compile()
     trained = training_part(config, dataset)
     loader = _loader(trained, config, runtime)
@@ -81,11 +82,11 @@ def build_trainer(
     profiler = None
     if config.profile_every and runtime.is_main:
         profiler = build_profiler(
-            model, process, policy, inputs, trained, config, world_size=runtime.world_size
+            engine.template, process, policy, inputs, trained, config, world_size=runtime.world_size
         )
     objective = Objective(engine, process, accelerations)
     parts = TrainingParts(engine, inputs, objective, policy, loader, runtime, mfu, profiler)
-    periodic = _periodic(model, encoder, dataset, captions, process, config, runtime)
+    periodic = _periodic(engine.template, encoder, dataset, captions, process, config, runtime)
     return Trainer(parts, config, periodic=periodic)
 
 

@@ -388,10 +388,10 @@ class Trainer:
         tracker.log(self.step, row)
 
     def _profile(self) -> dict[str, Any]:
-        weights = self.weights()
+        weights, others = self.weights(), self.engine.untrained()
         if self.profiler is None:
             return {}
-        profile = asdict(self.profiler.measure(weights, self.engine.untrained()))
+        profile = asdict(self.profiler.measure(weights, others))
         return {f"profile_{name}": values for name, values in profile.items()}
 
     def _last_checkpoint(self) -> str:

@@ -106,9 +106,12 @@ class LatteT2V(Routed):
             return_dict=False,
         )[0]
         if num_frames == 1 and torch.is_grad_enabled():
-            # DistributedDataParallel waits for a gradient of every parameter: temporal blocks get zeros.
-            unused = cast(nn.ModuleList, self.net.temporal_transformer_blocks).parameters()
-            output = output + 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
+            # DistributedDataParallel waits for a gradient of every parameter: temporal blocks get zeros. What
+            # fsdp2 shards has no whole values outside of its block, and is given zeros there.
+            blocks = cast(nn.ModuleList, self.net.temporal_transformer_blocks)
+            unused = [each for each in blocks.parameters() if not hasattr(each, "full_tensor")]
+            if unused:
+                output = output + 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
         return output
 
 
