@@ -231,43 +231,33 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     """Chunks of uint8 samples (B, [F,] H, W, C), or of shapes. Each is in `folder` before it is yielded."""
     config = generator.config
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
-    suffix = _suffix(config)
+    suffix = suffix_of(config)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         check_all(batch, done, config, generator.source)
         samples = saved_form(batch, config)
         flat += 0 if config.voxel_size else of_one_value(torch.from_numpy(samples))
         for i, item in enumerate(samples, start=done):
-<<<<<<< HEAD
             save_sample(item, folder / f"{i:06d}", config)
-=======
-            _save(item, folder / f"{i:06d}", config)
         if config.score_stages:
             _write_earlier(conditions, rows[done : done + len(samples)], folder / STAGES, config, first=done)
->>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
         done += len(samples)
         bar.update(len(samples))
         yield samples
     if flat:
         say(f"warning: {flat} of {done} {generator.what} have the same value in every pixel")
-<<<<<<< HEAD
-    suffix = suffix_of(config)
-=======
->>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
     _write_conditions(conditions, rows.tolist(), folder, suffix=suffix)
     write_items(conditions, rows.tolist(), folder, suffix=suffix)
 
 
-<<<<<<< HEAD
-=======
 def _write_earlier(
     conditions: Conditions, rows: torch.Tensor, folder: Path, config: ExperimentConfig, *, first: int
 ) -> None:
     """Writes what the stages before the last one drew for the samples at rows (B,), numbered from `first`."""
     for name, samples in earlier_samples(conditions, rows):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for number, item in enumerate(images.to_uint8(samples), start=first):
-            _save(item, folder / name / f"{number:06d}", config)
+        for number, item in enumerate(saved_form(samples, config), start=first):
+            save_sample(item, folder / name / f"{number:06d}", config)
 
 
 def _write_stages(
@@ -281,7 +271,7 @@ def _write_stages(
     config, generators = generator.config, cascade_of(conditions, generator)
     rows = random_rows(conditions, config.num_samples, seed=config.seed).tolist()
     for number in range(1, len(generators)):
-        _write_conditions(conditions, rows, folder / f"stage_{number}", suffix=_suffix(config))
+        _write_conditions(conditions, rows, folder / f"stage_{number}", suffix=suffix_of(config))
     for name, drawing, given in on_data(config, generators, captions):
         (folder / name).mkdir()
         for _ in _written(drawing, given, folder / name, bar):
@@ -294,21 +284,6 @@ def _total(config: ExperimentConfig) -> int:
     return config.num_samples * (1 + (len(config.cascade) if config.score_stages else 0))
 
 
-def _save(item: Any, path: Path, config: ExperimentConfig) -> None:
-    if config.voxel_size:
-        save_shape(item, path.with_suffix(_suffix(config)))
-    else:
-        images.save(item, path, frames_per_second=config.frames_per_second)
-
-
-def _suffix(config: ExperimentConfig) -> str:
-    """Suffix of the file of a sample."""
-    if config.voxel_size:
-        return SUFFIX
-    return ".mp4" if config.num_frames else ".png"
-
-
->>>>>>> 0261b945af220e65c9057ee57e2537cbc6701a2f
 def _write_conditions(conditions: Conditions, rows: list[int], folder: Path, *, suffix: str) -> None:
     """Writes a line for each sample with its prompt, or with its class; nothing without conditions."""
     if not conditions.names:
