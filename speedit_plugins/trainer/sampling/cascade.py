@@ -69,7 +69,7 @@ class FromStage:
 
     def generators(self) -> list[SampleGenerator]:
         """Those of the stages before this one, and its own: the smallest first."""
-        before = self._conditions.inputs
+        before = self.conditions.inputs
         is_first = not isinstance(before, LowResolutionInputs) or not isinstance(before.samples, FromStage)
         return [*([] if is_first else before.samples.generators()), self._generator]
 
