@@ -108,7 +108,7 @@ class ExperimentConfig:
     caption_dropout_prob: float = limited(0.1, at_least=0, below=1)
     """How often training sees the empty caption in place of the sample's own; guidance needs it."""
     inpainting: Component | None = None
-    """Trains a model to fill holes: `RandomMasks` makes them in space, `FrameMasks` in time; null does not."""
+    """Trains a model to fill holes, of `RandomMasks` in space or of `FrameMasks` in time; null has none."""
     super_resolution: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
     """Trains DiT, Latte or UNet to make samples of their low-resolution versions; see
     docs/cascades.md."""
