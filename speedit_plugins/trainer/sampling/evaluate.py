@@ -45,7 +45,6 @@ from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging.loggers import open_boards
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
-from speedit_plugins.trainer.results import UNFINISHED
 from speedit_plugins.trainer.sampling.finite import of_one_value
 from speedit_plugins.trainer.sampling.pairs import measure_pairs
 from speedit_plugins.trainer.sampling.sample_sets import (
@@ -88,10 +87,8 @@ def test(config: ExperimentConfig) -> int:
 def _of_images(config: ExperimentConfig) -> Found:
     check_metrics(config.evaluation)
     _check_options(config)
-    folder = Path(config.experiment_dir)
-    samples = open_set(
-        config.samples or _newest(folder / results.INFERENCE, bool(config.num_frames)), key="samples"
-    )
+    what = "videos" if config.num_frames else "npz"
+    samples = open_set(config.samples or results.newest_samples(config, what=what), key="samples")
     metrics = [name for name in config.evaluation.metrics if name in METRICS]
     # First, because captions may be missing and the other metrics take longer.
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
@@ -241,16 +238,6 @@ def _check_options(config: ExperimentConfig) -> None:
         raise ValueError(
             f"evaluation.reference_statistics needs a file in a folder that is there, got {statistics}"
         )
-
-
-def _newest(folder: Path, of_videos: bool) -> Path:
-    """The newest output of inference: an npz of images or a folder of videos."""
-    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED]
-    places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
-    if not places:
-        what = "videos" if of_videos else "npz"
-        raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
-    return max(places, key=lambda path: path.stat().st_mtime)
 
 
 def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
