@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.data import default_collate
 
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -40,8 +41,9 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 def mean_error(trainer: Trainer) -> float:
     """Mean square error of x_0 for fixed samples and noise, far from clean."""
-    loader = build_trainer(trainer.config).loader
-    given = trainer.inputs.encode(next(loader), [torch.Generator().manual_seed(seed) for seed in range(4)])
+    draws = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    batch = default_collate([trainer.loader.dataset.load(item, draws[item]) for item in range(4)])
+    given = trainer.inputs.encode(batch, draws)
     index = torch.tensor([600, 700, 800, 900])
     kept = trainer.objective.process.schedule.alphas_cumprod[index].float().view(-1, 1, 1, 1)
     x_t = kept.sqrt() * given.latents + (1 - kept).sqrt() * given.noise
