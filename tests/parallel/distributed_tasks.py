@@ -26,6 +26,10 @@ DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
 GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
 SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
+SOLIDS = (
+    *("model.hidden_size=24", "model.depth=2", "model.num_heads=2"),
+    *("voxel_size=8", "validate_every=0", "data.validation=null"),
+)
 MODERN = (
     *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.perceptron=swiglu"),
     "model.gradient_checkpointing=true",
@@ -166,6 +170,10 @@ def check_inpainting(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "inpainting=RandomMasks")
     trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)
     trained_resumed_and_sampled(runtime, folder / "modern", DIGITS, (*options, *MODERN), is_sampled=False)
+    solids = (*SOLIDS, "inpainting=RandomMasks", "samples_per_class=2", "plugin=zero1")
+    trained_resumed_and_sampled(runtime, folder / "solids", "configs/shapes/digits.yaml", solids)
+    clips = (*SMALL, "inpainting=FrameMasks", "samples_per_class=2", "plugin=zero2")
+    trained_resumed_and_sampled(runtime, folder / "clips", "configs/text_to_video/moving_digits.yaml", clips)
 
 
 def check_super_resolution(runtime: Runtime, folder: Path) -> None:
@@ -178,12 +186,9 @@ def check_super_resolution(runtime: Runtime, folder: Path) -> None:
 
 
 def check_shapes(runtime: Runtime, folder: Path) -> None:
-    own = (
-        *("model.hidden_size=24", "model.depth=2", "model.num_heads=2", "model.gradient_checkpointing=true"),
-        *("voxel_size=8", "validate_every=0", "data.validation=null", "sample_classes=[3]"),
-    )
+    own = (*SOLIDS, "model.gradient_checkpointing=true", "sample_classes=[3]")
     clouds = ("num_points=40", "model.window_size=2", "model.window_blocks=[0]")
-    for plugin, precision in (("ddp", "fp32"), ("zero2", "bf16")):
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
         options = (*own, f"plugin={plugin}", f"precision={precision}")
         place = folder / plugin
         trained_resumed_and_sampled(runtime, place / "voxels", "configs/shapes/digits.yaml", options)

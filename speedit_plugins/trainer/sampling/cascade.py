@@ -70,8 +70,9 @@ class FromStage:
     def generators(self) -> list[SampleGenerator]:
         """Those of the stages before this one, and its own: the smallest first."""
         before = self.conditions.inputs
-        is_first = not isinstance(before, LowResolutionInputs) or not isinstance(before.samples, FromStage)
-        return [*([] if is_first else before.samples.generators()), self._generator]
+        if isinstance(before, LowResolutionInputs) and isinstance(before.samples, FromStage):
+            return [*before.samples.generators(), self._generator]
+        return [self._generator]
 
 
 def cascade_conditions(

@@ -49,7 +49,9 @@ def measure_shapes(config: ExperimentConfig) -> Found:
             read or has another kind of shapes.
     """
     _check_options(config)
-    folder = Path(config.samples) if config.samples is not None else _newest(config)
+    folder = (
+        Path(config.samples) if config.samples is not None else results.newest_samples(config, what="shapes")
+    )
     drawn = read_shapes(folder)
     if drawn.ndim != (3 if layout_of(config) == POINTS else 5):
         raise ValueError(f"samples: {folder} has shapes {tuple(drawn.shape[1:])}, not {layout_of(config)}")
@@ -111,15 +113,6 @@ def _check_options(config: ExperimentConfig) -> None:
 def _num_searches(name: str, number: int) -> int:
     """How often a distance reports progress while the three tables of `number` shapes are measured."""
     return 4 * number if name == "chamfer" else number * (2 * number - 1)
-
-
-def _newest(config: ExperimentConfig) -> Path:
-    """The newest folder of shapes that inference finished."""
-    folder = Path(config.experiment_dir) / results.INFERENCE
-    found = [path for path in folder.glob("*") if path.is_dir() and path.suffix != results.UNFINISHED]
-    if not found:
-        raise ValueError(f"no shapes in {folder}: run the phase inference first, or give samples")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _reference(config: ExperimentConfig) -> tuple[SampleSource, str]:

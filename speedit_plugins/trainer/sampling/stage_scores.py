@@ -7,8 +7,9 @@ from pathlib import Path
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.metrics import MetricValue
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
+from speedit_plugins.trainer.results import STAGES
 from speedit_plugins.trainer.sampling.cascade import trained_stages
-from speedit_plugins.trainer.sampling.stage_sets import STAGES, WHOLE, StageSet, read_list
+from speedit_plugins.trainer.sampling.stage_sets import WHOLE, StageSet, read_list
 
 Measured = tuple[list[MetricValue], str, str | None]
 """Measured values, where the samples are, and the reference."""

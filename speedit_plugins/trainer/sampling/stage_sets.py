@@ -24,7 +24,7 @@ from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, given_conditions
 
-STAGES, LIST, WHOLE = "stages", "stages.json", "whole"
+LIST, WHOLE = "stages.json", "whole"
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,6 @@ def on_data(
         number_of = config.num_samples
         given = given_conditions(alone, drawing, captions, num_samples=number_of, classes=classes)
         yield f"stage_{number}_from_data", drawing, given
-
-
-def is_beside(path: Path) -> bool:
-    """Whether a folder has the sets of a cascade's stages, beside the samples of the whole."""
-    return (path / LIST).is_file()
 
 
 def write_list(folder: Path, sets: Sequence[StageSet]) -> None:
