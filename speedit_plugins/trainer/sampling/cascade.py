@@ -61,8 +61,9 @@ class FromStage:
     def generators(self) -> list[SampleGenerator]:
         """Those of the stages before this one, and its own: the smallest first."""
         before = self._conditions.inputs
-        is_first = not isinstance(before, LowResolutionInputs) or not isinstance(before.samples, FromStage)
-        return [*([] if is_first else before.samples.generators()), self._generator]
+        if isinstance(before, LowResolutionInputs) and isinstance(before.samples, FromStage):
+            return [*before.samples.generators(), self._generator]
+        return [self._generator]
 
 
 def cascade_conditions(
@@ -114,7 +115,7 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
 
 
 def trained_stages(config: ExperimentConfig) -> list[ExperimentConfig]:
-    """As `stages_of`, with the seeds of their trainings, which decide the samples that were held out.
+    """As `stages_of`, with the seeds of their trainings: those decide what was held out.
 
     Raises:
         ValueError: see `stages_of`.
