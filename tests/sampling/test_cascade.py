@@ -256,7 +256,7 @@ def test_a_cascade_of_captions_shares_its_t5(
             "enable_tensorboard_log=false",
         ),
         *("sampler.num_steps=2", "model.draft=false", "sample_prompts=[red heart, green apple]"),
-        f"text_encoder={{type: TextEncoder, path: {tmp_path / 't5'}, max_length: 4}}",
+        f"text_encoder={{type: TextEncoder, path: {tmp_path / 't5'}, max_length: 16}}",
         f"model.text_width={TEXT_WIDTH}",
     ]
     large = [*tiny, f"experiment_dir={top}", "super_resolution.factor=2"]
@@ -280,7 +280,7 @@ def test_a_cascade_of_captions_shares_its_t5(
     assert [line["caption"] for line in given] == [Emoji().captions[row] for row in (0, 637, 1274)]
 
     told = base / "config_train.yaml"
-    told.write_text(told.read_text().replace("max_length: 4", "max_length: 5"))
+    told.write_text(told.read_text().replace("max_length: 16", "max_length: 17"))
     capsys.readouterr()
     assert main(["-c", EMOJI, "-p", "sample", *large]) == 2
     assert "cascade[0] has text_encoder {" in capsys.readouterr().err
