@@ -224,8 +224,8 @@ class ExperimentConfig:
     """Images or videos that inference writes. With inpainting, the images of the dataset that it fills.
     A super-resolution model enlarges its low-resolution samples in turn."""
     per_proc_batch_size: int = limited(32, at_least=1)
-    """Samples that are drawn at once, in grids too. Another number draws other samples, since the noise belongs
-    to a batch."""
+    """Samples that are drawn at once, in grids too. Another number draws other samples: noise is that of a
+    batch."""
 
     reference: str | None = None
     """npz or folder that test compares with; null is `data.dataset`."""
