@@ -213,8 +213,8 @@ class ExperimentConfig:
     and sample and inference go through all of them. Each draws with its newest checkpoint, and with sampler
     and guidance as in the config of its training."""
     score_stages: bool = False
-    """inference of a cascade keeps what each stage draws as well, and also draws each super-resolution stage
-    on inputs from the data; test scores the whole and each of these sets."""
+    """Scores the stages of a cascade: inference keeps what each draws, and draws each super-resolution stage
+    on inputs from the data as well; test scores the whole and each of these sets."""
     samples_per_class: int = limited(1, at_least=1)
     """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
     of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
