@@ -23,8 +23,8 @@ CHECKPOINTS, GRIDS, INFERENCE = saved_configs.CHECKPOINTS, "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
 LOCK = "train.lock"
 # What inference writes: captions, classes or items of the data beside the samples, the suffix of an
-# unfinished folder, and how the names of folders end that have the samples that were given, a hole in each, or
-# those of the stages of a cascade.
+# unfinished folder, and the ends of the names of other folders: with the samples that were given, a hole in
+# each, and with those of the stages of a cascade.
 CAPTIONS, LABELS, ITEMS, UNFINISHED = "captions.jsonl", "labels.jsonl", "items.jsonl", ".tmp"
 MASKED, STAGES = "masked", "stages"
 

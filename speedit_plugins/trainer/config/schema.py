@@ -217,8 +217,8 @@ class ExperimentConfig:
     and sample and inference go through all of them. Each draws with its newest checkpoint, and with sampler
     and guidance as in the config of its training."""
     score_stages: bool = False
-    """inference of a cascade keeps what each stage draws as well, and also draws each super-resolution stage
-    on inputs from the data; test scores the whole and each of these sets."""
+    """Scores the stages of a cascade: inference keeps what each draws, and draws each super-resolution stage
+    on inputs from the data as well; test scores the whole and each of these sets."""
     samples_per_class: int = limited(1, at_least=1)
     """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the samples
     of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
@@ -228,7 +228,8 @@ class ExperimentConfig:
     """Images or videos that inference writes. With inpainting, the samples of the dataset that it fills.
     A super-resolution model enlarges its low-resolution samples in turn."""
     per_proc_batch_size: int = limited(32, at_least=1)
-    """Samples that are drawn at once, in grids too."""
+    """Samples that are drawn at once, in grids too. Another number draws other samples: noise is that of a
+    batch."""
 
     reference: str | None = None
     """npz or folder that test compares with; null is `data.dataset`."""

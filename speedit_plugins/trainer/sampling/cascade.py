@@ -143,7 +143,7 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
 
 
 def trained_stages(config: ExperimentConfig) -> list[ExperimentConfig]:
-    """As `stages_of`, with the seeds of their trainings, which decide the samples that were held out.
+    """As `stages_of`, with the seeds of their trainings: those decide what was held out.
 
     Raises:
         ValueError: see `stages_of`.

@@ -69,7 +69,7 @@ def inference(config: ExperimentConfig) -> int:
     with (
         _claimed(places),
         progress("inference", total=_total(config), unit=generator.what[:-1]) as bar,
-        _all_or_none(partial, bar, generator.what),
+        _all_or_none(places, bar, generator.what),
     ):
         if holes is None:
             written = _written(generator, conditions, partial, bar)
@@ -144,7 +144,7 @@ def _claimed(places: "_Places") -> Iterator[None]:
 
 
 @contextmanager
-def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
+def _all_or_none(places: "_Places", bar: Any, what: str) -> Iterator[None]:
     """A context that removes what was drawn if not all of it was.
 
     Raises:
@@ -153,7 +153,8 @@ def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(places.partial, ignore_errors=True)
+        places.partial_npz.unlink(missing_ok=True)
         if isinstance(error, KeyboardInterrupt):
             error.args = (f"interrupted after {bar.n} of {bar.total} {what}; none of them is kept",)
         raise

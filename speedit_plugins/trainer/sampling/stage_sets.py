@@ -93,7 +93,7 @@ def on_data(
 ) -> Iterator[tuple[str, SampleGenerator, Conditions]]:
     """For each super-resolution stage: name of the set, a generator, and conditions made of the data.
 
-    The inputs have no noise, which is right for data. A stage draws `num_samples` of the last one's config.
+    The inputs have no noise, as is right for data. A stage draws `num_samples` of the last one's config.
 
     Args:
         config: of the last stage, with its cascade.
@@ -120,7 +120,7 @@ def on_data(
 
 
 def write_list(folder: Path, sets: Sequence[StageSet]) -> None:
-    """Writes `stages.json`, which says what the sets in a folder are."""
+    """Writes `stages.json`: what the sets in a folder are."""
     content = json.dumps([asdict(each) for each in sets], indent=2)
     write_whole(folder / LIST, f"{content}\n".encode())
 
