@@ -83,7 +83,8 @@ def test_a_unet_learns_from_its_low_resolution_input_and_resumes_bit_for_bit(
     first = "net.conv_in.weight"
     assert before[first].shape[1] == 6
     assert not torch.isclose(before[first][:, 3:], after[first][:, 3:], rtol=0, atol=1e-6).all()
-    # At these timesteps x is mostly noise, and the input is the sample but for its finest detail.
+    # At these timesteps x is mostly noise, and the input determines the sample. With noise in place of the
+    # input more than two thirds of the error stay.
     assert mean_error(whole) < 0.5 * error
     parts = stepped(unet_trainer(tmp_path / "parts", table), 15)
     path = parts.save()
