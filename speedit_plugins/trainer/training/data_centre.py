@@ -189,11 +189,12 @@ def _rows(
             generators = [torch.Generator(inputs.device).manual_seed(number) for number in seeds]
             batch, given = next(loader), None
             if low_resolution is not None:
-                on_device = {name: batch[name].to(inputs.device) for name in PIXELS if name in batch}
-                given = low_resolution.clean(on_device, generators).cpu()
+                pixels = {name: batch[name].to(inputs.device) for name in PIXELS if name in batch}
+                given = low_resolution.clean({**batch, **pixels}, generators).cpu()
             latents = inputs.encode(batch, generators).latents.cpu()
             rows.setdefault(latents.shape[1:], []).append((latents, given))
-            num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
+            num_samples += len(latents)
+            num_values += latents.numel() + (0 if given is None else given.numel())
     finally:
         loader.close()
     return rows
