@@ -87,7 +87,7 @@ def cascade_conditions(
     Args:
         config: of the last stage; `cascade` names the runs before it.
         generator: draws with the last stage.
-        captions: the text encoder, which all stages share.
+        captions: the text encoder that all stages share.
         conditions: classes or prompts.
         rows: which of them each sample has, int64 (N,).
 
