@@ -130,7 +130,7 @@ def test_rows_of_a_moving_grid_have_titles_too(tmp_path: Path) -> None:
     videos = torch.zeros(4, 1, 2, 32, 32)
     options = {"columns": 2, "frames_per_second": 5, "titles": ["", "original"]}
     save_videos(videos, tmp_path / "plain.png", **options)  # type: ignore[arg-type]  # of several types
-    save_videos(videos, tmp_path / "rows.png", row_titles=["first", ""], **options)  # type: ignore[arg-type]
+    save_videos(videos, tmp_path / "rows.png", row_titles=["first", ""], **options)  # type: ignore[arg-type]  # as above
     with Image.open(tmp_path / "plain.gif") as gif, Image.open(tmp_path / "rows.gif") as titled:
         plain, rows = (np.asarray(each.convert("L")) for each in (gif, titled))
     assert rows.shape == (plain.shape[0], 128 + plain.shape[1])

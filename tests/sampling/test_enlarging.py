@@ -16,8 +16,10 @@ from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged, reduced
+from speedit_plugins.trainer.sampling import evaluate
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import FromData, given_conditions
+from speedit_plugins.trainer.sampling.stage_sets import StageSet
 
 DIGITS, MOVING = "configs/image/digits/speedit.yaml", "configs/text_to_video/moving_digits.yaml"
 SUPER = {"super_resolution__factor": 2, "max_training_steps": 2, "sample_classes": "[]"}
@@ -157,6 +159,21 @@ def test_a_run_is_trained_measured_sampled_and_tested(
     # Before the features, since they take long.
     given = {**pairs, "evaluation__metrics": "[fid,psnr]", "reference": "nowhere.npz"}
     assert "metrics of pairs need what" in error(capsys, "test", tmp_path, **given)
+
+
+def test_ssim_of_a_stage_that_is_too_small_is_refused_before_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = (str(tmp_path), "weights")
+    sets = [
+        (StageSet("stage_2_from_data", 2, 8, "data", *about), tmp_path),
+        (StageSet("whole", 3, 16, "stage", *about), tmp_path),
+    ]
+    monkeypatch.setattr(evaluate, "written_stages", lambda *given: sets)
+    monkeypatch.setattr(evaluate, "measure_stages", lambda *given: pytest.fail("measured"))
+    options = {"image_size": 16, "cascade": "[small, middle]", "score_stages": True, "samples": tmp_path}
+    said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr,ssim]", **options)
+    assert "ssim needs images of 11 x 11 pixels or more, got 8 x 8" in said
 
 
 def test_files_of_another_run_are_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
