@@ -339,7 +339,7 @@ EMOJI_PIXART, DIGITS = "configs/text_to_image/emoji_pixart.yaml", "configs/image
         (DIGITS, ["diffusion.noise_schedule=cosine"], r"noise_schedule was 'linear', got 'cosine'"),
         (DIGITS, ["diffusion.diffusion_steps=500"], r"diffusion_steps was 1000, got 500"),
         (DIGITS, ["diffusion.type=RectifiedFlow"], r"type was 'SpeeDiffusion', got 'RectifiedFlow'"),
-        (DIGITS, ["num_classes=12"], r"num_classes was 10, got 12"),
+        (DIGITS, ["num_classes=12"], r"^num_classes was 10, got 12"),
         # What only the training reads, or a sampler chooses.
         (DIGITS, ["seed=7", "data.held_out_samples=5"], None),
         (DIGITS, ["diffusion.policy=speed", "uncertainty=true", "contrastive.weight=0"], None),
