@@ -95,6 +95,10 @@ def _started(task: _Task, argv: Sequence[str] | None) -> int:
 
 
 def _run(phase: str, config: ExperimentConfig) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        # What is imported and read first takes seconds, on a busy machine many.
+        sys.stdout.write(f"{phase}: starting in {config.experiment_dir}\n")
+        sys.stdout.flush()
     # This imports torch, so it comes after the config was checked.
     runner = import_module(_HOMES[phase])
     return int(getattr(runner, phase)(config))

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from speedit_plugins.trainer.data.shapes.files import read_voxels
+from speedit_plugins.trainer.terminal import progress
 
 LIST = "PluginFurnitureCatalog.properties"
 ENTRY = re.compile(r"^(\w+)#(\d+)=(.*)$", re.MULTILINE)
@@ -93,14 +94,18 @@ def _unpacked(catalogue: Path, output: Path, voxel_size: int) -> list[str]:
             named = license_of[1].strip() if license_of else "no licence named"
             lines = [f"\n## {catalogue.name}: {named}\n"]
             mesh = Path(scratch) / "model.obj"
-            for model in _models(content):
-                mesh.write_bytes(archive.read(model.path))
-                grid = read_voxels(mesh, voxel_size)[0].numpy() > 0
-                name = f"{catalogue.stem}_{model.number:03d}_{re.sub(r'[^a-z0-9]+', '_', model.name.lower())}"
-                path = output / model.category.lower().replace(" ", "_") / f"{name}.npy"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, grid)
-                lines.append(f"- {path.relative_to(output)}: {model.creator or 'no author named'}")
+            models = list(_models(content))
+            with progress(catalogue.name, total=len(models), unit="model") as bar:
+                for model in models:
+                    mesh.write_bytes(archive.read(model.path))
+                    grid = read_voxels(mesh, voxel_size)[0].numpy() > 0
+                    plain = re.sub(r"[^a-z0-9]+", "_", model.name.lower())
+                    name = f"{catalogue.stem}_{model.number:03d}_{plain}"
+                    path = output / model.category.lower().replace(" ", "_") / f"{name}.npy"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    np.save(path, grid)
+                    lines.append(f"- {path.relative_to(output)}: {model.creator or 'no author named'}")
+                    bar.update()
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{catalogue} is damaged: {error}") from error
     return lines

@@ -106,6 +106,14 @@ def test_wrong_values_say_where_and_what(minimal: Path, override: str, message: 
             ["sampler.num_steps=1001"],
             "sampler.num_steps: ddpm wanted int in [2, 1000] of diffusion.diffusion_steps",
         ),
+        # No later command could draw with these.
+        ("train", ["sampler.eta=0.5"], "sampler.eta: has no effect with ddpm; wanted 0, got 0.5"),
+        ("train", ["sampler.type=heun"], "sampler.type: wanted one of ddpm, ddim,"),
+        (
+            "train",
+            ["sampler.clip_sample=true", "sampler.thresholding=dynamic"],
+            "sampler.thresholding: dynamic scales x_0 in place of clamping it; wanted sampler.clip_sample",
+        ),
         ("inference", ["sampler.guidance_channels=3"], "sampler.guidance_channels: has no effect"),
         (
             "inference",
@@ -267,6 +275,8 @@ def test_schema_functions_on_small_cases() -> None:
         ("text_encoder.max_length=12", r"text_encoder was .*'max_length': 16.*, got .*'max_length': 12"),
         ("diffusion.shift=3", r"diffusion\.shift was 1\.0, got 3\.0"),
         ("diffusion.policy=speed", r"diffusion\.policy was \{'type': 'auto', .*got \{'type': 'speed'\}"),
+        ("seed=7", r"seed was 0, got 7"),
+        ("data.held_out_samples=5", r"data\.held_out_samples was 0, got 5"),
         ("optimizer.lr=1e-3", None),
         ("caption_dropout_prob=0.2", None),
     ],
@@ -329,7 +339,9 @@ EMOJI_PIXART, DIGITS = "configs/text_to_image/emoji_pixart.yaml", "configs/image
         (DIGITS, ["diffusion.noise_schedule=cosine"], r"noise_schedule was 'linear', got 'cosine'"),
         (DIGITS, ["diffusion.diffusion_steps=500"], r"diffusion_steps was 1000, got 500"),
         (DIGITS, ["diffusion.type=RectifiedFlow"], r"type was 'SpeeDiffusion', got 'RectifiedFlow'"),
+        (DIGITS, ["num_classes=12"], r"^num_classes was 10, got 12"),
         # What only the training reads, or a sampler chooses.
+        (DIGITS, ["seed=7", "data.held_out_samples=5"], None),
         (DIGITS, ["diffusion.policy=speed", "uncertainty=true", "contrastive.weight=0"], None),
         (EMOJI_PIXART, ["diffusion.prediction_type=x0"], r"prediction_type was 'flow', got 'x0'"),
         (EMOJI_PIXART, ["diffusion.shift=3", "diffusion.diffusion_steps=500"], None),
@@ -351,6 +363,25 @@ def test_samples_are_drawn_with_the_process_of_the_training(
     else:
         with pytest.raises(ValueError, match=f"{message}$"):
             check_same_meaning(saved, config)
+
+
+def test_a_run_goes_on_with_its_classes_and_its_held_out_samples() -> None:
+    def plain(*overrides: str) -> dict[str, Any]:
+        read: dict[str, Any] = yaml.safe_load(to_yaml(load_config(DIGITS, "train", overrides)))
+        return read
+
+    saved = plain("data.held_out_samples=6")
+    for overrides, message in (
+        (["num_classes=12", "data.held_out_samples=6"], r"^num_classes was 10, got 12$"),
+        (["data.held_out_samples=5"], r"^data\.held_out_samples was 6, got 5$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_run(saved, plain(*overrides))
+    # All data are trained on from here on, as the user says.
+    check_same_run(saved, plain("data.accept_changed=true"))
+    # A checkpoint of before the key existed held out none.
+    del saved["data"]["held_out_samples"]
+    check_same_run(saved, plain())
 
 
 def test_every_path_may_begin_with_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,8 @@ def test_a_dry_run_and_a_run_say_what_they_train_on(
     with pytest.warns(UserWarning, match=r"corrupt image .*19\.png"):
         assert main([*common, *run, *changes(photos)]) == 0
     said = capsys.readouterr().out.splitlines()
+    # Before anything slow.
+    assert said[0] == f"train: starting in {tmp_path}/run"
     assert all(f"{name}: {text}" in said for name, text in wanted.items())
     assert "skipped 1 damaged sample; others were used instead" in said
 

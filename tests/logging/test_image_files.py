@@ -126,6 +126,27 @@ def test_rows_of_videos_have_their_titles_on_the_left(tmp_path: Path) -> None:
     assert (still[2:66, 130:194] == 128).all()
 
 
+def test_rows_of_a_moving_grid_have_titles_too(tmp_path: Path) -> None:
+    videos = torch.zeros(4, 1, 2, 32, 32)
+    options = {"columns": 2, "frames_per_second": 5, "titles": ["", "original"]}
+    save_videos(videos, tmp_path / "plain.png", **options)  # type: ignore[arg-type]  # of several types
+    save_videos(videos, tmp_path / "rows.png", row_titles=["first", ""], **options)  # type: ignore[arg-type]  # as above
+    with Image.open(tmp_path / "plain.gif") as gif, Image.open(tmp_path / "rows.gif") as titled:
+        plain, rows = (np.asarray(each.convert("L")) for each in (gif, titled))
+    assert rows.shape == (plain.shape[0], 128 + plain.shape[1])
+    assert np.array_equal(rows[:, 128:], plain)
+    # A row's title begins at its top, below the band of the columns' titles.
+    first = plain.shape[0] - (2 * 66 + 2)
+    assert (rows[:first, :128] == 255).all()
+    assert (rows[first : first + 66, :128] < 255).any()
+    assert (rows[first + 66 :, :128] == 255).all()
+    # In the picture each row is one video: "first: ", "first: original", ": ", ": original".
+    still = np.asarray(Image.open(tmp_path / "rows.png"))
+    ink = [int((still[top : top + 60, :128] < 128).any(axis=2).sum()) for top in (2, 68, 134, 200)]
+    assert ink[1] > max(ink[0], ink[3])
+    assert min(ink[0], ink[3]) > ink[2]
+
+
 def test_a_sample_is_a_png_or_an_mp4(tmp_path: Path) -> None:
     save(np.zeros((4, 4, 3), np.uint8), tmp_path / "a", frames_per_second=8)
     save(np.zeros((3, 4, 4, 3), np.uint8), tmp_path / "b", frames_per_second=8)

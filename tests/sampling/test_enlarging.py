@@ -16,8 +16,10 @@ from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged, reduced
+from speedit_plugins.trainer.sampling import evaluate
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import FromData, given_conditions
+from speedit_plugins.trainer.sampling.stage_sets import StageSet
 
 DIGITS, MOVING = "configs/image/digits/speedit.yaml", "configs/text_to_video/moving_digits.yaml"
 SUPER = {"super_resolution__factor": 2, "max_training_steps": 2, "sample_classes": "[]"}
@@ -136,14 +138,42 @@ def test_a_run_is_trained_measured_sampled_and_tested(
     originals = images.to_uint8(data.originals(torch.arange(5)))
     errors = ((read_npz(npz).astype(float) - originals) ** 2).mean(axis=(1, 2, 3))
     assert figures["psnr"]["value"] == pytest.approx(np.mean(10 * np.log10(255**2 / errors)))
+    said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr,ssim]", features="nowhere")
+    assert "ssim needs images of 11 x 11 pixels or more, got 8 x 8" in said
     # The folder has the same samples. Other held-out samples are other originals.
     pairs = {"evaluation__metrics": "[psnr]", "samples": npz.with_suffix("")}
     assert run("test", tmp_path, **pairs) == 0
     said = error(capsys, "test", tmp_path, **pairs, data__held_out_samples=1500)
     assert "the data have another sample in place of that of 000000.png" in said
     assert "hole_error compares" in error(capsys, "test", tmp_path, evaluation__metrics="[hole_error]")
+    # More samples than inputs; the same input gives another sample, from other noise.
+    few = {"num_samples": 5, "data__held_out_samples": 3}
+    capsys.readouterr()
+    assert run("inference", tmp_path, **few, seed=1) == 0
+    assert "3 low-resolution inputs for 5 samples: after the last the first comes again" in (
+        capsys.readouterr().out
+    )
+    said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr]", samples=tmp_path / "inference")
+    assert f"samples needs one set of samples, got {tmp_path}/inference with {npz.stem}, step" in said
     (npz.with_suffix("") / "items.jsonl").unlink()
-    assert "metrics of pairs need what" in error(capsys, "test", tmp_path, **pairs)
+    # Before the features, since they take long.
+    given = {**pairs, "evaluation__metrics": "[fid,psnr]", "reference": "nowhere.npz"}
+    assert "metrics of pairs need what" in error(capsys, "test", tmp_path, **given)
+
+
+def test_ssim_of_a_stage_that_is_too_small_is_refused_before_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = (str(tmp_path), "weights")
+    sets = [
+        (StageSet("stage_2_from_data", 2, 8, "data", *about), tmp_path),
+        (StageSet("whole", 3, 16, "stage", *about), tmp_path),
+    ]
+    monkeypatch.setattr(evaluate, "written_stages", lambda *given: sets)
+    monkeypatch.setattr(evaluate, "measure_stages", lambda *given: pytest.fail("measured"))
+    options = {"image_size": 16, "cascade": "[small, middle]", "score_stages": True, "samples": tmp_path}
+    said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr,ssim]", **options)
+    assert "ssim needs images of 11 x 11 pixels or more, got 8 x 8" in said
 
 
 def test_files_of_another_run_are_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,4 +233,6 @@ def test_videos_with_captions_are_enlarged(tmp_path: Path) -> None:
     # A row for each of three versions of two clips, with their four frames.
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (128 + 4 * 66 + 2, 6 * 66 + 2)
-    assert (tmp_path / "samples.gif").is_file()
+    # The caption of each clip is beside its row.
+    with Image.open(tmp_path / "samples.gif") as gif:
+        assert gif.size[0] == 128 + 3 * 66 + 2

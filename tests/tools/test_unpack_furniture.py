@@ -40,9 +40,14 @@ def _catalogue(folder: Path, *, models: tuple[str, ...] = ("stool", "box")) -> P
     return folder
 
 
-def test_the_data_set_has_a_folder_per_room_and_names_authors(tmp_path: Path) -> None:
+def test_the_data_set_has_a_folder_per_room_and_names_authors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, output = _catalogue(tmp_path / "source"), tmp_path / "new" / "furniture"
     assert main([str(source), str(output), "--voxel-size", "8"]) == 0
+    # How far it is.
+    assert "Made.sh3f: 100%" in (said := capsys.readouterr().err)
+    assert " 2/2 " in said
     data = ShapeFolder(output, voxel_size=8)
     assert data.classes == ("kitchen", "living_room")
     assert [data.name(index) for index in range(2)] == [

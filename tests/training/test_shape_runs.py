@@ -125,6 +125,10 @@ def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
         (["inpainting=FrameMasks"], r"inpainting: FrameMasks makes no holes in voxels; wanted .* draw_solid"),
         ([*POINTS, "sampler.clip_sample=true"], r"sampler.clip_sample: .*; wanted false with num_points"),
         (
+            [*POINTS, "sampler.thresholding=static"],
+            r"sampler.thresholding: normalised points do not lie in \[-1, 1\]; wanted null, got static",
+        ),
+        (
             ["super_resolution.factor=2"],
             r"super_resolution.factor: enlarges images; wanted 0 with voxel_size 8",
         ),

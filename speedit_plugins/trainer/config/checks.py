@@ -54,6 +54,10 @@ def check_phase(config: ExperimentConfig, phase: str) -> None:
         _check_training(config)
     if phase in ("inference", "sample") or (phase == "train" and _draws_in_training(config)):
         _check_drawing(config, is_grid=phase == "sample" or (phase == "train" and config.sample_every > 0))
+    elif phase == "train":
+        # What no guidance_scale of a later phase could mend, before hours of training.
+        _check_sampler_type(config)
+        _check_thresholding(config)
     if phase == "test" and config.ckpt_path is not None:
         raise ConfigError(
             "ckpt_path", "has no effect in test, which compares images; wanted null, or samples=NPZ"
@@ -250,12 +254,26 @@ def _check_lora(config: ExperimentConfig, phase: str) -> None:
 
 def _check_sampler(config: ExperimentConfig) -> None:
     sampler = config.sampler
+    _check_sampler_type(config)
+    _check_num_steps(config)
+    if sampler.guidance_channels is not None and config.guidance_scale == 1:
+        raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
+    _check_guidance_schedule(config)
+    _check_thresholding(config)
+
+
+def _check_sampler_type(config: ExperimentConfig) -> None:
+    sampler = config.sampler
     fitting = [name for name in _SAMPLERS if (name in _FLOW_SAMPLERS) == config.diffusion.is_flow]
-    if sampler.type not in fitting:
+    if sampler.type is not None and sampler.type not in fitting:
         wanted = f"one of {', '.join(fitting)} with diffusion.type {config.diffusion.type}"
         raise ConfigError("sampler.type", f"wanted {wanted}, got {sampler.type}")
     if sampler.eta and not str(sampler.type).startswith("ddim"):
         raise ConfigError("sampler.eta", f"has no effect with {sampler.type}; wanted 0, got {sampler.eta}")
+
+
+def _check_num_steps(config: ExperimentConfig) -> None:
+    sampler = config.sampler
     # ddpm and ddim visit both ends of the chain: at least 2 steps. DPM-Solver takes the clean end as given.
     steps = config.diffusion.diffusion_steps
     if sampler.type == "heun" and sampler.num_steps < 2:
@@ -265,10 +283,6 @@ def _check_sampler(config: ExperimentConfig) -> None:
     if not config.diffusion.is_flow and not least <= sampler.num_steps <= most:
         limit = f"{sampler.type} wanted int in [{least}, {most}] of diffusion.diffusion_steps = {steps}"
         raise ConfigError("sampler.num_steps", f"{limit}, got {sampler.num_steps}")
-    if sampler.guidance_channels is not None and config.guidance_scale == 1:
-        raise ConfigError("sampler.guidance_channels", "has no effect with guidance_scale 1; wanted null")
-    _check_guidance_schedule(config)
-    _check_thresholding(config)
 
 
 def _check_guidance_schedule(config: ExperimentConfig) -> None:

@@ -7,7 +7,7 @@ in their registry, as a config leaves most of their options at a default.
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from speedit_plugins.registry import MODELS, TEXT_ENCODERS, Registry, options_of
 from speedit_plugins.trainer.config.accelerations import AlignmentConfig
@@ -35,6 +35,8 @@ _NEW_RUN = "; wanted the former, or a new experiment_dir with pretrained= this c
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Checks that a training may go on: same imports, process, encoders, holes, and meaning of the model.
 
+    The seed and the number of held out samples must stay too: they decide what is trained on.
+
     Args:
         saved: plain config of the checkpoint; a key added since it was written is at its default.
         config: plain config of the run that resumes from it.
@@ -44,6 +46,8 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """
     check_same_imports(saved, config.get("custom_imports", []))
     _compare(_trained(saved), _trained(config))
+    if not _data(config).get("accept_changed", False):
+        _compare(_held_out(saved), _held_out(config))
     _compare(_training_only(saved), _training_only(config), instead=_NEW_RUN)
     _check_same_model(saved, config)
 
@@ -77,13 +81,23 @@ def _compare(was: Mapping[str, Any], now: Mapping[str, Any], *, instead: str = "
 def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
     meant = {f"diffusion.{key}": value for key, value in asdict(_process(config)).items()}
     given = {key: config.get(key) for key in ("encoder", "text_encoder", "inpainting")}
-    return {**meant, **_enlarged(config), **given}
+    kept = {key: config[key] for key in ("num_classes", "seed") if key in config}
+    return {**meant, **_enlarged(config), **given, **kept}
+
+
+def _held_out(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"data.held_out_samples": _data(config).get("held_out_samples", 0)}
+
+
+def _data(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], config.get("data", {}))
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     process = _process(config)
     keys = _ASKED_OF_FLOWS if process.type == FLOW else _ASKED
-    return {**{f"diffusion.{key}": getattr(process, key) for key in keys}, **_enlarged(config)}
+    named = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
+    return {**{f"diffusion.{key}": getattr(process, key) for key in keys}, **_enlarged(config), **named}
 
 
 def _process(config: Mapping[str, Any]) -> DiffusionConfig:

@@ -46,9 +46,7 @@ def ssim(fills: Tensor, originals: Tensor, holes: Tensor) -> Tensor:
     Raises:
         ValueError: the images are smaller than a window.
     """
-    if min(fills.shape[1:3]) < WINDOW:
-        height, width = fills.shape[1:3]
-        raise ValueError(f"ssim needs images of {WINDOW} x {WINDOW} pixels or more, got {height} x {width}")
+    check_window(*fills.shape[1:3])
     places = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     bell = torch.exp(-(places**2) / (2 * WINDOW_STD**2))
     window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
@@ -65,6 +63,16 @@ def ssim(fills: Tensor, originals: Tensor, holes: Tensor) -> Tensor:
     alike = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     found = alike / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return found.flatten(1).mean(dim=1).view(len(fills), -1).mean(dim=1)
+
+
+def check_window(height: int, width: int) -> None:
+    """Nothing, if images of this size have room for a window of `ssim`.
+
+    Raises:
+        ValueError: they are smaller.
+    """
+    if min(height, width) < WINDOW:
+        raise ValueError(f"ssim needs images of {WINDOW} x {WINDOW} pixels or more, got {height} x {width}")
 
 
 def hole_error(fills: Tensor, originals: Tensor, holes: Tensor) -> Tensor:

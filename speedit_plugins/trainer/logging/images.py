@@ -69,37 +69,40 @@ def save_grid(
         row_titles: written beside the rows, wrapped.
     """
     grid = _grid(to_uint8(images), columns)
-    whole = _titled(grid, columns, titles)
-    if row_titles:
-        beside = _row_titles(grid.shape[0], row_titles)
-        above = np.full((whole.shape[0] - grid.shape[0], *beside.shape[1:]), 255, dtype=np.uint8)
-        colored = np.broadcast_to(whole, (*whole.shape[:2], 3))
-        whole = np.concatenate([np.concatenate([above, beside]), colored], axis=1)
-    save_png(whole, path)
+    save_png(_fully_titled(grid, columns, titles, row_titles), path)
 
 
 def save_videos(
-    videos: Tensor, path: Path, *, columns: int, titles: Sequence[str] = (), frames_per_second: float
+    videos: Tensor,
+    path: Path,
+    *,
+    columns: int,
+    titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    frames_per_second: float,
 ) -> None:
     """Writes videos (B, C, F, H, W) in [-1, 1] as a moving grid, MP4 and GIF, and as a PNG of their frames.
 
-    The PNG has a row per video, up to eight frames of it from left to right, its title on the left.
+    The PNG has a row per video, up to eight frames of it from left to right, its titles on the left.
+
+    Args:
+        titles, row_titles: see `save_grid`.
     """
     from speedit_plugins.trainer.data.videos.files import write_gif, write_mp4
 
     frames = to_uint8(videos)  # (B, F, H, W, C)
-    moving = np.stack([titled_grid(frames[:, f], columns, titles) for f in range(frames.shape[1])])
+    grids = [_grid(frames[:, f], columns) for f in range(frames.shape[1])]
+    moving = np.stack([_fully_titled(grid, columns, titles, row_titles) for grid in grids])
     write_mp4(path.with_suffix(".mp4"), torch.from_numpy(moving), fps=frames_per_second)
     write_gif(path.with_suffix(".gif"), torch.from_numpy(moving), fps=frames_per_second)
     shown = np.linspace(0, frames.shape[1] - 1, min(8, frames.shape[1])).round().astype(int)
     still = frames[:, shown].reshape(-1, *frames.shape[2:])
     grid = _grid(still, len(shown))
-    if titles:
-        of_rows = [titles[number % columns] for number in range(len(frames))]
-        grid = np.concatenate(
-            [_row_titles(grid.shape[0], of_rows), np.broadcast_to(grid, (*grid.shape[:2], 3))], axis=1
-        )
-    save_png(grid, path)
+    of_rows = []
+    for number in range(len(frames)) if titles or row_titles else ():
+        own = [row_titles[number // columns]] if row_titles else []
+        of_rows.append(": ".join([*own, *([titles[number % columns]] if titles else [])]))
+    save_png(_fully_titled(grid, columns, (), of_rows), path)
 
 
 def titled_grid(
@@ -140,6 +143,19 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
         pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
     whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
     return np.ascontiguousarray(whole)
+
+
+def _fully_titled(
+    grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str], row_titles: Sequence[str]
+) -> npt.NDArray[np.uint8]:
+    """The grid (H, W, C) with titles above its columns and beside its rows; without any the grid itself."""
+    whole = _titled(grid, columns, titles)
+    if not row_titles:
+        return whole
+    beside = _row_titles(grid.shape[0], row_titles)
+    above = np.full((whole.shape[0] - grid.shape[0], *beside.shape[1:]), 255, dtype=np.uint8)
+    colored = np.broadcast_to(whole, (*whole.shape[:2], 3))
+    return np.concatenate([np.concatenate([above, beside]), colored], axis=1)
 
 
 def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:

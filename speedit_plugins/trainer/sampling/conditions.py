@@ -98,6 +98,19 @@ def random_rows(conditions: Conditions, num_samples: int, *, seed: int) -> Tenso
     return torch.randint(len(conditions.names), (num_samples,), generator=chooser)
 
 
+def repeats(conditions: Conditions, num_samples: int) -> str | None:
+    """A line that says that inputs are too few for the samples, and so are taken again; None if they are not.
+
+    Args:
+        conditions: of the samples.
+        num_samples: how many are drawn.
+    """
+    number = num_samples if conditions.inputs is None else len(conditions.inputs)
+    if number >= num_samples:
+        return None
+    return f"{number} low-resolution inputs for {num_samples} samples: after the last the first comes again"
+
+
 def build_captions(
     config: ExperimentConfig, dataset: SampleSource, device: torch.device
 ) -> CaptionSource | None:

@@ -79,7 +79,14 @@ def save_columns(
     cells = torch.stack(columns, dim=1).flatten(0, 1)
     number = len(columns)
     if cells.ndim == 5:
-        images.save_videos(cells, path, columns=number, titles=titles, frames_per_second=frames_per_second)
+        images.save_videos(
+            cells,
+            path,
+            columns=number,
+            titles=titles,
+            row_titles=row_titles,
+            frames_per_second=frames_per_second,
+        )
     else:
         images.save_grid(cells, path, columns=number, titles=titles, row_titles=row_titles)
 

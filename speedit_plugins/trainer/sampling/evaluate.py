@@ -39,7 +39,7 @@ from speedit_plugins.trainer.evaluation.metrics import (
 )
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
-from speedit_plugins.trainer.evaluation.pairs import PAIRED
+from speedit_plugins.trainer.evaluation.pairs import PAIRED, check_window
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.finite import of_one_value
@@ -96,7 +96,11 @@ def _of_stages(config: ExperimentConfig) -> list[StageScores]:
     """The figures of a cascade and of each of its stages. All sets are looked for before one is measured."""
     check_metrics(config.evaluation)
     _check_options(config)
-    return measure_stages(config, written_stages(config, _place(config)), _of_images)
+    sets = written_stages(config, _place(config))
+    for about, _ in sets:
+        if about.inputs == "data" and "ssim" in config.evaluation.metrics:
+            check_window(about.image_size, about.image_size)
+    return measure_stages(config, sets, _of_images)
 
 
 def _of_images(config: ExperimentConfig) -> Found:
@@ -104,10 +108,11 @@ def _of_images(config: ExperimentConfig) -> Found:
     _check_options(config)
     samples = open_set(_place(config), key="samples")
     metrics = [name for name in config.evaluation.metrics if name in METRICS]
-    # First, because captions may be missing and the other metrics take longer.
+    # First, because captions or originals may be missing and the other metrics take longer.
+    pairs = measure_pairs(config, samples)
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
-    measured += clip_scores + measure_pairs(config, samples)
+    measured += clip_scores + pairs
     return measured, str(samples.source), source
 
 
@@ -216,13 +221,15 @@ def check_metrics(options: EvaluationConfig) -> None:
 
 
 def _check_pairs(config: ExperimentConfig) -> None:
-    """Refuses metrics of pairs where there are none: `hole_error` needs holes."""
+    """Refuses metrics of pairs where there are none: `hole_error` needs holes. Images may be too small."""
     is_enlarged = config.super_resolution.factor > 0
     for name in config.evaluation.metrics:
         if name not in PAIRED or config.inpainting is not None or (is_enlarged and name != "hole_error"):
             continue
         also = "" if name == "hole_error" else " or super_resolution"
         raise ValueError(f"{name} compares images with those that they were made of: wanted inpainting{also}")
+    if "ssim" in config.evaluation.metrics:
+        check_window(config.image_size, config.image_size)
 
 
 def _check_options(config: ExperimentConfig) -> None:

@@ -22,7 +22,13 @@ from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, MASKED, STAGES, UNFINISHED
 from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
-from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
+from speedit_plugins.trainer.sampling.conditions import (
+    Conditions,
+    all_conditions,
+    prompts,
+    random_rows,
+    repeats,
+)
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.holes import Holes, written_fills
@@ -232,6 +238,8 @@ def _written(generator: SampleGenerator, conditions: Conditions, folder: Path, b
     config = generator.config
     rows = random_rows(conditions, config.num_samples, seed=config.seed)
     suffix = suffix_of(config)
+    if (line := repeats(conditions, config.num_samples)) is not None:
+        say(line)
     done = flat = 0
     for batch in generator.draw_batches(lambda some: conditions.of(some, generator.device), rows):
         check_all(batch, done, config, generator.source)

@@ -28,7 +28,7 @@ from speedit_plugins.trainer.data.loader import DATA_STREAM, SampleSource, strea
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES
 from speedit_plugins.trainer.evaluation.npz import npz_batches, npz_shape
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.results import CAPTIONS
+from speedit_plugins.trainer.results import CAPTIONS, INFERENCE, UNFINISHED
 
 # A fingerprint reads this many items, spread over the set: reading all costs as much as their features.
 FINGERPRINT_ITEMS = 256
@@ -176,13 +176,15 @@ def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
         key: key of the config that messages name.
 
     Raises:
-        ValueError: the path is neither, or the folder has no images and no videos, or both.
+        ValueError: the path is neither, or the folder has no images and no videos, or both; or it is that of
+            a run's inferences, and has several.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{key} needs an npz or a folder, got {path}, which is not there")
     if not path.is_dir():
         return NpzSet(path)
+    path = _one_set(path, key)
     # Inference writes MP4. Imported here, because only videos need PyAV.
     from speedit_plugins.trainer.data.videos.files import SUFFIXES, read_frames, read_header
 
@@ -215,6 +217,17 @@ def open_set(path: str | Path, *, key: str) -> NpzSet | ItemSet:
         captions_file=path / CAPTIONS,
         names=[file.relative_to(walk.root).as_posix() for file in files],
     )
+
+
+def _one_set(path: Path, key: str) -> Path:
+    """The folder, or the single inference in a run's folder of inferences."""
+    if path.name != INFERENCE:
+        return path
+    sets = sorted(each for each in path.iterdir() if each.is_dir() and each.suffix != UNFINISHED)
+    if len(sets) > 1:
+        names = ", ".join(each.name for each in sets)
+        raise ValueError(f"{key} needs one set of samples, got {path} with {names}; wanted one of these")
+    return sets[0] if sets else path
 
 
 def alike(samples: SampleSet, reference: SampleSet) -> tuple[SampleSet, SampleSet]:

@@ -15,7 +15,7 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.tracking import EVALUATION
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.sampling.conditions import Conditions, random_rows
+from speedit_plugins.trainer.sampling.conditions import Conditions, random_rows, repeats
 from speedit_plugins.trainer.sampling.evaluate import Comparison, check_metrics
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.sample_sets import ItemSet
@@ -46,6 +46,8 @@ class Evaluation:
         self._generator, self._conditions, self._runtime = generator, conditions, runtime
         self._rows = random_rows(conditions, config.evaluate_samples, seed=config.seed)
         self._batch_size = config.per_proc_batch_size
+        if runtime.is_main and (line := repeats(conditions, config.evaluate_samples)) is not None:
+            say(f"evaluation: {line}")
         self._comparison, fault = None, None
         try:
             if runtime.is_main:
