@@ -124,7 +124,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     told = (other / "config_train.yaml").read_text()
     (other / "config_train.yaml").write_text(told.replace("prediction_type: epsilon", "prediction_type: x0"))
     differs = "was trained with another config: diffusion.prediction_type was 'epsilon', got 'x0'"
+    solids = tmp_path / "solids"
+    solids.mkdir()
+    (solids / "config_train.yaml").write_text(Path("configs/shapes/digits.yaml").read_text())
     cases: tuple[tuple[str, dict[str, Any], str], ...] = (
+        (
+            f"[{solids}]",
+            STAGES[1],
+            f"cascade[0] needs a run that draws images or videos, got {solids} that dr",
+        ),
         (f"[{base}]", STAGES[2], "cascade[0] draws 8 x 8 pixels, and this run enlarges 16 x 16 to 32 x 32"),
         (f"[{small}]", STAGES[2], "cascade[0] needs a run that draws from noise alone"),
         (f"[{base},{base}]", STAGES[2], "cascade[1] needs a super-resolution run behind cascade[0]"),
