@@ -69,13 +69,7 @@ def save_grid(
         row_titles: written beside the rows, wrapped.
     """
     grid = _grid(to_uint8(images), columns)
-    whole = _titled(grid, columns, titles)
-    if row_titles:
-        beside = _row_titles(grid.shape[0], row_titles)
-        above = np.full((whole.shape[0] - grid.shape[0], *beside.shape[1:]), 255, dtype=np.uint8)
-        colored = np.broadcast_to(whole, (*whole.shape[:2], 3))
-        whole = np.concatenate([np.concatenate([above, beside]), colored], axis=1)
-    save_png(whole, path)
+    save_png(_fully_titled(grid, columns, titles, row_titles), path)
 
 
 def save_videos(
@@ -103,13 +97,13 @@ def save_videos(
 
 
 def titled_grid(
-    cells: npt.NDArray[np.uint8], columns: int, titles: Sequence[str] = ()
+    cells: npt.NDArray[np.uint8], columns: int, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
 ) -> npt.NDArray[np.uint8]:
-    """Cells (B, H, W, C), row by row, as one image (H', W', C), with a title above each column.
+    """Cells (B, H, W, C), row by row, as one image (H', W', C), with titles above columns and beside rows.
 
     Small cells are enlarged. With titles, C becomes 3.
     """
-    return _titled(_grid(cells, columns), columns, titles)
+    return _fully_titled(_grid(cells, columns), columns, titles, row_titles)
 
 
 def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:
@@ -140,6 +134,19 @@ def _titled(grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str]) ->
         pen.multiline_text((column * width + 3, 3), text, fill="black", font=font, spacing=2)
     whole = np.concatenate([np.asarray(band), np.broadcast_to(grid, (*grid.shape[:2], 3))])
     return np.ascontiguousarray(whole)
+
+
+def _fully_titled(
+    grid: npt.NDArray[np.uint8], columns: int, titles: Sequence[str], row_titles: Sequence[str]
+) -> npt.NDArray[np.uint8]:
+    """The grid (H, W, C) with titles above its columns and beside its rows; without any the grid itself."""
+    whole = _titled(grid, columns, titles)
+    if not row_titles:
+        return whole
+    beside = _row_titles(grid.shape[0], row_titles)
+    above = np.full((whole.shape[0] - grid.shape[0], *beside.shape[1:]), 255, dtype=np.uint8)
+    colored = np.broadcast_to(whole, (*whole.shape[:2], 3))
+    return np.concatenate([np.concatenate([above, beside]), colored], axis=1)
 
 
 def _row_titles(height: int, titles: Sequence[str]) -> npt.NDArray[np.uint8]:
