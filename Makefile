@@ -76,11 +76,11 @@ demo-t2v: install  ## the same with captioned videos of moving digits: MP4 and G
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p train
 	$(BIN)/python tools/main.py -c $(DEMO_T2V_CONFIG) -p sample
 
-demo-cascade: install  ## captions in, emoji of 16 pixels out, and of 32 made of them; a column for each stage
+demo-cascade: install  ## captions in, emoji of 16, 32 and 64 pixels out; a column for each stage
 	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_16.yaml -p train
 	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_32.yaml -p train
-	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_32.yaml -p sample sampler.augmentation=0.1 \
-		'cascade=[outputs/text_to_image/cascade_emoji_16]'
+	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_64.yaml -p train
+	$(BIN)/python tools/main.py -c text_to_image/cascade_emoji_64.yaml -p sample
 
 demo-3d: install  ## handwritten digits as solids: pictures from several sides, a turntable, .obj files
 	$(BIN)/python tools/main.py -c shapes/digits.yaml -p train

@@ -241,7 +241,7 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=40)
-    parser.add_argument("--plugin", default="zero2", choices=("ddp", "zero1", "zero2"))
+    parser.add_argument("--plugin", default="zero2", choices=("ddp", "zero1", "zero2", "fsdp2"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0, help="of ranks and moments")
     parser.add_argument("--json", type=Path, help="write every kill here")

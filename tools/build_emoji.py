@@ -6,7 +6,7 @@
         --names emojibase-data-16.0.3.tgz --output speedit_plugins/trainer/data/assets/emoji_64.npz
 
 Another vendor's emoji are read from emoji-datasource-VENDOR, with --vendor. The file has the emoji as one
-lossless WebP image, which takes two minutes to write; with --side 32 it has an array of smaller images. The
+lossless WebP image; writing it takes two minutes. With --side 32 it has an array of smaller images. The
 pixels depend only on the packages; the bytes of the file also depend on the versions of libwebp and zlib.
 
 Dims: N emoji.
@@ -86,7 +86,7 @@ def build(
         caption_of_key = read_names(package)
     with tarfile.open(image_package) as package:
         images, captions = read_images(package, caption_of_key, vendor=vendor)
-    pixels = {"sheet": sheet(images)} if side == SOURCE_SIZE else {"images": halved(images)}
+    pixels: dict[str, Any] = {"sheet": sheet(images)} if side == SOURCE_SIZE else {"images": halved(images)}
     # An open file, since numpy would append .npz to a path without it.
     with replacing(output) as partial, partial.open("wb") as file:
         np.savez_compressed(file, captions=np.array(captions), **pixels)

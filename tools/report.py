@@ -89,6 +89,7 @@ def summary(run: Run) -> dict[str, str]:
             if trained is None
             else f"{trained:,} trained parameters"
         ),
+        **_task(run),
         "data": f"{config.data.dataset['type']}, batches of {config.data.batch_size}",
         "precision, plugin": f"{config.precision}, {config.plugin}",
         "last loss": _short(last.get("loss")),
@@ -102,6 +103,20 @@ def summary(run: Run) -> dict[str, str]:
             for name, metric in run.test_metrics.items()
         },
     }
+
+
+def _task(run: Run) -> dict[str, str]:
+    """What else than an image the model draws, or what it is given; nothing of a usual one."""
+    config, found = run.config, {}
+    if config.voxel_size:
+        cube = " x ".join([str(config.voxel_size)] * 3)
+        found["shapes"] = f"{config.num_points:,} points in" if config.num_points else "solids of"
+        found["shapes"] += f" {cube} voxels"
+    if factor := config.super_resolution.factor:
+        sides = [f"{side} x {side}" for side in (config.image_size // factor, config.image_size)]
+        found["super-resolution"] = f"{' to '.join(sides)} pixels"
+        found["super-resolution"] += f", noise on the input up to {config.super_resolution.augmentation:g}"
+    return found
 
 
 def curves(run: Run) -> str:
@@ -183,7 +198,10 @@ def samples(run: Run) -> str:
     grids = sorted((run.folder / results.GRIDS).glob("step_*.png"))
     count = min(MAX_GRIDS, len(grids))
     chosen = [grids[round(i * (len(grids) - 1) / max(1, count - 1))] for i in range(count)]
-    shown = [html.image(f"step {int(path.stem.removeprefix('step_')):,}", path) for path in chosen]
+    # The turning picture of shapes is large, and has neither their names nor sides to compare.
+    is_still = run.config.voxel_size > 0
+    captions = [f"step {int(path.stem.removeprefix('step_')):,}" for path in chosen]
+    shown = [html.image(*each, is_still=is_still) for each in zip(captions, chosen, strict=True)]
     notes = []
     if not grids:
         notes.append("No sample grids were written during training: sample_every is 0 or was not reached.")
@@ -191,8 +209,13 @@ def samples(run: Run) -> str:
         notes.append(f"{count} of {len(grids)} grids, evenly selected.")
     finals = results.numbered(run.folder / results.SAMPLES)
     if finals:
-        caption = f"{finals[-1].name}, written by the phase sample{run.age(finals[-1])}"
-        shown.append(html.image(caption, finals[-1]))
+        caption = f"{finals[-1].name}, written by the phase sample"
+        if stages := run.stages_of_sample:
+            caption += f" behind {', '.join(stages)}"
+        caption += run.age(finals[-1])
+        shown.append(html.image(caption, finals[-1], is_still=is_still))
+        if is_still and finals[-1].with_suffix(".gif").is_file():
+            shown.append(html.image("The same, turning", finals[-1]))
     else:
         notes.append(f"No {results.SAMPLES}: the phase sample was not run.")
     return "".join(html.paragraph(note, is_quiet=True) for note in notes) + html.group("samples", shown)

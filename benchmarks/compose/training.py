@@ -241,7 +241,7 @@ def _base_config(cell: Cell, seed: int) -> dict[str, Any]:
 
 
 def loaded(content: Mapping[str, Any], folder: Path) -> ExperimentConfig:
-    """The config of these keys and `experiment_dir`, which is in the folder; ValueError if one is wrong."""
+    """The config of these keys, with its `experiment_dir` in the folder; ValueError if one is wrong."""
     # JSON is YAML too.
     path = folder / "arm.yaml"
     path.write_text(json.dumps({**content, "experiment_dir": str(folder / "run")}), encoding="utf-8")

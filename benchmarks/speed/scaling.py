@@ -6,7 +6,8 @@ Efficiency is the samples per second of the shared trainer over the sum of the t
 optimizer's bytes are counted on the tensors that each rank holds.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m benchmarks.speed.scaling
-        [--rounds 7] [--model DiT-S/2] [--batch 8] [--edge 32] [--plugins ddp zero1 zero2] [--json OUT]
+        [--rounds 7] [--model DiT-S/2] [--batch 8] [--edge 32]
+        [--plugins ddp zero1 zero2 fsdp2] [--json OUT]
 """
 
 import argparse
@@ -145,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--batch", type=int, default=8, help="samples per process")
     parser.add_argument("--edge", type=int, default=32, help="edge of the images in pixels")
-    parser.add_argument("--plugins", nargs="+", default=["ddp", "zero1", "zero2"])
+    parser.add_argument("--plugins", nargs="+", default=["ddp", "zero1", "zero2", "fsdp2"])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

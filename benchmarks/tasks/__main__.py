@@ -5,7 +5,7 @@ has ended is a line of a results file, and those that are there are skipped: a r
 stopped. A seed decides initialisation, data order and noise for all policies.
 
     python -m benchmarks.tasks --out FILE --hours 8                       (all cells, the most wanted first)
-    python -m benchmarks.tasks --out FILE --cells emoji_16_to_32/flow --policies auto auto@data auto@3
+    python -m benchmarks.tasks --out FILE --cells emoji_16_to_32/flow --policies auto auto@rest auto@3
     python -m benchmarks.tasks --out FILE --report
 
 benchmarks/tasks/cells.py has the cells, benchmarks/tasks/arms.py the policies.

@@ -1,8 +1,8 @@
 """The policies that benchmarks/tasks compares, by name.
 
 A name is a policy's: `uniform`, `speedit`, `spectral`, `auto`; `auto_clamped` is `auto` for a sampler that
-clamps. A policy with a centre takes one after "@": `auto@1.5`, or `auto@data`, the middle of the data
-themselves. A super-resolution model's own centre is that of what its input leaves open.
+clamps. A policy with a centre takes one after "@": `auto@1.5`, or for a super-resolution model `auto@rest`,
+the middle of what its input leaves open. Its own centre is the middle of the samples.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 from speedit_plugins.registry import nearest
 
-BASE, AT, DATA = "uniform", "@", "data"
+BASE, AT, REST = "uniform", "@", "rest"
 # Name -> the policy's section of a config.
 POLICIES: dict[str, dict[str, Any]] = {
     "uniform": {"type": "uniform"},
@@ -25,7 +25,7 @@ CENTRED = ("spectral", "auto", "auto_clamped")
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy by name. `centre` is the part after "@": a number, `DATA`, or "" for the policy's own.
+    """A policy by name. `centre` is the part after "@": a number, `REST`, or "" for the policy's own.
 
     Raises:
         ValueError: the name is unknown, or the policy has no centre to give, or it is no finite number.
@@ -43,25 +43,25 @@ class Policy:
             raise ValueError(
                 f"{self.kind} has no centre, got {self.name}; wanted one of {', '.join(CENTRED)}"
             )
-        if self.centre and self.centre != DATA and not _is_finite(self.centre):
-            raise ValueError(f"a centre needs a log-SNR or {DATA!r}, got {self.name}")
+        if self.centre and self.centre != REST and not _is_finite(self.centre):
+            raise ValueError(f"a centre needs a log-SNR or {REST!r}, got {self.name}")
 
     @classmethod
     def named(cls, name: str) -> "Policy":
         """The policy of a name."""
         kind, at, centre = name.partition(AT)
         if at and not centre:
-            raise ValueError(f"a centre needs a log-SNR or {DATA!r}, got {name}")
+            raise ValueError(f"a centre needs a log-SNR or {REST!r}, got {name}")
         return cls(kind, centre)
 
     @property
     def name(self) -> str:
-        """The name, such as `auto@data`."""
+        """The name, such as `auto@rest`."""
         return f"{self.kind}{AT}{self.centre}" if self.centre else self.kind
 
-    def section(self, data_centre: float | None = None) -> dict[str, Any]:
-        """The section of the config. With `DATA` it has no mean unless `data_centre` is given."""
-        mean = data_centre if self.centre == DATA else float(self.centre) if self.centre else None
+    def section(self, rest_centre: float | None = None) -> dict[str, Any]:
+        """The section of the config. With `REST` it has no mean unless `rest_centre` is given."""
+        mean = rest_centre if self.centre == REST else float(self.centre) if self.centre else None
         return POLICIES[self.kind] | ({} if mean is None else {"mean": mean})
 
 

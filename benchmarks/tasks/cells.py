@@ -38,7 +38,7 @@ _USUAL = {
     FLOW: ("uniform", "speedit", "spectral", "auto"),
     "": ("uniform", "speedit", "spectral", "auto_clamped"),
 }
-# A stage's are also placed by the data themselves, and all over the range of log-SNR.
+# A stage's are also placed by what its input leaves open, and all over the range of log-SNR.
 _SWEPT = {FLOW: "auto", "": "spectral"}
 _SWEEP = ("-5", "-1", "0.5", "4", "6")
 
@@ -95,7 +95,7 @@ class Cell:
         names = [name for name in _USUAL[key] if self.kind.is_clamped or name != "auto_clamped"]
         if self.kind.is_stage:
             swept = _SWEPT[key]
-            names += [f"{swept}@data", *(["spectral@data"] if key == FLOW else [])]
+            names += [f"{swept}@rest", *(["spectral@rest"] if key == FLOW else [])]
             names += [f"{swept}@{centre}" for centre in _SWEEP]
         return [Policy.named(name) for name in names]
 

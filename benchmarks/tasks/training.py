@@ -4,16 +4,20 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.compose.results import Training
 from benchmarks.compose.training import Watch, built_from, loaded, trained_to
-from benchmarks.tasks.arms import DATA, Policy
+from benchmarks.tasks.arms import REST, Policy
 from benchmarks.tasks.cells import Cell
-from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.data_centre import centred
+from benchmarks.tasks.unexplained import unexplained
+from speedit_plugins.policies.spectrum import DataSpectrum
+from speedit_plugins.trainer import build
+from speedit_plugins.trainer.diffusion.augmentation import NoiseAugmentation
+from speedit_plugins.trainer.low_resolution import enlarged, reduced
+from speedit_plugins.trainer.training.data_centre import NUM_SAMPLES
+from speedit_plugins.trainer.training.validation import training_part
 
 
 def train(cell: Cell, policy: Policy, seed: int, *, revision: str) -> Training:
@@ -24,8 +28,8 @@ def train(cell: Cell, policy: Policy, seed: int, *, revision: str) -> Training:
     """
     start = time.perf_counter()
     judge = cell.judge()
-    data_centre = centre_of_data(cell, seed) if policy.centre == DATA else None
-    with built_from(cell.config(seed, policy.section(data_centre))) as (trainer, setup):
+    rest_centre = centre_of_rest(cell, seed) if policy.centre == REST else None
+    with built_from(cell.config(seed, policy.section(rest_centre))) as (trainer, setup):
         watch, settings = Watch(), cell.settings
         curves: dict[str, list[float]] = {name: [] for name in judge.names}
         seconds, cpu_seconds = [], []
@@ -53,13 +57,25 @@ def train(cell: Cell, policy: Policy, seed: int, *, revision: str) -> Training:
         )
 
 
-def centre_of_data(cell: Cell, seed: int) -> float:
-    """The log-SNR at which half of the data's variance is explained, whatever the model is given."""
-    content: dict[str, Any] = cell.config(seed, {"type": "spectral"})
-    content.pop("super_resolution", None)
+def centre_of_rest(cell: Cell, seed: int) -> float:
+    """The log-SNR at which half of what the low-resolution input leaves open is explained.
+
+    Raises:
+        ValueError: the cell has no low-resolution input.
+    """
+    if not cell.kind.is_stage:
+        raise ValueError(f"{cell} has no low-resolution input; wanted a stage")
     with tempfile.TemporaryDirectory() as folder:
-        config = centred(loaded(content, Path(folder)), Runtime(device=torch.device("cpu")))
-    return float(config.diffusion.policy["mean"])
+        config = loaded(cell.config(seed, {"type": "uniform"}), Path(folder))
+    factor, largest = config.super_resolution.factor, config.super_resolution.augmentation
+    augmentation = NoiseAugmentation(build.build_process(config, respaced=False), largest=largest)
+    dataset = training_part(config, build.build_dataset(config))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(dataset), generator=generator)[:NUM_SAMPLES].tolist()
+    samples = torch.stack([dataset.load(row, generator)["image"] for row in rows])
+    given = enlarged(reduced(samples, factor), factor)
+    rest = unexplained(samples, given, augmentation, factor=factor, generator=generator)
+    return DataSpectrum.of(rest).log_snr_at()
 
 
 @cache

@@ -23,9 +23,6 @@ from speedit_plugins.trainer.data.loader import AUGMENTATION_STREAM, stream_seed
 from speedit_plugins.trainer.diffusion.augmentation import NoiseAugmentation
 from speedit_plugins.trainer.inputs import Encoder, Generators, encode_video, standard_noise
 
-# What a batch has pixels by.
-PIXELS = ("image", "video")
-
 
 class LowResolution:
     """Makes the low-resolution input of training samples, and of low-resolution images that are given.
@@ -53,17 +50,15 @@ class LowResolution:
         Raises:
             ValueError: the batch has neither, as with cached latents, or a side is no multiple of the factor.
         """
-        pixels = _pixels(batch)
+        name = next((each for each in ("image", "video") if each in batch), None)
+        if name is None:
+            raise ValueError(
+                f"super_resolution needs images or videos, got batches of {', '.join(sorted(batch))}"
+            )
         own = [beside(generator) for generator in generators]
         drawn = [torch.rand(1, generator=each, device=each.device) for each in own]
-        level = self.augmentation.levels(torch.cat(drawn).to(pixels.device))
-        return self.of(reduced(pixels, self.factor), level, own)
-
-    def clean(self, batch: Mapping[str, Any], generators: Generators) -> Tensor:
-        """The inputs of a batch without noise, (B, c, [F,] h, w): see `of_batch`."""
-        images = reduced(_pixels(batch), self.factor)
-        own = [beside(generator) for generator in generators]
-        return self.of(images, torch.zeros(len(images), device=images.device), own)["extra"]
+        level = self.augmentation.levels(torch.cat(drawn).to(batch[name].device))
+        return self.of(reduced(batch[name], self.factor), level, own)
 
     def of(self, images: Tensor, level: Tensor, generators: Generators) -> dict[str, Tensor]:
         """What joins the condition: "extra" (B, c, [F,] h, w), to be joined to x, and its "level" (B,).
@@ -96,17 +91,6 @@ def beside(generator: torch.Generator) -> torch.Generator:
     """A generator of the stream beside that of `generator`, which is not drawn from."""
     seed = stream_seed(generator.initial_seed(), AUGMENTATION_STREAM)
     return torch.Generator(generator.device).manual_seed(seed)
-
-
-def _pixels(batch: Mapping[str, Any]) -> Tensor:
-    """The images or videos of a batch; ValueError without them."""
-    name = next((each for each in PIXELS if each in batch), None)
-    if name is None:
-        raise ValueError(
-            f"super_resolution needs images or videos, got batches of {', '.join(sorted(batch))}"
-        )
-    pixels: Tensor = batch[name]
-    return pixels
 
 
 def reduced(pixels: Tensor, factor: int) -> Tensor:

@@ -22,9 +22,11 @@ _NUMBER = re.compile(r".+_(\d{4,})")
 CHECKPOINTS, GRIDS, INFERENCE = saved_configs.CHECKPOINTS, "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
 LOCK = "train.lock"
-# What inference writes: captions, classes or items of the data beside the samples, and the suffix of an
-# unfinished folder.
+# What inference writes: captions, classes or items of the data beside the samples, the suffix of an
+# unfinished folder, and the ends of the names of other folders: with the samples that were given, a hole in
+# each, and with those of the stages of a cascade.
 CAPTIONS, LABELS, ITEMS, UNFINISHED = "captions.jsonl", "labels.jsonl", "items.jsonl", ".tmp"
+MASKED, STAGES = "masked", "stages"
 
 
 def save_config(config: ExperimentConfig, phase: str) -> None:
@@ -32,6 +34,27 @@ def save_config(config: ExperimentConfig, phase: str) -> None:
     folder = Path(config.experiment_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"config_{phase}.yaml", to_yaml(config).encode())
+
+
+def newest_samples(config: ExperimentConfig, *, what: str) -> Path:
+    """The newest samples that inference finished in `experiment_dir`: an npz of images, or another's folder.
+
+    Args:
+        config: the experiment.
+        what: "npz", or what the folder has, for the message.
+
+    Raises:
+        ValueError: there are none.
+    """
+    folder = Path(config.experiment_dir) / INFERENCE
+    suffix = ".npz" if what == "npz" else ""
+    found = [path for path in folder.glob(f"*{suffix}") if path.suffix != UNFINISHED]
+    if not suffix:
+        beside = (f"_{MASKED}", f"_{STAGES}")
+        found = [path for path in found if path.is_dir() and not path.name.endswith(beside)]
+    if not found:
+        raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def numbered(path: Path) -> list[Path]:

@@ -227,7 +227,10 @@ def test_pretrained_weights_and_adapters_go_with_it(tmp_path: Path) -> None:
         ({"masking__type": "none", "masking__ratio": 0.5}, r"masking\.ratio: has no effect with .* none"),
         ({"masking__type": "none", "masking__spread": 0.1}, r"masking\.spread: has no effect"),
         ({"masking__type": "mdt"}, r"masking\.type: wanted one of none, MDT, got 'mdt'; did you mean 'MDT'"),
-        ({"plugin": "gemini"}, r"masking\.type: makes two forward passes .* wanted ddp, zero1 or zero2"),
+        (
+            {"plugin": "gemini"},
+            r"masking\.type: makes two forward passes .* wanted ddp, zero1, zero2 or fsdp2",
+        ),
     ],
 )
 def test_a_wrong_section_says_what_is_wanted(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

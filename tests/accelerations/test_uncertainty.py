@@ -134,7 +134,7 @@ def test_the_noise_level_is_that_of_the_process() -> None:
             {"diffusion__policy": "{type: speed, normalize: loss}"},
             "normalize: loss does; wanted one of the two",
         ),
-        ({"plugin": "gemini"}, "wanted plugin ddp, zero1 or zero2"),
+        ({"plugin": "gemini"}, "wanted plugin ddp, zero1, zero2 or fsdp2"),
     ],
 )
 def test_what_does_the_same_or_cannot_hold_it_is_refused(

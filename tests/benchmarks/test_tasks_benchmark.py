@@ -54,28 +54,25 @@ def run(load: Load, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -
 def test_a_run_trains_what_is_missing_with_the_centres_that_are_named(
     load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out, policies = tmp_path / "results.jsonl", ("--policies", "auto", "auto@data", "auto@-1.5")
-    assert run(load, monkeypatch, out, "--cells", "stage/flow", "alone/cosine", *policies) == 0
-    assert "8 trainings, 0 done, 8 to do" in capsys.readouterr().out
-    trainings = load("compose.results").read_trainings(out)
-    names = ["uniform", "auto", "auto@data", "auto@-1.5"]
-    assert [(each.data, each.arm) for each in trainings] == [
-        (task, name) for task in ("stage", "alone") for name in names
-    ]
-    stage, alone = trainings[:4], trainings[4:]
+    out, policies = tmp_path / "results.jsonl", ("--policies", "auto", "auto@rest", "auto@-1.5")
+    assert run(load, monkeypatch, out, "--cells", "stage/flow", *policies) == 0
+    assert "4 trainings, 0 done, 4 to do" in capsys.readouterr().out
+    stage = load("compose.results").read_trainings(out)
+    names = ["uniform", "auto", "auto@rest", "auto@-1.5"]
+    assert [(each.data, each.arm) for each in stage] == [("stage", name) for name in names]
     centres = {each.arm: each.centre for each in stage}
     assert centres["uniform"] is None
     assert centres["auto@-1.5"] == -1.5
     # The input of the stage tells most of a digit, and what it leaves open is smaller detail.
-    assert centres["auto"] > centres["auto@data"] + 0.5
-    # Without an input the two are the same, and so are their trainings.
-    assert alone[1].centre == alone[2].centre
-    assert alone[1].distances == alone[2].distances
+    assert centres["auto@rest"] > centres["auto"] + 0.5
     assert list(stage[0].distances) == ["mse", "pixels@2_each", "pixels@2"]
-    assert all(value > 0 for each in trainings for curve in each.distances.values() for value in curve)
+    assert all(value > 0 for each in stage for curve in each.distances.values() for value in curve)
+    # A task without an input has no rest.
+    assert run(load, monkeypatch, out, *policies) == 1
+    said = capsys.readouterr().out
+    assert "8 trainings, 4 done, 4 to do" in said
+    assert "auto@rest, seed 0, is left out: ValueError: alone, cosine has no low-resolution input" in said
     first = out.read_text()
-    run(load, monkeypatch, out, *policies)
-    assert "8 trainings, 8 done, 0 to do" in capsys.readouterr().out
     run(load, monkeypatch, out, *policies, "--lr", "1e-3", "--hours", "0")
     assert "8 trainings, 0 done, 8 to do" in capsys.readouterr().out
     assert out.read_text() == first
@@ -109,7 +106,7 @@ def test_every_cell_has_policies_that_its_config_takes(load: Load, tmp_path: Pat
         for policy in policies:
             training.loaded(cell.config(0, policy.section(0.0)), tmp_path)
     stage = cells.Cell.named("emoji_16_to_32/flow", tmp_path, cells.SETTINGS)
-    assert "auto@data" in [policy.name for policy in stage.policies()]
+    assert "auto@rest" in [policy.name for policy in stage.policies()]
 
 
 @pytest.mark.parametrize(
@@ -117,9 +114,9 @@ def test_every_cell_has_policies_that_its_config_takes(load: Load, tmp_path: Pat
     [
         ("autos", "unknown policy 'autos'; did you mean 'auto'"),
         ("uniform@2", "uniform has no centre, got uniform@2; wanted one of spectral, auto"),
-        ("auto@", "a centre needs a log-SNR or 'data', got auto@"),
-        ("auto@middle", "a centre needs a log-SNR or 'data', got auto@middle"),
-        ("auto@nan", "a centre needs a log-SNR or 'data', got auto@nan"),
+        ("auto@", "a centre needs a log-SNR or 'rest', got auto@"),
+        ("auto@middle", "a centre needs a log-SNR or 'rest', got auto@middle"),
+        ("auto@nan", "a centre needs a log-SNR or 'rest', got auto@nan"),
     ],
 )
 def test_a_wrong_name_says_what_is_known(load: Load, name: str, message: str) -> None:
@@ -131,8 +128,8 @@ def test_a_name_says_where_a_policy_is_centred(load: Load) -> None:
     policy = load("tasks.arms").Policy.named
     assert policy("auto").section(3.0) == {"type": "auto"}
     assert policy("auto@-1.5").section(3.0) == {"type": "auto", "mean": -1.5}
-    assert policy("spectral@data").section() == {"type": "spectral"}
-    assert policy("spectral@data").section(3.0) == {"type": "spectral", "mean": 3.0}
+    assert policy("spectral@rest").section() == {"type": "spectral"}
+    assert policy("spectral@rest").section(3.0) == {"type": "spectral", "mean": 3.0}
     assert policy("auto_clamped@0").name == "auto_clamped@0"
 
 

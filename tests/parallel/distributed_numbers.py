@@ -1,6 +1,7 @@
 """Checks what two ranks compute, against one process and after a resume; run by distributed_checks.py."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from distributed_runs import (
     PLUGINS,
     alone,
     everything,
+    message_of,
     steps,
     two_ranks,
     weights,
@@ -130,7 +132,7 @@ def check_any_checkpoint_goes_on_under_any_plugin_and_number_of_ranks(runtime: R
 
 
 def check_the_loss_scale_goes_on_under_another_plugin(runtime: Runtime, folder: Path) -> None:
-    for origin, target in (("zero2", "ddp"), ("ddp", "zero1")):
+    for origin, target in (("zero2", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "zero1")):
         saver = steps(two_ranks(runtime, folder / origin, plugin=origin, precision="fp16"), 3)
         path = saver.save()
         trainer = two_ranks(runtime, folder / origin, plugin=target, precision="fp16")
@@ -195,6 +197,7 @@ def check_measurements_are_shared_and_equal_those_of_one_process(runtime: Runtim
         ("two", runtime, {}),
         (f"one_{runtime.rank}", Runtime(), {}),
         ("sharded", runtime, {"plugin": "zero2", "precision": "bf16"}),
+        ("fully_sharded", runtime, {"plugin": "fsdp2"}),
     ):
         trainer = steps(two_ranks(own, folder / name, **options, **changes), 2)
         tracker = Recording()
@@ -202,7 +205,7 @@ def check_measurements_are_shared_and_equal_those_of_one_process(runtime: Runtim
         rows.append(tracker.rows)
         assert trainer.best is not None
         assert trainer.best.step == 2
-    two, one, sharded = rows
+    two, one, sharded, fully_sharded = rows
     # Rank 0 measures the samples of all ranks; the loss is known to each of them.
     assert [sorted(row) for row in one] == [
         ["val_loss", "val_loss_per_bin"],
@@ -210,6 +213,7 @@ def check_measurements_are_shared_and_equal_those_of_one_process(runtime: Runtim
     ]
     # Rounding of two orders of summation: in the steps, and in the sums.
     assert_close(two, one if runtime.is_main else one[:1], rtol=1e-3, atol=1e-5)
+    assert_close(fully_sharded, two, rtol=1e-3, atol=1e-5)
     # bf16 has 8 bits: two steps of training and a forward pass.
     assert_close(sharded[0]["val_loss"], one[0]["val_loss"], rtol=0.03, atol=0)
 
@@ -258,6 +262,32 @@ def check_zero_shards_the_optimizer(runtime: Runtime, folder: Path) -> None:
     # Each parameter is padded to an even size. Only one here is odd, the bias of a single pixel.
     for plugin in ("zero1", "zero2"):
         assert abs(held[plugin] / held["ddp"] - 0.5) < 1e-3, held
+    # Whole rows without padding. The first rank has the middle one of an odd number.
+    both = runtime.gather_objects(held["fsdp2"])
+    assert sum(both) == held["ddp"]
+    middle = [math.prod(m.shape[1:]) for m in trainer.engine.masters if m.shape[0] % 2]
+    # Two moments of four bytes.
+    assert both[0] - both[1] == 2 * 4 * sum(middle)
+
+
+def check_copies_of_a_sharded_model_stay_equal_and_are_saved_once(runtime: Runtime, folder: Path) -> None:
+    options = {"plugin": "fsdp2", "sharding__replicate": 2, "ema__halflife_steps": 3.0}
+    expected = weights(steps(two_ranks(runtime, folder), 4))
+    whole = steps(two_ranks(runtime, folder, **options), 4)
+    assert_close(weights(whole), expected, rtol=0, atol=1e-6)
+    path = steps(first := two_ranks(runtime, folder, **options), 2).save()
+    resumed = two_ranks(runtime, folder, **options)
+    resumed.restore(path)
+    found = everything(steps(resumed, 2))
+    assert_close(found, everything(whole), rtol=0, atol=0)
+    for part in ("weights", "moments", "ema"):
+        ours, theirs = runtime.gather_objects(found[part])
+        assert_close(ours, theirs, rtol=0, atol=0)
+    # Each rank has all moments, and rank 0 saves them.
+    assert set(first.engine.moments(runtime)) == (set(found["moments"]) if runtime.is_main else set())
+    options["sharding__replicate"] = 3
+    wrong = message_of(ValueError, lambda: two_ranks(runtime, folder, **options))
+    assert wrong == "sharding.replicate: wanted a divisor of the number of processes, 2, got 3"
 
 
 def check_stratified_timesteps_span_the_global_batch(runtime: Runtime, folder: Path) -> None:

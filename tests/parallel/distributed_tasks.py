@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distributed_runs import everything, steps, weights
+from distributed_runs import PLUGINS, everything, steps, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved_models import save_pipeline
@@ -26,6 +26,10 @@ DIGITS, CLIPS = "configs/image/digits/speedit.yaml", "configs/video/base.yaml"
 GAUSSIAN = "diffusion.type=SpeeDiffusion"
 NARROW = ("model.num_layers=2", "model.num_heads=2", "model.head_dim=16")
 SMALL = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2")
+SOLIDS = (
+    *("model.hidden_size=24", "model.depth=2", "model.num_heads=2"),
+    *("voxel_size=8", "validate_every=0", "data.validation=null"),
+)
 MODERN = (
     *("model.norm=rms", "model.qk_norm=true", "model.rope=true", "model.perceptron=swiglu"),
     "model.gradient_checkpointing=true",
@@ -66,8 +70,9 @@ def check_images_among_videos(runtime: Runtime, folder: Path) -> None:
         "sample_prompts=[a rabbit]",
         "precision=fp32",
     )
-    # zero2 as in the other tasks, and ddp, because it waits for a gradient of every parameter.
-    for plugin in ("zero2", "ddp"):
+    # zero2 as in the other tasks, and ddp, because it waits for a gradient of every parameter. Images pass
+    # the temporal blocks by, and fsdp2 gathers none of them then.
+    for plugin in ("zero2", "ddp", "fsdp2"):
         place = folder / plugin
         trained_resumed_and_sampled(
             runtime, place, "configs/text_to_video/latte_16x256.yaml", (*options, f"plugin={plugin}")
@@ -102,11 +107,11 @@ def check_adapters_of_a_dit(runtime: Runtime, folder: Path) -> None:
         save_file(dict(model.state_dict()), base)
     runtime.barrier()
     options = (*SMALL, f"pretrained={base}", "lora.rank=2", "precision=bf16", "sample_classes=[3]")
-    for plugin in ("ddp", "zero2"):
+    for plugin in ("ddp", "zero2", "fsdp2"):
         place = folder / plugin
         trained_resumed_and_sampled(runtime, place, DIGITS, (*options, f"plugin={plugin}"))
         found = load_file(place / "checkpoints" / "step_0000008" / "ema.safetensors")
-        # ZeRO trains a cast model; adapters are saved as its float32 master weights.
+        # ZeRO and fsdp2 train a cast model; adapters are saved as its float32 master weights.
         assert all(".lora_" in name and value.dtype == torch.float32 for name, value in found.items())
 
 
@@ -130,7 +135,7 @@ def check_videos_of_classes(runtime: Runtime, folder: Path) -> None:
 def check_alignment(runtime: Runtime, folder: Path) -> None:
     repa = "{type: REPA, teacher: embedded, teacher_size: 32, layer: 1, until: 10, projector_width: 16}"
     for name, section in (("repa", repa), ("sra", "{type: SRA, layer: 1, decay: 0.9}")):
-        for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16")):
+        for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("fsdp2", "bf16")):
             options = (*SMALL, "sample_classes=[3]", f"plugin={plugin}", f"precision={precision}")
             more = ("optimizer.grad_accumulation=2", "model.gradient_checkpointing=true")
             place = folder / name / plugin
@@ -139,7 +144,7 @@ def check_alignment(runtime: Runtime, folder: Path) -> None:
 
 def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
     flow = "diffusion={type: RectifiedFlow, prediction_type: x0, policy: uniform}"
-    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16"), ("fsdp2", "bf16")):
         options = (*SMALL, "sample_classes=[3]", f"plugin={plugin}", f"precision={precision}")
         place = folder / plugin
         trained_resumed_and_sampled(runtime, place / "x0", DIGITS, (*options, *MODERN, flow))
@@ -153,7 +158,7 @@ def check_modern_blocks(runtime: Runtime, folder: Path) -> None:
 
 def check_routes_noise_and_uncertainty(runtime: Runtime, folder: Path) -> None:
     added = ("routing={from: 1, to: -2, keep: 0.5}", "uncertainty=true", "contrastive.weight=0.05")
-    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16")):
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16"), ("fsdp2", "bf16")):
         own = ("model.depth=3", "model.gradient_checkpointing=true", "sample_classes=[3]")
         options = (*SMALL, *own, *added, "noise_assignment=class", f"plugin={plugin}")
         trained_resumed_and_sampled(runtime, folder / plugin, DIGITS, (*options, f"precision={precision}"))
@@ -166,11 +171,15 @@ def check_inpainting(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "inpainting=RandomMasks")
     trained_resumed_and_sampled(runtime, folder, DIGITS, options, is_sampled=False)
     trained_resumed_and_sampled(runtime, folder / "modern", DIGITS, (*options, *MODERN), is_sampled=False)
+    solids = (*SOLIDS, "inpainting=RandomMasks", "samples_per_class=2", "plugin=zero1")
+    trained_resumed_and_sampled(runtime, folder / "solids", "configs/shapes/digits.yaml", solids)
+    clips = (*SMALL, "inpainting=FrameMasks", "samples_per_class=2", "plugin=zero2")
+    trained_resumed_and_sampled(runtime, folder / "clips", "configs/text_to_video/moving_digits.yaml", clips)
 
 
 def check_super_resolution(runtime: Runtime, folder: Path) -> None:
     options = (*SMALL, "super_resolution.factor=2", "samples_per_class=2")
-    for plugin, precision in (("ddp", "fp32"), ("zero1", "bf16"), ("zero2", "fp32")):
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("fsdp2", "bf16")):
         own = (*options, f"plugin={plugin}", f"precision={precision}")
         trained_resumed_and_sampled(runtime, folder / plugin, DIGITS, own)
     clips = "configs/text_to_video/moving_digits.yaml"
@@ -178,12 +187,9 @@ def check_super_resolution(runtime: Runtime, folder: Path) -> None:
 
 
 def check_shapes(runtime: Runtime, folder: Path) -> None:
-    own = (
-        *("model.hidden_size=24", "model.depth=2", "model.num_heads=2", "model.gradient_checkpointing=true"),
-        *("voxel_size=8", "validate_every=0", "data.validation=null", "sample_classes=[3]"),
-    )
+    own = (*SOLIDS, "model.gradient_checkpointing=true", "sample_classes=[3]")
     clouds = ("num_points=40", "model.window_size=2", "model.window_blocks=[0]")
-    for plugin, precision in (("ddp", "fp32"), ("zero2", "bf16")):
+    for plugin, precision in (("ddp", "fp32"), ("zero1", "fp32"), ("zero2", "bf16"), ("fsdp2", "bf16")):
         options = (*own, f"plugin={plugin}", f"precision={precision}")
         place = folder / plugin
         trained_resumed_and_sampled(runtime, place / "voxels", "configs/shapes/digits.yaml", options)
@@ -195,7 +201,7 @@ def check_masked_training(runtime: Runtime, folder: Path) -> None:
     own = ("model.type=MDTv2", "model.decode_layer=2", "masking.type=MDT", "diffusion.type=RectifiedFlow")
     own = (*own, "model.patch_size=2", "model.depth=4", "model.hidden_size=32", "model.num_heads=2")
     few = (f"experiment_dir={folder / 'few'}", "data.batch_size=4")
-    for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16")):
+    for plugin, precision in (("ddp", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("fsdp2", "bf16")):
         options = (*own, f"plugin={plugin}", f"precision={precision}", "sample_classes=[3]")
         place = folder / plugin
         trained_resumed_and_sampled(runtime, place, DIGITS, options)
@@ -210,7 +216,7 @@ def check_masked_training(runtime: Runtime, folder: Path) -> None:
         weights(
             steps(build_trainer(load_config(DIGITS, "train", [*own, *few, f"plugin={plugin}"]), runtime), 3)
         )
-        for plugin in ("ddp", "zero1", "zero2")
+        for plugin in PLUGINS
     ]
     for other in found[1:]:
         assert_close(other, found[0], rtol=0, atol=1e-6)

@@ -64,5 +64,7 @@ def test_what_gemini_returns_is_a_plain_tensor_with_its_gradient() -> None:
 
 def test_gemini_is_refused_without_cuda(tmp_path: Path) -> None:
     pytest.importorskip("colossalai")
-    with pytest.raises(ValueError, match=r"plugin: gemini needs CUDA, got cpu: .*wanted ddp, zero1 or zero2"):
+    with pytest.raises(
+        ValueError, match=r"plugin: gemini needs CUDA, got cpu: .*wanted ddp, zero1, zero2 or fsdp2"
+    ):
         build_engine(nn.Linear(2, 2), small_config(tmp_path, plugin="gemini"), Runtime())

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from runs import arguments, small_config
+from saved_models import TEXT_WIDTH, save_text_encoder, save_tokenizer
 
 from speedit_plugins.cli import main
+from speedit_plugins.trainer.data.images.emoji import Emoji
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.inputs import with_entries
 from speedit_plugins.trainer.logging import images
@@ -43,6 +45,11 @@ STAGES: tuple[dict[str, Any], ...] = (
 
 def run(phase: str, folder: Path, **changes: Any) -> int:
     return main(["-c", DIGITS, "-p", phase, *arguments(folder, **{"max_training_steps": 2, **changes})])
+
+
+def pixels_of(folder: Path) -> Any:
+    """The grey images of a folder, uint8 (N, H, W), by name."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
 def error(capsys: pytest.CaptureFixture[str], phase: str, folder: Path, **changes: Any) -> str:
@@ -115,6 +122,87 @@ def test_a_grid_has_a_column_for_each_stage(trained: list[Path]) -> None:
     assert (pixels[0] == 255).all()
 
 
+def tested(capsys: pytest.CaptureFixture[str], folder: Path, **options: Any) -> Any:
+    """test.json of a test of the stages, after checks of the table that it prints."""
+    capsys.readouterr()
+    assert run("test", folder, score_stages=True, **options) == 0
+    told = capsys.readouterr().out.splitlines()
+    header = next(line for line in told if line.startswith("stage "))
+    table = told[told.index(header) : told.index(header) + 6]
+    assert [line.split()[:3] for line in table[1:]] == [
+        ["1", "8", "noise"],
+        ["2", "16", "stage"],
+        ["2", "16", "data"],
+        ["3", "(whole)", "32"],
+        ["3", "32", "data"],
+    ]
+    found = json.loads((folder / "test.json").read_text())
+    names = ["stage_1", "stage_2", "stage_2_from_data", "whole", "stage_3_from_data"]
+    assert list(found["stages"]) == names
+    assert found["figures"] == found["stages"]["whole"]["figures"]
+    assert ["psnr" in found["stages"][name]["figures"] for name in names] == [False, False, True, False, True]
+    return found
+
+
+def test_each_stage_is_scored_by_itself(
+    trained: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing: dict[str, Any] = {"num_samples": 6, "per_proc_batch_size": 4}
+    measured = {"evaluation__metrics": "[fid,psnr]"}
+    drawn_before = shutil.ignore_patterns("inference")
+    runs = [shutil.copytree(folder, tmp_path / folder.name, ignore=drawn_before) for folder in trained]
+    whole: dict[str, Any] = {**STAGES[2], **before(runs, 2)}
+    missing = error(capsys, "test", runs[2], score_stages=True, **whole, **measured)
+    assert "run the phase inference first" in missing
+    assert run("inference", runs[2], **whole, **drawing) == 0
+    (npz,) = (runs[2] / "inference").glob("*.npz")
+    alone = read_npz(npz)
+    assert "wanted those of the phase inference with the same cascade and score_stages: true" in error(
+        capsys, "test", runs[2], score_stages=True, **whole, **measured
+    )
+    shutil.move(runs[2] / "inference", tmp_path / "without_stages")
+
+    assert run("inference", runs[2], score_stages=True, **whole, **drawing) == 0
+    (npz,) = (runs[2] / "inference").glob("*.npz")
+    assert np.array_equal(read_npz(npz), alone)
+    sets = npz.with_name(f"{npz.stem}_stages")
+    first = load_generator(cascade.stages_of(small_config(runs[2], "inference", **whole))[0])[0]
+    rows = [json.loads(line)["label"] for line in (sets / "stage_1" / "labels.jsonl").open()]
+    by_hand = first.draw(torch.tensor(rows[:4]), 4, stream=0).clamp(-1, 1)
+    assert np.array_equal(pixels_of(sets / "stage_1")[:4], images.to_uint8(by_hand)[..., 0])
+    # On the data a stage draws what its own inference draws.
+    for number, folder in ((2, runs[1]), (3, runs[2])):
+        clean = {**STAGES[number - 1], "sampler__augmentation": 0.0}
+        place = {"experiment_dir": tmp_path / f"alone_{number}", "ckpt_path": folder}
+        assert run("inference", folder, **{**clean, **drawing, **place}) == 0
+        (drawn,) = (tmp_path / f"alone_{number}" / "inference").glob("*.npz")
+        assert np.array_equal(pixels_of(sets / f"stage_{number}_from_data"), read_npz(drawn)[..., 0])
+
+    found = tested(capsys, runs[2], **whole, **measured)
+    # The same figures as those of a test with the stage's own config.
+    own = {**STAGES[1], "experiment_dir": tmp_path / "own", "samples": sets / "stage_2_from_data"}
+    assert run("test", runs[1], **{**own, **measured}) == 0
+    figures = json.loads((tmp_path / "own" / "test.json").read_text())["figures"]
+    assert found["stages"]["stage_2_from_data"]["figures"] == figures
+    other = {**whole, "cascade": f"[{trained[0]},{runs[1]}]"}
+    assert "was drawn by other runs" in error(capsys, "test", runs[2], score_stages=True, **other, **measured)
+
+
+def test_a_failure_on_the_data_leaves_no_part_of_a_set(
+    trained: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = shutil.copytree(trained[1], tmp_path / "top")
+
+    def broken(*given: object) -> Any:
+        raise ValueError("no data")
+
+    monkeypatch.setattr("speedit_plugins.trainer.sampling.inference.on_data", broken)
+    options: dict[str, Any] = {**STAGES[1], **before(trained, 1), "num_samples": 2, "score_stages": True}
+    with pytest.raises(ValueError, match="no data"):
+        run("inference", top, **options)
+    assert list((top / "inference").iterdir()) == []
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     trained: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,34 +239,56 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
         assert said in found
         assert len(found.strip().splitlines()) == 1
     assert not (trained[1] / "samples.png").exists()
-    assert "cascade: has no effect in train" in error(
-        capsys, "train", small, cascade=f"[{base}]", **STAGES[1]
+    keys: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("train", {"cascade": f"[{base}]"}, "cascade: has no effect in train"),
+        ("test", {"cascade": f"[{base}]"}, "no effect in test; wanted [], or score_stages true"),
+        ("test", {"score_stages": True}, "score_stages: has no effect without cascade"),
+        ("sample", {"score_stages": True}, "score_stages: has no effect in sample"),
     )
+    for phase, changes, said in keys:
+        assert said in error(capsys, phase, small, **STAGES[1], **changes)
 
 
-def test_a_cascade_of_captions_shares_its_text_encoder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cascade_of_captions_shares_its_t5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    save_text_encoder(tmp_path / "t5", "t5")
+    save_tokenizer(tmp_path / "t5")
+    base, top = tmp_path / "base", tmp_path / "top"
     tiny = [
         *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.text_hidden=16"),
-        *("max_training_steps=101", "data.batch_size=2", "log_every=100", "enable_tensorboard_log=false"),
+        *(
+            "max_training_steps=2",
+            "optimizer.warmup_steps=1",
+            "data.batch_size=2",
+            "enable_tensorboard_log=false",
+        ),
         *("sampler.num_steps=2", "model.draft=false", "sample_prompts=[red heart, green apple]"),
+        f"text_encoder={{type: TextEncoder, path: {tmp_path / 't5'}, max_length: 16}}",
+        f"model.text_width={TEXT_WIDTH}",
     ]
-    base, top = tmp_path / "base", tmp_path / "top"
     large = [*tiny, f"experiment_dir={top}", "super_resolution.factor=2"]
-    small = [
-        *tiny,
-        f"experiment_dir={base}",
-        "image_size=16",
-        "data.dataset.image_size=16",
-        "model.input_size=16",
-    ]
-    assert main(["-c", EMOJI, "-p", "train", *small]) == 0
+    sizes = ["image_size=16", "data.dataset.image_size=16", "model.input_size=16"]
+    assert main(["-c", EMOJI, "-p", "train", *tiny, f"experiment_dir={base}", *sizes]) == 0
     assert main(["-c", EMOJI, "-p", "train", *large]) == 0
     built = []
     build = cascade.load_generator.__globals__["build"]
     text = build.build_text_encoder
     monkeypatch.setattr(build, "build_text_encoder", lambda *given: built.append(given) or text(*given))
-    assert main(["-c", EMOJI, "-p", "sample", *large, f"cascade=[{base}]", "samples_per_class=1"]) == 0
-    assert len(built) == 1
+    large = [*large, f"cascade=[{base}]", "num_samples=3"]
+    assert main(["-c", EMOJI, "-p", "sample", *large, "samples_per_class=1"]) == 0
     assert (top / "samples.png").is_file()
+    assert main(["-c", EMOJI, "-p", "inference", *large, "score_stages=true"]) == 0
+    assert len(built) == 2  # once in each phase
+    (sets,) = (top / "inference").glob("*_stages")
+    lines = [json.loads(line) for line in (sets / "stage_1" / "captions.jsonl").open()]
+    assert [line["caption"] for line in lines] == ["red heart", "green apple", "red heart"]
+    given = [json.loads(line) for line in (sets / "stage_2_from_data" / "captions.jsonl").open()]
+    # The first, the middle and the last third of the emoji begin with these.
+    assert [line["caption"] for line in given] == [Emoji().captions[row] for row in (0, 637, 1274)]
+
+    told = base / "config_train.yaml"
+    told.write_text(told.read_text().replace("max_length: 16", "max_length: 17"))
+    capsys.readouterr()
+    assert main(["-c", EMOJI, "-p", "sample", *large]) == 2
+    assert "cascade[0] has text_encoder {" in capsys.readouterr().err

@@ -271,7 +271,7 @@ def test_the_exported_scheduler_has_the_schedule_of_the_training(is_rescaled: bo
 def test_a_super_resolution_unet_is_exported_with_the_embedding_of_its_level(tmp_path: Path) -> None:
     options = ["super_resolution.factor=2", "sampler.clip_sample=false"]
     arguments = trained(tmp_path / "run", DIGITS, "data.num_workers=0", *options)
-    with pytest.raises(ValueError, match="super-resolution models; --model-only writes a UNet, got DiT"):
+    with pytest.raises(ValueError, match="--for-loader .* and --model-only a UNet .* got DiT"):
         exported(DIGITS, arguments, tmp_path / "out", model_only=True)
     model = (
         "{type: UNet, block_out_channels: [32, 32], layers_per_block: 1, text_width: 384, text_length: 16}"

@@ -202,6 +202,15 @@ def test_an_export_that_fails_leaves_nothing(
     assert "--out needs a folder that does not exist" in capsys.readouterr().err
     assert export(*last, "--out", out) == 2
     assert "super-resolution models; --for-loader writes a folder for load_stages" in capsys.readouterr().err
+    filling = [
+        "-c",
+        DIGITS,
+        f"experiment_dir={tmp_path / 'none'}",
+        "inpainting=RandomMasks",
+        "sample_classes=[3]",
+    ]
+    assert export(*filling, "--for-loader", "--out", out) == 2
+    assert "load_stages draws no fills of images; wanted inpainting: null" in capsys.readouterr().err
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
@@ -250,9 +259,13 @@ def test_a_cascade_of_captions_finds_its_text_encoder_where_it_was_moved(
 
 
 @pytest.mark.parametrize("form", [(), POINTS, (*POINTS, FLOW)], ids=["voxels", "points", "flow"])
-def test_shapes_come_out_in_the_units_of_their_data(tmp_path: Path, form: tuple[str, ...]) -> None:
+def test_shapes_come_out_in_the_units_of_their_data(
+    tmp_path: Path, form: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["-c", str(config_file(tmp_path)), f"experiment_dir={tmp_path / 'run'}", *form]
     assert main([*given, "-p", "train"]) == 0
+    assert export(*given, "--model-only") == 2
+    assert "--for-loader writes a folder for load_stages" in capsys.readouterr().err
     assert export(*given, "--for-loader") == 0
     out = tmp_path / "run" / "stages"
     assert (out / "stage_0" / "normalization.json").is_file() == bool(form)

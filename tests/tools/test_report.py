@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from runs import arguments, small_config, small_trainer
+from shapes_of_tests import POINTS, shape_config
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.data.videos.files import write_gif
+from speedit_plugins.trainer.logging.shapes import save_shapes
 from speedit_plugins.trainer.results import save_config
 from speedit_plugins.trainer.training.assembly import build_trainer
 
@@ -247,6 +249,42 @@ def test_a_report_of_accelerations_says_which_and_shows_negative_losses(tmp_path
     ):
         assert title in found.text
     assert "nan" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_of_a_stage_says_what_it_enlarges(tmp_path: Path) -> None:
+    stage = {"super_resolution": "{factor: 2, augmentation: 0.3}", "image_size": 32}
+    save_config(small_config(tmp_path, **stage), "train")
+    Image.new("L", (4, 4)).save(tmp_path / "samples.png")
+    text = written(tmp_path).text
+    assert "super-resolution16 x 16 to 32 x 32 pixels, noise on the input up to 0.3" in text
+    assert " behind " not in text
+    drawn = small_config(tmp_path, "sample", **stage, cascade="[runs/first, runs/second]")
+    save_config(drawn, "sample")
+    assert "written by the phase sample behind runs/first, runs/second" in written(tmp_path).text
+
+
+@pytest.mark.parametrize("form", [(), POINTS], ids=["voxels", "points"])
+def test_a_report_of_shapes_shows_their_sides_and_turns_the_last_ones(
+    tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    config = shape_config(tmp_path, *form)
+    folder = Path(config.experiment_dir)
+    save_config(config, "train")
+    shapes = torch.randn(1, 3, 40) if form else torch.ones(1, 1, 8, 8, 8)
+    (folder / "grids").mkdir()
+    for name in ("grids/step_0000005.png", "samples.png"):
+        save_shapes(shapes, folder / name, columns=1, titles=["flat"])
+    figures = {"mmd[chamfer]": {**METRIC, "value": 0.25, "features": "40 points"}}
+    content = {"figures": figures, "samples": "drawn", "reference": "data.validation"}
+    (folder / "test.json").write_text(json.dumps(content))
+    found = written(folder)
+    size = "shapes40 points in 8 x 8 x 8 voxels" if form else "shapessolids of 8 x 8 x 8 voxels"
+    assert size in found.text
+    assert "mmd[chamfer]0.2540 points300-" in found.text
+    # The training's grids stand still, so that they can be compared.
+    kinds = [address.split(";")[0] for address in found.addresses]
+    assert kinds == ["data:image/png", "data:image/png", "data:image/gif"]
+    assert "The same, turning" in found.text
 
 
 def test_of_many_grids_some_are_chosen_evenly_with_both_ends(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_hole_is_filled_and_nothing_else(tmp_path: Path, capsys: pytest.Captur
         (
             MOVING,
             ("inpainting=FrameMasks",),
-            "inpainting does not fit the model PixArt",
+            "inpainting does not fit the model LatteT2V",
         ),
         (DIGITS, ("diffusion.shift=3",), "diffusion.shift: has no effect with diffusion.type SpeeDiffusion"),
         (

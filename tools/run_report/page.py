@@ -61,10 +61,11 @@ def chart(title: str, svg: str, *, labels: Sequence[str] = ()) -> str:
     return f"<figure><figcaption>{escape(title)}{keys}</figcaption>{svg}</figure>"
 
 
-def image(caption: str, path: Path) -> str:
-    """A PNG file, reduced to `MAX_WIDTH`. A GIF of the same name is used unchanged instead."""
+def image(caption: str, path: Path, *, is_still: bool = False) -> str:
+    """A PNG file, reduced to `MAX_WIDTH`. Unless `is_still`, a GIF of its name is used instead, unchanged."""
     moving = path.with_suffix(".gif")
-    uri = data_uri("image/gif", moving.read_bytes()) if moving.is_file() else _still(path)
+    is_moving = not is_still and moving.is_file()
+    uri = data_uri("image/gif", moving.read_bytes()) if is_moving else _still(path)
     text = escape(caption)
     return f'<figure><figcaption>{text}</figcaption><img alt="{text}" src="{uri}"></figure>'
 

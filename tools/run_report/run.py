@@ -51,6 +51,12 @@ class Run:
         found = self.series("evaluation_samples")
         return int(found[-1][1]) if found else 0
 
+    @property
+    def stages_of_sample(self) -> list[str]:
+        """The runs before this one whose samples the newest grid of the phase sample enlarges."""
+        path = self.folder / "config_sample.yaml"
+        return load_config(path, "sample").cascade if path.is_file() else []
+
     def age(self, path: Path) -> str:
         """A remark if a file of a later phase is older than the newest checkpoint, else ''."""
         newest = self.checkpoint

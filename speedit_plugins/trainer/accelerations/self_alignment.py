@@ -60,13 +60,9 @@ class SelfAlignment(Alignment):
         self._teacher = copy.deepcopy(model).requires_grad_(False).eval()
         cut_blocks(self._teacher, teacher_layer)
         averages = dict(self._teacher.named_parameters())
-        pairs = {
-            name: (averages[name], parameter)
-            for name, parameter in model.named_parameters()
-            if name in averages and parameter.requires_grad
-        }
-        self._averages = {name: average for name, (average, _) in pairs.items()}
-        self._trained = [parameter for _, parameter in pairs.values()]
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._averages = {name: averages[name] for name in trained if name in averages}
+        self._model = model
         self._labels: list[Tensor] = _labels_seen_by(model)
         super().__init__(model, projector, autocast=autocast, **options)
         self._process, self._last = process, teacher_layer
@@ -92,8 +88,10 @@ class SelfAlignment(Alignment):
         if not self.is_on:
             return
         averages: list[Tensor] = list(self._averages.values())
+        # By name: fsdp2 replaces the parameters that the model was built with.
+        parameters = dict(self._model.named_parameters())
         # A plugin may keep the weights in another type than the teacher's.
-        trained = [new.detach().to(old.dtype) for old, new in zip(averages, self._trained, strict=True)]
+        trained = [_whole(parameters[name]).to(old.dtype) for name, old in self._averages.items()]
         torch._foreach_lerp_(averages, trained, 1 - self._decay)
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,6 +121,12 @@ def less_noised(process: Process, noised: Noised, draw: TimestepDraw, share: Ten
     earlier = replace(draw, index=(noised.index - rows).clamp(min=0))
     found = process.corrupt(noised.x_0, earlier, noise=noised.noise)
     return found.x_t, found.timestep
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, of which a plugin may have left this rank a part; then collective."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter.detach() if gather is None else cast(Tensor, gather()).detach()
 
 
 def _labels_seen_by(model: nn.Module) -> list[Tensor]:

@@ -42,7 +42,7 @@ def _check_masking(config: ExperimentConfig) -> None:
         raise ConfigError(
             "masking.type",
             "makes two forward passes for a backward pass, which is not tested with plugin gemini; wanted"
-            " ddp, zero1 or zero2",
+            " ddp, zero1, zero2 or fsdp2",
         )
 
 
@@ -85,7 +85,7 @@ def _check_uncertainty(config: ExperimentConfig) -> None:
     if config.plugin == "gemini":
         raise ConfigError(
             "uncertainty",
-            "has a layer outside of the model's forward pass; wanted plugin ddp, zero1 or zero2",
+            "has a layer outside of the model's forward pass; wanted plugin ddp, zero1, zero2 or fsdp2",
         )
 
 
@@ -129,7 +129,9 @@ def _check_alignment_with_others(config: ExperimentConfig) -> None:
             "alignment.type", "aligns the tokens of a transformer, and a UNet has none; wanted none"
         )
     if config.plugin == "gemini":
-        raise ConfigError("plugin", f"gemini has no whole weights for {name}; wanted ddp, zero1 or zero2")
+        raise ConfigError(
+            "plugin", f"gemini has no whole weights for {name}; wanted ddp, zero1, zero2 or fsdp2"
+        )
     if config.alignment.type == "SRA" and config.lora.rank:
         raise ConfigError(
             "lora.rank", f"{name} needs an average of all weights, and adapters train few; wanted 0, or REPA"

@@ -109,7 +109,7 @@ class ExperimentConfig:
     caption_dropout_prob: float = limited(0.1, at_least=0, below=1)
     """How often training sees the empty caption in place of the sample's own; guidance needs it."""
     inpainting: Component | None = None
-    """Trains DiT or UNet to fill holes, such as those of `RandomMasks`; null does not."""
+    """Trains a model to fill holes, of `RandomMasks` in space or of `FrameMasks` in time; null has none."""
     super_resolution: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
     """Trains DiT, Latte or UNet to make samples of their low-resolution versions; see
     docs/cascades.md."""
@@ -205,9 +205,10 @@ class ExperimentConfig:
     prompts_file: str | None = None
     """A text file with a prompt a line, in place of `sample_prompts`. inference takes the prompts in turn."""
     inpaint_image: str | None = None
-    """The image in which sample fills a hole. null fills holes in images of the dataset."""
+    """The image, video or solid in which sample fills a hole. null fills holes in samples of the dataset."""
     inpaint_mask: str | None = None
-    """The hole: an image of the same size that is white where it is to be filled."""
+    """The hole: an image of the same size that is white where it is to be filled, for a video also a video,
+    for a solid voxels that are 1 there."""
     low_resolution: str | None = None
     """npz or folder of low-resolution samples that a super-resolution model enlarges in sample and inference,
     such as those of another run's inference. null takes samples of the data and reduces them."""
@@ -216,18 +217,19 @@ class ExperimentConfig:
     and sample and inference go through all of them. Each draws with its newest checkpoint, and with sampler
     and guidance as in the config of its training."""
     score_stages: bool = False
-    """inference of a cascade keeps what each stage draws as well, and also draws each super-resolution stage
-    on inputs from the data; test scores the whole and each of these sets."""
+    """Scores the stages of a cascade: inference keeps what each draws, and draws each super-resolution stage
+    on inputs from the data as well; test scores the whole and each of these sets."""
     samples_per_class: int = limited(1, at_least=1)
-    """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the images
+    """The rows of a grid. Without classes, the images of the grid, in rows of 8. With inpainting, the samples
     of the dataset that are filled, and with super-resolution the low-resolution samples that are enlarged."""
     frames_per_second: float = limited(8.0, above=0, at_most=50)
     """Speed of the videos that are written; a GIF plays no faster than 50."""
     num_samples: int = limited(50_000, at_least=1)
-    """Images or videos that inference writes. With inpainting, the images of the dataset that it fills.
+    """Images or videos that inference writes. With inpainting, the samples of the dataset that it fills.
     A super-resolution model enlarges its low-resolution samples in turn."""
     per_proc_batch_size: int = limited(32, at_least=1)
-    """Samples that are drawn at once, in grids too."""
+    """Samples that are drawn at once, in grids too. Another number draws other samples: noise is that of a
+    batch."""
 
     reference: str | None = None
     """npz or folder that test compares with; null is `data.dataset`."""

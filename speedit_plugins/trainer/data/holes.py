@@ -28,7 +28,7 @@ def draw_hole(masks: Any, key: str, sides: Sequence[int], generator: torch.Gener
     Args:
         masks: of the config.
         key: IMAGE, VIDEO or VOXELS.
-        sides: (H, W), (F, H, W) or (D, H, W), which the mask has too.
+        sides: (H, W), (F, H, W) or (D, H, W), those of the mask too.
         generator: draws it, on its device.
 
     Raises:

@@ -71,8 +71,9 @@ class FromStage:
     def generators(self) -> list[SampleGenerator]:
         """Those of the stages before this one, and its own: the smallest first."""
         before = self.conditions.inputs
-        is_first = not isinstance(before, LowResolutionInputs) or not isinstance(before.samples, FromStage)
-        return [*([] if is_first else before.samples.generators()), self._generator]
+        if isinstance(before, LowResolutionInputs) and isinstance(before.samples, FromStage):
+            return [*before.samples.generators(), self._generator]
+        return [self._generator]
 
 
 def cascade_conditions(
@@ -87,7 +88,7 @@ def cascade_conditions(
     Args:
         config: of the last stage; `cascade` names the runs before it.
         generator: draws with the last stage.
-        captions: the text encoder, which all stages share.
+        captions: the text encoder that all stages share.
         conditions: classes or prompts.
         rows: which of them each sample has, int64 (N,).
 
@@ -143,7 +144,7 @@ def stages_of(config: ExperimentConfig) -> list[ExperimentConfig]:
 
 
 def trained_stages(config: ExperimentConfig) -> list[ExperimentConfig]:
-    """As `stages_of`, with the seeds of their trainings, which decide the samples that were held out.
+    """As `stages_of`, with the seeds of their trainings: those decide what was held out.
 
     Raises:
         ValueError: see `stages_of`.

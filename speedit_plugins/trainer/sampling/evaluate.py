@@ -42,7 +42,6 @@ from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
-from speedit_plugins.trainer.results import UNFINISHED
 from speedit_plugins.trainer.sampling.finite import of_one_value
 from speedit_plugins.trainer.sampling.pairs import measure_pairs
 from speedit_plugins.trainer.sampling.sample_sets import (
@@ -55,7 +54,7 @@ from speedit_plugins.trainer.sampling.sample_sets import (
 from speedit_plugins.trainer.sampling.score_files import show_scores, write_scores
 from speedit_plugins.trainer.sampling.shape_scores import Found, measure_shapes
 from speedit_plugins.trainer.sampling.stage_scores import StageScores, measure_stages, table, written_stages
-from speedit_plugins.trainer.sampling.stage_sets import WHOLE, is_beside
+from speedit_plugins.trainer.sampling.stage_sets import WHOLE
 from speedit_plugins.trainer.terminal import progress, say
 
 
@@ -260,17 +259,7 @@ def _place(config: ExperimentConfig) -> Path:
     """Where the samples are."""
     if config.samples is not None:
         return Path(config.samples)
-    return _newest(Path(config.experiment_dir) / results.INFERENCE, bool(config.num_frames))
-
-
-def _newest(folder: Path, of_videos: bool) -> Path:
-    """The newest output of inference: an npz of images or a folder of videos."""
-    finished = [path for path in folder.glob("*") if path.suffix != UNFINISHED and not is_beside(path)]
-    places = [path for path in finished if (path.is_dir() if of_videos else path.suffix == ".npz")]
-    if not places:
-        what = "videos" if of_videos else "npz"
-        raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
-    return max(places, key=lambda path: path.stat().st_mtime)
+    return results.newest_samples(config, what="videos" if config.num_frames else "npz")
 
 
 def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:

@@ -62,7 +62,7 @@ class Stages:
 
     Args:
         generators: one for each stage, in their order.
-        captions: the text encoder, which all stages share.
+        captions: the text encoder that all stages share.
         classes: names of the classes, by number; empty if they have none.
     """
 

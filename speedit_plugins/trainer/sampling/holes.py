@@ -23,14 +23,11 @@ from speedit_plugins.trainer.data.loader import HOLE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
-from speedit_plugins.trainer.results import CAPTIONS
+from speedit_plugins.trainer.results import CAPTIONS, MASKED
 from speedit_plugins.trainer.sampling.finite import check_all
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.sample_files import save_known, save_sample, saved_form, suffix_of
 from speedit_plugins.trainer.sampling.sample_sets import load_item
-
-# The folder with the samples that were given, a hole in each.
-MASKED = "masked"
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,17 +20,16 @@ from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
-from speedit_plugins.trainer.results import CAPTIONS, LABELS, UNFINISHED
+from speedit_plugins.trainer.results import CAPTIONS, LABELS, MASKED, STAGES, UNFINISHED
 from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
 from speedit_plugins.trainer.sampling.conditions import Conditions, all_conditions, prompts, random_rows
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
-from speedit_plugins.trainer.sampling.holes import MASKED, Holes, written_fills
+from speedit_plugins.trainer.sampling.holes import Holes, written_fills
 from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.sampling.originals import write_items
 from speedit_plugins.trainer.sampling.sample_files import save_sample, saved_form, suffix_of
 from speedit_plugins.trainer.sampling.stage_sets import (
-    STAGES,
     cascade_of,
     earlier_samples,
     on_data,
@@ -70,7 +69,7 @@ def inference(config: ExperimentConfig) -> int:
     with (
         _claimed(places),
         progress("inference", total=_total(config), unit=generator.what[:-1]) as bar,
-        _all_or_none(partial, bar, generator.what),
+        _all_or_none(places, bar, generator.what),
     ):
         if holes is None:
             written = _written(generator, conditions, partial, bar)
@@ -145,7 +144,7 @@ def _claimed(places: "_Places") -> Iterator[None]:
 
 
 @contextmanager
-def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
+def _all_or_none(places: "_Places", bar: Any, what: str) -> Iterator[None]:
     """A context that removes what was drawn if not all of it was.
 
     Raises:
@@ -154,7 +153,8 @@ def _all_or_none(partial: Path, bar: Any, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(places.partial, ignore_errors=True)
+        places.partial_npz.unlink(missing_ok=True)
         if isinstance(error, KeyboardInterrupt):
             error.args = (f"interrupted after {bar.n} of {bar.total} {what}; none of them is kept",)
         raise

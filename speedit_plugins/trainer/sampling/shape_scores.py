@@ -61,7 +61,9 @@ def measure_shapes(config: ExperimentConfig) -> Iterator[Found]:
             read or has another kind of shapes.
     """
     names = _metrics(config)
-    folder = Path(config.samples) if config.samples is not None else _newest(config)
+    folder = (
+        Path(config.samples) if config.samples is not None else results.newest_samples(config, what="shapes")
+    )
     drawn = read_shapes(folder)
     _check_samples(config, names, drawn, folder)
     dataset, source = _reference(config)
@@ -179,15 +181,6 @@ def _check_samples(config: ExperimentConfig, names: list[str], drawn: Tensor, fo
 def _num_searches(name: str, number: int) -> int:
     """How often a distance reports progress while the three tables of `number` shapes are measured."""
     return 4 * number if name == "chamfer" else number * (2 * number - 1)
-
-
-def _newest(config: ExperimentConfig) -> Path:
-    """The newest folder of shapes that inference finished."""
-    folder = Path(config.experiment_dir) / results.INFERENCE
-    found = [path for path in folder.glob("*") if path.is_dir() and path.suffix != results.UNFINISHED]
-    if not found:
-        raise ValueError(f"no shapes in {folder}: run the phase inference first, or give samples")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _reference(config: ExperimentConfig) -> tuple[SampleSource, str]:

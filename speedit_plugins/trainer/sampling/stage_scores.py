@@ -7,8 +7,9 @@ from pathlib import Path
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.metrics import MetricValue
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
+from speedit_plugins.trainer.results import STAGES
 from speedit_plugins.trainer.sampling.cascade import trained_stages
-from speedit_plugins.trainer.sampling.stage_sets import STAGES, WHOLE, StageSet, read_list
+from speedit_plugins.trainer.sampling.stage_sets import WHOLE, StageSet, read_list
 
 Measured = tuple[list[MetricValue], str, str | None]
 """Measured values, where the samples are, and the reference."""
@@ -44,7 +45,7 @@ def written_stages(config: ExperimentConfig, samples: Path) -> list[tuple[StageS
     places = [(each, samples if each.name == WHOLE else folder / each.name) for each in found]
     missing = next((place for _, place in places if not place.exists()), None)
     if missing is not None:
-        raise ValueError(f"score_stages needs {missing}, which {folder} lists and is not there")
+        raise ValueError(f"score_stages needs {missing}, got nothing there; wanted all sets of {folder}")
     return places
 
 
@@ -63,7 +64,7 @@ def measure_stages(
     Raises:
         ValueError: see `test`.
     """
-    # With the seeds of their trainings, which decide the samples that were held out.
+    # With the seeds of their trainings: those decide what was held out.
     stages = [*trained_stages(config), config]
     found = []
     for about, place in sets:
@@ -80,7 +81,7 @@ def measure_stages(
             cascade=[],
             score_stages=False,
         )
-        scores = measure(of_set) if metrics else ([], str(place), None)
+        scores: Measured = measure(of_set) if metrics else ([], str(place), None)
         found.append(StageScores(about, *scores))
     return found
 

@@ -24,7 +24,7 @@ from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, given_conditions
 
-STAGES, LIST, WHOLE = "stages", "stages.json", "whole"
+LIST, WHOLE = "stages.json", "whole"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def on_data(
 ) -> Iterator[tuple[str, SampleGenerator, Conditions]]:
     """For each super-resolution stage: name of the set, a generator, and conditions made of the data.
 
-    The inputs have no noise, which is right for data. A stage draws `num_samples` of the last one's config.
+    The inputs have no noise, as is right for data. A stage draws `num_samples` of the last one's config.
 
     Args:
         config: of the last stage, with its cascade.
@@ -119,13 +119,8 @@ def on_data(
         yield f"stage_{number}_from_data", drawing, given
 
 
-def is_beside(path: Path) -> bool:
-    """Whether a folder has the sets of a cascade's stages, beside the samples of the whole."""
-    return (path / LIST).is_file()
-
-
 def write_list(folder: Path, sets: Sequence[StageSet]) -> None:
-    """Writes `stages.json`, which says what the sets in a folder are."""
+    """Writes `stages.json`: what the sets in a folder are."""
     content = json.dumps([asdict(each) for each in sets], indent=2)
     write_whole(folder / LIST, f"{content}\n".encode())
 

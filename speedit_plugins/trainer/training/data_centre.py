@@ -1,8 +1,4 @@
-"""Measures the centre of a policy that follows the data, before training; then it is part of the config.
-
-With super-resolution the model is given a part of the data, and the centre is that of the rest: see
-`unexplained`.
-"""
+"""Measures the centre of a policy that follows the data, before training; then it is part of the config."""
 
 import dataclasses
 import inspect
@@ -20,25 +16,15 @@ from speedit_plugins.registry import DENSITIES, options_of
 from speedit_plugins.trainer import build, checkpoint
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.loader import (
-    AUGMENTATION_STREAM,
-    NOISE_STREAM,
-    ResumableLoader,
-    stream_seed,
-)
+from speedit_plugins.trainer.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
 from speedit_plugins.trainer.inputs import BatchEncoder
-from speedit_plugins.trainer.low_resolution import PIXELS, LowResolution, build_low_resolution
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
-from speedit_plugins.trainer.training.unexplained import unexplained
 from speedit_plugins.trainer.training.validation import training_part
 
 NUM_SAMPLES = 1024
 # So many values take 1.25 GiB: once as float32, and twice as float64 for one shape.
 _MAX_VALUES = 2**26
-
-_MEANING = "where half of the data's variance is explained"
-_MEANING_OF_STAGE = "where half of what the low-resolution input leaves open is explained"
 
 
 def is_centred_by_data(config: ExperimentConfig) -> bool:
@@ -99,9 +85,7 @@ def _found(config: ExperimentConfig, runtime: Runtime, resumed: Path | None) -> 
     """The centre in the checkpoint, or the measured one. Prints it."""
     mean, source = None if resumed is None else _kept(resumed), "as in the checkpoint"
     if mean is None:
-        mean, source = _measured(config, runtime), _MEANING
-        if config.super_resolution.factor:
-            source = _MEANING_OF_STAGE
+        mean, source = _measured(config, runtime), "where half of the data's variance is explained"
     if mean is not None:
         # Adding 0.0 avoids "-0.00".
         say(f"the policy is centred at log-SNR {round(mean, 2) + 0.0:.2f}, {source}")
@@ -141,9 +125,7 @@ def _mean_in(law: Any) -> float | None:
 
 
 def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
-    encoder = build.build_encoder(config, runtime.device)
-    inputs = BatchEncoder(encoder, runtime.device, is_labelled=False)
-    low_resolution = build_low_resolution(config, encoder)
+    inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
     # The batch of one rank in training.
     batch_size = config.data.batch_size // runtime.world_size
     loader = ResumableLoader(
@@ -153,17 +135,11 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
     )
-    rows = _rows(loader, inputs, low_resolution, config.seed)
+    rows = _latents(loader, inputs, config.seed, runtime.device)
     # The most frequent shape.
     most = max(rows, key=lambda shape: (len(rows[shape]), shape))
-    samples = torch.cat([latents for latents, _ in rows[most]])[:NUM_SAMPLES]
-    if low_resolution is not None:
-        given = torch.cat([each for _, each in rows[most] if each is not None])[:NUM_SAMPLES]
-        generator = torch.Generator().manual_seed(stream_seed(config.seed, AUGMENTATION_STREAM))
-        augmentation, factor = low_resolution.augmentation, low_resolution.factor
-        samples = unexplained(samples, given, augmentation, factor=factor, generator=generator)
     try:
-        return DataSpectrum.of(samples).log_snr_at()
+        return DataSpectrum.of(torch.cat(rows[most])[:NUM_SAMPLES]).log_snr_at()
     except ValueError as error:
         if config.diffusion.policy.get("type") == "auto":
             say(f"the policy draws without a centre: {error}")
@@ -173,26 +149,19 @@ def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
         ) from error
 
 
-def _rows(
-    loader: ResumableLoader, inputs: BatchEncoder, low_resolution: LowResolution | None, seed: int
-) -> dict[torch.Size, list[tuple[Tensor, Tensor | None]]]:
-    """Latents of the first epoch by their shape, up to `NUM_SAMPLES` of them. Closes the loader.
-
-    With super-resolution each batch also has its inputs without noise.
-    """
+def _latents(
+    loader: ResumableLoader, inputs: BatchEncoder, seed: int, device: torch.device
+) -> dict[torch.Size, list[Tensor]]:
+    """Latents of the first epoch by their shape, up to `NUM_SAMPLES` of them. Closes the loader."""
     # Samples of different buckets have different shapes, and different principal components.
-    rows: dict[torch.Size, list[tuple[Tensor, Tensor | None]]] = {}
+    rows: dict[torch.Size, list[Tensor]] = {}
     num_samples, num_values, batch_size = 0, 0, loader.batch_size
     try:
         while num_samples < NUM_SAMPLES and num_values < _MAX_VALUES and loader.epoch == 0:
             seeds = [stream_seed(seed, NOISE_STREAM, num_samples + place) for place in range(batch_size)]
-            generators = [torch.Generator(inputs.device).manual_seed(number) for number in seeds]
-            batch, given = next(loader), None
-            if low_resolution is not None:
-                on_device = {name: batch[name].to(inputs.device) for name in PIXELS if name in batch}
-                given = low_resolution.clean(on_device, generators).cpu()
-            latents = inputs.encode(batch, generators).latents.cpu()
-            rows.setdefault(latents.shape[1:], []).append((latents, given))
+            generators = [torch.Generator(device).manual_seed(number) for number in seeds]
+            latents = inputs.encode(next(loader), generators).latents.cpu()
+            rows.setdefault(latents.shape[1:], []).append(latents)
             num_samples, num_values = num_samples + len(latents), num_values + latents.numel()
     finally:
         loader.close()

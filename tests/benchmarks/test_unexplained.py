@@ -1,7 +1,8 @@
 """What a low-resolution input leaves open has the covariance of the sample given the input."""
 
 import math
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,18 +11,12 @@ from torch.testing import assert_close
 
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.policies.spectrum import DataSpectrum
-from speedit_plugins.trainer.config.loading import load_config
-from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.diffusion.augmentation import NoiseAugmentation
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.low_resolution import enlarged, reduced
-from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.training.data_centre import centred
-from speedit_plugins.trainer.training.train import train
-from speedit_plugins.trainer.training.unexplained import unexplained
 
-LONE = Runtime(device=torch.device("cpu"))
+Load = Callable[[str], ModuleType]
 SIDE, NUM_SAMPLES = 12, 1500
 
 
@@ -37,9 +32,19 @@ def lowered(samples: Tensor) -> Tensor:
     return enlarged(reduced(samples, 2), 2)
 
 
-def residual(samples: Tensor, augmentation: NoiseAugmentation) -> Tensor:
+@pytest.fixture
+def unexplained(load: Load) -> Callable[..., Tensor]:
+    found: Callable[..., Tensor] = load("tasks.unexplained").unexplained
+    return found
+
+
+@pytest.fixture
+def residual(unexplained: Callable[..., Tensor]) -> Callable[[Tensor, NoiseAugmentation], Tensor]:
+    """What the input of half the side leaves open of samples."""
     generator = torch.Generator().manual_seed(1)
-    return unexplained(samples, lowered(samples), augmentation, factor=2, generator=generator)
+    return lambda samples, augmentation: unexplained(
+        samples, lowered(samples), augmentation, factor=2, generator=generator
+    )
 
 
 def smooth() -> tuple[Tensor, Tensor]:
@@ -70,7 +75,7 @@ def mean_covariance(covariance: Tensor, augmentation: NoiseAugmentation) -> Tens
     ("augmentation", "tolerance"), [(flow(0.0), 0.03), (flow(0.2), 0.03), (cosine(0.5), 0.06)]
 )
 def test_gaussian_images_keep_their_conditional_covariance(
-    augmentation: NoiseAugmentation, tolerance: float
+    augmentation: NoiseAugmentation, tolerance: float, residual: Callable[..., Tensor]
 ) -> None:
     samples, covariance = smooth()
     wanted = mean_covariance(covariance, augmentation)
@@ -84,7 +89,7 @@ def test_gaussian_images_keep_their_conditional_covariance(
     assert middle > DataSpectrum.of(samples).log_snr_at() + 1
 
 
-def test_detail_of_one_variance_has_its_middle_at_the_inverse() -> None:
+def test_detail_of_one_variance_has_its_middle_at_the_inverse(residual: Callable[..., Tensor]) -> None:
     def filled(blocks: Tensor) -> Tensor:
         return blocks.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
@@ -99,7 +104,7 @@ def test_detail_of_one_variance_has_its_middle_at_the_inverse() -> None:
     assert found.log_snr_at() == pytest.approx(-math.log(0.09), abs=0.05)
 
 
-def test_an_input_of_noise_alone_explains_nothing() -> None:
+def test_an_input_of_noise_alone_explains_nothing(residual: Callable[..., Tensor]) -> None:
     samples, _ = smooth()
 
     class NoiseAlone(NoiseAugmentation):
@@ -110,7 +115,7 @@ def test_an_input_of_noise_alone_explains_nothing() -> None:
     assert_close(found, samples - samples.mean(dim=0))
 
 
-def test_frames_of_a_video_are_predicted_as_images() -> None:
+def test_frames_of_a_video_are_predicted_as_images(unexplained: Callable[..., Tensor]) -> None:
     samples, _ = smooth()
     # With its opposite each image has a mean of 0 over the samples, as each frame has.
     images = torch.cat([samples[:200], -samples[:200]])  # (400, 1, 12, 12)
@@ -124,27 +129,3 @@ def test_frames_of_a_video_are_predicted_as_images() -> None:
     of_images = unexplained(images, given, flow(0.0), factor=2, generator=generator)
     of_videos = unexplained(as_video(images), as_video(given), flow(0.0), factor=2, generator=generator)
     assert_close(of_videos, as_video(of_images), atol=1e-5, rtol=0)
-
-
-def test_a_stage_is_centred_by_what_its_input_leaves_open(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def digits(*options: str) -> ExperimentConfig:
-        small = ["model.depth=1", "data.batch_size=8", "optimizer.warmup_steps=0", "max_training_steps=1"]
-        given = [f"experiment_dir={tmp_path}", "diffusion.policy=spectral", *small, *options]
-        return load_config("configs/image/digits/base.yaml", "train", given)
-
-    def centre(*options: str) -> float:
-        return float(centred(digits(*options), LONE).diffusion.policy["mean"])
-
-    alone, stage = centre(), centre("super_resolution.factor=2")
-    assert stage > alone + 0.5
-    # An input of 2 x 2 pixels tells less, and so does a noisy one.
-    assert alone < centre("super_resolution.factor=4") < stage
-    assert alone < centre("super_resolution.factor=2", "super_resolution.augmentation=0.8") < stage
-    capsys.readouterr()
-    train(digits("super_resolution.factor=2"))
-    said = "where half of what the low-resolution input leaves open is explained"
-    assert f"centred at log-SNR {stage:.2f}, {said}" in capsys.readouterr().out
-    kept = load_config(tmp_path / "config_train.yaml", "train").diffusion.policy
-    assert kept == {"type": "spectral", "mean": stage}

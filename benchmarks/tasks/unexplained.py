@@ -1,5 +1,7 @@
 """What a low-resolution input leaves open about a sample: the part that a super-resolution model is to draw.
 
+Its spectrum gives a centre for the policies of a super-resolution stage, other than that of the samples.
+
 For Gaussian data it is the residual of the best linear prediction of the sample from the input, and its
 covariance is that of the sample given the input. Noise augmentation makes the prediction worse, so each
 sample's input is noised to a level as in training, and predicted from as is best at that level.

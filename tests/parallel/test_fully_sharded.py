@@ -1,0 +1,108 @@
+"""`plugin: fsdp2` in one process; the checks on two ranks are in distributed_checks.py."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import small_config
+from torch import nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer.config.validation import ConfigError
+from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.parallel.fully_sharded import LossScale, units, without_weights
+from speedit_plugins.trainer.training.train import train
+
+
+def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(tmp_path: Path) -> None:
+    options = {
+        "max_training_steps": 4,
+        "log_every": 2,
+        "validate_every": 4,
+        "data__held_out_samples": 8,
+        "sample_every": 4,
+        "sample_classes": "[3]",
+        "profile_every": 4,
+    }
+    rows, weights = {}, {}
+    for plugin in ("ddp", "fsdp2"):
+        config = small_config(tmp_path / plugin, plugin=plugin, **options)
+        assert train(config) == 0
+        other = replace(config, plugin="fsdp2" if plugin == "ddp" else "ddp", max_training_steps=6)
+        assert train(other) == 0
+        rows[plugin] = read_metrics(tmp_path / plugin)
+        weights[plugin] = checkpoint.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
+        assert (tmp_path / plugin / "grids" / "step_0000004.png").exists()
+    # One process sums in one order; the gradient norm is of one sum of squares, or of a sum of roots.
+    assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)
+    for key in ("loss", "val_loss", "profile_mse"):
+        found, expected = ([row[key] for row in rows[name] if key in row] for name in ("fsdp2", "ddp"))
+        assert expected
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_of_it_is_imported_unless_it_is_chosen() -> None:
+    code = (
+        "import sys; import speedit_plugins.trainer.training.train;"
+        "print(*(name for name in sys.modules if 'fsdp' in name or name.endswith('fully_sharded')))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_its_options_need_it_and_offloading_needs_another_device(tmp_path: Path) -> None:
+    for key, value in (("replicate", 2), ("cpu_offload", True)):
+        with pytest.raises(ConfigError, match=rf"sharding\.{key}: has no effect with plugin zero2; wanted"):
+            small_config(tmp_path, plugin="zero2", **{f"sharding__{key}": value})
+    config = small_config(tmp_path, plugin="fsdp2", device="cpu", sharding__cpu_offload=True)
+    with pytest.raises(
+        ValueError, match=r"sharding\.cpu_offload: has no effect on the device cpu; wanted false"
+    ):
+        train(config)
+
+
+def test_units_are_the_members_of_the_outermost_lists() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+
+    model = nn.Module()
+    model.first = nn.Linear(2, 2)
+    model.blocks = nn.ModuleList([block(), nn.Identity(), block()])
+    model.net = nn.Module()
+    model.net.ups = nn.ModuleList([nn.Linear(2, 2)])
+    assert units(model) == [model.blocks[0], model.blocks[2], model.net.ups[0]]
+
+
+def test_a_copy_without_weights_takes_others_and_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20)).eval()
+    twin = without_weights(model)
+    assert sum(p.untyped_storage().nbytes() for p in twin.parameters()) == 4 * 4
+    # A change of the model's buffers is one of the copy's.
+    model[1].running_mean.fill_(0.5)
+    x = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
+    found = functional_call(twin, dict(model.named_parameters()), (x,))
+    assert_close(found, model(x), rtol=0, atol=0)
+
+
+def test_the_loss_scale_moves_as_torchs_does() -> None:
+    # Torch's own, with gradients that overflow in the same steps.
+    ours, steps = LossScale(), [True] * 1999 + [False, True] + [True] * 2000
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2000)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for is_finite in steps:
+        theirs.scale(parameter.sum()).backward()
+        if not is_finite:
+            parameter.grad.fill_(torch.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(is_finite=is_finite)
+    assert ours.value == theirs.get_scale()
+    assert ours.growth_step == theirs.state_dict()["_growth_tracker"]
