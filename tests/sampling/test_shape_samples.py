@@ -213,7 +213,8 @@ def test_samples_are_scored_against_shapes_that_were_held_out(
     # What was measured before a metric fails is kept.
     with monkeypatch.context() as patch:
         patch.setattr(shape_scores, "_frechet", Mock(side_effect=ValueError("stopped")))
-        assert run(tmp_path, "test", *options, "evaluation.metrics=[chamfer, frechet]") == 2
+        with pytest.raises(ValueError, match="stopped"):
+            run(tmp_path, "test", *options, "evaluation.metrics=[chamfer, frechet]")
     kept = json.loads((tmp_path / "run" / "test.json").read_text())["figures"]
     assert list(kept) == ["mmd[chamfer]", "coverage[chamfer]", "one_nn_accuracy[chamfer]"]
     assert (tmp_path / "run" / "test_0001.json").exists()
