@@ -122,7 +122,7 @@ def test_a_grid_has_a_column_for_each_stage(trained: list[Path]) -> None:
     assert (pixels[0] == 255).all()
 
 
-def tested(capsys: pytest.CaptureFixture[str], folder: Path, **options: Any) -> Any:
+def figures_of_test(capsys: pytest.CaptureFixture[str], folder: Path, **options: Any) -> Any:
     """test.json of a test of the stages, after checks of the table that it prints."""
     capsys.readouterr()
     assert run("test", folder, score_stages=True, **options) == 0
@@ -178,7 +178,7 @@ def test_each_stage_is_scored_by_itself(
         (drawn,) = (tmp_path / f"alone_{number}" / "inference").glob("*.npz")
         assert np.array_equal(pixels_of(sets / f"stage_{number}_from_data"), read_npz(drawn)[..., 0])
 
-    found = tested(capsys, runs[2], **whole, **measured)
+    found = figures_of_test(capsys, runs[2], **whole, **measured)
     # The same figures as those of a test with the stage's own config.
     own = {**STAGES[1], "experiment_dir": tmp_path / "own", "samples": sets / "stage_2_from_data"}
     assert run("test", runs[1], **{**own, **measured}) == 0
