@@ -194,8 +194,17 @@ def test_damaged_files_are_named_before_training(tmp_path: Path) -> None:
     assert "no array of numbers" in message(np.array(["a"]))
     assert "array (8, 3); wanted voxels (4, 4, 4)" in message(np.ones((8, 3)), voxel_size=4)
     assert "(4, 4, 5); wanted voxels (4, 4, 4)" in message(np.ones((4, 4, 5)), voxel_size=4)
-    assert "outside of [0, 1]" in message(np.full((4, 4, 4), np.nan), voxel_size=4)
+    assert "voxels that are NaN" in message(np.full((4, 4, 4), np.nan), voxel_size=4)
+    assert "outside of [0, 1]" in message(np.full((4, 4, 4), 1.5), voxel_size=4)
     assert "all voxels are 0" in message(np.zeros((4, 4, 4)), voxel_size=4)
+    # In float32 the points of this one fall together, and the spread of the next is lost in float64.
+    far = np.random.default_rng(0).normal(size=(8, 3))
+    for place in (1e12, 1e8):
+        found = message(far + place, num_points=8, fit_box=False)
+        assert (
+            f"{tmp_path} with x.npy: the 8 points of the data set are all at one place, or too far" in found
+        )
+        assert "wanted fit_box true" in found
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"x\.npy is damaged"):
         ShapeFolder(tmp_path, class_cond=False, voxel_size=4)
@@ -216,6 +225,41 @@ def test_damaged_meshes_are_named(tmp_path: Path, vertices: list, faces: list, m
     for options in ({"num_points": 4}, {"voxel_size": 8}):
         with pytest.raises(ValueError, match=rf"x\.off.*({message})"):
             ShapeFolder(tmp_path, class_cond=False, **options)
+
+
+@pytest.mark.parametrize("write", [write_off, write_ply])
+def test_a_text_file_that_was_cut_is_named_wherever_it_ends(tmp_path: Path, write: object) -> None:
+    pytest.importorskip("trimesh", reason=NO_TRIMESH)
+    path = tmp_path / f"box.{write.__name__[-3:]}"  # type: ignore[attr-defined]  # one of the writers
+
+    def message() -> str:
+        with pytest.raises(ValueError, match=rf"{path.name} is damaged") as caught:
+            ShapeFolder(tmp_path, num_points=4, class_cond=False)
+        return str(caught.value)
+
+    write(path, BOX, SIDES)  # type: ignore[operator]  # as above
+    whole = path.read_text().splitlines(keepends=True)
+    # A blank line, and what a parser ignores, are no fault.
+    path.write_text("".join([*whole, "\n"]))
+    assert len(ShapeFolder(tmp_path, num_points=4, class_cond=False)) == 1
+    # Two sides of four are as many triangles as there are faces with three corners.
+    for missing in (4, 3, 1):
+        path.write_text("".join(whole[:-missing]))
+        assert f"ends after {6 - missing} of 6 faces" in message()
+    # In the middle of the last row, "4 1 5 7 3".
+    path.write_text("".join(whole)[:-4])
+    assert "ends after 5 of 6 faces" in message()
+    path.write_text("".join(whole[:-8]))
+    message()
+
+
+def test_a_cloud_in_text_that_was_cut_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh", reason=NO_TRIMESH)
+    write_ply(tmp_path / "box.ply", BOX, [])
+    text = (tmp_path / "box.ply").read_text()
+    (tmp_path / "box.ply").write_text("\n".join(text.splitlines()[:-4]) + "\n")
+    with pytest.raises(ValueError, match=r"box\.ply is damaged.* ends after 4 of 8 vertices"):
+        ShapeFolder(tmp_path, num_points=2, class_cond=False)
 
 
 def test_the_layout_and_the_options_are_checked(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_classes_and_captions_are_counted_and_the_first_are_named() -> None:
     assert lines(8, num_classes=10)["classes"] == "10"
     untrained = dict(data_lines(Sized(size=8, num_classes=4), batch_size=4, num_classes=6))["never trained"]
     assert untrained == "2 of num_classes: 6, which have no data"
+    without = dict(data_lines(Sized(size=8, num_classes=4), batch_size=4, num_classes=0))
+    assert without["classes"] == "none, with num_classes: 0; the data have 4"
     assert lines(8, captions=["a", "b"])["captions"] == "2"
     assert lines(8, max_captions=5)["captions"] == "8 samples with up to 5"
     assert sorted(lines(8, classes=(), num_classes=0, captions=None, left_out={})) == [

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from speedit_plugins.trainer.data.shapes.meshes import surface_points
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.data.shapes.solid_digits import SolidDigits
 from speedit_plugins.trainer.logging.shapes import (
     CELL,
@@ -32,14 +33,16 @@ def test_a_png_has_rows_of_views_and_a_gif_turns_them(tmp_path: Path) -> None:
     solids = torch.stack([data.load(index, generator())["voxels"] for index in range(3)])
     save_shapes(solids, tmp_path / "some.png", columns=2, titles=["zero", "one"])
     png, gif = Image.open(tmp_path / "some.png"), Image.open(tmp_path / "some.gif")
-    # Two rows of samples, with a gap of 2 around each cell, below one line of titles.
-    wide, cells = 2 * (CELL + 2) + 2, 2 * len(VIEWS) * (CELL + 2) + 2
+    # Two rows of samples, with a gap of 2 around each cell, below a line of titles. 128 pixels are for names.
+    wide, cells = 128 + 2 * (CELL + 2) + 2, 2 * len(VIEWS) * (CELL + 2) + 2
     band = png.height - cells
     assert (png.width, png.mode) == (wide, "RGB")
     assert 10 <= band <= 30
     assert (gif.n_frames, gif.width) == (TURN_FRAMES, 2 * (TURN_CELL + 2) + 2)
     assert gif.height == band + 2 * (TURN_CELL + 2) + 2
-    shown = np.asarray(png)[band:]
+    names, shown = np.split(np.asarray(png)[band:], [128], axis=1)
+    # Each view of each row has a name beside it.
+    assert all((part != 255).any() for part in np.array_split(names, 2 * len(VIEWS)))
     for view, azimuth in enumerate(VIEWS):
         cell = pictures(solids, azimuth_degrees=azimuth, size=CELL)
         top = 2 + view * (CELL + 2)
@@ -53,7 +56,8 @@ def test_a_png_has_rows_of_views_and_a_gif_turns_them(tmp_path: Path) -> None:
 def test_a_shape_that_is_not_finite_is_a_cross_and_leaves_the_others_alone() -> None:
     data = SolidDigits(num_points=32)
     clouds = torch.stack([data.load(index, generator())["points"] for index in range(3)])
-    whole = pictures(clouds, azimuth_degrees=0, size=40)
+    # The scale is that of the clouds that are shown.
+    whole = np.repeat(pictures(clouds[[0, 2]], azimuth_degrees=0, size=40), (2, 1), axis=0)
     clouds[1, 2, 5] = torch.inf
     marked = pictures(clouds, azimuth_degrees=0, size=40)
     assert (marked[[0, 2]] == whole[[0, 2]]).all()
@@ -61,6 +65,28 @@ def test_a_shape_that_is_not_finite_is_a_cross_and_leaves_the_others_alone() -> 
     assert (marked[1] == 255).sum() == (1600 - 80) * 3
     with pytest.raises(ValueError, match=r"solids \(B, 1, R, R, R\) or clouds \(B, 3, N\), got \(2, 4, 5\)"):
         pictures(torch.zeros(2, 4, 5), azimuth_degrees=0, size=8)
+
+
+def test_all_clouds_of_a_picture_have_one_scale_which_is_that_of_the_data_if_it_is_known() -> None:
+    clouds = torch.stack([torch.randn(3, 64, generator=generator()) for _ in range(2)]) + 5
+    clouds[1] = (clouds[1] - 5) * 10 + 5
+
+    def width(shown: np.ndarray) -> int:
+        columns = np.flatnonzero((shown != 255).any(axis=(0, 2)))
+        return int(columns.max() - columns.min())
+
+    small, large = map(width, pictures(clouds, azimuth_degrees=0, size=100))
+    # Balls have a radius of 2 pixels.
+    assert abs((small - 4) * 10 - (large - 4)) < 25
+    data = Normalization((5.0, 5.0, 5.0), 1.0)
+    first, second = (
+        pictures(some, azimuth_degrees=0, size=100, normalization=data) for some in (clouds, clouds[:1])
+    )
+    # Whatever else is in the picture.
+    assert (first[0] == second[0]).all()
+    assert width(first[0]) > 30
+    away = pictures(clouds + 100, azimuth_degrees=0, size=100, normalization=data)
+    assert (away == 255).all()
 
 
 def test_a_ply_holds_the_points(tmp_path: Path) -> None:

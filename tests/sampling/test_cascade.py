@@ -122,7 +122,7 @@ def test_a_grid_has_a_column_for_each_stage(trained: list[Path]) -> None:
     assert (pixels[0] == 255).all()
 
 
-def tested(capsys: pytest.CaptureFixture[str], folder: Path, **options: Any) -> Any:
+def figures_of_test(capsys: pytest.CaptureFixture[str], folder: Path, **options: Any) -> Any:
     """test.json of a test of the stages, after checks of the table that it prints."""
     capsys.readouterr()
     assert run("test", folder, score_stages=True, **options) == 0
@@ -178,7 +178,7 @@ def test_each_stage_is_scored_by_itself(
         (drawn,) = (tmp_path / f"alone_{number}" / "inference").glob("*.npz")
         assert np.array_equal(pixels_of(sets / f"stage_{number}_from_data"), read_npz(drawn)[..., 0])
 
-    found = tested(capsys, runs[2], **whole, **measured)
+    found = figures_of_test(capsys, runs[2], **whole, **measured)
     # The same figures as those of a test with the stage's own config.
     own = {**STAGES[1], "experiment_dir": tmp_path / "own", "samples": sets / "stage_2_from_data"}
     assert run("test", runs[1], **{**own, **measured}) == 0
@@ -212,7 +212,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     told = (other / "config_train.yaml").read_text()
     (other / "config_train.yaml").write_text(told.replace("prediction_type: epsilon", "prediction_type: x0"))
     differs = "was trained with another config: diffusion.prediction_type was 'epsilon', got 'x0'"
+    solids = tmp_path / "solids"
+    solids.mkdir()
+    (solids / "config_train.yaml").write_text(Path("configs/shapes/digits.yaml").read_text())
     cases: tuple[tuple[str, dict[str, Any], str], ...] = (
+        (
+            f"[{solids}]",
+            STAGES[1],
+            f"cascade[0] needs a run that draws images or videos, got {solids} that dr",
+        ),
         (f"[{base}]", STAGES[2], "cascade[0] draws 8 x 8 pixels, and this run enlarges 16 x 16 to 32 x 32"),
         (f"[{small}]", STAGES[2], "cascade[0] needs a run that draws from noise alone"),
         (f"[{base},{base}]", STAGES[2], "cascade[1] needs a super-resolution run behind cascade[0]"),

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
+from speedit_plugins.trainer.evaluation.shape_classifier import ShapeClassifier
 from speedit_plugins.trainer.logging.images import save_with_hole
+from speedit_plugins.trainer.sampling import shape_scores
 from speedit_plugins.trainer.sampling.generator import load_generator
+from speedit_plugins.trainer.sampling.sample_files import save_cells
 from speedit_plugins.trainer.sampling.shape_files import (
     read_normalization,
     read_shapes,
@@ -151,18 +155,35 @@ def test_shapes_without_a_surface_have_no_model(tmp_path: Path, capfd: pytest.Ca
     clouds[1, 0, 0] = torch.nan
     assert save_models(clouds, tmp_path / "clouds", config) == 2
     assert sorted(path.name for path in (tmp_path / "clouds").iterdir()) == ["000000.ply", "000002.ply"]
-    assert "1 of 3 shapes are empty or not finite" in capfd.readouterr().out
+    assert "1 of 3 drawn shapes are not finite: a cross, and no file" in capfd.readouterr().out
     solids = torch.full((2, 1, 8, 8, 8), -1.0)
     assert save_models(solids, tmp_path / "solids", shape_config(tmp_path)) == 0
-    assert "2 of 2 shapes are empty or not finite" in capfd.readouterr().out
+    assert "2 of 2 drawn solids are empty: a blank picture, and no file" in capfd.readouterr().out
     pytest.importorskip("skimage")
     solids[0, 0, 2:6, 2:6, 2:6] = 1.0
     assert save_models(solids, tmp_path / "solids", shape_config(tmp_path)) == 1
     assert (tmp_path / "solids" / "000000.obj").read_text().startswith("v ")
 
 
-def test_samples_are_scored_against_shapes_that_were_held_out(
+def test_clouds_of_another_size_than_the_data_are_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, data = shape_config(tmp_path, *POINTS), Normalization((10.0, 20.0, 30.0), 0.5)
+    torch.manual_seed(0)
+    clouds = data.invert(torch.randn(4, 3, 40))
+    save_cells(clouds, tmp_path / "good.png", config, columns=4, normalization=data)
+    assert "warning" not in capfd.readouterr().out
+    clouds[1] = data.invert(torch.randn(3, 40) * 100)
+    clouds[2] = torch.inf
+    save_cells(clouds, tmp_path / "large.png", config, columns=4, normalization=data)
+    said = capfd.readouterr().out
+    assert "warning: 1 of 4 clouds are mostly outside of their pictures" in said
+    # Half of a normal distribution in three dimensions is within 1.54 standard deviations.
+    assert 110 < float(re.findall(r"farthest is (\S+) standard", said)[0]) < 200
+
+
+def test_samples_are_scored_against_shapes_that_were_held_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # "Samples" that are the held-out shapes themselves have distance 0, and cover all of them.
     samples = tmp_path / "samples"
@@ -183,7 +204,20 @@ def test_samples_are_scored_against_shapes_that_were_held_out(
         assert figures[f"coverage[{distance}]"] == 1
         # Each nearest other shape is the copy in the other set.
         assert figures[f"one_nn_accuracy[{distance}]"] == 0
-    assert "40 points; 6 samples, 6 reference" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "40 points; 6 samples, 6 reference" in said
+    # 15 pairs within each set, and 36 across. What is measured first is said first.
+    assert "earth_mover matches 66 pairs of clouds of 40 points: about 1 seconds" in said
+    assert said.index("mmd[chamfer]: ") < said.index("earth_mover matches") < said.index("mmd[earth_mover]: ")
+    assert not (tmp_path / "run" / "test_0001.json").exists()
+    # What was measured before a metric fails is kept.
+    with monkeypatch.context() as patch:
+        patch.setattr(shape_scores, "_frechet", Mock(side_effect=ValueError("stopped")))
+        with pytest.raises(ValueError, match="stopped"):
+            run(tmp_path, "test", *options, "evaluation.metrics=[chamfer, frechet]")
+    kept = json.loads((tmp_path / "run" / "test.json").read_text())["figures"]
+    assert list(kept) == ["mmd[chamfer]", "coverage[chamfer]", "one_nn_accuracy[chamfer]"]
+    assert (tmp_path / "run" / "test_0001.json").exists()
     # A folder as the reference has no units of its own.
     assert run(tmp_path, "test", *POINTS, f"samples={samples}", f"reference={samples}", CHAMFER) == 0
     again = json.loads((tmp_path / "run" / "test.json").read_text())["figures"]
@@ -193,7 +227,7 @@ def test_samples_are_scored_against_shapes_that_were_held_out(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_frechet_distance_sees_classes_that_are_missing(
-    tmp_path: Path, form: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, form: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (*FORMS[form], "data.held_out_samples=16", "evaluation.metrics=[frechet]")
     config = shape_config(tmp_path, *options, phase="test")
@@ -212,8 +246,16 @@ def test_the_frechet_distance_sees_classes_that_are_missing(
     assert found["mixed"] < found["flat"]
     said = capfd.readouterr().out
     # The 48 shapes that are not held out.
-    assert "features a classifier of 48 shapes; 16 samples, 16 reference" in said
+    shown = r"features a classifier of 48 shapes, right on [\d.]+% of others; 16 samples, 16 reference"
+    assert re.search(shown, said)
     assert "the classifier of frechet is right on" in said
+    assert "warning: a guess" not in said
+    # Labels that say nothing of the shapes.
+    monkeypatch.setattr(ShapeClassifier, "classify", lambda self, shapes: torch.full((len(shapes),), 7))
+    assert run(tmp_path, "test", *options, f"samples={tmp_path / 'mixed'}") == 0
+    said = capfd.readouterr().out
+    assert "frechet is right on 0.0%" in said
+    assert re.search(r"warning: a guess is right on 5\d\.\d%, so frechet .* its figure says little", said)
 
 
 def test_an_empty_solid_counts_and_a_smaller_set_decides(
@@ -227,8 +269,11 @@ def test_an_empty_solid_counts_and_a_smaller_set_decides(
             save_shape(data.load(start + i, torch.Generator())["voxels"], folder / f"{i:06d}.npy")
     save_shape(torch.full((1, 8, 8, 8), -1.0), folders["samples"] / "000000.npy")
     options = [f"{name}={folder}" for name, folder in folders.items()]
-    assert run(tmp_path, "test", *options, CHAMFER) == 0
+    # Chamfer's is the default of shapes.
+    assert run(tmp_path, "test", *options) == 0
     said = capfd.readouterr().out
+    assert "evaluation.metrics is not set; shapes are measured by chamfer" in said
+    assert "mmd[chamfer]: " in said
     assert "comparing 4 of 5 samples and 4 of 4 reference shapes" in said
     assert "1 of 4 samples are empty solids" in said
     assert "1024 points; 4 samples, 4 reference" in said
@@ -237,7 +282,26 @@ def test_an_empty_solid_counts_and_a_smaller_set_decides(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "unknown metric 'fid' of shapes in evaluation.metrics; known: chamfer, earth_mover, frechet"),
+        (
+            ["evaluation.metrics=[fid]"],
+            "unknown metric 'fid' of shapes in evaluation.metrics; known: chamfer, earth_mover, frechet",
+        ),
+        (
+            [CHAMFER, "samples=SOLIDS", "data.held_out_samples=5"],
+            "at least 2 of each set, got 1 in samples, .*/solids, and 5 in the reference, data.held_out_",
+        ),
+        (
+            ["voxel_size=16", CHAMFER, "samples=SOLIDS", "data.held_out_samples=5"],
+            "solids has 8 x 8 x 8 voxels; wanted voxel_size: 16",
+        ),
+        (
+            [*POINTS, "evaluation.metrics=[earth_mover]", "samples=CLOUDS", "data.held_out_samples=5"],
+            "same number of points, at most 2048, got 30 in samples, .*/clouds, and num_points: 40",
+        ),
+        (
+            [CHAMFER, "samples=MESHES"],
+            "no shapes, .npy files, in .*/meshes, only .obj; wanted a folder that inf",
+        ),
         ([CHAMFER, "evaluation.kid_subsets=3"], "evaluation.kid_subsets has no effect on chamfer"),
         (["evaluation.metrics=[chamfer, chamfer]"], "each metric once, at least one of chamfer, earth_mover"),
         (
@@ -255,5 +319,11 @@ def test_what_test_cannot_measure_is_named(
     solids = tmp_path / "solids"
     solids.mkdir()
     save_shape(torch.ones(1, 8, 8, 8), solids / "000000.npy")
-    assert run(tmp_path, "test", *(option.replace("SOLIDS", str(solids)) for option in options)) == 2
+    for other in ("clouds", "meshes"):
+        (tmp_path / other).mkdir()
+    save_shape(torch.randn(3, 30), tmp_path / "clouds" / "000000.npy")
+    (tmp_path / "meshes" / "000000.obj").touch()
+    # SOLIDS is the path of solids.
+    named = (re.sub("[A-Z]{6}$", lambda name: str(tmp_path / name[0].lower()), option) for option in options)
+    assert run(tmp_path, "test", *named) == 2
     assert re.search(message, capfd.readouterr().err)

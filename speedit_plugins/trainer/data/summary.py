@@ -22,7 +22,7 @@ def data_lines(
     batch_size: int,
     accumulation: int = 1,
     shapes: Sequence[Sequence[int]] | None = None,
-    num_classes: int = 0,
+    num_classes: int | None = None,
 ) -> list[Line]:
     """(name, text) of each line about a dataset: samples, classes, captions, buckets, steps, left out.
 
@@ -34,7 +34,8 @@ def data_lines(
         batch_size: samples of one batch over all processes, >= 1.
         accumulation: batches of an optimizer step, >= 1.
         shapes: shape of each bucket, as in the config; None names buckets by number.
-        num_classes: classes of the model, to tell those without data.
+        num_classes: classes of the model, to tell those without data; 0 uses none of the data's, and
+            None says nothing about them.
     """
     size = len(dataset)
     buckets: torch.Tensor | None = getattr(dataset, "buckets", None)
@@ -64,13 +65,15 @@ def skipped_line(counts: Sequence[int | None]) -> str | None:
     return f"skipped {least}{_counted(max(known), 'damaged sample')}; others were used instead"
 
 
-def _classes(dataset: Any, wanted: int) -> list[Line]:
+def _classes(dataset: Any, wanted: int | None) -> list[Line]:
     names = tuple(getattr(dataset, "classes", None) or ())
     number = len(names) or getattr(dataset, "num_classes", 0)
     if not number:
         return []
     lines = [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
-    if wanted > number:
+    if wanted == 0:
+        return [("classes", f"none, with num_classes: 0; the data have {number:,}")]
+    if wanted is not None and wanted > number:
         lines.append(("never trained", f"{wanted - number:,} of num_classes: {wanted}, which have no data"))
     return lines
 

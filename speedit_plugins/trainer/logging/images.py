@@ -106,13 +106,13 @@ def save_videos(
 
 
 def titled_grid(
-    cells: npt.NDArray[np.uint8], columns: int, titles: Sequence[str] = ()
+    cells: npt.NDArray[np.uint8], columns: int, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
 ) -> npt.NDArray[np.uint8]:
-    """Cells (B, H, W, C), row by row, as one image (H', W', C), with a title above each column.
+    """Cells (B, H, W, C), row by row, as one image (H', W', C), with titles above columns and beside rows.
 
     Small cells are enlarged. With titles, C becomes 3.
     """
-    return _titled(_grid(cells, columns), columns, titles)
+    return _fully_titled(_grid(cells, columns), columns, titles, row_titles)
 
 
 def _grid(cells: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.uint8]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
+
 BACKGROUND = 255
 # Looked at from a little above.
 ELEVATION_DEGREES = 20.0
@@ -23,6 +25,11 @@ _COLOUR = (118, 184, 248)
 _AMBIENT = 0.42
 # Share of the light that the farthest part loses.
 _FADE = 0.35
+# Standard deviations of the data from its mean that a picture's half width of 1 shows. 97 % of the points of
+# a normal distribution are within 3.
+REACH = 3.0
+# The distance of a picture's corners from its middle, in standard deviations.
+OUTSIDE = REACH * _HALF_WIDTH * math.sqrt(2)
 # A cloud's radius holds this share of its points, so that single points far away do not shrink the picture.
 _SHARE_INSIDE = 0.98
 # Radius of a point, as a share of a picture's side.
@@ -46,19 +53,37 @@ def render_voxels(voxels: Tensor, *, azimuth_degrees: float, size: int) -> Tenso
     return torch.stack([_render_solid(solid[None].float(), turn, reach, size) for solid in voxels])
 
 
-def render_points(points: Tensor, *, azimuth_degrees: float, size: int) -> Tensor:
-    """Pictures of point clouds, each point a small ball. Each cloud is scaled to fill its own picture.
+def render_points(
+    points: Tensor, *, azimuth_degrees: float, size: int, normalization: Normalization | None = None
+) -> Tensor:
+    """Pictures of point clouds, each point a small ball. All have the same scale.
 
     Args:
         points: (B, 3, N), finite, on the CPU, in any units.
         azimuth_degrees: as for voxels.
         size: P.
+        normalization: of the data. The pictures show its mean in the middle and `REACH` of its standard
+            deviations around it, and cut off what is beyond. None fits the widest cloud, and puts the middle
+            of each in the middle.
 
     Returns:
         uint8 (B, P, P, 3).
     """
     turn = _turn(azimuth_degrees)
-    return torch.stack([_render_cloud(turn @ _filling(cloud.float()), size) for cloud in points])
+    shown = _filling(points.float()) if normalization is None else normalization.apply(points.float()) / REACH
+    return torch.stack([_render_cloud(turn @ cloud, size) for cloud in shown])
+
+
+def distances_from_data(clouds: Tensor, normalization: Normalization) -> Tensor:
+    """How far half of each cloud's points are from the data's mean, in its standard deviations, (B,).
+
+    From `OUTSIDE` on, most of the cloud is beyond the edge of its picture, however it is turned.
+
+    Args:
+        clouds: (B, 3, N), finite.
+        normalization: of the data.
+    """
+    return normalization.apply(clouds.float()).norm(dim=1).median(dim=1).values
 
 
 def _turn(azimuth_degrees: float) -> Tensor:
@@ -161,10 +186,10 @@ def _coloured(normal: Tensor, depth: Tensor, cover: Tensor) -> Tensor:
     return mixed.round().clamp(0, 255).to(torch.uint8)
 
 
-def _filling(cloud: Tensor) -> Tensor:
-    """The cloud (3, N), centred by its median, with nearly all points within 1 of it."""
-    centred = cloud - cloud.median(dim=1, keepdim=True).values
-    radius = float(torch.quantile(centred.norm(dim=0), _SHARE_INSIDE))
+def _filling(clouds: Tensor) -> Tensor:
+    """The clouds (B, 3, N), centred by their medians, with nearly all points of the widest within 1."""
+    centred = clouds - clouds.median(dim=2, keepdim=True).values
+    radius = float(torch.quantile(centred.norm(dim=1), _SHARE_INSIDE, dim=1).max())
     return centred * (1 / radius if radius > 0 else 1.0)
 
 

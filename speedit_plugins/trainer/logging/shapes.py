@@ -4,6 +4,7 @@ Dims: B shapes, R the side of a grid, N points, P the side of a picture.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.files import write_whole
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.data.shapes.solid_meshes import mesh_of_voxels
 from speedit_plugins.trainer.data.videos.files import write_gif
 from speedit_plugins.trainer.logging.images import save_png, titled_grid
 from speedit_plugins.trainer.logging.rendering import BACKGROUND, render_points, render_voxels
 
-# From the front, from the right, and from behind.
+# From the front, from the front right, and from behind.
 VIEWS = (0.0, -60.0, 180.0)
+VIEW_NAMES = ("front", "right", "back")
 CELL = 112
 # A turn in 2 seconds.
 TURN_FRAMES = 24
@@ -26,37 +29,53 @@ FRAMES_PER_SECOND = 12.5
 TURN_CELL = 80
 
 
-def save_shapes(samples: Tensor, path: Path, *, columns: int, titles: Sequence[str] = ()) -> None:
+def save_shapes(
+    samples: Tensor,
+    path: Path,
+    *,
+    columns: int,
+    titles: Sequence[str] = (),
+    normalization: Normalization | None = None,
+) -> None:
     """Writes pictures of shapes: a PNG with each from several sides, and a GIF beside it that turns them.
 
-    The PNG has the samples row by row, and a row of pictures for each of VIEWS. A cross marks a shape with
-    values that are not finite.
+    The PNG has the samples row by row, and a row of pictures for each of VIEWS, with its name. A cross marks
+    a shape with values that are not finite. An empty solid is a blank picture.
 
     Args:
         samples: solids (B, 1, R, R, R) in [-1, 1], or clouds (B, 3, N) in any units.
         path: the PNG's; the GIF has the same name.
         columns: shapes in a row.
         titles: written above the columns, wrapped.
+        normalization: of the data of clouds; gives the scale, see `render_points`.
 
     Raises:
         ValueError: the shape of `samples` is another one.
         OSError: a file cannot be written; names it.
     """
-    from_sides = [pictures(samples, azimuth_degrees=view, size=CELL) for view in VIEWS]
-    save_png(titled_grid(_row_by_row(from_sides, columns), columns, titles), path)
+    draw = partial(pictures, samples, normalization=normalization)
+    from_sides = [draw(azimuth_degrees=view, size=CELL) for view in VIEWS]
+    cells = _row_by_row(from_sides, columns)
+    names = [
+        f"row {row + 1}, {view}" for row in range(len(cells) // (len(VIEWS) * columns)) for view in VIEW_NAMES
+    ]
+    save_png(titled_grid(cells, columns, titles, names), path)
     angles = [360.0 * frame / TURN_FRAMES for frame in range(TURN_FRAMES)]
-    turning = [pictures(samples, azimuth_degrees=angle, size=TURN_CELL) for angle in angles]
+    turning = [draw(azimuth_degrees=angle, size=TURN_CELL) for angle in angles]
     frames = np.stack([titled_grid(cells, columns, titles) for cells in turning])
     write_gif(path.with_suffix(".gif"), torch.from_numpy(frames), fps=FRAMES_PER_SECOND)
 
 
-def pictures(samples: Tensor, *, azimuth_degrees: float, size: int) -> npt.NDArray[np.uint8]:
+def pictures(
+    samples: Tensor, *, azimuth_degrees: float, size: int, normalization: Normalization | None = None
+) -> npt.NDArray[np.uint8]:
     """A picture of each shape, uint8 (B, P, P, 3), P = `size`; a cross for one that is not finite.
 
     Args:
         samples: see `save_shapes`.
         azimuth_degrees: how far the shapes are turned about the vertical axis.
         size: P.
+        normalization: see `save_shapes`.
 
     Raises:
         ValueError: the shape of `samples` is another one.
@@ -68,7 +87,7 @@ def pictures(samples: Tensor, *, azimuth_degrees: float, size: int) -> npt.NDArr
     is_finite = shapes.isfinite().flatten(1).all(dim=1)
     shown = torch.full((len(shapes), size, size, 3), BACKGROUND, dtype=torch.uint8)
     if is_finite.any():
-        render = render_voxels if is_solid else render_points
+        render = render_voxels if is_solid else partial(render_points, normalization=normalization)
         shown[is_finite] = render(shapes[is_finite], azimuth_degrees=azimuth_degrees, size=size)
     shown[~is_finite] = _cross(size)
     return np.asarray(shown.numpy())

@@ -5,7 +5,7 @@ Source: Ho et al. 2021, arXiv:2106.15282; with captions, Saharia et al. 2022, ar
 Dims: N samples, B of them at a time, C channels, F frames (absent for images), h x w pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import STAGE_STREAM, stream_seed
+from speedit_plugins.trainer.layouts import layout_of
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
@@ -180,6 +181,7 @@ def check_stages(stages: Sequence[ExperimentConfig]) -> None:
         ValueError: a stage does not fit the one before it; says which key.
     """
     names = [*(f"cascade[{number}]" for number in range(len(stages) - 1)), "this run"]
+    _check_kinds(dict(zip(names, stages, strict=True)))
     first = stages[0]
     if first.super_resolution.factor:
         problem = f"got a super-resolution run, {first.experiment_dir}"
@@ -201,6 +203,14 @@ def check_stages(stages: Sequence[ExperimentConfig]) -> None:
                 raise ValueError(
                     f"the stages of cascade do not fit: {name} has {key} {ours!r}, and {other} {theirs!r}"
                 )
+
+
+def _check_kinds(stages: Mapping[str, ExperimentConfig]) -> None:
+    """Refuses stages that draw shapes: nothing enlarges them."""
+    for name, stage in stages.items():
+        if stage.voxel_size:
+            got = f"{stage.experiment_dir} that draws {layout_of(stage)}"
+            raise ValueError(f"{name} needs a run that draws images or videos, got {got}")
 
 
 def _check_channels(stage: SampleGenerator, last: SampleGenerator) -> None:

@@ -70,18 +70,18 @@ def test(config: ExperimentConfig) -> int:
     """
     folder = Path(config.experiment_dir)
     scores = _of_stages(config) if config.score_stages else []
-    if scores:
-        # Its figures are those of the test as a whole, as without stages.
-        whole = next(each for each in scores if each.about.name == WHOLE)
-        measured, samples, source = whole.measured, whole.samples, whole.reference
-    else:
-        measured, samples, source = (measure_shapes if config.voxel_size else _of_images)(config)
-    results.save_config(config, "test")
-    results.keep_earlier(folder / results.TEST)
-    # An absolute path can be found from any folder.
-    path = str(Path(samples).absolute())
-    write_scores(folder / results.TEST, measured, samples=path, reference=source, stages=scores)
-    for line in [*map(line_of, measured), *(table(scores) if scores else [])]:
+    num_said = 0
+    for measured, samples, source in _parts(config, scores):
+        if not num_said:
+            results.save_config(config, "test")
+            results.keep_earlier(folder / results.TEST)
+        # An absolute path can be found from any folder.
+        path = str(Path(samples).absolute())
+        write_scores(folder / results.TEST, measured, samples=path, reference=source, stages=scores)
+        for metric in measured[num_said:]:
+            say(line_of(metric))
+        num_said = len(measured)
+    for line in table(scores) if scores else []:
         say(line)
     say(f"  samples      {samples}")
     if source is not None:
@@ -90,6 +90,18 @@ def test(config: ExperimentConfig) -> int:
     # Last, because a board may be out of reach.
     show_scores(config, measured, samples)
     return 0
+
+
+def _parts(config: ExperimentConfig, scores: list[StageScores]) -> Iterator[Found]:
+    """The figures so far, each time that there are more of them; the last part has all."""
+    if scores:
+        # Its figures are those of the test as a whole, as without stages.
+        whole = next(each for each in scores if each.about.name == WHOLE)
+        yield whole.measured, whole.samples, whole.reference
+    elif config.voxel_size:
+        yield from measure_shapes(config)
+    else:
+        yield _of_images(config)
 
 
 def _of_stages(config: ExperimentConfig) -> list[StageScores]:

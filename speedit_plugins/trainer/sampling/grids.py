@@ -111,7 +111,8 @@ def draw_grid(
     )
     drawn = torch.cat([batch.cpu() for batch in batches])
     samples = marked(drawn, config, generator.source, may_fail=may_fail)
-    save_cells(samples, path, config, columns=columns, titles=conditions.titles)
+    scale = generator.normalization
+    save_cells(samples, path, config, columns=columns, titles=conditions.titles, normalization=scale)
     if config.voxel_size and has_models:
         save_models(samples, path.with_suffix(""), config)
     return num_samples

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.logging.rendering import OUTSIDE, distances_from_data
 from speedit_plugins.trainer.logging.shapes import save_shapes
 from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
+from speedit_plugins.trainer.terminal import say
 
 
 def suffix_of(config: ExperimentConfig) -> str:
@@ -65,7 +68,13 @@ def save_known(sample: Any, mask: Tensor, stem: Path, config: ExperimentConfig) 
 
 
 def save_cells(
-    samples: Tensor, path: Path, config: ExperimentConfig, *, columns: int, titles: Sequence[str] = ()
+    samples: Tensor,
+    path: Path,
+    config: ExperimentConfig,
+    *,
+    columns: int,
+    titles: Sequence[str] = (),
+    normalization: Normalization | None = None,
 ) -> None:
     """Writes samples (B, C, [F,] H, W), or shapes, as a PNG, row by row.
 
@@ -78,16 +87,31 @@ def save_cells(
         config: of the samples.
         columns: samples in a row.
         titles: written above the columns.
+        normalization: of the data of clouds; gives their scale.
 
     Raises:
         OSError: a file cannot be written; names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if config.voxel_size:
-        save_shapes(samples, path, columns=columns, titles=titles)
+        save_shapes(samples, path, columns=columns, titles=titles, normalization=normalization)
+        if normalization is not None:
+            _say_what_is_outside(samples, normalization)
     elif config.num_frames:
         images.save_videos(
             samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
         )
     else:
         images.save_grid(samples, path, columns=columns, titles=titles)
+
+
+def _say_what_is_outside(clouds: Tensor, normalization: Normalization) -> None:
+    """A line if clouds (B, 3, N) are mostly beyond the edges of their pictures."""
+    finite = clouds[clouds.isfinite().flatten(1).all(dim=1)]
+    far = distances_from_data(finite, normalization)
+    if num_outside := int((far > OUTSIDE).sum()):
+        say(
+            f"warning: {num_outside} of {len(clouds)} clouds are mostly outside of their pictures. These have"
+            f" the scale of the data. The middle point of the farthest is {float(far.max()):.3g} standard"
+            " deviations of the data from its mean"
+        )

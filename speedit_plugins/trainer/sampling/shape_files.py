@@ -14,6 +14,7 @@ from torch import Tensor
 from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.data.shapes import meshes
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.layouts import POINTS, layout_of
 from speedit_plugins.trainer.logging.shapes import save_obj, save_ply
@@ -58,7 +59,9 @@ def read_shapes(folder: Path) -> Tensor:
             raise ValueError(f"{path} has an array {tuple(values.shape)}, unlike the others of {folder}")
         found.append(shape)
     if not found:
-        raise ValueError(f"no shapes, {SUFFIX} files, in {folder}")
+        others = sorted({path.suffix for path in folder.glob("*.*") if path.suffix in meshes.SUFFIXES})
+        also = f", only {' and '.join(others)}; wanted a folder that inference wrote" if others else ""
+        raise ValueError(f"no shapes, {SUFFIX} files, in {folder}{also}")
     return torch.stack(found)
 
 
@@ -77,12 +80,13 @@ def save_models(samples: Tensor, folder: Path, config: ExperimentConfig) -> int:
     """
     is_cloud = layout_of(config) == POINTS
     write, suffix = (save_ply, ".ply") if is_cloud else (save_obj, ".obj")
-    num_left_out = num_written = 0
+    num_empty = num_broken = num_written = 0
     for number, sample in enumerate(samples):
         # The surface of a solid is where its voxels are 0.
-        is_empty = not is_cloud and not bool((sample > 0).any())
-        if is_empty or not bool(sample.isfinite().all()):
-            num_left_out += 1
+        is_finite = bool(sample.isfinite().all())
+        is_empty = is_finite and not is_cloud and not bool((sample > 0).any())
+        num_empty, num_broken = num_empty + is_empty, num_broken + (not is_finite)
+        if is_empty or not is_finite:
             continue
         try:
             # A mesh is made before anything is written.
@@ -94,8 +98,10 @@ def save_models(samples: Tensor, folder: Path, config: ExperimentConfig) -> int:
             say(f"warning: no meshes are written: {error}")
             return num_written
         num_written += 1
-    if num_left_out:
-        say(f"warning: {num_left_out} of {len(samples)} shapes are empty or not finite, and have no file")
+    if num_empty:
+        say(f"warning: {num_empty} of {len(samples)} drawn solids are empty: a blank picture, and no file")
+    if num_broken:
+        say(f"warning: {num_broken} of {len(samples)} drawn shapes are not finite: a cross, and no file")
     return num_written
 
 

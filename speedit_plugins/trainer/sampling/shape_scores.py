@@ -5,8 +5,10 @@ Solids are compared by points on their surface. Everything is in the units of th
 Dims: M shapes of each set, C channels, N points, D x H x W voxels.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,13 +23,20 @@ from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.voxel_surface import surface_of_voxels
 from speedit_plugins.trainer.evaluation.metrics import MetricValue
 from speedit_plugins.trainer.evaluation.shape_classifier import ShapeClassifier, frechet_shape_distance
-from speedit_plugins.trainer.evaluation.shapes import DISTANCES, shape_scores
+from speedit_plugins.trainer.evaluation.shapes import (
+    DISTANCES,
+    MAX_MATCHED_POINTS,
+    earth_mover_distances,
+    shape_scores,
+)
 from speedit_plugins.trainer.layouts import POINTS, layout_of
 from speedit_plugins.trainer.sampling.shape_files import read_shapes
 from speedit_plugins.trainer.terminal import progress, say
 
 FRECHET = "frechet"
 METRICS = (*DISTANCES, FRECHET)
+DEFAULT = "chamfer"
+"""What is measured where the config has the metrics of images, the default of `evaluation.metrics`."""
 # Shapes of the training that the classifier of `frechet` learns from, at most.
 NUM_LEARNED = 2000
 
@@ -35,10 +44,13 @@ Found = tuple[list[MetricValue], str, str | None]
 """Measured values, where the samples are, and the reference."""
 
 
-def measure_shapes(config: ExperimentConfig) -> Found:
+def measure_shapes(config: ExperimentConfig) -> Iterator[Found]:
     """MMD, coverage and 1-NN accuracy by each distance of `evaluation.metrics`, and the Fréchet distance.
 
     The measures need two sets of one size: of the larger one, shapes are left out, and a line says so.
+
+    Yields:
+        What is measured so far, after each metric: some take minutes, and others hours.
 
     Args:
         config: gives the metrics, the samples, and the reference: `reference`, or else `data.validation`, or
@@ -48,15 +60,19 @@ def measure_shapes(config: ExperimentConfig) -> Found:
         ValueError: a metric is unknown, an option has no effect, there is no reference, or a set cannot be
             read or has another kind of shapes.
     """
-    _check_options(config)
+    names = _metrics(config)
     folder = (
         Path(config.samples) if config.samples is not None else results.newest_samples(config, what="shapes")
     )
     drawn = read_shapes(folder)
-    if drawn.ndim != (3 if layout_of(config) == POINTS else 5):
-        raise ValueError(f"samples: {folder} has shapes {tuple(drawn.shape[1:])}, not {layout_of(config)}")
+    _check_samples(config, names, drawn, folder)
     dataset, source = _reference(config)
     number = min(len(drawn), len(dataset))
+    if number < 2:
+        raise ValueError(
+            f"test of shapes needs at least 2 of each set, got {len(drawn)} in samples, {folder}, and"
+            f" {len(dataset)} in the reference, {source}"
+        )
     if len(drawn) != len(dataset):
         say(f"comparing {number} of {len(drawn)} samples and {number} of {len(dataset)} reference shapes")
     generator = torch.Generator().manual_seed(stream_seed(config.seed, DATA_STREAM, 1))
@@ -64,21 +80,46 @@ def measure_shapes(config: ExperimentConfig) -> Found:
     reference = torch.stack([_labelled(config, dataset, int(index))[0] for index in chosen])
     ours = _clouds(drawn[:number], generator, "samples")
     theirs = _clouds(reference, generator, "reference shapes")
-    measured = []
-    for name in config.evaluation.metrics:
+    measured: list[MetricValue] = []
+    for name in names:
         if name == FRECHET:
             measured.append(_frechet(config, drawn[:number], reference))
-            continue
-        with progress(name, total=_num_searches(name, number), unit="search") as bar:
-            scores = shape_scores(ours, theirs, distance=name, progress=bar.update)
-        for label in ("mmd", "coverage", "one_nn_accuracy"):
-            value, what = getattr(scores, label), f"{ours.shape[2]} points"
-            measured.append(MetricValue(f"{label}[{name}]", value, what, number, number, has_reference=True))
-    return measured, str(folder), source
+        else:
+            measured += _by_distance(name, ours, theirs)
+        yield list(measured), str(folder), source
+
+
+def _by_distance(name: str, ours: Tensor, theirs: Tensor) -> list[MetricValue]:
+    """MMD, coverage and 1-NN accuracy of clouds (M, 3, N)."""
+    number = len(ours)
+    total = _num_searches(name, number)
+    if name == "earth_mover":
+        start = perf_counter()
+        earth_mover_distances(ours[:1], theirs[:1])
+        seconds = (perf_counter() - start) * total
+        say(
+            f"{name} matches {total:,} pairs of clouds of {ours.shape[2]:,} points: about {_spoken(seconds)},"
+            " as the first one took. Fewer samples take less, with the square of their number"
+        )
+    with progress(name, total=total, unit="search") as bar:
+        scores = shape_scores(ours, theirs, distance=name, progress=bar.update)
+    what = f"{ours.shape[2]} points"
+    return [
+        MetricValue(f"{label}[{name}]", getattr(scores, label), what, number, number, has_reference=True)
+        for label in ("mmd", "coverage", "one_nn_accuracy")
+    ]
+
+
+def _spoken(seconds: float) -> str:
+    """A duration in a unit in which it is at least 1."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} seconds"
 
 
 def _frechet(config: ExperimentConfig, samples: Tensor, reference: Tensor) -> MetricValue:
-    """The Fréchet distance in features of a classifier, which learns from the training's shapes."""
+    """The Fréchet distance in features of a classifier that learns from the training's shapes."""
     dataset = build.build_dataset(config, augmented=False)
     if config.data.held_out_samples:
         dataset = hold_out(dataset, config.data.held_out_samples, seed=config.seed)[0]
@@ -88,15 +129,26 @@ def _frechet(config: ExperimentConfig, samples: Tensor, reference: Tensor) -> Me
     shapes, labels = torch.stack([shape for shape, _ in pairs]), torch.tensor([label for _, label in pairs])
     classifier = ShapeClassifier(shapes, labels, seed=config.seed)
     say(f"the classifier of {FRECHET} is right on {classifier.accuracy:.1%} of shapes that it has not seen")
+    # Without a look at a shape, the most frequent class is right on this share.
+    chance = float(labels.bincount().max()) / len(labels)
+    if classifier.accuracy <= chance:
+        say(
+            f"warning: a guess is right on {chance:.1%}, so {FRECHET} has features of a classifier that has"
+            f" not learned from the {len(shapes)} shapes of the training: its figure says little"
+        )
     distance = frechet_shape_distance(classifier, samples, reference)
-    number, what = len(samples), f"a classifier of {len(shapes)} shapes"
+    number = len(samples)
+    what = f"a classifier of {len(shapes)} shapes, right on {classifier.accuracy:.1%} of others"
     return MetricValue(FRECHET, distance, what, number, number, True, {"accuracy": classifier.accuracy})
 
 
-def _check_options(config: ExperimentConfig) -> None:
-    """Refuses metrics that are not of shapes, and options of other metrics."""
-    options = config.evaluation
+def _metrics(config: ExperimentConfig) -> list[str]:
+    """The metrics of shapes to measure; refuses others, and options of other metrics."""
+    options, defaults = config.evaluation, EvaluationConfig()
     known, names = ", ".join(METRICS), options.metrics
+    if names == defaults.metrics:
+        say(f"evaluation.metrics is not set; shapes are measured by {DEFAULT}. Known: {known}")
+        names = [DEFAULT]
     if FRECHET in names and not config.num_classes:
         raise ValueError(f"{FRECHET} learns the classes of the training's shapes: wanted num_classes above 0")
     for name in names:
@@ -104,10 +156,26 @@ def _check_options(config: ExperimentConfig) -> None:
             raise ValueError(f"unknown metric {name!r} of shapes in evaluation.metrics; known: {known}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"evaluation.metrics needs each metric once, at least one of {known}, got {names}")
-    defaults = EvaluationConfig()
     for key in (*METRIC_OF, "reference_statistics"):
         if getattr(options, key) != getattr(defaults, key):
             raise ValueError(f"evaluation.{key} has no effect on {', '.join(names)}")
+    return names
+
+
+def _check_samples(config: ExperimentConfig, names: list[str], drawn: Tensor, folder: Path) -> None:
+    """Refuses samples that are other shapes than the experiment's, or that a metric cannot take."""
+    is_cloud, found = layout_of(config) == POINTS, tuple(drawn.shape[1:])
+    if drawn.ndim != (3 if is_cloud else 5):
+        raise ValueError(f"samples: {folder} has shapes {found}, not {layout_of(config)}")
+    if not is_cloud and found != (1, *(config.voxel_size,) * 3):
+        sides = " x ".join(map(str, found[1:]))
+        raise ValueError(f"samples: {folder} has {sides} voxels; wanted voxel_size: {config.voxel_size}")
+    number = found[1]
+    if is_cloud and "earth_mover" in names and not number == config.num_points <= MAX_MATCHED_POINTS:
+        raise ValueError(
+            f"earth_mover matches clouds with the same number of points, at most {MAX_MATCHED_POINTS}, got"
+            f" {number} in samples, {folder}, and num_points: {config.num_points}"
+        )
 
 
 def _num_searches(name: str, number: int) -> int:
@@ -119,7 +187,7 @@ def _reference(config: ExperimentConfig) -> tuple[SampleSource, str]:
     if config.reference is not None:
         sizes: dict[str, Any] = {"voxel_size": config.voxel_size}
         if config.num_points:
-            # In the units of the samples, which are those of the data.
+            # In the units of the samples, those of the data.
             sizes = {"num_points": config.num_points, "fit_box": False}
         return ShapeFolder(config.reference, class_cond=False, **sizes), config.reference
     if config.data.validation is not None:

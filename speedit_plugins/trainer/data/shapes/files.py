@@ -63,7 +63,8 @@ def read_voxels(path: Path, size: int) -> Tensor:
     if voxels.ndim != 3 or voxels.shape != (size,) * 3:
         raise ValueError(f"{path} holds an array {voxels.shape}; wanted voxels {(size,) * 3}")
     shares = torch.from_numpy(voxels.astype(np.float32))
-    # Written so that NaN fails too.
+    if bool(shares.isnan().any()):
+        raise ValueError(f"{path} has voxels that are NaN; wanted the full share of each, in [0, 1]")
     if not bool(((shares >= 0) & (shares <= 1)).all()):
         raise ValueError(f"{path} has voxels that are NaN or outside of [0, 1]; wanted how full each is")
     if not bool(shares.any()):

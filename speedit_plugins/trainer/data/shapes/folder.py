@@ -125,7 +125,11 @@ class ShapeFolder:
             return None
         drawn = f"{self.num_points} points, {'in boxes' if self.fit_box else 'as they are'}"
         moments = self._look(f"moments of {drawn}", self._moments)
-        return given or Normalization.of(map(Moments.parse, moments))
+        try:
+            return given or Normalization.of(map(Moments.parse, moments))
+        except ValueError as error:
+            where = f"{self.root} with {self._names[0]}"
+            raise ValueError(f"{where}: {error}; wanted fit_box true, or points nearer to 0") from error
 
     def _look(self, what: str, read: Callable[[int], str]) -> Strings:
         return facts_of(self._base, self._names, self._stamps, what=f"shapes: {what}", read=read)

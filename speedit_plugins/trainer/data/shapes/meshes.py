@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speedit_plugins.trainer.data.shapes.text_meshes import check_whole
+
 # What trimesh reads here. Its other formats have scenes, units and textures.
 SUFFIXES = (".ply", ".off", ".obj")
 
@@ -18,7 +20,7 @@ def surface_points(path: Path, number: int, generator: torch.Generator, *, fit_b
     """Points float32 (N, 3): evenly on a mesh's surface, or some of a cloud's own points, without repeats.
 
     Args:
-        path: a mesh, or a `.ply` without faces, which is a cloud.
+        path: a mesh, or a cloud: a `.ply` without faces.
         number: N.
         generator: draws the points.
         fit_box: see `box_fit`; False keeps the file's units.
@@ -117,6 +119,7 @@ def _read(path: Path) -> Any:
         shape: Any = trimesh.load(path, process=False)
         if isinstance(shape, trimesh.Scene):
             shape = shape.to_mesh()
+        check_whole(path)
     except OSError:
         raise
     # A damaged file can fail in any parser.

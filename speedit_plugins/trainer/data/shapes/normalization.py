@@ -82,7 +82,7 @@ class Normalization:
         Source: Yang et al. 2019, arXiv:1906.12320, and the loaders of PointFlow and DiT-3D.
 
         Raises:
-            ValueError: all points are at one place.
+            ValueError: all points are at one place, or too far from 0 for a spread in float64.
         """
         found = list(moments)
         number = sum(part.num_points for part in found)
@@ -90,7 +90,11 @@ class Normalization:
         centre = (x + y + z) / (3 * number)
         variance = math.fsum(part.squares for part in found) / (3 * number) - centre**2
         if not variance > 0:
-            raise ValueError(f"the {number} points of the data set are all at one place")
+            mean = [x / number, y / number, z / number]
+            raise ValueError(
+                f"the {number} points of the data set are all at one place, or too far from 0"
+                f" to tell apart: their mean is {mean}"
+            )
         return cls((x / number, y / number, z / number), math.sqrt(variance))
 
     def apply(self, points: Tensor) -> Tensor:
