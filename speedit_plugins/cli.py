@@ -96,7 +96,7 @@ def _started(task: _Task, argv: Sequence[str] | None) -> int:
 
 def _run(phase: str, config: ExperimentConfig) -> int:
     if os.environ.get("RANK", "0") == "0":
-        # What is imported and read first takes seconds, on a busy machine many.
+        # Imports take seconds, so this line shows that the command has started.
         sys.stdout.write(f"{phase}: starting in {config.experiment_dir}\n")
         sys.stdout.flush()
     # This imports torch, so it comes after the config was checked.

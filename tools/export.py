@@ -322,7 +322,7 @@ def _stages_usage(config: ExperimentConfig) -> str:
 from speedit_plugins.trainer.sampling.exported_stages import load_stages
 
 stages = load_stages(FOLDER)
-samples = stages({arguments}, seed={config.seed})[-1]  # a tensor; what the stages before it drew is before it
+samples = stages({arguments}, seed={config.seed})[-1]  # a tensor; [:-1] are the samples of the earlier stages
 ```
 """
 

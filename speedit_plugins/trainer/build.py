@@ -99,7 +99,8 @@ def build_masks(config: ExperimentConfig) -> Any:
     masks = build(MASKS, config.inpainting)
     key = VIDEO if config.num_frames else IMAGE
     shapes = {(*([config.num_frames] if config.num_frames else []), config.image_size, config.image_size)}
-    shapes |= {tuple(bucket) for bucket in config.data.dataset.get("buckets") or ()}
+    for section in (config.data.dataset, config.data.validation or {}):
+        shapes |= {tuple(bucket) for bucket in section.get("buckets") or ()}
     if config.voxel_size:
         key, shapes = VOXELS, {(config.voxel_size,) * 3}
     for shape in sorted(shapes):

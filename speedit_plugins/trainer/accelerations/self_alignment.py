@@ -90,8 +90,8 @@ class SelfAlignment(Alignment):
         averages: list[Tensor] = list(self._averages.values())
         # By name: fsdp2 replaces the parameters that the model was built with.
         parameters = dict(self._model.named_parameters())
-        # A plugin may keep the weights in another type than the teacher's.
-        trained = [_whole(parameters[name]).to(old.dtype) for name, old in self._averages.items()]
+        # A plugin may keep the weights in another type or on another device than the teacher's.
+        trained = [_whole(parameters[name]).to(old) for name, old in self._averages.items()]
         torch._foreach_lerp_(averages, trained, 1 - self._decay)
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ _NEW_RUN = "; wanted the former, or a new experiment_dir with pretrained= this c
 def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Checks that a training may go on: same imports, process, encoders, holes, and meaning of the model.
 
-    The seed and the number of held out samples must stay too: they decide what is trained on.
+    `num_classes`, the seed and the number of held out samples must stay too. With `data.accept_changed` that
+    number may differ.
 
     Args:
         saved: plain config of the checkpoint; a key added since it was written is at its default.

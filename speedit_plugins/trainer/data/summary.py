@@ -70,9 +70,9 @@ def _classes(dataset: Any, wanted: int | None) -> list[Line]:
     number = len(names) or getattr(dataset, "num_classes", 0)
     if not number:
         return []
-    lines = [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
     if wanted == 0:
         return [("classes", f"none, with num_classes: 0; the data have {number:,}")]
+    lines = [("classes", f"{number:,}" + (f" ({_shortened(list(map(str, names)))})" if names else ""))]
     if wanted is not None and wanted > number:
         lines.append(("never trained", f"{wanted - number:,} of num_classes: {wanted}, which have no data"))
     return lines

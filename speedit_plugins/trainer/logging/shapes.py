@@ -21,7 +21,7 @@ from speedit_plugins.trainer.logging.rendering import BACKGROUND, render_points,
 
 # From the front, from the front right, and from behind.
 VIEWS = (0.0, -60.0, 180.0)
-VIEW_NAMES = ("front", "right", "back")
+VIEW_NAMES = ("front", "front right", "back")
 CELL = 112
 # A turn in 2 seconds.
 TURN_FRAMES = 24

@@ -45,8 +45,8 @@ class Shard:
 class FullyShardedEngine(Sharded):
     """`plugin: fsdp2`: weights, gradients, master weights and moments are sharded by rows, block by block.
 
-    A block's whole weights are there while it computes. With `sharding.replicate` the ranks are so many
-    groups. Each of them holds a whole sharded model, and gradients are averaged over the groups.
+    A block's whole weights are there while it computes. With `sharding.replicate` there are that many groups
+    of ranks. Each holds a whole sharded model, and gradients are averaged over the groups.
 
     Under bf16 and fp16 the weights are gathered and computed with in that precision, and gradients are summed
     in float32. The model is not in autocast.
@@ -156,7 +156,7 @@ class FullyShardedEngine(Sharded):
 class LossScale:
     """The loss scale of fp16, by the rule of `torch.amp.GradScaler`, which sees one rank's gradients only.
 
-    It is halved when a gradient overflows, and doubled after so many steps without.
+    It is halved when a gradient overflows, and doubled after GROWTH_INTERVAL_STEPS steps without one.
     """
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ def _fully_shard(model: nn.Module, config: ExperimentConfig, mesh: DeviceMesh) -
     }
     for unit in units(model):
         if config.compile:
-            # Of `forward`, so that the hooks that gather and free the weights are left as they are.
+            # Only `forward` is compiled: the hooks that gather and free the weights are not.
             unit.forward = torch.compile(unit.forward)
         fully_shard(unit, **options)
     fully_shard(model, **options)
@@ -237,7 +237,7 @@ def _fully_shard(model: nn.Module, config: ExperimentConfig, mesh: DeviceMesh) -
 
 
 def _cast(given: Any, dtype: torch.dtype) -> Any:
-    """The inputs of a model with floating-point tensors in this type. One value per sample stays: a time."""
+    """The inputs with floating-point tensors in this type. 1-D ones, such as times, stay as they are."""
     if isinstance(given, Tensor):
         return given.to(dtype) if given.is_floating_point() and given.ndim > 1 else given
     if isinstance(given, Mapping):
@@ -257,7 +257,7 @@ def _master(name: str, shard: Shard) -> Master:
 
 
 def _first_row(parameter: DTensor) -> int:
-    """Number of the first row that this rank holds. All hold equally many, but for the last that hold any."""
+    """Index of this rank's first row. A shard has ceil(rows / shards) rows; the last may have fewer."""
     mesh = parameter.device_mesh
     count, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     return min(len(parameter), rank * math.ceil(len(parameter) / count))

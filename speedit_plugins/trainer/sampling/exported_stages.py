@@ -126,9 +126,7 @@ class Stages:
             raise ValueError(f"conditions: wanted {wanted}, got {conditions!r}")
         enlarges = self.generators[0].config.super_resolution.factor > 0
         if (given is not None) != enlarges:
-            wanted = (
-                "images for the first stage to enlarge" if enlarges else "None: noise alone is drawn from"
-            )
+            wanted = "images for the first stage to enlarge" if enlarges else "None: it draws from noise"
             raise ValueError(f"low_resolution: wanted {wanted}, got {'None' if given is None else 'images'}")
         known = len(conditions) if what else None if given is None else len(given)
         if known is not None and num_samples is not None:
@@ -148,7 +146,8 @@ class Stages:
             raise ValueError(f"low_resolution: wanted {wanted}, got {tuple(samples.shape)}")
         # NaN is in no range.
         if not samples.is_floating_point() or not bool((samples.abs() <= 1).all()):
-            raise ValueError(f"low_resolution: wanted floats in [-1, 1], got {samples.dtype} outside of it")
+            low, high = samples.min(), samples.max()
+            raise ValueError(f"low_resolution: wanted floats in [-1, 1], got {samples.dtype} {low} to {high}")
         return GivenImages(samples)
 
     def _seeded(self, seed: int) -> list[SampleGenerator]:

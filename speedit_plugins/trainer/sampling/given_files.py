@@ -45,7 +45,8 @@ def read_given(config: ExperimentConfig, *, channels: int) -> tuple[Tensor, Tens
         if not config.num_frames:
             sample, hole = sample[:, 0], hole[0]
     if not hole.any():
-        raise ValueError(f"inpaint_mask needs white pixels in the hole, got none in {config.inpaint_mask}")
+        wanted = "voxels above 1/2" if config.voxel_size else "white pixels"
+        raise ValueError(f"inpaint_mask needs {wanted} in the hole, got none in {config.inpaint_mask}")
     return sample.unsqueeze(0), hole.float()[None, None]
 
 

@@ -117,5 +117,5 @@ def with_hole(samples: Tensor, masks: Tensor, config: ExperimentConfig) -> Tenso
 
 
 def _titles(config: ExperimentConfig, num_fills: int) -> tuple[str, ...]:
-    """A sample with its hole and its fills, in a grid of videos or solids."""
+    """Titles of the columns: a sample with its hole, and its fills. Grids of images have none."""
     return (WITH_HOLE, *[FILLED] * num_fills) if config.num_frames or config.voxel_size else ()

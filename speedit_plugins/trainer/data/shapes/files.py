@@ -66,7 +66,7 @@ def read_voxels(path: Path, size: int) -> Tensor:
     if bool(shares.isnan().any()):
         raise ValueError(f"{path} has voxels that are NaN; wanted the full share of each, in [0, 1]")
     if not bool(((shares >= 0) & (shares <= 1)).all()):
-        raise ValueError(f"{path} has voxels that are NaN or outside of [0, 1]; wanted how full each is")
+        raise ValueError(f"{path} has voxels outside of [0, 1]; wanted the full share of each")
     if not bool(shares.any()):
         raise ValueError(f"{path} is empty: all voxels are 0")
     return shares.unsqueeze(0) * 2 - 1

@@ -17,13 +17,13 @@ def check_whole(path: Path) -> None:
         ValueError: a `.ply` or `.off` in text ends too early.
         OSError: the file cannot be read.
     """
-    content = path.read_bytes()
-    head, _, body = content.partition(b"end_header")
     suffix = path.suffix.lower()
     if suffix == ".off":
-        _check_off(content.decode(errors="replace"))
-    elif suffix == ".ply" and b"format ascii" in head:
-        _check_ply(head.decode(errors="replace"), body.decode(errors="replace"))
+        _check_off(path.read_text(encoding="utf-8", errors="replace"))
+    elif suffix == ".ply":
+        head, _, body = path.read_bytes().partition(b"end_header")
+        if b"format ascii" in head:
+            _check_ply(head.decode(errors="replace"), body.decode(errors="replace"))
 
 
 def _check_ply(head: str, body: str) -> None:

@@ -106,8 +106,8 @@ class LatteT2V(Routed):
             return_dict=False,
         )[0]
         if num_frames == 1 and torch.is_grad_enabled():
-            # DistributedDataParallel waits for a gradient of every parameter: temporal blocks get zeros. What
-            # fsdp2 shards has no whole values outside of its block, and is given zeros there.
+            # DistributedDataParallel waits for a gradient of every parameter: temporal blocks get zeros. The
+            # engine of fsdp2 does this by itself: outside of their block its parameters are shards.
             blocks = cast(nn.ModuleList, self.net.temporal_transformer_blocks)
             unused = [each for each in blocks.parameters() if not hasattr(each, "full_tensor")]
             if unused:
