@@ -184,6 +184,13 @@ def test_each_stage_is_scored_by_itself(
     assert run("test", runs[1], **{**own, **measured}) == 0
     figures = json.loads((tmp_path / "own" / "test.json").read_text())["figures"]
     assert found["stages"]["stage_2_from_data"]["figures"] == figures
+    # A failure in the last set leaves the figures of those before.
+    Image.new("L", (8, 8)).save(sets / "stage_3_from_data" / "000005.png")
+    failing = error(capsys, "test", runs[2], score_stages=True, **whole, **measured)
+    assert "test compares sets of one shape, got (8, 8, " in failing
+    last = found["stages"].pop("stage_3_from_data")
+    assert last["figures"]
+    assert json.loads((runs[2] / "test.json").read_text()) == found
     other = {**whole, "cascade": f"[{trained[0]},{runs[1]}]"}
     assert "was drawn by other runs" in error(capsys, "test", runs[2], score_stages=True, **other, **measured)
 
