@@ -166,7 +166,7 @@ def _place(config: ExperimentConfig) -> Path:
     """Where the samples are."""
     if config.samples is not None:
         return Path(config.samples)
-    return results.newest_samples(config, what="videos" if config.num_frames else "npz")
+    return results.newest_samples(config)
 
 
 def _clip_score(config: ExperimentConfig, samples: SampleSet) -> MetricValue:

@@ -58,9 +58,7 @@ def measure_shapes(config: ExperimentConfig) -> Iterator[Figures]:
             read or has another kind of shapes.
     """
     names = _metrics(config)
-    folder = (
-        Path(config.samples) if config.samples is not None else results.newest_samples(config, what="shapes")
-    )
+    folder = results.newest_samples(config) if config.samples is None else Path(config.samples)
     drawn = read_shapes(folder)
     _check_samples(config, names, drawn, folder)
     dataset, source = _reference(config)
