@@ -153,9 +153,8 @@ def test_a_run_is_trained_measured_sampled_and_tested(
     few = {"num_samples": 5, "data__held_out_samples": 3}
     capsys.readouterr()
     assert run("inference", tmp_path, **few, seed=1) == 0
-    assert "3 low-resolution inputs for 5 samples: after the last the first comes again" in (
-        capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "5 samples of 3 low-resolution inputs: inputs are used more than once" in told
     said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr]", samples=tmp_path / "inference")
     assert f"samples needs one set of samples, got {tmp_path}/inference with {npz.stem}, step" in said
     (npz.with_suffix("") / "items.jsonl").unlink()
