@@ -22,10 +22,10 @@ _NUMBER = re.compile(r".+_(\d{4,})")
 CHECKPOINTS, GRIDS, INFERENCE = saved_configs.CHECKPOINTS, "grids", "inference"
 SAMPLES, LOSS_CURVE, TEST, METRICS = "samples.png", "loss.png", "test.json", "metrics.jsonl"
 LOCK = "train.lock"
-# What inference writes: captions, classes or items of the data beside the samples, the suffix of an
-# unfinished folder, and the ends of the names of other folders: with the samples that were given, a hole in
-# each, and with those of the stages of a cascade.
+# What inference writes beside the samples: captions, classes, and items of the data. An unfinished folder has
+# the suffix UNFINISHED.
 CAPTIONS, LABELS, ITEMS, UNFINISHED = "captions.jsonl", "labels.jsonl", "items.jsonl", ".tmp"
+# Ends of the names of two more folders: samples with holes, and samples of a cascade's stages.
 MASKED, STAGES = "masked", "stages"
 
 
@@ -36,22 +36,25 @@ def save_config(config: ExperimentConfig, phase: str) -> None:
     write_whole(folder / f"config_{phase}.yaml", to_yaml(config).encode())
 
 
-def newest_samples(config: ExperimentConfig, *, what: str) -> Path:
-    """The newest samples that inference finished in `experiment_dir`: an npz of images, or another's folder.
+def inferences(folder: Path) -> list[Path]:
+    """The finished sets of samples in a folder of inferences, by name, without `_masked` and `_stages`.
 
-    Args:
-        config: the experiment.
-        what: "npz", or what the folder has, for the message.
+    Videos and shapes are in a folder. Images are in a folder and in an npz.
+    """
+    beside = (UNFINISHED, f"_{MASKED}", f"_{STAGES}")
+    found = (path for path in folder.glob("*") if path.is_dir() or path.suffix == ".npz")
+    return sorted(path for path in found if not path.name.endswith(beside))
+
+
+def newest_samples(config: ExperimentConfig) -> Path:
+    """The newest finished samples in `experiment_dir`: the npz of images, the folder of videos or shapes.
 
     Raises:
         ValueError: there are none.
     """
     folder = Path(config.experiment_dir) / INFERENCE
-    suffix = ".npz" if what == "npz" else ""
-    found = [path for path in folder.glob(f"*{suffix}") if path.suffix != UNFINISHED]
-    if not suffix:
-        beside = (f"_{MASKED}", f"_{STAGES}")
-        found = [path for path in found if path.is_dir() and not path.name.endswith(beside)]
+    what = "shapes" if config.voxel_size else "videos" if config.num_frames else "npz"
+    found = [path for path in inferences(folder) if (path.suffix == ".npz") == (what == "npz")]
     if not found:
         raise ValueError(f"no {what} in {folder}: run the phase inference first, or give samples")
     return max(found, key=lambda path: path.stat().st_mtime)

@@ -15,7 +15,7 @@ from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import Inception
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging.images import save_png
-from speedit_plugins.trainer.sampling import evaluate
+from speedit_plugins.trainer.sampling import comparison
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ class TestRefusals:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         # Only the two samples on which features are tried out may be read.
-        monkeypatch.setattr(evaluate, "_collected", None)
+        monkeypatch.setattr(comparison, "_collected", None)
         said = refusal(tmp_path, capfd, **{"features": "pixels@8", **sets, **changes})
         assert message in said
         assert not (tmp_path / "test.json").exists()

@@ -13,6 +13,7 @@ from speedit_plugins.trainer.data.videos.files import write_mp4
 from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures
 from speedit_plugins.trainer.evaluation.npz import write_npz
+from speedit_plugins.trainer.results import inferences
 from speedit_plugins.trainer.sampling.sample_sets import ItemSet, alike, open_set, read_captions
 
 
@@ -125,6 +126,20 @@ def test_a_fingerprint_reads_at_most_256_evenly_spread_items(num_items: int) -> 
     assert min(num_items, 128) <= len(seen) <= 256
     step = seen[1] - seen[0] if len(seen) > 1 else 1
     assert num_items - seen[-1] <= step
+
+
+def test_what_is_beside_the_only_inference_of_a_run_is_no_other_set(tmp_path: Path) -> None:
+    folder, images = tmp_path / "inference", noise(2, 8, 8, 1)
+    (folder / "X_stages").mkdir(parents=True)
+    for name in ("X", "X_masked", "X_stages/stage_1", "Y.tmp"):
+        write_pngs(folder / name, images)
+    for name in ("X.npz", "Y.npz.tmp"):
+        write_npz(folder / name, images)
+    assert open_set(folder, key="samples").source == str(folder / "X")
+    assert inferences(folder) == [folder / "X", folder / "X.npz"]
+    write_pngs(folder / "Z", images)
+    with pytest.raises(ValueError, match=r"got .*inference with X, Z; wanted one of these"):
+        open_set(folder, key="samples")
 
 
 def test_videos_read_from_files_give_the_features_of_the_originals(tmp_path: Path) -> None:

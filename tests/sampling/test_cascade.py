@@ -20,6 +20,7 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged
 from speedit_plugins.trainer.sampling import cascade
 from speedit_plugins.trainer.sampling.generator import load_generator
+from speedit_plugins.trainer.sampling.stage_sets import read_list
 
 DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
 CPU = torch.device("cpu")
@@ -184,8 +185,22 @@ def test_each_stage_is_scored_by_itself(
     assert run("test", runs[1], **{**own, **measured}) == 0
     figures = json.loads((tmp_path / "own" / "test.json").read_text())["figures"]
     assert found["stages"]["stage_2_from_data"]["figures"] == figures
+    # A failure in the last set leaves the figures of those before.
+    Image.new("L", (8, 8)).save(sets / "stage_3_from_data" / "000005.png")
+    failing = error(capsys, "test", runs[2], score_stages=True, **whole, **measured)
+    assert "test compares sets of one shape, got (8, 8, " in failing
+    last = found["stages"].pop("stage_3_from_data")
+    assert last["figures"]
+    assert json.loads((runs[2] / "test.json").read_text()) == found
     other = {**whole, "cascade": f"[{trained[0]},{runs[1]}]"}
     assert "was drawn by other runs" in error(capsys, "test", runs[2], score_stages=True, **other, **measured)
+
+
+def test_a_list_of_sets_of_another_form_is_refused(tmp_path: Path) -> None:
+    for content in (b"{", b"{}", b"[]", b'{"stages": ["stage_1"]}', b'[{"name": "stage_1"}]', b"\xff"):
+        (tmp_path / "sets.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"sets\.json: wanted a list of sets, as inference writes it"):
+            read_list(tmp_path)
 
 
 def test_a_failure_on_the_data_leaves_no_part_of_a_set(

@@ -1,6 +1,7 @@
 """Samples of super-resolution models: of the data, of files, in grids, in inference and in a training."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from runs import arguments, small_config, small_trainer
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.build import build_process
 from speedit_plugins.trainer.data.images.digits import Digits
+from speedit_plugins.trainer.evaluation.metrics import Figures, MetricValue
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged, reduced
 from speedit_plugins.trainer.sampling import evaluate
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import FromData, given_conditions
+from speedit_plugins.trainer.sampling.stage_scores import StageScores
 from speedit_plugins.trainer.sampling.stage_sets import StageSet
 
 DIGITS, MOVING = "configs/image/digits/speedit.yaml", "configs/text_to_video/moving_digits.yaml"
@@ -150,9 +153,8 @@ def test_a_run_is_trained_measured_sampled_and_tested(
     few = {"num_samples": 5, "data__held_out_samples": 3}
     capsys.readouterr()
     assert run("inference", tmp_path, **few, seed=1) == 0
-    assert "3 low-resolution inputs for 5 samples: after the last the first comes again" in (
-        capsys.readouterr().out
-    )
+    told = capsys.readouterr().out
+    assert "5 samples of 3 low-resolution inputs: inputs are used more than once" in told
     said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr]", samples=tmp_path / "inference")
     assert f"samples needs one set of samples, got {tmp_path}/inference with {npz.stem}, step" in said
     (npz.with_suffix("") / "items.jsonl").unlink()
@@ -174,6 +176,30 @@ def test_ssim_of_a_stage_that_is_too_small_is_refused_before_others_are_measured
     options = {"image_size": 16, "cascade": "[small, middle]", "score_stages": True, "samples": tmp_path}
     said = error(capsys, "test", tmp_path, evaluation__metrics="[psnr,ssim]", **options)
     assert "ssim needs images of 11 x 11 pixels or more, got 8 x 8" in said
+
+
+def test_figures_are_written_after_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = StageSet("stage_1", 1, 8, "noise", str(tmp_path), "weights")
+    whole = StageSet("whole", 2, 16, "stage", str(tmp_path), "weights")
+    written: list[dict[str, Any]] = []
+
+    def measured(*given: object) -> Iterator[StageScores]:
+        for value, about in enumerate((first, whole)):
+            yield StageScores(about, Figures([MetricValue("fid", value, "pixels", 2)], about.name))
+            written.append(json.loads((tmp_path / "test.json").read_text()))
+        raise ValueError("the last set has no data")
+
+    monkeypatch.setattr(evaluate, "written_stages", lambda *given: [])
+    monkeypatch.setattr(evaluate, "measure_stages", measured)
+    options = {"image_size": 16, "cascade": "[small]", "score_stages": True, "samples": tmp_path / "drawn"}
+    with pytest.raises(ValueError, match="the last set has no data"):
+        run("test", tmp_path, **options)
+    # Before the whole there are no figures of the test.
+    assert [row["figures"].get("fid", {}).get("value") for row in written] == [None, 1]
+    assert [Path(row["samples"]).name for row in written] == ["drawn", "whole"]
+    assert [list(row["stages"]) for row in written] == [["stage_1"], ["stage_1", "whole"]]
+    assert json.loads((tmp_path / "test.json").read_text()) == written[-1]
+    assert written[-1]["figures"] == written[-1]["stages"]["whole"]["figures"]
 
 
 def test_files_of_another_run_are_enlarged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

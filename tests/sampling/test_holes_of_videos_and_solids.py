@@ -113,7 +113,7 @@ def test_fills_and_what_was_given_are_written(
     drawn = torch.cat([part.samples for part in fills(generator, holes, None)])
     # What is scored is never what had holes, however new.
     os.utime(masked)
-    assert newest_samples(generator.config, what=kind) == made
+    assert newest_samples(generator.config) == made
     if form == "solid":
         assert torch.equal(read_shapes(made), drawn.clamp(-1, 1))
         # What was in the hole is not there.

@@ -182,9 +182,17 @@ def test_a_folder_that_is_incomplete_or_no_export_is_refused(
     shutil.rmtree(copied / "stage_2")
     with pytest.raises(ValueError, match=r"copied is incomplete: .* got no \['stage_2'\]"):
         load_stages(copied)
-    for content in ("{", "{}", '{"stages": []}'):
+    wanted = r'stages.json: wanted {"stages": \[names of folders\]}, as tools/export.py writes it'
+    for content, said in (
+        ("{", "stages.json is damaged: Expecting"),
+        ('{"stages": []}', "copied is incomplete: .* got no stage"),
+        *(
+            (wrong, wanted)
+            for wrong in ("{}", '[{"name": "stage_1"}]', '{"stages": "ab"}', '{"stages": [1]}')
+        ),
+    ):
         (copied / "stages.json").write_text(content)
-        with pytest.raises(ValueError, match="stages.json is damaged|is incomplete"):
+        with pytest.raises(ValueError, match=said):
             load_stages(copied)
 
 

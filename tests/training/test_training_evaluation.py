@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
-from speedit_plugins.trainer.sampling import evaluate
+from speedit_plugins.trainer.sampling import comparison
 from speedit_plugins.trainer.sampling.generator import find_weights
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.periodic import Measured
@@ -73,13 +73,13 @@ def test_the_reference_is_computed_once(
     (kept,) = evaluated.folder.glob("reference_*.safetensors")
     written = kept.stat().st_mtime_ns
     collected: list[str] = []
-    collect = evaluate._collected
+    collect = comparison._collected
 
     def counted(name: str, *options: Any) -> Any:
         collected.append(name)
         return collect(name, *options)
 
-    monkeypatch.setattr(evaluate, "_collected", counted)
+    monkeypatch.setattr(comparison, "_collected", counted)
     small_trainer(evaluated.folder, **SMALL_SET)
     assert collected == []
     assert kept.stat().st_mtime_ns == written

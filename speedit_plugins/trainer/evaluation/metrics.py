@@ -3,7 +3,7 @@
 Dims: D features.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,21 @@ class MetricValue:
     num_reference: int | None = None
     has_reference: bool = False
     details: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The measured values of a set of samples.
+
+    Args:
+        measured: the values.
+        samples: where the samples are.
+        reference: what they were compared with; None without one.
+    """
+
+    measured: Sequence[MetricValue]
+    samples: str
+    reference: str | None = None
 
 
 @dataclass(frozen=True)

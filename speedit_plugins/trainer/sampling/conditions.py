@@ -108,7 +108,7 @@ def repeats(conditions: Conditions, num_samples: int) -> str | None:
     number = num_samples if conditions.inputs is None else len(conditions.inputs)
     if number >= num_samples:
         return None
-    return f"{number} low-resolution inputs for {num_samples} samples: after the last the first comes again"
+    return f"{num_samples} samples of {number} low-resolution inputs: inputs are used more than once"
 
 
 def build_captions(

@@ -1,61 +1,26 @@
-"""The phase `test`: metrics of samples, most against a reference. Each states its features and set sizes.
+"""The phase `test`: metrics of samples, most against a reference. Each states its features and set sizes."""
 
-Dims: N images or videos, F frames, H x W pixels, C channels, D features.
-"""
-
-import inspect
-import json
 from collections.abc import Iterator
-from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from speedit_plugins.registry import FEATURES, check, nearest
-from speedit_plugins.registry import build as build_registered
+from speedit_plugins.registry import nearest
 from speedit_plugins.trainer import results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import METRIC_OF, EvaluationConfig
-from speedit_plugins.trainer.data.loader import LABEL_STREAM, stream_seed
-from speedit_plugins.trainer.evaluation.collected import (
-    Collected,
-    FeatureMoments,
-    collect,
-    load_collected,
-    save_collected,
-)
-from speedit_plugins.trainer.evaluation.features import FeatureExtractor
-from speedit_plugins.trainer.evaluation.metrics import (
-    CLIP_SCORE,
-    METRICS,
-    MetricValue,
-    Sides,
-    check_numbers,
-    label_of,
-    line_of,
-)
-from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
-from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
+from speedit_plugins.trainer.evaluation.metrics import CLIP_SCORE, METRICS, Figures, MetricValue, line_of
 from speedit_plugins.trainer.evaluation.pairs import PAIRED, check_window
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
-from speedit_plugins.trainer.sampling.finite import of_one_value
+from speedit_plugins.trainer.sampling.comparison import Comparison
 from speedit_plugins.trainer.sampling.pairs import measure_pairs
-from speedit_plugins.trainer.sampling.sample_sets import (
-    SampleSet,
-    alike,
-    dataset_set,
-    open_set,
-    read_captions,
-)
+from speedit_plugins.trainer.sampling.sample_sets import SampleSet, open_set, read_captions
 from speedit_plugins.trainer.sampling.score_files import show_scores, write_scores
-from speedit_plugins.trainer.sampling.shape_scores import Found, measure_shapes
+from speedit_plugins.trainer.sampling.shape_scores import measure_shapes
 from speedit_plugins.trainer.sampling.stage_scores import StageScores, measure_stages, table, written_stages
 from speedit_plugins.trainer.sampling.stage_sets import WHOLE
-from speedit_plugins.trainer.terminal import progress, say
+from speedit_plugins.trainer.terminal import say
 
 
 def test(config: ExperimentConfig) -> int:
@@ -65,57 +30,69 @@ def test(config: ExperimentConfig) -> int:
     Shapes are compared with shapes that were not trained on, see `measure_shapes`. With `score_stages` the
     stages of a cascade are measured too, each against data of its size, see `measure_stages`.
 
+    test.json is written after each set of a cascade and after each metric of shapes: a later failure leaves
+    the figures before it.
+
     Raises:
         ValueError: sets, features and metrics do not fit each other, or an option has no effect.
     """
-    folder = Path(config.experiment_dir)
-    scores = _of_stages(config) if config.score_stages else []
+    path = Path(config.experiment_dir) / results.TEST
     num_said = 0
-    for measured, samples, source in _parts(config, scores):
-        if not num_said:
+    for number, (figures, stages) in enumerate(_parts(config)):
+        if number == 0:
             results.save_config(config, "test")
-            results.keep_earlier(folder / results.TEST)
-        # An absolute path can be found from any folder.
-        path = str(Path(samples).absolute())
-        write_scores(folder / results.TEST, measured, samples=path, reference=source, stages=scores)
-        for metric in measured[num_said:]:
+            results.keep_earlier(path)
+        write_scores(path, figures, stages)
+        for metric in figures.measured[num_said:]:
             say(line_of(metric))
-        num_said = len(measured)
-    for line in table(scores) if scores else []:
+        num_said = len(figures.measured)
+    for line in table(stages) if stages else []:
         say(line)
-    say(f"  samples      {samples}")
-    if source is not None:
-        say(f"  reference    {source}")
-    say(f"  result       {folder / results.TEST}")
+    say(f"  samples      {figures.samples}")
+    if figures.reference is not None:
+        say(f"  reference    {figures.reference}")
+    say(f"  result       {path}")
     # Last, because a board may be out of reach.
-    show_scores(config, measured, samples)
+    show_scores(config, figures)
     return 0
 
 
-def _parts(config: ExperimentConfig, scores: list[StageScores]) -> Iterator[Found]:
-    """The figures so far, each time that there are more of them; the last part has all."""
-    if scores:
-        # Its figures are those of the test as a whole, as without stages.
-        whole = next(each for each in scores if each.about.name == WHOLE)
-        yield whole.measured, whole.samples, whole.reference
+def _parts(config: ExperimentConfig) -> Iterator[tuple[Figures, list[StageScores]]]:
+    """The figures so far, each time that there are more of them; the last part has all.
+
+    Yields:
+        The figures of the samples, and those of the sets of a cascade's stages.
+    """
+    if config.score_stages:
+        yield from _of_stages(config)
     elif config.voxel_size:
-        yield from measure_shapes(config)
+        for figures in measure_shapes(config):
+            yield figures, []
     else:
-        yield _of_images(config)
+        yield _of_images(config), []
 
 
-def _of_stages(config: ExperimentConfig) -> list[StageScores]:
-    """The figures of a cascade and of each of its stages. All sets are looked for before one is measured."""
+def _of_stages(config: ExperimentConfig) -> Iterator[tuple[Figures, list[StageScores]]]:
+    """Parts with one more set each. All sets are looked for before one is measured.
+
+    The figures of the samples are those of the cascade as a whole. There are none before it is measured.
+    """
     check_metrics(config.evaluation)
     _check_options(config)
-    sets = written_stages(config, _place(config))
+    samples = _place(config)
+    sets = written_stages(config, samples)
     for about, _ in sets:
         if about.inputs == "data" and "ssim" in config.evaluation.metrics:
             check_window(about.image_size, about.image_size)
-    return measure_stages(config, sets, _of_images)
+    whole, scores = Figures((), str(samples)), []
+    for each in measure_stages(config, sets, _of_images):
+        scores.append(each)
+        if each.about.name == WHOLE:
+            whole = each.figures
+        yield whole, list(scores)
 
 
-def _of_images(config: ExperimentConfig) -> Found:
+def _of_images(config: ExperimentConfig) -> Figures:
     check_metrics(config.evaluation)
     _check_options(config)
     samples = open_set(_place(config), key="samples")
@@ -125,7 +102,7 @@ def _of_images(config: ExperimentConfig) -> Found:
     clip_scores = [_clip_score(config, samples)] if CLIP_SCORE in config.evaluation.metrics else []
     measured, source = _compared(config, samples, metrics) if metrics else ([], None)
     measured += clip_scores + pairs
-    return measured, str(samples.source), source
+    return Figures(measured, str(samples.source), source)
 
 
 def _compared(
@@ -134,83 +111,6 @@ def _compared(
     """The metrics that need features, and the source of the reference, or None without one."""
     comparison = Comparison(config, samples, metrics)
     return comparison.measure(samples), comparison.source
-
-
-class Comparison:
-    """A reference, and the features in which sets of samples are compared with it.
-
-    Args:
-        config: gives the reference, the features and the options of the metrics.
-        example: a set as those to measure: as many samples, of the same shape.
-        metrics: what to measure; all but the CLIP score.
-        keep_in: folder that keeps the statistics of the reference, where the config names no file for them.
-
-    Raises:
-        ValueError: the set, the reference, the features and the metrics do not fit each other.
-    """
-
-    def __init__(
-        self, config: ExperimentConfig, example: SampleSet, metrics: list[str], *, keep_in: Path | None = None
-    ) -> None:
-        options = config.evaluation
-        self._config, self._options, self._metrics = config, options, metrics
-        self._stated = _stated_statistics(config)
-        wanted = {METRICS[name].kind for name in metrics if METRICS[name].has_reference}
-        missing = wanted - self._stated.keys()
-        self._reference = None
-        if missing or _trains_on_reference(config):
-            example, self._reference = alike(example, _reference(config, example))
-        elif not wanted and config.reference is not None:
-            raise ValueError(f"reference has no effect on {', '.join(metrics)}; wanted null")
-        self._num_reference = None if self._reference is None else len(self._reference)
-        check_numbers(metrics, options, num_samples=len(example), num_reference=self._num_reference)
-        if options.reference_statistics is not None and not missing:
-            raise ValueError("evaluation.reference_statistics has no effect: no statistics are computed")
-        self._extractor = _extractor(config, self._reference, is_video=example.is_video)
-        self._kinds = {METRICS[name].kind for name in metrics}
-        _try_out(example, self._extractor, self._kinds, self._stated)
-        theirs = Collected()
-        if missing:
-            assert self._reference is not None
-            theirs = _collected_reference(options, self._reference, self._extractor, missing, keep_in)
-        stated = {kind: self._stated[kind] for kind in wanted & self._stated.keys()}
-        self._theirs = replace(theirs, **cast(Any, stated))
-        # Nothing is compared with it where no metric has a reference.
-        source = config.reference if self._reference is None else self._reference.source
-        self.source = source if wanted else None
-
-    def measure(self, samples: SampleSet) -> list[MetricValue]:
-        """The metrics of a set like the example."""
-        if self._reference is not None:
-            samples, _ = alike(samples, self._reference)
-        ours = _collected("samples", samples, self._extractor, self._options, self._kinds)
-        sides = Sides(ours, self._theirs, self._options, stream_seed(self._config.seed, LABEL_STREAM))
-        measured = []
-        for name in self._metrics:
-            metric = METRICS[name]
-            is_counted = metric.has_reference and metric.kind not in self._stated
-            numbers = (len(samples), self._num_reference if is_counted else None)
-            for label, value, details in metric.measure(sides):
-                called = label_of(label, self._extractor)
-                measured.append(
-                    MetricValue(called, value, self._extractor.name, *numbers, metric.has_reference, details)
-                )
-        return measured
-
-
-def _try_out(
-    samples: SampleSet, extractor: FeatureExtractor, kinds: set[str], stated: dict[str, FeatureMoments]
-) -> None:
-    """Tries the features on two samples first, and refuses those that a metric cannot use."""
-    few = next(samples.batches(2))
-    found = collect([few], extractor, num_samples=len(few), kinds=kinds)
-    for kind in kinds & stated.keys():
-        ours, theirs = len(getattr(found, kind).mean), len(stated[kind].mean)
-        if ours != theirs:
-            raise ValueError(
-                f"the statistics in the reference are of {theirs} features, those of {extractor.name} are"
-                f" {ours}"
-            )
 
 
 def check_metrics(options: EvaluationConfig) -> None:
@@ -266,113 +166,7 @@ def _place(config: ExperimentConfig) -> Path:
     """Where the samples are."""
     if config.samples is not None:
         return Path(config.samples)
-    return results.newest_samples(config, what="videos" if config.num_frames else "npz")
-
-
-def _reference(config: ExperimentConfig, samples: SampleSet) -> SampleSet:
-    reference = (
-        dataset_set(config) if config.reference is None else open_set(config.reference, key="reference")
-    )
-    if reference.is_video != samples.is_video:
-        raise ValueError(
-            f"test compares images with images and videos with videos, got {samples.source} and"
-            f" {reference.source}"
-        )
-    return reference
-
-
-def _stated_statistics(config: ExperimentConfig) -> dict[str, FeatureMoments]:
-    """The statistics in a reference's npz, as in ADM's. They are Inception's: other features take none."""
-    path = config.reference
-    if path is None or not Path(path).is_file() or config.features["type"] != Inception.name:
-        return {}
-    keys = npz_keys(path)
-    found = {}
-    for kind, key in (("gaussian", "mu"), ("spatial", "mu_s")):
-        if key in keys:
-            # They cover more images than the file holds, and the file does not say how many.
-            found[kind] = FeatureMoments(*read_statistics(path, spatial=kind == "spatial"), None)
-    return found
-
-
-def _trains_on_reference(config: ExperimentConfig) -> bool:
-    """Whether building the features needs the images of the reference."""
-    check(FEATURES, config.features, images=None, labels=None, device=None)
-    builder = FEATURES.module_dict[str(config.features["type"])]
-    return "images" in inspect.signature(builder).parameters
-
-
-def _extractor(config: ExperimentConfig, reference: SampleSet | None, *, is_video: bool) -> FeatureExtractor:
-    """The extractor that `features` names, on the run's device. An image network sees a video's frames."""
-    given: dict[str, Any] = {"device": build_device(config)}
-    if _trains_on_reference(config):
-        assert reference is not None
-        given |= {
-            "images": torch.cat(list(reference.batches(config.evaluation.batch_size))),
-            "labels": reference.labels(),
-        }
-    extractor: FeatureExtractor = build_registered(FEATURES, config.features, **given)
-    takes_videos = getattr(extractor, "takes_videos", False)
-    if takes_videos and not is_video:
-        raise ValueError(f"features {extractor.name} need videos, got images")
-    if is_video and not takes_videos:
-        return FrameFeatures(extractor)
-    return extractor
-
-
-def _collected_reference(
-    options: EvaluationConfig,
-    reference: SampleSet,
-    extractor: FeatureExtractor,
-    kinds: set[str],
-    keep_in: Path | None = None,
-) -> Collected:
-    """The reference's statistics: read from `reference_statistics` if the file exists, else written to it.
-
-    Without that key they are in a file of `keep_in`, which has another name for anything else.
-    """
-    if options.reference_statistics is None and keep_in is None:
-        return _collected("reference", reference, extractor, options, kinds)
-    identity = {
-        "features": str(getattr(extractor, "identity", extractor.name)),
-        "fingerprint": reference.fingerprint(),
-    }
-    if options.reference_statistics is not None:
-        path = Path(options.reference_statistics)
-    else:
-        assert keep_in is not None
-        name = sha256(json.dumps([identity, sorted(kinds)]).encode()).hexdigest()[:8]
-        path = keep_in / f"reference_{name}.safetensors"
-    if path.exists():
-        return load_collected(path, kinds=kinds, **identity)
-    collected = _collected("reference", reference, extractor, options, kinds)
-    save_collected(path, collected, **identity)
-    return collected
-
-
-def _collected(
-    name: str, images: SampleSet, extractor: FeatureExtractor, options: EvaluationConfig, kinds: set[str]
-) -> Collected:
-    """`collect` with a progress bar."""
-
-    flat = 0
-
-    def shown() -> Iterator[Tensor]:
-        nonlocal flat
-        for batch in images.batches(options.batch_size):
-            flat += of_one_value(batch)
-            yield batch
-            bar.update(len(batch))
-
-    with progress(name, total=len(images), unit="video" if images.is_video else "image") as bar:
-        try:
-            collected = collect(shown(), extractor, num_samples=len(images), kinds=kinds)
-        except ValueError as error:
-            raise ValueError(f"{name}, {images.source}: {error}") from error
-    if flat:
-        # Other programs write samples that are not finite as black images.
-        say(f"warning: {flat} of {len(images)} in {images.source} have the same value in every pixel")
-    return collected
+    return results.newest_samples(config)
 
 
 def _clip_score(config: ExperimentConfig, samples: SampleSet) -> MetricValue:

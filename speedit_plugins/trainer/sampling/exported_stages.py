@@ -266,10 +266,13 @@ def _stage_folders(folder: Path) -> list[Path]:
             f"wanted a folder that tools/export.py --for-loader wrote, got {folder} without {INDEX}"
         )
     try:
-        names: Any = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        places = [folder / str(name) for name in names]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    names = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: wanted {{"stages": [names of folders]}}, as tools/export.py writes it')
+    places = [folder / name for name in names]
     missing = [name for name, place in zip(names, places, strict=True) if not place.is_dir()]
     if missing or not places:
         raise ValueError(

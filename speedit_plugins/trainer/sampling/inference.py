@@ -56,9 +56,9 @@ def inference(config: ExperimentConfig) -> int:
 
     With `score_stages` the samples of each stage of a cascade are in another folder, see `stage_sets`.
 
-    Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files,
-    see `save_shape`. captions.jsonl beside them
-    has the prompts, labels.jsonl the classes. The folder gets its final name when it is complete.
+    Images become PNG files and one npz in ADM's format, videos become MP4 files, and shapes NPY files, see
+    `save_shape`. captions.jsonl beside them has the prompts, labels.jsonl the classes. The folder gets its
+    final name when it is complete.
 
     Raises:
         ValueError: an earlier inference has written files of the same name, or another one is writing them.

@@ -28,7 +28,7 @@ from speedit_plugins.trainer.data.loader import DATA_STREAM, SampleSource, strea
 from speedit_plugins.trainer.data.videos.clips import STILL_SUFFIXES
 from speedit_plugins.trainer.evaluation.npz import npz_batches, npz_shape
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.results import CAPTIONS, INFERENCE, UNFINISHED
+from speedit_plugins.trainer.results import CAPTIONS, INFERENCE, inferences
 
 # A fingerprint reads this many items, spread over the set: reading all costs as much as their features.
 FINGERPRINT_ITEMS = 256
@@ -223,7 +223,7 @@ def _one_set(path: Path, key: str) -> Path:
     """The folder, or the single inference in a run's folder of inferences."""
     if path.name != INFERENCE:
         return path
-    sets = sorted(each for each in path.iterdir() if each.is_dir() and each.suffix != UNFINISHED)
+    sets = [each for each in inferences(path) if each.is_dir()]
     if len(sets) > 1:
         names = ", ".join(each.name for each in sets)
         raise ValueError(f"{key} needs one set of samples, got {path} with {names}; wanted one of these")

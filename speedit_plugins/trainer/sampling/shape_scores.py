@@ -21,7 +21,7 @@ from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import DATA_STREAM, SampleSource, stream_seed
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.voxel_surface import surface_of_voxels
-from speedit_plugins.trainer.evaluation.metrics import MetricValue
+from speedit_plugins.trainer.evaluation.metrics import Figures, MetricValue
 from speedit_plugins.trainer.evaluation.shape_classifier import ShapeClassifier, frechet_shape_distance
 from speedit_plugins.trainer.evaluation.shapes import (
     DISTANCES,
@@ -40,11 +40,8 @@ DEFAULT = "chamfer"
 # Shapes of the training that the classifier of `frechet` learns from, at most.
 NUM_LEARNED = 2000
 
-Found = tuple[list[MetricValue], str, str | None]
-"""Measured values, where the samples are, and the reference."""
 
-
-def measure_shapes(config: ExperimentConfig) -> Iterator[Found]:
+def measure_shapes(config: ExperimentConfig) -> Iterator[Figures]:
     """MMD, coverage and 1-NN accuracy by each distance of `evaluation.metrics`, and the Fréchet distance.
 
     The measures need two sets of one size: of the larger one, shapes are left out, and a line says so.
@@ -61,9 +58,7 @@ def measure_shapes(config: ExperimentConfig) -> Iterator[Found]:
             read or has another kind of shapes.
     """
     names = _metrics(config)
-    folder = (
-        Path(config.samples) if config.samples is not None else results.newest_samples(config, what="shapes")
-    )
+    folder = results.newest_samples(config) if config.samples is None else Path(config.samples)
     drawn = read_shapes(folder)
     _check_samples(config, names, drawn, folder)
     dataset, source = _reference(config)
@@ -86,7 +81,7 @@ def measure_shapes(config: ExperimentConfig) -> Iterator[Found]:
             measured.append(_frechet(config, drawn[:number], reference))
         else:
             measured += _by_distance(name, ours, theirs)
-        yield list(measured), str(folder), source
+        yield Figures(tuple(measured), str(folder), source)
 
 
 def _by_distance(name: str, ours: Tensor, theirs: Tensor) -> list[MetricValue]:

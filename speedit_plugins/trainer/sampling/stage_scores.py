@@ -1,18 +1,15 @@
 """The phase `test` for each stage of a cascade, on the sets that inference wrote with `score_stages`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.evaluation.metrics import MetricValue
+from speedit_plugins.trainer.evaluation.metrics import Figures
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.results import STAGES
 from speedit_plugins.trainer.sampling.cascade import trained_stages
 from speedit_plugins.trainer.sampling.stage_sets import WHOLE, StageSet, read_list
-
-Measured = tuple[list[MetricValue], str, str | None]
-"""Measured values, where the samples are, and the reference."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +17,7 @@ class StageScores:
     """A set of samples of a stage, and its figures."""
 
     about: StageSet
-    measured: list[MetricValue]
-    samples: str
-    reference: str | None
+    figures: Figures
 
 
 def written_stages(config: ExperimentConfig, samples: Path) -> list[tuple[StageSet, Path]]:
@@ -52,9 +47,12 @@ def written_stages(config: ExperimentConfig, samples: Path) -> list[tuple[StageS
 def measure_stages(
     config: ExperimentConfig,
     sets: Sequence[tuple[StageSet, Path]],
-    measure: Callable[[ExperimentConfig], Measured],
-) -> list[StageScores]:
+    measure: Callable[[ExperimentConfig], Figures],
+) -> Iterator[StageScores]:
     """The metrics of each set against the data of its stage; those of pairs only where its inputs are data.
+
+    Yields:
+        The figures of a set, once they are measured.
 
     Args:
         config: gives the metrics, their features, and the reference of sets in the full size.
@@ -66,7 +64,6 @@ def measure_stages(
     """
     # With the seeds of their trainings: those decide what was held out.
     stages = [*trained_stages(config), config]
-    found = []
     for about, place in sets:
         stage = stages[about.number - 1]
         is_last = stage is config
@@ -81,17 +78,16 @@ def measure_stages(
             cascade=[],
             score_stages=False,
         )
-        scores: Measured = measure(of_set) if metrics else ([], str(place), None)
-        found.append(StageScores(about, *scores))
-    return found
+        yield StageScores(about, measure(of_set) if metrics else Figures((), str(place)))
 
 
 def table(scores: Sequence[StageScores]) -> list[str]:
     """Lines of a table: stage, pixels, input, and a column for each metric."""
-    names = list(dict.fromkeys(metric.name for each in scores for metric in each.measured))
+    names = list(dict.fromkeys(metric.name for each in scores for metric in each.figures.measured))
     rows = [["stage", "pixels", "input", *names]]
     for each in scores:
-        about, values = each.about, {metric.name: f"{metric.value:.4f}" for metric in each.measured}
+        about = each.about
+        values = {metric.name: f"{metric.value:.4f}" for metric in each.figures.measured}
         stage = f"{about.number}{' (whole)' if about.name == WHOLE else ''}"
         given = f"stage {about.number - 1}" if about.inputs == "stage" else about.inputs
         rows.append([stage, str(about.image_size), given, *(values.get(name, "-") for name in names)])

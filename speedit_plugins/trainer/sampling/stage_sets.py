@@ -1,8 +1,8 @@
 """What inference of a cascade writes for each stage, so that `test` can score the stages by themselves.
 
 Beside the samples of the whole there is a folder, `..._stages`, with a set for each stage before the last, as
-the cascade draws it, and one for each super-resolution stage on inputs from the data. `stages.json` says what
-they are. It has a line for the whole, too.
+the cascade draws it, and one for each super-resolution stage on inputs from the data. `sets.json` says what
+they are. It has an entry for the whole, too.
 
 Dims: N samples, B of them at a time.
 """
@@ -24,7 +24,7 @@ from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, given_conditions
 
-LIST, WHOLE = "stages.json", "whole"
+LIST, WHOLE = "sets.json", "whole"
 
 
 @dataclass(frozen=True)
@@ -100,33 +100,25 @@ def on_data(
         generators: of all stages, the smallest first.
         captions: the text encoder that the stages share.
     """
-    for number, (stage, generator) in enumerate(
-        zip([*trained_stages(config), config], generators, strict=True), start=1
-    ):
-        if number == 1:
-            continue
-        alone = _alone(replace(stage, num_samples=config.num_samples))
+    stages = [*trained_stages(config), config]
+    for number, (stage, generator) in enumerate(zip(stages[1:], generators[1:], strict=True), start=2):
+        alone = _alone(stage, config)
         drawing = SampleGenerator(
-            generator.model,
-            generator.process,
-            generator.encoder,
-            replace(alone, per_proc_batch_size=config.per_proc_batch_size),
-            source=generator.source,
+            generator.model, generator.process, generator.encoder, alone, source=generator.source
         )
         classes = checkpoint.class_names(Path(generator.source))
-        number_of = config.num_samples
-        given = given_conditions(alone, drawing, captions, num_samples=number_of, classes=classes)
+        given = given_conditions(alone, drawing, captions, num_samples=config.num_samples, classes=classes)
         yield f"stage_{number}_from_data", drawing, given
 
 
 def write_list(folder: Path, sets: Sequence[StageSet]) -> None:
-    """Writes `stages.json`: what the sets in a folder are."""
+    """Writes `sets.json`: what the sets in a folder are."""
     content = json.dumps([asdict(each) for each in sets], indent=2)
     write_whole(folder / LIST, f"{content}\n".encode())
 
 
 def read_list(folder: Path) -> list[StageSet]:
-    """The sets of a folder, from `stages.json`.
+    """The sets of a folder, from `sets.json`.
 
     Raises:
         ValueError: there is no such file, or it is not one of `write_list`.
@@ -139,12 +131,22 @@ def read_list(folder: Path) -> list[StageSet]:
         )
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [StageSet(**row) for row in rows]
-    except (ValueError, TypeError, UnicodeDecodeError):
-        raise ValueError(f"{path}: wanted a list of sets, as inference writes it") from None
+        found = [StageSet(**row) for row in rows]
+    except (ValueError, TypeError):
+        found = []
+    if not found:
+        raise ValueError(f"{path}: wanted a list of sets, as inference writes it")
+    return found
 
 
-def _alone(stage: ExperimentConfig) -> ExperimentConfig:
-    """A stage's config for inputs from the data, without a cascade."""
-    sampler = replace(stage.sampler, augmentation=0.0)
-    return replace(stage, sampler=sampler, cascade=[], low_resolution=None, score_stages=False)
+def _alone(stage: ExperimentConfig, config: ExperimentConfig) -> ExperimentConfig:
+    """A stage's config for inputs from the data, without a cascade: as many samples as those of `config`."""
+    return replace(
+        stage,
+        sampler=replace(stage.sampler, augmentation=0.0),
+        cascade=[],
+        low_resolution=None,
+        score_stages=False,
+        num_samples=config.num_samples,
+        per_proc_batch_size=config.per_proc_batch_size,
+    )
