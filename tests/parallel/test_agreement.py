@@ -11,6 +11,7 @@ from speedit_plugins.trainer.best_checkpoint import note_best
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.same_config import difference, stated
+from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.training import data_centre, evaluation
 from speedit_plugins.trainer.training.data_centre import centred
 from speedit_plugins.trainer.training.evaluation import Evaluation
@@ -42,7 +43,7 @@ def centre(folder: Path, runtime: Runtime) -> None:
 
 
 def evaluate(folder: Path, runtime: Runtime) -> None:
-    Evaluation(object(), object(), small_config(folder), runtime)
+    Evaluation(object(), Conditions(("all",)), small_config(folder), runtime)
 
 
 @pytest.mark.parametrize("action", [enter, note, measure, centre, evaluate])

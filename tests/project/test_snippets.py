@@ -184,7 +184,7 @@ STAND_INS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
             "model.depth=1",
             "sampler.num_steps=2",
         ),
-        before="image_size=16 data.dataset.image_size=16 model.input_size=16",
+        before="image_size=16 data.dataset.image_size=16 model.input_size=16 sampler.augmentation=0",
     ),
     "docs/index.md": of_dit,
     "docs/shapes.md": of_an_export(
