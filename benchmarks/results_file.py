@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
@@ -65,3 +66,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text: str) -> None:
+    """Prints a line with the time."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

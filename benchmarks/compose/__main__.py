@@ -16,7 +16,6 @@ benchmarks/flow/sets.py says how to make the files in DIR; benchmarks/compose/ar
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from benchmarks.compose.report import report
 from benchmarks.compose.results import Training, pace_file, read_paces, read_trainings
 from benchmarks.compose.sets import SETS
 from benchmarks.compose.training import Cell, Settings, check
-from benchmarks.results_file import append, check_exists, revision
+from benchmarks.results_file import append, check_exists, revision, say
 
 STANDARD = "standard"
 
@@ -165,11 +164,6 @@ def train_missing(plan: Plan, arguments: argparse.Namespace) -> int:
             has_failed = has_failed or not found.startswith("ValueError")
             say(f"{task.cell}: {task.arm.name} is left out: {found[:300]}")
     return int(has_failed)
-
-
-def say(text: str) -> None:
-    """Prints a line with the time."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:

@@ -30,7 +30,7 @@ from benchmarks.flow.laws import Policy, coarse_laws, laws, policy_of, widths_at
 from benchmarks.flow.report import leading, report
 from benchmarks.flow.results import Result, read_results
 from benchmarks.flow.sets import SETS, FlowSet, load_flow_set
-from benchmarks.results_file import append, check_exists, revision
+from benchmarks.results_file import append, check_exists, revision, say
 from benchmarks.stacked.fine_tuning import going_on
 from benchmarks.stacked.sample_quality import SampleDraws, Sampler
 from benchmarks.stacked.training import SETTINGS, Member, StackedTraining, build_member_policy, build_process
@@ -132,7 +132,7 @@ class Runner:
         missing = [member for member in wanted if self._result(member).key not in done]
         trained = [name for name in names if self._can_train(self._member(name, seeds[0]))]
         members = [member for member in missing if member.label in trained]
-        _say(f"{self.name}: {len(wanted)} trainings, {len(wanted) - len(missing)} done, {len(members)} to do")
+        say(f"{self.name}: {len(wanted)} trainings, {len(wanted) - len(missing)} done, {len(members)} to do")
         size = SMALL_STACK if self.flow_set.shape.width <= SMALL_WIDTH else LARGE_STACK
         for first in range(0, len(members), size):
             self._train(members[first : first + size])
@@ -170,7 +170,7 @@ class Runner:
         for member, curve in zip(members, curves, strict=True):
             append(self.out, self._result(member, curve, seconds, self.facts))
             last = {s: round(d[-1], 4) for s, d in curve[self.samplers[0]].items()}
-            _say(f"{self.name}  {member.name}  seed {member.seed}  {seconds:.0f} s  {last}")
+            say(f"{self.name}  {member.name}  seed {member.seed}  {seconds:.0f} s  {last}")
         if self.summary is not None:
             self.summary.write_text(report(read_results(self.out)) + "\n", encoding="utf-8")
 
@@ -221,7 +221,7 @@ class Runner:
         try:
             build_member_policy(member, process, self.flow_set.data)
         except (ValueError, TypeError) as error:
-            _say(f"{self.name}: {member.label} is left out: {str(error).splitlines()[0][:160]}")
+            say(f"{self.name}: {member.label} is left out: {str(error).splitlines()[0][:160]}")
             return False
         return True
 
@@ -276,10 +276,6 @@ def _statistics(features: Tensor) -> FeatureStatistics:
     found = FeatureStatistics(features.shape[1])
     found.update(features)
     return found
-
-
-def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compose.results import Training, read_trainings
-from benchmarks.results_file import append, check_exists, revision
+from benchmarks.results_file import append, check_exists, revision, say
 from benchmarks.tasks.arms import BASE, Policy
 from benchmarks.tasks.cells import CELLS, SETTINGS, Cell
 from benchmarks.tasks.report import report
@@ -78,11 +78,6 @@ def train_missing(arguments: argparse.Namespace) -> int:
         last = {name: float(f"{values[-1] or float('nan'):.4g}") for name, values in found.distances.items()}
         say(f"{cell}: {policy.name}, seed {seed}: {found.total_seconds:.0f} s, {last}")
     return int(has_failed)
-
-
-def say(text: str) -> None:
-    """Prints a line with the time."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def _trained(cell: Cell, policy: Policy, seed: int) -> Training | str:

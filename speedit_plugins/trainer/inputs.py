@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedit_plugins.trainer.condition import Condition
-from speedit_plugins.trainer.data.holes import IMAGE, VIDEO, VOXELS, draw_hole
+from speedit_plugins.trainer.data.holes import draw_hole, hole_key
 from speedit_plugins.trainer.data.latents.cache import FEATURES, TEXT, sample_latents
 from speedit_plugins.trainer.layouts import IMAGES, SHAPES
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, dropped
@@ -145,10 +145,7 @@ class BatchEncoder:
         return rearrange(made, "(b f) d h w -> b f d h w", b=len(batch["video"]))
 
     def _hole(self, batch: Mapping[str, Any], generators: Generators) -> Tensor:
-        key = next((key for key in (IMAGE, VIDEO, VOXELS) if key in batch), None)
-        if key is None:
-            got = ", ".join(sorted(batch))
-            raise ValueError(f"inpainting needs images, videos or voxels, got batches of {got}")
+        key = hole_key(batch)
         samples: Tensor = batch[key]
         drawn = [draw_hole(self._masks, key, samples.shape[2:], generator) for generator in generators]
         mask = torch.stack(drawn).unsqueeze(1).to(self.device)  # (B, 1, [F,] H, W)

@@ -11,7 +11,7 @@ Each mask is 1 in the hole and 0 elsewhere.
 Dims: F frames, H x W pixels; D x H x W voxels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,15 @@ from torch import Tensor
 IMAGE, VIDEO, VOXELS = "image", "video", "voxels"
 """Keys of samples that can have a hole, in a batch."""
 _METHODS = {IMAGE: ("draw",), VIDEO: ("draw_frames", "draw"), VOXELS: ("draw_solid",)}
+
+
+def hole_key(batch: Mapping[str, Any]) -> str:
+    """The key of the samples that can have a hole, in a batch or a sample; ValueError if there is none."""
+    key = next((key for key in (IMAGE, VIDEO, VOXELS) if key in batch), None)
+    if key is None:
+        got = ", ".join(sorted(batch))
+        raise ValueError(f"inpainting needs images, videos or voxels, got batches of {got}")
+    return key
 
 
 def draw_hole(masks: Any, key: str, sides: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -3,17 +3,18 @@
 Dims: B samples, C channels, F frames (absent for images), H x W pixels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from speedit_plugins.trainer.logging import images
+from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs
+from speedit_plugins.trainer.sampling.sample_files import save_cells
 
 
 def draw_enlargements(
@@ -62,33 +63,21 @@ def draw_enlargements(
         columns.append(torch.cat(known))
         titles.append("original")
     columns = [blocks(column, config.image_size // column.shape[-1]) for column in columns]
-    save_columns(columns, path, titles, conditions.names, frames_per_second=config.frames_per_second)
+    save_columns(columns, path, config, titles=titles, row_titles=conditions.names)
     return len(rows)
 
 
 def save_columns(
     columns: list[Tensor],
     path: Path,
-    titles: list[str],
-    row_titles: tuple[str, ...],
+    config: ExperimentConfig,
     *,
-    frames_per_second: float,
+    titles: Sequence[str],
+    row_titles: Sequence[str],
 ) -> None:
     """Writes a grid with a row for each sample; each column has (B, C, [F,] H, W), under its title."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     cells = torch.stack(columns, dim=1).flatten(0, 1)
-    number = len(columns)
-    if cells.ndim == 5:
-        images.save_videos(
-            cells,
-            path,
-            columns=number,
-            titles=titles,
-            row_titles=row_titles,
-            frames_per_second=frames_per_second,
-        )
-    else:
-        images.save_grid(cells, path, columns=number, titles=titles, row_titles=row_titles)
+    save_cells(cells, path, config, columns=len(columns), titles=titles, row_titles=row_titles)
 
 
 def blocks(samples: Tensor, factor: int) -> Tensor:

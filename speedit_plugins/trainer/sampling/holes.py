@@ -17,7 +17,7 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.holes import IMAGE, VIDEO, VOXELS, draw_hole
+from speedit_plugins.trainer.data.holes import draw_hole, hole_key
 from speedit_plugins.trainer.data.latents.cache import LatentCache
 from speedit_plugins.trainer.data.loader import HOLE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
@@ -82,7 +82,7 @@ class Holes:
     def at(self, items: Tensor) -> Given:
         """The samples with these indices, int64 (B,), on the CPU."""
         loaded = [load_item(self._config, self._dataset, item) for item in items.tolist()]
-        key = next(key for key in (IMAGE, VIDEO, VOXELS) if key in loaded[0])
+        key = hole_key(loaded[0])
         samples = torch.stack([cast(Tensor, one[key]) for one in loaded])
         masks = [
             draw_hole(self._masks, key, samples.shape[2:], self._generator(item, 0))

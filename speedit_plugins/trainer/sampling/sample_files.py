@@ -74,6 +74,7 @@ def save_cells(
     *,
     columns: int,
     titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
     normalization: Normalization | None = None,
 ) -> None:
     """Writes samples (B, C, [F,] H, W), or shapes, as a PNG, row by row.
@@ -87,6 +88,7 @@ def save_cells(
         config: of the samples.
         columns: samples in a row.
         titles: written above the columns.
+        row_titles: of images and videos, written before the rows.
         normalization: of the data of clouds; gives their scale.
 
     Raises:
@@ -98,11 +100,12 @@ def save_cells(
         if normalization is not None:
             _say_what_is_outside(samples, normalization)
     elif config.num_frames:
+        rate = config.frames_per_second
         images.save_videos(
-            samples, path, columns=columns, titles=titles, frames_per_second=config.frames_per_second
+            samples, path, columns=columns, titles=titles, row_titles=row_titles, frames_per_second=rate
         )
     else:
-        images.save_grid(samples, path, columns=columns, titles=titles)
+        images.save_grid(samples, path, columns=columns, titles=titles, row_titles=row_titles)
 
 
 def _say_what_is_outside(clouds: Tensor, normalization: Normalization) -> None:
