@@ -7,7 +7,8 @@ import torch
 from runs import small_config
 from torch import nn
 
-from speedit_plugins.trainer.parallel.booster import as_plain_tensor, build_engine
+from speedit_plugins.trainer.parallel.booster import as_plain_tensor
+from speedit_plugins.trainer.parallel.engines import build_engine
 from speedit_plugins.trainer.parallel.replica import Replica
 from speedit_plugins.trainer.parallel.runtime import Runtime
 

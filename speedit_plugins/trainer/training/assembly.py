@@ -25,7 +25,7 @@ from speedit_plugins.trainer.logging.throughput import mfu_of
 from speedit_plugins.trainer.logging.timestep_profile import build_profiler
 from speedit_plugins.trainer.low_resolution import build_low_resolution
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource, CaptionTable
-from speedit_plugins.trainer.parallel.booster import build_engine
+from speedit_plugins.trainer.parallel.engines import build_engine
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.conditions import (
     all_conditions,
