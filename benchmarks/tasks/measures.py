@@ -16,7 +16,10 @@ from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frec
 from speedit_plugins.trainer.evaluation.shapes import shape_scores
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, given_conditions
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
+    LowResolutionInputs,
+    given_conditions,
+)
 from speedit_plugins.trainer.training.trainer import Trainer
 
 Measures = dict[str, float]

@@ -15,7 +15,7 @@ from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import Inception
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.logging.images import save_png
-from speedit_plugins.trainer.sampling import comparison
+from speedit_plugins.trainer.sampling.scores import comparison
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from speedit_plugins.trainer.evaluation.features import Pixels
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.results import inferences
-from speedit_plugins.trainer.sampling.sample_sets import ItemSet, alike, open_set, read_captions
+from speedit_plugins.trainer.sampling.files.sample_sets import ItemSet, alike, open_set, read_captions
 
 
 class TestGrey:

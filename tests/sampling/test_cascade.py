@@ -18,9 +18,9 @@ from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.inputs import with_entries
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged
-from speedit_plugins.trainer.sampling import cascade
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.sampling.stage_sets import read_list
+from speedit_plugins.trainer.sampling.super_resolution import cascade
+from speedit_plugins.trainer.sampling.super_resolution.stage_sets import read_list
 
 DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
 CPU = torch.device("cpu")

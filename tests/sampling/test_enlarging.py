@@ -20,9 +20,9 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.low_resolution import enlarged, reduced
 from speedit_plugins.trainer.sampling import evaluate
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.low_resolution_sets import FromData, given_conditions
-from speedit_plugins.trainer.sampling.stage_scores import StageScores
-from speedit_plugins.trainer.sampling.stage_sets import StageSet
+from speedit_plugins.trainer.sampling.scores.stage_scores import StageScores
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import FromData, given_conditions
+from speedit_plugins.trainer.sampling.super_resolution.stage_sets import StageSet
 
 DIGITS, MOVING = "configs/image/digits/speedit.yaml", "configs/text_to_video/moving_digits.yaml"
 SUPER = {"super_resolution__factor": 2, "max_training_steps": 2, "sample_classes": "[]"}

@@ -20,7 +20,7 @@ from speedit_plugins.trainer.sampling import inference
 from speedit_plugins.trainer.sampling.conditions import all_conditions, grid_conditions, random_rows
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.sampling.grids import draw_grid
-from speedit_plugins.trainer.sampling.inpaint import draw_fills
+from speedit_plugins.trainer.sampling.inpainting.inpaint import draw_fills
 
 
 def generator_of(folder: Path, **changes: Any) -> SampleGenerator:

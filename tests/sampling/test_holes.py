@@ -15,7 +15,7 @@ from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.images.digits import Digits
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.sampling.holes import Holes
+from speedit_plugins.trainer.sampling.inpainting.holes import Holes
 
 DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji_pixart.yaml"
 HOLES = {"inpainting": "RandomMasks", "max_training_steps": 2, "data__num_workers": 0}

@@ -17,10 +17,10 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.videos.files import write_gif, write_mp4
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import newest_samples
+from speedit_plugins.trainer.sampling.files.shape_files import read_shapes
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
-from speedit_plugins.trainer.sampling.given_files import read_given
-from speedit_plugins.trainer.sampling.holes import Filled, Holes, fills
-from speedit_plugins.trainer.sampling.shape_files import read_shapes
+from speedit_plugins.trainer.sampling.inpainting.given_files import read_given
+from speedit_plugins.trainer.sampling.inpainting.holes import Filled, Holes, fills
 
 FRAMES, SIDE = 4, 16
 CLIPS = (

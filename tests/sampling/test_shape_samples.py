@@ -21,15 +21,15 @@ from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.evaluation.shape_classifier import ShapeClassifier
 from speedit_plugins.trainer.logging.images import save_with_hole
-from speedit_plugins.trainer.sampling import shape_scores
-from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.sampling.sample_files import save_cells
-from speedit_plugins.trainer.sampling.shape_files import (
+from speedit_plugins.trainer.sampling.files.sample_files import save_cells
+from speedit_plugins.trainer.sampling.files.shape_files import (
     read_normalization,
     read_shapes,
     save_models,
     save_shape,
 )
+from speedit_plugins.trainer.sampling.generator import load_generator
+from speedit_plugins.trainer.sampling.scores import shape_scores
 
 CHAMFER = "evaluation.metrics=[chamfer]"
 FORMS = {"voxels": (), "points": POINTS}

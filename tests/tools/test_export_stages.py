@@ -18,11 +18,11 @@ from torch.testing import assert_close
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.sampling import cascade, enlargements
 from speedit_plugins.trainer.sampling.exported_stages import load_stages
+from speedit_plugins.trainer.sampling.files.shape_files import read_shapes
 from speedit_plugins.trainer.sampling.generator import load_generator
-from speedit_plugins.trainer.sampling.low_resolution_sets import FromData
-from speedit_plugins.trainer.sampling.shape_files import read_shapes
+from speedit_plugins.trainer.sampling.super_resolution import cascade, enlargements
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import FromData
 
 DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
 # Each stage has its own process, sampler and guidance.

@@ -16,7 +16,7 @@ from runs import arguments
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.latents.shards import TensorShards
-from speedit_plugins.trainer.sampling.sample_sets import dataset_set
+from speedit_plugins.trainer.sampling.files.sample_sets import dataset_set
 
 webdataset = pytest.importorskip("webdataset")
 datasets = pytest.importorskip("datasets")

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
-from speedit_plugins.trainer.sampling import comparison
 from speedit_plugins.trainer.sampling.generator import find_weights
+from speedit_plugins.trainer.sampling.scores import comparison
 from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.periodic import Measured
 from speedit_plugins.trainer.training.trainer import Trainer

@@ -13,13 +13,18 @@ from speedit_plugins.trainer.evaluation.metrics import CLIP_SCORE, METRICS, Figu
 from speedit_plugins.trainer.evaluation.pairs import PAIRED, check_window
 from speedit_plugins.trainer.models.pretrained.text import Clip
 from speedit_plugins.trainer.parallel.runtime import build_device
-from speedit_plugins.trainer.sampling.comparison import Comparison
-from speedit_plugins.trainer.sampling.pairs import measure_pairs
-from speedit_plugins.trainer.sampling.sample_sets import SampleSet, open_set, read_captions
-from speedit_plugins.trainer.sampling.score_files import show_scores, write_scores
-from speedit_plugins.trainer.sampling.shape_scores import measure_shapes
-from speedit_plugins.trainer.sampling.stage_scores import StageScores, measure_stages, table, written_stages
-from speedit_plugins.trainer.sampling.stage_sets import WHOLE
+from speedit_plugins.trainer.sampling.files.sample_sets import SampleSet, open_set, read_captions
+from speedit_plugins.trainer.sampling.scores.comparison import Comparison
+from speedit_plugins.trainer.sampling.scores.pairs import measure_pairs
+from speedit_plugins.trainer.sampling.scores.score_files import show_scores, write_scores
+from speedit_plugins.trainer.sampling.scores.shape_scores import measure_shapes
+from speedit_plugins.trainer.sampling.scores.stage_scores import (
+    StageScores,
+    measure_stages,
+    table,
+    written_stages,
+)
+from speedit_plugins.trainer.sampling.super_resolution.stage_sets import WHOLE
 from speedit_plugins.trainer.terminal import say
 
 

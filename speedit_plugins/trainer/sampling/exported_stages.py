@@ -28,10 +28,10 @@ from speedit_plugins.trainer.config.sections import LoraConfig
 from speedit_plugins.trainer.data.loader import STAGE_STREAM, stream_seed
 from speedit_plugins.trainer.models.lora import merge_adapters
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
-from speedit_plugins.trainer.sampling.cascade import check_stages, in_turn, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
 from speedit_plugins.trainer.sampling.finite import not_finite, not_finite_message
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
+from speedit_plugins.trainer.sampling.super_resolution.cascade import check_stages, in_turn, stages_of
 
 INDEX = "stages.json"
 

@@ -27,8 +27,8 @@ from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.parallel.runtime import build_device
 from speedit_plugins.trainer.sampling.conditions import null_condition
+from speedit_plugins.trainer.sampling.files.shape_files import read_normalization
 from speedit_plugins.trainer.sampling.same_meaning import check_drawn
-from speedit_plugins.trainer.sampling.shape_files import read_normalization
 from speedit_plugins.trainer.starting_weights import load_trained
 from speedit_plugins.trainer.terminal import say
 

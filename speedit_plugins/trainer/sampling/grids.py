@@ -14,16 +14,16 @@ from torch import Tensor
 from speedit_plugins.trainer import checkpoint, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
-from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stages_of
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
-from speedit_plugins.trainer.sampling.enlargements import draw_enlargements
+from speedit_plugins.trainer.sampling.files.sample_files import save_cells
+from speedit_plugins.trainer.sampling.files.shape_files import save_models
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
-from speedit_plugins.trainer.sampling.holes import Holes
-from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills, draw_fills
-from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
-from speedit_plugins.trainer.sampling.sample_files import save_cells
-from speedit_plugins.trainer.sampling.shape_files import save_models
+from speedit_plugins.trainer.sampling.inpainting.holes import Holes
+from speedit_plugins.trainer.sampling.inpainting.inpaint import draw_dataset_fills, draw_fills
+from speedit_plugins.trainer.sampling.super_resolution.cascade import cascade_conditions, stages_of
+from speedit_plugins.trainer.sampling.super_resolution.enlargements import draw_enlargements
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import given_conditions
 from speedit_plugins.trainer.terminal import progress, say
 
 

@@ -21,7 +21,6 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, LABELS, MASKED, STAGES, UNFINISHED
-from speedit_plugins.trainer.sampling.cascade import cascade_conditions, stage_weights
 from speedit_plugins.trainer.sampling.conditions import (
     Conditions,
     all_conditions,
@@ -29,13 +28,14 @@ from speedit_plugins.trainer.sampling.conditions import (
     random_rows,
     repeats,
 )
+from speedit_plugins.trainer.sampling.files.sample_files import save_sample, saved_form, suffix_of
 from speedit_plugins.trainer.sampling.finite import check_all, of_one_value
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
-from speedit_plugins.trainer.sampling.holes import Holes, written_fills
-from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
-from speedit_plugins.trainer.sampling.originals import write_items
-from speedit_plugins.trainer.sampling.sample_files import save_sample, saved_form, suffix_of
-from speedit_plugins.trainer.sampling.stage_sets import (
+from speedit_plugins.trainer.sampling.inpainting.holes import Holes, written_fills
+from speedit_plugins.trainer.sampling.super_resolution.cascade import cascade_conditions, stage_weights
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import given_conditions
+from speedit_plugins.trainer.sampling.super_resolution.originals import write_items
+from speedit_plugins.trainer.sampling.super_resolution.stage_sets import (
     cascade_of,
     earlier_samples,
     on_data,

@@ -201,12 +201,12 @@ def _grids(
 ) -> Callable[[Snapshot], Measured]:
     """What writes the sample grid of a step on rank 0, while the others wait."""
     # Here, since the samplers load diffusers: a third of what a training without grids would load.
-    from speedit_plugins.trainer.sampling.enlargements import draw_enlargements
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
     from speedit_plugins.trainer.sampling.grids import draw_grid
-    from speedit_plugins.trainer.sampling.holes import Holes
-    from speedit_plugins.trainer.sampling.inpaint import draw_dataset_fills
-    from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+    from speedit_plugins.trainer.sampling.inpainting.holes import Holes
+    from speedit_plugins.trainer.sampling.inpainting.inpaint import draw_dataset_fills
+    from speedit_plugins.trainer.sampling.super_resolution.enlargements import draw_enlargements
+    from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import given_conditions
 
     process = build.build_process(config, respaced=False)
     generator = SampleGenerator(model, process, encoder, config, normalization=normalization)
@@ -249,7 +249,7 @@ def _evaluation(
 ) -> Callable[[Snapshot], Measured]:
     # As in `_grids`.
     from speedit_plugins.trainer.sampling.generator import SampleGenerator
-    from speedit_plugins.trainer.sampling.low_resolution_sets import given_conditions
+    from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import given_conditions
     from speedit_plugins.trainer.training.evaluation import Evaluation
 
     generator = SampleGenerator(model, build.build_process(config, respaced=False), encoder, config)

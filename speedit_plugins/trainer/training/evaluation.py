@@ -15,11 +15,11 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.tracking import EVALUATION
 from speedit_plugins.trainer.models.interface import input_shape
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.sampling.comparison import Comparison
 from speedit_plugins.trainer.sampling.conditions import Conditions, random_rows, repeats
 from speedit_plugins.trainer.sampling.evaluate import check_metrics
+from speedit_plugins.trainer.sampling.files.sample_sets import ItemSet
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.sample_sets import ItemSet
+from speedit_plugins.trainer.sampling.scores.comparison import Comparison
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Snapshot
 

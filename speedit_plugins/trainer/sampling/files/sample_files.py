@@ -16,7 +16,7 @@ from speedit_plugins.trainer.data.shapes.normalization import Normalization
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.rendering import OUTSIDE, distances_from_data
 from speedit_plugins.trainer.logging.shapes import save_shapes
-from speedit_plugins.trainer.sampling.shape_files import SUFFIX, save_shape
+from speedit_plugins.trainer.sampling.files.shape_files import SUFFIX, save_shape
 from speedit_plugins.trainer.terminal import say
 
 

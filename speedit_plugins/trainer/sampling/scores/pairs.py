@@ -12,9 +12,9 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.metrics import MetricValue
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.logging import images
-from speedit_plugins.trainer.sampling.holes import Holes
-from speedit_plugins.trainer.sampling.originals import enlarged_pairs
-from speedit_plugins.trainer.sampling.sample_sets import SampleSet
+from speedit_plugins.trainer.sampling.files.sample_sets import SampleSet
+from speedit_plugins.trainer.sampling.inpainting.holes import Holes
+from speedit_plugins.trainer.sampling.super_resolution.originals import enlarged_pairs
 from speedit_plugins.trainer.terminal import progress
 
 

@@ -19,7 +19,7 @@ from speedit_plugins.trainer.layouts import layout_of
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
-from speedit_plugins.trainer.sampling.low_resolution_sets import (
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
     LowResolutionInputs,
     LowResolutionSet,
     inputs_of,

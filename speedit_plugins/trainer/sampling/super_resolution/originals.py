@@ -17,8 +17,11 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.results import ITEMS
 from speedit_plugins.trainer.sampling.conditions import Conditions
-from speedit_plugins.trainer.sampling.low_resolution_sets import FromData, LowResolutionInputs
-from speedit_plugins.trainer.sampling.sample_sets import SampleSet
+from speedit_plugins.trainer.sampling.files.sample_sets import SampleSet
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
+    FromData,
+    LowResolutionInputs,
+)
 
 
 def write_items(conditions: Conditions, rows: Sequence[int], folder: Path, *, suffix: str) -> None:

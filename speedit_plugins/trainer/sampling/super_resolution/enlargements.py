@@ -11,10 +11,10 @@ from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.files.sample_files import save_cells
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs
-from speedit_plugins.trainer.sampling.sample_files import save_cells
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import LowResolutionInputs
 
 
 def draw_enlargements(

@@ -16,12 +16,12 @@ from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
 from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.files.sample_files import save_cells
+from speedit_plugins.trainer.sampling.files.shape_files import save_models
 from speedit_plugins.trainer.sampling.finite import marked
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.given_files import read_given
-from speedit_plugins.trainer.sampling.holes import Holes, fills
-from speedit_plugins.trainer.sampling.sample_files import save_cells
-from speedit_plugins.trainer.sampling.shape_files import save_models
+from speedit_plugins.trainer.sampling.inpainting.given_files import read_given
+from speedit_plugins.trainer.sampling.inpainting.holes import Holes, fills
 
 # Names of the columns of a grid. Those of images go without.
 GIVEN, WITH_HOLE, FILLED = "given", "with its hole", "filled"

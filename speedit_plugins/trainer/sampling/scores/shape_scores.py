@@ -30,7 +30,7 @@ from speedit_plugins.trainer.evaluation.shapes import (
     shape_scores,
 )
 from speedit_plugins.trainer.layouts import POINTS, layout_of
-from speedit_plugins.trainer.sampling.shape_files import read_shapes
+from speedit_plugins.trainer.sampling.files.shape_files import read_shapes
 from speedit_plugins.trainer.terminal import progress, say
 
 FRECHET = "frechet"

@@ -19,10 +19,13 @@ from speedit_plugins.files import write_whole
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
-from speedit_plugins.trainer.sampling.cascade import FromStage, trained_stages
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.low_resolution_sets import LowResolutionInputs, given_conditions
+from speedit_plugins.trainer.sampling.super_resolution.cascade import FromStage, trained_stages
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
+    LowResolutionInputs,
+    given_conditions,
+)
 
 LIST, WHOLE = "sets.json", "whole"
 

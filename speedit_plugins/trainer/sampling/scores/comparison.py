@@ -28,8 +28,8 @@ from speedit_plugins.trainer.evaluation.metrics import METRICS, MetricValue, Sid
 from speedit_plugins.trainer.evaluation.networks import FrameFeatures, Inception
 from speedit_plugins.trainer.evaluation.npz import npz_keys, read_statistics
 from speedit_plugins.trainer.parallel.runtime import build_device
+from speedit_plugins.trainer.sampling.files.sample_sets import SampleSet, alike, dataset_set, open_set
 from speedit_plugins.trainer.sampling.finite import of_one_value
-from speedit_plugins.trainer.sampling.sample_sets import SampleSet, alike, dataset_set, open_set
 from speedit_plugins.trainer.terminal import progress, say
 
 

@@ -8,8 +8,8 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.metrics import Figures
 from speedit_plugins.trainer.evaluation.pairs import PAIRED
 from speedit_plugins.trainer.results import STAGES
-from speedit_plugins.trainer.sampling.cascade import trained_stages
-from speedit_plugins.trainer.sampling.stage_sets import WHOLE, StageSet, read_list
+from speedit_plugins.trainer.sampling.super_resolution.cascade import trained_stages
+from speedit_plugins.trainer.sampling.super_resolution.stage_sets import WHOLE, StageSet, read_list
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from speedit_plugins.trainer import results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.metrics import Figures
 from speedit_plugins.trainer.logging.loggers import open_boards
-from speedit_plugins.trainer.sampling.stage_scores import StageScores
+from speedit_plugins.trainer.sampling.scores.stage_scores import StageScores
 
 
 def write_scores(

@@ -22,8 +22,8 @@ from speedit_plugins.trainer.low_resolution import LowResolution, build_low_reso
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import LABELS
 from speedit_plugins.trainer.sampling.conditions import Conditions
+from speedit_plugins.trainer.sampling.files.sample_sets import SampleSet, load_item, open_set, read_captions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.sample_sets import SampleSet, load_item, open_set, read_captions
 
 
 class LowResolutionSet(Protocol):

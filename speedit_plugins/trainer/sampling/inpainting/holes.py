@@ -24,10 +24,10 @@ from speedit_plugins.trainer.inputs import masked_latents, with_extra
 from speedit_plugins.trainer.layouts import plural
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.results import CAPTIONS, MASKED
+from speedit_plugins.trainer.sampling.files.sample_files import save_known, save_sample, saved_form, suffix_of
+from speedit_plugins.trainer.sampling.files.sample_sets import load_item
 from speedit_plugins.trainer.sampling.finite import check_all
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.sample_files import save_known, save_sample, saved_form, suffix_of
-from speedit_plugins.trainer.sampling.sample_sets import load_item
 
 
 @dataclass(frozen=True, eq=False)
