@@ -32,29 +32,9 @@ from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditi
 from speedit_plugins.trainer.sampling.finite import not_finite, not_finite_message
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, load_generator
 from speedit_plugins.trainer.sampling.super_resolution.cascade import check_stages, in_turn, stages_of
+from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import FromCaller
 
 INDEX = "stages.json"
-
-
-class GivenImages:
-    """Low-resolution samples (N, C, [F,] h, w) in [-1, 1] that the caller has."""
-
-    def __init__(self, samples: Tensor) -> None:
-        self._samples = samples.float().cpu()
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def at(self, rows: Tensor) -> Tensor:
-        """The samples at rows (B,)."""
-        return self._samples[rows]
-
-    def originals(self, rows: Tensor) -> None:
-        """None: their originals are not known."""
-
-    def versions(self, rows: Tensor) -> list[Tensor]:
-        """The one version of the samples at rows (B,)."""
-        return [self.at(rows)]
 
 
 class Stages:
@@ -136,7 +116,7 @@ class Stages:
             raise ValueError(f"num_samples: wanted an int >= 1, got {number}")
         return number
 
-    def _given(self, samples: Tensor, number: int) -> GivenImages:
+    def _given(self, samples: Tensor, number: int) -> FromCaller:
         first = self.generators[0]
         config = first.config
         side = config.image_size // config.super_resolution.factor
@@ -148,7 +128,7 @@ class Stages:
         if not samples.is_floating_point() or not bool((samples.abs() <= 1).all()):
             low, high = samples.min(), samples.max()
             raise ValueError(f"low_resolution: wanted floats in [-1, 1], got {samples.dtype} {low} to {high}")
-        return GivenImages(samples)
+        return FromCaller(samples)
 
     def _seeded(self, seed: int) -> list[SampleGenerator]:
         """The generators with the seeds that `-p sample` gives to the stages of a cascade."""

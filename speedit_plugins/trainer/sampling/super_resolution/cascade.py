@@ -20,60 +20,11 @@ from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator, find_weights, load_generator
 from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
-    LowResolutionInputs,
+    FromStage,
     LowResolutionSet,
     inputs_of,
 )
 from speedit_plugins.trainer.saved_configs import RUN_CONFIG
-
-
-class FromStage:
-    """Samples that a stage draws when they are asked for, those of one batch at a time.
-
-    Args:
-        generator: draws them.
-        conditions: one for each of the N samples, in their order; the stage's own low-resolution inputs too.
-        num_samples: N.
-    """
-
-    def __init__(self, generator: SampleGenerator, conditions: Conditions, *, num_samples: int) -> None:
-        self.conditions = conditions
-        self._generator, self._num_samples = generator, num_samples
-        # Of the last call, so that a grid shows what the next stage was given without drawing it again.
-        self._last: tuple[list[int], Tensor] | None = None
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    def at(self, rows: Tensor) -> Tensor:
-        """The samples at rows (B,), (B, C, [F,] h, w) in [-1, 1], on the CPU. Batches start at other rows.
-
-        Points are in the units of the data.
-        """
-        if self._last is None or self._last[0] != rows.tolist():
-            condition = self.conditions.of(rows, self._generator.device)
-            drawn = self._generator.draw(condition, len(rows), stream=int(rows[0]))
-            is_bounded = not self._generator.config.num_points
-            self._last = rows.tolist(), (drawn.clamp(-1, 1) if is_bounded else drawn).cpu()
-        return self._last[1]
-
-    def originals(self, rows: Tensor) -> None:
-        """None: what is drawn has no original."""
-
-    def versions(self, rows: Tensor) -> list[Tensor]:
-        """What this stage and those before it have drawn, the smallest first."""
-        # In this order: the stage draws what those before it keep.
-        own = self.at(rows)
-        before = self.conditions.inputs
-        earlier = before.samples.versions(rows) if isinstance(before, LowResolutionInputs) else []
-        return [*earlier, own]
-
-    def generators(self) -> list[SampleGenerator]:
-        """Those of the stages before this one, and its own: the smallest first."""
-        before = self.conditions.inputs
-        if isinstance(before, LowResolutionInputs) and isinstance(before.samples, FromStage):
-            return [*before.samples.generators(), self._generator]
-        return [self._generator]
 
 
 def cascade_conditions(

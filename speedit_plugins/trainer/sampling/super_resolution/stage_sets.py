@@ -21,8 +21,9 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
-from speedit_plugins.trainer.sampling.super_resolution.cascade import FromStage, trained_stages
+from speedit_plugins.trainer.sampling.super_resolution.cascade import trained_stages
 from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import (
+    FromStage,
     LowResolutionInputs,
     given_conditions,
 )
