@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from speedit_plugins.registry import DATASETS, build
 from speedit_plugins.trainer.data.loader import ResumableLoader
+from speedit_plugins.trainer.data.shapes import meshes
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
 from speedit_plugins.trainer.data.shapes.normalization import Moments, Normalization
 
@@ -251,6 +252,23 @@ def test_a_text_file_that_was_cut_is_named_wherever_it_ends(tmp_path: Path, writ
     assert "ends after 5 of 6 faces" in message()
     path.write_text("".join(whole[:-8]))
     message()
+
+
+@pytest.mark.parametrize("write", [write_off, write_ply])
+@pytest.mark.parametrize("options", [{"num_points": 4}, {"voxel_size": 8}])
+def test_whether_a_text_file_is_whole_is_asked_once_not_at_each_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: object, options: dict[str, int]
+) -> None:
+    pytest.importorskip("trimesh", reason=NO_TRIMESH)
+    asked: list[Path] = []
+    monkeypatch.setattr(meshes, "check_whole", asked.append)
+    path = tmp_path / f"box.{write.__name__[-3:]}"  # type: ignore[attr-defined]  # one of the writers
+    write(path, BOX, SIDES)  # type: ignore[operator]  # as above
+    dataset = ShapeFolder(tmp_path, class_cond=False, **options)  # type: ignore[arg-type]  # keys are names of ints
+    assert asked == [path]
+    for _ in range(3):
+        dataset.load(0, generator())
+    assert asked == [path]
 
 
 def test_a_cloud_in_text_that_was_cut_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from speedit_plugins.trainer.data.shapes import meshes
 SUFFIXES = (".npy", *meshes.SUFFIXES)
 
 
-def read_points(path: Path, number: int, generator: torch.Generator, *, fit_box: bool) -> Tensor:
+def read_points(
+    path: Path, number: int, generator: torch.Generator, *, fit_box: bool, is_whole: bool = False
+) -> Tensor:
     """N points of a file, float32 (N, 3).
 
     Args:
@@ -22,12 +24,13 @@ def read_points(path: Path, number: int, generator: torch.Generator, *, fit_box:
         number: N.
         generator: draws them.
         fit_box: move and scale the whole shape into [-1, 1]; False keeps the file's units.
+        is_whole: see `meshes.surface_points`.
 
     Raises:
         ValueError: the file is damaged or no such shape, has too few points, or a value is not finite.
     """
     if path.suffix.lower() != ".npy":
-        return meshes.surface_points(path, number, generator, fit_box=fit_box)
+        return meshes.surface_points(path, number, generator, fit_box=fit_box, is_whole=is_whole)
     points = read_cloud(path)
     if fit_box:
         centre, scale = meshes.box_fit(np.stack([points.min(axis=0), points.max(axis=0)]), path)
@@ -47,18 +50,19 @@ def read_cloud(path: Path) -> np.ndarray:
     return points
 
 
-def read_voxels(path: Path, size: int) -> Tensor:
+def read_voxels(path: Path, size: int, *, is_whole: bool = False) -> Tensor:
     """The voxels of a file, float32 (1, R, R, R) in [-1, 1]: -1 is empty, 1 is full.
 
     Args:
         path: an `.npy` of bools or of shares in [0, 1], with shape (R, R, R), or a mesh; see `meshes.solid`.
         size: R.
+        is_whole: see `meshes.surface_points`.
 
     Raises:
         ValueError: the file is damaged, of another shape or size, empty, or a value is out of range.
     """
     if path.suffix.lower() != ".npy":
-        return meshes.solid(path, size).float().unsqueeze(0) * 2 - 1
+        return meshes.solid(path, size, is_whole=is_whole).float().unsqueeze(0) * 2 - 1
     voxels = _read_array(path)
     if voxels.ndim != 3 or voxels.shape != (size,) * 3:
         raise ValueError(f"{path} holds an array {voxels.shape}; wanted voxels {(size,) * 3}")

@@ -104,19 +104,22 @@ class ShapeFolder:
         `generator` draws the points.
 
         Raises:
-            ValueError: the file was damaged since the dataset was created.
+            ValueError: the file was damaged since the dataset was created. Then a mesh in text that
+                was cut is noticed only if the parser fails on the rest.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"ShapeFolder has {len(self)} shapes, got index {index}")
         label = int(self.labels[index])
         if self.normalization is None:
-            return {"voxels": read_voxels(self._base / self._names[index], self.voxel_size), "label": label}
-        return {"points": self.normalization.apply(self._points(index, generator)), "label": label}
+            voxels = read_voxels(self._base / self._names[index], self.voxel_size, is_whole=True)
+            return {"voxels": voxels, "label": label}
+        points = self._points(index, generator, is_whole=True)
+        return {"points": self.normalization.apply(points), "label": label}
 
-    def _points(self, index: int, generator: torch.Generator) -> Tensor:
+    def _points(self, index: int, generator: torch.Generator, *, is_whole: bool = False) -> Tensor:
         """Points (3, N) before the normalization."""
         path = self._base / self._names[index]
-        return read_points(path, self.num_points, generator, fit_box=self.fit_box).T
+        return read_points(path, self.num_points, generator, fit_box=self.fit_box, is_whole=is_whole).T
 
     def _checked(self, given: Normalization | None) -> Normalization | None:
         """The normalization, after a look at every file."""

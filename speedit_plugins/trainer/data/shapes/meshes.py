@@ -16,7 +16,9 @@ from speedit_plugins.trainer.data.shapes.text_meshes import check_whole
 SUFFIXES = (".ply", ".off", ".obj")
 
 
-def surface_points(path: Path, number: int, generator: torch.Generator, *, fit_box: bool) -> Tensor:
+def surface_points(
+    path: Path, number: int, generator: torch.Generator, *, fit_box: bool, is_whole: bool = False
+) -> Tensor:
     """Points float32 (N, 3): evenly on a mesh's surface, or some of a cloud's own points, without repeats.
 
     Args:
@@ -24,12 +26,13 @@ def surface_points(path: Path, number: int, generator: torch.Generator, *, fit_b
         number: N.
         generator: draws the points.
         fit_box: see `box_fit`; False keeps the file's units.
+        is_whole: the file has passed `check_whole` before, so it is read once, not twice.
 
     Raises:
         ValueError: the file is damaged, is empty, has too few points, or a value is not finite; names it.
         ImportError: trimesh is missing.
     """
-    shape = _read(path)
+    shape = _read(path, is_whole=is_whole)
     if fit_box:
         centre, scale = box_fit(shape.bounds, path)
         shape.apply_translation(-centre)
@@ -45,16 +48,17 @@ def surface_points(path: Path, number: int, generator: torch.Generator, *, fit_b
     return torch.from_numpy(np.array(points, dtype=np.float32))
 
 
-def solid(path: Path, size: int) -> Tensor:
+def solid(path: Path, size: int, *, is_whole: bool = False) -> Tensor:
     """A mesh as a solid: bool (R, R, R), its longest side as long as the grid, centred on the other axes.
 
     Voxels that the surface touches belong to it, and so do hollows that it closes.
+    `is_whole` as in `surface_points`.
 
     Raises:
         ValueError: the file is damaged or empty, has no faces, or a value is not finite; names it.
         ImportError: trimesh or scipy is missing.
     """
-    mesh = _read(path)
+    mesh = _read(path, is_whole=is_whole)
     if not _has_faces(mesh):
         raise ValueError(f"{path} has no faces; wanted a mesh, to fill it with voxels")
     from scipy.ndimage import binary_fill_holes
@@ -106,8 +110,21 @@ def _has_faces(shape: Any) -> bool:
     return len(getattr(shape, "faces", ())) > 0
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, *, is_whole: bool) -> Any:
     """trimesh's mesh or cloud of a file, with finite vertices and, with faces, a surface."""
+    shape = _parsed(path, is_whole=is_whole)
+    vertices = np.asarray(getattr(shape, "vertices", ()))
+    if not len(vertices):
+        raise ValueError(f"{path} is empty: it has no points")
+    if not np.isfinite(vertices).all():
+        raise ValueError(f"{path} has points that are NaN or infinite")
+    if _has_faces(shape) and not shape.area > 0:
+        raise ValueError(f"{path} is empty: its {len(shape.faces)} faces have no area")
+    return shape
+
+
+def _parsed(path: Path, *, is_whole: bool) -> Any:
+    """What trimesh makes of a file."""
     # Imported here because it is optional.
     try:
         import trimesh
@@ -119,17 +136,11 @@ def _read(path: Path) -> Any:
         shape: Any = trimesh.load(path, process=False)
         if isinstance(shape, trimesh.Scene):
             shape = shape.to_mesh()
-        check_whole(path)
+        if not is_whole:
+            check_whole(path)
     except OSError:
         raise
     # A damaged file can fail in any parser.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    vertices = np.asarray(getattr(shape, "vertices", ()))
-    if not len(vertices):
-        raise ValueError(f"{path} is empty: it has no points")
-    if not np.isfinite(vertices).all():
-        raise ValueError(f"{path} has points that are NaN or infinite")
-    if _has_faces(shape) and not shape.area > 0:
-        raise ValueError(f"{path} is empty: its {len(shape.faces)} faces have no area")
     return shape
