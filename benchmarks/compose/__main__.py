@@ -29,6 +29,7 @@ from benchmarks.compose.results import Training, pace_file, read_paces, read_tra
 from benchmarks.compose.sets import SETS
 from benchmarks.compose.training import Cell, Settings, check
 from benchmarks.results_file import append, check_exists, revision, say
+from benchmarks.training_options import training_parser
 
 STANDARD = "standard"
 
@@ -167,14 +168,10 @@ def train_missing(plan: Plan, arguments: argparse.Namespace) -> int:
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compose",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = training_parser(
+        "compose", __doc__, horizon=Settings.horizon, lr=Settings.lr, num_samples=Settings.num_samples
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/compose/results.jsonl"), help="results; lines are appended")
-    add("--report", action="store_true", help="print what the results say, and train nothing")
     add("--pace", action="store_true", help="time a step of every arm in turn, and train nothing")
     add("--rounds", type=int, default=15, help="timed steps of each arm, with --pace")
     add("--data-dir", type=Path, default=Path("outputs/flow/data"), help="see benchmarks/flow/sets.py")
@@ -182,13 +179,7 @@ def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     add("--processes", nargs="+", default=[FLOW, EPSILON], choices=[FLOW, EPSILON], help="in order")
     add("--arms", nargs="+", default=[STANDARD], help="such as muon+auto; standard: each alone and with auto")
     add("--stack", nargs="*", default=list(STACK), help="what the stack of the standard arms is made of")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all arms of a seed before the next seed")
-    add("--horizon", type=int, default=Settings.horizon, help="steps of a training")
-    add("--lr", type=float, default=Settings.lr, help="learning rate of AdamW")
-    add("--num-samples", type=int, default=Settings.num_samples, help="of each distance")
     add("--jobs", type=int, default=2, help="trainings at a time, a process each")
-    add("--threads", type=int, default=1, help="of the CPU, for each training")
-    add("--hours", type=float, default=float("inf"), help="begin no training after so many hours")
     return parser.parse_args(), parser
 
 

@@ -9,7 +9,7 @@ Dims: N samples, C channels, H x W cells.
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -110,12 +110,13 @@ class Judges:
         images = data.decode(data.reference)
         self._real = {name: _statistics(space(images)) for name, space in self._spaces.items()}
 
-    def distances(self, samples: Tensor, *, has_teacher: bool) -> dict[str, float]:
-        """Space -> distance of samples (N, C, H, W); infinite if one is not finite.
+    def names(self, *, has_teacher: bool) -> list[str]:
+        """The spaces. With `has_teacher` without the ImageNet network: it took part in the training."""
+        return [name for name in self._spaces if name != NETWORK or not has_teacher]
 
-        With `has_teacher` the ImageNet network is left out: it took part in the training.
-        """
-        names = [name for name in self._spaces if name != NETWORK or not has_teacher]
+    def distances(self, samples: Tensor, *, has_teacher: bool) -> dict[str, float]:
+        """Each of `names` -> distance of samples (N, C, H, W); infinite if one is not finite."""
+        names = self.names(has_teacher=has_teacher)
         if not samples.isfinite().all():
             return dict.fromkeys(names, float("inf"))
         found, images = {}, self._decode(samples)
@@ -135,31 +136,56 @@ def train(cell: Cell, arm: Arm, seed: int, *, revision: str) -> Training:
     """
     start = time.perf_counter()
     data, judges = cell.load(), _judges(cell.data, cell.folder)
+    names = judges.names(has_teacher=arm.has_teacher)
+
+    def measure(trainer: Trainer) -> Mapping[str, float]:
+        samples = draw(trainer, data, cell.settings.num_samples)
+        return judges.distances(samples, has_teacher=arm.has_teacher)
+
     with built(cell, arm, seed) as (trainer, setup):
-        watch = Watch()
-        curves: dict[str, list[float]] = {}
-        seconds, cpu_seconds = [], []
-        has_diverged = False
-        for step in cell.settings.steps:
-            with watch:
-                has_diverged = has_diverged or not trained_to(trainer, step)
-            seconds.append(round(watch.seconds, 2))
-            cpu_seconds.append(round(watch.cpu_seconds, 2))
-            samples = _broken() if has_diverged else draw(trainer, data, cell.settings.num_samples)
-            for space, distance in judges.distances(samples, has_teacher=arm.has_teacher).items():
-                curves.setdefault(space, []).append(distance)
         return cell.training(arm, seed).with_results(
-            steps=cell.settings.steps,
-            distances=curves,
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
+            **measured(trainer, cell.settings.steps, names, measure),
             setup_seconds=round(setup, 2),
             total_seconds=round(time.perf_counter() - start, 1),
-            num_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             num_samples=len(data.images),
             floor=_floor(cell),
             revision=revision,
         )
+
+
+def measured(
+    trainer: Trainer,
+    steps: Sequence[int],
+    names: Sequence[str],
+    measure: Callable[[Trainer], Mapping[str, float]],
+) -> dict[str, Any]:
+    """Trains up to the last step, and gives what comes out on the way, by fields of `Training`.
+
+    Args:
+        trainer: at its first step.
+        steps: at which it is measured.
+        names: of the measures; all are infinite once the training has diverged.
+        measure: measures the trainer; its time does not count.
+    """
+    watch = Watch()
+    curves: dict[str, list[float]] = {name: [] for name in names}
+    seconds, cpu_seconds = [], []
+    has_diverged = False
+    for step in steps:
+        with watch:
+            has_diverged = has_diverged or not trained_to(trainer, step)
+        seconds.append(round(watch.seconds, 2))
+        cpu_seconds.append(round(watch.cpu_seconds, 2))
+        found = dict.fromkeys(names, float("inf")) if has_diverged else measure(trainer)
+        for name, curve in curves.items():
+            curve.append(found[name])
+    return {
+        "steps": steps,
+        "distances": curves,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
 
 
 def check(cell: Cell, arm: Arm) -> None:
@@ -288,10 +314,6 @@ def _floor(cell: Cell) -> dict[str, float]:
         images[rows[: cell.settings.num_samples]], has_teacher=False
     )
     return {name: round(distance, 5) for name, distance in found.items()}
-
-
-def _broken() -> Tensor:
-    return torch.full((1, 1, 1, 1), float("nan"))
 
 
 def _statistics(features: Tensor) -> FeatureStatistics:

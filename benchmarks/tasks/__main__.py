@@ -15,7 +15,6 @@ import argparse
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,7 @@ from benchmarks.tasks.arms import BASE, Policy
 from benchmarks.tasks.cells import CELLS, SETTINGS, Cell
 from benchmarks.tasks.report import report
 from benchmarks.tasks.training import train
+from benchmarks.training_options import training_parser
 
 # A training: what, how, and from which seed.
 Job = tuple[Cell, Policy, int]
@@ -90,22 +90,12 @@ def _trained(cell: Cell, policy: Policy, seed: int) -> Training | str:
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tasks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = training_parser(
+        "tasks", __doc__, horizon=SETTINGS.horizon, lr=SETTINGS.lr, num_samples=SETTINGS.num_samples
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/tasks/results.jsonl"), help="results; lines are appended")
-    add("--report", action="store_true", help="print what the results say, and train nothing")
     add("--cells", nargs="+", default=list(CELLS), choices=CELLS, help="in order")
     add("--policies", nargs="+", default=[], help="beside uniform, such as auto@1.5; none: the cell's own")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="all cells of a seed before the next seed")
-    add("--horizon", type=int, default=SETTINGS.horizon, help="steps of a training")
-    add("--lr", type=float, default=SETTINGS.lr, help="learning rate")
-    add("--num-samples", type=int, default=SETTINGS.num_samples, help="of each measure")
-    add("--threads", type=int, default=1, help="of the CPU")
-    add("--hours", type=float, default=float("inf"), help="begin no training after so many hours")
     return parser.parse_args(), parser
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compose.results import Training
-from benchmarks.compose.training import Watch, built_from, loaded, trained_to
+from benchmarks.compose.training import built_from, loaded, measured
 from benchmarks.tasks.arms import REST, Policy
 from benchmarks.tasks.cells import Cell
 from benchmarks.tasks.unexplained import unexplained
@@ -30,26 +30,13 @@ def train(cell: Cell, policy: Policy, seed: int, *, revision: str) -> Training:
     judge = cell.judge()
     rest_centre = centre_of_rest(cell, seed) if policy.centre == REST else None
     with built_from(cell.config(seed, policy.section(rest_centre))) as (trainer, setup):
-        watch, settings = Watch(), cell.settings
-        curves: dict[str, list[float]] = {name: [] for name in judge.names}
-        seconds, cpu_seconds = [], []
-        has_diverged = False
-        for step in settings.steps:
-            with watch:
-                has_diverged = has_diverged or not trained_to(trainer, step)
-            seconds.append(round(watch.seconds, 2))
-            cpu_seconds.append(round(watch.cpu_seconds, 2))
-            found = {} if has_diverged else judge.of(trainer, settings.num_samples)
-            for name, curve in curves.items():
-                curve.append(found.get(name, float("inf")))
+        settings = cell.settings
         return cell.training(policy, seed).with_results(
-            steps=settings.steps,
-            distances=curves,
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
+            **measured(
+                trainer, settings.steps, judge.names, lambda trained: judge.of(trained, settings.num_samples)
+            ),
             setup_seconds=round(setup, 2),
             total_seconds=round(time.perf_counter() - start, 1),
-            num_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             num_samples=len(trainer.loader.dataset),
             floor=_floor(cell),
             revision=revision,

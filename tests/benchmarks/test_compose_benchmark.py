@@ -286,6 +286,31 @@ def test_a_training_that_diverged_is_reported_as_a_bound(load: Load, tmp_path: P
     assert row[8] == "+inf"
 
 
+def test_a_training_is_measured_at_its_steps_until_it_diverges(load: Load) -> None:
+    class Diverging:
+        """A trainer whose fourth step fails."""
+
+        step, model = 0, torch.nn.Linear(2, 3)
+
+        def optimizer_step(self) -> None:
+            self.step += 1
+            if self.step == 4:
+                raise ValueError("the training diverged at step 4")
+
+    asked: list[int] = []
+
+    def measure(trainer: Diverging) -> dict[str, float]:
+        asked.append(trainer.step)
+        return {"b": 2.0, "a": float(trainer.step)}
+
+    found = load("compose.training").measured(Diverging(), [1, 3, 5, 6], ["a", "b"], measure)
+    # A diverged training has nothing left to measure.
+    assert asked == [1, 3]
+    assert found["distances"] == {"a": [1.0, 3.0, math.inf, math.inf], "b": [2.0, 2.0, math.inf, math.inf]}
+    assert (found["steps"], found["num_parameters"]) == ([1, 3, 5, 6], 2 * 3 + 3)
+    assert len(found["seconds"]) == len(found["cpu_seconds"]) == 4
+
+
 def test_a_judge_is_kept_and_sees_whole_images(load: Load, tmp_path: Path) -> None:
     judge = load("compose.judges").Judge
     generator = torch.Generator().manual_seed(0)
