@@ -26,7 +26,7 @@ from benchmarks.image_sets import spread_labels
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 from speedit_plugins.trainer.parallel.runtime import Runtime, build_device
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -108,7 +108,7 @@ class Judges:
     def __init__(self, data: ComposeSet) -> None:
         self._spaces, self._decode = data.spaces, data.decode
         images = data.decode(data.reference)
-        self._real = {name: _statistics(space(images)) for name, space in self._spaces.items()}
+        self._real = {name: FeatureStatistics.of(space(images)) for name, space in self._spaces.items()}
 
     def names(self, *, has_teacher: bool) -> list[str]:
         """The spaces. With `has_teacher` without the ImageNet network: it took part in the training."""
@@ -121,8 +121,8 @@ class Judges:
             return dict.fromkeys(names, float("inf"))
         found, images = {}, self._decode(samples)
         for name in names:
-            ours, real = _statistics(self._spaces[name](images)), self._real[name]
-            found[name] = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+            ours, real = FeatureStatistics.of(self._spaces[name](images)), self._real[name]
+            found[name] = ours.frechet_distance(real)
         return found
 
 
@@ -314,9 +314,3 @@ def _floor(cell: Cell) -> dict[str, float]:
         images[rows[: cell.settings.num_samples]], has_teacher=False
     )
     return {name: round(distance, 5) for name, distance in found.items()}
-
-
-def _statistics(features: Tensor) -> FeatureStatistics:
-    found = FeatureStatistics(features.shape[1])
-    found.update(features)
-    return found

@@ -37,7 +37,7 @@ from benchmarks.stacked.training import SETTINGS, Member, StackedTraining, build
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.policy import TimestepPolicy
 from speedit_plugins.policies.spectrum import DataSpectrum
-from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 
 # Shares of the horizon at which samples are drawn.
 EVALUATED = (0.1, 0.25, 0.5, 1.0)
@@ -77,7 +77,9 @@ class Distances(SampleDraws):
         super().__init__(flow_set.data, num_samples)
         self._samplers = {name: Sampler.named(name) for name in samplers}
         self._spaces = flow_set.spaces
-        self._real = {name: _statistics(space(flow_set.reference)) for name, space in self._spaces.items()}
+        self._real = {
+            name: FeatureStatistics.of(space(flow_set.reference)) for name, space in self._spaces.items()
+        }
 
     def of_stack(self, stack: StackedTraining) -> Iterator[dict[str, dict[str, float]]]:
         """Sampler -> space -> distance, of each member."""
@@ -93,8 +95,8 @@ class Distances(SampleDraws):
             return dict.fromkeys(self._spaces, float("inf"))
         found = {}
         for name, space in self._spaces.items():
-            ours, real = _statistics(space(samples)), self._real[name]
-            found[name] = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+            ours, real = FeatureStatistics.of(space(samples)), self._real[name]
+            found[name] = ours.frechet_distance(real)
         return found
 
 
@@ -270,12 +272,6 @@ _SEARCHES: Mapping[str, Callable[[str, int, Path], list[str]]] = {
     "finalists": lambda data, horizon, out: leading(read_results(out), data)[:NUM_FINALISTS],
     "best": lambda data, horizon, out: leading(read_results(out), data, only_full=True)[:1],
 }
-
-
-def _statistics(features: Tensor) -> FeatureStatistics:
-    found = FeatureStatistics(features.shape[1])
-    found.update(features)
-    return found
 
 
 def _arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:

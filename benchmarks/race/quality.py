@@ -20,7 +20,7 @@ from benchmarks.image_sets import ImageSet, spread_labels
 from benchmarks.race.training import Training
 from speedit_plugins.trainer.data.loader import stream_seed
 from speedit_plugins.trainer.diffusion.sampling import sample
-from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 from speedit_plugins.trainer.evaluation.features import Pixels
 
 # Real images that the samples are compared with, and those that the classifier is trained on.
@@ -51,7 +51,7 @@ class Quality:
         self._labels = spread_labels(data.labels, num_samples).to(device)
         self._spaces = spaces_of(data, folder)
         real = data.images[:: max(1, len(data.images) // NUM_REFERENCE)]
-        self._real = {name: _statistics(space(real)) for name, space in self._spaces.items()}
+        self._real = {name: FeatureStatistics.of(space(real)) for name, space in self._spaces.items()}
 
     def distances(self, training: Training, seed: int) -> dict[str, float]:
         """Space -> distance of samples that start at the seed's noise."""
@@ -78,8 +78,8 @@ class Quality:
             return dict.fromkeys(self._spaces, float("inf"))
         found = {}
         for name, space in self._spaces.items():
-            ours, real = _statistics(space(samples)), self._real[name]
-            found[name] = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+            ours, real = FeatureStatistics.of(space(samples)), self._real[name]
+            found[name] = ours.frechet_distance(real)
         return found
 
 
@@ -145,12 +145,6 @@ class Classifier(nn.Module):
 def reach(distances: Mapping[str, float]) -> float:
     """The distance that decides the race: of the first space."""
     return next(iter(distances.values()))
-
-
-def _statistics(features: Tensor) -> FeatureStatistics:
-    found = FeatureStatistics(features.shape[1])
-    found.update(features)
-    return found
 
 
 Measure = Callable[[Training, int], dict[str, float]]

@@ -16,7 +16,7 @@ from benchmarks.stacked.training import Member, Process, StackedTraining, build_
 from speedit_plugins.registry import FEATURES, build
 from speedit_plugins.trainer.data.loader import stream_seed
 from speedit_plugins.trainer.diffusion.sampling import sample
-from speedit_plugins.trainer.evaluation.distances import feature_statistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import feature_statistics
 from speedit_plugins.trainer.logging.images import to_uint8
 from speedit_plugins.trainer.models.dit import DiT
 
@@ -123,4 +123,4 @@ class SampleQuality(SampleDraws):
         if not samples.isfinite().all():
             return math.inf
         ours = feature_statistics(torch.from_numpy(to_uint8(samples)), self._extractor)
-        return frechet_distance(ours.mean, ours.covariance, self._real.mean, self._real.covariance)
+        return ours.frechet_distance(self._real)

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.flow.spaces import Space
 from benchmarks.image_sets import spread_labels
 from speedit_plugins.trainer import build
-from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 from speedit_plugins.trainer.evaluation.shapes import shape_scores
 from speedit_plugins.trainer.sampling.conditions import Conditions
 from speedit_plugins.trainer.sampling.generator import SampleGenerator
@@ -107,7 +107,7 @@ class Enlargements:
             # Two different originals are twice their variance apart.
             unlike = 2 * real.var(dim=0).sum()
             found[f"{name}_each"] = float((ours - real).square().sum(dim=1).mean() / unlike)
-            found[name] = frechet(ours, real)
+            found[name] = FeatureStatistics.of(ours).frechet_distance(FeatureStatistics.of(real))
         return found
 
     def floor(self, num_samples: int) -> Measures:
@@ -126,20 +126,10 @@ def drawn(trainer: Trainer, conditions: Conditions, num_samples: int) -> Tensor:
     return torch.cat(list(parts)).cpu()
 
 
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Squared Fréchet distance of features (N, D) and (M, D)."""
-    found = []
-    for features in (first, second):
-        statistics = FeatureStatistics(features.shape[1])
-        statistics.update(features)
-        found += [statistics.mean, statistics.covariance]
-    return frechet_distance(*found)
-
-
 def frechet_to(space: Callable[[Tensor], Tensor], data: Tensor) -> Callable[[Tensor], float]:
     """The squared Fréchet distance of samples from data, in a space of features."""
-    real = space(data)
-    return lambda samples: frechet(space(samples), real)
+    real = FeatureStatistics.of(space(data))
+    return lambda samples: FeatureStatistics.of(space(samples)).frechet_distance(real)
 
 
 def chamfer_to(data: Tensor) -> Callable[[Tensor], float]:

@@ -26,12 +26,6 @@ def gaussian(dim: int, seed: int, rank: int | None = None) -> tuple[Tensor, Tens
     return torch.randn(dim, generator=generator, dtype=torch.float64), factor @ factor.T
 
 
-def statistics(features: Tensor) -> FeatureStatistics:
-    result = FeatureStatistics(features.shape[1])
-    result.update(features)
-    return result
-
-
 class TestFrechet:
     @given(
         means=st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2),
@@ -107,8 +101,8 @@ class TestFrechet:
         theirs.set_dtype(torch.float64)
         theirs.update(real, real=True)
         theirs.update(fake, real=False)
-        first, second = statistics(real.flatten(1)), statistics(fake.flatten(1))
-        ours = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+        first, second = FeatureStatistics.of(real.flatten(1)), FeatureStatistics.of(fake.flatten(1))
+        ours = first.frechet_distance(second)
         # torchmetrics may return float32, and sums raw squares of values of order one.
         assert ours == pytest.approx(float(theirs.compute()), rel=1e-5)
 
@@ -239,8 +233,8 @@ class TestAgreementWithTorchmetrics:
             metric.update(real.permute(0, 3, 1, 2), real=True)
             metric.update(noise.permute(0, 3, 1, 2), real=False)
         ours, theirs = Pixels(pool=8)(noise), Pixels(pool=8)(real)
-        first, second = statistics(ours), statistics(theirs)
-        distance = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+        first, second = FeatureStatistics.of(ours), FeatureStatistics.of(theirs)
+        distance = first.frechet_distance(second)
         assert distance == pytest.approx(float(fid.compute()), rel=1e-4)
         kernel = kernel_distance(ours, theirs, num_subsets=1, subset_size=2000, generator=seeded())
         assert kernel.mean == pytest.approx(float(kid.compute()[0]), rel=1e-4)
@@ -285,12 +279,14 @@ class TestStatistics:
 
     def test_float32_features_are_summed_in_float64(self) -> None:
         features = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) + 100.0
-        assert statistics(features).covariance.dtype == torch.float64
+        assert FeatureStatistics.of(features).covariance.dtype == torch.float64
         expected = np.cov(features.double().numpy(), rowvar=False)
-        np.testing.assert_allclose(statistics(features).covariance.numpy(), expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            FeatureStatistics.of(features).covariance.numpy(), expected, rtol=1e-10, atol=1e-12
+        )
 
     def test_results_are_copies(self) -> None:
-        result = statistics(torch.tensor([[1.0], [3.0]]))
+        result = FeatureStatistics.of(torch.tensor([[1.0], [3.0]]))
         result.mean.zero_()
         result.covariance.zero_()
         assert (float(result.mean), float(result.covariance)) == (2.0, 2.0)

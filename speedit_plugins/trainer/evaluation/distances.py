@@ -154,6 +154,13 @@ class FeatureStatistics:
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureStatistics":
+        """Those of one set of finite features (N, D); raises ValueError as `update`."""
+        found = cls(features.shape[1])
+        found.update(features)
+        return found
+
     def update(self, features: Tensor) -> None:
         """Adds a batch of finite features (B, D).
 
@@ -189,6 +196,10 @@ class FeatureStatistics:
         if self.count < 2:
             raise ValueError(f"the covariance needs at least two samples, got {self.count}")
         return self._scatter / (self.count - 1)
+
+    def frechet_distance(self, other: "FeatureStatistics") -> float:
+        """`frechet_distance` of the two sets of features, which have at least two samples each."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
 def feature_statistics(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from speedit_plugins.trainer.evaluation.distances import FeatureStatistics, frechet_distance
+from speedit_plugins.trainer.evaluation.distances import FeatureStatistics
 from speedit_plugins.trainer.evaluation.features import draw_weights, held_out_fifth, train_classifier
 
 # Side of the grid that shapes are brought to.
@@ -112,7 +112,7 @@ def frechet_shape_distance(classifier: ShapeClassifier, samples: Tensor, referen
     for statistics, shapes in ((first, samples), (second, reference)):
         for batch in shapes.split(_BATCH):
             statistics.update(classifier(batch))
-    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    return first.frechet_distance(second)
 
 
 class _Network(nn.Module):
