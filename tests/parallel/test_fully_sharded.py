@@ -2,20 +2,26 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from runs import small_config
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call
 from torch.testing import assert_close
 
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.logging.tracking import read_metrics
+from speedit_plugins.trainer.model_copies import copy_with
 from speedit_plugins.trainer.parallel.fully_sharded import LossScale, units, without_weights
+from speedit_plugins.trainer.shards import is_shard, whole
 from speedit_plugins.trainer.training.train import train
 
 
@@ -88,6 +94,37 @@ def test_a_copy_without_weights_takes_others_and_no_memory() -> None:
     x = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
     found = functional_call(twin, dict(model.named_parameters()), (x,))
     assert_close(found, model(x), rtol=0, atol=0)
+
+
+def test_parameters_that_are_shared_are_so_in_a_copy() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    twin = copy_with(model, parameter=lambda own: own + 1, buffer=lambda own: own)
+    assert twin[1].weight is twin[0].weight
+    assert_close(twin[0].weight.detach(), model[0].weight.detach() + 1, rtol=0, atol=0)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A group of this process alone. A training that failed may have left one."""
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if is_ours:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_shard_is_told_apart_and_gathered() -> None:
+    plain = torch.arange(6.0).view(3, 2)
+    shard = distribute_tensor(plain, init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert (is_shard(shard), is_shard(plain), is_shard(nn.Parameter(plain))) == (True, False, False)
+    assert whole(plain) is plain
+    assert type(whole(shard)) is torch.Tensor
+    assert_close(whole(shard), plain, rtol=0, atol=0)
 
 
 def test_the_loss_scale_moves_as_torchs_does() -> None:

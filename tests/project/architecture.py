@@ -41,7 +41,16 @@ _GROUND = {"registry", "files", "version"}
 _METHOD = _GROUND | {"policies"}
 _FLOOR = _METHOD | {
     f"trainer/{name}"
-    for name in ("terminal", "condition", "config", "exhaustion", "saved_configs", "weight_files")
+    for name in (
+        "terminal",
+        "condition",
+        "config",
+        "exhaustion",
+        "model_copies",
+        "saved_configs",
+        "shards",
+        "weight_files",
+    )
 }
 _PARTS = _FLOOR | {f"trainer/{name}" for name in ("data", "models", "diffusion", "evaluation", "parallel")}
 _SHARED = _PARTS | {
@@ -74,7 +83,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/exhaustion": _GROUND | {"trainer/config"},
     "trainer/streams": set(),
     "trainer/condition": set(),
+    "trainer/model_copies": set(),
     "trainer/saved_configs": set(),
+    "trainer/shards": set(),
     "trainer/weight_files": set(),
     "trainer/config": _METHOD,
     "trainer/data": _FLOOR - {"trainer/config"},

@@ -21,6 +21,7 @@ from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE, RectifiedFlow
 from speedit_plugins.trainer.diffusion.gaussian_process import Noised
 from speedit_plugins.trainer.inputs import ModelInputs
 from speedit_plugins.trainer.models.interface import cut_blocks
+from speedit_plugins.trainer.shards import whole
 
 
 class SelfAlignment(Alignment):
@@ -91,7 +92,7 @@ class SelfAlignment(Alignment):
         # By name: fsdp2 replaces the parameters that the model was built with.
         parameters = dict(self._model.named_parameters())
         # A plugin may keep the weights in another type or on another device than the teacher's.
-        trained = [_whole(parameters[name]).to(old) for name, old in self._averages.items()]
+        trained = [whole(parameters[name]).detach().to(old) for name, old in self._averages.items()]
         torch._foreach_lerp_(averages, trained, 1 - self._decay)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,12 +122,6 @@ def less_noised(process: Process, noised: Noised, draw: TimestepDraw, share: Ten
     earlier = replace(draw, index=(noised.index - rows).clamp(min=0))
     found = process.corrupt(noised.x_0, earlier, noise=noised.noise)
     return found.x_t, found.timestep
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The whole of a parameter, of which a plugin may have left this rank a part; then collective."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter.detach() if gather is None else cast(Tensor, gather()).detach()
 
 
 def _labels_seen_by(model: nn.Module) -> list[Tensor]:

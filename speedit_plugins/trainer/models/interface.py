@@ -4,7 +4,6 @@ Dims: `B` batch, `C` channels, `E` extra channels, `F` frames, `s` side, `N` poi
 `L` caption tokens, `D` width of a text encoder.
 """
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.condition import Condition
+from speedit_plugins.trainer.model_copies import copy_with
 from speedit_plugins.trainer.models.layers.attention import SelfAttention, sdpa
 
 # Level 1 of the noise on a low-resolution input, as it is embedded.
@@ -126,15 +126,11 @@ def example_inputs(
 
 def without_storage(model: nn.Module) -> nn.Module:
     """A copy on the meta device, with torch's attention: every parameter's shape, and memory for none."""
-    tensors: dict[int, object] = {
-        id(parameter): nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-        for parameter in model.parameters()
-    }
-    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    # What the memo holds is taken for already copied.
-    twin = copy.deepcopy(model, tensors)
+
+    def on_meta(own: Tensor) -> Tensor:
+        return torch.empty_like(own, device="meta")
+
+    twin = copy_with(model, parameter=on_meta, buffer=on_meta)
     for module in twin.modules():
         if isinstance(module, SelfAttention):
             # Every kernel computes the same, and this one runs on the meta device.

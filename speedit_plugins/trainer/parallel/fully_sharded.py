@@ -4,7 +4,6 @@ Source: Zhao et al. 2023, arXiv:2304.11277; in its form of one shard per paramet
 arXiv:2410.06511. Only this file imports torch's sharding, and only `plugin: fsdp2` imports this file.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.model_copies import copy_with
 from speedit_plugins.trainer.parallel.group_state import group_values
 from speedit_plugins.trainer.parallel.master_weights import Master, Slice
 from speedit_plugins.trainer.parallel.optimizers import build_optimizer
@@ -29,6 +29,7 @@ from speedit_plugins.trainer.parallel.replica import (
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.sharded import Sharded, check_one_point
+from speedit_plugins.trainer.shards import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ class FullyShardedEngine(Sharded):
     def untrained(self) -> dict[str, Tensor]:
         """Buffers and whole frozen parameters. Collective."""
         found = self.module.state_dict()
-        return {name: _whole(value) for name, value in found.items() if name not in self._shards}
+        return {name: whole(value) for name, value in found.items() if name not in self._shards}
 
     def scaler_state(self) -> dict[str, Any]:
         """The loss scale of fp16 and the steps since it changed; empty in other precisions."""
@@ -176,12 +177,11 @@ def without_weights(model: nn.Module) -> nn.Module:
 
     Its parameters are on the model's device. All elements of one are a single zero, so they take no memory.
     """
-    # What the memo holds is taken for already copied.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        empty = parameter.detach().new_zeros(()).expand(parameter.shape)
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return copy_with(
+        model,
+        parameter=lambda own: own.detach().new_zeros(()).expand(own.shape),
+        buffer=lambda own: own,
+    )
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -261,7 +261,3 @@ def _first_row(parameter: DTensor) -> int:
     mesh = parameter.device_mesh
     count, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     return min(len(parameter), rank * math.ceil(len(parameter) / count))
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value

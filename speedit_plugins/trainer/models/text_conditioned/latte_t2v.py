@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from speedit_plugins.registry import MODELS
 from speedit_plugins.trainer.models.text_conditioned.routed import Routed
 from speedit_plugins.trainer.models.text_conditioned.wrapper import is_on_meta, load_network
+from speedit_plugins.trainer.shards import is_shard
 
 # Every released Latte has these values; diffusers' class has other defaults.
 _RELEASED: dict[str, Any] = {
@@ -109,7 +110,7 @@ class LatteT2V(Routed):
             # DistributedDataParallel waits for a gradient of every parameter: temporal blocks get zeros. The
             # engine of fsdp2 does this by itself: outside of their block its parameters are shards.
             blocks = cast(nn.ModuleList, self.net.temporal_transformer_blocks)
-            unused = [each for each in blocks.parameters() if not hasattr(each, "full_tensor")]
+            unused = [each for each in blocks.parameters() if not is_shard(each)]
             if unused:
                 output = output + 0.0 * torch.stack([parameter.sum() for parameter in unused]).sum()
         return output
