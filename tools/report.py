@@ -18,6 +18,7 @@ from policy_pictures.tables import areas, describe
 from run_report import page as html
 from run_report.plots import Line, Span, heat_map, line_chart, staircase
 from run_report.run import CONFIG, Run, open_run
+from run_report.scores import tested
 from safetensors import safe_open
 from timestep_profile import PROFILE
 
@@ -75,11 +76,11 @@ def summary(run: Run) -> dict[str, str]:
     process = config.diffusion.type
     process += f", {config.diffusion.noise_schedule}" if config.diffusion.noise_schedule else ""
     process += ", zero terminal SNR" if config.diffusion.zero_terminal_snr else ""
-    pace = [value for key in ("steps_per_second", "samples_per_second") for value in [_median(run, key)]]
+    pace = [html.short(_median(run, key)) for key in ("steps_per_second", "samples_per_second")]
     return {
         "steps": f"{last.get('step', 0):,} of {config.max_training_steps:,}{skipped}",
         "training time": _duration(_seconds(run)),
-        "speed": f"{_short(pace[0])} steps/s, {_short(pace[1])} samples/s (medians of the logged lines)",
+        "speed": f"{pace[0]} steps/s, {pace[1]} samples/s (medians of the logged lines)",
         "policy": str(run.policy),
         "accelerations": ", ".join(in_use(config)) or "none",
         "process": f"{process}, T = {run.policy.schedule.num_timesteps}, {config.diffusion.prediction_type}",
@@ -92,14 +93,14 @@ def summary(run: Run) -> dict[str, str]:
         **_task(run),
         "data": f"{config.data.dataset['type']}, batches of {config.data.batch_size}",
         "precision, plugin": f"{config.precision}, {config.plugin}",
-        "last loss": _short(last.get("loss")),
-        "last uniform mse": _short(last.get("uniform_mse")),
-        **({"last alignment": _short(aligned[-1][1])} if (aligned := run.series("alignment")) else {}),
-        **({"last validation loss": _short(last["val_loss"])} if "val_loss" in last else {}),
+        "last loss": html.short(last.get("loss")),
+        "last uniform mse": html.short(last.get("uniform_mse")),
+        **({"last alignment": html.short(aligned[-1][1])} if (aligned := run.series("alignment")) else {}),
+        **({"last validation loss": html.short(last["val_loss"])} if "val_loss" in last else {}),
         "peak memory": _gib(last.get("peak_memory_bytes")),
         "newest checkpoint": "-" if run.checkpoint is None else run.checkpoint.name,
         **{
-            name: f"{_short(metric['value'])} ({metric['num_samples']:,} samples{run.metrics_age})"
+            name: f"{html.short(metric['value'])} ({metric['num_samples']:,} samples{run.metrics_age})"
             for name, metric in run.test_metrics.items()
         },
     }
@@ -252,7 +253,7 @@ def policy_plots(run: Run) -> str:
 
 def evaluation(run: Run) -> str:
     """Curves of what was evaluated in training, and the table of the metrics of the phase test."""
-    return _evaluated(run) + _tested(run)
+    return _evaluated(run) + tested(run)
 
 
 def _evaluated(run: Run) -> str:
@@ -265,31 +266,6 @@ def _evaluated(run: Run) -> str:
         drawn = line_chart([Line(name, points)], x_label="step", y_label=name)
         charts.append(html.chart(f"{name}, {run.samples_of_evaluation:,} samples in training", drawn))
     return html.group("charts", charts) if charts else ""
-
-
-def _tested(run: Run) -> str:
-    """Table of the metrics of the phase test, with their features and the sizes of the sets."""
-    found = run.json(results.TEST)
-    if found is None:
-        return html.paragraph(f"No {results.TEST}: the phase test was not run.", is_quiet=True)
-    if not run.test_metrics:
-        return html.paragraph(
-            f"{results.TEST} was written by an older version: run the phase test again.", is_quiet=True
-        )
-    rows = [
-        (
-            name,
-            _short(metric["value"]),
-            str(metric["features"]),
-            f"{metric['num_samples']:,}",
-            "-" if metric["num_reference"] is None else f"{metric['num_reference']:,}",
-        )
-        for name, metric in run.test_metrics.items()
-    ]
-    sources = {"samples": f"{found['samples']}{run.metrics_age}"}
-    if found["reference"] is not None:
-        sources["reference"] = str(found["reference"])
-    return html.table(("metric", "value", "features", "samples", "reference"), rows) + html.facts(sources)
 
 
 def environment(run: Run) -> str:
@@ -372,10 +348,6 @@ def _duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _gib(num_bytes: int | None) -> str:

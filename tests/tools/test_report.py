@@ -263,6 +263,35 @@ def test_a_report_of_a_stage_says_what_it_enlarges(tmp_path: Path) -> None:
     assert "written by the phase sample behind runs/first, runs/second" in written(tmp_path).text
 
 
+def test_a_report_of_a_cascade_shows_the_scores_of_its_stages(tmp_path: Path) -> None:
+    save_config(small_config(tmp_path), "train")
+
+    def stage(number: int, inputs: str, **values: float) -> dict[str, Any]:
+        figures = {name: {**METRIC, "value": value} for name, value in values.items()}
+        about = {"number": number, "image_size": 8 * number, "inputs": inputs, "run": "r", "weights": "w"}
+        return {**about, "figures": figures, "samples": "s", "reference": None}
+
+    def shown(**content: Any) -> str:
+        content = {"samples": "drawn.npz", "reference": None, **content}
+        (tmp_path / "test.json").write_text(json.dumps(content))
+        return written(tmp_path).text
+
+    # As after a failure: the whole was not reached.
+    first = {"stage_1": stage(1, "noise", fid=2.5)}
+    text = shown(figures={}, stages=first)
+    assert "test.json has no figures of the samples: the phase test ended before it measured them" in text
+    assert "set of a stagestagepixelsinputfidstage_118noise2.5samplesdrawn.npz" in text
+    behind, on_data = stage(2, "stage", fid=3.0), stage(2, "data", fid=1.5, psnr=30.0)
+    stages = {**first, "whole": behind, "stage_2_from_data": on_data}
+    text = shown(figures=behind["figures"], stages=stages)
+    assert "fid3digit_classifier300-" in text
+    assert "inputfidpsnrstage_118noise2.5-whole216stage 13-stage_2_from_data216data1.530" in text
+    # Without stages, and as before there were figures.
+    assert "no figures of the samples" in shown(figures={})
+    assert "set of a stage" not in shown(figures={})
+    assert "was written by an older version" in shown(fid=2.0)
+
+
 @pytest.mark.parametrize("form", [(), POINTS], ids=["voxels", "points"])
 def test_a_report_of_shapes_shows_their_sides_and_turns_the_last_ones(
     tmp_path: Path, form: tuple[str, ...]

@@ -26,6 +26,11 @@ def page(title: str, subtitle: str, sections: Mapping[str, str]) -> str:
     )
 
 
+def short(value: float | None) -> str:
+    """A number in four digits; '-' for none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
 def paragraph(text: str, *, is_quiet: bool = False) -> str:
     """A paragraph; quiet ones are for explanations and missing parts."""
     return f"<p{' class=quiet' if is_quiet else ''}>{escape(text)}</p>"
