@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cascades import STAGES, options_of, train_captioned, train_stages
 from PIL import Image
-from runs import arguments, small_config
+from runs import small_config
 from saved_models import TEXT_WIDTH, save_text_encoder, save_tokenizer
 
 from speedit_plugins.cli import main
@@ -22,30 +23,11 @@ from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.sampling.super_resolution import cascade
 from speedit_plugins.trainer.sampling.super_resolution.stage_sets import read_list
 
-DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
 CPU = torch.device("cpu")
-# Both stages have their own process, sampler and guidance.
-STAGES: tuple[dict[str, Any], ...] = (
-    {"image_size": 8, "sampler__num_steps": 3, "guidance_scale": 2.0},
-    {
-        "image_size": 16,
-        "super_resolution__factor": 2,
-        "diffusion": "{type: RectifiedFlow, shift: 2.0, policy: auto}",
-        "sampler": "{type: euler, num_steps: 2, clip_sample: true}",
-        "guidance_scale": 1.0,
-    },
-    {
-        "image_size": 32,
-        "super_resolution__factor": 2,
-        "diffusion__noise_schedule": "cosine",
-        "sampler__augmentation": 0.1,
-        "guidance_scale": 1.5,
-    },
-)
 
 
 def run(phase: str, folder: Path, **changes: Any) -> int:
-    return main(["-c", DIGITS, "-p", phase, *arguments(folder, **{"max_training_steps": 2, **changes})])
+    return main(["-p", phase, *options_of(folder, **changes)])
 
 
 def pixels_of(folder: Path) -> Any:
@@ -62,10 +44,7 @@ def error(capsys: pytest.CaptureFixture[str], phase: str, folder: Path, **change
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of three trained stages, of 8, 16 and 32 pixels."""
-    folders = [tmp_path_factory.mktemp(f"stage_{number}") for number in range(len(STAGES))]
-    for folder, stage in zip(folders, STAGES, strict=True):
-        assert run("train", folder, **stage) == 0
-    return folders
+    return train_stages(tmp_path_factory)
 
 
 def before(folders: list[Path], last: int) -> dict[str, Any]:
@@ -270,30 +249,19 @@ def test_a_cascade_of_captions_shares_its_t5(
     save_text_encoder(tmp_path / "t5", "t5")
     save_tokenizer(tmp_path / "t5")
     base, top = tmp_path / "base", tmp_path / "top"
-    tiny = [
-        *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.text_hidden=16"),
-        *(
-            "max_training_steps=2",
-            "optimizer.warmup_steps=1",
-            "data.batch_size=2",
-            "enable_tensorboard_log=false",
-        ),
-        *("sampler.num_steps=2", "model.draft=false", "sample_prompts=[red heart, green apple]"),
+    given = [
         f"text_encoder={{type: TextEncoder, path: {tmp_path / 't5'}, max_length: 16}}",
         f"model.text_width={TEXT_WIDTH}",
+        "sample_prompts=[red heart, green apple]",
     ]
-    large = [*tiny, f"experiment_dir={top}", "super_resolution.factor=2"]
-    sizes = ["image_size=16", "data.dataset.image_size=16", "model.input_size=16"]
-    assert main(["-c", EMOJI, "-p", "train", *tiny, f"experiment_dir={base}", *sizes]) == 0
-    assert main(["-c", EMOJI, "-p", "train", *large]) == 0
+    large = [*train_captioned(tmp_path, given), "num_samples=3"]
     built = []
     build = cascade.load_generator.__globals__["build"]
     text = build.build_text_encoder
     monkeypatch.setattr(build, "build_text_encoder", lambda *given: built.append(given) or text(*given))
-    large = [*large, f"cascade=[{base}]", "num_samples=3"]
-    assert main(["-c", EMOJI, "-p", "sample", *large, "samples_per_class=1"]) == 0
+    assert main(["-p", "sample", *large, "samples_per_class=1"]) == 0
     assert (top / "samples.png").is_file()
-    assert main(["-c", EMOJI, "-p", "inference", *large, "score_stages=true"]) == 0
+    assert main(["-p", "inference", *large, "score_stages=true"]) == 0
     assert len(built) == 2  # once in each phase
     (sets,) = (top / "inference").glob("*_stages")
     lines = [json.loads(line) for line in (sets / "stage_1" / "captions.jsonl").open()]
@@ -305,5 +273,5 @@ def test_a_cascade_of_captions_shares_its_t5(
     told = base / "config_train.yaml"
     told.write_text(told.read_text().replace("max_length: 16", "max_length: 17"))
     capsys.readouterr()
-    assert main(["-c", EMOJI, "-p", "sample", *large]) == 2
+    assert main(["-p", "sample", *large]) == 2
     assert "cascade[0] has text_encoder {" in capsys.readouterr().err

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.tracking import read_metrics
@@ -40,6 +43,23 @@ def small_config(folder: Path, phase: str = "train", **changes: Any) -> Experime
 def small_trainer(folder: Path, **changes: Any) -> Trainer:
     """A small trainer before its first step."""
     return build_trainer(small_config(folder, **changes))
+
+
+def stepped(trainer: Trainer, count: int) -> Trainer:
+    """The trainer after so many steps more."""
+    for _ in range(count):
+        trainer.optimizer_step()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of the model's weights and buffers, by name."""
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def generators(count: int) -> list[torch.Generator]:
+    """One for each sample of a batch, with the seeds 0, 1, ..."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
 @contextmanager

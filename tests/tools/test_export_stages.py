@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cascades import DIGITS, STAGES, options_of, train_captioned, train_stages
 from exported_runs import EXPORT
-from runs import arguments, small_config, small_trainer
+from runs import small_config, small_trainer
 from safetensors.torch import load_file
-from saved_models import save_text_encoder, save_tokenizer
+from saved_models import TEXT_WIDTH, save_text_encoder, save_tokenizer
 from shapes_of_tests import FLOW, POINTS, config_file
 from torch.testing import assert_close
 
@@ -24,25 +25,6 @@ from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.sampling.super_resolution import cascade, enlargements
 from speedit_plugins.trainer.sampling.super_resolution.low_resolution_sets import FromData
 
-DIGITS, EMOJI = "configs/image/digits/speedit.yaml", "configs/text_to_image/emoji.yaml"
-# Each stage has its own process, sampler and guidance.
-STAGES: tuple[dict[str, Any], ...] = (
-    {"image_size": 8, "sampler__num_steps": 3, "guidance_scale": 2.0},
-    {
-        "image_size": 16,
-        "super_resolution__factor": 2,
-        "diffusion": "{type: RectifiedFlow, shift: 2.0, policy: auto}",
-        "sampler": "{type: euler, num_steps: 2, clip_sample: true}",
-        "guidance_scale": 1.0,
-    },
-    {
-        "image_size": 32,
-        "super_resolution__factor": 2,
-        "diffusion__noise_schedule": "cosine",
-        "sampler__augmentation": 0.1,
-        "guidance_scale": 1.5,
-    },
-)
 GRID = {"sample_classes": "[3, 5]", "samples_per_class": 2, "per_proc_batch_size": 3}
 
 
@@ -50,24 +32,17 @@ def export(*given: str | Path) -> int:
     return EXPORT["main"](list(map(str, given)))
 
 
-def options(folder: Path, **changes: Any) -> list[str]:
-    return ["-c", DIGITS, *arguments(folder, **{"max_training_steps": 2, **changes})]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The folders of three trained stages, of 8, 16 and 32 pixels."""
-    folders = [tmp_path_factory.mktemp(f"stage_{number}") for number in range(len(STAGES))]
-    for folder, stage in zip(folders, STAGES, strict=True):
-        assert main([*options(folder, **stage), "-p", "train"]) == 0
-    return folders
+    return train_stages(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def last(runs: list[Path]) -> list[str]:
     """The arguments that draw with the whole cascade."""
     before = {"cascade": f"[{runs[0]},{runs[1]}]"}
-    return options(runs[2], **STAGES[2], **before, **GRID)
+    return options_of(runs[2], **STAGES[2], **before, **GRID)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +104,7 @@ def test_stages_draw_the_set_of_inference_whose_run_is_gone(
 
 
 def test_a_single_super_resolution_model_enlarges_images(runs: list[Path], tmp_path: Path) -> None:
-    small, out = options(runs[1], **STAGES[1], **GRID), tmp_path / "out"
+    small, out = options_of(runs[1], **STAGES[1], **GRID), tmp_path / "out"
     assert export(*small, "--for-loader", "--out", out) == 0
     assert "stages([3, 5], low_resolution=images, seed=0)" in (out / "README.md").read_text()
     assert main([*small, "-p", "inference", "num_samples=4"]) == 0
@@ -143,7 +118,7 @@ def test_a_single_super_resolution_model_enlarges_images(runs: list[Path], tmp_p
 
 def test_what_does_not_fit_the_model_is_refused(folder: Path, runs: list[Path], tmp_path: Path) -> None:
     single = tmp_path / "single"
-    assert export(*options(runs[1], **STAGES[1], **GRID), "--for-loader", "--out", single) == 0
+    assert export(*options_of(runs[1], **STAGES[1], **GRID), "--for-loader", "--out", single) == 0
     whole, alone = load_stages(folder), load_stages(single)
     small = torch.zeros(1, 1, 8, 8)
     cases: tuple[tuple[Any, tuple[Any, ...], dict[str, Any], str], ...] = (
@@ -234,23 +209,15 @@ def test_a_cascade_of_captions_finds_its_text_encoder_where_it_was_moved(
     text, moved = tmp_path / "text", tmp_path / "moved"
     save_text_encoder(text, "bert")
     save_tokenizer(text)
-    tiny = [
-        *("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.text_hidden=16"),
-        *("model.text_width=16", f"text_encoder={{type: TextEncoder, path: {text}, max_length: 8}}"),
-        *("max_training_steps=2", "data.batch_size=2", "log_every=2", "enable_tensorboard_log=false"),
-        *("optimizer.warmup_steps=0", "sampler.num_steps=2", "model.draft=false"),
-        "sample_prompts=[a red heart, green apple]",
-    ]
-    base, top, out = tmp_path / "base", tmp_path / "top", tmp_path / "out"
-    large = ["-c", EMOJI, *tiny, f"experiment_dir={top}", "super_resolution.factor=2"]
-    sizes = [f"{key}=16" for key in ("image_size", "data.dataset.image_size", "model.input_size")]
-    assert main(["-c", EMOJI, *tiny, f"experiment_dir={base}", *sizes, "-p", "train"]) == 0
-    assert main([*large, "-p", "train"]) == 0
-    assert export(*large, f"cascade=[{base}]", "--for-loader", "--out", out) == 0
+    out = tmp_path / "out"
+    text_encoder = f"text_encoder={{type: TextEncoder, path: {text}, max_length: 8}}"
+    given = [text_encoder, f"model.text_width={TEXT_WIDTH}", "sample_prompts=[a red heart, green apple]"]
+    large = train_captioned(tmp_path, given)
+    assert export(*large, "--for-loader", "--out", out) == 0
     assert "stages(['a red heart', 'green apple'], seed=0)" in (out / "README.md").read_text()
     shown: list[Any] = []
     monkeypatch.setattr(enlargements, "save_columns", lambda columns, *_, **__: shown.extend(columns))
-    assert main([*large, f"cascade=[{base}]", "samples_per_class=1", "-p", "sample"]) == 0
+    assert main([*large, "samples_per_class=1", "-p", "sample"]) == 0
     text.rename(moved)
     with pytest.raises(ValueError, match=f"no text encoder with a tokenizer found at '{text}'"):
         load_stages(out)
@@ -292,7 +259,7 @@ def test_shapes_come_out_in_the_units_of_their_data(
 def test_adapters_are_merged_and_no_base_is_needed(tmp_path: Path) -> None:
     plain = {"num_classes": 0, "sample_classes": "[]", "guidance_scale": 1.0, "image_size": 8}
     base = small_trainer(tmp_path / "base", **plain).save()
-    adapted = options(tmp_path / "run", **plain, lora__rank=2, pretrained=base, optimizer__lr=0.01)
+    adapted = options_of(tmp_path / "run", **plain, lora__rank=2, pretrained=base, optimizer__lr=0.01)
     assert main([*adapted, "-p", "train"]) == 0
     assert export(*adapted, "--for-loader", "--out", tmp_path / "out") == 0
     config = small_config(tmp_path / "run", "sample", **plain, lora__rank=2, pretrained=base)

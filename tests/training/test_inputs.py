@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import generators
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -50,10 +51,6 @@ class Halving:
 
     def fingerprint(self) -> str:
         return "halving"
-
-
-def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
 def encoder(**options: Any) -> BatchEncoder:

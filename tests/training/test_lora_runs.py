@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import arguments, small_config, small_trainer
+from runs import arguments, small_config, small_trainer, stepped
 from safetensors.torch import load_file, save_file
 from saved_models import save_pipeline
 from torch.testing import assert_close
@@ -21,7 +21,6 @@ from speedit_plugins.trainer.models import lora
 from speedit_plugins.trainer.models.text_conditioned.unet import UNet
 from speedit_plugins.trainer.sampling.generator import load_generator
 from speedit_plugins.trainer.training.assembly import build_trainer
-from speedit_plugins.trainer.training.trainer import Trainer
 
 DIGITS, SD15 = "configs/image/digits/speedit.yaml", "configs/text_to_image/sd15.yaml"
 # No fresh layer is zero after these steps.
@@ -48,12 +47,6 @@ def message(capsys: pytest.CaptureFixture[str], phase: str, folder: Path, **chan
     capsys.readouterr()
     assert run(phase, folder, **changes) == 2
     return capsys.readouterr().err
-
-
-def stepped(trainer: Trainer, num_steps: int) -> Trainer:
-    for _ in range(num_steps):
-        trainer.optimizer_step()
-    return trainer
 
 
 def test_a_run_of_adapters_goes_through_every_phase(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_config, small_trainer
+from runs import generators, small_config, small_trainer, stepped, weights
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -30,20 +30,6 @@ PLAIN = {
 
 def low_resolution(largest: float = 0.0, factor: int = 2) -> LowResolution:
     return LowResolution(Pixels(1), NoiseAugmentation(RectifiedFlow(), largest=largest), factor=factor)
-
-
-def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-def stepped(trainer: Trainer, count: int) -> Trainer:
-    for _ in range(count):
-        trainer.optimizer_step()
-    return trainer
-
-
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def test_a_low_resolution_pixel_is_the_mean_of_its_square() -> None:

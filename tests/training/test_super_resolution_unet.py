@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from runs import generators, stepped, weights
 from torch.testing import assert_close
 from torch.utils.data import default_collate
 
@@ -45,19 +45,9 @@ def unet_trainer(folder: Path, table: Path) -> Trainer:
     return build_trainer(load_config(EMOJI, "train", options))
 
 
-def stepped(trainer: Trainer, count: int) -> Trainer:
-    for _ in range(count):
-        trainer.optimizer_step()
-    return trainer
-
-
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
 def mean_error(trainer: Trainer) -> float:
     """Mean square error of x_0 for fixed samples and noise, far from clean."""
-    draws = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    draws = generators(4)
     batch = default_collate([trainer.loader.dataset.load(item, draws[item]) for item in range(4)])
     given = trainer.inputs.encode(batch, draws)
     index = torch.tensor([600, 700, 800, 900])
