@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -178,3 +179,20 @@ def test_small_folders_keep_no_index(root: Path, cache: Path, monkeypatch: pytes
     images(root)
     captions(root)
     assert not cache.exists()
+
+
+def test_partial_files_of_killed_processes_are_removed_once_they_are_old(cache: Path) -> None:
+    kept.save("first", {"a": np.arange(3)})
+    (entry,) = cache.iterdir()
+    left = [cache / f"{entry.stem}.{name}" for name in ("4711", "4711.tmp", f"{'0f' * 16}.tmp")]
+    others = [entry, cache / "notes.txt", cache / "x.1234.tmp"]
+    for path in (*left, *others):
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    young = cache / f"{entry.stem}.4712.tmp"
+    young.touch()
+    kept.save("second", {"a": np.arange(4)})
+    (second,) = set(cache.iterdir()) - {*others, young}
+    assert second.suffix == ".npz"
+    # The entries are whole.
+    assert [kept.load(key)["a"].tolist() for key in ("first", "second")] == [[0, 1, 2], [0, 1, 2, 3]]  # type: ignore[index]  # None fails the test
