@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import torch
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.logging.tracking import read_metrics
 
 CONFIG = "configs/image/digits/speedit.yaml"
@@ -171,17 +171,17 @@ def _last_logged(folder: Path) -> int | None:
 
 def _newest_step(folder: Path) -> int:
     """Step of the newest checkpoint, 0 for none. Every published checkpoint must be whole."""
-    found = checkpoint.newest_first(folder / "checkpoints")
+    found = checkpoints.newest_first(folder / "checkpoints")
     for path in found:
-        if reason := checkpoint.damage(path):
+        if reason := checkpoints.damage(path):
             raise SystemExit(f"a published checkpoint is damaged: {path}: {reason}")
-    return checkpoint.step_of(found[0]) if found else 0
+    return checkpoints.step_of(found[0]) if found else 0
 
 
 def _differences(*folders: Path) -> list[str]:
     """Names of the tensors that differ between the last checkpoints of two runs."""
-    found = [checkpoint.newest(folder / "checkpoints") for folder in folders]
-    whole, killed = (checkpoint.load(path) for path in found if path is not None)
+    found = [checkpoints.newest(folder / "checkpoints") for folder in folders]
+    whole, killed = (checkpoints.load(path) for path in found if path is not None)
     names = ("model", "ema", "moments")
     different = [
         f"{part}/{name}"

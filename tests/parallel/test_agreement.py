@@ -7,7 +7,7 @@ import pytest
 from runs import file_size_limit, small_config
 from two_ranks import Listening, listening, told
 
-from speedit_plugins.trainer.best_checkpoint import note_best
+from speedit_plugins.trainer.checkpoints.best import note_best
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.same_config import difference, stated

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.parallel.fully_sharded import LossScale, units, without_weights
@@ -36,7 +36,7 @@ def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(tmp_path: Path)
         other = replace(config, plugin="fsdp2" if plugin == "ddp" else "ddp", max_training_steps=6)
         assert train(other) == 0
         rows[plugin] = read_metrics(tmp_path / plugin)
-        weights[plugin] = checkpoint.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
+        weights[plugin] = checkpoints.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
         assert (tmp_path / plugin / "grids" / "step_0000004.png").exists()
     # One process sums in one order; the gradient norm is of one sum of squares, or of a sum of roots.
     assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)

@@ -83,7 +83,7 @@ REFERENCE = {
             "speedit_plugins.trainer.training.*",
             "speedit_plugins.trainer.diffusion.*",
             "speedit_plugins.trainer.sampling.*",
-            "speedit_plugins.trainer.checkpoint",
+            "speedit_plugins.trainer.checkpoints.*",
         ),
     ),
 }

@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.accelerations.objective import Objective
-from speedit_plugins.trainer.best_checkpoint import Best, is_better, kept_names, note_best, read_best
+from speedit_plugins.trainer.checkpoints.best import Best, is_better, kept_names, note_best, read_best
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.same_run import check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -251,7 +251,7 @@ class Trainer:
         """
         check_finite(self._slices, self.runtime, f"at step {self.step}: not saved; {self._last_checkpoint()}")
         kept = weights_to_save(self.engine, self.weights(), self.ema, self._shapes, self.runtime)
-        contents = checkpoint.Contents(
+        contents = checkpoints.Contents(
             model=kept.model,
             ema=kept.ema,
             averages=kept.averages,
@@ -272,7 +272,7 @@ class Trainer:
             classes=tuple(getattr(self.loader.dataset, "classes", ())),
             normalization=getattr(self.loader.dataset, "normalization", None),
         )
-        path = checkpoint.save(
+        path = checkpoints.save(
             self.folder / CHECKPOINTS,
             self.step,
             contents,
@@ -290,13 +290,13 @@ class Trainer:
         Raises:
             CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
-        saved = checkpoint.load(path)
+        saved = checkpoints.load(path)
         state = checked_state(saved.state, path)
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             was = yaml.safe_load(saved.config)
             check_same_run(was, yaml.safe_load(to_yaml(self.config)))
-            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoint.MODEL)
+            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoints.MODEL)
             self.engine.load_weights(saved.model)
             restore_average(self.ema, saved, was, self.config, self.runtime)
             restore_optimizer(self.engine, saved, was, self.config, self.runtime)
@@ -307,7 +307,7 @@ class Trainer:
                 own, load = self.objective.state_dict(), self.objective.load_state_dict
                 load_part("accelerations", state, own, load)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
+            raise checkpoints.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
         restore_products(self.model, state.get("products", {}), self.runtime)
         self.step = self._saved_step = state["step"]

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.training.interrupt import Interrupted
@@ -49,9 +49,9 @@ def _lost(trainer: Trainer) -> str:
 
 def _last_step(trainer: Trainer) -> int:
     """The step of the run's newest checkpoint; -1 without one."""
-    newest = checkpoint.newest(trainer.folder / CHECKPOINTS)
-    return -1 if newest is None else checkpoint.step_of(newest)
+    newest = checkpoints.newest(trainer.folder / CHECKPOINTS)
+    return -1 if newest is None else checkpoints.step_of(newest)
 
 
 def _place(trainer: Trainer) -> str:
-    return str(checkpoint.newest(trainer.folder / CHECKPOINTS))
+    return str(checkpoints.newest(trainer.folder / CHECKPOINTS))
