@@ -112,7 +112,7 @@ def test_the_state_beside_adamws_moments_is_empty_and_may_be_absent(tmp_path: Pa
     empty = {"layout": {"shapes": {}, "on_cpu": [], "values": {}}, "groups": [{}]}
     assert saved.state["optimizer"] == empty
     # Earlier versions saved neither this nor these keys of the config.
-    path = trainer._last_saved
+    path = trainer.saves.last
     assert path is not None
     state = torch.load(path / checkpoints.STATE, weights_only=True)
     del state["optimizer"]

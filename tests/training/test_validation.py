@@ -14,7 +14,7 @@ from two_ranks import told as told_by_another
 
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoints
-from speedit_plugins.trainer.checkpoints.best import note_best, read_best
+from speedit_plugins.trainer.checkpoints.best import Best, note_best, read_best
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
 from speedit_plugins.trainer.data.identity import Identified
@@ -378,7 +378,8 @@ def test_keys_without_effect_are_refused(overrides: list[str], message: str) -> 
 def test_a_best_checkpoint_that_is_damaged_or_of_a_later_step_is_not_taken(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / "step_0000005").mkdir(parents=True)
-    best = note_best(folder / "step_0000005", {"fid": 2.0}, "fid", Runtime())
+    best = Best("step_0000005", 5, "fid", 2.0)
+    note_best(folder, best, Runtime())
     assert read_best(folder) == read_best(folder, "fid", up_to=5) == best
     # Of another figure, or measured after the step that a run goes back to.
     assert read_best(folder, "kid") is None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from speedit_plugins.files import flush, sha256_of, usual_mode
+from speedit_plugins.files import flush, naming, sha256_of, usual_mode
 from speedit_plugins.trainer.checkpoints.contents import (
     CLASSES,
     CONFIG,
@@ -86,7 +86,7 @@ def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list
     # Every kind of error, because the other ranks wait to hear of it.
     except Exception as error:
         failure = error
-    said = runtime.gather_objects((result, None if failure is None else str(failure)))
+    said = runtime.gather_objects((result, None if failure is None else _told(failure)))
     for rank, (_, message) in enumerate(said):
         if message is not None:
             earlier = [p for p in newest_first(target.parent) if step_of(p) < step_of(target)]
@@ -94,6 +94,13 @@ def _together(runtime: Runtime, target: Path, action: Callable[[], Any]) -> list
             where = f" on rank {rank}" if runtime.world_size > 1 else ""
             raise CheckpointError(f"cannot write checkpoint {target}{where}: {message}; {kept}") from failure
     return [result for result, _ in said]
+
+
+def _told(failure: Exception) -> str:
+    if isinstance(failure, OSError) and failure.filename is None and failure.strerror:
+        # Without the number that Python sets before it.
+        return failure.strerror
+    return str(failure)
 
 
 def _fresh(partial: Path) -> None:
@@ -107,8 +114,10 @@ def _write_whole(partial: Path, contents: Contents, runtime: Runtime) -> dict[st
     written |= {f"ema_{label}.safetensors": weights for label, weights in contents.averages.items()}
     for name, weights in written.items():
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        save_file(tensors, partial / name, metadata=dict(contents.metadata))
-    torch.save(dict(contents.state), partial / STATE)
+        with naming(partial / name):
+            save_file(tensors, partial / name, metadata=dict(contents.metadata))
+    with naming(partial / STATE):
+        torch.save(dict(contents.state), partial / STATE)
     (partial / CONFIG).write_text(contents.config, encoding="utf-8")
     facts: dict[str, Any] = {CLASSES: list(contents.classes)} if contents.classes else {}
     facts |= {NORMALIZATION: asdict(contents.normalization)} if contents.normalization is not None else {}
@@ -122,7 +131,8 @@ def _write_moments(partial: Path, contents: Contents, runtime: Runtime) -> dict[
     path = partial / f"optimizer_{runtime.rank:05d}_of_{runtime.world_size:05d}.safetensors"
     starts = {name: part.start for name, part in contents.moments.items()}
     tensors = {name: part.values.cpu().contiguous() for name, part in contents.moments.items()}
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    with naming(path):
+        save_file(tensors, path, metadata={"starts": json.dumps(starts)})
     return {path.name: _finished(path)}
 
 

@@ -33,7 +33,9 @@ def _saved(trainer: Trainer) -> str:
     if trainer.step == 0:
         return "there is nothing to save"
     try:
-        return f"step {trainer.step} is saved as {trainer.save()}"
+        path = trainer.save()
+        trainer.saves.wait()
+        return f"step {trainer.step} is saved as {path}"
     except ValueError as error:
         return f"step {trainer.step} is not saved: {error}"
 
