@@ -58,8 +58,8 @@ class Kill:
         newest_step: newest checkpoint on disk at the launch, 0 for none; it is checked to be whole.
         resumed_step: the step at which the launch said it resumes; None if it was killed before.
         is_unfinished: whether the kill left a half-written checkpoint.
-        steps_beyond: last step logged after that of the half-written checkpoint, counted from it; None
-            without one. It is more than 0 only if the training went on meanwhile.
+        steps_beyond: steps logged, just before the kill, after that of a checkpoint that was being written;
+            None without one. It is more than 0 only if the training went on meanwhile.
     """
 
     moment: str
@@ -120,11 +120,12 @@ def _killed(folder: Path, options: list[str], arguments: argparse.Namespace) -> 
         processes = _ranks(job)
         if job.poll() is not None:
             raise SystemExit(f"the run ended by itself, before kill {number}:\n{job.communicate()[0]}")
+        beyond = _steps_beyond(folder)
         processes[rank].send_signal(signal.SIGKILL)
         output = job.communicate(timeout=HANG_SECONDS)[0]
         said = re.search(r"going on from .*step_(\d+)", output)
-        resumed, beyond = int(said[1]) if said else None, _steps_beyond(folder)
-        kills.append(Kill(moment, rank, newest, resumed, beyond is not None, beyond))
+        is_unfinished = any((folder / "checkpoints").glob("*.tmp"))
+        kills.append(Kill(moment, rank, newest, int(said[1]) if said else None, is_unfinished, beyond))
         print(f"{number + 1:3d}  {kills[-1]}", flush=True)
     newest = _newest_step(folder)
     output = _finish(_launch(folder, options))
@@ -178,9 +179,9 @@ def _last_logged(folder: Path) -> int | None:
 
 
 def _steps_beyond(folder: Path) -> int | None:
-    """Steps from the half-written checkpoint that a kill left to the last one logged; None without one."""
-    left = [int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("*.tmp")]
-    return max(0, (_last_logged(folder) or 0) - left[0]) if left else None
+    """Steps from the checkpoint that is being written to the last one logged; None without one."""
+    found = [int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("*.tmp")]
+    return max(0, (_last_logged(folder) or 0) - found[0]) if found else None
 
 
 def _newest_step(folder: Path) -> int:
@@ -224,8 +225,9 @@ def _summary(kills: list[Kill]) -> str:
     counted = ", ".join(f"{moments[moment]} at {moment}" for moment in MOMENTS)
     return (
         f"{len(kills)} kills ({counted}; {sum(kill.rank == 0 for kill in kills)} of rank 0); "
-        f"{sum(kill.is_unfinished for kill in kills)} left a checkpoint half written, "
-        f"{sum((kill.steps_beyond or 0) > 0 for kill in kills)} of them with later steps done; "
+        f"{sum(kill.steps_beyond is not None for kill in kills)} came while a checkpoint was being written, "
+        f"{sum((kill.steps_beyond or 0) > 0 for kill in kills)} of them when later steps were done; "
+        f"{sum(kill.is_unfinished for kill in kills)} left one half written; "
         f"{sum(kill.is_wrong for kill in kills)} launches went on from another checkpoint than the newest"
     )
 
