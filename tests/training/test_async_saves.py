@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runs import arguments, file_size_limit, small_config, small_trainer
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.checkpoints import CheckpointError
+from speedit_plugins.trainer.checkpoints.background import Background
 from speedit_plugins.trainer.checkpoints.best import read_best
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
@@ -198,6 +200,32 @@ def test_a_training_ends_when_the_save_in_flight_is_whole(
     text = "".join(capfd.readouterr())
     assert re.search(said, text), text
     assert whole(tmp_path) == [f"step_{step:07d}" for step in names]
+
+
+def test_a_third_signal_does_not_wait_for_the_save_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make = Trainer.optimizer_step
+
+    def optimizer_step(trainer: Trainer, *given: Any) -> Any:
+        if trainer.step == 6:
+            stop(signal.SIGINT, 2)
+        return make(trainer, *given)
+
+    def interrupted(background: Background, *given: Any) -> bool:
+        # Somebody who waits, and presses Ctrl-C again.
+        if background.is_busy:
+            stop(signal.SIGINT, 1)
+        return True
+
+    monkeypatch.setattr(Trainer, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(Background, "wait", interrupted)
+    never = threading.Event()
+    monkeypatch.setattr(checkpoints, "save", lambda *given, **options: never.wait())
+    options = arguments(tmp_path, max_training_steps=9, ckpt_every=5, async_save="true")
+    assert main(["-c", "configs/image/digits/speedit.yaml", "-p", "train", *options]) == 130
+    assert "at step 6; there is no checkpoint of this run, so all of it is lost" in capfd.readouterr().err
+    never.set()
 
 
 KILLED = """
