@@ -3,9 +3,10 @@
 Each round launches the run under torchrun. It picks a moment (during the start, between steps, or while a
 checkpoint is being written) and a rank, and sends the rank SIGKILL. The next round resumes from the newest
 whole checkpoint. After the last kill the run finishes. Its last checkpoint is then compared bit for bit, for
-every tensor, with the checkpoint of a run that nobody disturbed.
+every tensor, with the checkpoint of a run that nobody disturbed, and that waited for each save.
 
-    python -m benchmarks.soak [--kills 40] [--plugin zero2] [--precision fp32] [--json OUT] [key=value ...]
+    python -m benchmarks.soak [--kills 40] [--plugin zero2] [--precision fp32] [--async-save] [--json OUT]
+        [key=value ...]
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 import psutil
 import torch
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.logging.tracking import read_metrics
 
 CONFIG = "configs/image/digits/speedit.yaml"
@@ -57,6 +58,8 @@ class Kill:
         newest_step: newest checkpoint on disk at the launch, 0 for none; it is checked to be whole.
         resumed_step: the step at which the launch said it resumes; None if it was killed before.
         is_unfinished: whether the kill left a half-written checkpoint.
+        steps_beyond: steps logged, just before the kill, after that of a checkpoint that was being written;
+            None without one. It is more than 0 only if the training went on meanwhile.
     """
 
     moment: str
@@ -64,6 +67,7 @@ class Kill:
     newest_step: int
     resumed_step: int | None
     is_unfinished: bool
+    steps_beyond: int | None
 
     @property
     def is_wrong(self) -> bool:
@@ -84,7 +88,9 @@ def main() -> None:
     start = time.monotonic()
     print(f"a run left alone, under {arguments.plugin} in {arguments.precision}", flush=True)
     _finish(_launch(folder / "whole", options))
-    kills = _killed(folder / "killed", options, num_kills=arguments.kills, seed=arguments.seed)
+    if arguments.async_save:
+        options.append("async_save=true")
+    kills = _killed(folder / "killed", options, arguments)
     differences = _differences(folder / "whole", folder / "killed")
     print(f"{_summary(kills)}; {time.monotonic() - start:.0f} s in all")
     print(
@@ -99,26 +105,27 @@ def main() -> None:
     shutil.rmtree(folder)
 
 
-def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> list[Kill]:
-    """Trains to the end, with `num_kills` kills on the way."""
-    chance = random.Random(seed)
+def _killed(folder: Path, options: list[str], arguments: argparse.Namespace) -> list[Kill]:
+    """Trains to the end, with kills on the way."""
+    chance = random.Random(arguments.seed)
     kills = []
-    for number in range(num_kills):
+    for number in range(arguments.kills):
         newest = _newest_step(folder)
         # Half-written files of an earlier kill must not count as a save of this launch.
         for leftover in (folder / "checkpoints").glob("*.tmp"):
             shutil.rmtree(leftover)
         job = _launch(folder, options)
         moment, rank = chance.choice(MOMENTS), chance.randrange(2)
-        _wait_for(moment, job, folder, chance)
+        _wait_for(moment, job, folder, chance, save_seconds=arguments.save_seconds)
         processes = _ranks(job)
         if job.poll() is not None:
             raise SystemExit(f"the run ended by itself, before kill {number}:\n{job.communicate()[0]}")
+        beyond = _steps_beyond(folder)
         processes[rank].send_signal(signal.SIGKILL)
         output = job.communicate(timeout=HANG_SECONDS)[0]
         said = re.search(r"going on from .*step_(\d+)", output)
         is_unfinished = any((folder / "checkpoints").glob("*.tmp"))
-        kills.append(Kill(moment, rank, newest, int(said[1]) if said else None, is_unfinished))
+        kills.append(Kill(moment, rank, newest, int(said[1]) if said else None, is_unfinished, beyond))
         print(f"{number + 1:3d}  {kills[-1]}", flush=True)
     newest = _newest_step(folder)
     output = _finish(_launch(folder, options))
@@ -127,7 +134,9 @@ def _killed(folder: Path, options: list[str], *, num_kills: int, seed: int) -> l
     return kills
 
 
-def _wait_for(moment: str, job: subprocess.Popen[str], folder: Path, chance: random.Random) -> None:
+def _wait_for(
+    moment: str, job: subprocess.Popen[str], folder: Path, chance: random.Random, *, save_seconds: float
+) -> None:
     """Waits until a random time within that part of the launch."""
     begun = _last_logged(folder)
     _until(lambda: len(_ranks(job)) == 2, job)
@@ -140,7 +149,7 @@ def _wait_for(moment: str, job: subprocess.Popen[str], folder: Path, chance: ran
         time.sleep(chance.uniform(0, 2.0))
         return
     _until(lambda: any((folder / "checkpoints").glob("*.tmp")), job, pause_seconds=0.0005)
-    time.sleep(chance.uniform(0, 0.02))
+    time.sleep(chance.uniform(0, save_seconds))
 
 
 def _until(condition: Callable[[], bool], job: subprocess.Popen[str], *, pause_seconds: float = 0.02) -> None:
@@ -169,19 +178,25 @@ def _last_logged(folder: Path) -> int | None:
     return rows[-1]["step"] if rows else None
 
 
+def _steps_beyond(folder: Path) -> int | None:
+    """Steps from the checkpoint that is being written to the last one logged; None without one."""
+    found = [int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("*.tmp")]
+    return max(0, (_last_logged(folder) or 0) - found[0]) if found else None
+
+
 def _newest_step(folder: Path) -> int:
     """Step of the newest checkpoint, 0 for none. Every published checkpoint must be whole."""
-    found = checkpoint.newest_first(folder / "checkpoints")
+    found = checkpoints.newest_first(folder / "checkpoints")
     for path in found:
-        if reason := checkpoint.damage(path):
+        if reason := checkpoints.damage(path):
             raise SystemExit(f"a published checkpoint is damaged: {path}: {reason}")
-    return checkpoint.step_of(found[0]) if found else 0
+    return checkpoints.step_of(found[0]) if found else 0
 
 
 def _differences(*folders: Path) -> list[str]:
     """Names of the tensors that differ between the last checkpoints of two runs."""
-    found = [checkpoint.newest(folder / "checkpoints") for folder in folders]
-    whole, killed = (checkpoint.load(path) for path in found if path is not None)
+    found = [checkpoints.newest(folder / "checkpoints") for folder in folders]
+    whole, killed = (checkpoints.load(path) for path in found if path is not None)
     names = ("model", "ema", "moments")
     different = [
         f"{part}/{name}"
@@ -210,7 +225,9 @@ def _summary(kills: list[Kill]) -> str:
     counted = ", ".join(f"{moments[moment]} at {moment}" for moment in MOMENTS)
     return (
         f"{len(kills)} kills ({counted}; {sum(kill.rank == 0 for kill in kills)} of rank 0); "
-        f"{sum(kill.is_unfinished for kill in kills)} left a checkpoint half written; "
+        f"{sum(kill.steps_beyond is not None for kill in kills)} came while a checkpoint was being written, "
+        f"{sum((kill.steps_beyond or 0) > 0 for kill in kills)} of them when later steps were done; "
+        f"{sum(kill.is_unfinished for kill in kills)} left one half written; "
         f"{sum(kill.is_wrong for kill in kills)} launches went on from another checkpoint than the newest"
     )
 
@@ -244,6 +261,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plugin", default="zero2", choices=("ddp", "zero1", "zero2", "fsdp2"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--seed", type=int, default=0, help="of ranks and moments")
+    parser.add_argument("--async-save", action="store_true", help="the killed run saves in the background")
+    parser.add_argument(
+        "--save-seconds", type=float, default=0.02, help="longest time from a save to its kill"
+    )
     parser.add_argument("--json", type=Path, help="write every kill here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     return parser.parse_args()

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import cast
 
 from speedit_plugins.files import naming, usual_mode
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.yaml_text import one_line
@@ -280,7 +280,7 @@ The weights are {_kind(config, source)} `{source.name}`.
 
 
 def _kind(config: ExperimentConfig, source: Path) -> str:
-    is_averaged = source.is_dir() and checkpoint.sampled_file(source) == checkpoint.EMA
+    is_averaged = source.is_dir() and checkpoints.sampled_file(source) == checkpoints.EMA
     return "the exponential moving average of" if is_averaged else "those of"
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from speedit_plugins.files import replacing
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.saved_configs import CHECKPOINTS, POSTHOC
 from speedit_plugins.trainer.training.averages.snapshots import SNAPSHOTS, posthoc_average, read_snapshots
@@ -56,14 +56,14 @@ def reconstruct(run: Path, sigma_rel: float, *, step: int | None = None) -> tupl
             f"{run / SNAPSHOTS} has no snapshots; wanted a training with ema.type=power and"
             " ema.snapshot_every"
         )
-    source = checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS), only=checkpoint.MODEL)
+    source = checkpoints.newest_whole(checkpoints.newest_first(run / CHECKPOINTS), only=checkpoints.MODEL)
     if source is None:
         raise ValueError(f"{run} has no checkpoint yet")
     step = snapshots[-1].step if step is None else step
     averages, distance = posthoc_average(snapshots, sigma_rel, step=step)
-    untrained = {k: v for k, v in load_file(source / checkpoint.MODEL).items() if k not in averages}
+    untrained = {k: v for k, v in load_file(source / checkpoints.MODEL).items() if k not in averages}
     # It says which weights adapters adapt.
-    with safe_open(source / checkpoint.MODEL, framework="pt") as file:
+    with safe_open(source / checkpoints.MODEL, framework="pt") as file:
         metadata = file.metadata()
     path = run / POSTHOC / f"step_{step:07d}_{label(sigma_rel)}.safetensors"
     path.parent.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from timestep_profile import PROFILE
 
 from speedit_plugins import NoiseSchedule
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer import checkpoints, results
 from speedit_plugins.trainer.accelerations.summary import in_use
 from speedit_plugins.trainer.logging.environment import ENVIRONMENT
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
@@ -323,7 +323,7 @@ def _num_trained(path: Path | None) -> int | None:
             trained |= {name.partition("/")[2] for name in tensors.keys()}  # noqa: SIM118 - no mapping
     if path is None or not trained:
         return None
-    with safe_open(path / checkpoint.MODEL, framework="pt") as weights:
+    with safe_open(path / checkpoints.MODEL, framework="pt") as weights:
         names = trained & set(weights.keys())
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in names) or None
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from inspect_policy import save_figure, write_json
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.logging.timestep_profile import timestep_ranges
 from speedit_plugins.trainer.logging.tracking import plain
@@ -83,7 +83,7 @@ def measure(
     if not path.is_file():
         raise ValueError(f"{run} has no training run: there is no {path.name}")
     config = load_config(path, "train", [*overrides, *map("=".join, _ALONE.items())])
-    found = source or checkpoint.newest_whole(checkpoint.newest_first(run / CHECKPOINTS))
+    found = source or checkpoints.newest_whole(checkpoints.newest_first(run / CHECKPOINTS))
     if found is None:
         raise ValueError(f"{run} has no checkpoint yet")
     if weights == "ema" and config.ema.type == "none":

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint, saved_configs
+from speedit_plugins.trainer import checkpoints, saved_configs
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.terminal import say
@@ -101,7 +101,7 @@ def say_where(folder: Path, *, samples: Path | None = None) -> None:
         "as models": grid.with_suffix(""),
         "loss curve": folder / LOSS_CURVE,
         "metrics": folder / METRICS,
-        "checkpoint": checkpoint.newest(folder / CHECKPOINTS),
+        "checkpoint": checkpoints.newest(folder / CHECKPOINTS),
     }
     for name, path in places.items():
         if path is not None and path.exists():

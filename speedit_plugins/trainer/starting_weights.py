@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints.paths import named_checkpoint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.lora import add_adapters, check_fit, load_adapters, read_adapters
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
@@ -90,7 +90,7 @@ def load_trained(
 
 def _load_pretrained(model: nn.Module, path: str, captions: CaptionSource | None) -> LoadReport:
     folder = named_checkpoint(path, "pretrained")
-    source = folder / checkpoint.sampled_file(folder) if folder.is_dir() else folder
+    source = folder / checkpoints.sampled_file(folder) if folder.is_dir() else folder
     if (adapters := read_adapters(source)) is not None:
         raise ValueError(
             f"pretrained: '{source}' holds adapters alone, of {adapters.source}; wanted whole weights"

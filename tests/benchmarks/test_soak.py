@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 
 
+def lone(folder: Path, options: list[str]) -> None:
+    # The run that nobody disturbs waits for its saves.
+    assert "async_save=true" not in options
+    folder.mkdir()
+
+
 @pytest.fixture
 def soak(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     pytest.importorskip("psutil")
     module = load("soak")
-    monkeypatch.setattr("sys.argv", ["soak"])
+    monkeypatch.setattr("sys.argv", ["soak", "--async-save"])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(module, "_launch", lambda folder, options: folder.mkdir())
+    monkeypatch.setattr(module, "_launch", lone)
     monkeypatch.setattr(module, "_finish", lambda job: "")
     return module
 
@@ -32,9 +38,10 @@ def test_the_runs_are_kept_where_something_is_wrong(
     resumed_step: int,
     is_kept: bool,
 ) -> None:
-    def killed(folder: Path, options: list[str], **chances: Any) -> list[Any]:
+    def killed(folder: Path, options: list[str], arguments: Any) -> list[Any]:
+        assert "async_save=true" in options
         folder.mkdir()
-        return [soak.Kill("step", 0, 5, resumed_step, False)]
+        return [soak.Kill("step", 0, 5, resumed_step, True, 2)]
 
     monkeypatch.setattr(soak, "_killed", killed)
     monkeypatch.setattr(soak, "_differences", lambda *folders: differences)
@@ -47,4 +54,6 @@ def test_the_runs_are_kept_where_something_is_wrong(
         assert f"both runs are kept in {folder}" in capsys.readouterr().out
     else:
         soak.main()
+        output = capsys.readouterr().out
+        assert "1 came while a checkpoint was being written, 1 of them when later steps were done" in output
         assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import distributed_faults
 import distributed_numbers
 import distributed_optimizers
+import distributed_saves
 import distributed_tasks
 from distributed_runs import TIMEOUT_SECONDS
 from runs import small_config
@@ -32,7 +33,7 @@ def checks_of(*modules: ModuleType) -> dict[str, Callable[[Runtime, Path], None]
     }
 
 
-CHECKS = checks_of(distributed_numbers, distributed_faults, distributed_optimizers)
+CHECKS = checks_of(distributed_numbers, distributed_faults, distributed_optimizers, distributed_saves)
 TASKS = checks_of(distributed_tasks)
 
 

@@ -20,8 +20,8 @@ from distributed_runs import PLUGINS, TIMEOUT_SECONDS, everything, message_of, s
 from runs import file_size_limit, small_config
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
@@ -85,7 +85,7 @@ def check_a_stop_asked_of_one_rank_stops_all_at_the_same_step(runtime: Runtime, 
         trainer.loader = Asking(trainer.loader, stop, after=3)  # type: ignore[assignment]  # replaces one for the test
     trainer.fit(SilentTracker(), stop)
     assert runtime.gather_objects(trainer.step) == [3, 3]
-    assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000003"
+    assert checkpoints.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000003"
 
 
 def check_a_full_disk_under_one_rank_fails_the_save_on_all_and_keeps_the_last(
@@ -100,7 +100,7 @@ def check_a_full_disk_under_one_rank_fails_the_save_on_all_and_keeps_the_last(
     assert f"the last checkpoint is {good}" in message
     runtime.barrier()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000001"]
-    assert checkpoint.damage(good, runtime) is None
+    assert checkpoints.damage(good, runtime) is None
     # The run itself can continue, and saves once there is room again.
     assert steps(trainer, 1).save().name == "step_0000003"
 
@@ -126,7 +126,7 @@ def check_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(
         assert f"checkpoint {newest} is damaged" in said.getvalue()
         assert f"going on from {folder / 'checkpoints' / 'step_0000002'}" in said.getvalue()
     runtime.barrier()
-    assert checkpoint.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000006"
+    assert checkpoints.newest(folder / "checkpoints") == folder / "checkpoints" / "step_0000006"
 
 
 def check_a_batch_that_one_rank_cannot_read_ends_all_after_a_checkpoint_of_the_last_whole_step(

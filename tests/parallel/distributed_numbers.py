@@ -21,7 +21,7 @@ from distributed_runs import (
 from runs import small_config
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.replica import Replica
 from speedit_plugins.trainer.parallel.runtime import Runtime
@@ -232,7 +232,7 @@ def check_masters_under_bf16_are_saved_in_full(runtime: Runtime, folder: Path) -
     trainer = steps(two_ranks(runtime, folder, plugin="zero2", precision="bf16"), 3)
     path = trainer.save()
     if runtime.is_main:
-        saved = checkpoint.load(path).model
+        saved = checkpoints.load(path).model
         name = "blocks.0.mlp.fc1.weight"
         assert saved[name].dtype == torch.float32
         # The saved weights have bits that bf16 would have rounded away.

@@ -7,7 +7,7 @@ import pytest
 from runs import file_size_limit, small_config
 from two_ranks import Listening, listening, told
 
-from speedit_plugins.trainer.best_checkpoint import note_best
+from speedit_plugins.trainer.checkpoints.best import Best, note_best
 from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.same_config import difference, stated
@@ -31,7 +31,7 @@ def enter(folder: Path, runtime: Runtime) -> None:
 
 
 def note(folder: Path, runtime: Runtime) -> None:
-    note_best(folder / "step_0000005", {"fid": 2.0}, "fid", runtime)
+    note_best(folder, Best("step_0000005", 5, "fid", 2.0), runtime)
 
 
 def measure(folder: Path, runtime: Runtime) -> None:

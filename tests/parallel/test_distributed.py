@@ -14,7 +14,7 @@ from PIL import Image
 from processes import BIN, TORCHRUN, Job
 from runs import arguments, last_step, small_config
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.training import train as train_phase
 
 pytest.importorskip("colossalai", reason="needs ColossalAI; make install adds it")
@@ -73,15 +73,15 @@ def test_sigterm_to_the_launcher_saves_at_one_step_and_the_next_launch_goes_on(
         output = job.end()
     stopped = re.search(r"stopped by SIGTERM after step (\d+)", output)
     assert stopped, output
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "checkpoints")
     assert saved is not None
-    assert checkpoint.step_of(saved) == int(stopped[1])
-    assert checkpoint.damage(saved) is None
+    assert checkpoints.step_of(saved) == int(stopped[1])
+    assert checkpoints.damage(saved) is None
     # Resumes in one process here. The checks also resume with another plugin on two ranks.
-    config = small_config(tmp_path, plugin="ddp", max_training_steps=checkpoint.step_of(saved) + 2)
+    config = small_config(tmp_path, plugin="ddp", max_training_steps=checkpoints.step_of(saved) + 2)
     assert train_phase.train(config) == 0
     assert f"going on from {saved}" in capfd.readouterr().out
-    assert last_step(tmp_path) == checkpoint.step_of(saved) + 2
+    assert last_step(tmp_path) == checkpoints.step_of(saved) + 2
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_colossalai_run_starts_it_too(tmp_path: Path) -> None:
     with train(tmp_path, launcher, plugin="zero1", max_training_steps=4) as job:
         output = job.end()
     saved = tmp_path / "checkpoints" / "step_0000004"
-    assert checkpoint.damage(saved) is None, output
+    assert checkpoints.damage(saved) is None, output
     assert sorted(path.name for path in saved.glob("optimizer_*")) == [
         "optimizer_00000_of_00002.safetensors",
         "optimizer_00001_of_00002.safetensors",

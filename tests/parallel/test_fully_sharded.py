@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.model_copies import copy_with
@@ -42,7 +42,7 @@ def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(tmp_path: Path)
         other = replace(config, plugin="fsdp2" if plugin == "ddp" else "ddp", max_training_steps=6)
         assert train(other) == 0
         rows[plugin] = read_metrics(tmp_path / plugin)
-        weights[plugin] = checkpoint.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
+        weights[plugin] = checkpoints.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
         assert (tmp_path / plugin / "grids" / "step_0000004.png").exists()
     # One process sums in one order; the gradient norm is of one sum of squares, or of a sum of roots.
     assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)

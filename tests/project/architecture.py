@@ -60,9 +60,7 @@ _SHARED = _PARTS | {
         "inputs",
         "build",
         "low_resolution",
-        "checkpoint",
-        "best_checkpoint",
-        "checkpoint_paths",
+        "checkpoints",
         "results",
     )
 }
@@ -98,11 +96,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer/build": _PARTS | {"trainer/layouts", "trainer/inputs"},
     "trainer/low_resolution": _PARTS | {"trainer/inputs", "trainer/build"},
     "trainer/accelerations": _PARTS | {"trainer/inputs", "trainer/build"},
-    "trainer/checkpoint": _PARTS,
-    "trainer/best_checkpoint": _PARTS,
-    "trainer/checkpoint_paths": _PARTS | {"trainer/checkpoint", "trainer/results"},
-    "trainer/results": _PARTS | {"trainer/checkpoint"},
-    "trainer/starting_weights": _PARTS | {"trainer/checkpoint", "trainer/checkpoint_paths"},
+    "trainer/checkpoints": _PARTS,
+    "trainer/results": _PARTS | {"trainer/checkpoints"},
+    "trainer/starting_weights": _PARTS | {"trainer/checkpoints"},
     "trainer/logging": _SHARED,
     "trainer/sampling": _SHARED | {"trainer/starting_weights", "trainer/logging"},
     "trainer/training": _SHARED

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from speedit_plugins.files import pickle_fault
 from speedit_plugins.hosts.states.state_file import read_state
 from speedit_plugins.spectrum_samples import _arrays
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -31,15 +31,15 @@ def test_why_torch_refuses_a_file_is_told_without_its_advice(tmp_path: Path, zip
 
 
 def test_no_reader_passes_on_the_advice_to_run_a_file(tmp_path: Path) -> None:
-    for name in (checkpoint.MODEL, checkpoint.EMA, checkpoint.CONFIG, checkpoint.MANIFEST):
+    for name in (checkpoints.MODEL, checkpoints.EMA, checkpoints.CONFIG, checkpoints.MANIFEST):
         (tmp_path / name).touch()
-    save_file({"a": torch.zeros(1)}, tmp_path / checkpoint.MODEL)
-    save_file({"a": torch.zeros(1)}, tmp_path / checkpoint.EMA)
-    torch.save({"x": Fraction(1, 2)}, tmp_path / checkpoint.STATE)
+    save_file({"a": torch.zeros(1)}, tmp_path / checkpoints.MODEL)
+    save_file({"a": torch.zeros(1)}, tmp_path / checkpoints.EMA)
+    torch.save({"x": Fraction(1, 2)}, tmp_path / checkpoints.STATE)
     for read, path in (
-        (read_state, tmp_path / checkpoint.STATE),
-        (_arrays, tmp_path / checkpoint.STATE),
-        (checkpoint.load, tmp_path),
+        (read_state, tmp_path / checkpoints.STATE),
+        (_arrays, tmp_path / checkpoints.STATE),
+        (checkpoints.load, tmp_path),
     ):
         with pytest.raises(
             ValueError, match=r"it asks for fractions\.Fraction, and loading that could"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import build, checkpoint
+from speedit_plugins.trainer import build, checkpoints
 from speedit_plugins.trainer.data.held_out import hold_out
 from speedit_plugins.trainer.data.loader import DATA_STREAM, stream_seed
 from speedit_plugins.trainer.data.shapes.folder import ShapeFolder
@@ -83,12 +83,12 @@ def test_a_checkpoint_keeps_the_normalization_and_a_damaged_one_is_named(tmp_pat
     assert run(tmp_path, "train", *POINTS, "max_training_steps=1") == 0
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     kept = Normalization((10.0, 20.0, 30.0), 0.5)
-    assert read_normalization(folder) == read_normalization(folder / checkpoint.EMA) == kept
-    assert checkpoint.damage(folder) is None
-    file = folder / checkpoint.NORMALIZATION
+    assert read_normalization(folder) == read_normalization(folder / checkpoints.EMA) == kept
+    assert checkpoints.damage(folder) is None
+    file = folder / checkpoints.NORMALIZATION
     file.write_text('{"mean": [1, 2, 3], "std": 0}')
-    assert checkpoint.damage(folder) is not None
-    with pytest.raises(checkpoint.CheckpointError, match=r"normalization.json is damaged: .*std > 0"):
+    assert checkpoints.damage(folder) is not None
+    with pytest.raises(checkpoints.CheckpointError, match=r"normalization.json is damaged: .*std > 0"):
         read_normalization(folder)
     file.unlink()
     assert read_normalization(folder) is None

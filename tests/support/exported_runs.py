@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from saved_models import save_pipeline
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.results import save_config
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -39,10 +39,10 @@ def trained(
                 parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     save_config(loaded, "train")
     weights = dict(trainer.model.state_dict())
-    contents = checkpoint.Contents(
+    contents = checkpoints.Contents(
         model=weights, ema=weights, state={}, config=to_yaml(loaded), normalization=normalization
     )
-    checkpoint.save(folder / "checkpoints", 1, contents, keep_last=1)
+    checkpoints.save(folder / "checkpoints", 1, contents, keep_last=1)
     return arguments
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.sampling.generator import find_weights, load_generator
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -62,12 +62,12 @@ def test_without_an_average_the_model_is_the_file_that_must_be_whole(tmp_path: P
     newer = steps(first, 1).save()
     model = newer / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])
-    assert checkpoint.newest_whole([newer, older], only=checkpoint.EMA) == older
+    assert checkpoints.newest_whole([newer, older], only=checkpoints.EMA) == older
     # An average that the manifest lists is missed.
     averaged = steps(small_trainer(tmp_path / "averaged"), 1).save()
     (averaged / "ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lacks ema.safetensors"):
-        checkpoint.load(averaged)
+        checkpoints.load(averaged)
 
 
 def test_the_training_is_the_same_with_any_average_and_with_none(tmp_path: Path) -> None:
@@ -165,11 +165,11 @@ def test_keys_of_another_kind_of_average_are_refused(tmp_path: Path, section: st
 
 def test_the_power_average_is_what_a_checkpoint_calls_ema(tmp_path: Path) -> None:
     trainer = steps(small_trainer(tmp_path, **POWER), 2)
-    saved = checkpoint.load(trainer.save())
+    saved = checkpoints.load(trainer.save())
     name = "final_layer.linear.weight"
     assert torch.equal(saved.ema[name], trainer.averaged_weights()[name])
     assert not torch.equal(saved.ema[name], saved.averages["0.2"][name])
     # A short length has a sign in its label.
     short = steps(small_trainer(tmp_path / "short", ema="{type: power, sigma_rel: [0.1, 5e-5]}"), 1).save()
     assert "ema_5e-05.safetensors" in files_of(short)
-    assert checkpoint.damage(short) is None
+    assert checkpoints.damage(short) is None

@@ -8,8 +8,8 @@ import pytest
 from runs import arguments
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints.paths import named_checkpoint
 from speedit_plugins.trainer.saved_configs import config_of, named_config
 
 
@@ -127,4 +127,4 @@ def test_a_resumed_run_needs_its_first_weights_no_more(tmp_path: Path, run: Path
     assert speedit("train", tmp_path / "tuned", pretrained=tmp_path / "first", max_training_steps=1) == 0
     shutil.rmtree(tmp_path / "first")
     assert speedit("train", tmp_path / "tuned", pretrained=tmp_path / "first", max_training_steps=2) == 0
-    assert checkpoint.newest(tmp_path / "tuned" / "checkpoints") is not None
+    assert checkpoints.newest(tmp_path / "tuned" / "checkpoints") is not None

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import arguments, last_step
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 
 CONFIG = ["-c", "configs/image/digits/speedit.yaml"]
 
@@ -35,9 +35,9 @@ def test_a_grid_and_its_files_have_the_names_of_a_folders_classes(
     assert last_step(run) == 1
     saved = run / "checkpoints" / "step_0000001"
     assert (
-        checkpoint.class_names(saved) == checkpoint.class_names(saved / "ema.safetensors") == ("cat", "dog")
+        checkpoints.class_names(saved) == checkpoints.class_names(saved / "ema.safetensors") == ("cat", "dog")
     )
-    assert checkpoint.damage(saved) is None
+    assert checkpoints.damage(saved) is None
     # The data are not needed any more.
     shutil.rmtree(data)
     assert main([*CONFIG, "-p", "sample", *arguments(run, **options, samples_per_class=2)]) == 0

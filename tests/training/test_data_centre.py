@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from speedit_plugins.policies.spectrum import DataSpectrum
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.images.digits import Digits

@@ -17,7 +17,7 @@ from PIL import Image
 from runs import arguments, last_step
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.training.trainer import Trainer
 
@@ -103,19 +103,19 @@ def test_a_broken_sample_ends_the_run_after_a_checkpoint_of_the_last_whole_step(
     # The seed puts the broken image into the second batch of the third step.
     assert speedit("train", tmp_path / "run", seed=SEED, **pictures) == 2
     (line,) = error_lines(capfd.readouterr().err)
-    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert re.fullmatch(rf"speedit: error: corrupt image \S+33\.png: .*; step 2 is saved as {saved}", line), (
         line
     )
-    state = checkpoint.load(saved).state
+    state = checkpoints.load(saved).state
     # The position of a whole step: two steps of three batches of two samples.
     assert (state["step"], state["loader"]["epoch"], state["loader"]["offset"]) == (2, 0, 12)
     # Once the image is whole, the run goes on to where it would have come.
     Image.new("RGB", (8, 8), (33 * 6, 0, 0)).save(tmp_path / "images" / "cat" / "33.png")
     assert speedit("train", tmp_path / "run", seed=SEED, max_training_steps=4, **pictures) == 0
     assert speedit("train", tmp_path / "whole", seed=SEED, max_training_steps=4, **pictures) == 0
-    of = [checkpoint.load(tmp_path / name / "checkpoints" / "step_0000004") for name in ("run", "whole")]
+    of = [checkpoints.load(tmp_path / name / "checkpoints" / "step_0000004") for name in ("run", "whole")]
     assert all((of[0].model[name] == of[1].model[name]).all() for name in of[0].model)
 
 
@@ -208,10 +208,10 @@ def test_a_terminal_that_closes_saves_the_training_and_ends_it(tmp_path: Path) -
         until(lambda: last_step(tmp_path) >= 2, process)
         os.close(ours)
         assert process.wait() == 0
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "checkpoints")
     assert saved is not None
-    assert checkpoint.damage(saved) is None
-    assert checkpoint.step_of(saved) >= 2
+    assert checkpoints.damage(saved) is None
+    assert checkpoints.step_of(saved) >= 2
 
 
 def test_a_killed_loading_process_ends_the_run_after_a_checkpoint(tmp_path: Path) -> None:
@@ -233,10 +233,10 @@ def test_a_killed_loading_process_ends_the_run_after_a_checkpoint(tmp_path: Path
         line,
     ), line
     assert "Traceback" not in text
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "checkpoints")
     assert saved is not None
-    assert checkpoint.damage(saved) is None
-    assert checkpoint.step_of(saved) >= 2
+    assert checkpoints.damage(saved) is None
+    assert checkpoints.step_of(saved) >= 2
 
 
 def is_loading(process_id: int) -> bool:

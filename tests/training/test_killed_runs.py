@@ -9,7 +9,7 @@ from processes import Job
 from runs import last_step
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 
 FEW = (
     *("max_training_steps=12", "ckpt_every=4", "log_every=1", "data.batch_size=4", "data.num_workers=0"),
@@ -38,13 +38,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, task: str) -> None:
         job.until(lambda: last_step(parts) >= 6)
         job.process.send_signal(signal.SIGKILL)
         job.end()
-    saved = checkpoint.newest_whole(checkpoint.newest_first(parts / "checkpoints"))
+    saved = checkpoints.newest_whole(checkpoints.newest_first(parts / "checkpoints"))
     assert saved is not None
     # As if the machine had ended it there: a fast one may have gone further.
-    end = f"max_training_steps={checkpoint.step_of(saved) + 3}"
+    end = f"max_training_steps={checkpoints.step_of(saved) + 3}"
     for folder in (parts, whole):
         assert main([*options(folder), end]) == 0
-    name = f"step_{checkpoint.step_of(saved) + 3:07d}"
-    for file in (checkpoint.MODEL, checkpoint.EMA):
+    name = f"step_{checkpoints.step_of(saved) + 3:07d}"
+    for file in (checkpoints.MODEL, checkpoints.EMA):
         found, expected = (folder / "checkpoints" / name / file for folder in (parts, whole))
         assert found.read_bytes() == expected.read_bytes()

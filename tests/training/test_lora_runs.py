@@ -14,7 +14,7 @@ from saved_models import save_pipeline
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.evaluation.npz import read_npz
 from speedit_plugins.trainer.models import lora
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The last checkpoint of a run that trained all weights."""
     folder = tmp_path_factory.mktemp("base")
     assert run("train", folder) == 0
-    return checkpoint.newest(folder / "checkpoints") or folder
+    return checkpoints.newest(folder / "checkpoints") or folder
 
 
 def run(phase: str, folder: Path, **changes: Any) -> int:
@@ -58,15 +58,15 @@ def test_a_run_of_adapters_goes_through_every_phase(
     assert run("train", tmp_path, **options) == 0
     assert "is not read again" not in capsys.readouterr().out
     first, second = (tmp_path / "checkpoints" / f"step_000000{step}" for step in (1, 2))
-    found = load_file(second / checkpoint.MODEL)
+    found = load_file(second / checkpoints.MODEL)
     # A resumed run continues to the bit.
     assert_close(found, {name: found[name] for name in whole.weights()}, rtol=0, atol=0)
     assert_close(found, whole.weights(), rtol=0, atol=0)
     assert all(".lora_" in name for name in found)
-    frozen = load_file(base / checkpoint.MODEL)
+    frozen = load_file(base / checkpoints.MODEL)
     ratio = sum(t.numel() for t in found.values()) / sum(t.numel() for t in frozen.values())
     assert ratio < 0.05
-    assert all((path / checkpoint.EMA).stat().st_size < 30_000 for path in (first, second))
+    assert all((path / checkpoints.EMA).stat().st_size < 30_000 for path in (first, second))
 
     drawn = {}
     sampling = {"num_samples": 2, "sampler__num_steps": 2}
@@ -99,7 +99,7 @@ def test_other_weights_than_the_adapted_ones_are_refused(
 ) -> None:
     options = adapted(base)
     assert run("train", tmp_path, **options) == 0
-    other = load_file(base / checkpoint.EMA)
+    other = load_file(base / checkpoints.EMA)
     other["blocks.0.mlp.fc1.bias"] += 2**-10
     save_file(other, tmp_path / "other.safetensors")
     changed = {**options, "pretrained": tmp_path / "other.safetensors", "max_training_steps": 3}
@@ -124,7 +124,7 @@ def test_other_weights_than_the_adapted_ones_are_refused(
     whole = message(capsys, "sample", tmp_path, **options, ckpt_path=base, sample_classes="[1]")
     assert "holds whole weights without adapters" in whole
     assert "to adapt these weights, give them as pretrained" in whole
-    newest = checkpoint.newest(tmp_path / "checkpoints")
+    newest = checkpoints.newest(tmp_path / "checkpoints")
     alone = message(capsys, "train", tmp_path / "next", **{**options, "pretrained": newest})
     assert "holds adapters alone" in alone
 
@@ -146,7 +146,7 @@ def test_an_option_without_effect_or_without_weights_is_refused(
 
 
 def test_embeddings_of_other_classes_are_trained_beside_the_adapters(base: Path, tmp_path: Path) -> None:
-    weights = load_file(base / checkpoint.EMA)
+    weights = load_file(base / checkpoints.EMA)
     table = "y_embedder.embedding_table.weight"
     weights[table] = weights[table][:5].clone()
     save_file(weights, tmp_path / "file.safetensors")
@@ -154,7 +154,7 @@ def test_embeddings_of_other_classes_are_trained_beside_the_adapters(base: Path,
     trainer = stepped(small_trainer(tmp_path, **options), 2)
     assert table in trainer.weights()
     path = trainer.save()
-    assert table in load_file(path / checkpoint.EMA)
+    assert table in load_file(path / checkpoints.EMA)
     resumed = small_trainer(tmp_path, **options)
     resumed.restore(path)
     assert_close(resumed.weights(), trainer.weights(), rtol=0, atol=0)
@@ -189,7 +189,7 @@ def test_half_precision_trains_float32_adapters(tmp_path: Path, precision: str) 
     after = trainer.weights()
     # B starts at zero, so that A gets no gradient in the first step.
     assert all((after[name] != before[name]).any() for name in after if ".lora_B." in name)
-    assert {value.dtype for value in load_file(trainer.save() / checkpoint.EMA).values()} == {
+    assert {value.dtype for value in load_file(trainer.save() / checkpoints.EMA).values()} == {
         torch.float32,
         torch.bool,
     }
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_before_and_its_config_are_read(
     # As checkpoints were: the frozen weights too, and no record.
     weights = {**trainer.model.state_dict(), **trainer.averaged_weights()}
     path = trainer.save()
-    for name in (checkpoint.MODEL, checkpoint.EMA):
+    for name in (checkpoints.MODEL, checkpoints.EMA):
         save_file(weights, path / name)
     assert isinstance(trainer.model, UNet)
     generator, _, _ = load_generator(load_config(SD15, "sample", [*earlier, f"ckpt_path={path}"]))
@@ -216,16 +216,16 @@ def test_a_checkpoint_of_before_and_its_config_are_read(
     resumed.restore(path)
     assert_close(resumed.weights(), {name: weights[name] for name in trainer.weights()}, rtol=0, atol=0)
     other = "holds adapters, made with lora.*alpha: 2.*alpha: 7"
-    with pytest.raises(checkpoint.CheckpointError, match=other):
+    with pytest.raises(checkpoints.CheckpointError, match=other):
         build_trainer(load_config(SD15, "train", [*earlier, "lora.alpha=7"])).restore(path)
     weights["net.conv_in.bias"] = weights["net.conv_in.bias"] + 1
-    save_file(weights, path / checkpoint.MODEL)
-    with pytest.raises(checkpoint.CheckpointError, match=r"its frozen net\.conv_in\.bias is another than"):
+    save_file(weights, path / checkpoints.MODEL)
+    with pytest.raises(checkpoints.CheckpointError, match=r"its frozen net\.conv_in\.bias is another than"):
         build_trainer(config).restore(path)
     with pytest.raises(ValueError, match=r"model.lora_rank: is the earlier name of lora.rank; wanted one"):
         load_config(SD15, "train", [*earlier, "lora.rank=2"])
     # The next checkpoint is without the frozen ones.
-    assert set(load_file(resumed.save() / checkpoint.MODEL)) == set(
+    assert set(load_file(resumed.save() / checkpoints.MODEL)) == set(
         lora.without_base(resumed.model, resumed.model.state_dict())
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from speedit_plugins.registry import OPTIMIZERS
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.parallel import optimizers
@@ -96,7 +96,7 @@ def test_six_steps_equal_three_and_a_resumed_three_bit_for_bit(
     first = steps(small_trainer(tmp_path, **options), 3)
     path = first.save()
     # What is saved is what is evaluated.
-    assert_close(dict(checkpoint.load(path).model), {**first.engine.untrained(), **first.weights()})
+    assert_close(dict(checkpoints.load(path).model), {**first.engine.untrained(), **first.weights()})
     resumed = small_trainer(tmp_path, **options)
     resumed.restore(path)
     assert_close(everything(resumed), everything(first), rtol=0, atol=0)
@@ -107,16 +107,16 @@ def test_six_steps_equal_three_and_a_resumed_three_bit_for_bit(
 
 def test_the_state_beside_adamws_moments_is_empty_and_may_be_absent(tmp_path: Path) -> None:
     trainer = steps(small_trainer(tmp_path), 2)
-    saved = checkpoint.load(trainer.save())
+    saved = checkpoints.load(trainer.save())
     assert {name.partition("/")[0] for name in saved.moments} == {"exp_avg", "exp_avg_sq", "step"}
     empty = {"layout": {"shapes": {}, "on_cpu": [], "values": {}}, "groups": [{}]}
     assert saved.state["optimizer"] == empty
     # Earlier versions saved neither this nor these keys of the config.
-    path = trainer._last_saved
+    path = trainer.saves.last
     assert path is not None
-    state = torch.load(path / checkpoint.STATE, weights_only=True)
+    state = torch.load(path / checkpoints.STATE, weights_only=True)
     del state["optimizer"]
-    torch.save(state, path / checkpoint.STATE)
+    torch.save(state, path / checkpoints.STATE)
     config = (path / "config.yaml").read_text()
     kept = [
         line for line in config.splitlines() if line.strip().split(":")[0] not in ("power", "decay_steps")
@@ -133,7 +133,7 @@ def test_a_schedule_free_run_saves_and_averages_the_point_at_which_it_is_evaluat
     options = options_of("AdamWScheduleFree") | {"ema__halflife_steps": 1e-3, "ema__ramp": False}
     trainer = steps(small_trainer(tmp_path, **options), 3)
     trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    saved = checkpoint.load(trainer.save())
+    saved = checkpoints.load(trainer.save())
     assert_close(dict(trainer.model.named_parameters()), trained, rtol=0, atol=0)
 
     trainer.engine.optimizer.eval()  # type: ignore[attr-defined]  # schedulefree's own way to that point
@@ -272,7 +272,7 @@ def test_another_optimizer_goes_on_with_the_weights_alone_and_says_so(
     assert "the optimizer was AdamW and is Adafactor: its state begins anew" in capsys.readouterr().out
     assert not changed.engine.optimizer.state
     assert_close(
-        changed.weights()["blocks.0.mlp.fc1.weight"], checkpoint.load(path).model["blocks.0.mlp.fc1.weight"]
+        changed.weights()["blocks.0.mlp.fc1.weight"], checkpoints.load(path).model["blocks.0.mlp.fc1.weight"]
     )
     steps(changed, 1)
 
@@ -295,7 +295,7 @@ def test_a_parameter_that_shapes_the_state_stays_what_it_was(tmp_path: Path) -> 
     path = steps(small_trainer(tmp_path, **options_of("Prodigy")), 1).save()
     changed = small_trainer(tmp_path, **options_of("Prodigy"), optimizer__slice_p=11)
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"optimizer\.slice_p was 1, got 11; it decides the shape"
+        checkpoints.CheckpointError, match=r"optimizer\.slice_p was 1, got 11; it decides the shape"
     ):
         changed.restore(path)
 
@@ -349,6 +349,6 @@ def test_8_bit_moments_that_cannot_step_on_the_device_are_refused_before_the_tra
 
 def test_8_bit_moments_are_saved_in_8_bits(tmp_path: Path) -> None:
     trainer = steps(small_trainer(tmp_path, **options_of("AdamW8bit")), 1)
-    moments = checkpoint.load(trainer.save()).moments
+    moments = checkpoints.load(trainer.save()).moments
     assert moments["state1/blocks.0.mlp.fc1.weight"].dtype == torch.uint8
     assert moments["state1/blocks.0.mlp.fc1.bias"].dtype == torch.float32

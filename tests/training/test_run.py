@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.testing import assert_close
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.evaluation.npz import read_npz, write_npz
 from speedit_plugins.trainer.results import numbered
 from speedit_plugins.trainer.training import train
@@ -36,9 +36,9 @@ def start(folder: Path, **changes: object) -> Job:
 
 def kill_after(seconds: float, folder: Path, **changes: object) -> None:
     """Kills a run this long after its first save, in a step or in a later save, unless it has ended."""
-    before = checkpoint.newest(folder / "checkpoints")
+    before = checkpoints.newest(folder / "checkpoints")
     with start(folder, **changes) as job:
-        job.until(lambda: checkpoint.newest(folder / "checkpoints") != before or job.has_ended)
+        job.until(lambda: checkpoints.newest(folder / "checkpoints") != before or job.has_ended)
         time.sleep(seconds)
 
 
@@ -145,8 +145,8 @@ def test_an_official_checkpoint_and_a_safetensors_file_can_be_sampled(trained: P
 def test_fine_tuning_starts_from_the_given_weights(trained: Path, tmp_path: Path) -> None:
     file = trained / "checkpoints" / "step_0000020" / "ema.safetensors"
     assert speedit("train", tmp_path, pretrained=file, max_training_steps=1, optimizer__lr=1e-30) == 0
-    tuned = checkpoint.load(tmp_path / "checkpoints" / "step_0000001")
-    assert_close(dict(tuned.model), dict(checkpoint.load(file.parent).ema), rtol=0, atol=1e-12)
+    tuned = checkpoints.load(tmp_path / "checkpoints" / "step_0000001")
+    assert_close(dict(tuned.model), dict(checkpoints.load(file.parent).ema), rtol=0, atol=1e-12)
 
 
 def test_training_goes_on_by_itself_and_stops_where_it_is_done(trained: Path, tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_a_stop_signal_finishes_the_step_saves_and_says_how_to_resume(
         job.process.send_signal(number)
         output = job.end()
     assert job.process.returncode == 0, output
-    saved = checkpoint.newest(tmp_path / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "checkpoints")
     assert saved is not None
-    assert f"stopped by {number.name} after step {checkpoint.step_of(saved)}\n" in output
+    assert f"stopped by {number.name} after step {checkpoints.step_of(saved)}\n" in output
     assert str(saved) in output
     assert "run the same command again to go on" in output
     assert "Traceback" not in output
@@ -228,8 +228,8 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(tmp_path: P
     for _ in range(4):
         kill_after(chance.uniform(0, 0.15), tmp_path / "killed", **changes)
     assert speedit("train", tmp_path / "killed", **changes) == 0
-    expected = checkpoint.load(tmp_path / "whole" / "checkpoints" / "step_0000060")
-    found = checkpoint.load(tmp_path / "killed" / "checkpoints" / "step_0000060")
+    expected = checkpoints.load(tmp_path / "whole" / "checkpoints" / "step_0000060")
+    found = checkpoints.load(tmp_path / "killed" / "checkpoints" / "step_0000060")
     for part in ("model", "ema", "moments"):
         assert_close(dict(getattr(found, part)), dict(getattr(expected, part)), rtol=0, atol=0)
     assert found.state == expected.state

@@ -16,7 +16,7 @@ from processes import Job
 from runs import arguments, file_size_limit, last_step, small_config
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.training.saving.run_lock import alone_in_folder
 
@@ -47,9 +47,9 @@ def test_a_second_training_is_refused_while_the_first_lives_and_other_phases_are
         job.process.send_signal(signal.SIGKILL)
         job.end()
         assert json.loads((tmp_path / "train.lock").read_text())["pid"] == pid
-        saved = checkpoint.newest(tmp_path / "checkpoints")
+        saved = checkpoints.newest(tmp_path / "checkpoints")
         assert saved is not None
-        assert speedit("train", tmp_path, max_training_steps=checkpoint.step_of(saved) + 1) == 0
+        assert speedit("train", tmp_path, max_training_steps=checkpoints.step_of(saved) + 1) == 0
     assert (tmp_path / "train.lock").read_text() == ""
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import small_trainer
 
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.training.saving.saved_state import read_state
 from speedit_plugins.trainer.training.trainer import Trainer
 
@@ -62,7 +62,7 @@ def test_a_value_that_cannot_be_right_is_named(
     saved: tuple[Trainer, Path], change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     trainer, path = saved
-    file = path / checkpoint.STATE
+    file = path / checkpoints.STATE
     whole = file.read_bytes()
     state = torch.load(file, weights_only=True)
     change(state)
@@ -82,10 +82,10 @@ def test_what_is_saved_is_restored_and_a_policy_that_has_seen_little_keeps_its_g
     path = trainer.save()
     small_trainer(tmp_path, diffusion__policy="{type: speed, normalize: loss}").restore(path)
     assert read_state(path)["step"] == 1
-    (path / checkpoint.STATE).write_bytes(b"cut")
+    (path / checkpoints.STATE).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match=rf"^checkpoint {path} is damaged: state.pt: "):
         read_state(path)
-    torch.save({"x": Fraction(1, 2)}, path / checkpoint.STATE)
+    torch.save({"x": Fraction(1, 2)}, path / checkpoints.STATE)
     with pytest.raises(CheckpointError, match=r"state.pt: it asks for fractions\.Fraction") as caught:
         read_state(path)
     assert "weights_only" not in str(caught.value)

@@ -11,8 +11,8 @@ from runs import small_config, small_trainer
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.config.sections import OptimizerConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, TIMESTEP_STREAM, stream_seed
 from speedit_plugins.trainer.logging.tracking import Tracker, read_metrics
@@ -177,7 +177,7 @@ def test_a_diverged_run_stops_saves_nothing_and_names_the_last_good_checkpoint(
         fit(trainer)
     assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
     assert trainer.ema.num_updates == 0
-    assert checkpoint.newest(tmp_path / "checkpoints") == good
+    assert checkpoints.newest(tmp_path / "checkpoints") == good
     # The metrics can be read, and have no row for a loss that was not measured.
     assert [row["skipped_steps"] for row in read_metrics(tmp_path)] == [1]
 
@@ -191,7 +191,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     trainer.step = 4
     with pytest.raises(ValueError, match=f"a weight is not finite at step 4: not saved; .* is {good}"):
         trainer.save()
-    assert checkpoint.newest(tmp_path / "checkpoints") == good
+    assert checkpoints.newest(tmp_path / "checkpoints") == good
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_the_holes_it_began_with(tmp_path: Path) -> None:
 
 def test_the_saved_config_is_the_resolved_one(tmp_path: Path) -> None:
     path = small_trainer(tmp_path, seed=7).save()
-    text = checkpoint.load(path).config
+    text = checkpoints.load(path).config
     assert "seed: 7" in text
     assert f"experiment_dir: {tmp_path}" in text
 

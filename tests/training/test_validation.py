@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from two_ranks import told as told_by_another
 
 from speedit_plugins.cli import main
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.best_checkpoint import note_best, read_best
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints.best import Best, note_best, read_best
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.data.held_out import Part, hold_out
 from speedit_plugins.trainer.data.identity import Identified
@@ -130,7 +130,7 @@ def test_a_broken_sample_ends_the_run_after_a_checkpoint(
         run_to_end(trainer, lambda: trainer.fit(tracker, StopRequest()))
     saved = tmp_path / "checkpoints" / "step_0000002"
     assert str(caught.value) == f"validation: a.png is broken; step 2 is saved as {saved}"
-    assert checkpoint.damage(saved, Runtime()) is None
+    assert checkpoints.damage(saved, Runtime()) is None
     assert trainer.model.training
 
 
@@ -252,7 +252,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled(
     trainer.periodic = (scripted,)
     with Tracker(tmp_path, total_steps=6, start_step=0) as tracker:
         trainer.fit(tracker, StopRequest())
-    names = [path.name for path in checkpoint.newest_first(tmp_path / "checkpoints")]
+    names = [path.name for path in checkpoints.newest_first(tmp_path / "checkpoints")]
     assert names == ["step_0000006", "step_0000002"]
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {
         "checkpoint": "step_0000002",
@@ -272,7 +272,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled(
     again.periodic = (scripted,)
     with Tracker(tmp_path, total_steps=8, start_step=6) as tracker:
         again.fit(tracker, StopRequest())
-    names = [path.name for path in checkpoint.newest_first(tmp_path / "checkpoints")]
+    names = [path.name for path in checkpoints.newest_first(tmp_path / "checkpoints")]
     assert find_weights(small_config(tmp_path, "sample", ckpt_path="best")).name == "step_0000008"
     assert names[0] == "step_0000008"
     # By another score the noted one stays, until a new one is measured.
@@ -378,7 +378,8 @@ def test_keys_without_effect_are_refused(overrides: list[str], message: str) -> 
 def test_a_best_checkpoint_that_is_damaged_or_of_a_later_step_is_not_taken(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     (folder / "step_0000005").mkdir(parents=True)
-    best = note_best(folder / "step_0000005", {"fid": 2.0}, "fid", Runtime())
+    best = Best("step_0000005", 5, "fid", 2.0)
+    note_best(folder, best, Runtime())
     assert read_best(folder) == read_best(folder, "fid", up_to=5) == best
     # Of another figure, or measured after the step that a run goes back to.
     assert read_best(folder, "kid") is None

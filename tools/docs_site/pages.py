@@ -87,7 +87,7 @@ REFERENCE = {
             "speedit_plugins.trainer.sampling.inpainting.*",
             "speedit_plugins.trainer.sampling.super_resolution.*",
             "speedit_plugins.trainer.sampling.scores.*",
-            "speedit_plugins.trainer.checkpoint",
+            "speedit_plugins.trainer.checkpoints.*",
         ),
     ),
 }

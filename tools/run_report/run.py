@@ -8,7 +8,7 @@ from typing import Any
 
 from run_report.plots import Point
 from speedit_plugins import TimestepPolicy
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, checkpoints, results
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.tracking import read_metrics
@@ -27,7 +27,7 @@ class Run:
 
     @cached_property
     def checkpoint(self) -> Path | None:
-        return checkpoint.newest(self.folder / results.CHECKPOINTS)
+        return checkpoints.newest(self.folder / results.CHECKPOINTS)
 
     @cached_property
     def policy(self) -> TimestepPolicy:

@@ -158,6 +158,8 @@ class ExperimentConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = limited(0, at_least=0)
     """Checkpoints at multiples of this step are kept too; 0 keeps none."""
+    async_save: bool = False
+    """Writes checkpoints while the training goes on, from copies in memory."""
     max_skipped_steps: int = limited(10, at_least=1)
     """This many steps in a row with a loss or gradient that is not finite end the run."""
     log_every: int = limited(100, at_least=1)

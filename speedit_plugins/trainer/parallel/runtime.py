@@ -27,11 +27,13 @@ class Runtime:
     Args:
         rank: number of this process, in [0, world_size).
         device: device of its model and batches.
+        group: whose collectives it uses; None is the default one.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    group: "dist.ProcessGroup | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -48,25 +50,25 @@ class Runtime:
             return list(values)
         # On the CPU, through gloo, so that nothing waits for the device.
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
     def sum(self, tensor: Tensor) -> None:
         """Replaces the values of `tensor` by their sum over the ranks."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replaces the values of `tensor` on other ranks by those of rank 0. All have one shape."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self.group)
 
     def gather_objects(self, item: Any) -> list[Any]:
         """The picklable `item` of every rank, in rank order."""
         if self.world_size == 1:
             return [item]
         items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.group)
         return items
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -74,7 +76,7 @@ class Runtime:
         if self.world_size == 1:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.is_main else None
-        dist.gather(tensor, parts)
+        dist.gather(tensor, parts, group=self.group)
         return parts or []
 
     def raise_together(self, fault: Exception | None) -> None:
@@ -90,6 +92,17 @@ class Runtime:
         for rank, text in enumerate(said):
             if text is not None:
                 raise ValueError(f"{text} (on rank {rank})")
+
+    def apart(self, timeout_seconds: float) -> "Runtime":
+        """The same ranks on the CPU, with collectives of their own, for a second thread.
+
+        Args:
+            timeout_seconds: how long a rank waits for another one.
+        """
+        if self.world_size == 1:
+            return Runtime()
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return Runtime(self.rank, self.world_size, group=group)
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speedit_plugins.files import naming, write_whole
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.loading import load_config, to_yaml
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import LoraConfig
@@ -173,15 +173,15 @@ def load_stages(folder: str | Path, overrides: Sequence[str] = ()) -> Stages:
     """
     places = _stage_folders(Path(folder).expanduser())
     # Phase test asks for no class or prompt.
-    configs = [load_config(place / checkpoint.CONFIG, "test", overrides) for place in places]
+    configs = [load_config(place / checkpoints.CONFIG, "test", overrides) for place in places]
     if len(configs) > 1:
         check_stages(configs)
     generators: list[SampleGenerator] = []
     captions: CaptionSource | None = None
     for place, config in zip(places, configs, strict=True):
-        generator, captions, _ = load_generator(config, place / checkpoint.MODEL, captions=captions)
+        generator, captions, _ = load_generator(config, place / checkpoints.MODEL, captions=captions)
         generators.append(generator)
-    return Stages(generators, captions, classes=checkpoint.class_names(places[-1]))
+    return Stages(generators, captions, classes=checkpoints.class_names(places[-1]))
 
 
 def write_stages(folder: Path, config: ExperimentConfig) -> list[Path]:
@@ -219,8 +219,8 @@ def _write_stage(folder: Path, generator: SampleGenerator, source: Path) -> None
     weights = {
         name: value.detach().cpu().contiguous() for name, value in generator.model.state_dict().items()
     }
-    with naming(folder / checkpoint.MODEL):
-        save_file(weights, folder / checkpoint.MODEL)
+    with naming(folder / checkpoints.MODEL):
+        save_file(weights, folder / checkpoints.MODEL)
     drawn = replace(
         generator.config,
         cascade=[],
@@ -231,9 +231,9 @@ def _write_stage(folder: Path, generator: SampleGenerator, source: Path) -> None
         # That of the machine where it is loaded.
         device="auto",
     )
-    write_whole(folder / checkpoint.CONFIG, to_yaml(drawn).encode())
+    write_whole(folder / checkpoints.CONFIG, to_yaml(drawn).encode())
     beside = source if source.is_dir() else source.parent
-    for name in (checkpoint.CLASSES, checkpoint.NORMALIZATION):
+    for name in (checkpoints.CLASSES, checkpoints.NORMALIZATION):
         if (beside / name).is_file():
             shutil.copyfile(beside / name, folder / name)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from speedit_plugins.trainer import build, checkpoint, results
-from speedit_plugins.trainer.best_checkpoint import BEST, FILE, read_best
-from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+from speedit_plugins.trainer import build, checkpoints, results
+from speedit_plugins.trainer.checkpoints.best import BEST, FILE, read_best
+from speedit_plugins.trainer.checkpoints.paths import named_checkpoint
 from speedit_plugins.trainer.condition import Condition
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import IMAGE_STREAM, stream_seed
@@ -178,12 +178,12 @@ def load_generator(
     encoder = build.build_encoder(config, device)
     captions = captions or build.build_text_encoder(config, device)
     model = build.build_model(config, encoder, captions).to(device)
-    path = source / checkpoint.sampled_file(source) if source.is_dir() else source
+    path = source / checkpoints.sampled_file(source) if source.is_dir() else source
     load_trained(model, path, config, captions)
     process = build.build_process(config, respaced=False)
     normalization = read_normalization(source) if config.num_points else None
     if config.num_points and normalization is None:
-        say(f"{source} has no {checkpoint.NORMALIZATION}: the points stay as the model sees them")
+        say(f"{source} has no {checkpoints.NORMALIZATION}: the points stay as the model sees them")
     generator = SampleGenerator(model, process, encoder, config, source=source, normalization=normalization)
     return generator, captions, source
 
@@ -197,35 +197,35 @@ def find_weights(config: ExperimentConfig, *, tell: Callable[[str], object] | No
     Raises:
         ValueError: there is neither, or it has no averaged weights, or the best checkpoint is damaged.
     """
-    checkpoints = Path(config.experiment_dir) / results.CHECKPOINTS
-    found = checkpoint.newest_first(checkpoints)
+    folder = Path(config.experiment_dir) / results.CHECKPOINTS
+    found = checkpoints.newest_first(folder)
     named = config.ckpt_path
     if named == BEST:
-        return _best(checkpoints)
+        return _best(folder)
     source = (
         named_checkpoint(named, "ckpt_path", run=Path(config.experiment_dir), say=tell)
         if named
-        else checkpoint.newest_whole(found, only=checkpoint.EMA)
+        else checkpoints.newest_whole(found, only=checkpoints.EMA)
     )
     if source is None:
-        raise ValueError(f"no checkpoint in {checkpoints}: train first, or give ckpt_path")
-    if source.is_dir() and not (source / checkpoint.sampled_file(source)).is_file():
-        wanted = checkpoint.sampled_file(source)
+        raise ValueError(f"no checkpoint in {folder}: train first, or give ckpt_path")
+    if source.is_dir() and not (source / checkpoints.sampled_file(source)).is_file():
+        wanted = checkpoints.sampled_file(source)
         raise ValueError(f"ckpt_path needs a file or a step_... folder, got {source} without {wanted}")
     return source
 
 
-def _best(checkpoints: Path) -> Path:
-    best = read_best(checkpoints)
+def _best(folder: Path) -> Path:
+    best = read_best(folder)
     if best is None:
         problem = "and none is noted"
-        if (checkpoints / FILE).is_file():
+        if (folder / FILE).is_file():
             problem = f"and the one that {FILE} names is not there"
         raise ValueError(
-            f"ckpt_path: best needs a best checkpoint, {problem} in {checkpoints}; keep_best of the training"
+            f"ckpt_path: best needs a best checkpoint, {problem} in {folder}; keep_best of the training"
             " keeps one"
         )
-    path = checkpoints / best.checkpoint
-    if reason := checkpoint.damage(path, only=checkpoint.EMA):
+    path = folder / best.checkpoint
+    if reason := checkpoints.damage(path, only=checkpoints.EMA):
         raise ValueError(f"the best checkpoint {path} is damaged: {reason}; wanted another ckpt_path")
     return path

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer import checkpoints, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions, grid_conditions
@@ -33,7 +33,7 @@ def sample(config: ExperimentConfig) -> int:
     # Before any weights are read.
     stages_of(config)
     generator, captions, source = load_generator(config)
-    classes = checkpoint.class_names(source)
+    classes = checkpoints.class_names(source)
     path = results.free_path(folder / results.SAMPLES)
     if config.inpainting is not None and config.inpaint_image is not None:
         num_samples = draw_fills(generator, grid_conditions(config, captions, classes), path)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint, results
+from speedit_plugins.trainer import checkpoints, results
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.evaluation.npz import write_npz
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
@@ -69,7 +69,7 @@ def inference(config: ExperimentConfig) -> int:
     places.check_free()
     holes = None if config.inpainting is None else Holes(config, num_samples=config.num_samples)
     generator, captions, _ = load_generator(config, source)
-    classes = checkpoint.class_names(source)
+    classes = checkpoints.class_names(source)
     conditions = _conditions(config, generator, captions, classes)
     partial = places.partial
     with (
@@ -198,9 +198,9 @@ def _name(config: ExperimentConfig, source: Path) -> str:
     """A name for the samples, from the settings that decide them."""
     # A checkpoint's folder means its averaged weights.
     parts = [source.name if source.is_dir() else source.stem]
-    if source.name == checkpoint.EMA:
+    if source.name == checkpoints.EMA:
         parts = [source.absolute().parent.name]
-    elif source.name == checkpoint.MODEL:
+    elif source.name == checkpoints.MODEL:
         parts = [source.absolute().parent.name, source.stem]
     sampler = config.sampler
     parts += [f"{sampler.type}{sampler.num_steps}", *([f"eta{sampler.eta:g}"] if sampler.eta else [])]

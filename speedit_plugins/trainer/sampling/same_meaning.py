@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.same_run import check_same_meaning
 from speedit_plugins.trainer.config.schema import ExperimentConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from speedit_plugins.policies.build import build_policy
 from speedit_plugins.policies.spectrum import DataSpectrum
 from speedit_plugins.registry import DENSITIES, options_of
-from speedit_plugins.trainer import build, checkpoint
+from speedit_plugins.trainer import build, checkpoints
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, ResumableLoader, stream_seed
@@ -113,7 +113,7 @@ def _law_with_mean(law: str | Mapping[str, Any], mean: float) -> dict[str, Any]:
 
 def _kept(resumed: Path) -> float | None:
     """The centre in a checkpoint's config; None if its policy has none."""
-    saved = load_config(resumed / checkpoint.CONFIG, "train").diffusion.policy
+    saved = load_config(resumed / checkpoints.CONFIG, "train").diffusion.policy
     return _mean_in(saved.get("density", saved))
 
 

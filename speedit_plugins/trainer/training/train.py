@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from speedit_plugins.trainer import build, checkpoint, results
+from speedit_plugins.trainer import build, checkpoints, results
 from speedit_plugins.trainer.accelerations.summary import in_use
-from speedit_plugins.trainer.checkpoint_paths import named_checkpoint
+from speedit_plugins.trainer.checkpoints.paths import named_checkpoint
 from speedit_plugins.trainer.config.custom_imports import check_same_imports
 from speedit_plugins.trainer.config.key_names import value_hint
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -109,10 +109,10 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     runtime = runtime or Runtime()
     # What rank 0 sees in the folder counts.
     found = runtime.gather_objects(
-        checkpoint.newest_first(Path(config.experiment_dir) / results.CHECKPOINTS)
+        checkpoints.newest_first(Path(config.experiment_dir) / results.CHECKPOINTS)
     )[0]
     if config.resume == "auto":
-        return checkpoint.newest_whole(found, runtime)
+        return checkpoints.newest_whole(found, runtime)
     if config.resume == "never":
         if found:
             raise ValueError(
@@ -123,13 +123,13 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     if not (path := _named(config, runtime)).is_dir():
         near = value_hint(config.resume, ("auto", "never"))
         raise ValueError(f"resume needs auto, never or a checkpoint's folder, got {config.resume!r}{near}")
-    if found and checkpoint.step_of(found[0]) > checkpoint.step_of(path):
+    if found and checkpoints.step_of(found[0]) > checkpoints.step_of(path):
         raise ValueError(
             f"resume: {path} goes back behind {found[0]} of the same run; wanted another experiment_dir for"
             " the branch, or resume: auto"
         )
-    if reason := checkpoint.damage(path, runtime):
-        raise checkpoint.CheckpointError(f"checkpoint {path} is damaged: {reason}")
+    if reason := checkpoints.damage(path, runtime):
+        raise checkpoints.CheckpointError(f"checkpoint {path} is damaged: {reason}")
     return path
 
 
@@ -137,15 +137,15 @@ def _named(config: ExperimentConfig, runtime: Runtime) -> Path:
     tell = say if runtime.is_main else None
     path = named_checkpoint(config.resume, "resume", run=Path(config.experiment_dir), say=tell)
     # A file in a checkpoint means the checkpoint: its weights alone are no state to go on from.
-    return path.parent if path.is_file() and (path.parent / checkpoint.MANIFEST).is_file() else path
+    return path.parent if path.is_file() and (path.parent / checkpoints.MANIFEST).is_file() else path
 
 
 def _check_imports(config: ExperimentConfig, resumed: Path) -> None:
-    saved = yaml.safe_load((resumed / checkpoint.CONFIG).read_text(encoding="utf-8"))
+    saved = yaml.safe_load((resumed / checkpoints.CONFIG).read_text(encoding="utf-8"))
     try:
         check_same_imports(saved, config.custom_imports)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{resumed} cannot go on without its imports: {error}") from error
+        raise checkpoints.CheckpointError(f"{resumed} cannot go on without its imports: {error}") from error
 
 
 def _introduce(trainer: Trainer, resumed: Path | None) -> None:

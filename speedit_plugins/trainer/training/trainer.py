@@ -6,16 +6,16 @@ Dims: B samples of this rank in a batch.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from speedit_plugins.policies.policy import TimestepDraw, TimestepPolicy
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.accelerations.objective import Objective
-from speedit_plugins.trainer.best_checkpoint import Best, is_better, kept_names, note_best, read_best
+from speedit_plugins.trainer.checkpoints.best import Best, is_better, read_best
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.same_run import check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
@@ -36,7 +36,6 @@ from speedit_plugins.trainer.models.interface import num_tokens
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.replica import Engine, StepResult
 from speedit_plugins.trainer.parallel.runtime import Runtime
-from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.averages.ema import build_average
 from speedit_plugins.trainer.training.averages.snapshots import check_no_snapshots, write_snapshot
@@ -44,9 +43,11 @@ from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.learning_rate import learning_rate
 from speedit_plugins.trainer.training.periodic import Periodic, Snapshot, take
 from speedit_plugins.trainer.training.products.choice import restore_products, saved_products
+from speedit_plugins.trainer.training.saving.held import Held
 from speedit_plugins.trainer.training.saving.resuming import restore_average, restore_optimizer
 from speedit_plugins.trainer.training.saving.saved_state import checked_state, load_part
-from speedit_plugins.trainer.training.saving.saved_weights import check_finite, weights_to_save
+from speedit_plugins.trainer.training.saving.saved_weights import check_finite, hold_weights
+from speedit_plugins.trainer.training.saving.saves import build_saves
 from speedit_plugins.trainer.training.step_batches import StepBatches
 
 # Keys whose measurement the trainer is given.
@@ -112,8 +113,7 @@ class Trainer:
         self._num_skipped_in_a_row = 0
         self._num_tokens = 0
         self._batches = StepBatches(self.runtime)
-        self._saved_step = -1
-        self._last_saved: Path | None = None
+        self.saves = build_saves(config, self.runtime)
         self.periodic, self._mfu, self.profiler = tuple(periodic), parts.mfu, parts.profiler
         self.best: Best | None = None
         rows = config.data.batch_size // self.runtime.world_size
@@ -128,6 +128,15 @@ class Trainer:
             DataError: a batch cannot be read; `save` then writes the last whole step.
             CheckpointError: a checkpoint cannot be written.
         """
+        try:
+            self._run_steps(tracker, stop)
+            if self.step != self.saves.step:
+                self.save()
+            self.saves.wait()
+        finally:
+            self.saves.settle()
+
+    def _run_steps(self, tracker: Tracker, stop: StopRequest) -> None:
         self.engine.model.train()
         if self.step == 0 and self.config.ema.snapshot_every:
             check_no_snapshots(self.folder)
@@ -145,8 +154,6 @@ class Trainer:
             # It takes many model calls, so a pending stop does not wait for it.
             if not is_stopping:
                 self.measure(tracker)
-        if self.step != self._saved_step:
-            self.save()
 
     def optimizer_step(self, stop: StopRequest | None = None) -> tuple[StepResult, bool]:
         """Makes one optimizer step over `grad_accumulation` batches.
@@ -159,6 +166,7 @@ class Trainer:
         Raises:
             ValueError: `max_skipped_steps` steps in a row were skipped.
             DataError: a batch cannot be read, on any rank. The step does not count.
+            CheckpointError: a save in the background failed, on any rank. The step does not count.
         """
         self.policy.advance(self.step)
         self.objective.advance(self.step)
@@ -177,10 +185,13 @@ class Trainer:
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
-            bad_rank, is_any_asked, broken_rank = self.runtime.maximum(
-                [-1 if is_finite else self.runtime.rank, float(is_asked), self._batches.broken_rank]
+            own = [-1 if is_finite else self.runtime.rank, float(is_asked), self._batches.broken_rank]
+            bad_rank, is_any_asked, broken_rank, is_unsaved = self.runtime.maximum(
+                [*own, float(self.saves.has_failed)]
             )
             self._batches.end(int(broken_rank))
+            if is_unsaved:
+                self.saves.raise_failure()
             lr = learning_rate(self.config.optimizer, self.step, self.config.max_training_steps)
             result = self.engine.step(lr, is_healthy=bad_rank < 0)
         self.step += 1
@@ -224,8 +235,9 @@ class Trainer:
             score = self.config.keep_best
             if score is not None and is_better(scores, self.best, score):
                 # The best so far is kept until the new one is there.
-                path = self._last_saved if self.step == self._saved_step else self.save()
-                self.best = note_best(cast(Path, path), scores, score, self.runtime)
+                if self.step != self.saves.step:
+                    self.save()
+                self.best = self.saves.note_best(self.step, score, scores[score])
 
     def weights(self) -> dict[str, Tensor]:
         """Every trained parameter on rank 0, where it is evaluated; nothing on other ranks. Collective."""
@@ -245,17 +257,17 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint of this step and returns its folder. Collective.
 
+        With `async_save` it returns when the checkpoint is begun, see `BackgroundSaves`.
+
         Raises:
             ValueError: a weight is not finite.
-            CheckpointError: it cannot be written. Earlier checkpoints stay as they were.
+            CheckpointError: it cannot be written, or the one before it. Earlier ones stay as they were.
         """
-        check_finite(self._slices, self.runtime, f"at step {self.step}: not saved; {self._last_checkpoint()}")
-        kept = weights_to_save(self.engine, self.weights(), self.ema, self._shapes, self.runtime)
-        contents = checkpoint.Contents(
-            model=kept.model,
-            ema=kept.ema,
-            averages=kept.averages,
-            metadata=kept.metadata,
+        self.saves.wait()
+        check_finite(self._slices, self.runtime, f"at step {self.step}: not saved; {self.saves.last_line()}")
+        held = Held(
+            step=self.step,
+            weights=hold_weights(self.engine, self._slices, self.ema, self._shapes),
             moments=self.engine.moments(self.runtime),
             state={
                 "optimizer": self.engine.optimizer_state(),
@@ -272,17 +284,7 @@ class Trainer:
             classes=tuple(getattr(self.loader.dataset, "classes", ())),
             normalization=getattr(self.loader.dataset, "normalization", None),
         )
-        path = checkpoint.save(
-            self.folder / CHECKPOINTS,
-            self.step,
-            contents,
-            keep_last=self.config.keep_last,
-            keep_every=self.config.keep_every,
-            kept=kept_names(self.folder / CHECKPOINTS),
-            runtime=self.runtime,
-        )
-        self._saved_step, self._last_saved = self.step, path
-        return path
+        return self.saves.save(held)
 
     def restore(self, path: Path) -> None:
         """Continues from the checkpoint folder `path`, to the bit if as many ranks wrote it.
@@ -290,13 +292,13 @@ class Trainer:
         Raises:
             CheckpointError: it is missing or damaged, or has another model, policy, encoder or dataset.
         """
-        saved = checkpoint.load(path)
+        saved = checkpoints.load(path)
         state = checked_state(saved.state, path)
         try:
             # Both in the form in which they are saved: secrets redacted, lists for tuples.
             was = yaml.safe_load(saved.config)
             check_same_run(was, yaml.safe_load(to_yaml(self.config)))
-            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoint.MODEL)
+            lora.check_resumed(self.model, saved.model, self.engine.untrained(), path / checkpoints.MODEL)
             self.engine.load_weights(saved.model)
             restore_average(self.ema, saved, was, self.config, self.runtime)
             restore_optimizer(self.engine, saved, was, self.config, self.runtime)
@@ -307,13 +309,13 @@ class Trainer:
                 own, load = self.objective.state_dict(), self.objective.load_state_dict
                 load_part("accelerations", state, own, load)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
+            raise checkpoints.CheckpointError(f"checkpoint {path} is of another run: {error}") from error
         # Checkpoints of before this choice have none: torch's products.
         restore_products(self.model, state.get("products", {}), self.runtime)
-        self.step = self._saved_step = state["step"]
-        self._last_saved = path
+        self.step = self.saves.step = state["step"]
+        self.saves.last = path
         self.num_skipped = state["num_skipped"]
-        best = read_best(self.folder / CHECKPOINTS, self.config.keep_best, up_to=self.step)
+        best = read_best(self.saves.folder, self.config.keep_best, up_to=self.step)
         # What rank 0 sees counts: all ranks save together.
         self.best = self.runtime.gather_objects(best)[0]
 
@@ -362,7 +364,7 @@ class Trainer:
         if self._num_skipped_in_a_row >= self.config.max_skipped_steps:
             raise ValueError(
                 f"training diverged: {self._num_skipped_in_a_row} steps in a row up to {self.step} were"
-                f" skipped, the last because {culprit} is not finite; {self._last_checkpoint()}"
+                f" skipped, the last because {culprit} is not finite; {self.saves.last_line()}"
             )
 
     def _log(self, tracker: Tracker, result: StepResult) -> None:
@@ -393,7 +395,3 @@ class Trainer:
             return {}
         profile = asdict(self.profiler.measure(weights, others))
         return {f"profile_{name}": values for name, values in profile.items()}
-
-    def _last_checkpoint(self) -> str:
-        last = self._last_saved
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this run"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.shapes import meshes
 from speedit_plugins.trainer.data.shapes.normalization import Normalization
@@ -111,11 +111,11 @@ def read_normalization(source: Path) -> Normalization | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = (source if source.is_dir() else source.parent) / checkpoint.NORMALIZATION
+    path = (source if source.is_dir() else source.parent) / checkpoints.NORMALIZATION
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Normalization(tuple(map(float, found["mean"])), float(found["std"]))  # type: ignore[arg-type]  # its length is checked there
     except (ValueError, TypeError, KeyError) as error:
-        raise checkpoint.CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise checkpoints.CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error

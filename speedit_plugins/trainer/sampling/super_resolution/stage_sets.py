@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from speedit_plugins.files import write_whole
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.pretrained.text import CaptionSource
 from speedit_plugins.trainer.sampling.conditions import Conditions
@@ -110,7 +110,7 @@ def on_data(
         drawing = SampleGenerator(
             generator.model, generator.process, generator.encoder, alone, source=generator.source
         )
-        classes = checkpoint.class_names(Path(generator.source))
+        classes = checkpoints.class_names(Path(generator.source))
         given = given_conditions(alone, drawing, captions, num_samples=config.num_samples, classes=classes)
         yield f"stage_{number}_from_data", drawing, given
 

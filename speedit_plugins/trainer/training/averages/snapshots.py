@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speedit_plugins.files import replacing
-from speedit_plugins.trainer.checkpoint import CheckpointError
+from speedit_plugins.trainer.checkpoints import CheckpointError
 from speedit_plugins.trainer.config.sections import label
 from speedit_plugins.trainer.parallel import master_weights
 from speedit_plugins.trainer.parallel.runtime import Runtime

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.results import CHECKPOINTS
 from speedit_plugins.trainer.training.interrupt import Interrupted
@@ -33,7 +33,9 @@ def _saved(trainer: Trainer) -> str:
     if trainer.step == 0:
         return "there is nothing to save"
     try:
-        return f"step {trainer.step} is saved as {trainer.save()}"
+        path = trainer.save()
+        trainer.saves.wait()
+        return f"step {trainer.step} is saved as {path}"
     except ValueError as error:
         return f"step {trainer.step} is not saved: {error}"
 
@@ -49,9 +51,9 @@ def _lost(trainer: Trainer) -> str:
 
 def _last_step(trainer: Trainer) -> int:
     """The step of the run's newest checkpoint; -1 without one."""
-    newest = checkpoint.newest(trainer.folder / CHECKPOINTS)
-    return -1 if newest is None else checkpoint.step_of(newest)
+    newest = checkpoints.newest(trainer.folder / CHECKPOINTS)
+    return -1 if newest is None else checkpoints.step_of(newest)
 
 
 def _place(trainer: Trainer) -> str:
-    return str(checkpoint.newest(trainer.folder / CHECKPOINTS))
+    return str(checkpoints.newest(trainer.folder / CHECKPOINTS))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speedit_plugins.trainer.checkpoint import Saved
+from speedit_plugins.trainer.checkpoints import Saved
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.sections import EmaConfig, label

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from speedit_plugins.files import pickle_fault
-from speedit_plugins.trainer.checkpoint import STATE, CheckpointError, step_in_name
+from speedit_plugins.trainer.checkpoints import STATE, CheckpointError, step_in_name
 
 _COUNTS = ("step", "num_skipped", "ema_updates")
 _SECTIONS = ("loader", "policy", "scaler")

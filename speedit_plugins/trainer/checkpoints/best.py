@@ -63,22 +63,24 @@ def read_best(checkpoints: Path, score: str | None = None, *, up_to: int | None 
     return best if is_wanted and (checkpoints / best.checkpoint).is_dir() else None
 
 
-def note_best(checkpoint: Path, scores: Mapping[str, float], score: str, runtime: Runtime) -> Best:
-    """Notes a checkpoint as the best one, beside it. Collective.
+def note_best(checkpoints: Path, best: Best, runtime: Runtime) -> None:
+    """Notes the best checkpoint beside it. Collective.
 
     Rank 0 writes the file, whole or not at all.
+
+    Args:
+        checkpoints: the folder of the run's checkpoints.
 
     Raises:
         OSError: the file cannot be written. The other ranks raise a ValueError with its text.
     """
-    best = Best(checkpoint.name, int(checkpoint.name.removeprefix("step_")), score, scores[score])
     fault: OSError | None = None
     if runtime.is_main:
         try:
-            write_whole(checkpoint.parent / FILE, f"{json.dumps(asdict(best), indent=1)}\n".encode())
+            write_whole(checkpoints / FILE, f"{json.dumps(asdict(best), indent=1)}\n".encode())
         except OSError as error:
             fault = error
     runtime.raise_together(fault)
     if runtime.is_main:
-        say(f"step {best.step} has the lowest {score} so far, {best.value:.4f}: {checkpoint} is kept")
-    return best
+        path = checkpoints / best.checkpoint
+        say(f"step {best.step} has the lowest {best.score} so far, {best.value:.4f}: {path} is kept")

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from speedit_plugins.trainer import checkpoint
-from speedit_plugins.trainer.results import CHECKPOINTS
+from speedit_plugins.trainer.checkpoints.contents import MANIFEST
+from speedit_plugins.trainer.checkpoints.names import newest_first, step_of
+from speedit_plugins.trainer.saved_configs import CHECKPOINTS
 
 _NAMED_STEP = re.compile(r"(?:step_)?0*(\d+)")
 _MAX_STEPS = 12
@@ -30,7 +31,7 @@ def named_checkpoint(
             returned as it is, for the caller to refuse.
     """
     path = Path(path)
-    if path.is_file() or (path / checkpoint.MANIFEST).is_file():
+    if path.is_file() or (path / MANIFEST).is_file():
         return path
     if path.is_dir():
         if not (found := _checkpoints_of(path)):
@@ -51,11 +52,11 @@ def named_checkpoint(
 
 def _checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, or in its checkpoints/, the newest first."""
-    return checkpoint.newest_first(folder / CHECKPOINTS) or checkpoint.newest_first(folder)
+    return newest_first(folder / CHECKPOINTS) or newest_first(folder)
 
 
 def _steps(found: list[Path]) -> str:
-    numbers = [str(checkpoint.step_of(path)) for path in found[:_MAX_STEPS]]
+    numbers = [str(step_of(path)) for path in found[:_MAX_STEPS]]
     older = f" and {len(found) - _MAX_STEPS} older ones" if len(found) > _MAX_STEPS else ""
     return f"step{'s' if len(found) > 1 else ''} {', '.join(reversed(numbers))}{older}"
 
@@ -63,5 +64,5 @@ def _steps(found: list[Path]) -> str:
 def _same_step(path: Path, found: list[Path]) -> str:
     """The hint with the checkpoint of the step that a name means, such as step_5000 for step_0005000."""
     match = _NAMED_STEP.fullmatch(path.name)
-    same = [each for each in found if match and checkpoint.step_of(each) == int(match[1])]
+    same = [each for each in found if match and step_of(each) == int(match[1])]
     return f"; did you mean {same[0]}?" if same else ""
