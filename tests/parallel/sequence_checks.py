@@ -1,0 +1,166 @@
+"""Checks of sequence parallelism that need several processes. test_sequence.py starts it under torchrun.
+
+    torchrun --standalone --nproc_per_node 2 tests/parallel/sequence_checks.py OUT_FOLDER
+
+Calls every function `check_...` that takes as many ranks as there are. Rank 0 writes results.json, as
+distributed_checks.py does.
+"""
+
+import copy
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# torchrun starts this file as a script.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+import torch
+import torch.distributed as dist
+from distributed_runs import TIMEOUT_SECONDS, alone, everything, message_of, steps, two_ranks, weights
+from runs import small_config
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from speedit_plugins.trainer.models.dit import DiT
+from speedit_plugins.trainer.models.latte import Latte
+from speedit_plugins.trainer.models.layers.sequence import SequenceGroup, split_of
+from speedit_plugins.trainer.parallel.runtime import Runtime, launch, sharing_samples
+
+WIDTH, HEADS = 16, 2
+Check = Callable[[Runtime, Path], None]
+
+
+def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose weights are all random: a new one passes no gradient through its blocks."""
+    torch.manual_seed(0)
+    model = build().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def loss_of(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> Tensor:
+    """A loss that reads every value that the model returns, each with a weight of its own."""
+    found = model(*inputs, **options)
+    parts = found if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(7)
+    return torch.stack(
+        [(part.square() * torch.rand(part.shape, generator=generator)).mean() for part in parts]
+    ).sum()
+
+
+def compare(model: nn.Module, inputs: tuple[Any, ...], runtime: Runtime, **options: Any) -> SequenceGroup:
+    """Compares loss and every gradient of ranks that share samples with those of one rank.
+
+    Returns:
+        The group, with its count of bytes.
+    """
+    whole = copy.deepcopy(model)
+    expected = loss_of(whole, inputs, **options)
+    expected.backward()
+    group = SequenceGroup(runtime.sequence_group)
+    model.sequence = group
+    found = loss_of(model, inputs, **options)
+    found.backward()
+    everyone = runtime.gather_objects(found.item())
+    assert everyone == [everyone[0]] * len(everyone)
+    assert_close(found, expected, rtol=1e-6, atol=0)
+    reference = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            gradient = parameter.grad.clone()
+            dist.all_reduce(gradient)
+            # What each engine does: the average over all ranks.
+            gradient /= runtime.world_size
+            # Some sums of float32 in another order.
+            assert_close(
+                gradient, reference[name].grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    return group
+
+
+def dit(**options: Any) -> nn.Module:
+    return drawn(
+        lambda: DiT(
+            8,
+            2,
+            in_channels=3,
+            hidden_size=WIDTH,
+            depth=2,
+            num_heads=HEADS,
+            num_classes=5,
+            class_dropout_prob=0.0,
+            **options,
+        )
+    )
+
+
+def latte(**options: Any) -> nn.Module:
+    sizes = {"in_channels": 3, "hidden_size": WIDTH, "depth": 4, "num_heads": HEADS}
+    return drawn(lambda: Latte(8, 2, num_frames=5, **sizes, **options))
+
+
+def inputs_of(*shape: int, labels: bool = True) -> tuple[Any, ...]:
+    """x (2, *shape), timesteps, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, *shape, generator=generator)
+    return x, torch.tensor([3.0, 700.0]), torch.tensor([0, 4]) if labels else None
+
+
+def check_two_a_dits_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
+    modern = {"norm": "rms", "qk_norm": True, "rope": True, "perceptron": "swiglu"}
+    compare(dit(), inputs_of(3, 8, 8), runtime)
+    # 3 x 5 = 15 tokens: the last rank has one fewer.
+    group = compare(dit(**modern), inputs_of(3, 6, 10), runtime, hidden_after=1)
+    compare(dit(**modern, gradient_checkpointing=True), inputs_of(3, 6, 10), runtime)
+    # Each block sends q, k and v of the other's heads, and its output back; as much again for gradients. The
+    # rank also sends its part of the prediction and of the hidden tokens, padded to 8.
+    own = 8 if runtime.rank == 0 else 7
+    block = 2 * (3 * own * WIDTH // 2 + (15 - own) * WIDTH // 2)
+    back = 2 * (3 * (15 - own) * WIDTH // 2 + own * WIDTH // 2)
+    ends = 2 * 8 * (2 * 2 * 2 * 3 + WIDTH)
+    assert group.sent_bytes == 4 * (2 * (block + back) + ends)
+
+
+def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
+    modern = {"qk_norm": True, "rope": True}
+    compare(latte(), inputs_of(3, 5, 8, 8, labels=False), runtime)
+    # 3 frames of 15 places.
+    compare(latte(**modern), inputs_of(3, 3, 6, 10, labels=False), runtime, hidden_after=2)
+    compare(latte(**modern, gradient_checkpointing=True), inputs_of(3, 1, 6, 10, labels=False), runtime)
+
+
+def checks(world_size: int) -> dict[str, Check]:
+    prefix = {2: "check_two_", 4: "check_four_"}[world_size]
+    return {name: check for name, check in globals().items() if name.startswith(prefix)}
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    runtime = launch(small_config(out, distributed_timeout_seconds=TIMEOUT_SECONDS))
+    runtime = sharing_samples(runtime, small_config(out, sequence_parallel=2, distributed_timeout_seconds=TIMEOUT_SECONDS))
+    results = {}
+    for name, check in checks(runtime.world_size).items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
+        failure = ""
+        try:
+            check(runtime, out / name)
+        except Exception:
+            failure = traceback.format_exc()
+        failures = runtime.gather_objects(failure)
+        results[name] = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+        if runtime.is_main:
+            (out / "results.json").write_text(json.dumps(results, indent=1))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()
