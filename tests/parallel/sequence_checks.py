@@ -39,6 +39,7 @@ from speedit_plugins.policies import distributed as gathering
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.layers.sequence import SequenceGroup, split_of
+from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch, sharing_samples
 
 WIDTH, HEADS = 16, 2
@@ -150,6 +151,22 @@ def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime
     # 3 frames of 15 places.
     compare(latte(**modern), inputs_of(3, 3, 6, 10, labels=False), runtime, hidden_after=2)
     compare(latte(**modern, gradient_checkpointing=True), inputs_of(3, 1, 6, 10, labels=False), runtime)
+
+
+def check_two_a_pixarts_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
+    def pixart(**options: Any) -> nn.Module:
+        sizes = {"num_layers": 2, "num_heads": HEADS, "head_dim": 8, "in_channels": 3}
+        text = {"text_width": 6, "text_length": 3}
+        return drawn(lambda: PixArt(input_size=8, **sizes, **text, **options))
+
+    generator = torch.Generator().manual_seed(2)
+    tokens, mask = torch.randn(2, 3, 6, generator=generator), torch.tensor([[True] * 3, [True, False, False]])
+    # 3 x 5 = 15 tokens, in a grid other than the network's own.
+    for shape in ((3, 8, 8), (3, 6, 10)):
+        x, timestep, _ = inputs_of(*shape)
+        given = (x, timestep, {"tokens": tokens, "mask": mask})
+        compare(pixart(), given, runtime, hidden_after=1)
+        compare(pixart(gradient_checkpointing=True), given, runtime)
 
 
 def check_two_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> None:
