@@ -8,7 +8,6 @@ distributed_checks.py does.
 
 import copy
 import json
-import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import torch
 import torch.distributed as dist
+from distributed_numbers import Recording
 from distributed_runs import (
     PLUGINS,
     TIMEOUT_SECONDS,
@@ -30,6 +30,7 @@ from distributed_runs import (
     steps,
     two_ranks,
     weights,
+    without_key_bias,
 )
 from runs import small_config
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ from torch.testing import assert_close
 from speedit_plugins.policies import distributed as gathering
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.latte import Latte
-from speedit_plugins.trainer.models.layers.sequence import SequenceGroup, split_of
+from speedit_plugins.trainer.models.layers.sequence import SequenceGroup
+from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
 from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch, sharing_samples
 
@@ -153,20 +155,24 @@ def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime
     compare(latte(**modern, gradient_checkpointing=True), inputs_of(3, 1, 6, 10, labels=False), runtime)
 
 
-def check_two_a_pixarts_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
-    def pixart(**options: Any) -> nn.Module:
+def check_two_the_loss_and_gradients_of_diffusers_networks_too(runtime: Runtime, folder: Path) -> None:
+    def network(kind: type[nn.Module], **options: Any) -> nn.Module:
         sizes = {"num_layers": 2, "num_heads": HEADS, "head_dim": 8, "in_channels": 3}
         text = {"text_width": 6, "text_length": 3}
-        return drawn(lambda: PixArt(input_size=8, **sizes, **text, **options))
+        return drawn(lambda: kind(input_size=8, **sizes, **text, **options))
 
     generator = torch.Generator().manual_seed(2)
     tokens, mask = torch.randn(2, 3, 6, generator=generator), torch.tensor([[True] * 3, [True, False, False]])
     # 3 x 5 = 15 tokens, in a grid other than the network's own.
-    for shape in ((3, 8, 8), (3, 6, 10)):
+    for shape, kind, options in (
+        ((3, 8, 8), PixArt, {}),
+        ((3, 6, 10), PixArt, {}),
+        ((3, 4, 6, 10), LatteT2V, {"num_frames": 4}),
+    ):
         x, timestep, _ = inputs_of(*shape)
         given = (x, timestep, {"tokens": tokens, "mask": mask})
-        compare(pixart(), given, runtime, hidden_after=1)
-        compare(pixart(gradient_checkpointing=True), given, runtime)
+        compare(network(kind, **options), given, runtime, hidden_after=1)
+        compare(network(kind, gradient_checkpointing=True, **options), given, runtime)
 
 
 def check_two_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> None:
@@ -177,7 +183,7 @@ def check_two_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> 
         "optimizer__grad_accumulation": 2,
         "optimizer__max_grad_norm": 0.1,
         "model__gradient_checkpointing": True,
-        # It draws otherwise as soon as it has two losses of each timestep: twice as soon if they counted twice.
+        # Made of the last two losses of each timestep. They would be one loss if each counted twice.
         "diffusion__policy": "{type: loss_second_moment, history: 2}",
         "diffusion__diffusion_steps": 25,
     }
@@ -189,7 +195,7 @@ def check_two_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> 
         trainer = steps(two_ranks(runtime, folder, plugin=plugin, sequence_parallel=2, **options), 8)
         found, summary = weights(trainer), trainer.window.summary(runtime.sum)
         if runtime.is_main:
-            # Dropped labels are the same too. Sums of float32 in another order, as in the other plugins' tests.
+            # The same labels are dropped. Sums of float32 are in another order.
             assert_close(
                 found, expected, rtol=0, atol=1e-6, msg=lambda text, plugin=plugin: f"{plugin}: {text}"
             )
@@ -197,6 +203,53 @@ def check_two_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> 
         assert density.max() > density.min()
         for key in ("loss", "uniform_mse", "mse_per_bin"):
             assert_close(summary[key], seen[key], rtol=1e-4, atol=0, equal_nan=True)
+
+
+def check_two_steps_with_other_losses_are_those_of_one_process(runtime: Runtime, folder: Path) -> None:
+    base = {"model__patch_size": 2, "model__class_dropout_prob": 0.3, "ema__halflife_steps": 3.0}
+    for options in (
+        {"alignment__type": "SRA", "alignment__layer": 1, "uncertainty": True, "noise_assignment": "class"},
+        {"alignment": "{type: REPA, teacher: embedded, layer: 1}"},
+    ):
+        expected = without_key_bias(steps(alone(folder, **base, **options), 4).averaged_weights())
+        trainer = two_ranks(runtime, folder, plugin="zero2", sequence_parallel=2, **base, **options)
+        found = steps(trainer, 4).averaged_weights()
+        if runtime.is_main:
+            assert_close(without_key_bias(found), expected, rtol=0, atol=1e-6)
+
+
+def check_two_measurements_see_whole_samples(runtime: Runtime, folder: Path) -> None:
+    options = {
+        "model__patch_size": 2,
+        "validate_every": 2,
+        "data__held_out_samples": 21,
+        "sample_every": 2,
+        "sample_classes": "[3]",
+        "evaluate_every": 2,
+        "evaluate_samples": 25,
+        "features": "pixels@8",
+        "guidance_scale": 1.0,
+        "profile_every": 2,
+    }
+    rows = []
+    for own, changes in (
+        (Runtime(), {}),
+        (runtime, {"sequence_parallel": 2}),
+        (runtime, {"sequence_parallel": 2, "plugin": "fsdp2"}),
+    ):
+        trainer = steps(two_ranks(own, folder / str(own.rank), **options, **changes), 2)
+        profile = trainer._profile()
+        assert bool(profile) == own.is_main
+        tracker = Recording()
+        trainer.measure(tracker)
+        # It goes on with split tokens.
+        steps(trainer, 1)
+        rows.append([*tracker.rows, profile])
+    expected, *found = rows
+    if runtime.is_main:
+        for each in found:
+            # Rounding of two orders of summation, as for other plugins.
+            assert_close(each, expected, rtol=1e-3, atol=1e-5)
 
 
 def check_two_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runtime: Runtime, folder: Path) -> None:
@@ -230,6 +283,42 @@ def check_four_steps_are_those_of_one_process(runtime: Runtime, folder: Path) ->
             )
 
 
+def check_four_what_cannot_be_shared_is_refused(runtime: Runtime, folder: Path) -> None:
+    def refused(**options: Any) -> str:
+        return message_of(ValueError, lambda: two_ranks(runtime, folder, **options))
+
+    for options, message in (
+        (
+            {"sequence_parallel": 3},
+            "sequence_parallel: wanted a divisor of the number of processes, 4, got 3",
+        ),
+        (
+            {"sequence_parallel": 2, "data__batch_size": 5},
+            "data.batch_size counts the samples of all processes: wanted a multiple of 2 groups of 2"
+            " processes, got 5",
+        ),
+        (
+            {"data__batch_size": 6},
+            "data.batch_size counts the samples of all processes: wanted a multiple of 4 processes, got 6",
+        ),
+    ):
+        config = small_config(folder, **options)
+        assert message_of(ValueError, lambda config=config: sharing_samples(runtime, config)) == message
+    assert refused(sequence_parallel=4) == (
+        "sequence_parallel: wanted a divisor of the model's 2 heads, which the processes share evenly, got 4"
+    )
+    mdt = (
+        "{type: MDTv2, hidden_size: 32, depth: 3, num_heads: 2, patch_size: 4, input_size: 8, in_channels: 1}"
+    )
+    assert refused(sequence_parallel=2, model=mdt).startswith(
+        "sequence_parallel: the tokens of MDTv2 cannot be split; wanted DiT, SiT,"
+    )
+    trainer = two_ranks(runtime, folder, sequence_parallel=2, model__patch_size=8)
+    assert message_of(ValueError, lambda: steps(trainer, 1)) == (
+        "sequence_parallel: 2 processes share 1 tokens; wanted at most 1 processes"
+    )
+
+
 def checks(world_size: int) -> dict[str, Check]:
     prefix = {2: "check_two_", 4: "check_four_"}[world_size]
     return {name: check for name, check in globals().items() if name.startswith(prefix)}
@@ -242,9 +331,9 @@ def main() -> None:
         runtime, small_config(out, sequence_parallel=2, distributed_timeout_seconds=TIMEOUT_SECONDS)
     )
     results = {}
-    for name, check in checks(runtime.world_size).items():
-        if sys.argv[2:] and name not in sys.argv[2:]:
-            continue
+    wanted = sys.argv[2:] or checks(runtime.world_size)
+    for name in wanted:
+        check = checks(runtime.world_size)[name]
         failure = ""
         try:
             check(runtime, out / name)

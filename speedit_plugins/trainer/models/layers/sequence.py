@@ -151,7 +151,7 @@ def check_splits(model: nn.Module, size: int) -> None:
     if heads is None:
         raise ValueError(
             f"sequence_parallel: the tokens of {type(model).__name__} cannot be split; wanted DiT, SiT,"
-            " LightningDiT, Latte, TextDiT, TextLatte or PixArt, or sequence_parallel 1"
+            " LightningDiT, Latte, TextDiT, TextLatte, PixArt or LatteT2V, or sequence_parallel 1"
         )
     if heads % size:
         raise ValueError(

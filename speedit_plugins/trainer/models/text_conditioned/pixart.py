@@ -1,15 +1,10 @@
 """PixArt-alpha, a text-to-image transformer. Source: Chen et al. 2023, arXiv:2310.00426."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from speedit_plugins.registry import MODELS
-from speedit_plugins.trainer.models.layers.sequence import SequenceGroup
 from speedit_plugins.trainer.models.text_conditioned.routed import Routed
-from speedit_plugins.trainer.models.text_conditioned.split import SplitTokens, splits
-from speedit_plugins.trainer.models.text_conditioned.wrapper import config_value, is_on_meta, load_network
+from speedit_plugins.trainer.models.text_conditioned.wrapper import is_on_meta, load_network
 
 
 class PixArt(Routed):
@@ -36,9 +31,6 @@ class PixArt(Routed):
         ValueError: there is no such network; it reads the image's size; or it does not fit the text encoder,
             the latents or learn_sigma.
     """
-
-    sequence: SequenceGroup | None = None
-    """The ranks that share samples in training; None is this rank alone."""
 
     def __init__(  # noqa: PLR0913 - flat, so that a config names each choice
         self,
@@ -90,30 +82,6 @@ class PixArt(Routed):
             learn_sigma=learn_sigma,
             gradient_checkpointing=gradient_checkpointing,
         )
-        # Made where a training splits its tokens.
-        self._tokens: SplitTokens | None = None
-
-    @property
-    def split_heads(self) -> int:
-        """Heads that the ranks of a `sequence` divide."""
-        return int(config_value(self.net, "num_attention_heads"))
-
-    def forward(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        condition: Mapping[str, Tensor] | None = None,
-        *,
-        hidden_after: int = 0,
-    ) -> Any:
-        """See `Routed.forward`."""
-        if self.sequence is not None and self._tokens is None:
-            self._tokens = SplitTokens(self.net)
-        if self._tokens is None:
-            return super().forward(x, timestep, condition, hidden_after=hidden_after)
-        self._tokens.split = split = splits(self, x)
-        found = super().forward(x, timestep, condition, hidden_after=hidden_after)
-        return (found[0], split.whole(found[1])) if hidden_after else found
 
     def _predict(self, x: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         size = {"resolution": None, "aspect_ratio": None}

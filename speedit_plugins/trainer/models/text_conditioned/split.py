@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from speedit_plugins.trainer.models.layers.attention import sdpa
-from speedit_plugins.trainer.models.layers.sequence import WHOLE, WholeTokens, split_of
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, TokenSplit, WholeTokens
+
+# Position of the timestep's modulation among the arguments of a block.
+_TIMESTEP = 4
 
 
 class SplitTokens:
@@ -22,7 +25,7 @@ class SplitTokens:
 
     Args:
         net: its `pos_embed` makes tokens, and its `proj_out` is the last layer. The attentions `attn1` of its
-            blocks are among the tokens.
+            blocks are among the tokens. Its blocks across frames need no exchange: ranks split the places.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -32,12 +35,23 @@ class SplitTokens:
         for block in cast(nn.ModuleList, net.transformer_blocks):
             attention = cast(Any, block).attn1
             attention.set_processor(SplitAttention(self, attention.processor))
+        for block in cast(nn.ModuleList, getattr(net, "temporal_transformer_blocks", nn.ModuleList())):
+            block.register_forward_pre_hook(self._across_frames)
 
     def _part(self, module: nn.Module, given: tuple[Any, ...], tokens: Tensor) -> Tensor:
         return self.split.part(tokens)
 
     def _whole(self, module: nn.Module, given: tuple[Any, ...], tokens: Tensor) -> Tensor:
         return self.split.whole(tokens)
+
+    def _across_frames(self, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not isinstance(self.split, TokenSplit):
+            return given
+        # diffusers repeats the timestep for every place of all tokens, so any n of a sample are alike.
+        x, timestep = given[0], given[_TIMESTEP]
+        samples = len(timestep) // sum(self.split.counts)
+        own = timestep.unflatten(0, (samples, -1))[:, : len(x) // samples].flatten(0, 1)
+        return (*given[:_TIMESTEP], own, *given[_TIMESTEP + 1 :])
 
 
 class SplitAttention:
@@ -61,8 +75,3 @@ class SplitAttention:
         qkv = torch.stack(parts, dim=2).unflatten(-1, (attention.heads, -1))  # (B, n, 3, H, K)
         mixed = split.attend(sdpa, qkv).flatten(2)
         return cast(Tensor, attention.to_out[1](attention.to_out[0](mixed)))
-
-
-def splits(model: Any, x: Tensor) -> WholeTokens:
-    """How this forward pass of a model splits the patches of x (B, C, h, w)."""
-    return split_of(model, (x.shape[-2] // model.patch_size) * (x.shape[-1] // model.patch_size))
