@@ -9,8 +9,12 @@ import pytest
 import sequence_checks
 from processes import TORCHRUN, Job
 from runs import small_config
+from torch import nn
 
 from speedit_plugins.trainer.config.validation import ConfigError
+from speedit_plugins.trainer.models.dit3d import DiT3D
+from speedit_plugins.trainer.models.layers.sequence import check_splits
+from speedit_plugins.trainer.models.mdt import MDTv2
 from speedit_plugins.trainer.training.dry_run import describe
 from speedit_plugins.trainer.training.train import train
 
@@ -98,6 +102,16 @@ def test_one_process_shares_with_no_other(tmp_path: Path) -> None:
         ValueError, match=r"^sequence_parallel: wanted a divisor of the number of processes, 1, got 2$"
     ):
         train(small_config(tmp_path, sequence_parallel=2))
+
+
+def test_models_whose_tokens_stay_together_are_refused() -> None:
+    sizes = {"hidden_size": 24, "depth": 3, "num_heads": 2}
+    for model in (MDTv2(8, 2, **sizes), DiT3D(4, 2, **sizes), nn.Conv2d(1, 1, 1)):
+        kind = type(model).__name__
+        with pytest.raises(
+            ValueError, match=f"^sequence_parallel: the tokens of {kind} cannot be split; wanted DiT"
+        ):
+            check_splits(model, 2)
 
 
 def test_a_dry_run_says_what_a_process_holds_and_asks_the_model(tmp_path: Path) -> None:
