@@ -14,7 +14,7 @@ from torch import nn
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.models.dit3d import DiT3D
 from speedit_plugins.trainer.models.layers.sequence import check_splits
-from speedit_plugins.trainer.models.mdt import MDTv2
+from speedit_plugins.trainer.models.mdt import MDT
 from speedit_plugins.trainer.training.dry_run import describe
 from speedit_plugins.trainer.training.train import train
 
@@ -106,7 +106,7 @@ def test_one_process_shares_with_no_other(tmp_path: Path) -> None:
 
 def test_models_whose_tokens_stay_together_are_refused() -> None:
     sizes = {"hidden_size": 24, "depth": 3, "num_heads": 2}
-    for model in (MDTv2(8, 2, **sizes), DiT3D(4, 2, **sizes), nn.Conv2d(1, 1, 1)):
+    for model in (MDT(8, 2, **sizes), DiT3D(4, 2, **sizes), nn.Conv2d(1, 1, 1)):
         kind = type(model).__name__
         with pytest.raises(
             ValueError, match=f"^sequence_parallel: the tokens of {kind} cannot be split; wanted DiT"
