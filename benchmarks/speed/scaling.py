@@ -76,13 +76,13 @@ def main() -> None:
     trainers = {LONE: build_trainer(half, Runtime())}
     for plugin in arguments.plugins:
         trainers[plugin] = build_trainer(replace(config, plugin=plugin), runtime)
-    seconds = _rounds(trainers, runtime, arguments.rounds)
+    seconds = rounds(trainers, runtime, arguments.rounds)
     _report(trainers, seconds, runtime, arguments)
     runtime.barrier()
     runtime.close()
 
 
-def _rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> dict[str, list[float]]:
+def rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> dict[str, list[float]]:
     """Seconds of a step by trainer and round, in the slower process. The first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for trainer in trainers.values():

@@ -1,6 +1,7 @@
 """Trainers on two ranks, or on each rank by itself, for the checks that distributed_checks.py runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from runs import small_config
 from torch import Tensor
 
+from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.parallel import master_weights
-from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.runtime import Runtime, sharing_samples
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 
@@ -28,7 +30,16 @@ def two_ranks(runtime: Runtime, folder: Path, **changes: Any) -> Trainer:
         "optimizer__warmup_steps": 0,
         **changes,
     }
-    return build_trainer(small_config(folder, **options), runtime)
+    config = small_config(folder, **options)
+    return build_trainer(config, grouped(runtime, config))
+
+
+def grouped(runtime: Runtime, config: ExperimentConfig) -> Runtime:
+    """The runtime with the groups of the config; those of two trainers are made once."""
+    size = config.sequence_parallel
+    if size == 1:
+        return replace(runtime, sequence_size=1, sequence_group=None)
+    return runtime if runtime.sequence_size == size else sharing_samples(runtime, config)
 
 
 def alone(folder: Path, **changes: Any) -> Trainer:

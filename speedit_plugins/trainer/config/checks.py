@@ -26,6 +26,7 @@ from speedit_plugins.trainer.config.training_checks import (
     check_average,
     check_optimizer,
     check_optimizer_keys,
+    check_sequence,
     check_sharding,
 )
 from speedit_plugins.trainer.config.validation import ConfigError
@@ -118,6 +119,7 @@ def _check_training(config: ExperimentConfig) -> None:
     _check_measurements(config)
     check_optimizer(config)
     check_sharding(config)
+    check_sequence(config)
     check_average(config)
     check_accelerations(config)
 

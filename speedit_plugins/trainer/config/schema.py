@@ -120,6 +120,9 @@ class ExperimentConfig:
     """How several processes share the work; zero1, zero2 and gemini need ColossalAI."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """How fsdp2 shards."""
+    sequence_parallel: int = limited(1, at_least=1)
+    """Consecutive processes that share samples, each with a part of their tokens: divides the number of
+    processes and the model's heads."""
     distributed_timeout_seconds: float = limited(600.0, above=0)
     """A process that waits longer than this for another one ends the job."""
     compile: bool = False

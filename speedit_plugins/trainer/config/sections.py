@@ -277,7 +277,8 @@ class DataConfig:
     """Samples of `dataset` that are not trained on, chosen by the seed; `validate_every` measures the loss on
     them."""
     batch_size: int = limited(at_least=1)
-    """Samples of one forward pass, over all processes: a multiple of their number."""
+    """Samples of one forward pass, over all processes: a multiple of their number, divided by
+    `sequence_parallel`."""
     num_workers: int = limited(0, at_least=0)
     """Loading processes of each training process; 0 loads in the training process itself."""
     prefetch_factor: int | None = limited(None, at_least=1)

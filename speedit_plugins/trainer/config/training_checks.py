@@ -102,6 +102,27 @@ def check_sharding(config: ExperimentConfig) -> None:
             raise ConfigError(f"sharding.{entry.name}", problem)
 
 
+def check_sequence(config: ExperimentConfig) -> None:
+    """Refuses what does not go with split tokens. The model is asked when it is built.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if config.sequence_parallel == 1:
+        return
+    size = f"sequence_parallel {config.sequence_parallel}"
+    if config.plugin == "gemini":
+        raise ConfigError("plugin", f"gemini is not tried with {size}; wanted ddp, zero1, zero2 or fsdp2")
+    if config.compile:
+        raise ConfigError("compile", f"the exchange of tokens under {size} is not compiled; wanted false")
+    if config.masking.type != "none":
+        raise ConfigError("masking.type", f"leaves out tokens that {size} splits; wanted none")
+    if config.routing.keep < 1:
+        raise ConfigError(
+            "routing.keep", f"each process would choose among its own tokens under {size}; wanted 1"
+        )
+
+
 def check_average(config: ExperimentConfig) -> None:
     """Refuses keys of one kind of average in another kind, where they have no effect.
 

@@ -15,6 +15,7 @@ from speedit_plugins.trainer.build import Process
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.data.loader import NOISE_STREAM, ResumableLoader, SampleSource, stream_seed
 from speedit_plugins.trainer.inputs import BatchEncoder, ModelInputs
+from speedit_plugins.trainer.models.layers.sequence import whole_tokens
 
 NUM_RANGES = 20
 
@@ -78,21 +79,24 @@ class TimestepProfiler:
         weights = {name: value.detach().to(device).requires_grad_() for name, value in trained.items()}
         named = {**{name: value.to(device) for name, value in others.items()}, **weights}
         held = {f"model.{name}": value for name, value in named.items()}
-        is_training = self._step.model.training
-        self._step.model.train()
+        model = self._step.model
+        is_training = model.training
+        model.train()
         columns: list[list[float | None]] = [[], [], []]
         try:
             for first, end in timestep_ranges(self._policy.schedule.num_timesteps):
                 values: list[float | None] = [None] * len(columns)
                 if first < end:
-                    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+                    # Rank 0 measures alone.
+                    with forked, whole_tokens(model):
                         torch.manual_seed(0)
                         arguments = (self._inputs, self._spread(first, end), list(weights.values()))
                         values = functional_call(self._step, held, arguments).tolist()
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
         finally:
-            self._step.model.train(is_training)
+            model.train(is_training)
         return TimestepProfile(*columns)
 
     def _spread(self, first: int, end: int) -> TimestepDraw:

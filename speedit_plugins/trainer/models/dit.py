@@ -21,6 +21,7 @@ from speedit_plugins.trainer.models.layers.blocks import Block, BlockOptions, Fi
 from speedit_plugins.trainer.models.layers.conditioning import LabelEmbedder, TimestepEmbedder
 from speedit_plugins.trainer.models.layers.positions import sincos_positions
 from speedit_plugins.trainer.models.layers.rotary import GridRotary, Rotation
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, SequenceGroup, WholeTokens, split_of
 from speedit_plugins.trainer.models.routing import Passage, Route
 from speedit_plugins.trainer.models.sizes import register_sizes
 
@@ -57,6 +58,8 @@ class DiT(nn.Module):
 
     route: Route | None = None
     """The blocks that a part of the tokens passes by in training; None is none."""
+    sequence: SequenceGroup | None = None
+    """The ranks that share samples in training; None is this rank alone."""
     earliest_route: ClassVar[int] = 0
     """Number of the first block, counted from 0, that tokens may pass by."""
     predicts: ClassVar[str | None] = None
@@ -133,6 +136,11 @@ class DiT(nn.Module):
         """Number of blocks that a route counts; None if tokens cannot pass blocks by."""
         return len(self.blocks)
 
+    @property
+    def split_heads(self) -> int | None:
+        """Heads that the ranks of a `sequence` divide; None if the tokens cannot be split."""
+        return cast(Block, self.blocks[0]).attn.num_heads
+
     def set_route(self, route: Route | None) -> None:
         """Lets a part of the tokens pass blocks by in training, see `routing`."""
         self.route = route
@@ -175,10 +183,11 @@ class DiT(nn.Module):
         """
         x, c = self._prepared(x, timestep, condition)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        x = self.x_embedder(x) + self._positions(rows, columns, x.device)  # (B, N, D)
-        rotation = None if self.feat_rope is None else self.feat_rope(rows, columns)
-        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=(rotation,))
-        x = self.final_layer(x, c)  # (B, N, P P out_channels)
+        split = split_of(self, rows * columns)
+        x = split.part(self.x_embedder(x) + self._positions(rows, columns, x.device))  # (B, N, D)
+        rotation = split.rotation(None if self.feat_rope is None else self.feat_rope(rows, columns))
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=(rotation,), split=split)
+        x = split.whole(self.final_layer(x, c))  # (B, N, P P out_channels)
         x = self._unpatchify(x, rows, columns)  # (B, out_channels, h, w)
         return x if hidden is None else (x, hidden)
 
@@ -267,16 +276,17 @@ class DiT(nn.Module):
         *,
         hidden_after: int,
         rotations: tuple[Rotation | None, ...] = (None,),
+        split: WholeTokens = WHOLE,
     ) -> tuple[Tensor, Tensor | None]:
         """The tokens after all blocks, which take `rotations` in turn, and after block `hidden_after`."""
         assert self.feat_rope is None or rotations[0] is not None
         hidden, passage = None, Passage(self.route if self.training else None)
         for number, block in enumerate(self.blocks, start=1):
             x = passage.before(number, self._before(number, x))
-            x = self._through(block, x, c, self._rotation(number, rotations, passage))
+            x = self._through(block, x, c, self._rotation(number, rotations, passage), split)
             x = passage.after(number, x)
             if number == hidden_after:
-                hidden = passage.whole(x)
+                hidden = split.whole(passage.whole(x))
         return x, hidden
 
     def _rotation(
@@ -289,13 +299,12 @@ class DiT(nn.Module):
         """What block `number`, counted from 1, is given."""
         return x
 
-    def _through(self, block: nn.Module, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def _through(self, block: nn.Module, x: Tensor, c: Tensor, *given: Any) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # A block makes no random draws, so there is no generator state to keep.
-            return cast(
-                Tensor, checkpoint(block, x, c, rotation, use_reentrant=False, preserve_rng_state=False)
-            )
-        return cast(Tensor, block(x, c, rotation))
+            found = checkpoint(block, x, c, *given, use_reentrant=False, preserve_rng_state=False)
+            return cast(Tensor, found)
+        return cast(Tensor, block(x, c, *given))
 
     def _embedded_time(self, timestep: Tensor) -> Tensor:
         """What the timestep's embedding is computed of, (B,)."""

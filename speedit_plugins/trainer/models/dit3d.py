@@ -88,6 +88,11 @@ class DiT3D(DiT):
         return (self.in_channels, *inner)
 
     @property
+    def split_heads(self) -> int | None:
+        """None: its windows need tokens that lie together."""
+        return None
+
+    @property
     def route_depth(self) -> int | None:
         """Number of blocks that a route counts; None with windows, which need all tokens."""
         return None if self.window_blocks else super().route_depth

@@ -20,6 +20,7 @@ from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.layers.attention import SelfAttention
 from speedit_plugins.trainer.models.layers.positions import sincos_frames
 from speedit_plugins.trainer.models.layers.rotary import FrameRotary, Rotation
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, WholeTokens, split_of
 from speedit_plugins.trainer.models.routing import Passage
 from speedit_plugins.trainer.models.sizes import register_sizes, with_defaults
 
@@ -27,18 +28,19 @@ from speedit_plugins.trainer.models.sizes import register_sizes, with_defaults
 class SpatialAttention(SelfAttention):
     """Attention within each frame, among its N tokens: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE) -> Tensor:
         if rotation is not None and rotation.cos.ndim == 3:
             # Each sample has places of its own, the same in all its frames.
             rotation = Rotation(*(part.repeat_interleave(x.shape[1], dim=0) for part in rotation))
-        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation)
+        mixed = super().forward(rearrange(x, "b f n d -> (b f) n d"), rotation, split)
         return rearrange(mixed, "(b f) n d -> b f n d", b=x.shape[0])
 
 
 class TemporalAttention(SelfAttention):
     """Attention at each place of the frame, among the F frames: (B, F, N, D) -> (B, F, N, D)."""
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE) -> Tensor:
+        # Ranks split the places: all frames of a place are on one.
         mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"), rotation)
         return rearrange(mixed, "(b n) f d -> b f n d", b=x.shape[0])
 
@@ -119,14 +121,16 @@ class Latte(DiT):
         # The frames are stacked into one tall image, so that the patches are cut as a DiT's are.
         x = self.x_embedder(rearrange(x, "b c f h w -> b c (f h) w"))
         x = rearrange(x, "b (f n) d -> b f n d", f=frames)
-        x = x + self._positions(rows, columns, x.device)
+        split = split_of(self, rows * columns)
+        x = split.part(x + self._positions(rows, columns, x.device))
         c = c.unsqueeze(1)  # (B, 1, D)
         rotations: tuple[Rotation | None, ...] = (None,)
         if self.feat_rope is not None and self.temp_rope is not None:
             # A block within frames, then one across frames.
-            rotations = (self.feat_rope(rows, columns), self.temp_rope(frames))
-        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=rotations)
-        x = rearrange(self.final_layer(x, c), "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
+            rotations = (split.rotation(self.feat_rope(rows, columns)), self.temp_rope(frames))
+        x, hidden = self._through_blocks(x, c, hidden_after=hidden_after, rotations=rotations, split=split)
+        x = split.whole(self.final_layer(x, c))
+        x = rearrange(x, "b f n d -> b (f n) d")  # (B, F N, P P out_channels)
         x = self._unpatchify(x, frames * rows, columns)  # (B, out_channels, F h, w)
         x = rearrange(x, "b c (f h) w -> b c f h w", f=frames)
         return x if hidden is None else (x, hidden)

@@ -98,6 +98,11 @@ class MDT(DiT):
         )
 
     @property
+    def split_heads(self) -> int | None:
+        """None: its attention has a bias for each distance between two tokens."""
+        return None
+
+    @property
     def route_depth(self) -> int | None:
         """None: its masked pass leaves tokens out already, and its decoder adds positions to all."""
         return None

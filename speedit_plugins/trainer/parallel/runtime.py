@@ -5,7 +5,7 @@ This file uses torch.distributed only; ColossalAI is in booster.py.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.parallel.same_config import difference, stated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Runtime:
     """One process among `world_size`. The default is a single process without a process group.
 
@@ -28,17 +28,36 @@ class Runtime:
         rank: number of this process, in [0, world_size).
         device: device of its model and batches.
         group: whose collectives it uses; None is the default one.
+        sequence_size: number of consecutive ranks that share samples.
+        sequence_group: the process group of these ranks; None if each has samples of its own.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
     group: "dist.ProcessGroup | None" = None
+    sequence_size: int = 1
+    sequence_group: "dist.ProcessGroup | None" = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process is rank 0, which writes files, logs and samples for all."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process's part of each batch, in [0, data_size)."""
+        return self.rank // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """Number of parts that a batch is split into."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether this process counts the samples of its group, so that none is counted twice."""
+        return self.rank % self.sequence_size == 0
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -115,15 +134,11 @@ def launch(config: ExperimentConfig) -> Runtime:
 
     Raises:
         ValueError: a launcher's environment variables are incomplete, there are more processes than CUDA
-            devices, the batch size is no multiple of the number of processes, or the processes have different
-            configs or versions of this package; then all of them raise it.
+            devices, they cannot share samples or the batch as the config says, or they have different configs
+            or versions of this package; then all of them raise it.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if config.data.batch_size % world_size:
-        raise ValueError(
-            f"data.batch_size counts the samples of all processes: wanted a multiple of {world_size}"
-            f" processes, got {config.data.batch_size}"
-        )
+    _check_parts(config, world_size)
     device = build_device(config)
     if device.type == "cuda":
         device = _own_cuda_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -135,11 +150,44 @@ def launch(config: ExperimentConfig) -> Runtime:
     elif config.plugin != "ddp":
         # The sharded optimizers need a process group, even of one process.
         _join(device, config.distributed_timeout_seconds, is_alone=True)
-    runtime = Runtime(rank=rank, world_size=world_size, device=device)
+    runtime = sharing_samples(Runtime(rank, world_size, device), config)
     # The first collective, so that no process waits for one that trains something else.
     if problem := difference(runtime.gather_objects(stated(config))):
         raise ValueError(problem)
     return runtime
+
+
+def sharing_samples(runtime: Runtime, config: ExperimentConfig) -> Runtime:
+    """The runtime with groups of `sequence_parallel` consecutive ranks; collective.
+
+    Raises:
+        ValueError: the number of processes is no multiple of it, or the batch has no equal parts.
+    """
+    size = config.sequence_parallel
+    _check_parts(config, runtime.world_size)
+    if size == 1:
+        return replace(runtime, sequence_size=1, sequence_group=None)
+    timeout, own = timedelta(seconds=config.distributed_timeout_seconds), None
+    # Every rank makes every group.
+    for first in range(0, runtime.world_size, size):
+        group = dist.new_group(list(range(first, first + size)), timeout=timeout)
+        own = group if first <= runtime.rank < first + size else own
+    return replace(runtime, sequence_size=size, sequence_group=own)
+
+
+def _check_parts(config: ExperimentConfig, world_size: int) -> None:
+    size = config.sequence_parallel
+    if world_size % size:
+        raise ValueError(
+            f"sequence_parallel: wanted a divisor of the number of processes, {world_size}, got {size}"
+        )
+    parts = world_size // size
+    if config.data.batch_size % parts:
+        kind = "processes" if size == 1 else f"groups of {size} processes"
+        raise ValueError(
+            f"data.batch_size counts the samples of all processes: wanted a multiple of {parts} {kind}, got"
+            f" {config.data.batch_size}"
+        )
 
 
 def build_device(config: ExperimentConfig) -> torch.device:

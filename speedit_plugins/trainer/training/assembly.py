@@ -35,6 +35,7 @@ from speedit_plugins.trainer.sampling.conditions import (
 from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.periodic import Measured, Periodic, Snapshot
+from speedit_plugins.trainer.training.sequence import share_samples
 from speedit_plugins.trainer.training.trainer import Trainer, TrainingParts
 from speedit_plugins.trainer.training.validation import (
     Validation,
@@ -78,11 +79,12 @@ def build_trainer(
     _check_same_data(loader, runtime)
     policy = build.build_timestep_policy(config, process)
     engine = build_engine(model, config, runtime)
+    share_samples(engine.module, config, runtime)
     inputs = _batch_encoder(encoder, model, captions, config, runtime, teacher)
     profiler = None
     if config.profile_every and runtime.is_main:
         profiler = build_profiler(
-            engine.template, process, policy, inputs, trained, config, world_size=runtime.world_size
+            engine.template, process, policy, inputs, trained, config, world_size=runtime.data_size
         )
     objective = Objective(engine, process, accelerations)
     parts = TrainingParts(engine, inputs, objective, policy, loader, runtime, mfu, profiler)
@@ -131,8 +133,8 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
         num_workers=config.data.num_workers,
         prefetch_factor=config.data.prefetch_factor,
         pin_memory=runtime.device.type == "cuda",
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        rank=runtime.data_rank,
+        world_size=runtime.data_size,
         accept_changed=config.data.accept_changed,
     )
 

@@ -127,7 +127,7 @@ def _mean_in(law: Any) -> float | None:
 def _measured(config: ExperimentConfig, runtime: Runtime) -> float | None:
     inputs = BatchEncoder(build.build_encoder(config, runtime.device), runtime.device, is_labelled=False)
     # The batch of one rank in training.
-    batch_size = config.data.batch_size // runtime.world_size
+    batch_size = config.data.batch_size // runtime.data_size
     loader = ResumableLoader(
         training_part(config, build.build_dataset(config)),
         batch_size=batch_size,

@@ -25,6 +25,7 @@ from speedit_plugins.trainer.models.training_only import CHILD, layers_of
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
 from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.training.data_centre import is_centred_by_data
+from speedit_plugins.trainer.training.sequence import tokens_line
 from speedit_plugins.trainer.training.validation import of_validation, training_part
 
 
@@ -65,6 +66,7 @@ def describe(config: ExperimentConfig) -> str:
             f"parameters         {num_parameters:,}",
             *([f"training only      {_training_only(model, config, own)}"] if own else []),
             f"tokens per sample  {model.num_tokens:,}",
+            *([f"on each process    {shared}"] if (shared := tokens_line(model, config)) else []),
             f"training state     {_gib(state)} ({what} in fp32)",
             f"activations        about {activations} kept for backward, batch {batch_size} in one process",
             f"policy             {policy}",

@@ -158,6 +158,8 @@ def _introduce(trainer: Trainer, resumed: Path | None) -> None:
     where = f"{trainer.device.type}, {config.precision}"
     if runtime.world_size > 1:
         where += f", {runtime.world_size} processes, {config.plugin}"
+    if runtime.sequence_size > 1:
+        where += f", {runtime.sequence_size} of them on each sample"
     say(f"policy {trainer.policy}; {trained:,} trained parameters on {where}")
     if used := in_use(config):
         say(f"accelerations: {', '.join(used)}")

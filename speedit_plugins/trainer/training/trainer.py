@@ -78,7 +78,7 @@ class Trainer:
     Data order, timesteps and noise are functions of the seed, the step and the sample's position in the
     step's global batch. So a resumed run continues as an uninterrupted one would, on any number of ranks.
     Label dropout and the tokens of a route are functions of seed, step and rank. Accelerations that pair
-    samples of a rank's batch depend on the number of ranks.
+    samples of a rank's batch depend on the number of ranks. Ranks that share samples count as one.
 
     Args:
         parts: the objects that the trainer uses.
@@ -116,7 +116,7 @@ class Trainer:
         self.saves = build_saves(config, self.runtime)
         self.periodic, self._mfu, self.profiler = tuple(periodic), parts.mfu, parts.profiler
         self.best: Best | None = None
-        rows = config.data.batch_size // self.runtime.world_size
+        rows = config.data.batch_size // self.runtime.data_size
         self._generators = [torch.Generator(self.device) for _ in range(rows)]
         self._timestep_generator = torch.Generator(self.device)
 
@@ -170,7 +170,7 @@ class Trainer:
         """
         self.policy.advance(self.step)
         self.objective.advance(self.step)
-        torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.rank))
+        torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.data_rank))
         quantiles = self._draw_quantiles()
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
@@ -214,7 +214,7 @@ class Trainer:
         """
         with self.timer.phase("encode"):
             given = self.inputs.encode(batch, self._generators)
-            self._num_tokens += num_tokens(self.model, given.latents) * self.runtime.world_size
+            self._num_tokens += num_tokens(self.model, given.latents) * self.runtime.data_size
         draw = self._timesteps(quantiles, rows, given.latents)
         with self.timer.phase("forward"):
             terms = self.objective.losses(given, draw)
@@ -328,7 +328,7 @@ class Trainer:
     def _seed_samples(self, number: int) -> slice:
         """Where this rank's samples of batch `number` lie in the global batch. Seeds their generators."""
         num_rows = len(self._generators)
-        first = number * self.config.data.batch_size + self.runtime.rank * num_rows
+        first = number * self.config.data.batch_size + self.runtime.data_rank * num_rows
         for position, generator in enumerate(self._generators, start=first):
             generator.manual_seed(stream_seed(self.config.seed, NOISE_STREAM, self.step, position))
         return slice(first, first + num_rows)
@@ -350,11 +350,11 @@ class Trainer:
             if self.ema.slices:
                 with self.engine.evaluation_point():
                     self.ema.update()
-        for draw, terms in seen:
+        for draw, terms in seen if self.runtime.counts_samples else ():
             # Before the policy learns from the losses: they are corrected by the density that drew them.
             self.window.add(draw, terms)
-        index = torch.cat([draw.index for draw, _ in seen])
-        self.policy.update(index, torch.cat([(terms.mse + terms.vb).detach() for _, terms in seen]))
+        rows = [torch.cat([d.index for d, _ in seen]), torch.cat([(t.mse + t.vb).detach() for _, t in seen])]
+        self.policy.update(*(row if self.runtime.counts_samples else row[:0] for row in rows))
 
     def _count_skipped(self, culprit: str) -> None:
         self.num_skipped += 1

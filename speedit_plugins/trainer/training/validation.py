@@ -58,7 +58,7 @@ class Validation:
     ) -> None:
         self._model, self._process, self._inputs, self._dataset = model, process, inputs, dataset
         self._runtime, self._precision = runtime, config.precision
-        self._batch_size = config.data.batch_size // runtime.world_size
+        self._batch_size = config.data.batch_size // runtime.data_size
         order = torch.randperm(len(dataset), generator=_generator("cpu"))
         self._chosen = order[: config.validate_samples].tolist()
         self._quantiles = spread_quantiles(len(self._chosen))

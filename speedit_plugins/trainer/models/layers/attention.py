@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.layers.linear import Linear
 from speedit_plugins.trainer.models.layers.rotary import Rotation
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, WholeTokens
 
 AttentionKernel = Callable[[Tensor], Tensor]
 """Softmax attention over packed queries, keys and values: (B, N, 3, H, K) -> (B, N, H, K)."""
@@ -47,12 +48,18 @@ class SelfAttention(nn.Module):
         self.k_norm = None if qk_norm is None else qk_norm(hidden_size // num_heads)
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D), with queries and keys turned by the rotation of the N tokens."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE) -> Tensor:
+        """(B, N, D) -> (B, N, D), with queries and keys turned by the rotation of the N tokens.
+
+        Args:
+            x: all tokens, or this rank's part of them.
+            rotation: of the same tokens.
+            split: which of all tokens they are.
+        """
         qkv = rearrange(self.qkv(x), "b n (three h k) -> b n three h k", three=3, h=self.num_heads)
         if self.q_norm is not None or rotation is not None:
             qkv = self._changed(qkv, rotation)
-        mixed = rearrange(self.kernel(qkv), "b n h k -> b n (h k)")
+        mixed = rearrange(split.attend(self.kernel, qkv), "b n h k -> b n (h k)")
         return cast(Tensor, self.proj(mixed))
 
     def _changed(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:

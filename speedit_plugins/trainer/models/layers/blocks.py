@@ -18,6 +18,7 @@ from speedit_plugins.registry import nearest
 from speedit_plugins.trainer.models.layers.attention import AttentionKernel, SelfAttention
 from speedit_plugins.trainer.models.layers.linear import Linear
 from speedit_plugins.trainer.models.layers.rotary import Rotation
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, WholeTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +96,13 @@ class Block(nn.Module):
         self.mlp = options.perceptron_of(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE
+    ) -> Tensor:
         modulation = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rotation))
+        mixed = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rotation, split)
+        x = torch.addcmul(x, gate_attn, mixed)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 

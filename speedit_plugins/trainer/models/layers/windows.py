@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speedit_plugins.trainer.models.layers.attention import SelfAttention
 from speedit_plugins.trainer.models.layers.rotary import Rotation
+from speedit_plugins.trainer.models.layers.sequence import WHOLE, WholeTokens
 
 
 class WindowAttention(SelfAttention):
@@ -34,9 +35,10 @@ class WindowAttention(SelfAttention):
             )
         self.edge, self.window = edge, window
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE) -> Tensor:
         """(B, T, D) -> (B, T, D), for the T = edge^3 tokens in row-major order, which no rotation turns."""
         assert rotation is None
+        assert split is WHOLE
         side, part = self.edge // self.window, self.window
         sizes = {"x": side, "y": side, "z": side, "p": part, "q": part, "r": part}
         windows = rearrange(x, "b (x p y q z r) d -> (b x y z) (p q r) d", **sizes)

@@ -14,8 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speedit_plugins.trainer.models.layers.sequence import SequenceGroup, split_of
 from speedit_plugins.trainer.models.routing import Passage, Route
-from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned
+from speedit_plugins.trainer.models.text_conditioned.split import SplitTokens
+from speedit_plugins.trainer.models.text_conditioned.wrapper import TextConditioned, config_value
 
 # Position of the timestep's modulation among the arguments of a block, after the tokens.
 _TIMESTEP = 3
@@ -27,15 +29,24 @@ class Routed(TextConditioned):
     Attributes:
         route: None sends all tokens through all blocks.
         earliest_route: number of the first block, counted from 0, that tokens may pass by.
+        sequence: the ranks that share samples in training; None is this rank alone.
     """
 
     route: Route | None = None
+    sequence: SequenceGroup | None = None
+    # Made where a training splits its tokens.
+    _tokens: SplitTokens | None = None
     earliest_route = 0
 
     @property
     def route_depth(self) -> int:
         """Number of blocks that a route counts: of pairs of blocks, if the network attends to frames too."""
         return len(cast(nn.ModuleList, self.net.transformer_blocks))
+
+    @property
+    def split_heads(self) -> int:
+        """Heads that the ranks of a `sequence` divide."""
+        return int(config_value(self.net, "num_attention_heads"))
 
     def set_route(self, route: Route | None) -> None:
         """Lets a part of the tokens pass blocks by in training."""
@@ -54,7 +65,14 @@ class Routed(TextConditioned):
         is_routed = self.training and torch.is_grad_enabled()
         self._passage = Passage(self.route if is_routed else None)
         self._shape = len(x), x.shape[2] if x.ndim == 5 else 1
-        return super().forward(x, timestep, condition, hidden_after=hidden_after)
+        if self.sequence is not None and self._tokens is None:
+            self._tokens = SplitTokens(self.net)
+        if self._tokens is None:
+            return super().forward(x, timestep, condition, hidden_after=hidden_after)
+        rows, columns = (side // self.patch_size for side in x.shape[-2:])
+        self._tokens.split = split = split_of(self, rows * columns)
+        found = super().forward(x, timestep, condition, hidden_after=hidden_after)
+        return (found[0], split.whole(found[1])) if hidden_after else found
 
     def _called(self, block: nn.Module, x: Tensor, *given: Any) -> Tensor:
         """What a block makes of its tokens, which inside the route are a part of all."""

@@ -40,7 +40,8 @@ def choose_products(
     start = time.perf_counter()
     shapes: dict[str, Shape] = {}
     if runtime.device.type == "cpu" and config.precision == "fp32" and has_onednn():
-        shapes = layer_shapes(model, config.data.batch_size // runtime.world_size)
+        # As many tokens as a rank has: ranks that share samples have parts of them.
+        shapes = layer_shapes(model, max(1, config.data.batch_size // runtime.world_size))
     fastest = {shape: measure(*shape) for shape in sorted(set(shapes.values()))}
     of_ranks = runtime.gather_objects({name: fastest[shape] for name, shape in shapes.items()})
     # A rank without oneDNN has measured nothing.
