@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.logging.tracking import read_metrics
-from speedit_plugins.trainer.parallel.fully_sharded import LossScale, units, without_weights
+from speedit_plugins.trainer.parallel.fully_sharded import LossScale, without_weights
+from speedit_plugins.trainer.parallel.units import units
 from speedit_plugins.trainer.training.train import train
 
 

@@ -29,6 +29,7 @@ from speedit_plugins.trainer.parallel.replica import (
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.sharded import Sharded, check_one_point
+from speedit_plugins.trainer.parallel.units import units
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +183,6 @@ def without_weights(model: nn.Module) -> nn.Module:
         empty = parameter.detach().new_zeros(()).expand(parameter.shape)
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     return copy.deepcopy(model, memo)
-
-
-def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks whose weights are gathered together: members of the outermost module lists."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += child if isinstance(child, nn.ModuleList) else units(child)
-    return [unit for unit in found if any(True for _ in unit.parameters())]
 
 
 def _mesh(config: ExperimentConfig, runtime: Runtime) -> DeviceMesh:
