@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 tests/parallel/distributed_plan.py OUT_FOLDER
 
-Rank 0 writes counted.json: for each case the bytes by part, those of the rank that holds the most.
+Rank 0 writes counted.json: for each case the bytes by part, one entry a rank.
 """
 
 import gc
@@ -24,7 +24,7 @@ from plan_cases import CASES, case_config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.parallel.runtime import launch
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.trainer import Trainer
 

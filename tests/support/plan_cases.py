@@ -15,6 +15,10 @@ CASES: dict[str, dict[str, Any]] = {
     for plugin in PLUGINS
     for precision in ("fp32", "bf16")
 }
+# Blocks that compute again, and two batches a step.
+AGAIN = {"model__gradient_checkpointing": True, "optimizer__grad_accumulation": 2, "precision": "bf16"}
+CASES |= {f"{plugin} again": {"plugin": plugin, **AGAIN} for plugin in ("ddp", "fsdp2")}
+CASES["fsdp2 groups"] = {"plugin": "fsdp2", "sharding__replicate": 2}
 
 
 def case_config(folder: Path, changes: dict[str, Any], **more: Any) -> ExperimentConfig:

@@ -1,16 +1,15 @@
 """What a rank holds and sends in a step under each plugin, in bytes. Nothing is allocated.
 
-The ranks of a plan differ by less than a row of each parameter; what is said is of rank 0, which has the most.
+Every number is for rank 0, which has the most. Other ranks have less by a row of a parameter at most.
 
-Sources: the engines of this folder; ColossalAI 0.5.0's LowLevelZeroOptimizer and torch's `fully_shard`, read.
-The volumes of collectives are those of rings: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms
-for clusters of workstations"; Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
+Sources: the engines of this folder, and the code of ColossalAI 0.5.0's LowLevelZeroOptimizer and of torch's
+`fully_shard`. The volumes of collectives are those of rings: Patarasuk and Yuan 2009, "Bandwidth optimal
+all-reduce algorithms for clusters of workstations"; Rajbhandari et al. 2020, arXiv:1910.02054, section 7.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 # Elements of a bucket of gradients. Source: `reduce_bucket_size_in_m` of ColossalAI's LowLevelZeroPlugin.
 ZERO_BUCKET = 12 * 2**20
@@ -18,7 +17,7 @@ ZERO_BUCKET = 12 * 2**20
 GEMINI_CHUNK = 32 * 2**20
 FLOAT32 = 4
 
-_PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+_PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Training:
 class RankMemory:
     """Bytes on the device of a rank, without activations.
 
-    `backward_buffers` are there beside the activations, and `step_buffers` while the optimizer steps, when the
-    activations are gone. `on_cpu` is in the memory of the CPU.
+    `backward_buffers` are there beside the activations. `step_buffers` are there when the activations are gone,
+    while the optimizer steps. `on_cpu` is in the memory of the CPU.
     """
 
     weights: int
@@ -106,9 +105,9 @@ class Transfer:
     """Collectives of a kind in a step.
 
     Args:
-        kind: all-reduce, all-gather or reduce-scatter.
+        kind: all-reduce, all-gather, reduce-scatter or all-to-all.
         what: what is transferred.
-        payload: bytes of the whole tensors, of all that a rank gets or gives in the step.
+        payload: bytes of the whole tensors, of all collectives of the step; of an all-to-all, a rank's own.
         ranks: how many ranks take part in each.
     """
 
@@ -138,14 +137,17 @@ def ddp(training: Training, processes: int, replicate: int = 1) -> Plan:
     """
     sizes = [parameter.size for parameter in training.trained]
     trained = FLOAT32 * sum(sizes)
+    buffers = 0
+    if processes > 1:
+        # A gradient is copied into its bucket. Those of earlier batches of a step are beside the buckets.
+        buffers = FLOAT32 * max(sizes, default=0) + (trained if training.grad_accumulation > 1 else 0)
     memory = RankMemory(
         weights=FLOAT32 * sum(p.size for p in training.parameters) + training.buffer_bytes,
         gradients=trained,
         moments=int(training.moment_bytes * sum(sizes)),
         averages=training.num_averages * FLOAT32 * _shares(sizes, processes),
         teacher=training.teacher_bytes,
-        # A gradient is copied into its bucket.
-        backward_buffers=FLOAT32 * max(sizes, default=0) if processes > 1 else 0,
+        backward_buffers=buffers,
     )
     return Plan(memory, _transfers(Transfer("all-reduce", "gradients, float32", trained, processes)))
 
@@ -163,24 +165,22 @@ def zero2(training: Training, processes: int, replicate: int = 1) -> Plan:
 def fsdp2(training: Training, processes: int, replicate: int = 1) -> Plan:
     """The plan of `FullyShardedEngine`: rows of everything, padded to the same number on all ranks.
 
-    Each unit is gathered for its forward and its backward pass, the rest once. While a unit computes, the next
-    is gathered, and the gradients of the one before are summed.
+    Each unit is gathered for its forward and its backward pass, the rest once. While a unit computes, the
+    next is gathered, and the gradients of the one before are summed.
     """
     shards, item = processes // replicate, training.item
 
-    def rows(parameters: Sequence[ParameterSize]) -> int:
+    def rows(parameters: Iterable[ParameterSize]) -> int:
         return sum(math.ceil(p.shape[0] / shards) * (p.size // p.shape[0]) for p in parameters)
 
     trained, held = rows(training.trained), rows(training.parameters)
-    units = {
-        number: list(found)
-        for number, found in groupby(
-            sorted(training.parameters, key=lambda p: -1 if p.unit is None else p.unit), key=lambda p: p.unit
-        )
-    }
-    rest = shards * rows(units.pop(None, []))
-    largest = shards * max((rows(unit) for unit in units.values()), default=0)
-    most_trained = shards * max((rows([p for p in unit if p.is_trained]) for unit in units.values()), default=0)
+    rest = shards * rows(p for p in training.parameters if p.unit is None)
+    units: dict[int, list[ParameterSize]] = {}
+    for parameter in training.parameters:
+        if parameter.unit is not None:
+            units.setdefault(parameter.unit, []).append(parameter)
+    largest = shards * max(map(rows, units.values()), default=0)
+    summed = shards * max((rows(p for p in unit if p.is_trained) for unit in units.values()), default=0)
     sharded = [
         FLOAT32 * held,
         FLOAT32 * trained,
@@ -194,7 +194,7 @@ def fsdp2(training: Training, processes: int, replicate: int = 1) -> Plan:
         moments=on_device[2],
         averages=on_device[3],
         teacher=training.teacher_bytes,
-        backward_buffers=item * (rest + 2 * largest + most_trained) + FLOAT32 * most_trained,
+        backward_buffers=item * (rest + 2 * largest + summed) + FLOAT32 * summed,
         on_cpu=sum(sharded) if training.cpu_offload else 0,
     )
     count = training.grad_accumulation

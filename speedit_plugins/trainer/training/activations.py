@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from speedit_plugins.trainer.accelerations.objective import Acceleration, asked_of
 from speedit_plugins.trainer.models.interface import example_inputs
+from speedit_plugins.trainer.models.layers.attention import SelfAttention
 from speedit_plugins.trainer.parallel.units import units
 
 
@@ -23,10 +24,12 @@ class Activations:
     Args:
         kept: bytes of the tensors that autograd keeps.
         largest_unit: those that it keeps of one block, at most.
+        attended: bytes of the tokens that come out of all self-attentions.
     """
 
     kept: int
     largest_unit: int
+    attended: int = 0
 
 
 def activations(
@@ -46,8 +49,8 @@ def activations(
         model: on the meta device. It is changed.
         num_samples: of the batch of the rank.
         precision: fp32, bf16 or fp16.
-        is_cast: whether the model is in that precision; else it is float32 and autocast is on, whose copies of
-            weights are kept too.
+        is_cast: whether the model is in that precision. Otherwise it is in float32 under autocast, whose
+            copies of weights are kept too.
         accelerations: of the training; the passes and layers that they add count too.
     """
     # Both half precisions take two bytes.
@@ -64,7 +67,7 @@ def activations(
             hidden = found[1] if isinstance(found, tuple) else None
             for each in accelerations:
                 each.rehearse(partial(model, *inputs), inputs[0], hidden)
-        return Activations(storages.num_bytes, storages.largest_unit)
+        return Activations(storages.num_bytes, storages.largest_unit, storages.attended)
 
 
 class _Storages:
@@ -72,10 +75,11 @@ class _Storages:
 
     def __init__(self, model: nn.Module) -> None:
         self._units = units(model)
+        self._attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         # Views share a storage. While the tensor is held, no other storage gets its address.
         self._held: dict[int, Tensor] = {}
-        self.num_bytes = self.largest_unit = 0
+        self.num_bytes = self.largest_unit = self.attended = 0
         self._before: dict[int, int] = {}
 
     @contextlib.contextmanager
@@ -83,6 +87,7 @@ class _Storages:
         """A context that counts what is kept by what runs in it."""
         hooks = [unit.register_forward_pre_hook(self._enter) for unit in self._units]
         hooks += [unit.register_forward_hook(self._leave) for unit in self._units]
+        hooks += [module.register_forward_hook(self._attend) for module in self._attentions]
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
         for hook in hooks:
@@ -100,3 +105,6 @@ class _Storages:
 
     def _leave(self, unit: nn.Module, inputs: Any, output: Any) -> None:
         self.largest_unit = max(self.largest_unit, self.num_bytes - self._before[id(unit)])
+
+    def _attend(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.attended += output.nbytes

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.config.training_checks import check_optimizer as check_optimizer_keys
 from speedit_plugins.trainer.parallel.gemini import check_gemini
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
-from speedit_plugins.trainer.parallel.plan import PLANS, ParameterSize, Plan, Training
+from speedit_plugins.trainer.parallel.plan import PLANS, ParameterSize, Plan, Training, Transfer
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.units import units
 from speedit_plugins.trainer.starting_weights import start_from
@@ -36,11 +36,13 @@ class Passes:
 
     Args:
         recomputed: the same of what is computed again in the backward pass, at most at a time.
+        exchanged: bytes of a sample's tokens that ranks with parts of it exchange in a step's batch, by rank.
     """
 
     fixed: float
     per_sample: float
     recomputed: tuple[float, float] = (0.0, 0.0)
+    exchanged: float = 0.0
 
     def kept(self, num_samples: int) -> int:
         """Bytes between forward and backward pass."""
@@ -70,16 +72,24 @@ class RankPlan:
 
     def __init__(self, config: ExperimentConfig, processes: int = 1) -> None:
         batch_size, copies = config.data.batch_size, config.sharding.replicate
-        if batch_size % processes:
+        # Ranks that share the tokens of a sample.
+        self.sequence_size = getattr(config, "sequence_parallel", 1)
+        if processes % self.sequence_size:
             raise ValueError(
-                f"data.batch_size counts the samples of all processes: wanted a multiple of {processes}"
+                f"sequence_parallel: wanted a divisor of the number of processes, {processes}, got"
+                f" {self.sequence_size}"
+            )
+        parts = processes // self.sequence_size
+        if batch_size % parts:
+            raise ValueError(
+                f"data.batch_size counts the samples of all processes: wanted a multiple of {parts}"
                 f" processes, got {batch_size}"
             )
         if processes % copies:
             raise ValueError(
                 f"sharding.replicate: wanted a divisor of the number of processes, {processes}, got {copies}"
             )
-        self.config, self.processes, self.num_samples = config, processes, batch_size // processes
+        self.config, self.processes, self.num_samples = config, processes, batch_size // parts
         self._passes: dict[tuple[bool, bool], Passes] = {}
 
     @property
@@ -116,7 +126,14 @@ class RankPlan:
 
     def plan(self, plugin: str) -> Plan:
         """Memory and traffic of a rank under a plugin."""
-        return PLANS[plugin](self.training, self.processes, self.config.sharding.replicate)
+        copies = self.config.sharding.replicate if plugin == "fsdp2" else 1
+        found = PLANS[plugin](self.training, self.processes, copies)
+        if self.sequence_size == 1:
+            return found
+        passes = self.passes(plugin, is_checkpointed=self.is_checkpointed)
+        payload = int(passes.exchanged * self.num_samples) * self.training.grad_accumulation
+        tokens = Transfer("all-to-all", "tokens for heads and back", payload, self.sequence_size)
+        return replace(found, transfers=(*found.transfers, tokens))
 
     def passes(self, plugin: str, *, is_checkpointed: bool) -> Passes:
         """Activations of a rank under a plugin."""
@@ -128,10 +145,12 @@ class RankPlan:
 
     def refusal(self, plugin: str) -> str | None:
         """Why the config cannot use a plugin; None if it can."""
-        config = replace(self.config, plugin=plugin)
+        config = replace(self.config, plugin=cast(Any, plugin))
         try:
             check_optimizer_keys(config)
             check_optimizer(config)
+            if plugin == "gemini" and self.sequence_size > 1:
+                return "it is not tried with sequence_parallel"
             if plugin == "gemini":
                 check_gemini(config, Runtime(device=torch.device("cuda")))
         except ValueError as error:
@@ -145,16 +164,21 @@ class RankPlan:
         n = self.num_samples
         few, more = (self._count(size, is_cast, is_checkpointed) for size in (n, 2 * n))
         fixed, per_sample = _line(few.kept, more.kept, n)
-        if not is_checkpointed:
-            return Passes(fixed, per_sample)
-        whole = self.passes("ddp" if not is_cast else "zero1", is_checkpointed=False)
-        few, more = (self._count(size, is_cast, False) for size in (n, 2 * n))
-        recomputed = _line(few.largest_unit, more.largest_unit, n)
-        # In the forward pass autocast holds its copies of all weights, which are gone when a block recomputes.
-        copies = whole.fixed - fixed
-        if copies > recomputed[0] + recomputed[1] * n:
-            recomputed = (copies, 0.0)
-        return Passes(fixed, per_sample, recomputed)
+        # Queries, keys, values and what comes out, forward and backward.
+        exchanged = 4 * 2 * few.attended / n
+        recomputed = (0.0, 0.0)
+        if is_checkpointed:
+            few, more = (self._count(size, is_cast, False) for size in (n, 2 * n))
+            recomputed = _line(few.largest_unit, more.largest_unit, n)
+            # In the forward pass autocast holds its copies of all weights, gone when a block computes again.
+            copies = _line(few.kept, more.kept, n)[0] - fixed
+            if copies > recomputed[0] + recomputed[1] * n:
+                recomputed = (copies, 0.0)
+            exchanged *= 1.5
+        # A rank has its part of the tokens.
+        parts = self.sequence_size
+        recomputed = (recomputed[0], recomputed[1] / parts)
+        return Passes(fixed, per_sample / parts, recomputed, exchanged / parts)
 
     def _count(self, num_samples: int, is_cast: bool, is_checkpointed: bool) -> Activations:
         config = self.config
@@ -255,7 +279,8 @@ def _fit(found: RankPlan, plugin: str, gpu_memory: int) -> str:
         if memory.peak(0) > gpu_memory:
             most = 0
         fits = "fits" if peak <= gpu_memory else "too large"
-        largest = f"data.batch_size up to {most * found.processes}" if most else "no batch fits"
+        batch_size = most * found.processes // found.sequence_size
+        largest = f"data.batch_size up to {batch_size}" if most else "no batch fits"
         how = f" with {CHECKPOINTING}" if is_checkpointed else ""
         texts.append(f"{fits}{how}: {size(peak)}, {largest}")
     return "; ".join(texts)
