@@ -113,8 +113,8 @@ def test_activations_grow_in_proportion_to_the_batch(tmp_path: Path) -> None:
 
 
 def test_attention_keeps_no_weight_of_a_pair_of_tokens(tmp_path: Path) -> None:
-    # The fused kernels keep queries, keys, values, what comes out and a number per token and head. Patches of 1
-    # in place of 4 make 16 times as many tokens, and 256 times as many pairs.
+    # The fused kernels keep queries, keys, values, what comes out and a number per token and head.
+    # Patches of 1 in place of 4 make 16 times as many tokens, and 256 times as many pairs.
     assert kept(tmp_path, model__patch_size=1) < 16 * kept(tmp_path, model__patch_size=4)
 
 

@@ -38,7 +38,7 @@ def sent(found: Plan) -> Counter[str]:
 
 @pytest.mark.parametrize("n", [2, 8, 64])
 def test_bytes_of_a_weight_are_those_of_the_zero_paper(n: int) -> None:
-    # Figure 1 of arXiv:1910.02054: in half precision 2 bytes of weights, 2 of gradients, and K = 12 of masters
+    # Figure 1 of arXiv:1910.02054: in half precision 2 bytes of weights, 2 of gradients and K = 12 of masters
     # and moments. The gradients of zero1 are whole, those of zero2 in slices.
     zero1, zero2 = (
         plan(name, n, precision="bf16", num_averages=0).memory.state for name in ("zero1", "zero2")

@@ -75,8 +75,8 @@ class Training:
 class RankMemory:
     """Bytes on the device of a rank, without activations.
 
-    `backward_buffers` are there beside the activations. `step_buffers` are there when the activations are gone,
-    while the optimizer steps. `on_cpu` is in the memory of the CPU.
+    `backward_buffers` are there beside the activations, `step_buffers` when the activations are gone and the
+    optimizer steps. `on_cpu` is in the memory of the CPU.
     """
 
     weights: int
