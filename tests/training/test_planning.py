@@ -104,7 +104,7 @@ def test_processes_that_the_training_refuses_are_refused(
 def test_groups_of_processes_are_named(tmp_path: Path) -> None:
     found = said(tmp_path, 4, plugin="fsdp2", sharding__replicate=2)
     assert found["memory of a rank"] == "4 processes in 2 groups, fsdp2, fp32, 4 samples at a time"
-    assert found["all-reduce"].endswith("gradients, float32, among 2 ranks")
+    assert found["all-reduce"].endswith("gradients, float32, between groups, among 2 ranks")
 
 
 def test_shared_samples_are_counted_by_their_part_of_the_tokens(tmp_path: Path) -> None:

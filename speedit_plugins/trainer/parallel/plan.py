@@ -17,7 +17,8 @@ ZERO_BUCKET = 12 * 2**20
 GEMINI_CHUNK = 32 * 2**20
 FLOAT32 = 4
 
-_PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+# How often the whole tensors go around a ring.
+PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Transfer:
     @property
     def sent(self) -> int:
         """Bytes that each rank sends over a ring, where an all-reduce goes around twice."""
-        return _PASSES[self.kind] * self.payload * (self.ranks - 1) // self.ranks
+        return PASSES[self.kind] * self.payload * (self.ranks - 1) // self.ranks
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,9 @@ def fsdp2(training: Training, processes: int, replicate: int = 1) -> Plan:
         _transfers(
             Transfer("all-gather", f"weights, {name}", gathered, shards),
             Transfer("reduce-scatter", "gradients, float32", count * FLOAT32 * shards * trained, shards),
-            Transfer("all-reduce", "gradients, float32", count * FLOAT32 * trained, replicate),
+            Transfer(
+                "all-reduce", "gradients, float32, between groups", count * FLOAT32 * trained, replicate
+            ),
         ),
     )
 

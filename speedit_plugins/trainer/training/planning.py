@@ -65,12 +65,18 @@ class RankPlan:
     Args:
         config: checked for the phase train.
         processes: of the training.
+        passes: activations that are known, by whether the model is cast and checkpointed. Others are added.
 
     Raises:
         ValueError: the processes cannot share the batch, or cannot be grouped as `sharding.replicate` says.
     """
 
-    def __init__(self, config: ExperimentConfig, processes: int = 1) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        processes: int = 1,
+        passes: dict[tuple[bool, bool], Passes] | None = None,
+    ) -> None:
         batch_size, copies = config.data.batch_size, config.sharding.replicate
         # Ranks that share the tokens of a sample.
         self.sequence_size = getattr(config, "sequence_parallel", 1)
@@ -90,7 +96,7 @@ class RankPlan:
                 f"sharding.replicate: wanted a divisor of the number of processes, {processes}, got {copies}"
             )
         self.config, self.processes, self.num_samples = config, processes, batch_size // parts
-        self._passes: dict[tuple[bool, bool], Passes] = {}
+        self._passes = {} if passes is None else passes
 
     @property
     def is_checkpointed(self) -> bool:
