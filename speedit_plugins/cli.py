@@ -78,6 +78,9 @@ class _Task:
 
 def _started(task: _Task, argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
+    for name in ("processes", "gpu_memory"):
+        if getattr(arguments, name) is not None and not arguments.dry_run:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --dry-run")
     # Imported here: without the trainer extra OmegaConf is missing, and the error is one line.
     config = import_module("speedit_plugins.trainer.config.loading").load_config(
         arguments.config,
@@ -87,7 +90,7 @@ def _started(task: _Task, argv: Sequence[str] | None) -> int:
         imports=arguments.imports,
     )
     if arguments.dry_run:
-        return _describe(config)
+        return _describe(config, processes=arguments.processes or 1, gpu_memory=arguments.gpu_memory)
     if _is_launched() and arguments.phase != "train":
         raise ValueError(f"{arguments.phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     task.phase, task.config = arguments.phase, config
@@ -182,12 +185,16 @@ def _is_first_to_say(line: str) -> bool:
     return True
 
 
-def _describe(config: ExperimentConfig) -> int:
+def _describe(config: ExperimentConfig, *, processes: int, gpu_memory: int | None) -> int:
     # Flush, so that the config is on the screen while torch loads.
     sys.stdout.write(import_module("speedit_plugins.trainer.config.loading").to_yaml(config))
     sys.stdout.flush()
-    description = import_module("speedit_plugins.trainer.training.dry_run").describe(config)
-    sys.stdout.write(f"\n{description}\n")
+    describe = import_module("speedit_plugins.trainer.training.dry_run").describe
+    description = describe(config, processes=processes, gpu_memory=gpu_memory)
+    sys.stdout.write(f"\n{description.text}\n")
+    sys.stdout.flush()
+    if description.fault is not None:
+        raise ValueError(f"the data cannot be used: {description.fault}")
     return 0
 
 
@@ -206,6 +213,19 @@ def _phase(name: str) -> str:
     return name
 
 
+def _processes(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"wanted a number of processes such as 8, got {text!r}")
+    return int(text)
+
+
+def _memory_size(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"wanted a size such as 80GB or 80GiB, got {text!r}")
+    return int(float(found[1]) * {"GB": 10**9, "GiB": 2**30}[found[2]])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="speedit",
@@ -219,6 +239,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-p", "--phase", required=True, type=_phase, metavar=f"{{{','.join(PHASES)}}}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the config")
     parser.add_argument("--dry-run", action="store_true", help="print the config, sizes and memory, and exit")
+    parser.add_argument(
+        "--processes", type=_processes, metavar="N", help="plan a training of N processes; with --dry-run"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_memory_size,
+        metavar="SIZE",
+        help="say which plugin fits a GPU of so much, such as 80GB; with --dry-run",
+    )
     parser.add_argument(
         "--import",
         dest="imports",

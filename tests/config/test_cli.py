@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def _same_log_level() -> Iterator[None]:
 def stub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts functions in place of a trainer module, so that torch is not needed."""
 
-    def put(name: str, **functions: Callable[[ExperimentConfig], object]) -> None:
+    def put(name: str, **functions: Callable[..., object]) -> None:
         module = types.ModuleType(f"speedit_plugins.trainer.{name}")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -62,12 +63,51 @@ def test_each_phase_runs_with_its_config_and_exit_code(stub: Callable[..., None]
 def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
     stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stub("training.dry_run", describe=lambda config: f"seed {config.seed} described")
-    assert main(["-c", DIGITS, "-p", "train", "seed=4", "--dry-run"]) == 0
+    asked: list[dict[str, int | None]] = []
+    fault: str | None = None
+
+    def describe(config: ExperimentConfig, **options: int | None) -> SimpleNamespace:
+        asked.append(options)
+        return SimpleNamespace(text=f"seed {config.seed} described", fault=fault)
+
+    stub("training.dry_run", describe=describe)
+    common = ["-c", DIGITS, "-p", "train", "seed=4", "--dry-run"]
+    assert main(common) == 0
     out = capsys.readouterr().out
     config = load_config(DIGITS, "train", ["seed=4"])
     assert out == f"{to_yaml(config)}\nseed 4 described\n"
     assert OmegaConf.create(out.split("\n\n")[0]).seed == 4
+    assert main([*common, "--processes", "8", "--gpu-memory", "80GB"]) == 0
+    assert main([*common, "--gpu-memory", "1.5GiB"]) == 0
+    assert asked == [
+        {"processes": 1, "gpu_memory": None},
+        {"processes": 8, "gpu_memory": 80 * 10**9},
+        {"processes": 1, "gpu_memory": 3 * 2**29},
+    ]
+    capsys.readouterr()
+    # All is said first.
+    fault = "no folder"
+    assert main(common) == 2
+    captured = capsys.readouterr()
+    assert captured.out == out
+    assert captured.err == "speedit: error: the data cannot be used: no folder\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "4"], "--processes has no effect without --dry-run"),
+        (["--gpu-memory", "80GB"], "--gpu-memory has no effect without --dry-run"),
+        (["--dry-run", "--processes", "0"], "wanted a number of processes such as 8, got '0'"),
+        (["--dry-run", "--gpu-memory", "80"], "wanted a size such as 80GB or 80GiB, got '80'"),
+        (["--dry-run", "--gpu-memory", "0GB"], "wanted a size such as 80GB or 80GiB, got '0GB'"),
+    ],
+)
+def test_options_of_a_plan_are_checked(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-c", DIGITS, "-p", "train", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_dry_run_and_a_run_say_what_they_train_on(
 
 def test_a_dry_run_says_why_the_data_cannot_be_used(tmp_path: Path) -> None:
     config = small_config(tmp_path, data__dataset=f"{{type: ImageFolder, root: {tmp_path}/nowhere}}")
-    assert describe(config).splitlines()[-1] == (
+    assert describe(config).text.splitlines()[-1] == (
         f"data               cannot be used: ImageFolder needs root to be a folder, got {tmp_path}/nowhere"
     )
     config = load_config(
@@ -140,4 +140,4 @@ def test_a_dry_run_says_why_the_data_cannot_be_used(tmp_path: Path) -> None:
         "train",
         [*arguments(tmp_path), "num_classes=4", "sample_classes=[0]"],
     )
-    assert "cannot be used: the dataset has 10 classes, got num_classes: 4" in describe(config)
+    assert "the dataset has 10 classes, got num_classes: 4" in str(describe(config).fault)

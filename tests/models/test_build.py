@@ -10,7 +10,8 @@ from speedit_plugins.trainer import build
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.diffusion.flow import RectifiedFlow
-from speedit_plugins.trainer.training.dry_run import describe, saved_bytes
+from speedit_plugins.trainer.training.activations import activations
+from speedit_plugins.trainer.training.dry_run import describe
 
 CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path != Path("configs/base.yaml"))
 
@@ -92,22 +93,29 @@ def test_a_registry_imports_its_modules_on_first_use() -> None:
 
 def test_the_description_counts_parameters_tokens_and_bytes(tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    text = describe(config)
+    text = describe(config).text
     model = build.build_model(config)
     assert f"parameters         {sum(p.numel() for p in model.parameters()):,}" in text
     assert "tokens per sample  4" in text
     assert "policy             speedit: boundary 642" in text
 
 
+def kept(folder: Path, num_samples: int = 16, *, is_cast: bool = False, **changes: Any) -> int:
+    config = small_config(folder, **changes)
+    with torch.device("meta"):
+        model = build.build_model(config)
+    return activations(model, num_samples, precision=config.precision, is_cast=is_cast).kept
+
+
 def test_activations_grow_in_proportion_to_the_batch(tmp_path: Path) -> None:
-    kept = []
-    for batch_size in (8, 16):
-        config = small_config(tmp_path, data__batch_size=batch_size)
-        with torch.device("meta"):
-            model = build.build_model(config)
-        kept.append(saved_bytes(model, config))
     # Nothing that is kept is without a batch dimension but the timestep frequencies, 512 bytes.
-    assert abs(kept[1] - 2 * kept[0]) <= 1024
+    assert abs(kept(tmp_path, 16) - 2 * kept(tmp_path, 8)) <= 1024
+
+
+def test_attention_keeps_no_weight_of_a_pair_of_tokens(tmp_path: Path) -> None:
+    # The fused kernels keep queries, keys, values, what comes out and a number per token and head.
+    # Patches of 1 in place of 4 make 16 times as many tokens, and 256 times as many pairs.
+    assert kept(tmp_path, model__patch_size=1) < 16 * kept(tmp_path, model__patch_size=4)
 
 
 def test_sampling_takes_the_process_without_the_respacing_of_training(tmp_path: Path) -> None:
@@ -117,14 +125,19 @@ def test_sampling_takes_the_process_without_the_respacing_of_training(tmp_path: 
 
 
 def test_activations_shrink_with_half_precision_and_with_checkpointing(tmp_path: Path) -> None:
-    def kept(**changes: Any) -> int:
-        config = small_config(tmp_path, **changes)
-        with torch.device("meta"):
-            return saved_bytes(build.build_model(config), config)
-
-    assert kept(model__gradient_checkpointing=True) < kept() / 2
+    whole, half = kept(tmp_path), {"precision": "bf16"}
+    assert kept(tmp_path, model__gradient_checkpointing=True) < whole / 2
     # All but the timestep features, which stay float32.
-    assert kept(precision="bf16") < 0.6 * kept()
+    assert kept(tmp_path, is_cast=True, **half) < 0.6 * whole
+    # Autocast keeps its copies of the weights, whatever the batch, and the residual stream in float32.
+    few, more = (kept(tmp_path, size, **half) for size in (16, 32))
+    assert 0.5 * whole < more - few < whole
+    with torch.device("meta"):
+        model = build.build_model(small_config(tmp_path))
+    weights = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight"))
+    # The copies of the matrices. The table of classes and the weights at the inputs are not multiplied or not
+    # needed again.
+    assert 0.8 * 2 * weights < 2 * few - more < 2 * weights
 
 
 def test_a_dry_run_looks_up_every_name(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.validation import ConfigError
 from speedit_plugins.trainer.logging.tracking import read_metrics
 from speedit_plugins.trainer.model_copies import copy_with
-from speedit_plugins.trainer.parallel.fully_sharded import LossScale, units, without_weights
+from speedit_plugins.trainer.parallel.fully_sharded import LossScale, without_weights
+from speedit_plugins.trainer.parallel.units import units
 from speedit_plugins.trainer.shards import is_shard, whole
 from speedit_plugins.trainer.training.train import train
 

@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_its_centre(tmp_path: Path, monkeypatch: pytest.Monk
 def test_training_writes_the_centre_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["max_training_steps=1", f"experiment_dir={tmp_path}", "optimizer.warmup_steps=0"]
     config = digits("diffusion.policy=spectral", *options)
-    assert "policy             spectral, centred by the data when training starts\n" in describe(config)
+    assert "policy             spectral, centred by the data when training starts\n" in describe(config).text
     train(config)
     assert "the policy is centred at log-SNR " in capsys.readouterr().out
     written = load_config(str(tmp_path / "config_train.yaml"), "train", [])

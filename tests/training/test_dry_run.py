@@ -4,18 +4,23 @@ Dims: `B` samples, `N` tokens, `D` width of the model, `W` inner width of a proj
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import small_config, small_trainer
+from torch import nn
 
 from speedit_plugins.trainer import build
 from speedit_plugins.trainer.accelerations.build import build_accelerations
+from speedit_plugins.trainer.accelerations.objective import Acceleration
 from speedit_plugins.trainer.accelerations.teachers import unread_teacher
+from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.models.training_only import CHILD
-from speedit_plugins.trainer.training.dry_run import describe, saved_bytes
+from speedit_plugins.trainer.training.activations import activations
+from speedit_plugins.trainer.training.dry_run import describe
 
 MASKED = {
     "model__type": "MDT",
@@ -34,8 +39,13 @@ def repa(teacher: str) -> dict[str, Any]:
 
 def lines(folder: Path, **changes: Any) -> dict[str, str]:
     """The description's lines by their name."""
-    found = describe(small_config(folder, **changes)).splitlines()
+    found = describe(small_config(folder, **changes)).text.splitlines()
     return {line[:19].strip(): line[19:] for line in found}
+
+
+def count(model: nn.Module, config: ExperimentConfig, found: Sequence[Acceleration] = ()) -> int:
+    options = {"precision": "fp32", "is_cast": False, "accelerations": found}
+    return activations(model, config.data.batch_size, **options).kept
 
 
 def kept(folder: Path, **changes: Any) -> int:
@@ -44,7 +54,7 @@ def kept(folder: Path, **changes: Any) -> int:
     with torch.device("meta"):
         model = build.build_model(config)
         found = build_accelerations(config, model, process, unread_teacher(config))
-        return saved_bytes(model, config, found)
+    return count(model, config, found)
 
 
 @pytest.mark.parametrize("changes", [{"uncertainty": "true"}, repa("embedded"), SRA], ids=str)
@@ -65,13 +75,15 @@ def test_the_state_has_what_only_the_training_keeps(tmp_path: Path) -> None:
     head = sum(p.numel() for name, p in trainer.model.named_parameters() if name.startswith(f"{CHILD}."))
     teacher = sum(value.nbytes for value in trainer.objective.state_dict()["SelfAlignment"].values())
 
-    def mebibytes(state: str) -> float:
-        return float(re.match(r"([\d.]+) MiB", state)[1])  # type: ignore[index]  # it matches
+    def mebibytes(found: dict[str, str], part: str) -> float:
+        return float(re.match(r"([\d.]+) MiB", found[part])[1])  # type: ignore[index]  # it matches
 
-    found, plain = (lines(tmp_path, **wide, **changes)["training state"] for changes in (SRA, {}))
-    assert "EMA, SRA's teacher in fp32" in found
-    # Weights, gradients, the average and AdamW's two moments take 20 bytes a parameter. Both were rounded.
-    assert mebibytes(found) - mebibytes(plain) == pytest.approx((20 * head + teacher) / 2**20, abs=0.1)
+    found, plain = (lines(tmp_path, **wide, **changes) for changes in (SRA, {}))
+    assert found["teacher"] == f"{teacher / 2**20:.1f} MiB, SRA"
+    assert "teacher" not in plain
+    # Weights, gradients, the average and AdamW's two moments. Both were rounded.
+    for part, size in {"weights": 4, "gradients": 4, "averages": 4, "moments": 8}.items():
+        assert mebibytes(found, part) - mebibytes(plain, part) == pytest.approx(size * head / 2**20, abs=0.1)
 
 
 def test_the_accelerations_are_listed(tmp_path: Path) -> None:
@@ -101,7 +113,8 @@ def test_what_is_kept_for_backward_has_what_the_accelerations_add(tmp_path: Path
     masked = {share: kept(tmp_path, **MASKED, masking__ratio=share) for share in (0.25, 0.75)}
     with torch.device("meta"):
         config = small_config(tmp_path, **MASKED)
-        full = saved_bytes(build.build_model(config), config)
+        model = build.build_model(config)
+    full = count(model, config)
     # The second pass has fewer tokens in 3 of 5 blocks.
     assert full < masked[0.75] < masked[0.25] < 2.4 * full
     # The projector keeps the inputs of both SiLUs and of the two layers after them, each (B, N, W) float32.

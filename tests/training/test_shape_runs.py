@@ -110,7 +110,7 @@ def test_every_kind_of_policy_trains_on_shapes(tmp_path: Path, form: str, policy
 
 def test_a_dry_run_counts_the_tokens_of_a_cube(tmp_path: Path) -> None:
     for options, _ in FORMS.values():
-        text = describe(shape_config(tmp_path, *options))
+        text = describe(shape_config(tmp_path, *options)).text
         assert "tokens per sample  64" in text
         assert "samples            64" in text
 

@@ -29,6 +29,7 @@ from speedit_plugins.trainer.parallel.replica import (
 )
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.parallel.sharded import Sharded, check_one_point
+from speedit_plugins.trainer.parallel.units import units
 from speedit_plugins.trainer.shards import whole
 
 
@@ -182,14 +183,6 @@ def without_weights(model: nn.Module) -> nn.Module:
         parameter=lambda own: own.detach().new_zeros(()).expand(own.shape),
         buffer=lambda own: own,
     )
-
-
-def units(model: nn.Module) -> list[nn.Module]:
-    """The blocks whose weights are gathered together: members of the outermost module lists."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += child if isinstance(child, nn.ModuleList) else units(child)
-    return [unit for unit in found if any(True for _ in unit.parameters())]
 
 
 def _mesh(config: ExperimentConfig, runtime: Runtime) -> DeviceMesh:
