@@ -136,7 +136,7 @@ class TestArithmetic:
     def test_phases_add_up_by_the_clock_until_they_are_taken(self, load: Load) -> None:
         steps = load("speed.training_steps")
         times = iter(range(100))
-        watch = steps.Stopwatch(lambda: float(next(times)))
+        watch = steps.Stopwatch(lambda: float(next(times)), steps.PHASES)
         for name in (*steps.PHASES, "draw", "data"):
             with watch.phase(name):
                 pass
