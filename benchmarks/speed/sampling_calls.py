@@ -9,7 +9,7 @@ Dims: N samples.
 
 import importlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,13 @@ class Distances:
 
 
 def measure(
-    hosts: Path, *, num_steps: int, num_samples: int, num_noises: int, device: str = "cpu"
+    hosts: Path,
+    *,
+    num_steps: int,
+    num_samples: int,
+    num_noises: int,
+    calls: Mapping[str, Sequence[int]] = CALLS,
+    device: str = "cpu",
 ) -> Distances:
     """Trains for `num_steps`, then samples N images from each noise in every way; at least two noises."""
     data = load_image_set("digits", 8)
@@ -88,8 +94,8 @@ def measure(
 
     reference = scored(REFERENCE, _reference(hosts / SPEED, model, quality, device))
     tried = {
-        kind: {calls: scored(f"{kind}-{calls}", ours(f"{kind}-{calls}")) for calls in each}
-        for kind, each in CALLS.items()
+        kind: {number: scored(f"{kind}-{number}", ours(f"{kind}-{number}")) for number in numbers}
+        for kind, numbers in calls.items()
     }
     return Distances(reference, tried, seconds)
 

@@ -280,6 +280,8 @@ def latent_trainer(
     """
     setting = setting or Setting()
     diffusion: dict[str, Any] = {"policy": {"type": "speed"}}
+    if case.is_flow:
+        diffusion = {"type": "RectifiedFlow", "policy": {"type": "logit_normal"}}
     content = {
         "experiment_dir": "unwritten",
         "num_classes": 0 if y is None else NUM_CLASSES,
@@ -287,7 +289,7 @@ def latent_trainer(
         "num_frames": case.num_frames,
         "model": {"type": case.model},
         "encoder": {"type": "GivenLatents"},
-        "diffusion": {"type": "RectifiedFlow", **diffusion} if case.is_flow else diffusion,
+        "diffusion": diffusion,
         "data": {"dataset": {"type": "OneBatch"}, "batch_size": case.batch},
         "max_training_steps": 1_000_000,
         "sample_every": 0,
