@@ -61,16 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command_of(part: Part, limit: float) -> list[str]:
         return [sys.executable, "-m", "benchmarks.gpu", *_child_options(arguments, part, folder, limit)]
 
-    is_done = run_parts(
-        parts,
-        command_of,
-        folder,
-        deadline,
-        needed="device",
-        # Two threads wait for each other more than they gain from tiny tensors.
-        environment={"OMP_NUM_THREADS": "1"} if arguments.small else {},
-        after_each=after_each,
-    )
+    try:
+        is_done = run_parts(
+            parts,
+            command_of,
+            folder,
+            deadline,
+            needed="device",
+            # Two threads wait for each other more than they gain from tiny tensors.
+            environment={"OMP_NUM_THREADS": "1"} if arguments.small else {},
+            after_each=after_each,
+        )
+    finally:
+        # With what a part has found that is cut off by a signal.
+        _write_report(folder)
     print(folder / "report.md")
     return 0 if is_done else 1
 

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.gpu.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
+# The mark by itself, and in tests/support/devices.py.
+MARK = re.compile(r"\bmark\.gpu\b|^@EVERY_DEVICE\b", re.MULTILINE)
 # Lines of a failure that the report shows.
 SHOWN_LINES = 12
 
@@ -28,7 +30,7 @@ def run_suite(job: Job) -> None:
 def marked_files() -> list[Path]:
     """The files of tests that have the mark."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in found if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]
+    return [path for path in found if MARK.search(path.read_text(encoding="utf-8"))]
 
 
 class _Recorder:

@@ -54,8 +54,8 @@ def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(
     # One process sums in one order; the gradient norm is of one sum of squares, or of a sum of roots.
     atol = 1e-6
     if device == "cuda":
-        # Shards in the memory of the CPU are stepped by the CPU, with its rounding. AdamW turns a difference in
-        # the last bits into that share of a step, of 2e-3, and into a whole step where a gradient is zero.
+        # Shards in the memory of the CPU are stepped by the CPU, with its rounding. AdamW turns a difference
+        # in the last bits into that share of a step, of 2e-3, and into a whole step where a gradient is zero.
         weights, atol = {plugin: without_key_bias(dict(found)) for plugin, found in weights.items()}, 1e-5
     assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=atol)
     for key in ("loss", "val_loss", "profile_mse"):
