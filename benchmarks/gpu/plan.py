@@ -28,7 +28,7 @@ class Part:
 
 
 _STEPS = (
-    "Whole training steps in one process, in alternating order, after a first round that is not counted. A"
+    "Whole training steps in one process, in alternating order, after three rounds that are not counted. A"
     " step lasts from an idle device to an idle device. Both sides have the same weights, the same batch in"
     " the memory of the CPU, one process without DDP, no encoder, AdamW and an EMA. Products of fp32 are TF32"
     " on both sides, as all three scripts ask for; bf16 is autocast of the model on both sides. The ratio is"

@@ -43,6 +43,9 @@ def measure_steps(job: Job) -> None:
     case = (SMALL_CASES if job.is_small else CASES)[job.part]
     there = [host for host in PEERS[job.part] if host.is_in(job.hosts)]
     with_compiled = job.part == "compiled"
+    if job.is_small:
+        # Nothing is compiled, which would take a CPU a minute.
+        torch.compiler.set_stance("force_eager")
     for precision in ("bf16",) if with_compiled else ("fp32", "bf16"):
         setting = Setting(job.device, precision, budget_seconds=PRECISION_SHARE * job.seconds)
         found = fitting(

@@ -27,6 +27,11 @@ class Setting:
     precision: str = "fp32"
     budget_seconds: float = math.inf
 
+    @property
+    def num_warm(self) -> int:
+        """First rounds that are not counted. CUDA loads kernels and finds the sizes of its pools in them."""
+        return 3 if self.device == "cuda" else 1
+
     def __str__(self) -> str:
         numbers = "fp32 with TF32 products" if self.device == "cuda" else "fp32"
         return f"{self.device}, {numbers if self.precision == 'fp32' else self.precision}"

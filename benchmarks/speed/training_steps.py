@@ -130,11 +130,11 @@ def compare(
     with_compiled: bool = False,
     setting: Setting | None = None,
 ) -> Comparison:
-    """Times each side once per round, in alternating order. The first round is not counted.
+    """Times each side once per round, in alternating order. The setting's first rounds are not counted.
 
     Args:
         hosts: hosts whose checkouts are in `folder`.
-        rounds: >= 1; fewer are made if the setting's budget of time ends before.
+        rounds: that are counted, >= 1; fewer are made if the setting's budget of time ends before.
         clock: returns seconds.
         with_compiled: adds our trainer a second time, with `compile: true`; it compiles in the first round.
         setting: None is fp32 on the CPU.
@@ -156,13 +156,13 @@ def compare(
         with memory.of(host.name):
             steps[host.name] = HostStep(parts, given, y, clock, setting=setting)
     taken: dict[str, list[tuple[float, Split]]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        if number > LEAST_ROUNDS and time.perf_counter() - began > setting.budget_seconds:
+    for number in range(-setting.num_warm, rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - began > setting.budget_seconds:
             break
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
             with memory.of(name):
                 measured = steps[name]()
-            if number > 0:
+            if number >= 0:
                 taken[name].append(measured)
     return Comparison(case, {name: _joined(values) for name, values in taken.items()}, setting, memory.peaks)
 
