@@ -24,6 +24,10 @@ DEMO_T2I_CONFIG := configs/text_to_image/emoji.yaml
 DEMO_T2V_CONFIG := configs/text_to_video/moving_digits.yaml
 # Fashion-MNIST; benchmarks/flow/sets.py says where to get it.
 RACE_DATA ?= outputs/flow/data
+# Python of an environment that is there already, for `make gpu` without a network. Empty makes .venv.
+GPU_PYTHON ?=
+GPU_OUT ?= outputs/gpu
+GPU_MINUTES ?= 8
 SMOKE_DIR := outputs/smoke
 SMOKE_TRAIN := max_training_steps=20 log_every=10 sample_every=0
 SMOKE_SAMPLE := sampler.num_steps=5
@@ -45,7 +49,7 @@ demo-t2i demo-t2v demo-cascade demo-3d: export OMP_NUM_THREADS ?= 2
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-t2i demo-t2v demo-cascade demo-3d bench race lint format types docs smoke check test clean
+.PHONY: help install demo demo-t2i demo-t2v demo-cascade demo-3d bench race gpu lint format types docs smoke check test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +97,9 @@ bench: install  ## steps that policies save, for a model of noise and a flow (6 
 race: install  ## seconds to the quality of peers' own trainings, from $SPEEDIT_HOSTS (5 minutes on two cores)
 	$(BIN)/python -m benchmarks.race --data-dir $(RACE_DATA) --out outputs/race_short \
 		--steps 240 --patch-size 8 --depth 4 --calls 9 --turns 12
+
+gpu: $(if $(GPU_PYTHON),,install)  ## all that needs a GPU: tests, steps against peers, a race (8 minutes on one card)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.gpu --out $(GPU_OUT) --minutes $(GPU_MINUTES) --data-dir $(RACE_DATA)
 
 lint: install  ## ruff: rules and formatting; habits of language
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ def append(path: Path, result: Any) -> None:
 
 @cache
 def revision() -> str:
-    """The code's revision as git describes it; "" outside a checkout."""
+    """The code's revision as git describes it; "" outside a checkout, and without git."""
+    if shutil.which("git") is None:
+        return ""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
     return found.stdout.strip()

@@ -25,6 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
         # Before anything asks for a device: `device: auto` is the CPU, in the processes that tests start too.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        # Read when the first product is computed; see `in_one_order` in support/devices.py.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A job in the background, or under nohup, ignores them, and so would the processes that tests start.
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.original_dit import importable, script_function
+from benchmarks.peers.original_dit import importable, script_function, unused
 
 GUIDED = "openai+guided-diffusion"
 SPEED = "NUS-HPC-AI-Lab+SpeeD"
@@ -29,13 +29,13 @@ SPEED_PACKAGES = ("speed", "speed.networks", "speed.networks.dit", "speed.networ
 class HostParts:
     """One training of a host.
 
-    Attributes: `draw` takes B to timesteps (B,); `losses` runs the model on noised x at timesteps and gives
-    the loss of each sample (B,); `update_ema` moves its first model towards its second; `grad_norm` is taken
-    of all parameters before each step, None where the script takes none.
+    Attributes: `draw` takes B and a device to timesteps (B,) there; `losses` runs the model on noised x at
+    timesteps and gives the loss of each sample (B,); `update_ema` moves its first model towards its second;
+    `grad_norm` is taken of all parameters before each step, None where the script takes none.
     """
 
     model: nn.Module
-    draw: Callable[[int], Tensor]
+    draw: Callable[[int, torch.device | str], Tensor]
     losses: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
     update_ema: Callable[[nn.Module, nn.Module], None]
     grad_norm: Callable[[list[nn.Parameter]], Tensor] | None = None
@@ -80,7 +80,31 @@ def speed_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostPa
         return terms["loss"]
 
     update_ema = script_function(checkout / "speed" / "utils" / "train_utils.py", "update_ema")
-    return HostParts(model, diffusion._sample_time, losses, update_ema)
+
+    def draw(batch_size: int, device: torch.device | str) -> Tensor:
+        return diffusion._sample_time(batch_size).to(device)
+
+    return HostParts(model, draw, losses, update_ema)
+
+
+def sit_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
+    """SiT's parts: linear path, velocity, 1 is clean. Its losses draw the times, so `draw` gives none.
+
+    Models have DiT's names here.
+    """
+    with importable(checkout, instead=unused("torchdiffeq")):
+        models = importlib.import_module("models")
+        sizes = {size.replace("SiT", "DiT"): kind for size, kind in models.SiT_models.items()}
+        model = {**sizes, "DiT": models.SiT}[name](**options)
+        transport = importlib.import_module("transport").create_transport()
+
+    def draw(batch_size: int, device: torch.device | str) -> Tensor:
+        return torch.empty(0, device=device)
+
+    def losses(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return transport.training_losses(model, x, {"y": y})["loss"]
+
+    return HostParts(model, draw, losses, script_function(checkout / "train.py", "update_ema"))
 
 
 def latte_parts(checkout: Path, name: str, options: Mapping[str, Any]) -> HostParts:
@@ -104,20 +128,22 @@ def speed_diffusion(checkout: Path) -> Any:
         return kind(timestep_respacing="", **SPEED_OPTIONS)
 
 
-def speed_draw(checkout: Path) -> Callable[[int], tuple[Tensor, Tensor]]:
+def speed_draw(checkout: Path, device: torch.device | str = "cpu") -> Callable[[int], tuple[Tensor, Tensor]]:
     """The SpeeD reference's draw of B timesteps (B,), with its look-up of their weights (B,)."""
     diffusion = speed_diffusion(checkout)
     with importable(checkout, bare=SPEED_PACKAGES):
         extract = importlib.import_module("speed.diffusion.iddpm.gaussian_diffusion")._extract_into_tensor
 
     def draw(batch_size: int) -> tuple[Tensor, Tensor]:
-        t = diffusion._sample_time(batch_size).to("cpu")
+        t = diffusion._sample_time(batch_size).to(device)
         return t, extract(diffusion.weights, t, (batch_size,))
 
     return draw
 
 
-def guided_draws(checkout: Path) -> dict[str, Callable[[int], tuple[Tensor, Tensor]]]:
+def guided_draws(
+    checkout: Path, device: torch.device | str = "cpu"
+) -> dict[str, Callable[[int], tuple[Tensor, Tensor]]]:
     """guided-diffusion's samplers by name: B to timesteps and weights (B,) each. The learning one is warm."""
     with importable(checkout, bare=("guided_diffusion",)):
         resample = importlib.import_module("guided_diffusion.resample")
@@ -128,14 +154,14 @@ def guided_draws(checkout: Path) -> dict[str, Callable[[int], tuple[Tensor, Tens
     for _ in range(learning.history_per_term):
         learning.update_with_all_losses(range(1000), [1.0] * 1000)
     samplers = {"uniform": resample.UniformSampler(diffusion), "loss-second-moment": learning}
-    return {name: partial(sampler.sample, device="cpu") for name, sampler in samplers.items()}
+    return {name: partial(sampler.sample, device=device) for name, sampler in samplers.items()}
 
 
 def _of_diffusion(diffusion: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Draw and losses of scripts that draw uniformly themselves."""
 
-    def draw(batch_size: int) -> Tensor:
-        return torch.randint(0, diffusion.num_timesteps, (batch_size,))
+    def draw(batch_size: int, device: torch.device | str) -> Tensor:
+        return torch.randint(0, diffusion.num_timesteps, (batch_size,), device=device)
 
     def losses(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return diffusion.training_losses(model, x, t, {"y": y})["loss"]
@@ -148,4 +174,5 @@ IMAGE_HOSTS = (
     Host("fast-DiT", "chuanyangjin+fast-DiT", dit_parts),
     Host("SpeeD reference", SPEED, speed_parts),
 )
+FLOW_HOSTS = (Host("SiT", "willisma+SiT", sit_parts),)
 VIDEO_HOSTS = (Host("Latte", "Vchitect+Latte", latte_parts),)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.flow.spaces import feature_maps
 from benchmarks.image_sets import ImageSet
 from benchmarks.peers.original_dit import importable, script_function, unused
-from benchmarks.peers.training import IMAGE_HOSTS, Host
+from benchmarks.peers.training import FLOW_HOSTS, IMAGE_HOSTS, Host, sit_parts
 from benchmarks.race.mdt import ADAN, MDT, MdtTraining, mdt_model
 from benchmarks.race.training import Net, Script, ScriptTraining, Terms, Training, count_parameters
 from speedit_plugins.trainer.diffusion.flow import TIMESTEP_SCALE
@@ -37,7 +37,7 @@ CLOSE = 0.03
 # The teacher's map has a cell for so many pixels of its side, and 80 channels.
 TEACHER_STRIDE, TEACHER_WIDTH = 16, 80
 
-SIT, REPA, LIGHTNING = "willisma+SiT", "sihyun-yu+REPA", "hustvl+LightningDiT"
+SIT, REPA, LIGHTNING = FLOW_HOSTS[0].checkout, "sihyun-yu+REPA", "hustvl+LightningDiT"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _dit_script(host: Host, checkout: Path, net: Net, device: str) -> Script:
     parts = host.build(checkout, "DiT", model_options(net))
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return parts.losses(model, x, parts.draw(len(x)).to(x.device), y).mean()
+        return parts.losses(model, x, parts.draw(len(x), x.device), y).mean()
 
     def denoise(model: nn.Module, x: Tensor, timestep: Tensor, labels: Any) -> Tensor:
         return model(x, timestep, labels)
@@ -98,15 +98,12 @@ def _dit_script(host: Host, checkout: Path, net: Net, device: str) -> Script:
 
 def _sit_script(checkout: Path, net: Net, device: str) -> Script:
     """SiT's loop: linear path, velocity, uniform times, 1 is clean."""
-    with importable(checkout, instead=unused("torchdiffeq")):
-        model = importlib.import_module("models").SiT(**model_options(net))
-        transport = importlib.import_module("transport").create_transport()
+    parts = sit_parts(checkout, "DiT", model_options(net))
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return transport.training_losses(model, x, {"y": y})["loss"].mean()
+        return parts.losses(model, x, parts.draw(len(x), x.device), y).mean()
 
-    update_ema = script_function(checkout / "train.py", "update_ema")
-    return Script(model, loss, adamw(), LR, update_ema, _denoise_from_noise, is_flow=True)
+    return Script(parts.model, loss, adamw(), LR, parts.update_ema, _denoise_from_noise, is_flow=True)
 
 
 def _repa_script(checkout: Path, net: Net, device: str) -> Script:

@@ -107,18 +107,24 @@ def measure_steps(options: Options, done: Mapping[str, Any]) -> Part:
     return Part("\n\n".join(texts) or "steps: left out, no checkout", values)
 
 
-def steps_table(found: Comparison, floor: float | None) -> str:
-    """A row per side: seconds, samples per second, ratios with quartiles, and the split in milliseconds."""
-    heads = ["", "step", "samples/s", *(f"over {name}" for name in found.ours), *found.sides[OURS].split()]
+def steps_table(found: Comparison, floor: float | None, peak: float | None = None) -> str:
+    """A row per side: seconds, samples per second, ratios with quartiles, and the split in milliseconds.
+
+    On CUDA also the peak memory, and with the device's `peak` in FLOP/s the MFU.
+    """
+    extra = _extra_cells(found, peak)
+    heads = ["", "step", "samples/s", *(f"over {name}" for name in found.ours), *extra]
+    heads += found.sides[OURS].split()
     lines = [f"{found.case}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, steps in found.sides.items():
-        seconds = Spread.of(steps.seconds).median
+        seconds = Spread.of(steps.seconds)
         ratios = [found.ratio(name, over) for over in found.ours]
         cells = [
             name,
-            f"{seconds:.3f} s",
-            f"{found.case.batch / seconds:.2f}",
+            f"{seconds.median:.3f} s",
+            f"{found.case.batch / seconds.median:.2f}",
             *(f"{ratio.median:.3f} ({ratio.low:.3f}, {ratio.high:.3f})" for ratio in ratios),
+            *(cell(name) for cell in extra.values()),
             *(f"{1000 * value:.2f}" for value in steps.split().values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -129,10 +135,22 @@ def steps_table(found: Comparison, floor: float | None) -> str:
     return "\n".join([*lines, "", "Ratios are medians, quartiles behind; the split is in milliseconds."])
 
 
+def _extra_cells(found: Comparison, peak: float | None) -> dict[str, Callable[[str], str]]:
+    """Heads of the columns that a CPU does not have, with what makes a side's cell."""
+    extra: dict[str, Callable[[str], str]] = {}
+    if found.peaks:
+        extra["peak memory"] = lambda name: f"{found.peaks[name] / 2**30:.2f} GiB"
+    if peak is not None:
+        extra["MFU"] = lambda name: f"{100 * found.mfu(name, peak):.1f} %"
+    return extra
+
+
 def steps_values(found: Comparison) -> dict[str, Any]:
     """By side: the seconds of all rounds, the medians of the split, and the ratios."""
     return {
         "case": asdict(found.case),
+        "setting": str(found.setting),
+        "peak_bytes": dict(found.peaks),
         "sides": {
             name: {
                 "seconds": steps.seconds,
@@ -194,12 +212,21 @@ def measure_sampling(options: Options, done: Mapping[str, Any]) -> Part:
 
 def sampling_table(found: Distances) -> str:
     """Distances by sampler and calls, and the fewest calls that reach the reference's level."""
-    lines = ["| sampler | calls | distance | standard deviation |", "|---|---|---|---|"]
-    rows = [("SpeeD reference, ancestral", sampling_calls.REFERENCE_CALLS, found.reference)]
+    lines = ["| sampler | calls | distance | standard deviation | seconds |", "|---|---|---|---|---|"]
+    rows = [
+        (
+            sampling_calls.REFERENCE,
+            "SpeeD reference, ancestral",
+            sampling_calls.REFERENCE_CALLS,
+            found.reference,
+        )
+    ]
     for kind, tried in found.ours.items():
-        rows += [(f"ours: {kind}", calls, values) for calls, values in tried.items()]
-    for name, calls, values in rows:
-        lines.append(f"| {name} | {calls} | {statistics.mean(values):.2f} | {statistics.stdev(values):.2f} |")
+        rows += [(f"{kind}-{calls}", f"ours: {kind}", calls, values) for calls, values in tried.items()]
+    for key, name, calls, values in rows:
+        distance = f"{statistics.mean(values):.2f} | {statistics.stdev(values):.2f}"
+        taken = f"{found.seconds[key]:.3f}" if key in found.seconds else ""
+        lines.append(f"| {name} | {calls} | {distance} | {taken} |")
     lines.append("")
     for kind in found.ours:
         fewest = found.fewest(kind)

@@ -2,7 +2,9 @@
 
 Our step is `Trainer.optimizer_step`: loader, draw, noise, forward, loss, backward, gradient norm, AdamW, EMA,
 the window of losses. A host's step is the loop of its training script around its own model, diffusion object
-and EMA. All run in one process, so our trainer's setting of the C allocator (`parallel/heap.py`) acts on all.
+and EMA. All run in one process, so our trainer's settings act on all: the C allocator's (`parallel/heap.py`)
+on the CPU, and TF32 products on CUDA. There a step lasts from an idle device to an idle device, and a batch
+comes from the memory of the CPU, as it does from the hosts' loaders.
 
 Dims: B samples, C channels, F frames (absent for images), h, w cells of a latent.
 """
@@ -10,10 +12,9 @@ Dims: B samples, C channels, F frames (absent for images), h, w cells of a laten
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.training import Host, HostParts
+from benchmarks.speed.devices import Clock, Memory, Setting, Stopwatch, wait_for, waiting
 from benchmarks.spread import Spread
-from speedit_plugins.registry import DATASETS, ENCODERS
+from speedit_plugins.registry import DATASETS, ENCODERS, MODELS, build
 from speedit_plugins.trainer.config.loading import load_config
+from speedit_plugins.trainer.logging.throughput import mfu, training_flops
+from speedit_plugins.trainer.models.interface import example_inputs
+from speedit_plugins.trainer.parallel.replica import AUTOCAST
 from speedit_plugins.trainer.training.assembly import build_trainer
 from speedit_plugins.trainer.training.products.choice import choose_products
 from speedit_plugins.trainer.training.trainer import Trainer
@@ -34,21 +39,39 @@ CHANNELS = 4
 NUM_CLASSES = 1000
 PHASES = ("draw", "forward", "backward", "optimizer", "ema")
 Split = dict[str, float]
-Clock = Callable[[], float]
+# Counted rounds that no budget of time takes away.
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its batch of latents (B, C, [F,] edge, edge); 0 frames means images."""
+    """A model and its batch of latents (B, C, [F,] edge, edge); 0 frames means images.
+
+    A flow's model predicts a velocity, others predict noise and variance.
+    """
 
     model: str
     batch: int
     edge: int
     num_frames: int = 0
+    is_flow: bool = False
 
     def __str__(self) -> str:
         frames = f"{self.num_frames} x " if self.num_frames else ""
-        return f"{self.model}, batch {self.batch}, {CHANNELS} x {frames}{self.edge} x {self.edge}"
+        kind = ", a flow" * self.is_flow
+        return f"{self.model}{kind}, batch {self.batch}, {CHANNELS} x {frames}{self.edge} x {self.edge}"
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of the model's class, ours and the hosts'."""
+        classes = {"num_frames": self.num_frames} if self.num_frames else {"num_classes": NUM_CLASSES}
+        return {"input_size": self.edge, **classes, **({"learn_sigma": False} if self.is_flow else {})}
+
+    def flops(self) -> int:
+        """FLOPs of a step, see `training_flops`. They are those of our model, and so of the hosts'."""
+        with torch.device("meta"):
+            model = build(MODELS, {"type": self.model, **self.model_options})
+        return self.batch * training_flops(model, example_inputs(model, 1))
 
 
 @dataclass(frozen=True)
@@ -70,10 +93,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case: the steps of each side, by name; ours come first."""
+    """One case: the steps of each side, by name; ours come first. `peaks` are bytes, see `Memory`."""
 
     case: Case
     sides: Mapping[str, Steps]
+    setting: Setting = field(default_factory=Setting)
+    peaks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ours(self) -> list[str]:
@@ -84,6 +109,11 @@ class Comparison:
         """A side's seconds / ours, within each round: above 1, ours is faster."""
         pairs = zip(self.sides[name].seconds, self.sides[over].seconds, strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
+
+    def mfu(self, name: str, peak: float) -> float:
+        """The share of the device's peak, in FLOP/s, that a side's median step reaches."""
+        rate = 1 / Spread.of(self.sides[name].seconds).median
+        return mfu(rate, flops_per_sample=self.case.flops(), peak=peak, num_devices=1)
 
     def least_ratio(self, over: str) -> tuple[float, str]:
         """The median ratio and the name of the peer that comes closest to a side of ours."""
@@ -98,66 +128,62 @@ def compare(
     *,
     clock: Clock = time.perf_counter,
     with_compiled: bool = False,
+    setting: Setting | None = None,
 ) -> Comparison:
-    """Times each side once per round, in alternating order. The first round is not counted.
+    """Times each side once per round, in alternating order. The setting's first rounds are not counted.
 
     Args:
         hosts: hosts whose checkouts are in `folder`.
-        rounds: >= 1.
+        rounds: that are counted, >= 1; fewer are made if the setting's budget of time ends before.
         clock: returns seconds.
         with_compiled: adds our trainer a second time, with `compile: true`; it compiles in the first round.
+        setting: None is fp32 on the CPU.
     """
+    setting = setting or Setting()
+    began = time.perf_counter()
     x, y = batch_of(case)
-    ours = OurStep(case, x, y, clock)
+    memory = Memory(setting.device)
+    with memory.of(OURS):
+        ours = OurStep(case, x, y, clock, setting=setting)
     steps: dict[str, Callable[[], tuple[float, Split]]] = {OURS: ours}
     if with_compiled:
-        steps[COMPILED] = OurStep(case, x, y, clock, is_compiled=True)
+        with memory.of(COMPILED):
+            steps[COMPILED] = OurStep(case, x, y, clock, is_compiled=True, setting=setting)
     for host in hosts:
-        parts = host.build(folder / host.checkout, case.model, _model_options(case))
+        parts = host.build(folder / host.checkout, case.model, case.model_options)
         parts.model.load_state_dict(ours.trainer.model.state_dict())
         given = x.transpose(1, 2).contiguous() if case.num_frames else x
-        steps[host.name] = HostStep(parts, given, y, clock)
+        with memory.of(host.name):
+            steps[host.name] = HostStep(parts, given, y, clock, setting=setting)
     taken: dict[str, list[tuple[float, Split]]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
+    for number in range(-setting.num_warm, rounds):
+        if number >= LEAST_ROUNDS and time.perf_counter() - began > setting.budget_seconds:
+            break
         for name in list(steps)[:: 1 if number % 2 == 0 else -1]:
-            measured = steps[name]()
-            if number > 0:
+            with memory.of(name):
+                measured = steps[name]()
+            if number >= 0:
                 taken[name].append(measured)
-    return Comparison(case, {name: _joined(values) for name, values in taken.items()})
-
-
-class Stopwatch:
-    """Seconds in named phases since the last `take`, measured by `clock`; replaces a `StepTimer`."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._seconds: Split = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a phase."""
-        start = self._clock()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
-
-    def step_done(self, **_: int) -> None:
-        """Does nothing: the caller counts the steps."""
-
-    def take(self) -> Split:
-        """The seconds of PHASES, each of which must have been entered. Counting restarts at zero."""
-        taken, self._seconds = self._seconds, {}
-        return {name: taken[name] for name in PHASES}
+    return Comparison(case, {name: _joined(values) for name, values in taken.items()}, setting, memory.peaks)
 
 
 class OurStep:
     """One step of our trainer: its seconds and those of its phases; loading and encoding count as rest."""
 
     def __init__(
-        self, case: Case, x: Tensor, y: Tensor | None, clock: Clock, *, is_compiled: bool = False
+        self,
+        case: Case,
+        x: Tensor,
+        y: Tensor | None,
+        clock: Clock,
+        *,
+        is_compiled: bool = False,
+        setting: Setting | None = None,
     ) -> None:
-        self.trainer = latent_trainer(case, x, y, is_compiled=is_compiled)
+        setting = setting or Setting()
+        self.trainer = latent_trainer(case, x, y, is_compiled=is_compiled, setting=setting)
         self.trainer.engine.model.train()
-        self._clock, self._watch = clock, Stopwatch(clock)
+        self._clock, self._watch = waiting(setting.device, clock), Stopwatch(clock, PHASES, setting.device)
         self.trainer.timer = self._watch  # type: ignore[assignment]  # it has the same phases, with any clock
         # For this object only.
         for name in ("_draw_quantiles", "_timesteps"):
@@ -179,21 +205,33 @@ class OurStep:
 class HostStep:
     """One step as the host's script makes it, with the script's optimizer."""
 
-    def __init__(self, parts: HostParts, x: Tensor, y: Tensor | None, clock: Clock) -> None:
-        self._parts, self._x, self._y = parts, x, y
-        self._model = parts.model.train()
+    def __init__(
+        self,
+        parts: HostParts,
+        x: Tensor,
+        y: Tensor | None,
+        clock: Clock,
+        *,
+        setting: Setting | None = None,
+    ) -> None:
+        self._setting = setting or Setting()
+        device = self._setting.device
+        self._parts, self._x, self._y = parts, _in_loader(x, device), _in_loader(y, device)
+        self._model = parts.model.to(device).train()
         self._ema = deepcopy(parts.model).requires_grad_(False).eval()
         self._parameters = list(parts.model.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, weight_decay=0)
-        self._clock, self._watch = clock, Stopwatch(clock)
+        self._clock, self._watch = waiting(device, clock), Stopwatch(clock, PHASES, device)
+        wait_for(device)
 
     def __call__(self) -> tuple[float, Split]:
-        parts, watch = self._parts, self._watch
+        parts, watch, device = self._parts, self._watch, self._setting.device
         start = self._clock()
+        x, y = self._x.to(device), None if self._y is None else self._y.to(device)
         with watch.phase("draw"):
-            t = parts.draw(len(self._x))
+            t = parts.draw(len(x), device)
         with watch.phase("forward"):
-            loss = parts.losses(self._model, self._x, t, self._y).mean()
+            loss = parts.losses(self._called, x, t, y).mean()
         with watch.phase("backward"):
             self._optimizer.zero_grad()
             loss.backward()
@@ -207,6 +245,19 @@ class HostStep:
         loss.item()
         return self._clock() - start, watch.take()
 
+    @property
+    def _called(self) -> Callable[..., Tensor]:
+        """The model; in another precision than fp32, as accelerate's `prepare` wraps it."""
+        if self._setting.precision == "fp32":
+            return self._model
+
+        def called(*args: Any, **kwargs: Any) -> Tensor:
+            with torch.autocast(self._setting.device, AUTOCAST[self._setting.precision]):
+                found = self._model(*args, **kwargs)
+            return found.float()
+
+        return called
+
 
 def batch_of(case: Case) -> tuple[Tensor, Tensor | None]:
     """Latents for the case, and labels if they are images."""
@@ -215,11 +266,22 @@ def batch_of(case: Case) -> tuple[Tensor, Tensor | None]:
     return x, None if case.num_frames else torch.randint(0, NUM_CLASSES, (case.batch,))
 
 
-def latent_trainer(case: Case, x: Tensor, y: Tensor | None, *, is_compiled: bool = False) -> Trainer:
+def latent_trainer(
+    case: Case,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    is_compiled: bool = False,
+    setting: Setting | None = None,
+) -> Trainer:
     """Our trainer for the case's model, on one batch of latents in memory, with random parameters.
 
     The products of its linear layers are chosen as in a training.
     """
+    setting = setting or Setting()
+    diffusion: dict[str, Any] = {"policy": {"type": "speed"}}
+    if case.is_flow:
+        diffusion = {"type": "RectifiedFlow", "policy": {"type": "logit_normal"}}
     content = {
         "experiment_dir": "unwritten",
         "num_classes": 0 if y is None else NUM_CLASSES,
@@ -227,11 +289,12 @@ def latent_trainer(case: Case, x: Tensor, y: Tensor | None, *, is_compiled: bool
         "num_frames": case.num_frames,
         "model": {"type": case.model},
         "encoder": {"type": "GivenLatents"},
-        "diffusion": {"policy": {"type": "speed"}},
+        "diffusion": diffusion,
         "data": {"dataset": {"type": "OneBatch"}, "batch_size": case.batch},
         "max_training_steps": 1_000_000,
         "sample_every": 0,
-        "device": "cpu",
+        "device": setting.device,
+        "precision": setting.precision,
         "compile": is_compiled,
     }
     OneBatch.x, OneBatch.y = x, y
@@ -285,10 +348,9 @@ class GivenLatents(nn.Module):
         return "given latents"
 
 
-def _model_options(case: Case) -> dict[str, Any]:
-    if case.num_frames:
-        return {"input_size": case.edge, "num_frames": case.num_frames}
-    return {"input_size": case.edge, "num_classes": NUM_CLASSES}
+def _in_loader(tensor: Tensor | None, device: str) -> Any:
+    """The tensor as the hosts' loaders give it: in pinned memory, if there is a device to copy to."""
+    return tensor.pin_memory() if tensor is not None and device == "cuda" else tensor
 
 
 def _joined(taken: Sequence[tuple[float, Split]]) -> Steps:

@@ -4,7 +4,7 @@ The true cost is smaller than the noise of whole steps. So each seam is also tim
 nothing. The difference between two adjacent calls is then divided by the time of the measured step.
 
     python -m benchmarks.speed.wrapper_overhead [--rounds 15] [--repetitions 2000] [--threads 2]
-        [--checkout DIR/facebookresearch+DiT] [--report OUT.md]
+        [--device cpu] [--checkout DIR/facebookresearch+DiT] [--report OUT.md]
 
 Dims: B batch, T timesteps.
 """
@@ -29,6 +29,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from benchmarks.peers.original_dit import CHECKOUT, load_original
+from benchmarks.speed.devices import waiting
 from benchmarks.spread import Spread
 from speedit_plugins import NoiseSchedule, with_policy
 from speedit_plugins.hosts.script import ScriptPolicy
@@ -50,7 +51,8 @@ class Options:
     """What to measure. All numbers are >= 1; the edge of the latents is a multiple of 8.
 
     `rounds` counts whole steps of each side, `repetitions` counts calls of each side of a seam. `checkout` is
-    a checkout of facebookresearch/DiT; None takes this package's model and `SmallDiffusion`.
+    a checkout of facebookresearch/DiT; None takes this package's model and `SmallDiffusion`. On the device
+    cuda a time lasts until the device has done the step or call.
     """
 
     rounds: int
@@ -59,6 +61,7 @@ class Options:
     batch: int
     edge: int
     checkout: Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ def measure(options: Options) -> Results:
     torch.manual_seed(0)
     model, create, label_name = load(options)
     shape = (options.batch, CHANNELS, options.edge, options.edge)
-    x, target = torch.randn(shape), torch.randn(shape)
-    label = {label_name: torch.randint(0, 1000, (options.batch,))}
+    model = model.to(options.device)
+    x, target = torch.randn(shape).to(options.device), torch.randn(shape).to(options.device)
+    label = {label_name: torch.randint(0, 1000, (options.batch,)).to(options.device)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
     def train(loss: Tensor) -> None:
@@ -128,9 +132,10 @@ def measure(options: Options) -> Results:
         return lambda: finish(transport.training_losses(answers, x)["loss"].mean())
 
     # The predictions with and without variance channels.
-    wide = torch.randn(options.batch, 2 * CHANNELS, options.edge, options.edge, requires_grad=True)
-    narrow = torch.randn(shape, requires_grad=True)
-    steps = interleaved(whole(create()), whole(with_policy(create(), "speedit")), options.rounds)
+    wide = torch.randn(options.batch, 2 * CHANNELS, options.edge, options.edge)
+    wide, narrow = (tensor.to(options.device).requires_grad_() for tensor in (wide, torch.randn(shape)))
+    clock = waiting(options.device)
+    steps = interleaved(whole(create()), whole(with_policy(create(), "speedit")), options.rounds, clock=clock)
     pairs = {
         "diffusion object, speedit": (direct(create()), direct(with_policy(create(), "speedit"))),
         "flow (transport), speed": (flow(SmallTransport()), flow(with_policy(SmallTransport(), "speed"))),
@@ -138,8 +143,8 @@ def measure(options: Options) -> Results:
     }
     return Results(
         steps=steps,
-        control=interleaved(direct(create()), direct(create()), options.repetitions),
-        seams={name: interleaved(*pair, options.repetitions) for name, pair in pairs.items()},
+        control=interleaved(direct(create()), direct(create()), options.repetitions, clock=clock),
+        seams={name: interleaved(*pair, options.repetitions, clock=clock) for name, pair in pairs.items()},
     )
 
 
@@ -167,7 +172,7 @@ def diffusion_step(
     """The step of DiT's training script. Its own draw of t remains, also if a policy draws again."""
 
     def step() -> None:
-        t = torch.randint(0, diffusion.num_timesteps, (len(x),))
+        t = torch.randint(0, diffusion.num_timesteps, (len(x),), device=x.device)
         finish(diffusion.training_losses(model, x, t, dict(model_kwargs))["loss"].mean())
 
     return step
@@ -178,11 +183,11 @@ def script_steps(prediction: Tensor, target: Tensor) -> tuple[Step, Step]:
     scheduler, seam, finish = DDPMScheduler(), ScriptPolicy("speedit"), to_prediction(prediction)
 
     def host() -> None:
-        torch.randint(0, scheduler.config.num_train_timesteps, (len(target),)).long()
+        torch.randint(0, scheduler.config.num_train_timesteps, (len(target),), device=target.device).long()
         finish(F.mse_loss(prediction.float(), target.float(), reduction="mean"))
 
     def ours() -> None:
-        seam.timesteps(scheduler, len(target))
+        seam.timesteps(scheduler, len(target), target.device)
         finish(seam.mse_loss(prediction.float(), target.float()))
 
     return host, ours
@@ -228,9 +233,11 @@ class SmallDiffusion:
         """Per-sample mse, vb and their sum, each (B,)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         rows = (-1, 1, 1, 1)
-        x_t = self._signal[t].view(rows) * x_start + self._noise[t].view(rows) * noise
+        # Tables move at each call, as those of DiT's object do.
+        signal, table, gap = (each.to(t.device)[t] for each in (self._signal, self._noise, self._log_gap))
+        x_t = signal.view(rows) * x_start + table.view(rows) * noise
         mean, variance = model(x_t, t, **(model_kwargs or {})).chunk(2, dim=1)
-        log_ratio = (variance + 1) / 2 * self._log_gap[t].view(rows)
+        log_ratio = (variance + 1) / 2 * gap.view(rows)
         mse = ((mean - noise) ** 2).flatten(1).mean(1)
         vb = (0.5 * (torch.exp(-log_ratio) - 1 + log_ratio)).flatten(1).mean(1)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
@@ -328,12 +335,15 @@ def answer(results: Results) -> str:
 
 def report(results: Results, options: Options, day: date) -> str:
     """The report in Markdown, with its date."""
-    command = " ".join(f"--{name} {value}" for name, value in vars(options).items() if name != "checkout")
+    sizes = [f"--{name} {value}" for name, value in vars(options).items() if isinstance(value, int)]
+    command = " ".join(sizes) + f" --device {options.device}" * (options.device != "cpu")
     host = "this package's model, and a small diffusion object with DiT's signatures"
     if options.checkout is not None:
         command += f" --checkout DIR/{CHECKOUT}"
         host = "model and diffusion object of facebookresearch/DiT"
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), torch threads: {options.threads}"
+    if options.device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
     return f"""# What a policy adds to a training step
 
 {answer(results)}
@@ -370,12 +380,15 @@ def _arguments(argv: Sequence[str] | None) -> tuple[Options, Path | None]:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step")
     parser.add_argument("--edge", type=int, default=32, help="edge of the latents")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--checkout", type=Path, help=f"take model and diffusion from DIR/{CHECKOUT}")
     parser.add_argument("--report", type=Path, help="also write a dated report here")
     values = vars(parser.parse_args(argv))
     path: Path | None = values.pop("report")
     # Checked before the minutes of measuring, not after.
-    if wrong := [f"--{name} {value}" for name, value in values.items() if name != "checkout" and value < 1]:
+    if wrong := [
+        f"--{name} {value}" for name, value in values.items() if isinstance(value, int) and value < 1
+    ]:
         parser.error(f"wanted numbers >= 1, got {', '.join(wrong)}")
     if path is not None and not path.parent.is_dir():
         parser.error(f"--report needs an existing folder, got {path.parent}")

@@ -52,11 +52,13 @@ class SampleDraws:
     Args:
         data: samples have its shape, and its labels in their proportions.
         num_samples: N.
+        device: of the models that are sampled.
     """
 
-    def __init__(self, data: ImageSet, num_samples: int) -> None:
+    def __init__(self, data: ImageSet, num_samples: int, *, device: str = "cpu") -> None:
         self._noise_shape = (num_samples, *data.images.shape[1:])
-        self.labels = None if data.labels is None else spread_labels(data.labels, num_samples)
+        self._device = device
+        self.labels = None if data.labels is None else spread_labels(data.labels, num_samples).to(device)
 
     def models(self, stack: StackedTraining) -> Iterator[tuple[Member, DiT]]:
         """Each member with a model that has its averaged weights, until the next member is taken."""
@@ -68,8 +70,8 @@ class SampleDraws:
 
     def noise(self, seed: int) -> tuple[Tensor, torch.Generator]:
         """The noise (N, C, H, W) from which samples of a seed start, and the generator of later noise."""
-        generator = torch.Generator().manual_seed(stream_seed(seed, _SAMPLES))
-        return torch.randn(self._noise_shape, generator=generator), generator
+        generator = torch.Generator(self._device).manual_seed(stream_seed(seed, _SAMPLES))
+        return torch.randn(self._noise_shape, generator=generator, device=self._device), generator
 
     def draw(self, model: DiT, process: Process, seed: int, sampler: Sampler) -> Tensor:
         """Samples (N, C, H, W)."""
@@ -94,12 +96,19 @@ class SampleQuality(SampleDraws):
         features: an entry of FEATURES, built from the data.
         samplers: names, see `Sampler`.
         num_samples: N in each comparison.
+        device: of the models that are sampled; features are computed on the CPU.
     """
 
     def __init__(
-        self, data: ImageSet, *, features: str, num_samples: int, samplers: tuple[str, ...] = ()
+        self,
+        data: ImageSet,
+        *,
+        features: str,
+        num_samples: int,
+        samplers: tuple[str, ...] = (),
+        device: str = "cpu",
     ) -> None:
-        super().__init__(data, num_samples)
+        super().__init__(data, num_samples, device=device)
         self.samplers = {name: Sampler.named(name) for name in samplers}
         real = torch.from_numpy(to_uint8(data.images))
         self._extractor = build(

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-OPTIONS = {"input_size": 8, "num_classes": 1000}
 Load = Callable[[str], ModuleType]
 
 
@@ -25,7 +24,8 @@ def hosts() -> Path:
 
 def host_of(load: Load, name: str, hosts: Path) -> Any:
     module = load("peers.training")
-    host = next(each for each in (*module.IMAGE_HOSTS, *module.VIDEO_HOSTS) if each.name == name)
+    hosts_of = (*module.IMAGE_HOSTS, *module.FLOW_HOSTS, *module.VIDEO_HOSTS)
+    host = next(each for each in hosts_of if each.name == name)
     if not host.is_in(hosts):
         pytest.skip(f"no checkout {host.checkout}")
     return host
@@ -136,7 +136,7 @@ class TestArithmetic:
     def test_phases_add_up_by_the_clock_until_they_are_taken(self, load: Load) -> None:
         steps = load("speed.training_steps")
         times = iter(range(100))
-        watch = steps.Stopwatch(lambda: float(next(times)))
+        watch = steps.Stopwatch(lambda: float(next(times)), steps.PHASES)
         for name in (*steps.PHASES, "draw", "data"):
             with watch.phase(name):
                 pass
@@ -224,13 +224,19 @@ def assert_same_predictions(steps: ModuleType, parts: Any, case: Any) -> None:
 
 @pytest.mark.hosts
 class TestHosts:
-    @pytest.mark.parametrize("name", ["facebookresearch/DiT", "fast-DiT", "SpeeD reference"])
-    def test_an_image_host_trains_from_our_weights(self, load: Load, hosts: Path, name: str) -> None:
+    @pytest.mark.parametrize("name", ["facebookresearch/DiT", "fast-DiT", "SpeeD reference", "SiT"])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_an_image_host_trains_from_our_weights(
+        self, load: Load, hosts: Path, name: str, precision: str
+    ) -> None:
         steps = load("speed.training_steps")
         host = host_of(load, name, hosts)
-        case = steps.Case("DiT-S/8", 2, 8)
-        assert_same_predictions(steps, host.build(hosts / host.checkout, case.model, OPTIONS), case)
-        found = steps.compare(case, [host], hosts, 1)
+        case = steps.Case("DiT-S/8", 2, 8, is_flow=name == "SiT")
+        if precision == "fp32":
+            parts = host.build(hosts / host.checkout, case.model, case.model_options)
+            assert_same_predictions(steps, parts, case)
+        setting = load("speed.devices").Setting(precision=precision)
+        found = steps.compare(case, [host], hosts, 1, setting=setting)
         assert list(found.sides) == ["ours", name]
         assert min(min(side.seconds) for side in found.sides.values()) > 0
 

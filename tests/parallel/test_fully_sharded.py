@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from devices import in_one_order
+from distributed_runs import without_key_bias
 from runs import small_config
 from torch import distributed as dist
 from torch import nn
@@ -26,9 +28,19 @@ from speedit_plugins.trainer.shards import is_shard, whole
 from speedit_plugins.trainer.training.train import train
 
 
-def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "sharding"),
+    [
+        ("cpu", {}),
+        pytest.param("cuda", {}, marks=pytest.mark.gpu),
+        pytest.param("cuda", {"sharding__cpu_offload": True}, marks=pytest.mark.gpu),
+    ],
+)
+def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(
+    tmp_path: Path, device: str, sharding: dict[str, Any]
+) -> None:
     options = {
-        "max_training_steps": 4,
+        "device": device,
         "log_every": 2,
         "validate_every": 4,
         "data__held_out_samples": 8,
@@ -36,17 +48,23 @@ def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(tmp_path: Path)
         "sample_classes": "[3]",
         "profile_every": 4,
     }
+    of_plugin = {"ddp": {"plugin": "ddp"}, "fsdp2": {"plugin": "fsdp2", **sharding}}
     rows, weights = {}, {}
-    for plugin in ("ddp", "fsdp2"):
-        config = small_config(tmp_path / plugin, plugin=plugin, **options)
-        assert train(config) == 0
-        other = replace(config, plugin="fsdp2" if plugin == "ddp" else "ddp", max_training_steps=6)
-        assert train(other) == 0
+    for plugin, own in of_plugin.items():
+        other = of_plugin["fsdp2" if plugin == "ddp" else "ddp"]
+        with in_one_order(device):
+            assert train(small_config(tmp_path / plugin, max_training_steps=4, **options, **own)) == 0
+            assert train(small_config(tmp_path / plugin, max_training_steps=6, **options, **other)) == 0
         rows[plugin] = read_metrics(tmp_path / plugin)
         weights[plugin] = checkpoints.load(tmp_path / plugin / "checkpoints" / "step_0000006").model
         assert (tmp_path / plugin / "grids" / "step_0000004.png").exists()
     # One process sums in one order; the gradient norm is of one sum of squares, or of a sum of roots.
-    assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)
+    atol = 1e-6
+    if device == "cuda":
+        # Shards in the memory of the CPU are stepped by the CPU, with its rounding. AdamW turns a difference
+        # in the last bits into that share of a step, of 2e-3, and into a whole step where a gradient is zero.
+        weights, atol = {plugin: without_key_bias(dict(found)) for plugin, found in weights.items()}, 1e-5
+    assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=atol)
     for key in ("loss", "val_loss", "profile_mse"):
         found, expected = ([row[key] for row in rows[name] if key in row] for name in ("fsdp2", "ddp"))
         assert expected

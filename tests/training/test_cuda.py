@@ -38,9 +38,14 @@ CUDA = torch.device("cuda")
 @pytest.fixture(scope="module")
 def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     """A process group of one process, as the sharding plugins need it, made once for all tests here."""
-    pytest.importorskip("colossalai")
-    yield launch(small_config(tmp_path_factory.mktemp("group"), plugin="zero2", device="cuda"))
+    yield launch(small_config(tmp_path_factory.mktemp("group"), plugin="fsdp2", device="cuda"))
     dist.destroy_process_group()
+
+
+def need(plugin: str) -> None:
+    """Skips the test if the plugin's package is not there."""
+    if plugin not in ("ddp", "fsdp2"):
+        pytest.importorskip("colossalai")
 
 
 def train(trainer: Trainer, num_steps: int) -> list[float]:
@@ -106,17 +111,39 @@ def test_the_state_of_every_optimizer_is_restored_to_the_bit_and_to_its_device(
     train(again, 1)
 
 
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
-    plain = train(small_trainer(tmp_path / "plain", device="cuda"), 4)
-    compiled = train(small_trainer(tmp_path / "compiled", device="cuda", compile=True), 4)
+def test_the_trainer_draws_without_waiting_for_the_device(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, device="cuda")
+    # The first draw copies the policy's tables.
+    train(trainer, 1)
+    latents = torch.zeros(16, 1, 8, 8, device=CUDA)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        quantiles = trainer._draw_quantiles()
+        draw = trainer._timesteps(quantiles, trainer._seed_samples(0), latents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {each.device.type for each in (quantiles, draw.index, draw.time, draw.weight)} == {"cuda"}
+    assert ((draw.index >= 0) & (draw.index < 1000)).all()
+
+
+@pytest.mark.parametrize("plugin", ["ddp", "fsdp2"])
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(
+    tmp_path: Path, plugin: str, lone_group: Runtime
+) -> None:
+    options = {"device": "cuda", "plugin": plugin}
+    plain, compiled = (
+        train(build_trainer(small_config(tmp_path, compile=is_on, **options), lone_group), 4)
+        for is_on in ("false", "true")
+    )
     # Fused kernels round at other places. Products are TF32 in both, with a precision of 2^-11.
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize("plugin", ["zero1", "zero2", "gemini"])
+@pytest.mark.parametrize("plugin", ["zero1", "zero2", "gemini", "fsdp2"])
 def test_sharded_plugins_train_as_a_lone_process_does(
     tmp_path: Path, plugin: str, lone_group: Runtime
 ) -> None:
+    need(plugin)
     options: dict[str, Any] = {"device": "cuda", "precision": "bf16", "optimizer__warmup_steps": 0}
     alone = small_trainer(tmp_path / "alone", **options)
     sharded = build_trainer(small_config(tmp_path / plugin, plugin=plugin, **options), lone_group)
@@ -132,11 +159,22 @@ def test_sharded_plugins_train_as_a_lone_process_does(
     assert apart < 0.1 * moved
 
 
-@pytest.mark.parametrize("plugin", ["zero2", "gemini"])
+@pytest.mark.parametrize(
+    ("plugin", "options"),
+    [
+        ("zero2", {}),
+        ("gemini", {}),
+        ("fsdp2", {}),
+        ("fsdp2", {"precision": "fp16"}),
+        ("fsdp2", {"model__gradient_checkpointing": True}),
+        ("fsdp2", {"sharding__cpu_offload": True}),
+    ],
+)
 def test_sharded_plugins_go_on_from_their_checkpoint(
-    tmp_path: Path, plugin: str, lone_group: Runtime
+    tmp_path: Path, plugin: str, options: dict[str, Any], lone_group: Runtime
 ) -> None:
-    config = small_config(tmp_path, plugin=plugin, precision="bf16", device="cuda")
+    need(plugin)
+    config = small_config(tmp_path, **{"plugin": plugin, "precision": "bf16", "device": "cuda", **options})
     trainer = build_trainer(config, lone_group)
     train(trainer, 3)
     path = trainer.save()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from devices import EVERY_DEVICE, in_one_order
 from runs import small_config, small_trainer
 from torch import nn
 from torch.testing import assert_close
@@ -48,6 +49,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+@EVERY_DEVICE
 @pytest.mark.parametrize(
     "changes",
     [
@@ -70,18 +72,20 @@ def everything(trainer: Trainer) -> dict[str, Any]:
     ],
 )
 def test_twenty_steps_equal_ten_and_a_resumed_ten_bit_for_bit(
-    tmp_path: Path, changes: dict[str, Any]
+    tmp_path: Path, changes: dict[str, Any], device: str
 ) -> None:
-    whole = small_trainer(tmp_path / "whole", max_training_steps=20, **changes)
-    fit(whole)
-    expected = everything(whole)
+    options = {"device": device, **changes}
+    with in_one_order(device):
+        whole = small_trainer(tmp_path / "whole", max_training_steps=20, **options)
+        fit(whole)
+        expected = everything(whole)
 
-    fit(small_trainer(tmp_path / "parts", max_training_steps=10, **changes))
-    resumed = small_trainer(tmp_path / "parts", max_training_steps=20, **changes)
-    resumed.restore(tmp_path / "parts" / "checkpoints" / "step_0000010")
-    assert resumed.step == 10
-    fit(resumed)
-    assert_close(everything(resumed), expected, rtol=0, atol=0)
+        fit(small_trainer(tmp_path / "parts", max_training_steps=10, **options))
+        resumed = small_trainer(tmp_path / "parts", max_training_steps=20, **options)
+        resumed.restore(tmp_path / "parts" / "checkpoints" / "step_0000010")
+        assert resumed.step == 10
+        fit(resumed)
+        assert_close(everything(resumed), expected, rtol=0, atol=0)
 
 
 def test_one_step_is_adamw_on_the_weighted_loss(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class RankPlan:
     ) -> None:
         batch_size, copies = config.data.batch_size, config.sharding.replicate
         # Ranks that share the tokens of a sample.
-        self.sequence_size = getattr(config, "sequence_parallel", 1)
+        self.sequence_size = config.sequence_parallel
         if processes % self.sequence_size:
             raise ValueError(
                 f"sequence_parallel: wanted a divisor of the number of processes, {processes}, got"
