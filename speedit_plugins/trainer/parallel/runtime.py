@@ -5,7 +5,7 @@ This file uses torch.distributed only; ColossalAI is in booster.py.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.peers import Peers, meet
 from speedit_plugins.trainer.parallel.same_config import difference, stated
 
 
@@ -27,11 +28,13 @@ class Runtime:
     Args:
         rank: number of this process, in [0, world_size).
         device: device of its model and batches.
+        peers: who the others are, if there are others; tells which of them is gone.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    peers: Peers | None = None
 
     @property
     def is_main(self) -> bool:
@@ -95,6 +98,8 @@ class Runtime:
         """Leaves the process group."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        if self.peers is not None:
+            self.peers.close()
 
 
 def launch(config: ExperimentConfig) -> Runtime:
@@ -126,7 +131,7 @@ def launch(config: ExperimentConfig) -> Runtime:
     # The first collective, so that no process waits for one that trains something else.
     if problem := difference(runtime.gather_objects(stated(config))):
         raise ValueError(problem)
-    return runtime
+    return replace(runtime, peers=meet(rank, runtime.gather_objects)) if world_size > 1 else runtime
 
 
 def build_device(config: ExperimentConfig) -> torch.device:
