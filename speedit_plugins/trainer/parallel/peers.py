@@ -201,7 +201,7 @@ def _own_addresses() -> Iterator[tuple[socket.AddressFamily, str]]:
 
 def _store() -> Any:
     """A connection of our own to the store through which the processes have met."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # missing in the stubs only
 
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Without this look, torch writes lines about each of its attempts.
