@@ -63,7 +63,7 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     if resumed is not None:
         trainer.restore(resumed)
     else:
-        choose_products(trainer.model, config, runtime)
+        choose_products(trainer.model, config, runtime, trainer.engine.template)
     if runtime.is_main:
         _introduce(trainer, resumed)
     # Skipped if nothing is trained: the files describe the run that made the weights.
