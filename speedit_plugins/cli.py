@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from speedit_plugins.trainer.config.key_names import option_hint, value_hint
 from speedit_plugins.trainer.config.schema import PHASES, ExperimentConfig
 from speedit_plugins.trainer.config.validation import key_paths
 from speedit_plugins.trainer.exhaustion import memory_line, out_of_files
+from speedit_plugins.trainer.parallel.peers import LostPeerError, is_lost_peer
 from speedit_plugins.trainer.streams import lasting_streams
 from speedit_plugins.trainer.training.interrupt import Interrupted
 
@@ -30,9 +30,6 @@ PEER_LOST = 3
 # torchrun reports the earliest failure as the cause, and counts in whole seconds. A process that lost another
 # waits this long, so that the failure of the other process is the earlier one.
 LAUNCHER_SECONDS = 2.0
-
-# How gloo, NCCL and the store report a failed collective, mostly because another process has ended.
-_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Timed out|TCPStore|Broken pipe")
 
 # The module of each phase. The function in it has the phase's name.
 _HOMES = {
@@ -140,9 +137,11 @@ def _interrupted(error: KeyboardInterrupt, task: _Task) -> int:
 
 def _failed(error: Exception, task: _Task) -> int:
     """Says why the command failed, in one line. Returns the exit code; raises a fault of this program."""
-    if _is_lost_peer(error):
-        lost = "lost another process; if it failed, its own message says why"
-        sys.stderr.write(f"speedit: {_rank()}{lost}: {_one_line(error)}\n")
+    if _is_launched() and is_lost_peer(error):
+        lost = "lost another process; if it failed, its own message says why: "
+        sys.stderr.write(
+            f"speedit: {_rank()}{'' if isinstance(error, LostPeerError) else lost}{_one_line(error)}\n"
+        )
         sys.stderr.flush()
         time.sleep(LAUNCHER_SECONDS)
         _tell_launcher(error)
@@ -278,11 +277,6 @@ def _tell_launcher(error: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another process has ended or does not answer."""
-    return _is_launched() and isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import distributed_faults
+import distributed_meshes
 import distributed_numbers
 import distributed_optimizers
 import distributed_saves
@@ -35,6 +36,8 @@ def checks_of(*modules: ModuleType) -> dict[str, Callable[[Runtime, Path], None]
 
 CHECKS = checks_of(distributed_numbers, distributed_faults, distributed_optimizers, distributed_saves)
 TASKS = checks_of(distributed_tasks)
+# These need four.
+MESHES = checks_of(distributed_meshes)
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     wanted = sys.argv[2:] or [*CHECKS, *TASKS]
     runtime = launch(small_config(out, distributed_timeout_seconds=TIMEOUT_SECONDS))
     results = {}
-    for name, check in {**CHECKS, **TASKS}.items():
+    for name, check in {**CHECKS, **TASKS, **MESHES}.items():
         if name not in wanted:
             continue
         failure = ""

@@ -30,8 +30,9 @@ def train(folder: Path, launcher: Sequence[str | Path] = MAIN, **changes: Any) -
     return Job([*launcher, *config, *arguments(folder, **changes)], path)
 
 
-def run_checks(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    with Job([*TORCHRUN, distributed_checks.__file__, folder, *names]) as job:
+def run_checks(folder: Path, names: Iterable[str], *, num_ranks: int = 2) -> dict[str, list[str]]:
+    launcher = [*TORCHRUN, "--nproc_per_node", str(num_ranks)]
+    with Job([*launcher, distributed_checks.__file__, folder, *names]) as job:
         output = job.end()
     assert (folder / "results.json").exists(), output
     found: dict[str, list[str]] = json.loads((folder / "results.json").read_text())
@@ -61,6 +62,12 @@ def test_on_two_ranks(results: dict[str, list[str]], name: str) -> None:
 )
 def test_every_task_on_two_ranks(results_of_tasks: dict[str, list[str]], name: str) -> None:
     assert results_of_tasks[name] == [], "\n".join(results_of_tasks[name])
+
+
+@pytest.mark.slow
+def test_on_four_ranks(tmp_path: Path) -> None:
+    results = run_checks(tmp_path, distributed_checks.MESHES, num_ranks=4)
+    assert results == dict.fromkeys(distributed_checks.MESHES, [])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from devices import in_one_order
 from distributed_runs import without_key_bias
-from runs import small_config
+from runs import arguments, small_config
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -71,14 +71,30 @@ def test_a_lone_process_trains_measures_and_goes_on_as_under_ddp(
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_of_it_is_imported_unless_it_is_chosen() -> None:
-    code = (
-        "import sys; import speedit_plugins.trainer.training.train;"
-        "print(*(name for name in sys.modules if 'fsdp' in name or name.endswith('fully_sharded')))"
-    )
-    command = [sys.executable, "-c", code]
+WATCHED_RUN = """
+import sys
+import speedit_plugins.trainer.training.train
+from speedit_plugins.cli import main
+
+def sharding():
+    own = "speedit_plugins.trainer.parallel.fully_sharded"
+    return {name for name in sys.modules if "fsdp" in name or name in (own, "torch.distributed.tensor")}
+
+print("imports:", *sharding())
+# The samplers load diffusers, which loads the compiler, which loads torch's sharding.
+import torch._dynamo
+before = sharding()
+assert main(sys.argv[1:]) == 0
+print("run:", *(sharding() - before))
+"""
+
+
+def test_nothing_of_it_is_imported_unless_it_is_chosen(tmp_path: Path) -> None:
+    options = ["-c", "configs/image/digits/speedit.yaml", "-p", "train"]
+    command = [sys.executable, "-c", WATCHED_RUN, *options, *arguments(tmp_path, max_training_steps=1)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    lines = done.stdout.splitlines()
+    assert (lines[0].strip(), lines[-1].strip()) == ("imports:", "run:")
 
 
 def test_its_options_need_it_and_offloading_needs_another_device(tmp_path: Path) -> None:

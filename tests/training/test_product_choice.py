@@ -12,6 +12,7 @@ from test_trainer import everything, fit
 from torch import nn
 from torch.testing import assert_close
 
+from speedit_plugins.trainer import checkpoint
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.layers import linear
 from speedit_plugins.trainer.models.layers.linear import ChosenProducts, Linear, Products
@@ -201,6 +202,21 @@ def test_a_resumed_run_goes_on_with_the_products_it_was_started_with_bit_for_bit
     fit(resumed)
     assert_close(everything(resumed), expected, rtol=0, atol=0)
     assert len(calls) == 2 * taken
+
+
+def test_fsdp2_gathers_what_the_chosen_products_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    apply = ChosenProducts.apply
+    monkeypatch.setattr(ChosenProducts, "apply", lambda *given: calls.append(given[-3:]) or apply(*given))
+    monkeypatch.setattr(training, "choose_products", lambda *given: choose_products(*given, measure=injected))
+    weights = {}
+    for plugin in ("ddp", "fsdp2"):
+        calls.clear()
+        training.train(small_config(tmp_path / plugin, plugin=plugin, max_training_steps=4, sample_every=0))
+        assert set(calls) == {tuple(products) for products in WINNERS.values()}
+        weights[plugin] = checkpoint.load(tmp_path / plugin / "checkpoints" / "step_0000004").model
+    # As in test_fully_sharded.py: the gradient norms of the two round differently.
+    assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)
 
 
 def test_a_machine_without_the_kernel_goes_on_with_torchs_and_says_so(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from speedit_plugins.trainer.parallel import booster
+from speedit_plugins.trainer.parallel.colossal_setup import import_quietly, set_accelerator_of
 from whole_trainings.stand_ins import module_with
 
 NAMES = (
@@ -82,8 +82,8 @@ class HybridAdam(torch.optim.AdamW):
 def preload() -> None:
     """Imports ColossalAI for the CPU, which takes seconds."""
     # The trainer of this project needs the same of ColossalAI on a CPU.
-    booster._set_accelerator(torch.device("cpu"))
-    booster._import_quietly()
+    import_quietly()
+    set_accelerator_of(torch.device("cpu"))
 
 
 def install() -> list[str]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
+from speedit_plugins.trainer.parallel.peers import Peers, meet
 from speedit_plugins.trainer.parallel.same_config import difference, stated
 
 
@@ -30,6 +31,7 @@ class Runtime:
         group: whose collectives it uses; None is the default one.
         sequence_size: number of consecutive ranks that share samples.
         sequence_group: the process group of these ranks; None if each has samples of its own.
+        peers: who the others are, if there are others; tells which of them is gone.
     """
 
     rank: int = 0
@@ -38,6 +40,7 @@ class Runtime:
     group: "dist.ProcessGroup | None" = None
     sequence_size: int = 1
     sequence_group: "dist.ProcessGroup | None" = None
+    peers: Peers | None = None
 
     @property
     def is_main(self) -> bool:
@@ -127,6 +130,8 @@ class Runtime:
         """Leaves the process group."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        if self.peers is not None:
+            self.peers.close()
 
 
 def launch(config: ExperimentConfig) -> Runtime:
@@ -154,7 +159,7 @@ def launch(config: ExperimentConfig) -> Runtime:
     # The first collective, so that no process waits for one that trains something else.
     if problem := difference(runtime.gather_objects(stated(config))):
         raise ValueError(problem)
-    return runtime
+    return replace(runtime, peers=meet(rank, runtime.gather_objects)) if world_size > 1 else runtime
 
 
 def sharing_samples(runtime: Runtime, config: ExperimentConfig) -> Runtime:

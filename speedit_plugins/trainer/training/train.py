@@ -18,6 +18,7 @@ from speedit_plugins.trainer.logging import images
 from speedit_plugins.trainer.logging.environment import save_environment
 from speedit_plugins.trainer.logging.loggers import check_loggers, open_loggers
 from speedit_plugins.trainer.logging.tracking import SilentTracker, Tracker, read_metrics
+from speedit_plugins.trainer.parallel.peers import naming_lost
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
 from speedit_plugins.trainer.terminal import say
 from speedit_plugins.trainer.training.assembly import build_trainer
@@ -38,11 +39,12 @@ def train(config: ExperimentConfig) -> int:
     # Before anything slow, so that no signal during the start is lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
-        with alone_in_folder(config, runtime):
-            _train(config, runtime, stop)
-        # Objects that hold the process group wait for peers when they are destroyed, so destroy them first.
-        gc.collect()
-        runtime.barrier()
+        with naming_lost(runtime.peers):
+            with alone_in_folder(config, runtime):
+                _train(config, runtime, stop)
+            # Objects that hold the process group wait for peers when they are destroyed: destroy them first.
+            gc.collect()
+            runtime.barrier()
         runtime.close()
     return 0
 
@@ -61,7 +63,7 @@ def _train(config: ExperimentConfig, runtime: Runtime, stop: StopRequest) -> Non
     if resumed is not None:
         trainer.restore(resumed)
     else:
-        choose_products(trainer.model, config, runtime)
+        choose_products(trainer.model, config, runtime, trainer.engine.template)
     if runtime.is_main:
         _introduce(trainer, resumed)
     # Skipped if nothing is trained: the files describe the run that made the weights.

@@ -27,6 +27,7 @@ def choose_products(
     model: nn.Module,
     config: ExperimentConfig,
     runtime: Runtime,
+    template: nn.Module | None = None,
     *,
     measure: Callable[..., Products] = fastest_products,
 ) -> None:
@@ -35,13 +36,15 @@ def choose_products(
     For a new run, before its first step. There is a choice in float32 on a CPU alone.
 
     Args:
+        template: what computes as the model and has plain parameters, where a sharded model has none; see
+            `Engine.template`. None is the model.
         measure: called with N, I and O, once for each different shape.
     """
     start = time.perf_counter()
     shapes: dict[str, Shape] = {}
     if runtime.device.type == "cpu" and config.precision == "fp32" and has_onednn():
         # As many tokens as a rank has: ranks that share samples have parts of them.
-        shapes = layer_shapes(model, max(1, config.data.batch_size // runtime.world_size))
+        shapes = layer_shapes(template or model, max(1, config.data.batch_size // runtime.world_size))
     fastest = {shape: measure(*shape) for shape in sorted(set(shapes.values()))}
     of_ranks = runtime.gather_objects({name: fastest[shape] for name, shape in shapes.items()})
     # A rank without oneDNN has measured nothing.
@@ -59,7 +62,7 @@ def layer_shapes(model: nn.Module, batch_size: int) -> dict[str, Shape]:
         if output.numel() * num_in >= LEAST_WORK:
             shapes[name] = (output.numel() // num_out, num_in, num_out)
 
-    # Sharded parameters are of other classes, and oneDNN computes with none of these.
+    # ColossalAI's sharded parameters are of other classes, and oneDNN computes with none of these.
     if any(type(layer.weight) is nn.Parameter for layer in _layers(model).values()):
         twin = without_storage(model).eval()
         for name, layer in _layers(twin).items():

@@ -16,6 +16,7 @@ from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.results import LOCK
 from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.saving.shared_folder import check_shared
 
 # Another process has the lock.
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -32,8 +33,8 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
     by an error takes it away.
 
     Raises:
-        ValueError: another training is in it (the message has its process, host and start), or the folder
-            cannot be made. All ranks raise it.
+        ValueError: another training is in it (the message has its process, host and start), the folder
+            cannot be made, or a rank does not see what rank 0 writes there. All ranks raise it.
         OSError: the lock cannot be written. The other ranks raise a ValueError with its text.
     """
     file: IO[str] | None = None
@@ -46,6 +47,9 @@ def alone_in_folder(config: ExperimentConfig, runtime: Runtime) -> Iterator[None
             fault = error
     runtime.raise_together(fault)
     try:
+        # Read through the open file: closing another one would end the lock.
+        text = None if file is None else _text(file)
+        check_shared(Path(config.experiment_dir) / LOCK, text, runtime)
         yield
     except Exception:
         if is_new:
@@ -110,6 +114,8 @@ def _enter(file: IO[str], path: Path) -> None:
     with naming(path):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), json.dumps(written).encode())
+        # On NFS other machines read only what is on the server.
+        os.fsync(file.fileno())
 
 
 def _fault(folder: Path, error: OSError) -> str:
@@ -122,9 +128,13 @@ def _fault(folder: Path, error: OSError) -> str:
 
 def _holder(file: IO[str]) -> str:
     """Who wrote itself into the lock file; "unknown process" if nobody has yet."""
-    file.seek(0)
     try:
-        found: dict[str, Any] = json.load(file)
+        found: dict[str, Any] = json.loads(_text(file))
         return f"process {found['pid']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
         return "an unknown process"
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
