@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
