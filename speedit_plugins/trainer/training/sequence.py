@@ -23,6 +23,7 @@ def share_samples(model: nn.Module, config: ExperimentConfig, runtime: Runtime) 
         )
     if size > 1:
         check_splits(model, size)
+        assert runtime.sequence_group is not None
         model.sequence = SequenceGroup(runtime.sequence_group)  # type: ignore[assignment]  # a plain attribute
 
 
