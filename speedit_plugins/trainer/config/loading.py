@@ -32,6 +32,7 @@ from speedit_plugins.trainer.config.schema import (
     ExperimentConfig,
     settled,
 )
+from speedit_plugins.trainer.config.switches import without_measurements
 from speedit_plugins.trainer.config.validation import ConfigError, as_plain, build_section, check_keys
 from speedit_plugins.trainer.config.yaml_text import check_text, other_number
 
@@ -98,14 +99,8 @@ def load_config(
         _refuse_secrets(layer)
         _check_other_phases(layer, phase)
     reference = ReferenceKeys(phase)
-    merged: dict[str, Any] = {}
-    layers: list[_Layer] = []
-    notes: list[str] = []
-    for layer in _in_order(raw, phase):
-        layers.append(_translated(layer, reference))
-        if layer.source.startswith(_COMMAND_LINE):
-            notes += left_out(merged, layers[-1].content)
-        merged = merge(merged, layers[-1].content)
+    layers = [_translated(layer, reference) for layer in _in_order(raw, phase)]
+    merged, notes = _merged(layers)
     for note in notes:
         _log.warning("%s", note)
     try:
@@ -260,6 +255,20 @@ def _in_order(raw: Sequence[_Layer], phase: str) -> list[_Layer]:
     tops = [_Layer(layer.source, _without_phases(layer.content)) for layer in raw]
     sections = [_Layer(f"{layer.source}, section {phase}", _phase(layer, phase)) for layer in raw]
     return [*tops[:-1], *sections[:-1], tops[-1], sections[-1]]
+
+
+def _merged(layers: Sequence[_Layer]) -> tuple[dict[str, Any], list[str]]:
+    """The layers over each other, and a line for each choice of the command line that left keys out."""
+    merged: dict[str, Any] = {}
+    notes: list[str] = []
+    for layer in layers:
+        if layer.source.startswith(_COMMAND_LINE):
+            notes += left_out(merged, layer.content)
+        merged = merge(merged, layer.content)
+    merged, gone = without_measurements(merged, [layer.content for layer in layers])
+    told = [key for layer in layers if layer.source.startswith(_COMMAND_LINE) for key in layer.content]
+    notes += [f"{every}=0 leaves out {', '.join(names)}" for every, names in gone.items() if every in told]
+    return merged, notes
 
 
 def _without_phases(content: Mapping[str, Any]) -> dict[str, Any]:
