@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,12 @@ def main() -> None:
     runtime.close()
 
 
-def rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> dict[str, list[float]]:
+def rounds(
+    trainers: dict[str, Trainer],
+    runtime: Runtime,
+    num_rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of a step by trainer and round, in the slower process. The first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for trainer in trainers.values():
@@ -90,9 +96,9 @@ def rounds(trainers: dict[str, Trainer], runtime: Runtime, num_rounds: int) -> d
     for number in range(num_rounds + 1):
         for name in sorted(trainers, reverse=number % 2 == 1):
             runtime.barrier()
-            start = time.perf_counter()
+            start = clock()
             trainers[name].optimizer_step()
-            own = time.perf_counter() - start
+            own = clock() - start
             times = [float(value) for value in runtime.gather_objects(own)]
             # Independent processes do not wait for each other, so their rates add up.
             taken = 2 / sum(1 / value for value in times) if name == LONE else max(times)

@@ -119,6 +119,8 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.rank, self.world_size = rank, world_size
+        # Ranks that share samples have the same part, and one of them tells.
+        self.is_silent = rank > 0
         self.pin_memory = pin_memory
         self._buckets: Tensor | None = getattr(dataset, "buckets", None)
         self._chunked: ChunkedOrder | None = getattr(dataset, "chunked", None)
@@ -225,7 +227,7 @@ class ResumableLoader:
         state, notes = position_in(
             state, identity, data, arrangement=self._arrangement, accept_changed=self._accept_changed
         )
-        for note in notes if self.rank == 0 else ():
+        for note in () if self.is_silent else notes:
             say(note)
         self._check_arrangement(state)
         if state["offset"] > self._usable_size:

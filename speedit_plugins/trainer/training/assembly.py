@@ -126,7 +126,7 @@ def _periodic(
 
 
 def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -> ResumableLoader:
-    return ResumableLoader(
+    loader = ResumableLoader(
         dataset,
         batch_size=config.data.batch_size,
         seed=config.seed,
@@ -137,6 +137,8 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
         world_size=runtime.data_size,
         accept_changed=config.data.accept_changed,
     )
+    loader.is_silent = not runtime.is_main
+    return loader
 
 
 def _in_turn(runtime: Runtime, built: Callable[[], SampleSource]) -> SampleSource:
