@@ -33,8 +33,8 @@ class Registry:
 
     Args:
         name: what an entry is called in error messages, for example "dataset".
-        package: dotted name of the package whose modules register entries, or of one module. They are imported
-            before the first lookup. None imports nothing.
+        package: dotted name of the package whose modules register entries, or of one module. They are
+            imported before the first lookup. None imports nothing.
 
     Example:
         >>> shapes = Registry("shape")
