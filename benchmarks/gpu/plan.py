@@ -38,23 +38,23 @@ _STEPS = (
 )
 
 PARTS: tuple[Part, ...] = (
-    Part("device", 12, "facts:describe_device", "The device", "What the numbers were measured on."),
+    Part("device", 10, "facts:describe_device", "The device", "What the numbers were measured on."),
     Part(
         "tests",
-        135,
+        165,
         "suite:run_suite",
         "Tests",
         "`pytest -m gpu`, each test by itself in the table if it did not pass.",
     ),
     Part(
         "dit-b2",
-        40,
+        30,
         "steps:measure_steps",
         "Training steps: DiT-B/2",
         f"{_STEPS} The peer is facebookresearch/DiT.",
         (DIT,),
     ),
-    Part("dit-xl2", 60, "steps:measure_steps", "Training steps: DiT-XL/2", "As for DiT-B/2.", (DIT,)),
+    Part("dit-xl2", 55, "steps:measure_steps", "Training steps: DiT-XL/2", "As for DiT-B/2.", (DIT,)),
     Part(
         "latte",
         40,
@@ -65,7 +65,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "sit-b2",
-        35,
+        30,
         "steps:measure_steps",
         "Training steps: a flow on DiT-B/2",
         "As for DiT-B/2. The peer is willisma/SiT, linear path and velocity; no side predicts a variance.",
@@ -73,7 +73,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "compiled",
-        50,
+        60,
         "steps:measure_steps",
         "Training steps: compiled",
         "As for DiT-B/2 in bf16, with ours a second time, with `compile: true`. The peer does not compile.",
@@ -81,7 +81,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "draw",
-        15,
+        12,
         "costs:measure_draw",
         "Draw of timesteps and weights",
         "Wall time until the device has drawn. A training does not wait for it.",
@@ -89,7 +89,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "wrappers",
-        20,
+        18,
         "costs:measure_wrappers",
         "What a policy adds to a step of another loop",
         "Whole steps in turn, and each seam with a model that costs nothing.",
@@ -97,7 +97,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "sampling",
-        28,
+        20,
         "quality:measure_sampling",
         "Sampling",
         "Model calls and seconds to samples as good as those of the reference's 250 ancestral steps, on"
@@ -106,7 +106,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "race",
-        45,
+        35,
         "quality:run_race",
         "A short race of flows",
         "`benchmarks.race` against SiT, as long as the time allows.",

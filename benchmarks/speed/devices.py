@@ -20,7 +20,7 @@ class Setting:
         device: cpu or cuda.
         precision: fp32 or bf16; bf16 is autocast of the model on every side. Products of fp32 are TF32 on a
             CUDA device that has it, on every side.
-        budget_seconds: no round begins after these, once three are counted.
+        budget_seconds: of the rounds that count. None begins after these, once three are made.
     """
 
     device: str = "cpu"

@@ -51,6 +51,10 @@ class TestTime:
         assert limits == [20.0, 20.0, 45.0]
         assert is_done
 
+    def test_the_shares_are_seconds_of_eight_minutes(self, load: Load) -> None:
+        shares = sum(each.share for each in load("gpu.plan").PARTS)
+        assert shares == 8 * 60 - load("gpu.__main__").RESERVE_SECONDS
+
     def test_a_part_that_fails_is_told_and_the_others_run(self, given: Callable[..., Any]) -> None:
         is_done, limits, found = given(80.0, (1.0, 1.0, 1.0), ["done", "failed, exit status 3", "done"])
         assert len(limits) == 3

@@ -240,6 +240,23 @@ class TestHosts:
         assert list(found.sides) == ["ours", name]
         assert min(min(side.seconds) for side in found.sides.values()) > 0
 
+    @pytest.mark.parametrize("name", ["facebookresearch/DiT", "SiT", "Latte"])
+    def test_a_hosts_losses_keep_to_their_device(self, load: Load, hosts: Path, name: str) -> None:
+        # As on a card: a tensor on the meta device that meets one on the CPU is an error.
+        host = host_of(load, name, hosts)
+        is_video = name == "Latte"
+        case = load("speed.training_steps").Case(
+            "Latte-S/8" if is_video else "DiT-S/8", 2, 8, num_frames=2 * is_video, is_flow=name == "SiT"
+        )
+        parts = host.build(hosts / host.checkout, case.model, case.model_options)
+        model = parts.model.to("meta")
+        x = torch.empty(2, *[2] * is_video, 4, 8, 8, device="meta")
+        y = None if is_video else torch.zeros(2, dtype=torch.long, device="meta")
+        loss = parts.losses(model, x, parts.draw(2, "meta"), y)
+        loss.mean().backward()
+        assert loss.is_meta
+        assert loss.shape == (2,)
+
     def test_latte_trains_from_our_weights(self, load: Load, hosts: Path) -> None:
         steps = load("speed.training_steps")
         host = host_of(load, "Latte", hosts)
