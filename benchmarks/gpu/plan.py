@@ -16,6 +16,7 @@ class Part:
         run: module and function of what it does.
         title: of its section in the report.
         about: what is measured, and how.
+        least: seconds that it may take in any case.
         checkouts: folders of the peers that it compares with. Without them it measures ours alone or nothing.
     """
 
@@ -25,6 +26,7 @@ class Part:
     title: str
     about: str
     checkouts: tuple[str, ...] = ()
+    least: float = 0.0
 
 
 _STEPS = (
@@ -38,7 +40,8 @@ _STEPS = (
 )
 
 PARTS: tuple[Part, ...] = (
-    Part("device", 10, "facts:describe_device", "The device", "What the numbers were measured on."),
+    # The first import of torch on a machine can take half a minute.
+    Part("device", 10, "facts:describe_device", "The device", "What the numbers were measured on.", least=60),
     Part(
         "tests",
         165,
