@@ -37,6 +37,11 @@ class Setting:
         return f"{self.device}, {numbers if self.precision == 'fp32' else self.precision}"
 
 
+def allow_tf32() -> None:
+    """Makes products and convolutions of fp32 TF32 on CUDA, as the peers' scripts do."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
 def wait_for(device: str) -> None:
     """Returns when the device has done all that it was given."""
     if device == "cuda":

@@ -336,7 +336,7 @@ def test_the_whole_command_with_tiny_shapes(load: Load, tmp_path: Path, has_host
     assert text.count("**cpu, bf16**") == 5
     assert "its figures mean nothing" in text
     if not has_hosts:
-        assert said["sampling"].text == "Left out: it needs the reference's checkout."
+        assert said["sampling"].text == "The calls are left out: they need the reference's checkout."
         assert "No checkout: NUS-HPC-AI-Lab+SpeeD, Vchitect+Latte, facebookresearch+DiT" in text
         return
     there = Path(os.environ["SPEEDIT_HOSTS"])
