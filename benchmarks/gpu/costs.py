@@ -5,6 +5,7 @@ import torch
 from benchmarks.gpu import plan
 from benchmarks.gpu.job import Job
 from benchmarks.speed import draw_cost, wrapper_overhead
+from benchmarks.speed.devices import allow_tf32
 from benchmarks.speed.throughput import draw_table
 
 
@@ -20,6 +21,7 @@ def measure_draw(job: Job) -> None:
 
 def measure_wrappers(job: Job) -> None:
     """Says what the wrappers add to steps of other loops."""
+    allow_tf32()
     checkout = job.hosts / plan.DIT
     rounds, repetitions, batch, edge = (2, 3, 2, 8) if job.is_small else (15, 500, 32, 32)
     options = wrapper_overhead.Options(

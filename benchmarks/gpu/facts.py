@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "colossalai
 
 
 def describe_device(job: Job) -> None:
-    """Says name, memory and driver of the device, and the versions; ValueError without the device."""
+    """Says name, memory and driver of the device, and the versions; SystemExit without the device."""
     found = {
         "CPU": f"{os.cpu_count()} cores, {platform.machine()}",
         "Python": platform.python_version(),
@@ -24,7 +24,7 @@ def describe_device(job: Job) -> None:
     }
     if job.device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a CUDA device, and torch sees none")
+            raise SystemExit("--device cuda needs a CUDA device, and torch sees none")
         facts = torch.cuda.get_device_properties(0)
         found = {
             "card": f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB, {facts.multi_processor_count} SMs",

@@ -16,6 +16,7 @@ class Part:
         run: module and function of what it does.
         title: of its section in the report.
         about: what is measured, and how.
+        least: seconds that it may take in any case.
         checkouts: folders of the peers that it compares with. Without them it measures ours alone or nothing.
     """
 
@@ -25,6 +26,7 @@ class Part:
     title: str
     about: str
     checkouts: tuple[str, ...] = ()
+    least: float = 0.0
 
 
 _STEPS = (
@@ -38,23 +40,24 @@ _STEPS = (
 )
 
 PARTS: tuple[Part, ...] = (
-    Part("device", 12, "facts:describe_device", "The device", "What the numbers were measured on."),
+    # The first import of torch on a machine can take half a minute.
+    Part("device", 10, "facts:describe_device", "The device", "What the numbers were measured on.", least=60),
     Part(
         "tests",
-        135,
+        150,
         "suite:run_suite",
         "Tests",
         "`pytest -m gpu`, each test by itself in the table if it did not pass.",
     ),
     Part(
         "dit-b2",
-        40,
+        30,
         "steps:measure_steps",
         "Training steps: DiT-B/2",
         f"{_STEPS} The peer is facebookresearch/DiT.",
         (DIT,),
     ),
-    Part("dit-xl2", 60, "steps:measure_steps", "Training steps: DiT-XL/2", "As for DiT-B/2.", (DIT,)),
+    Part("dit-xl2", 55, "steps:measure_steps", "Training steps: DiT-XL/2", "As for DiT-B/2.", (DIT,)),
     Part(
         "latte",
         40,
@@ -65,7 +68,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "sit-b2",
-        35,
+        30,
         "steps:measure_steps",
         "Training steps: a flow on DiT-B/2",
         "As for DiT-B/2. The peer is willisma/SiT, linear path and velocity; no side predicts a variance.",
@@ -73,7 +76,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "compiled",
-        50,
+        60,
         "steps:measure_steps",
         "Training steps: compiled",
         "As for DiT-B/2 in bf16, with ours a second time, with `compile: true`. The peer does not compile.",
@@ -81,7 +84,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "draw",
-        15,
+        12,
         "costs:measure_draw",
         "Draw of timesteps and weights",
         "Wall time until the device has drawn. A training does not wait for it.",
@@ -89,24 +92,25 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "wrappers",
-        20,
+        18,
         "costs:measure_wrappers",
         "What a policy adds to a step of another loop",
-        "Whole steps in turn, and each seam with a model that costs nothing.",
+        "Whole steps in turn, and each seam with a model that costs nothing. Products of fp32 are TF32.",
         (DIT,),
     ),
     Part(
         "sampling",
-        28,
+        35,
         "quality:measure_sampling",
         "Sampling",
-        "Model calls and seconds to samples as good as those of the reference's 250 ancestral steps, on"
-        " digits. The seconds are medians over noises for all samples together.",
-        (SPEED,),
+        "The pace beside the loop of DiT's sample.py, in turn, fp32 with TF32 products on both sides. Then"
+        " model calls and seconds to samples as good as those of the SpeeD reference's 250 ancestral steps,"
+        " on digits; the seconds are medians over noises for all samples together.",
+        (DIT, SPEED),
     ),
     Part(
         "race",
-        45,
+        35,
         "quality:run_race",
         "A short race of flows",
         "`benchmarks.race` against SiT, as long as the time allows.",

@@ -8,9 +8,13 @@ RACE_SHARE = 0.7
 
 
 def measure_sampling(job: Job) -> None:
-    """Says how few calls are as good as the reference's, and their seconds; nothing without the reference."""
+    """Says the pace of samples beside DiT's, and how few calls are as good as the reference's."""
+    if (job.hosts / plan.DIT).is_dir():
+        _measure_pace(job)
+    else:
+        job.say("The pace is left out: it needs DiT's checkout.", {})
     if not (job.hosts / plan.SPEED).is_dir():
-        job.say("Left out: it needs the reference's checkout.", {})
+        job.say("The calls are left out: they need the reference's checkout.", {})
         return
     from benchmarks.speed import sampling_calls
     from benchmarks.speed.throughput import sampling_table
@@ -21,6 +25,18 @@ def measure_sampling(job: Job) -> None:
     calls = {"ddim": (5,), "dpm": (5,)} if job.is_small else sampling_calls.CALLS
     found = sampling_calls.measure(job.hosts, **numbers, calls=calls, device=job.device)
     job.say(sampling_table(found), {"seconds": found.seconds, "level": found.level})
+
+
+def _measure_pace(job: Job) -> None:
+    from benchmarks.speed import sampling_pace
+    from benchmarks.speed.devices import allow_tf32
+
+    allow_tf32()
+    samples, rounds = sampling_pace.Samples("DiT-XL/2", 8, 32, 25), 5
+    if job.is_small:
+        samples, rounds = sampling_pace.Samples("DiT-S/8", 2, 8, 2), 2
+    found = sampling_pace.measure(job.hosts / plan.DIT, samples, rounds=rounds, device=job.device)
+    job.say(sampling_pace.told(samples, found), {"host": found.host, "ours": found.ours})
 
 
 def run_race(job: Job) -> None:

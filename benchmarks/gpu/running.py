@@ -53,6 +53,7 @@ def run_parts(
     for place, part in enumerate(parts):
         left = deadline - time.monotonic()
         limit = left * part.share / sum(each.share for each in parts[place:])
+        limit = max(limit, min(part.least, left))
         began = time.monotonic()
         if found.get(needed, DONE) != DONE:
             ended = Ended(f"left out: there is no {needed}", "")

@@ -16,8 +16,8 @@ from speedit_plugins.trainer.logging.throughput import peak_flops
 
 # Counted rounds of steps; fewer if the time ends before.
 ROUNDS = 20
-# Share of a part's time that the rounds of one precision may take. The rest is for imports and slow rounds.
-PRECISION_SHARE = 0.35
+# Share of a part's time that the counted rounds of one precision may take. Building the models takes most.
+PRECISION_SHARE = 0.15
 # Batches as large as in the scripts' published trainings on one card, or nearly; halved if they do not fit.
 CASES: Mapping[str, Case] = {
     "dit-b2": Case("DiT-B/2", 64, 32),

@@ -20,7 +20,7 @@ class Setting:
         device: cpu or cuda.
         precision: fp32 or bf16; bf16 is autocast of the model on every side. Products of fp32 are TF32 on a
             CUDA device that has it, on every side.
-        budget_seconds: no round begins after these, once three are counted.
+        budget_seconds: of the rounds that count. None begins after these, once three are made.
     """
 
     device: str = "cpu"
@@ -35,6 +35,11 @@ class Setting:
     def __str__(self) -> str:
         numbers = "fp32 with TF32 products" if self.device == "cuda" else "fp32"
         return f"{self.device}, {numbers if self.precision == 'fp32' else self.precision}"
+
+
+def allow_tf32() -> None:
+    """Makes products and convolutions of fp32 TF32 on CUDA, as the peers' scripts do."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def wait_for(device: str) -> None:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 Load = Callable[[str], ModuleType]
 
 
-def part(load: Load, name: str, share: float) -> Any:
-    return load("gpu.plan").Part(name, share, "", f"The {name}", "What it is.")
+def part(load: Load, name: str, share: float, least: float = 0.0) -> Any:
+    return load("gpu.plan").Part(name, share, "", f"The {name}", "What it is.", least=least)
 
 
 class TestTime:
@@ -27,7 +27,9 @@ class TestTime:
     def given(self, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         running = load("gpu.running")
 
-        def run(deadline: float, taken: Sequence[float], outcomes: Sequence[str]) -> Any:
+        def run(
+            deadline: float, taken: Sequence[float], outcomes: Sequence[str], *, least: float = 0.0
+        ) -> Any:
             now, limits = [0.0], []
             monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -37,7 +39,7 @@ class TestTime:
                 return running.Ended(outcomes[len(limits) - 1], "its last line")
 
             monkeypatch.setattr(running, "run_part", run_part)
-            parts = [part(load, name, share) for name, share in (("a", 1), ("b", 1), ("c", 2))]
+            parts = [part(load, "a", 1, least), part(load, "b", 1), part(load, "c", 2)]
             is_done = running.run_parts(
                 parts, lambda *_: [], tmp_path, deadline, needed="a", after_each=lambda *_: None
             )
@@ -50,6 +52,16 @@ class TestTime:
         # 80 / 4; 60 / 3; 45 / 2 x 2.
         assert limits == [20.0, 20.0, 45.0]
         assert is_done
+
+    def test_a_part_may_take_its_least_but_no_more_than_there_is(self, given: Callable[..., Any]) -> None:
+        _, limits, _ = given(80.0, (20.0, 15.0, 1.0), ["done"] * 3, least=50.0)
+        assert limits == [50.0, 20.0, 45.0]
+        _, limits, _ = given(40.0, (40.0,), ["done"] * 3, least=50.0)
+        assert limits == [40.0]
+
+    def test_the_shares_are_seconds_of_eight_minutes(self, load: Load) -> None:
+        shares = sum(each.share for each in load("gpu.plan").PARTS)
+        assert shares == 8 * 60 - load("gpu.__main__").RESERVE_SECONDS
 
     def test_a_part_that_fails_is_told_and_the_others_run(self, given: Callable[..., Any]) -> None:
         is_done, limits, found = given(80.0, (1.0, 1.0, 1.0), ["done", "failed, exit status 3", "done"])
@@ -284,6 +296,19 @@ class TestSuite:
         assert said[2]["said"].splitlines() == [str(number) for number in range(28, 40)]
 
 
+def test_without_a_card_one_line_says_so(load: Load, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--minutes", "3000"]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    [folder] = tmp_path.iterdir()
+    found = load("gpu.lines").read(folder)
+    assert load("gpu.lines").outcomes(found)["device"] == "failed, exit status 1"
+    text = (folder / "report.md").read_text()
+    assert "```text\n--device cuda needs a CUDA device, and torch sees none\n```" in text
+    assert "| dit-b2 | left out: there is no device |" in text
+
+
 def run(out: Path, hosts: str | None) -> subprocess.CompletedProcess[str]:
     variables = {key: value for key, value in os.environ.items() if key != "SPEEDIT_HOSTS"}
     options = ["--device", "cpu", "--small", "--out", str(out), "--minutes", "3000"]
@@ -311,7 +336,7 @@ def test_the_whole_command_with_tiny_shapes(load: Load, tmp_path: Path, has_host
     assert text.count("**cpu, bf16**") == 5
     assert "its figures mean nothing" in text
     if not has_hosts:
-        assert said["sampling"].text == "Left out: it needs the reference's checkout."
+        assert said["sampling"].text == "The calls are left out: they need the reference's checkout."
         assert "No checkout: NUS-HPC-AI-Lab+SpeeD, Vchitect+Latte, facebookresearch+DiT" in text
         return
     there = Path(os.environ["SPEEDIT_HOSTS"])

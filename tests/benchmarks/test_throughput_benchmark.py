@@ -133,6 +133,12 @@ class TestArithmetic:
         assert distances.fewest("dpm") is None
         assert "10 calls, 25.0 times fewer" in load("speed.throughput").sampling_table(distances)
 
+    def test_the_pace_of_samples_is_told_with_the_ratio(self, load: Load) -> None:
+        pace = load("speed.sampling_pace")
+        found = load("speed.wrapper_overhead").Timings((3.0, 5.0), (2.0, 2.0))
+        text = pace.told(pace.Samples("DiT-S/8", 4, 8, 25), found)
+        assert "facebookresearch/DiT 4.000 s, ours 2.000 s (2.00 samples/s), ratio 2.000" in text
+
     def test_phases_add_up_by_the_clock_until_they_are_taken(self, load: Load) -> None:
         steps = load("speed.training_steps")
         times = iter(range(100))
@@ -240,11 +246,47 @@ class TestHosts:
         assert list(found.sides) == ["ours", name]
         assert min(min(side.seconds) for side in found.sides.values()) > 0
 
+    @pytest.mark.parametrize("name", ["facebookresearch/DiT", "SiT", "Latte"])
+    def test_a_hosts_losses_keep_to_their_device(self, load: Load, hosts: Path, name: str) -> None:
+        # As on a card: a tensor on the meta device that meets one on the CPU is an error.
+        host = host_of(load, name, hosts)
+        is_video = name == "Latte"
+        case = load("speed.training_steps").Case(
+            "Latte-S/8" if is_video else "DiT-S/8", 2, 8, num_frames=2 * is_video, is_flow=name == "SiT"
+        )
+        parts = host.build(hosts / host.checkout, case.model, case.model_options)
+        model = parts.model.to("meta")
+        x = torch.empty(2, *[2] * is_video, 4, 8, 8, device="meta")
+        y = None if is_video else torch.zeros(2, dtype=torch.long, device="meta")
+        loss = parts.losses(model, x, parts.draw(2, "meta"), y)
+        loss.mean().backward()
+        assert loss.is_meta
+        assert loss.shape == (2,)
+
     def test_latte_trains_from_our_weights(self, load: Load, hosts: Path) -> None:
         steps = load("speed.training_steps")
         host = host_of(load, "Latte", hosts)
         found = steps.compare(steps.Case("Latte-S/8", 1, 8, num_frames=2), [host], hosts, 1)
         assert list(found.sides) == ["ours", "Latte"]
+
+    def test_both_sides_draw_samples_of_equal_weights(self, load: Load, hosts: Path) -> None:
+        host = host_of(load, "facebookresearch/DiT", hosts)
+        pace, shapes = load("speed.sampling_pace"), []
+
+        def see(module: nn.Module, given: Any, output: Any) -> None:
+            if type(module).__name__ == "FinalLayer":
+                shapes.append((type(module).__module__ == "models", tuple(output.shape)))
+
+        handle = nn.modules.module.register_module_forward_hook(see)
+        try:
+            found = pace.measure(hosts / host.checkout, pace.Samples("DiT-S/8", 2, 8, 3), rounds=1)
+        finally:
+            handle.remove()
+        assert len(found.host) == len(found.ours) == 1
+        theirs, ours = ([shape for is_host, shape in shapes if is_host == side] for side in (True, False))
+        # Each side calls its model for 2 samples and their unconditional twins, three steps in each of two
+        # rounds. A sample is one token of 8 x 8 pixels with means and variances of 4 channels.
+        assert theirs == ours == [(4, 1, 8 * 8 * 2 * 4)] * 6
 
     def test_the_learning_sampler_is_warm_and_of_equal_losses_uniform(self, load: Load, hosts: Path) -> None:
         module = load("peers.training")

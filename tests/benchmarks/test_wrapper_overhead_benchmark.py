@@ -141,6 +141,19 @@ class TestSmallHosts:
         # x_t has a rounding error of 2e-16. The loss divides it by 1 - t and squares it.
         assert bench.SmallTransport().training_losses(exact, x1)["loss"].max() < 1e-20
 
+    def test_steps_keep_to_their_device(self, bench: ModuleType) -> None:
+        # As on a card: a tensor on the meta device that meets one on the CPU is an error.
+        x, narrow = torch.empty(2, 2, 4, 2, 2, device="meta").unbind()
+        wide = torch.empty(2, 8, 2, 2, device="meta", requires_grad=True)
+        narrow = narrow.detach().requires_grad_()
+        label, answers = {"condition": torch.zeros(2, device="meta")}, bench.costless(wide)
+        for diffusion in (bench.SmallDiffusion(), with_policy(bench.SmallDiffusion(), "speedit")):
+            bench.diffusion_step(diffusion, answers, x, label, bench.to_prediction(wide))()
+        loss = bench.SmallTransport().training_losses(bench.costless(narrow), x)["loss"]
+        assert loss.is_meta
+        for step in bench.script_steps(narrow, x):
+            step()
+
     def test_both_take_a_policy(self, bench: ModuleType) -> None:
         """A wrapper that is not called would seem to cost nothing."""
         x, wide = torch.randn(8, 4, 2, 2), torch.randn(8, 8, 2, 2)
