@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from distributed_faults import Asking
 from distributed_runs import PLUGINS, everything, message_of, steps, two_ranks
 from held_saves import files, held_back
 from runs import file_size_limit
@@ -13,7 +14,10 @@ from torch.testing import assert_close
 
 from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.checkpoints import CheckpointError
+from speedit_plugins.trainer.checkpoints.best import read_best
+from speedit_plugins.trainer.logging.tracking import SilentTracker
 from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.training.interrupt import StopRequest
 from speedit_plugins.trainer.training.saving import background_saves
 from speedit_plugins.trainer.training.saving.background_saves import BackgroundSaves
 
@@ -38,6 +42,22 @@ def check_a_save_while_the_ranks_go_on_has_the_files_of_one_that_they_wait_for(
         resumed = two_ranks(runtime, folder / plugin / "run", plugin=plugin, async_save="true")
         resumed.restore(path)
         assert_close(everything(steps(resumed, 2)), everything(trainer), rtol=0, atol=0)
+
+
+def check_a_stop_asked_of_one_rank_waits_for_the_save_in_flight(runtime: Runtime, folder: Path) -> None:
+    options = {"plugin": "fsdp2", "async_save": "true", "max_training_steps": 1000, "ckpt_every": 2}
+    trainer, stop = two_ranks(runtime, folder, **options), StopRequest()
+    if runtime.rank == 1:
+        trainer.loader = Asking(trainer.loader, stop, after=3)  # type: ignore[assignment]  # replaces one for the test
+    with held_back():
+        trainer.fit(SilentTracker(), stop)
+        found = checkpoints.newest_first(folder / "checkpoints")
+        assert [checkpoints.step_of(path) for path in found] == [3, 2]
+        assert [checkpoints.damage(path, runtime) for path in found] == [None, None]
+        best = trainer.saves.note_best(3, "fid", 2.0)
+        assert runtime.gather_objects(read_best(folder / "checkpoints")) == [None, None]
+        trainer.saves.wait()
+    assert read_best(folder / "checkpoints") == best
 
 
 def check_a_full_disk_under_one_rank_is_an_error_of_the_next_step_on_all(

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparisons import noise
+from held_saves import held_back
 from runs import arguments, small_config, small_trainer
 from torch import Tensor
 from torch.testing import assert_close
@@ -21,6 +22,7 @@ from speedit_plugins.cli import main
 from speedit_plugins.policies.policy import TimestepDraw
 from speedit_plugins.policies.schedule import NoiseSchedule
 from speedit_plugins.registry import FEATURES, build
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.config.optimizers import OPTIMIZER_FACTS
 from speedit_plugins.trainer.diffusion.gaussian_process import GaussianProcess
 from speedit_plugins.trainer.diffusion.sampling import sample
@@ -77,6 +79,26 @@ def test_a_run_trains_goes_on_and_is_sampled_and_tested(tmp_path: Path, precisio
     assert len(np.load(drawn)["arr_0"]) == 32
     metrics = json.loads((tmp_path / "test.json").read_text())["figures"]
     assert metrics["fid[digit_classifier]"]["value"] > 0
+
+
+def test_a_save_in_the_background_holds_the_step_at_which_it_was_asked_for(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, device="cuda", async_save="true")
+    train(trainer, 3)
+    moments = trainer.engine.moments(trainer.runtime)
+    parts = {
+        "model": trainer.model.state_dict(),
+        "ema": trainer.averaged_weights(),
+        "moments": {name: part.values for name, part in moments.items()},
+    }
+    expected = {part: {k: v.cpu().clone() for k, v in held.items()} for part, held in parts.items()}
+    with held_back():
+        path = trainer.save()
+        train(trainer, 2)
+        trainer.saves.wait()
+    saved = checkpoints.load(path)
+    for part, held in expected.items():
+        found = {name: getattr(saved, part)[name] for name in held}
+        assert_close(found, held, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
