@@ -81,7 +81,7 @@ CASES = (
         2,
     ),
 )
-NUM_GPUS = (8, 64, 256, 1024)
+NUM_GPUS = (8, 64, 1024)
 
 
 def main() -> None:

@@ -7,8 +7,14 @@ from runs import small_config
 
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 
-# Wide enough that weights count beside activations. No size is a multiple of two ranks alone.
-SIZES = {"model__hidden_size": 96, "model__depth": 3, "model__num_heads": 4, "model__patch_size": 2}
+# Wide enough that weights count beside activations. The tables of classes have an odd number of rows.
+SIZES = {
+    "model__hidden_size": 96,
+    "model__depth": 3,
+    "model__num_heads": 4,
+    "model__patch_size": 2,
+    "data__batch_size": 32,
+}
 PLUGINS = ("ddp", "zero1", "zero2", "fsdp2")
 CASES: dict[str, dict[str, Any]] = {
     f"{plugin} {precision}": {"plugin": plugin, "precision": precision}

@@ -28,11 +28,12 @@ def num_bytes(text: str) -> float:
 def test_the_parts_add_up_to_at_most_the_whole(tmp_path: Path) -> None:
     found = said(tmp_path, 4, plugin="zero2", precision="bf16", model__hidden_size=256)
     assert found["memory of a rank"] == "4 processes, zero2, bf16, 4 samples at a time"
-    parts = ("weights", "gradients", "masters", "moments", "averages", "buffers", "activations")
+    parts = ("weights", "masters", "moments", "averages")
+    held = sum(num_bytes(found[part]) for part in parts)
+    more = [num_bytes(found[part]) for part in ("gradients", "buffers", "activations")]
     # Each was rounded to 0.1 MiB.
-    assert num_bytes(found["in all"]) == pytest.approx(
-        sum(num_bytes(found[part]) for part in parts), abs=0.05 * 8 * 2**20
-    )
+    assert held + max(more) <= num_bytes(found["in all"]) + 2**20
+    assert num_bytes(found["in all"]) <= held + sum(more) + 2**20
     assert found["moments"].endswith("MiB, AdamW")
     sent = [found[kind] for kind in ("reduce-scatter", "all-gather")]
     assert all(text.endswith(", bf16, among 4 ranks") for text in sent)

@@ -76,8 +76,13 @@ class Training:
 class RankMemory:
     """Bytes on the device of a rank, without activations.
 
-    `backward_buffers` are there beside the activations, `step_buffers` when the activations are gone and the
-    optimizer steps. `on_cpu` is in the memory of the CPU.
+    Args:
+        keeps_gradients: whether gradients have memory before the backward pass. Otherwise they come as the
+            activations go.
+        backward_buffers: beside the activations and gradients of the backward pass.
+        first_bucket: share of the gradients that are there when the buffers are first used.
+        step_buffers: while the optimizer steps, when the activations are gone.
+        on_cpu: in the memory of the CPU.
     """
 
     weights: int
@@ -86,7 +91,9 @@ class RankMemory:
     averages: int
     masters: int = 0
     teacher: int = 0
+    keeps_gradients: bool = False
     backward_buffers: int = 0
+    first_bucket: float = 0.0
     step_buffers: int = 0
     on_cpu: int = 0
 
@@ -98,7 +105,26 @@ class RankMemory:
 
     def peak(self, activations: int) -> int:
         """The most at any time of a step, with so many bytes of activations."""
-        return self.state + max(activations + self.backward_buffers, self.step_buffers)
+        most = max(self._while_backward(activations), self.gradients + self.step_buffers)
+        return self.state - self.gradients + most
+
+    def most_activations(self, num_bytes: int) -> int:
+        """The most activations with which no more than so many bytes are needed; below 0 if none are."""
+        if self.peak(0) > num_bytes:
+            return -1
+        low, high = 0, num_bytes
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.peak(middle) <= num_bytes else (low, middle - 1)
+        return low
+
+    def _while_backward(self, activations: int) -> int:
+        """Activations, gradients and buffers: the first go as evenly as the second come."""
+        left = math.ceil((1 - self.first_bucket) * activations)
+        if self.keeps_gradients:
+            return self.gradients + max(activations, left + self.backward_buffers)
+        come = math.ceil(self.first_bucket * self.gradients)
+        return max(activations, max(left + come, self.gradients) + self.backward_buffers)
 
 
 @dataclass(frozen=True)
@@ -148,6 +174,8 @@ def ddp(training: Training, processes: int, replicate: int = 1) -> Plan:
         moments=int(training.moment_bytes * sum(sizes)),
         averages=training.num_averages * FLOAT32 * _shares(sizes, processes),
         teacher=training.teacher_bytes,
+        # Those of DDP's buckets stay.
+        keeps_gradients=processes > 1 or training.grad_accumulation > 1,
         backward_buffers=buffers,
     )
     return Plan(memory, _transfers(Transfer("all-reduce", "gradients, float32", trained, processes)))
@@ -195,6 +223,7 @@ def fsdp2(training: Training, processes: int, replicate: int = 1) -> Plan:
         moments=on_device[2],
         averages=on_device[3],
         teacher=training.teacher_bytes,
+        keeps_gradients=training.grad_accumulation > 1,
         backward_buffers=item * (rest + 2 * largest + summed) + FLOAT32 * summed,
         on_cpu=sum(sharded) if training.cpu_offload else 0,
     )
@@ -229,6 +258,7 @@ def gemini(training: Training, processes: int, replicate: int = 1) -> Plan:
         averages=training.num_averages * FLOAT32 * own,
         masters=FLOAT32 * own,
         teacher=training.teacher_bytes,
+        keeps_gradients=training.grad_accumulation > 1,
         backward_buffers=2 * item * GEMINI_CHUNK,
     )
     count, name = training.grad_accumulation, training.precision
@@ -273,7 +303,9 @@ def _zero(training: Training, processes: int, *, shards_gradients: bool) -> Plan
         averages=training.num_averages * FLOAT32 * own,
         masters=FLOAT32 * own,
         teacher=training.teacher_bytes,
+        keeps_gradients=training.grad_accumulation > 1,
         backward_buffers=item * copies * bucket,
+        first_bucket=bucket / max(padded, 1),
         # The optimizer frees the cast gradients before it gathers.
         step_buffers=max(cast, gathering),
     )

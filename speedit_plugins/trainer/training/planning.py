@@ -281,9 +281,7 @@ def _fit(found: RankPlan, plugin: str, gpu_memory: int) -> str:
     for is_checkpointed in (False, True) if found.can_checkpoint else (False,):
         passes = found.passes(plugin, is_checkpointed=is_checkpointed)
         peak = memory.peak(passes.peak(found.num_samples))
-        most = passes.most_samples(gpu_memory - memory.state - memory.backward_buffers)
-        if memory.peak(0) > gpu_memory:
-            most = 0
+        most = passes.most_samples(memory.most_activations(gpu_memory))
         fits = "fits" if peak <= gpu_memory else "too large"
         batch_size = most * found.processes // found.sequence_size
         largest = f"data.batch_size up to {batch_size}" if most else "no batch fits"
