@@ -106,6 +106,8 @@ def test_its_options_need_it_and_offloading_needs_another_device(tmp_path: Path)
         ValueError, match=r"sharding\.cpu_offload: has no effect on the device cpu; wanted false"
     ):
         train(config)
+    # A second training in this process, as in a notebook, joins a group of its own.
+    assert not dist.is_initialized()
 
 
 def test_units_are_the_members_of_the_outermost_lists() -> None:

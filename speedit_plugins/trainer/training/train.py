@@ -39,12 +39,18 @@ def train(config: ExperimentConfig) -> int:
     # Before anything slow, so that no signal during the start is lost.
     with StopRequest(is_launched=int(os.environ.get("WORLD_SIZE", "1")) > 1) as stop:
         runtime = launch(config)
-        with naming_lost(runtime.peers):
-            with alone_in_folder(config, runtime):
-                _train(config, runtime, stop)
-            # Objects that hold the process group wait for peers when they are destroyed: destroy them first.
-            gc.collect()
-            runtime.barrier()
+        try:
+            with naming_lost(runtime.peers):
+                with alone_in_folder(config, runtime):
+                    _train(config, runtime, stop)
+                # Objects that hold the process group wait for peers when they are destroyed: destroy them first.
+                gc.collect()
+                runtime.barrier()
+        except BaseException:
+            # A notebook may train again. One of several processes would wait for the others here.
+            if runtime.world_size == 1:
+                runtime.close()
+            raise
         runtime.close()
     return 0
 
