@@ -42,6 +42,7 @@ from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.layers.sequence import SequenceGroup
 from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
 from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
+from speedit_plugins.trainer.models.text_conditioned.text_dit import TextDiT
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch, sharing_samples
 
 WIDTH, HEADS = 16, 2
@@ -145,6 +146,19 @@ def check_two_a_dits_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, 
     back = 2 * (3 * (15 - own) * WIDTH // 2 + own * WIDTH // 2)
     ends = 2 * 8 * (2 * 2 * 2 * 3 + WIDTH)
     assert group.sent_bytes == 4 * (2 * (block + back) + ends)
+
+
+def check_two_a_layers_outside_of_the_split_get_their_gradients_too(runtime: Runtime, folder: Path) -> None:
+    # The draft and its gate see no token: each rank has their whole gradient.
+    sizes = {"in_channels": 3, "hidden_size": WIDTH, "depth": 2, "num_heads": HEADS}
+    model = drawn(lambda: TextDiT(8, 2, text_width=6, text_length=3, draft=True, **sizes))
+    x, timestep, _ = inputs_of(3, 8, 8)
+    generator = torch.Generator().manual_seed(2)
+    condition = {
+        "tokens": torch.randn(2, 3, 6, generator=generator),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+    }
+    compare(model, (x, timestep, condition), runtime)
 
 
 def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
