@@ -42,6 +42,7 @@ from speedit_plugins.trainer.models.latte import Latte
 from speedit_plugins.trainer.models.layers.sequence import SequenceGroup
 from speedit_plugins.trainer.models.text_conditioned.latte_t2v import LatteT2V
 from speedit_plugins.trainer.models.text_conditioned.pixart import PixArt
+from speedit_plugins.trainer.models.text_conditioned.text_dit import TextDiT
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch, sharing_samples
 
 WIDTH, HEADS = 16, 2
@@ -132,7 +133,7 @@ def inputs_of(*shape: int, labels: bool = True) -> tuple[Any, ...]:
     return x, torch.tensor([3.0, 700.0]), torch.tensor([0, 4]) if labels else None
 
 
-def check_two_a_dits_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
+def check_two_gradients_of_a_dit(runtime: Runtime, folder: Path) -> None:
     modern = {"norm": "rms", "qk_norm": True, "rope": True, "perceptron": "swiglu"}
     compare(dit(), inputs_of(3, 8, 8), runtime)
     # 3 x 5 = 15 tokens: the last rank has one fewer.
@@ -147,7 +148,20 @@ def check_two_a_dits_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, 
     assert group.sent_bytes == 4 * (2 * (block + back) + ends)
 
 
-def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime, folder: Path) -> None:
+def check_two_gradients_of_layers_outside_of_the_split(runtime: Runtime, folder: Path) -> None:
+    # The draft and its gate see no token: each rank has their whole gradient.
+    sizes = {"in_channels": 3, "hidden_size": WIDTH, "depth": 2, "num_heads": HEADS}
+    model = drawn(lambda: TextDiT(8, 2, text_width=6, text_length=3, draft=True, **sizes))
+    x, timestep, _ = inputs_of(3, 8, 8)
+    generator = torch.Generator().manual_seed(2)
+    condition = {
+        "tokens": torch.randn(2, 3, 6, generator=generator),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+    }
+    compare(model, (x, timestep, condition), runtime)
+
+
+def check_two_gradients_of_a_latte(runtime: Runtime, folder: Path) -> None:
     modern = {"qk_norm": True, "rope": True}
     compare(latte(), inputs_of(3, 5, 8, 8, labels=False), runtime)
     # 3 frames of 15 places.
@@ -155,7 +169,7 @@ def check_two_a_lattes_loss_and_gradients_are_those_of_one_rank(runtime: Runtime
     compare(latte(**modern, gradient_checkpointing=True), inputs_of(3, 1, 6, 10, labels=False), runtime)
 
 
-def check_two_the_loss_and_gradients_of_diffusers_networks_too(runtime: Runtime, folder: Path) -> None:
+def check_two_networks_of_diffusers_have_the_same_gradients(runtime: Runtime, folder: Path) -> None:
     def network(kind: type[nn.Module], **options: Any) -> nn.Module:
         sizes = {"num_layers": 2, "num_heads": HEADS, "head_dim": 8, "in_channels": 3}
         text = {"text_width": 6, "text_length": 3}
@@ -265,10 +279,22 @@ def check_two_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runtime: Run
         resumed = two_ranks(runtime, folder / plugin, **options)
         resumed.restore(path)
         assert_close(everything(steps(resumed, 2)), everything(whole), rtol=0, atol=0)
-        # A checkpoint also goes on without it.
-        other = two_ranks(runtime, folder / plugin, **{**options, "sequence_parallel": 1})
-        other.restore(path)
-        assert other.step == 2
+
+
+def check_two_a_checkpoint_goes_on_with_any_size_of_groups(runtime: Runtime, folder: Path) -> None:
+    expected = weights(steps(alone(folder), 4))
+    for (first, before), (then, after) in (
+        (("ddp", 2), ("zero2", 1)),
+        (("zero1", 1), ("fsdp2", 2)),
+        (("fsdp2", 2), ("ddp", 2)),
+    ):
+        place = folder / f"{first}_{then}"
+        path = steps(two_ranks(runtime, place, plugin=first, sequence_parallel=before), 2).save()
+        trainer = two_ranks(runtime, place, plugin=then, sequence_parallel=after)
+        trainer.restore(path)
+        found = weights(steps(trainer, 2))
+        if runtime.is_main:
+            assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def check_four_steps_are_those_of_one_process(runtime: Runtime, folder: Path) -> None:
