@@ -39,7 +39,7 @@ def read(folder: Path) -> list[Line]:
 
 
 def outcomes(lines: Sequence[Line]) -> dict[str, str]:
-    """The outcome of each part of the run, by name: DONE, what went wrong, or that it did not end or begin."""
+    """The outcome of each part of the run, by name: DONE, what went wrong, or that it never ended."""
     found = {name: "not begun" for line in lines if line.kind == RUN for name in line.values["parts"]}
     found |= {line.part: "cut off with the run" for line in lines if line.kind == BEGIN}
     return found | {line.part: line.values["outcome"] for line in lines if line.kind == END}

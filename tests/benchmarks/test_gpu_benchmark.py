@@ -266,6 +266,18 @@ class TestDevices:
         assert "| ours | 2.000 s | 2.00 | 1.000 (1.000, 1.000) | 1.50 GiB | 50." in text
 
 
+def test_the_race_takes_the_larger_data_if_they_are_there(load: Load, tmp_path: Path) -> None:
+    job = load("gpu.job").Job("race", "cuda", tmp_path, tmp_path, tmp_path, 60.0, False, lambda *_: None)
+    options = load("gpu.quality").race_options(job)
+    assert options[options.index("--data") + 1] == "digits"
+    # 0.7 of a minute.
+    assert options[options.index("--minutes") + 1] == "0.70"
+    (tmp_path / load("flow.sets").FASHION).touch()
+    options = load("gpu.quality").race_options(job)
+    assert options[options.index("--data-dir") + 1] == str(tmp_path)
+    assert "--data" not in options
+
+
 class TestSuite:
     def test_every_file_with_tests_for_a_gpu_is_found(self, load: Load) -> None:
         suite = load("gpu.suite")
