@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from speedit_plugins.trainer.config.loading import load_config
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.logging.tracking import read_metrics
@@ -25,6 +28,12 @@ SMALL = (
     "sampler.num_steps=4",
 )
 
+OPTIMIZER_PACKAGES = {
+    "AdamW8bit": "bitsandbytes",
+    "Prodigy": "prodigyopt",
+    "AdamWScheduleFree": "schedulefree",
+}
+
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
     """`key=value` arguments of a small run in `folder`. Write a dot in a key as two underscores."""
@@ -40,6 +49,14 @@ def small_config(folder: Path, phase: str = "train", **changes: Any) -> Experime
 def small_trainer(folder: Path, **changes: Any) -> Trainer:
     """A small trainer before its first step."""
     return build_trainer(small_config(folder, **changes))
+
+
+def need_optimizer(name: str) -> None:
+    """Skips the test if the optimizer is not in an installed package, or not in this torch."""
+    if name in OPTIMIZER_PACKAGES:
+        pytest.importorskip(OPTIMIZER_PACKAGES[name])
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
 
 
 @contextmanager
