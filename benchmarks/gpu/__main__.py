@@ -115,6 +115,7 @@ def _run_values(
         "revision": arguments.revision or revision(),
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *given]),
         "minutes": arguments.minutes,
+        "parts": [part.name for part in parts],
         "is_small": arguments.small,
         "missing": missing,
     }

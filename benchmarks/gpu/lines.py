@@ -39,6 +39,7 @@ def read(folder: Path) -> list[Line]:
 
 
 def outcomes(lines: Sequence[Line]) -> dict[str, str]:
-    """The outcome of each part that has begun, by name: DONE, what went wrong, or that it never ended."""
-    found = {line.part: "cut off with the run" for line in lines if line.kind == BEGIN}
-    return {**found, **{line.part: line.values["outcome"] for line in lines if line.kind == END}}
+    """The outcome of each part of the run, by name: DONE, what went wrong, or that it never ended."""
+    found = {name: "not begun" for line in lines if line.kind == RUN for name in line.values["parts"]}
+    found |= {line.part: "cut off with the run" for line in lines if line.kind == BEGIN}
+    return found | {line.part: line.values["outcome"] for line in lines if line.kind == END}

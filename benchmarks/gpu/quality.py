@@ -1,5 +1,9 @@
 """Sampling and a race, with the measurements of `benchmarks.speed.sampling_calls` and `benchmarks.race`."""
 
+import re
+
+import torch
+
 from benchmarks.gpu import plan
 from benchmarks.gpu.job import Job
 
@@ -48,7 +52,9 @@ def run_race(job: Job) -> None:
 
     out = job.folder / "race"
     main([*race_options(job), "--out", str(out)])
-    job.say((out / "report.md").read_text(encoding="utf-8"), {"options": race_options(job)})
+    text = (out / "report.md").read_text(encoding="utf-8")
+    # Its headings are below that of the part.
+    job.say(re.sub("^#", "##", text, flags=re.MULTILINE), {"options": race_options(job)})
 
 
 def race_options(job: Job) -> list[str]:
@@ -62,4 +68,6 @@ def race_options(job: Job) -> list[str]:
 
     data = ["--data-dir", str(job.data)] if (job.data / FASHION).is_file() else digits
     minutes = f"{RACE_SHARE * job.seconds / 60:.2f}"
-    return [*common, "ours, stack", *data, "--minutes", minutes, "--calls", "9", "--turns", "12"]
+    threads = str(torch.get_num_threads())
+    own = ["--minutes", minutes, "--calls", "9", "--turns", "12", "--threads", threads]
+    return [*common, "ours, stack", *data, *own]

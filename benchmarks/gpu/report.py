@@ -12,7 +12,7 @@ NUM_SLOWEST = 5
 def report(lines: Sequence[Line]) -> str:
     """The report: what was run, how each part ended, and a section for each."""
     ended = outcomes(lines)
-    begun = [part for part in PARTS if part.name in ended]
+    begun = [part for part in PARTS if _of(lines, part.name, BEGIN)]
     sections = [f"## {part.title}\n\n{_section(part, lines, ended[part.name])}" for part in begun]
     return "\n\n".join(["# What needs a GPU", _summary(lines, ended), *sections]) + "\n"
 

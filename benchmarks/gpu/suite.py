@@ -17,14 +17,17 @@ SHOWN_LINES = 12
 
 
 def run_suite(job: Job) -> None:
-    """Says each test marked `gpu`; SystemExit with pytest's exit status, if that is not 0.
+    """Says each test marked `gpu`; SystemExit if one fails, or if none passes on a GPU.
 
     Only files with the mark are collected. Without a GPU the tests are skipped.
     """
     files = [str(path.relative_to(ROOT)) for path in marked_files()]
     options = ["-m", "gpu", "-p", "no:cacheprovider", "-rs", "--tb=short"]
-    if code := int(pytest.main([*options, *files], plugins=[_Recorder(job.say)])):
+    recorder = _Recorder(job.say)
+    if code := int(pytest.main([*options, *files], plugins=[recorder])):
         raise SystemExit(code)
+    if job.device == "cuda" and not recorder.num_passed:
+        raise SystemExit("no test of a GPU has run: all are skipped")
 
 
 def marked_files() -> list[Path]:
@@ -38,11 +41,13 @@ class _Recorder:
 
     def __init__(self, say: Callable[[str, Mapping[str, Any]], object]) -> None:
         self._say = say
+        self.num_passed = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Called by pytest for set-up, call and tear-down of each test."""
         if report.when != "call" and report.passed:
             return
+        self.num_passed += report.passed
         said = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext
         shown = "\n".join(said.strip().splitlines()[-SHOWN_LINES:])
         values = {

@@ -104,12 +104,13 @@ class TestProcesses:
 class TestReport:
     @pytest.fixture
     def lines(self, load: Load) -> list[Any]:
-        """A run that ended within its third part; the second one failed."""
+        """A run of four parts that ended within its third one; the second one failed."""
         Line = load("gpu.lines").Line
         run = {"began": "2026-01-02 03:04:05", "revision": "", "command": "python -m benchmarks.gpu"}
+        parts = ["device", "tests", "dit-b2", "race"]
         test = {"test": "tests/a.py::test_b", "outcome": "passed", "seconds": 1.5, "said": ""}
         return [
-            Line("", "run", values={**run, "is_small": False, "missing": ["willisma+SiT"]}),
+            Line("", "run", values={**run, "is_small": False, "missing": ["willisma+SiT"], "parts": parts}),
             Line("device", "begin", values={"limit": 10.0}),
             Line("device", "found", "| card | one |"),
             Line("device", "end", "", {"outcome": "done", "seconds": 2.0}),
@@ -123,7 +124,8 @@ class TestReport:
 
     def test_it_tells_what_is_done_and_what_is_not(self, load: Load, lines: list[Any]) -> None:
         text = load("gpu.report").report(lines)
-        assert "1 of 3 parts are done. Not done: tests, dit-b2." in text
+        assert "1 of 4 parts are done. Not done: tests, dit-b2, race." in text
+        assert "| race | not begun |  |  |" in text
         assert "| device | done | 2 | 10 |" in text
         assert "| dit-b2 | cut off with the run |  | 30 |" in text
         assert "2026-01-02 03:04:05, revision unknown:\n\n    python -m benchmarks.gpu\n" in text
@@ -264,6 +266,18 @@ class TestDevices:
         assert "| ours | 2.000 s | 2.00 | 1.000 (1.000, 1.000) | 1.50 GiB | 50." in text
 
 
+def test_the_race_takes_the_larger_data_if_they_are_there(load: Load, tmp_path: Path) -> None:
+    job = load("gpu.job").Job("race", "cuda", tmp_path, tmp_path, tmp_path, 60.0, False, lambda *_: None)
+    options = load("gpu.quality").race_options(job)
+    assert options[options.index("--data") + 1] == "digits"
+    # 0.7 of a minute.
+    assert options[options.index("--minutes") + 1] == "0.70"
+    (tmp_path / load("flow.sets").FASHION).touch()
+    options = load("gpu.quality").race_options(job)
+    assert options[options.index("--data-dir") + 1] == str(tmp_path)
+    assert "--data" not in options
+
+
 class TestSuite:
     def test_every_file_with_tests_for_a_gpu_is_found(self, load: Load) -> None:
         suite = load("gpu.suite")
@@ -292,6 +306,7 @@ class TestSuite:
         ):
             recorder.pytest_runtest_logreport(each)
         assert [values["outcome"] for values in said] == ["passed", "skipped", "failed"]
+        assert recorder.num_passed == 1
         assert said[1]["said"] == "Skipped: no GPU"
         assert said[2]["said"].splitlines() == [str(number) for number in range(28, 40)]
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +28,12 @@ SMALL = (
     "enable_tensorboard_log=false",
     "sampler.num_steps=4",
 )
+
+OPTIMIZER_PACKAGES = {
+    "AdamW8bit": "bitsandbytes",
+    "Prodigy": "prodigyopt",
+    "AdamWScheduleFree": "schedulefree",
+}
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
@@ -60,6 +67,14 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 def generators(count: int) -> list[torch.Generator]:
     """One for each sample of a batch, with the seeds 0, 1, ..."""
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def need_optimizer(name: str) -> None:
+    """Skips the test if the optimizer is not in an installed package, or not in this torch."""
+    if name in OPTIMIZER_PACKAGES:
+        pytest.importorskip(OPTIMIZER_PACKAGES[name])
+    if name == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from comparisons import noise
 from held_saves import held_back
-from runs import arguments, small_config, small_trainer
+from runs import arguments, need_optimizer, small_config, small_trainer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -120,6 +120,7 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(tmp_path: Path, 
 def test_the_state_of_every_optimizer_is_restored_to_the_bit_and_to_its_device(
     tmp_path: Path, name: str
 ) -> None:
+    need_optimizer(name)
     options = {"device": "cuda", "optimizer__type": name, "model__hidden_size": 64}
     trainer = small_trainer(tmp_path, **options)
     train(trainer, 3)

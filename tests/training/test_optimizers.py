@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_config, small_trainer
+from runs import OPTIMIZER_PACKAGES, need_optimizer, small_config, small_trainer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -19,8 +19,6 @@ from speedit_plugins.trainer.parallel import optimizers
 from speedit_plugins.trainer.parallel.master_weights import TRAINING_POINT
 from speedit_plugins.trainer.training.dry_run import describe
 from speedit_plugins.trainer.training.trainer import Trainer
-
-PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt", "AdamWScheduleFree": "schedulefree"}
 
 
 class Halving(torch.optim.Optimizer):
@@ -78,10 +76,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    if name in PACKAGES:
-        pytest.importorskip(PACKAGES[name])
-    if name == "Muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
+    need_optimizer(name)
     # A width at which AdamW8bit has moments in 8 bits, of 4096 elements and more.
     return {"optimizer__type": name, "model__hidden_size": 64, "optimizer__warmup_steps": 4}
 
@@ -320,7 +315,7 @@ def test_the_dry_run_counts_the_state_of_the_optimizer_and_the_averages(tmp_path
         assert (f"  averages         {averages * trained / 2**20:.1f} MiB" in text) == (averages > 0)
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", OPTIMIZER_PACKAGES)
 def test_an_optimizer_without_its_package_says_what_to_install(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +323,9 @@ def test_an_optimizer_without_its_package_says_what_to_install(
         raise ImportError(f"No module named {package!r}")
 
     monkeypatch.setattr(optimizers, "import_module", absent)
-    wanted = rf"'{name}' needs the package {PACKAGES[name]}, .*pip install 'speedit-plugins\[optim\]'"
+    wanted = (
+        rf"'{name}' needs the package {OPTIMIZER_PACKAGES[name]}, .*pip install 'speedit-plugins\[optim\]'"
+    )
     with pytest.raises(ValueError, match=wanted):
         optimizers.build_optimizer(nn.Linear(2, 2), small_config(tmp_path, optimizer__type=name))
 
