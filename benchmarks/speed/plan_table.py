@@ -111,7 +111,7 @@ def table(case: Case, gpu: Gpu) -> Iterator[str]:
         yield " ".join(("  ", *case.changes[3:]))
     yield "```"
     yield ""
-    yield "| GPUs | plugin | state | activations and buffers | in all | sent in a step | takes at least |"
+    yield "| GPUs | plugin | kept | more in a step | in all | sent in a step | takes at least |"
     yield "|---|---|---|---|---|---|---|"
     for count in NUM_GPUS:
         machines = count // GPUS_OF_A_MACHINE
@@ -148,9 +148,10 @@ def row(found: RankPlan, gpu: Gpu) -> str:
     fits = "" if peak <= gpu.memory else " (too large)"
     sent = sum(each.sent for each in plan.transfers)
     seconds = least_seconds(plan.transfers, gpu)
-    state = plan.memory.state
+    memory = plan.memory
+    kept = memory.state - (0 if memory.keeps_gradients else memory.gradients)
     return (
-        f"| {found.processes:,} | {name} | {state / 1e9:.1f} GB | {(peak - state) / 1e9:.1f} GB"
+        f"| {found.processes:,} | {name} | {kept / 1e9:.1f} GB | {(peak - kept) / 1e9:.1f} GB"
         f" | {peak / 1e9:.1f} GB{fits} | {sent / 1e9:.1f} GB | {1e3 * seconds:.0f} ms |"
     )
 

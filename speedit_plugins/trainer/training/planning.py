@@ -256,7 +256,7 @@ def _memory(found: RankPlan) -> Iterator[tuple[str, str]]:
         if num_bytes or unknown and part == "moments":
             yield f"  {part}", f"{size(num_bytes)}{text}"
     yield "  activations", _activations(found, passes)
-    yield "  in all", f"at most {size(memory.peak(passes.peak(found.num_samples)))}"
+    yield "  in all", f"about {size(memory.peak(passes.peak(found.num_samples)))}"
 
 
 def _activations(found: RankPlan, passes: Passes) -> str:
