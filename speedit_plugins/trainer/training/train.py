@@ -43,7 +43,7 @@ def train(config: ExperimentConfig) -> int:
             with naming_lost(runtime.peers):
                 with alone_in_folder(config, runtime):
                     _train(config, runtime, stop)
-                # Objects that hold the process group wait for peers when they are destroyed: destroy them first.
+                # Objects that hold the process group wait for peers when they are destroyed: do it first.
                 gc.collect()
                 runtime.barrier()
         except BaseException:
