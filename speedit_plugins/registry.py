@@ -33,8 +33,8 @@ class Registry:
 
     Args:
         name: what an entry is called in error messages, for example "dataset".
-        package: dotted name of the package whose modules register entries, or of one module. They are
-            imported before the first lookup. None imports nothing.
+        package: dotted name of the package whose modules register entries. They are imported before the first
+            lookup. None imports nothing.
 
     Example:
         >>> shapes = Registry("shape")
@@ -107,7 +107,7 @@ class Registry:
         self._is_searched = True
         try:
             package = import_module(str(self._package))
-            for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{self._package}."):
+            for module in pkgutil.walk_packages(package.__path__, f"{self._package}."):
                 import_module(module.name)
             load_entry_points()
         except BaseException:
@@ -125,7 +125,7 @@ MODELS = Registry("model", "speedit_plugins.trainer.models")
 ENCODERS = Registry("encoder", "speedit_plugins.trainer.models")
 TEXT_ENCODERS = Registry("text encoder", "speedit_plugins.trainer.models")
 DATASETS = Registry("dataset", "speedit_plugins.trainer.data")
-# The module alone: beside it are engines, which are imported where they are chosen.
+# A package of their own: beside it are engines, and a run imports the one that it chooses.
 OPTIMIZERS = Registry("optimizer", "speedit_plugins.trainer.parallel.optimizers")
 MASKS = Registry("mask", "speedit_plugins.trainer.data")
 FEATURES = Registry("feature extractor", "speedit_plugins.trainer.evaluation")

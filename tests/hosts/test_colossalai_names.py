@@ -46,6 +46,7 @@ def has(module: str, name: str | None) -> bool:
 
 
 @pytest.mark.hosts
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @pytest.mark.parametrize("tag", VERSIONS)
 def test_every_import_of_a_version_is_there(tag: str) -> None:
     if not (Path(os.environ["SPEEDIT_HOSTS"]) / "hpcaitech+Open-Sora").is_dir():

@@ -125,9 +125,9 @@ CONFINED: dict[str, tuple[str, ...]] = {
         "trainer/diffusion/sampling.py",
         *_HOST_TOOLS,
     ),
-    "bitsandbytes": ("trainer/parallel/optimizers.py", *_HOST_TOOLS),
-    "prodigyopt": ("trainer/parallel/optimizers.py",),
-    "schedulefree": ("trainer/parallel/optimizers.py",),
+    "bitsandbytes": ("trainer/parallel/optimizers/__init__.py", *_HOST_TOOLS),
+    "prodigyopt": ("trainer/parallel/optimizers/__init__.py",),
+    "schedulefree": ("trainer/parallel/optimizers/__init__.py",),
     "peft": ("trainer/models/lora.py", "trainer/models/pretrained/exported_adapters.py", *_HOST_TOOLS),
     "transformers": (
         "trainer/models/pretrained/text.py",

@@ -18,7 +18,7 @@ class OptimizerFacts:
 
     Args:
         lr: the learning rate where the config gives none.
-        parameters: its own parameters with their defaults, as in `parallel/optimizers.py`.
+        parameters: its own parameters with their defaults, as in `parallel/optimizers`.
         plugins: the values of `plugin` that it works with.
         state_bytes: bytes of state for each trained weight, of a large matrix.
         schedules: whether a learning rate that falls makes sense with it.
