@@ -230,6 +230,7 @@ def test_a_third_signal_does_not_wait_for_the_save_in_flight(
 
 KILLED = """
 import sys
+import threading
 from pathlib import Path
 from runs import small_trainer
 from held_saves import files, held_back
@@ -249,7 +250,7 @@ trainer.saves.wait()
 
 def stuck(*given):
     print("in flight", flush=True)
-    sys.stdin.read()
+    threading.Event().wait()
 
 writing._write_moments = stuck
 trainer.save()
