@@ -31,7 +31,7 @@ from benchmarks.gpu.running import GRACE_SECONDS, run_parts
 from benchmarks.results_file import revision
 
 NAMES = [part.name for part in PARTS]
-# Of the run's time, for the end of the last part and the report.
+# Share of the run's time, for the end of the last part and the report.
 RESERVE_SECONDS = GRACE_SECONDS + 2
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.report is not None:
         print(_write_report(arguments.report).read_text(encoding="utf-8"))
         return 0
-    # Ends the part that runs, which has a process group of its own.
+    # Ends the part that runs. It has a process group of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     folder = _new_folder(arguments.out)
     parts = [part for part in PARTS if part.name in {"device", *(arguments.only or NAMES)}]

@@ -44,7 +44,7 @@ def measure_steps(job: Job) -> None:
     there = [host for host in PEERS[job.part] if host.is_in(job.hosts)]
     with_compiled = job.part == "compiled"
     if job.is_small:
-        # Nothing is compiled, which would take a CPU a minute.
+        # Nothing is compiled: that would take a CPU a minute.
         torch.compiler.set_stance("force_eager")
     for precision in ("bf16",) if with_compiled else ("fp32", "bf16"):
         setting = Setting(job.device, precision, budget_seconds=PRECISION_SHARE * job.seconds)

@@ -23,7 +23,7 @@ def test_a_machine_is_bound_by_nvlink_and_several_by_the_slower_link() -> None:
     assert two == pytest.approx(max(P * 15 / 16 / 450e9, P / 2 / 400e9))
     many = least_seconds([Transfer("all-reduce", "gradients", P, 1024)], H100)
     assert many == pytest.approx(2 * P * 127 / 128 / 400e9)
-    # Of one GPU of each machine.
+    # By one GPU of each machine.
     across = least_seconds([Transfer("all-reduce", "gradients, between groups", P, 4)], H100)
     assert across == pytest.approx(2 * P * 3 / 4 / 50e9)
 

@@ -21,7 +21,7 @@ from speedit_plugins.trainer.training.train import train
 needs_colossalai = pytest.mark.skipif(
     importlib.util.find_spec("colossalai") is None, reason="needs ColossalAI; make install adds it"
 )
-# Of a model by itself: the quick ones.
+# Those of a model by itself: the quick ones.
 MODELS = [name for name in sequence_checks.checks(2) if name.startswith("check_two_gradients_")]
 TRAININGS = [name for name in sequence_checks.checks(2) if name not in MODELS]
 FOUR = list(sequence_checks.checks(4))

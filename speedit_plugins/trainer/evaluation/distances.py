@@ -198,7 +198,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def frechet_distance(self, other: "FeatureStatistics") -> float:
-        """`frechet_distance` of the two sets of features, which have at least two samples each."""
+        """`frechet_distance` of the two sets of features, of at least two samples each."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 

@@ -1,6 +1,6 @@
 """What a rank holds and sends in a step under each plugin, in bytes. Nothing is allocated.
 
-Every number is for rank 0, which has the most. Other ranks have less by a row of a parameter at most.
+Every number is for rank 0: it has the most. Other ranks have less by a row of a parameter at most.
 
 Sources: the engines of this folder, and the code of ColossalAI 0.5.0's LowLevelZeroOptimizer and of torch's
 `fully_shard`. The volumes of collectives are those of rings: Patarasuk and Yuan 2009, "Bandwidth optimal

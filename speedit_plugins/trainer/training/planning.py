@@ -162,7 +162,7 @@ class RankPlan:
         except ValueError as error:
             return " ".join(str(error).split())
         if plugin == "fsdp2" and not all(parameter.shape for parameter in self.training.parameters):
-            return "a parameter is a single number, which has no rows"
+            return "a parameter is a single number and has no rows"
         return None
 
     def _counted(self, is_cast: bool, is_checkpointed: bool) -> Passes:
