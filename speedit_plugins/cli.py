@@ -88,7 +88,7 @@ def _started(task: _Task, argv: Sequence[str] | None) -> int:
         imports=arguments.imports,
     )
     if arguments.dry_run:
-        return _describe(config, processes=arguments.processes or 1, gpu_memory=arguments.gpu_memory)
+        return _describe(config, arguments)
     if _is_launched() and arguments.phase != "train":
         raise ValueError(f"{arguments.phase} runs in one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}")
     task.phase, task.config = arguments.phase, config
@@ -185,15 +185,16 @@ def _is_first_to_say(line: str) -> bool:
     return True
 
 
-def _describe(config: ExperimentConfig, *, processes: int, gpu_memory: int | None) -> int:
+def _describe(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
     # Flush, so that the config is on the screen while torch loads.
     sys.stdout.write(import_module("speedit_plugins.trainer.config.loading").to_yaml(config))
     sys.stdout.flush()
     describe = import_module("speedit_plugins.trainer.training.dry_run").describe
-    description = describe(config, processes=processes, gpu_memory=gpu_memory)
+    description = describe(config, processes=arguments.processes, gpu_memory=arguments.gpu_memory)
     sys.stdout.write(f"\n{description.text}\n")
     sys.stdout.flush()
-    if description.fault is not None:
+    # No other phase needs the data of the training.
+    if description.fault is not None and arguments.phase == "train":
         raise ValueError(f"the data cannot be used: {description.fault}")
     return 0
 

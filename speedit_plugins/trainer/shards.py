@@ -1,6 +1,6 @@
-"""Tensors of which a plugin leaves each rank a part: told apart, and gathered.
+"""Tells sharded tensors from whole ones, and gathers them.
 
-By the method that they have, so that a run without shards need not import torch's sharding.
+It looks for the method that torch's `DTensor` has, so that a run without shards need not import it.
 """
 
 from typing import Any, cast

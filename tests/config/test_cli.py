@@ -80,9 +80,9 @@ def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
     assert main([*common, "--processes", "8", "--gpu-memory", "80GB"]) == 0
     assert main([*common, "--gpu-memory", "1.5GiB"]) == 0
     assert asked == [
-        {"processes": 1, "gpu_memory": None},
+        {"processes": None, "gpu_memory": None},
         {"processes": 8, "gpu_memory": 80 * 10**9},
-        {"processes": 1, "gpu_memory": 3 * 2**29},
+        {"processes": None, "gpu_memory": 3 * 2**29},
     ]
     capsys.readouterr()
     # All is said first.
@@ -91,6 +91,8 @@ def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
     captured = capsys.readouterr()
     assert captured.out == out
     assert captured.err == "speedit: error: the data cannot be used: no folder\n"
+    # Samples are drawn without them.
+    assert main(["-c", DIGITS, "-p", "sample", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(

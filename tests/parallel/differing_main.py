@@ -1,4 +1,4 @@
-"""`speedit`, but each rank has its own seed, as if their machines had different configs.
+"""`speedit`, but the ranks share samples or do not, as if their machines had different configs.
 
 torchrun --standalone --nproc_per_node 2 differing_main.py -c CONFIG -p train ...
 """
@@ -8,4 +8,4 @@ import sys
 
 from speedit_plugins.cli import main
 
-sys.exit(main([*sys.argv[1:], f"seed={os.environ['RANK']}"]))
+sys.exit(main([*sys.argv[1:], f"sequence_parallel={1 + int(os.environ['RANK'])}"]))

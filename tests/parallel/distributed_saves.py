@@ -86,6 +86,12 @@ def check_a_full_disk_under_one_rank_is_an_error_of_the_next_step_on_all(
 
 
 def check_a_rank_that_fails_alone_is_an_error_of_all(runtime: Runtime, folder: Path) -> None:
+    for place in ("step", "wait"):
+        _fail_alone(runtime, folder / place, place)
+
+
+def _fail_alone(runtime: Runtime, folder: Path, place: str) -> None:
+    """The others hear of it in the next step, or where all of them wait for the save."""
     trainer = steps(two_ranks(runtime, folder, async_save="true"), 1)
     saves, end = trainer.saves, threading.Event()
     assert isinstance(saves, BackgroundSaves)
@@ -101,7 +107,8 @@ def check_a_rank_that_fails_alone_is_an_error_of_all(runtime: Runtime, folder: P
     trainer.save()
     if runtime.rank == 1:
         saves._background.wait()
-    message = message_of(CheckpointError, trainer.optimizer_step)
+    reach = {"step": trainer.optimizer_step, "wait": saves.wait}[place]
+    message = message_of(CheckpointError, reach)
     assert message == f"cannot write checkpoint {folder}/checkpoints/step_0000001 on rank 1: MemoryError"
     # Nobody waits for rank 0's thread: at the end, or in another save.
     assert saves._background.is_busy == runtime.is_main

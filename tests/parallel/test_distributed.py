@@ -163,7 +163,10 @@ def test_ranks_with_different_configs_end_with_one_error(tmp_path: Path) -> None
         output = job.end()
     assert job.process.returncode != 0
     said = re.findall(r"speedit: rank \d: error: (.*)", output)
-    assert said == ["the processes of a run need one config, got seed 0 on rank 0, 1 on rank 1"], output
+    # Before one of them makes groups, and waits for the others there.
+    assert said == [
+        "the processes of a run need one config, got sequence_parallel 1 on rank 0, 2 on rank 1"
+    ], output
     assert not (tmp_path / "checkpoints").exists()
 
 

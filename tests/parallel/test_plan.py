@@ -4,9 +4,6 @@ Dims: P trained weights, n ranks.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import pytest
 from plan_cases import CASES, case_config
+from processes import TORCHRUN, Job
 
 from speedit_plugins.trainer.parallel.plan import (
     PLANS,
@@ -26,8 +24,6 @@ from speedit_plugins.trainer.parallel.plan import (
 from speedit_plugins.trainer.training.planning import RankPlan
 
 HERE = Path(__file__).parent
-# A hang alone takes longer: about a minute on an idle machine with two cores.
-TIMEOUT_SECONDS = 900
 PARTS = ("weights", "gradients", "moments", "masters", "averages")
 P = 64 * 32 + 64 * 64
 BLOCKS = (ParameterSize((64, 32), True, None), ParameterSize((64, 64), True, 0))
@@ -135,11 +131,9 @@ def test_gradients_come_as_activations_go() -> None:
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("plan")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(HERE / "distributed_plan.py"), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with Job([*TORCHRUN, HERE / "distributed_plan.py", out]) as job:
+        output = job.end()
+        assert job.process.returncode == 0, output[-3000:]
     return json.loads((out / "counted.json").read_text())
 
 

@@ -117,8 +117,8 @@ def test_models_whose_tokens_stay_together_are_refused() -> None:
 def test_a_dry_run_says_what_a_process_holds_and_asks_the_model(tmp_path: Path) -> None:
     # 4 x 4 patches; heads for two.
     options = {"model__patch_size": 2}
-    assert "on each process" not in describe(small_config(tmp_path, **options))
-    described = describe(small_config(tmp_path, sequence_parallel=2, **options))
+    assert "on each process" not in describe(small_config(tmp_path, **options)).text
+    described = describe(small_config(tmp_path, sequence_parallel=2, **options)).text
     assert "on each process    8 tokens of a sample, 2 processes share it\n" in described
     with pytest.raises(
         ValueError, match=r"^sequence_parallel: wanted a divisor of the model's 2 heads, .* got 4$"

@@ -11,7 +11,7 @@ from processes import BIN, Job
 from runs import arguments, last_step, small_config
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.training.train import train
 
 MAIN = Path(__file__).with_name("machine_main.py")
@@ -65,21 +65,21 @@ def test_two_machines_equal_one_process_and_one_goes_on_when_the_other_is_lost(
         assert said[0] not in said[2:]
     train(small_config(whole, max_training_steps=5, **same))
     found, expected = (
-        without_key_bias(checkpoint.load(folder / "checkpoints" / "step_0000005").model)
+        without_key_bias(checkpoints.load(folder / "checkpoints" / "step_0000005").model)
         for folder in (parts, whole)
     )
     # Gradients are summed in two orders in float32, in 5 steps of less than lr = 1e-3 each.
     assert_close(found, expected, rtol=0, atol=1e-6)
-    saved = checkpoint.newest_whole(checkpoint.newest_first(parts / "checkpoints"))
+    saved = checkpoints.newest_whole(checkpoints.newest_first(parts / "checkpoints"))
     assert saved is not None
-    end = checkpoint.step_of(saved) + 3
+    end = checkpoints.step_of(saved) + 3
     rest = arguments(parts, max_training_steps=end, log_every=1, **same)
     with agent("node-a", port, rest, num_machines=1) as alone:
         output = alone.end()
     assert alone.process.returncode == 0, output
     assert f"going on from {saved}" in output
     assert "fp32, 2 processes" in output
-    assert checkpoint.damage(parts / "checkpoints" / f"step_{end:07d}") is None
+    assert checkpoints.damage(parts / "checkpoints" / f"step_{end:07d}") is None
 
 
 @pytest.mark.slow

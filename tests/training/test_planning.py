@@ -15,7 +15,9 @@ from speedit_plugins.trainer.training.planning import Passes, RankPlan, plan_lin
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
-def said(folder: Path, processes: int = 1, gpu_memory: int | None = None, **changes: Any) -> dict[str, str]:
+def said(
+    folder: Path, processes: int | None = None, gpu_memory: int | None = None, **changes: Any
+) -> dict[str, str]:
     plan = RankPlan(small_config(folder, **changes), processes)
     return {name.strip(): text for name, text in plan_lines(plan, gpu_memory)}
 
@@ -114,11 +116,26 @@ def test_shared_samples_are_counted_by_their_part_of_the_tokens(tmp_path: Path) 
     # As a config with `sequence_parallel: 2`.
     shared.sequence_size, shared.num_samples = 2, 2 * alone.num_samples
     one, two = (plan.passes("ddp", is_checkpointed=False).peak(plan.num_samples) for plan in (alone, shared))
-    assert two == pytest.approx(one, rel=1e-3)
+    # What comes out of the two attentions is kept twice.
+    assert two == pytest.approx(one + 2 * 4 * 64 * 4 * 8 // 2, rel=1e-3)
     (tokens,) = (each for each in shared.plan("ddp").transfers if each.kind == "all-to-all")
     # Two attentions of 4 tokens of 64 float32 numbers: queries, keys, values and what comes out, forward and
     # backward, of 8 samples. A rank has half of the tokens and keeps half of these.
     assert tokens.sent == 2 * 4 * 64 * 4 * 4 * 2 * 8 // 2 // 2
+
+
+def test_blocks_across_frames_exchange_nothing(tmp_path: Path) -> None:
+    model = {"type": "Latte", "num_frames": 2, "hidden_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4}
+    options = {"model": str(model), "num_frames": 2, "data__dataset": "MovingDigits", "sequence_parallel": 2}
+    plan = RankPlan(small_config(tmp_path, **options))
+    assert plan.processes == 2
+    (tokens,) = (each for each in plan.plan("ddp").transfers if each.kind == "all-to-all")
+    # The block within the frames alone: of 2 x 4 tokens, as above, of 16 samples.
+    assert tokens.sent == 2 * 4 * 64 * 4 * 4 * 2 * 16 // 2 // 2
+
+
+def test_a_model_without_condition_is_planned(tmp_path: Path) -> None:
+    assert num_bytes(said(tmp_path, num_classes=0)["activations"]) > 0
 
 
 def test_the_largest_batch_is_where_the_line_meets_the_memory() -> None:

@@ -12,7 +12,7 @@ from test_trainer import everything, fit
 from torch import nn
 from torch.testing import assert_close
 
-from speedit_plugins.trainer import checkpoint
+from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.layers import linear
 from speedit_plugins.trainer.models.layers.linear import ChosenProducts, Linear, Products
@@ -214,7 +214,7 @@ def test_fsdp2_gathers_what_the_chosen_products_take(tmp_path: Path, monkeypatch
         calls.clear()
         training.train(small_config(tmp_path / plugin, plugin=plugin, max_training_steps=4, sample_every=0))
         assert set(calls) == {tuple(products) for products in WINNERS.values()}
-        weights[plugin] = checkpoint.load(tmp_path / plugin / "checkpoints" / "step_0000004").model
+        weights[plugin] = checkpoints.load(tmp_path / plugin / "checkpoints" / "step_0000004").model
     # As in test_fully_sharded.py: the gradient norms of the two round differently.
     assert_close(weights["fsdp2"], weights["ddp"], rtol=0, atol=1e-6)
 

@@ -39,8 +39,10 @@ class SpatialAttention(SelfAttention):
 class TemporalAttention(SelfAttention):
     """Attention at each place of the frame, among the F frames: (B, F, N, D) -> (B, F, N, D)."""
 
+    # Ranks split the places: all frames of a place are on one.
+    is_shared = False
+
     def forward(self, x: Tensor, rotation: Rotation | None = None, split: WholeTokens = WHOLE) -> Tensor:
-        # Ranks split the places: all frames of a place are on one.
         mixed = super().forward(rearrange(x, "b f n d -> (b n) f d"), rotation)
         return rearrange(mixed, "(b n) f d -> b f n d", b=x.shape[0])
 

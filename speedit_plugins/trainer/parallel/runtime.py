@@ -1,6 +1,6 @@
 """The processes of a run: which one this is, and how they exchange values.
 
-This file uses torch.distributed only; ColossalAI is in booster.py.
+This file uses torch.distributed only; ColossalAI is in booster.py and colossal_setup.py.
 """
 
 import os
@@ -143,7 +143,7 @@ def launch(config: ExperimentConfig) -> Runtime:
             or versions of this package; then all of them raise it.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    _check_parts(config, world_size)
+    num_parts(config, world_size)
     device = build_device(config)
     if device.type == "cuda":
         device = _own_cuda_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -155,10 +155,11 @@ def launch(config: ExperimentConfig) -> Runtime:
     elif config.plugin != "ddp":
         # The sharded optimizers need a process group, even of one process.
         _join(device, config.distributed_timeout_seconds, is_alone=True)
-    runtime = sharing_samples(Runtime(rank, world_size, device), config)
+    runtime = Runtime(rank, world_size, device)
     # The first collective, so that no process waits for one that trains something else.
     if problem := difference(runtime.gather_objects(stated(config))):
         raise ValueError(problem)
+    runtime = sharing_samples(runtime, config)
     return replace(runtime, peers=meet(rank, runtime.gather_objects)) if world_size > 1 else runtime
 
 
@@ -169,7 +170,7 @@ def sharing_samples(runtime: Runtime, config: ExperimentConfig) -> Runtime:
         ValueError: the number of processes is no multiple of it, or the batch has no equal parts.
     """
     size = config.sequence_parallel
-    _check_parts(config, runtime.world_size)
+    num_parts(config, runtime.world_size)
     if size == 1:
         return replace(runtime, sequence_size=1, sequence_group=None)
     timeout, own = timedelta(seconds=config.distributed_timeout_seconds), None
@@ -180,7 +181,12 @@ def sharing_samples(runtime: Runtime, config: ExperimentConfig) -> Runtime:
     return replace(runtime, sequence_size=size, sequence_group=own)
 
 
-def _check_parts(config: ExperimentConfig, world_size: int) -> None:
+def num_parts(config: ExperimentConfig, world_size: int) -> int:
+    """Number of parts that so many processes split a batch into.
+
+    Raises:
+        ValueError: they cannot share samples or the batch as the config says.
+    """
     size = config.sequence_parallel
     if world_size % size:
         raise ValueError(
@@ -193,6 +199,7 @@ def _check_parts(config: ExperimentConfig, world_size: int) -> None:
             f"data.batch_size counts the samples of all processes: wanted a multiple of {parts} {kind}, got"
             f" {config.data.batch_size}"
         )
+    return parts
 
 
 def build_device(config: ExperimentConfig) -> torch.device:

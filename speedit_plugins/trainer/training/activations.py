@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from speedit_plugins.trainer.accelerations.objective import Acceleration, asked_of
 from speedit_plugins.trainer.models.interface import example_inputs
@@ -24,7 +24,8 @@ class Activations:
     Args:
         kept: bytes of the tensors that autograd keeps.
         largest_unit: those that it keeps of one block, at most.
-        attended: bytes of the tokens that come out of all self-attentions.
+        attended: bytes of the tokens that come out of the self-attentions among all tokens, which ranks that
+            share samples exchange.
     """
 
     kept: int
@@ -60,7 +61,7 @@ def activations(
     inputs = example_inputs(model, num_samples, dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
-        inputs = tree_map(lambda item: item.new_empty(item.shape, device="cpu"), inputs)
+        inputs = tree_map_only(Tensor, lambda item: item.new_empty(item.shape, device="cpu"), inputs)
         storages = _Storages(model)
         with storages.kept(), torch.autocast("cpu", half, enabled=dtype != half):
             found = model(*inputs, **asked_of(accelerations))
@@ -75,7 +76,7 @@ class _Storages:
 
     def __init__(self, model: nn.Module) -> None:
         self._units = units(model)
-        self._attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
+        self._attentions = [m for m in model.modules() if isinstance(m, SelfAttention) and m.is_shared]
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         # Views share a storage. While the tensor is held, no other storage gets its address.
         self._held: dict[int, Tensor] = {}

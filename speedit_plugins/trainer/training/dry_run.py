@@ -31,11 +31,13 @@ class Description:
     fault: str | None = None
 
 
-def describe(config: ExperimentConfig, *, processes: int = 1, gpu_memory: int | None = None) -> Description:
+def describe(
+    config: ExperimentConfig, *, processes: int | None = None, gpu_memory: int | None = None
+) -> Description:
     """Parameters, tokens per sample, memory of a rank and data of a config, without allocating the model.
 
     Args:
-        processes: of the training.
+        processes: of the training; None is the fewest that the config can do with.
         gpu_memory: bytes of a GPU, for a table of what fits.
 
     Raises:

@@ -21,7 +21,7 @@ from speedit_plugins.trainer.config.training_checks import check_optimizer as ch
 from speedit_plugins.trainer.parallel.gemini import check_gemini
 from speedit_plugins.trainer.parallel.optimizers import check_optimizer
 from speedit_plugins.trainer.parallel.plan import PLANS, ParameterSize, Plan, Training, Transfer
-from speedit_plugins.trainer.parallel.runtime import Runtime
+from speedit_plugins.trainer.parallel.runtime import Runtime, num_parts
 from speedit_plugins.trainer.parallel.units import units
 from speedit_plugins.trainer.starting_weights import start_from
 from speedit_plugins.trainer.training.activations import Activations, activations
@@ -64,7 +64,7 @@ class RankPlan:
 
     Args:
         config: checked for the phase train.
-        processes: of the training.
+        processes: of the training; None is the fewest that the config can do with.
         passes: activations that are known, by whether the model is cast and checkpointed. Others are added.
 
     Raises:
@@ -74,28 +74,21 @@ class RankPlan:
     def __init__(
         self,
         config: ExperimentConfig,
-        processes: int = 1,
+        processes: int | None = None,
         passes: dict[tuple[bool, bool], Passes] | None = None,
     ) -> None:
-        batch_size, copies = config.data.batch_size, config.sharding.replicate
+        copies = config.sharding.replicate
         # Ranks that share the tokens of a sample.
         self.sequence_size = config.sequence_parallel
-        if processes % self.sequence_size:
-            raise ValueError(
-                f"sequence_parallel: wanted a divisor of the number of processes, {processes}, got"
-                f" {self.sequence_size}"
-            )
-        parts = processes // self.sequence_size
-        if batch_size % parts:
-            raise ValueError(
-                f"data.batch_size counts the samples of all processes: wanted a multiple of {parts}"
-                f" processes, got {batch_size}"
-            )
+        if processes is None:
+            processes = math.lcm(self.sequence_size, copies)
+        parts = num_parts(config, processes)
         if processes % copies:
             raise ValueError(
                 f"sharding.replicate: wanted a divisor of the number of processes, {processes}, got {copies}"
             )
-        self.config, self.processes, self.num_samples = config, processes, batch_size // parts
+        self.config, self.processes = config, processes
+        self.num_samples = config.data.batch_size // parts
         self._passes = {} if passes is None else passes
 
     @property
@@ -138,6 +131,9 @@ class RankPlan:
             return found
         passes = self.passes(plugin, is_checkpointed=self.is_checkpointed)
         payload = int(passes.exchanged * self.num_samples) * self.training.grad_accumulation
+        if not payload:
+            # Attentions of diffusers are not counted.
+            return found
         tokens = Transfer("all-to-all", "tokens for heads and back", payload, self.sequence_size)
         return replace(found, transfers=(*found.transfers, tokens))
 
@@ -170,8 +166,12 @@ class RankPlan:
         n = self.num_samples
         few, more = (self._count(size, is_cast, is_checkpointed) for size in (n, 2 * n))
         fixed, per_sample = _line(few.kept, more.kept, n)
+        attended = few.attended / n
         # Queries, keys, values and what comes out, forward and backward.
-        exchanged = 4 * 2 * few.attended / n
+        exchanged = 4 * 2 * attended
+        if self.sequence_size > 1 and not is_checkpointed:
+            # What comes out is kept twice: as it leaves the attention, and as it comes back from other ranks.
+            per_sample += attended
         recomputed = (0.0, 0.0)
         if is_checkpointed:
             few, more = (self._count(size, is_cast, False) for size in (n, 2 * n))

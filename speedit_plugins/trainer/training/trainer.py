@@ -353,8 +353,10 @@ class Trainer:
         for draw, terms in seen if self.runtime.counts_samples else ():
             # Before the policy learns from the losses: they are corrected by the density that drew them.
             self.window.add(draw, terms)
-        rows = [torch.cat([d.index for d, _ in seen]), torch.cat([(t.mse + t.vb).detach() for _, t in seen])]
-        self.policy.update(*(row if self.runtime.counts_samples else row[:0] for row in rows))
+        index = torch.cat([draw.index for draw, _ in seen])
+        losses = torch.cat([(terms.mse + terms.vb).detach() for _, terms in seen])
+        num_counted = len(index) if self.runtime.counts_samples else 0
+        self.policy.update(index[:num_counted], losses[:num_counted])
 
     def _count_skipped(self, culprit: str) -> None:
         self.num_skipped += 1

@@ -32,6 +32,9 @@ class SelfAttention(nn.Module):
             `k_norm`; None leaves both as they are. Source: Dehghani et al. 2023, arXiv:2302.05442.
     """
 
+    # Whether ranks that share a sample exchange its tokens here.
+    is_shared = True
+
     def __init__(
         self,
         hidden_size: int,

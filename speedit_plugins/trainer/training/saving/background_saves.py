@@ -8,6 +8,7 @@ torch, the hashes and the files leave Python's lock to the training while they w
 from 0.8 on. A process would need the copies in shared memory, and could outlive the training.
 """
 
+import itertools
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from speedit_plugins.trainer.training.saving.staging import Staging
 
 # Earlier ones keep Python's lock while they write, so the training would stand still.
 _SAFETENSORS = (0, 8)
-# A wait that takes longer is said in a line.
+# After so long a wait a line says what it is for.
 _SILENT_SECONDS = 1.0
-# How long a rank waits for its own end of a save that failed on another one: of most failures all hear.
+# How long a rank waits for its own part of a save that failed on another one. Most failures reach all ranks.
 _FAILURE_SECONDS = 10.0
 
 
@@ -66,7 +67,7 @@ class BackgroundSaves(Saves):
 
     def wait(self) -> None:
         if self._lost is None:
-            self._settle()
+            self._settle_together()
         self.raise_failure()
 
     def settle(self) -> None:
@@ -76,7 +77,8 @@ class BackgroundSaves(Saves):
         self._settle()
         if self.has_failed:
             self._is_told = True
-            if self._runtime.is_main:
+            # Every rank has the other failures.
+            if self._runtime.is_main or isinstance(self._background.fault, _AloneError):
                 say(str(self._background.fault))
 
     def raise_failure(self) -> None:
@@ -99,12 +101,26 @@ class BackgroundSaves(Saves):
         if self._lost is not None or not all(is_told for *_, is_told in said):
             raise CheckpointError(texts[0]) from fault
 
+    def _settle_together(self) -> None:
+        """Waits until all ranks are done with their parts, or one has failed: others may wait for it."""
+        for number in itertools.count():
+            is_busy = not self._background.wait(_SILENT_SECONDS)
+            has_failed = self._background.fault is not None
+            is_busy, has_failed = map(bool, self._runtime.maximum([is_busy, has_failed]))
+            if has_failed or not is_busy:
+                return
+            if number == 0:
+                self._say_wait()
+
     def _settle(self) -> None:
         """Waits for this rank's part."""
         if not self._background.wait(_SILENT_SECONDS):
-            if self._runtime.is_main:
-                say(f"waiting for {self.folder / folder_name(self.step)}, which is being written")
+            self._say_wait()
             self._background.wait()
+
+    def _say_wait(self) -> None:
+        if self._runtime.is_main:
+            say(f"waiting for {self.folder / folder_name(self.step)}, which is being written")
 
     def _note(self, best: Best) -> None:
         # After the checkpoint is there.

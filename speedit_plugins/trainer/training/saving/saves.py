@@ -12,7 +12,7 @@ from speedit_plugins.trainer.training.saving.held import Held
 
 
 class Saves:
-    """Writes checkpoints while the training waits. Every method is collective.
+    """Writes checkpoints while the training waits. All methods but `settle` and `last_line` are collective.
 
     `step` is the step of the newest checkpoint that was asked for, -1 for none. `last` is the newest one that
     is whole, None for none.
