@@ -134,13 +134,16 @@ def counted(trainer: Trainer) -> dict[str, Any]:
 
 
 def sent(seen: profile) -> dict[str, int]:
-    """Bytes of the whole tensors of a step by kind of collective, without those of single numbers."""
+    """Bytes of the whole tensors of a step by kind of collective.
+
+    Single numbers do not count, nor what the ranks agree on, in float64.
+    """
     found: Counter[str] = Counter()
     for event in seen.profiler.kineto_results.events():
         if event.name() in COLLECTIVES:
             kind, place = COLLECTIVES[event.name()]
             shape, dtype = event.shapes()[place], event.dtypes()[place]
-            if math.prod(shape) > 3:
+            if dtype != "double" and math.prod(shape) > 1:
                 found[kind] += math.prod(shape) * ITEM_BYTES[dtype]
     return dict(found)
 

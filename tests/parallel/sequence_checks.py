@@ -251,7 +251,7 @@ def check_two_measurements_see_whole_samples(runtime: Runtime, folder: Path) -> 
         (runtime, {"sequence_parallel": 2}),
         (runtime, {"sequence_parallel": 2, "plugin": "fsdp2"}),
     ):
-        trainer = steps(two_ranks(own, folder / str(own.rank), **options, **changes), 2)
+        trainer = steps(two_ranks(own, folder / str(runtime.rank), **options, **changes), 2)
         profile = trainer._profile()
         assert bool(profile) == own.is_main
         tracker = Recording()
