@@ -77,8 +77,8 @@ class _Task:
 def _started(task: _Task, argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     for name in ("processes", "gpu_memory"):
-        if getattr(arguments, name) is not None and not arguments.dry_run:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --dry-run")
+        if getattr(arguments, name) is not None and not (arguments.dry_run and arguments.phase == "train"):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without -p train --dry-run")
     # Imported here: without the trainer extra OmegaConf is missing, and the error is one line.
     config = import_module("speedit_plugins.trainer.config.loading").load_config(
         arguments.config,
@@ -221,10 +221,10 @@ def _processes(text: str) -> int:
 
 
 def _memory_size(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(gb|gib)", text.lower())
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"wanted a size such as 80GB or 80GiB, got {text!r}")
-    return int(float(found[1]) * {"GB": 10**9, "GiB": 2**30}[found[2]])
+    return int(float(found[1]) * {"gb": 10**9, "gib": 2**30}[found[2]])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -98,8 +98,8 @@ def test_dry_run_prints_the_config_and_the_description_and_runs_nothing(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--processes", "4"], "--processes has no effect without --dry-run"),
-        (["--gpu-memory", "80GB"], "--gpu-memory has no effect without --dry-run"),
+        (["--processes", "4"], "--processes has no effect without -p train --dry-run"),
+        (["--gpu-memory", "80GB"], "--gpu-memory has no effect without -p train --dry-run"),
         (["--dry-run", "--processes", "0"], "wanted a number of processes such as 8, got '0'"),
         (["--dry-run", "--gpu-memory", "80"], "wanted a size such as 80GB or 80GiB, got '80'"),
         (["--dry-run", "--gpu-memory", "0GB"], "wanted a size such as 80GB or 80GiB, got '0GB'"),

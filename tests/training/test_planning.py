@@ -139,10 +139,14 @@ def test_a_model_without_condition_is_planned(tmp_path: Path) -> None:
 
 
 def test_the_largest_batch_is_where_the_line_meets_the_memory() -> None:
-    passes = Passes(100.0, 10.0, (50.0, 5.0))
+    passes = Passes(100.0, 10.0, ((50.0, 5.0),))
     assert passes.kept(4) == 140
     assert passes.peak(4) == 210
     assert [passes.most_samples(size) for size in (164, 165, 209, 210)] == [0, 1, 3, 4]
+    # Few samples are outweighed by what does not grow with them, many are not.
+    both = Passes(100.0, 10.0, ((0.0, 5.0), (20.0, 0.0)))
+    assert [both.peak(count) for count in (2, 4, 6)] == [140, 160, 190]
+    assert [both.most_samples(size) for size in (140, 160, 190)] == [2, 4, 6]
 
 
 def test_two_averages_are_counted_twice(tmp_path: Path) -> None:

@@ -195,6 +195,10 @@ def test_a_users_error_is_one_line_and_exit_code_2(
 def test_resume_never_and_going_back_are_refused_where_they_would_lose_steps(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "checkpoints").touch()
+    assert speedit("train", tmp_path / "taken") == 2
+    assert "checkpoints is a file; wanted a folder" in capfd.readouterr().err
     assert speedit("train", tmp_path, max_training_steps=10, ckpt_every=5) == 0
     assert speedit("train", tmp_path, resume="never") == 2
     assert "resume: never would write over the run that holds" in capfd.readouterr().err

@@ -35,13 +35,14 @@ class Passes:
     """Activations of a rank, in bytes, by the number of its samples: `fixed` and so many `per_sample`.
 
     Args:
-        recomputed: the same of what is computed again in the backward pass, at most at a time.
+        recomputed: the same of what the backward pass adds for a time where blocks compute again. The larger
+            of several counts.
         exchanged: bytes of a sample's tokens that ranks with parts of it exchange in a step's batch, by rank.
     """
 
     fixed: float
     per_sample: float
-    recomputed: tuple[float, float] = (0.0, 0.0)
+    recomputed: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
     exchanged: float = 0.0
 
     def kept(self, num_samples: int) -> int:
@@ -50,13 +51,13 @@ class Passes:
 
     def peak(self, num_samples: int) -> int:
         """The most at a time: what is kept, and what is computed again."""
-        fixed, per_sample = self.recomputed
-        return self.kept(num_samples) + math.ceil(fixed + per_sample * num_samples)
+        again = max(fixed + per_sample * num_samples for fixed, per_sample in self.recomputed)
+        return self.kept(num_samples) + math.ceil(again)
 
     def most_samples(self, num_bytes: int) -> int:
         """The most samples whose peak takes so many bytes; 0 if one takes more."""
-        fixed, per_sample = self.fixed + self.recomputed[0], self.per_sample + self.recomputed[1]
-        return max(0, int((num_bytes - fixed) // per_sample)) if per_sample else 0
+        lines = [(self.fixed + fixed, self.per_sample + per_sample) for fixed, per_sample in self.recomputed]
+        return max(0, min(int((num_bytes - fixed) // slope) if slope else 0 for fixed, slope in lines))
 
 
 class RankPlan:
@@ -172,19 +173,17 @@ class RankPlan:
         if self.sequence_size > 1 and not is_checkpointed:
             # What comes out is kept twice: as it leaves the attention, and as it comes back from other ranks.
             per_sample += attended
-        recomputed = (0.0, 0.0)
+        recomputed = [(0.0, 0.0)]
         if is_checkpointed:
             few, more = (self._count(size, is_cast, False) for size in (n, 2 * n))
-            recomputed = _line(few.largest_unit, more.largest_unit, n)
             # In the forward pass autocast holds its copies of all weights, gone when a block computes again.
             copies = _line(few.kept, more.kept, n)[0] - fixed
-            if copies > recomputed[0] + recomputed[1] * n:
-                recomputed = (copies, 0.0)
+            recomputed = [_line(few.largest_unit, more.largest_unit, n), (copies, 0.0)]
             exchanged *= 1.5
         # A rank has its part of the tokens.
         parts = self.sequence_size
-        recomputed = (recomputed[0], recomputed[1] / parts)
-        return Passes(fixed, per_sample / parts, recomputed, exchanged / parts)
+        again = tuple((own, slope / parts) for own, slope in recomputed)
+        return Passes(fixed, per_sample / parts, again, exchanged / parts)
 
     def _count(self, num_samples: int, is_cast: bool, is_checkpointed: bool) -> Activations:
         config = self.config
@@ -224,7 +223,8 @@ def plan_lines(found: RankPlan, gpu_memory: int | None = None) -> Iterator[tuple
         for each in transfers:
             yield f"  {each.kind}", f"{size(each.sent)}, {each.what}, among {each.ranks} ranks"
     if gpu_memory is not None:
-        yield "plugins", f"with {size(gpu_memory)} on each of {found.processes} GPUs"
+        many = f"{found.processes} GPUs" if found.processes > 1 else "1 GPU"
+        yield "plugins", f"on {many} of {size(gpu_memory)}"
         for plugin in PLANS:
             yield f"  {plugin}", _fit(found, plugin, gpu_memory)
 
@@ -282,11 +282,13 @@ def _fit(found: RankPlan, plugin: str, gpu_memory: int) -> str:
         passes = found.passes(plugin, is_checkpointed=is_checkpointed)
         peak = memory.peak(passes.peak(found.num_samples))
         most = passes.most_samples(memory.most_activations(gpu_memory))
-        fits = "fits" if peak <= gpu_memory else "too large"
-        batch_size = most * found.processes // found.sequence_size
-        largest = f"data.batch_size up to {batch_size}" if most else "no batch fits"
+        is_small = peak <= gpu_memory
         how = f" with {CHECKPOINTING}" if is_checkpointed else ""
-        texts.append(f"{fits}{how}: {size(peak)}, {largest}")
+        batch_size = most * found.processes // found.sequence_size
+        largest = (
+            f"data.batch_size up to {batch_size}{'' if is_small else ' fits'}" if most else "no batch fits"
+        )
+        texts.append(f"{'fits' if is_small else 'too large'}{how}: {size(peak)}, {largest}")
     return "; ".join(texts)
 
 

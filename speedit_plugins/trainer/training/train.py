@@ -115,10 +115,11 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
         CheckpointError: the named checkpoint is damaged, or with `auto` all of them are.
     """
     runtime = runtime or Runtime()
+    folder = Path(config.experiment_dir) / results.CHECKPOINTS
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"experiment_dir: {folder} is a file; wanted a folder for checkpoints, or nothing")
     # What rank 0 sees in the folder counts.
-    found = runtime.gather_objects(
-        checkpoints.newest_first(Path(config.experiment_dir) / results.CHECKPOINTS)
-    )[0]
+    found = runtime.gather_objects(checkpoints.newest_first(folder))[0]
     if config.resume == "auto":
         return checkpoints.newest_whole(found, runtime)
     if config.resume == "never":
