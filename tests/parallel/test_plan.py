@@ -44,6 +44,16 @@ def with_copies_of_gloo(memory: RankMemory, plugin: str, payloads: Counter[str])
     )
 
 
+def late_copy_of_gloo(found: RankPlan, plugin: str) -> int:
+    """Bytes of the copy that gloo scatters of a block's gradients. It is gone sooner or later."""
+    if plugin != "fsdp2":
+        return 0
+    blocks: Counter[int | None] = Counter()
+    for parameter in found.training.parameters:
+        blocks[parameter.unit] += 4 * parameter.size
+    return max(blocks.values())
+
+
 def sent(found: Plan) -> Counter[str]:
     totals: Counter[str] = Counter()
     for each in found.transfers:
@@ -165,6 +175,6 @@ def test_two_ranks_hold_and_send_what_was_planned(
     planned = with_copies_of_gloo(memory, plugin, payloads).peak(passes.peak(found.num_samples))
     # The peaks of the steps, each in the rank that needs the most.
     peaks = [held + max(step) for step in zip(*(rank["most"] for rank in ranks), strict=True)]
-    assert min(peaks) <= 1.15 * planned
+    assert min(peaks) <= 1.15 * (planned + late_copy_of_gloo(found, plugin))
     # A group of one process gathers nothing ahead.
     assert name == "fsdp2 groups" or planned <= 1.15 * max(peaks)
