@@ -6,9 +6,7 @@ Calls every function `check_...` of the modules, or those named after the folder
 of its own. Rank 0 writes results.json: for each name a list of failures, empty if the check passed.
 """
 
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,7 @@ import distributed_numbers
 import distributed_optimizers
 import distributed_saves
 import distributed_tasks
-from distributed_runs import TIMEOUT_SECONDS
+from distributed_runs import TIMEOUT_SECONDS, run_checks
 from runs import small_config
 
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
@@ -44,21 +42,8 @@ def main() -> None:
     out = Path(sys.argv[1])
     wanted = sys.argv[2:] or [*CHECKS, *TASKS]
     runtime = launch(small_config(out, distributed_timeout_seconds=TIMEOUT_SECONDS))
-    results = {}
-    for name, check in {**CHECKS, **TASKS, **MESHES}.items():
-        if name not in wanted:
-            continue
-        failure = ""
-        try:
-            check(runtime, out / name)
-        except Exception:
-            failure = traceback.format_exc()
-        failures = runtime.gather_objects(failure)
-        results[name] = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-        if runtime.is_main:
-            # Written after each check, so that results are kept if the job ends early.
-            (out / "results.json").write_text(json.dumps(results, indent=1))
-    runtime.close()
+    every = {**CHECKS, **TASKS, **MESHES}
+    run_checks({name: check for name, check in every.items() if name in wanted}, runtime, out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Trainers on two ranks, or on each rank by itself, for the checks that distributed_checks.py runs."""
 
-from collections.abc import Callable
+import json
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,23 @@ PLUGINS = ("ddp", "zero1", "zero2", "fsdp2")
 # Softmax does not see a key's bias, so its gradient is zero in exact arithmetic. AdamW divides the rounding
 # error by its own size. So two orders of summation drift apart there, by the learning rate at each step.
 KEY_BIAS = ".attn.qkv.bias"
+
+
+def run_checks(checks: Mapping[str, Callable[[Runtime, Path], None]], runtime: Runtime, out: Path) -> None:
+    """Calls each check on all ranks, with a folder of its own, and leaves the process group."""
+    results = {}
+    for name, check in checks.items():
+        failure = ""
+        try:
+            check(runtime, out / name)
+        except Exception:
+            failure = traceback.format_exc()
+        failures = runtime.gather_objects(failure)
+        results[name] = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
+        if runtime.is_main:
+            # Written after each check, so that results are kept if the job ends early.
+            (out / "results.json").write_text(json.dumps(results, indent=1))
+    runtime.close()
 
 
 def two_ranks(runtime: Runtime, folder: Path, **changes: Any) -> Trainer:

@@ -7,9 +7,7 @@ distributed_checks.py does.
 """
 
 import copy
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from distributed_runs import (
     alone,
     everything,
     message_of,
+    run_checks,
     steps,
     two_ranks,
     weights,
@@ -350,20 +349,8 @@ def main() -> None:
     runtime = sharing_samples(
         runtime, small_config(out, sequence_parallel=2, distributed_timeout_seconds=TIMEOUT_SECONDS)
     )
-    results = {}
-    wanted = sys.argv[2:] or checks(runtime.world_size)
-    for name in wanted:
-        check = checks(runtime.world_size)[name]
-        failure = ""
-        try:
-            check(runtime, out / name)
-        except Exception:
-            failure = traceback.format_exc()
-        failures = runtime.gather_objects(failure)
-        results[name] = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text]
-        if runtime.is_main:
-            (out / "results.json").write_text(json.dumps(results, indent=1))
-    runtime.close()
+    every = checks(runtime.world_size)
+    run_checks({name: every[name] for name in sys.argv[2:] or every}, runtime, out)
 
 
 if __name__ == "__main__":

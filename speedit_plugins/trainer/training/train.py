@@ -116,9 +116,11 @@ def checkpoint_to_resume(config: ExperimentConfig, runtime: Runtime | None = Non
     """
     runtime = runtime or Runtime()
     folder = Path(config.experiment_dir) / results.CHECKPOINTS
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"experiment_dir: {folder} is a file; wanted a folder for checkpoints, or nothing")
     # What rank 0 sees in the folder counts.
+    fault = None
+    if runtime.is_main and folder.exists() and not folder.is_dir():
+        fault = ValueError(f"experiment_dir: {folder} is a file; wanted a folder for checkpoints, or nothing")
+    runtime.raise_together(fault)
     found = runtime.gather_objects(checkpoints.newest_first(folder))[0]
     if config.resume == "auto":
         return checkpoints.newest_whole(found, runtime)
