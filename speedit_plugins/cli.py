@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import current_thread, main_thread
+from threading import enumerate as running_threads
 from types import FrameType
 from typing import NoReturn
 
@@ -24,7 +25,7 @@ from speedit_plugins.trainer.config.validation import key_paths
 from speedit_plugins.trainer.exhaustion import memory_line, out_of_files
 from speedit_plugins.trainer.parallel.peers import LostPeerError, is_lost_peer
 from speedit_plugins.trainer.streams import lasting_streams
-from speedit_plugins.trainer.training.interrupt import Interrupted
+from speedit_plugins.trainer.training.interrupt import WRITER, Interrupted
 
 USER_ERROR = 2
 PEER_LOST = 3
@@ -39,6 +40,17 @@ _HOMES = {
     "inference": "speedit_plugins.trainer.sampling.inference",
     "test": "speedit_plugins.trainer.sampling.evaluate",
 }
+
+
+def command() -> NoReturn:
+    """The program `speedit`: runs `main`, and ends the process with its code."""
+    code = main()
+    if code > 128 and WRITER in {thread.name for thread in running_threads()}:
+        # In the middle of a file, this thread would turn the end of the interpreter into an abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,7 +290,15 @@ def _tell_launcher(error: Exception) -> None:
     if _is_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        handler = get_error_handler()
+        if not _is_user_error(error):
+            handler.record_exception(error)
+            return
+        try:
+            # torchrun prints the frames of what is handled here, and those of a user's error help nobody.
+            raise ValueError(_one_line(error)) from None
+        except ValueError as said:
+            handler.record_exception(said)
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -58,7 +58,7 @@ def _batches(config: ExperimentConfig) -> Callable[[], Tensor]:
     trainer = build_trainer(config)
 
     def step() -> Tensor:
-        return trainer.inputs.encode(next(trainer.loader), trainer._generators).latents
+        return trainer.inputs.encode(next(trainer.loader), trainer.draws.generators).latents
 
     return step
 

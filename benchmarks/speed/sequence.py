@@ -15,6 +15,7 @@ sends to others of its group in a step, beside the formula in `formula`.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -34,6 +35,7 @@ from speedit_plugins.trainer.models.dit import DiT
 from speedit_plugins.trainer.models.latte import TemporalAttention
 from speedit_plugins.trainer.models.layers.sequence import whole_tokens
 from speedit_plugins.trainer.parallel.runtime import Runtime, launch
+from speedit_plugins.trainer.training.activations import KeptStorages
 from speedit_plugins.trainer.training.assembly import build_trainer
 
 
@@ -107,21 +109,11 @@ def _kept(model: nn.Module, batch: int, *, is_whole: bool) -> int:
     frames = (model.num_frames,) if hasattr(model, "num_frames") else ()
     x = torch.randn(batch, model.in_channels, *frames, edge, edge)
     label = torch.randint(model.num_classes, (batch,)) if model.num_classes else None
-    storages: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if is_whole:
-            with whole_tokens(model):
-                model(x, torch.rand(batch), label)
-        else:
-            model(x, torch.rand(batch), label)
-    return sum(each.untyped_storage().nbytes() for key, each in storages.items() if key not in parameters)
+    storages = KeptStorages(model)
+    with storages.kept(), whole_tokens(model) if is_whole else contextlib.nullcontext():
+        model(x, torch.rand(batch), label)
+    return storages.num_bytes
 
 
 def _config(arguments: argparse.Namespace) -> ExperimentConfig:

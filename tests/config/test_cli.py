@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, and what is imported when."""
 
 import errno
+import json
 import logging
 import os
 import resource
@@ -295,7 +296,6 @@ def test_the_processes_of_a_launch_say_a_common_error_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("speedit_plugins.cli._tell_launcher", lambda error: None)
     # The level that a process with another rank sets for itself.
     monkeypatch.setattr(logging.getLogger("speedit_plugins"), "setLevel", lambda level: None)
     for rank in ("0", "1"):
@@ -310,6 +310,11 @@ def test_the_processes_of_a_launch_say_a_common_error_once(
     assert said["sed=1", "1"].startswith("speedit: rank 1: error: sed: unknown key")
     assert said["lr=2", "1"].startswith("speedit: rank 1: error: lr: unknown key")
     assert said["sed=1", "0"] == said["lr=2", "0"] == ""
+    for rank in ("0", "1"):
+        told = json.loads((tmp_path / rank / "error.json").read_text())["message"]
+        assert told["message"].startswith("ValueError: lr: unknown key")
+        # Its own line alone.
+        assert told["extraInfo"]["py_callstack"].count("File ") == 1
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -294,9 +294,8 @@ def check_copies_of_a_sharded_model_stay_equal_and_are_saved_once(runtime: Runti
 def check_stratified_timesteps_span_the_global_batch(runtime: Runtime, folder: Path) -> None:
     policy = "{type: uniform, stratified: true}"
     trainer = two_ranks(runtime, folder, diffusion__policy=policy, optimizer__grad_accumulation=2)
-    quantiles = trainer._draw_quantiles()
-    rows = [trainer._seed_samples(number) for number in range(2)]
-    mine = torch.cat([trainer._timesteps(quantiles, each, torch.empty(0)).index for each in rows])
+    trainer.draws.begin(0)
+    mine = torch.cat([trainer.draws.timesteps(number, torch.empty(0)).index for number in range(2)])
     index = torch.cat(runtime.gather_objects(mine))
     # 32 samples over 1000 equally likely timesteps: one in each 32nd part.
     assert sorted((index * 32 // 1000).tolist()) == list(range(32))

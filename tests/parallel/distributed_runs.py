@@ -93,6 +93,7 @@ def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def everything(trainer: Trainer) -> dict[str, Any]:
     """Everything on this rank that decides the next step."""
+    trainer.draws.begin(trainer.step)
     parts = master_weights.owned(trainer.engine.masters, trainer.runtime)
     engine = trainer.engine
     moments = master_weights.optimizer_slices(engine.optimizer, engine.masters, trainer.runtime)
@@ -109,7 +110,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         # The identity is text, which assert_close does not compare.
         "loader": {key: value for key, value in trainer.loader.state_dict().items() if key != "identity"},
         "next_batch": next(trainer.loader),
-        "next_timesteps": trainer.policy.draw_at(trainer._draw_quantiles()).index,
+        "next_timesteps": trainer.draws.timesteps(0, torch.empty(0)).index,
     }
 
 

@@ -334,7 +334,7 @@ def check_four_what_cannot_be_shared_is_refused(runtime: Runtime, folder: Path) 
     )
     trainer = two_ranks(runtime, folder, sequence_parallel=2, model__patch_size=8)
     assert message_of(ValueError, lambda: steps(trainer, 1)) == (
-        "sequence_parallel: 2 processes share 1 tokens; wanted at most 1 processes"
+        "sequence_parallel: 2 processes share a sample, and it has tokens for 1"
     )
 
 

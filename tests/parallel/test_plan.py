@@ -150,7 +150,7 @@ def test_two_ranks_hold_and_send_what_was_planned(
     assert seen == payloads
     # Gradients that a step allocates are among what it was seen to allocate.
     held = sum(ranks[0][part] for part in PARTS if part != "gradients" or plugin == "ddp")
-    # In the rank that needs the most. gloo's threads free blocks unseen by the profiler, which goes on counting
-    # them: more in some steps than in others.
+    # In the rank that needs the most. gloo's threads free blocks unseen by the profiler, and it goes on
+    # counting them: more in some steps than in others.
     peak = held + min(max(step) for step in zip(*(rank["most"] for rank in ranks), strict=True))
     assert peak / 1.15 <= memory.peak(passes.peak(found.num_samples)) <= 1.15 * peak

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from runs import arguments, file_size_limit, small_config, small_trainer
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.checkpoints import CheckpointError
-from speedit_plugins.trainer.checkpoints.background import Background
 from speedit_plugins.trainer.checkpoints.best import read_best
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
@@ -202,30 +200,49 @@ def test_a_training_ends_when_the_save_in_flight_is_whole(
     assert whole(tmp_path) == [f"step_{step:07d}" for step in names]
 
 
-def test_a_third_signal_does_not_wait_for_the_save_in_flight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    make = Trainer.optimizer_step
+IMPATIENT = """
+import signal, sys, time
+from threading import Event, Thread
+import torch
+from speedit_plugins import cli
+from speedit_plugins.trainer import checkpoints
+from speedit_plugins.trainer.checkpoints.background import Background
+from speedit_plugins.trainer.training.trainer import Trainer
 
-    def optimizer_step(trainer: Trainer, *given: Any) -> Any:
-        if trainer.step == 6:
-            stop(signal.SIGINT, 2)
-        return make(trainer, *given)
+step, wait, is_writing = Trainer.optimizer_step, Background.wait, Event()
 
-    def interrupted(background: Background, *given: Any) -> bool:
-        # Somebody who waits, and presses Ctrl-C again.
-        if background.is_busy:
-            stop(signal.SIGINT, 1)
-        return True
+def write(*given, **options):
+    # Long calls outside Python, as those that write files are.
+    while True:
+        is_writing.set()
+        torch.arange(2.0**22).sort(descending=True)
 
-    monkeypatch.setattr(Trainer, "optimizer_step", optimizer_step)
-    monkeypatch.setattr(Background, "wait", interrupted)
-    never = threading.Event()
-    monkeypatch.setattr(checkpoints, "save", lambda *given, **options: never.wait())
-    options = arguments(tmp_path, max_training_steps=9, ckpt_every=5, async_save="true")
-    assert main(["-c", "configs/image/digits/speedit.yaml", "-p", "train", *options]) == 130
-    assert "at step 6; there is no checkpoint of this run, so all of it is lost" in capfd.readouterr().err
-    never.set()
+def pressed(count):
+    for _ in range(count):
+        signal.raise_signal(signal.SIGINT)
+
+def optimizer_step(trainer, *given):
+    if trainer.step == 2 and is_writing.wait():
+        pressed(2)
+    return step(trainer, *given)
+
+def waiting(background, *given):
+    if background.is_busy:
+        pressed(1)
+    return wait(background, *given)
+
+checkpoints.save, Trainer.optimizer_step, Background.wait = write, optimizer_step, waiting
+cli.command()
+"""
+
+
+def test_a_third_signal_does_not_wait_for_the_save_in_flight(tmp_path: Path) -> None:
+    options = arguments(tmp_path, max_training_steps=9, ckpt_every=2, async_save="true")
+    command = [sys.executable, "-c", IMPATIENT, "-c", "configs/image/digits/speedit.yaml", "-p", "train"]
+    with Job([*command, *options]) as job:
+        output = job.end()
+    assert job.process.returncode == 130, output
+    assert "at step 2; there is no checkpoint of this run, so all of it is lost" in output
 
 
 KILLED = """

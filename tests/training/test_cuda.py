@@ -141,11 +141,11 @@ def test_the_trainer_draws_without_waiting_for_the_device(tmp_path: Path) -> Non
     latents = torch.zeros(16, 1, 8, 8, device=CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        quantiles = trainer._draw_quantiles()
-        draw = trainer._timesteps(quantiles, trainer._seed_samples(0), latents)
+        trainer.draws.begin(trainer.step)
+        draw = trainer.draws.timesteps(0, latents)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert {each.device.type for each in (quantiles, draw.index, draw.time, draw.weight)} == {"cuda"}
+    assert {each.device.type for each in (draw.index, draw.time, draw.weight)} == {"cuda"}
     assert ((draw.index >= 0) & (draw.index < 1000)).all()
 
 

@@ -67,6 +67,9 @@ def test_a_plugin_fits_or_says_why_not(tmp_path: Path) -> None:
     found = said(tmp_path, 8, needs["ddp"], **wide)
     # The plan's own batch is the largest, in 8 processes of 2 samples.
     assert re.match(r"fits: .* MiB, data\.batch_size up to 16;", found["ddp"])
+    again = said(tmp_path, 8, needs["ddp"], **wide, model__gradient_checkpointing=True)
+    line = r"fits: .*; fits without gradient_checkpointing: .* up to 16; sends .* MiB in a step"
+    assert re.fullmatch(line, again["ddp"])
     assert found["zero1"].startswith("fits: ")
     assert found["gemini"] == "left out: plugin: gemini trains in bf16 or fp16, got precision: fp32"
     assert set(PLANS) <= set(found)

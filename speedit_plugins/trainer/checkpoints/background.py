@@ -9,14 +9,17 @@ class Background:
     """Runs jobs one after the other on a thread of its own. After one that failed, none is run.
 
     The thread ends with the process, even in the middle of a job: `wait` before.
+
+    Args:
+        name: of the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.fault: Exception | None = None
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._num_left = 0
-        threading.Thread(target=self._run, name="checkpoints", daemon=True).start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
     def is_busy(self) -> bool:

@@ -138,7 +138,8 @@ def _check_measurements(config: ExperimentConfig) -> None:
     defaults = {entry.name: entry.default for entry in fields(ExperimentConfig)}
     for key, every in (("validate_samples", "validate_every"), ("evaluate_samples", "evaluate_every")):
         if not getattr(config, every) and getattr(config, key) != defaults[key]:
-            raise ConfigError(key, f"has no effect without {every}; wanted {defaults[key]}")
+            problem = f"has no effect without {every}; wanted its default, {defaults[key]}, or {every} > 0"
+            raise ConfigError(key, problem)
     if config.evaluate_every:
         _check_evaluation(config.evaluation)
     _check_best(config)

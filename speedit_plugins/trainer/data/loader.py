@@ -75,6 +75,7 @@ class ResumableLoader:
         rank: this process yields part number `rank` of each batch, in [0, world_size).
         world_size: number of equal parts that a batch is split into; must divide batch_size.
         accept_changed: go on from a saved position of other data, at the start of the next epoch.
+        is_silent: leave it to another rank to say what changed; None leaves it to rank 0.
 
     Yields:
         The samples of one part, stacked by key: "image" (B, C, H, W), "label" int64 (B,).
@@ -92,6 +93,7 @@ class ResumableLoader:
         rank: int = 0,
         world_size: int = 1,
         accept_changed: bool = False,
+        is_silent: bool | None = None,
     ) -> None:
         size = len(dataset)
         if batch_size < 1:
@@ -119,8 +121,6 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.rank, self.world_size = rank, world_size
-        # Ranks that share samples have the same part, and one of them tells.
-        self.is_silent = rank > 0
         self.pin_memory = pin_memory
         self._buckets: Tensor | None = getattr(dataset, "buckets", None)
         self._chunked: ChunkedOrder | None = getattr(dataset, "chunked", None)
@@ -128,6 +128,7 @@ class ResumableLoader:
             self._buckets, self._chunked, size=size, batch_size=batch_size
         )
         self._accept_changed = accept_changed
+        self._is_silent = rank > 0 if is_silent is None else is_silent
         self._identity: Identity | None = dataset.identity() if isinstance(dataset, Identified) else None
         self._epoch = 0
         self._offset = 0
@@ -227,7 +228,7 @@ class ResumableLoader:
         state, notes = position_in(
             state, identity, data, arrangement=self._arrangement, accept_changed=self._accept_changed
         )
-        for note in () if self.is_silent else notes:
+        for note in () if self._is_silent else notes:
             say(note)
         self._check_arrangement(state)
         if state["offset"] > self._usable_size:

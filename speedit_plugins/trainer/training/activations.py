@@ -62,7 +62,7 @@ def activations(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model.to_empty(device="cpu")
         inputs = tree_map_only(Tensor, lambda item: item.new_empty(item.shape, device="cpu"), inputs)
-        storages = _Storages(model)
+        storages = KeptStorages(model)
         with storages.kept(), torch.autocast("cpu", half, enabled=dtype != half):
             found = model(*inputs, **asked_of(accelerations))
             hidden = found[1] if isinstance(found, tuple) else None
@@ -71,7 +71,7 @@ def activations(
         return Activations(storages.num_bytes, storages.largest_unit, storages.attended)
 
 
-class _Storages:
+class KeptStorages:
     """The storages that autograd keeps of a model's passes, without those of its parameters."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -126,7 +126,7 @@ def _periodic(
 
 
 def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -> ResumableLoader:
-    loader = ResumableLoader(
+    return ResumableLoader(
         dataset,
         batch_size=config.data.batch_size,
         seed=config.seed,
@@ -136,9 +136,9 @@ def _loader(dataset: SampleSource, config: ExperimentConfig, runtime: Runtime) -
         rank=runtime.data_rank,
         world_size=runtime.data_size,
         accept_changed=config.data.accept_changed,
+        # Ranks that share samples have the same part of a batch.
+        is_silent=not runtime.is_main,
     )
-    loader.is_silent = not runtime.is_main
-    return loader
 
 
 def _in_turn(runtime: Runtime, built: Callable[[], SampleSource]) -> SampleSource:

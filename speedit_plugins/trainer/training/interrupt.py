@@ -4,6 +4,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+# Name of the thread that writes checkpoints while a training goes on.
+WRITER = "speedit checkpoints"
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal ended what was running. The message, if there is one, says what is lost.
@@ -46,6 +49,11 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore(*self._previous)
+
+    def line(self, step: int) -> str:
+        """What a user reads as the training ends after a step, on the asked rank or another one."""
+        again = "" if self._is_launched else "; once more ends it at once, unsaved"
+        return f"{self.signal_name or 'a signal'}: ending after step {step}, which is saved first{again}"
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name

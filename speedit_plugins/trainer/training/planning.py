@@ -256,7 +256,7 @@ def _memory(found: RankPlan) -> Iterator[tuple[str, str]]:
         if num_bytes or unknown and part == "moments":
             yield f"  {part}", f"{size(num_bytes)}{text}"
     yield "  activations", _activations(found, passes)
-    yield "  in all", f"about {size(memory.peak(passes.peak(found.num_samples)))}"
+    yield "  in all", f"about {size(memory.peak(passes.peak(found.num_samples)))} at most at a time"
 
 
 def _activations(found: RankPlan, passes: Passes) -> str:
@@ -276,20 +276,28 @@ def _fit(found: RankPlan, plugin: str, gpu_memory: int) -> str:
     refusal = found.refusal(plugin)
     if refusal is not None:
         return f"left out: {refusal}"
-    memory = found.plan(plugin).memory
-    texts = []
-    for is_checkpointed in (False, True) if found.can_checkpoint else (False,):
-        passes = found.passes(plugin, is_checkpointed=is_checkpointed)
-        peak = memory.peak(passes.peak(found.num_samples))
-        most = passes.most_samples(memory.most_activations(gpu_memory))
-        is_small = peak <= gpu_memory
-        how = f" with {CHECKPOINTING}" if is_checkpointed else ""
-        batch_size = most * found.processes // found.sequence_size
-        largest = (
-            f"data.batch_size up to {batch_size}{'' if is_small else ' fits'}" if most else "no batch fits"
-        )
-        texts.append(f"{'fits' if is_small else 'too large'}{how}: {size(peak)}, {largest}")
+    plan, own = found.plan(plugin), found.is_checkpointed
+    texts = [_largest(found, plugin, plan, gpu_memory, is_checkpointed=own)]
+    if found.can_checkpoint:
+        texts.append(_largest(found, plugin, plan, gpu_memory, is_checkpointed=not own))
+    if plan.transfers:
+        texts.append(f"sends {size(sum(each.sent for each in plan.transfers))} in a step")
     return "; ".join(texts)
+
+
+def _largest(found: RankPlan, plugin: str, plan: Plan, gpu_memory: int, *, is_checkpointed: bool) -> str:
+    """Whether the config's batch fits, and the largest that does."""
+    how = ""
+    if is_checkpointed != found.is_checkpointed:
+        how = f" {'with' if is_checkpointed else 'without'} {CHECKPOINTING}"
+    passes = found.passes(plugin, is_checkpointed=is_checkpointed)
+    peak = plan.memory.peak(passes.peak(found.num_samples))
+    text = f"{'fits' if peak <= gpu_memory else 'too large'}{how}: {size(peak)}"
+    most = passes.most_samples(plan.memory.most_activations(gpu_memory))
+    if not most:
+        return f"{text}, no batch fits"
+    end = " fits" if peak > gpu_memory else ""
+    return f"{text}, data.batch_size up to {most * found.processes // found.sequence_size}{end}"
 
 
 def size(num_bytes: int) -> str:

@@ -19,13 +19,7 @@ from speedit_plugins.trainer.checkpoints.best import Best, is_better, read_best
 from speedit_plugins.trainer.config.loading import to_yaml
 from speedit_plugins.trainer.config.same_run import check_same_run
 from speedit_plugins.trainer.config.schema import ExperimentConfig
-from speedit_plugins.trainer.data.loader import (
-    MODEL_STREAM,
-    NOISE_STREAM,
-    TIMESTEP_STREAM,
-    ResumableLoader,
-    stream_seed,
-)
+from speedit_plugins.trainer.data.loader import ResumableLoader
 from speedit_plugins.trainer.diffusion.gaussian_process import LossTerms
 from speedit_plugins.trainer.inputs import BatchEncoder
 from speedit_plugins.trainer.logging.step_timer import StepTimer
@@ -49,6 +43,7 @@ from speedit_plugins.trainer.training.saving.saved_state import checked_state, l
 from speedit_plugins.trainer.training.saving.saved_weights import check_finite, hold_weights
 from speedit_plugins.trainer.training.saving.saves import build_saves
 from speedit_plugins.trainer.training.step_batches import StepBatches
+from speedit_plugins.trainer.training.step_draws import StepDraws
 
 # Keys whose measurement the trainer is given.
 MEASURED = ("sample_every", "validate_every", "evaluate_every")
@@ -116,9 +111,7 @@ class Trainer:
         self.saves = build_saves(config, self.runtime)
         self.periodic, self._mfu, self.profiler = tuple(periodic), parts.mfu, parts.profiler
         self.best: Best | None = None
-        rows = config.data.batch_size // self.runtime.data_size
-        self._generators = [torch.Generator(self.device) for _ in range(rows)]
-        self._timestep_generator = torch.Generator(self.device)
+        self.draws = StepDraws(config, self.runtime, self.policy)
 
     def fit(self, tracker: Tracker, stop: StopRequest) -> None:
         """Trains to `max_training_steps`, or until a rank is asked to stop. Both end with a checkpoint.
@@ -144,6 +137,8 @@ class Trainer:
         is_stopping = False
         while self.step < last and not is_stopping:
             result, is_stopping = self.optimizer_step(stop)
+            if is_stopping and self.runtime.is_main:
+                say(stop.line(self.step))
             tracker.step_done()
             if self.step % self.config.log_every == 0 or self.step == last:
                 self._log(tracker, result)
@@ -170,8 +165,7 @@ class Trainer:
         """
         self.policy.advance(self.step)
         self.objective.advance(self.step)
-        torch.manual_seed(stream_seed(self.config.seed, MODEL_STREAM, self.step, self.runtime.data_rank))
-        quantiles = self._draw_quantiles()
+        self.draws.begin(self.step)
         self._num_tokens = 0
         seen: list[tuple[TimestepDraw, LossTerms]] = []
         num_batches = self.config.optimizer.grad_accumulation
@@ -179,9 +173,8 @@ class Trainer:
         for number in range(num_batches):
             with self.timer.phase("data"):
                 batch = self._batches.next(self.loader)
-            rows = self._seed_samples(number)
             with self.engine.micro_batch(is_last=number + 1 == num_batches):
-                seen.append(self.train_step(batch, quantiles, rows))
+                seen.append(self.train_step(batch, number))
         with self.timer.phase("optimizer"):
             is_finite = torch.stack([terms.loss.detach().sum() for _, terms in seen]).isfinite().all()
             is_asked = stop is not None and stop.signal_name is not None
@@ -202,20 +195,18 @@ class Trainer:
         self.timer.step_done(num_samples=self.batch_size, num_tokens=self._num_tokens)
         return result, bool(is_any_asked)
 
-    def train_step(
-        self, batch: Mapping[str, Tensor], quantiles: Tensor, rows: slice
-    ) -> tuple[TimestepDraw, LossTerms]:
+    def train_step(self, batch: Mapping[str, Tensor], number: int) -> tuple[TimestepDraw, LossTerms]:
         """Runs forward and backward of one batch. Returns its draw, and the losses per sample.
 
         Args:
             batch: a batch of the loader, see `BatchEncoder.encode`.
-            quantiles: random numbers of the global batch, see `TimestepPolicy.draw_at`.
-            rows: the batch's part of them.
+            number: of the batch in the step, from 0.
         """
+        self.draws.seed(number)
         with self.timer.phase("encode"):
-            given = self.inputs.encode(batch, self._generators)
+            given = self.inputs.encode(batch, self.draws.generators)
             self._num_tokens += num_tokens(self.model, given.latents) * self.runtime.data_size
-        draw = self._timesteps(quantiles, rows, given.latents)
+        draw = self.draws.timesteps(number, given.latents)
         with self.timer.phase("forward"):
             terms = self.objective.losses(given, draw)
         with self.timer.phase("backward"):
@@ -318,29 +309,6 @@ class Trainer:
         best = read_best(self.saves.folder, self.config.keep_best, up_to=self.step)
         # What rank 0 sees counts: all ranks save together.
         self.best = self.runtime.gather_objects(best)[0]
-
-    def _draw_quantiles(self) -> Tensor:
-        """Random numbers of the global batch, equal on all ranks, so that strata span the global batch."""
-        seed = stream_seed(self.config.seed, TIMESTEP_STREAM, self.step)
-        generator = self._timestep_generator.manual_seed(seed)
-        return self.policy.quantiles(self.batch_size, self.device, generator)
-
-    def _seed_samples(self, number: int) -> slice:
-        """Where this rank's samples of batch `number` lie in the global batch. Seeds their generators."""
-        num_rows = len(self._generators)
-        first = number * self.config.data.batch_size + self.runtime.data_rank * num_rows
-        for position, generator in enumerate(self._generators, start=first):
-            generator.manual_seed(stream_seed(self.config.seed, NOISE_STREAM, self.step, position))
-        return slice(first, first + num_rows)
-
-    def _timesteps(self, quantiles: Tensor, rows: slice, latents: Tensor) -> TimestepDraw:
-        """The timesteps of this rank's samples of a batch."""
-        if self.policy.needs_data:
-            # In each batch anew, as its size may be another.
-            self.policy.observe(latents)
-            return self.policy.draw_at(quantiles[rows], device=self.device)
-        # Of the global batch, whose halves mirror each other in paired draws.
-        return self.policy.draw_at(quantiles, device=self.device).map(lambda table: table[rows])
 
     def _learn(self, seen: list[tuple[TimestepDraw, LossTerms]]) -> None:
         """Updates EMA, metrics and policy after a step that moved the weights."""

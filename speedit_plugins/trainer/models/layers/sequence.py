@@ -135,8 +135,7 @@ def split_of(model: Any, num_tokens: int) -> WholeTokens:
     least, more = divmod(num_tokens, group.size)
     if not least:
         raise ValueError(
-            f"sequence_parallel: {group.size} processes share {num_tokens} tokens; wanted at most"
-            f" {num_tokens} processes"
+            f"sequence_parallel: {group.size} processes share a sample, and it has tokens for {num_tokens}"
         )
     return TokenSplit(group, tuple(least + (rank < more) for rank in range(group.size)))
 

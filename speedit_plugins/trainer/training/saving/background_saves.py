@@ -19,6 +19,7 @@ from speedit_plugins.trainer.checkpoints.names import folder_name
 from speedit_plugins.trainer.config.schema import ExperimentConfig
 from speedit_plugins.trainer.parallel.runtime import Runtime
 from speedit_plugins.trainer.terminal import say
+from speedit_plugins.trainer.training.interrupt import WRITER
 from speedit_plugins.trainer.training.saving.held import Held
 from speedit_plugins.trainer.training.saving.saves import Saves
 from speedit_plugins.trainer.training.saving.staging import Staging
@@ -46,7 +47,7 @@ class BackgroundSaves(Saves):
                 " 0.8 or later"
             )
         self._apart = runtime.apart(config.distributed_timeout_seconds)
-        self._background = Background()
+        self._background = Background(WRITER)
         self._staging = Staging(is_main=runtime.is_main)
         self._is_told = False
         # The failure after which the ranks' threads are at different places. Equal on all ranks.
