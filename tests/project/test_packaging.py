@@ -75,7 +75,7 @@ class TestContents:
             }
         assert "Apache License" in info["licenses/LICENSE"]
         assert "License-Expression: Apache-2.0" in info["METADATA"]
-        assert "speedit = speedit_plugins.cli:main" in info["entry_points.txt"]
+        assert "speedit = speedit_plugins.cli:command" in info["entry_points.txt"]
         assert "speedit-launch = speedit_plugins.launch:main" in info["entry_points.txt"]
         assert "speedit-spectrum = speedit_plugins.spectrum_command:main" in info["entry_points.txt"]
         # A plugin user installs two required packages. mmengine would overwrite a host's.
