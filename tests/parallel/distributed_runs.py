@@ -110,7 +110,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
         # The identity is text, which assert_close does not compare.
         "loader": {key: value for key, value in trainer.loader.state_dict().items() if key != "identity"},
         "next_batch": next(trainer.loader),
-        "next_timesteps": trainer.draws.timesteps(0, torch.empty(0)).index,
+        "next_timesteps": trainer.policy.draw_at(trainer.draws.quantiles).index,
     }
 
 

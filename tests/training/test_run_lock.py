@@ -32,6 +32,8 @@ def test_a_second_training_is_refused_while_the_first_lives_and_other_phases_are
 ) -> None:
     command = [sys.executable, "tools/main.py", *CONFIG, "-p", "train"]
     options = {"max_training_steps": 100_000, "log_every": 1, "ckpt_every": 2, "data__num_workers": 1}
+    # So that the checkpoint that is sampled from is not removed meanwhile.
+    options["keep_last"] = 100_000
     with Job([*command, *arguments(tmp_path, **options)]) as job:
         job.until(lambda: last_step(tmp_path) >= 3)
         config = (tmp_path / "config_train.yaml").read_bytes()

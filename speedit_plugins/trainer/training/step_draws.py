@@ -26,19 +26,19 @@ class StepDraws:
         self._seed, self._batch_size = config.seed, config.data.batch_size
         self._num_quantiles = config.data.batch_size * config.optimizer.grad_accumulation
         self._num_rows = config.data.batch_size // runtime.data_size
-        # One for each sample of this rank in a batch.
+        # Of the noise, one for each sample of this rank in a batch.
         self.generators = [torch.Generator(runtime.device) for _ in range(self._num_rows)]
         self._timestep_generator = torch.Generator(runtime.device)
         self._step = 0
-        self._quantiles = torch.empty(0)
+        # Of the timesteps, in the step's global batch. They are equal on all ranks, so that strata span it.
+        self.quantiles = torch.empty(0)
 
     def begin(self, step: int) -> None:
         """Begins a step, and seeds torch's own generator for it."""
         self._step = step
         torch.manual_seed(stream_seed(self._seed, MODEL_STREAM, step, self._runtime.data_rank))
         generator = self._timestep_generator.manual_seed(stream_seed(self._seed, TIMESTEP_STREAM, step))
-        # Of the global batch and equal on all ranks, so that strata span it.
-        self._quantiles = self._policy.quantiles(self._num_quantiles, self._runtime.device, generator)
+        self.quantiles = self._policy.quantiles(self._num_quantiles, self._runtime.device, generator)
 
     def seed(self, number: int) -> None:
         """Seeds `generators` for the step's batch of this number."""
@@ -56,9 +56,9 @@ class StepDraws:
         if self._policy.needs_data:
             # In each batch anew, as its size may be another.
             self._policy.observe(latents)
-            return self._policy.draw_at(self._quantiles[rows], device=device)
+            return self._policy.draw_at(self.quantiles[rows], device=device)
         # Of the global batch, whose halves mirror each other in paired draws.
-        return self._policy.draw_at(self._quantiles, device=device).map(lambda table: table[rows])
+        return self._policy.draw_at(self.quantiles, device=device).map(lambda table: table[rows])
 
     def _first(self, number: int) -> int:
         """Where this rank's samples of a batch begin in the step's global batch."""
