@@ -52,9 +52,7 @@ class StopRequest:
 
     def line(self, step: int) -> str:
         """What a user reads as the training ends after a step, on the asked rank or another one."""
-        is_last = self._is_launched or self.signal_name == signal.SIGHUP.name
-        again = "" if is_last else "; once more ends it at once, unsaved"
-        return f"{self.signal_name or 'a signal'}: ending after step {step}, which is saved first{again}"
+        return f"{self.signal_name or 'a signal'}: ending after step {step}, which is saved first"
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
