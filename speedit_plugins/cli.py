@@ -42,13 +42,19 @@ _HOMES = {
 }
 
 
+class UserError(Exception):
+    """What a launcher is told of an error that the user can mend: the line that was said."""
+
+
 def command() -> NoReturn:
     """The program `speedit`: runs `main`, and ends the process with its code."""
     code = main()
-    if code > 128 and WRITER in {thread.name for thread in running_threads()}:
-        # In the middle of a file, this thread would turn the end of the interpreter into an abort.
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if code and WRITER in {thread.name for thread in running_threads()}:
+        # The writer, in the middle of a file, would turn the end of the interpreter into an abort.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with lasting_streams():
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -173,7 +179,11 @@ def _failed(error: Exception, task: _Task) -> int:
     elif task.phase is not None:
         # All processes met the error in the run. The one that said it is the cause for the launcher.
         time.sleep(LAUNCHER_SECONDS)
-    _tell_launcher(error)
+    try:
+        # torchrun prints the frames of what is handled here. Where a line tells the error, they only hide it.
+        raise UserError(line) from None
+    except UserError as said:
+        _tell_launcher(said)
     return USER_ERROR
 
 
@@ -290,15 +300,7 @@ def _tell_launcher(error: Exception) -> None:
     if _is_launched():
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        handler = get_error_handler()
-        if not _is_user_error(error):
-            handler.record_exception(error)
-            return
-        try:
-            # torchrun prints the frames of what is handled here, and those of a user's error help nobody.
-            raise ValueError(_one_line(error)) from None
-        except ValueError as said:
-            handler.record_exception(said)
+        get_error_handler().record_exception(error)
 
 
 def _is_user_error(error: Exception) -> bool:

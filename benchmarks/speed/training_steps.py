@@ -189,8 +189,8 @@ class OurStep:
         self._clock, self._watch = waiting(setting.device, clock), Stopwatch(clock, PHASES, setting.device)
         self.trainer.timer = self._watch  # type: ignore[assignment]  # it has the same phases, with any clock
         # For this object only.
-        for name in ("begin", "timesteps"):
-            setattr(self.trainer.draws, name, self._timed(getattr(self.trainer.draws, name)))
+        for drawing, name in ((self.trainer.policy, "quantiles"), (self.trainer.draws, "timesteps")):
+            setattr(drawing, name, self._timed(getattr(drawing, name)))
 
     def _timed(self, draw: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*given: Any) -> Any:

@@ -312,7 +312,7 @@ def test_the_processes_of_a_launch_say_a_common_error_once(
     assert said["sed=1", "0"] == said["lr=2", "0"] == ""
     for rank in ("0", "1"):
         told = json.loads((tmp_path / rank / "error.json").read_text())["message"]
-        assert told["message"].startswith("ValueError: lr: unknown key")
+        assert told["message"].startswith("UserError: lr: unknown key")
         # Its own line alone.
         assert told["extraInfo"]["py_callstack"].count("File ") == 1
 

@@ -176,13 +176,14 @@ def most(seen: profile) -> int:
 
 def allocations(seen: profile) -> Iterator[tuple[Any, bool]]:
     """The profiler's events of memory that is taken and freed, and whether they are within a collective."""
-    left = [(event, False) for event in seen.profiler.kineto_results.experimental_event_tree()]
+    # Popped in their order in time.
+    left = [(event, False) for event in reversed(seen.profiler.kineto_results.experimental_event_tree())]
     while left:
         event, is_within = left.pop()
         if hasattr(event.extra_fields, "alloc_size"):
             yield event, is_within
         is_within = is_within or event.name.startswith(("c10d::", "gloo:"))
-        left += [(child, is_within) for child in event.children]
+        left += [(child, is_within) for child in reversed(event.children)]
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
-    """Everything on this rank that decides the next step."""
+    """Everything on this rank that decides the next step, whose draws it begins."""
     trainer.draws.begin(trainer.step)
     parts = master_weights.owned(trainer.engine.masters, trainer.runtime)
     engine = trainer.engine

@@ -334,7 +334,7 @@ def check_four_what_cannot_be_shared_is_refused(runtime: Runtime, folder: Path) 
     )
     trainer = two_ranks(runtime, folder, sequence_parallel=2, model__patch_size=8)
     assert message_of(ValueError, lambda: steps(trainer, 1)) == (
-        "sequence_parallel: 2 processes share a sample, and it has tokens for 1"
+        "sequence_parallel: wanted at most as many processes as a sample has tokens, 1, got 2"
     )
 
 

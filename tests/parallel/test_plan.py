@@ -137,7 +137,7 @@ def test_two_ranks_hold_and_send_what_was_planned(
     ranks = counted[name]
     for part in PARTS:
         assert getattr(memory, part) == max(rank[part] for rank in ranks), part
-    # What ranks that share samples exchange is counted by hand, not by building it.
+    # What ranks that share samples exchange is added by a formula. docs/planning.md says how near it comes.
     exactness = 0 if found.sequence_size == 1 else 0.05
     assert passes.kept(found.num_samples) == pytest.approx(ranks[0]["activations"], rel=exactness, abs=0)
     payloads: Counter[str] = Counter()
@@ -150,7 +150,7 @@ def test_two_ranks_hold_and_send_what_was_planned(
     assert seen == payloads
     # Gradients that a step allocates are among what it was seen to allocate.
     held = sum(ranks[0][part] for part in PARTS if part != "gradients" or plugin == "ddp")
-    # In the rank that needs the most. gloo's threads free blocks unseen by the profiler, and it goes on
-    # counting them: more in some steps than in others.
+    # In the rank that needs the most. What a collective gathers may be freed last by a thread of gloo's,
+    # unseen by the profiler, and counts on: in some steps only, so the least of them is the nearest.
     peak = held + min(max(step) for step in zip(*(rank["most"] for rank in ranks), strict=True))
     assert peak / 1.15 <= memory.peak(passes.peak(found.num_samples)) <= 1.15 * peak

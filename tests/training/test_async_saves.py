@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runs import arguments, file_size_limit, small_config, small_trainer
 from speedit_plugins.cli import main
 from speedit_plugins.trainer import checkpoints
 from speedit_plugins.trainer.checkpoints import CheckpointError
+from speedit_plugins.trainer.checkpoints.background import Background
 from speedit_plugins.trainer.checkpoints.best import read_best
 from speedit_plugins.trainer.data.workers import DataError
 from speedit_plugins.trainer.logging.tracking import SilentTracker
@@ -201,8 +203,8 @@ def test_a_training_ends_when_the_save_in_flight_is_whole(
 
 
 IMPATIENT = """
-import signal, sys, time
-from threading import Event, Thread
+import signal
+from threading import Event
 import torch
 from speedit_plugins import cli
 from speedit_plugins.trainer import checkpoints
@@ -243,6 +245,16 @@ def test_a_third_signal_does_not_wait_for_the_save_in_flight(tmp_path: Path) -> 
         output = job.end()
     assert job.process.returncode == 130, output
     assert "at step 2; there is no checkpoint of this run, so all of it is lost" in output
+
+
+def test_the_thread_bears_its_name_while_it_writes() -> None:
+    background, names = Background("writer"), []
+    for _ in range(2):
+        background.start(lambda: names.append(threading.current_thread().name))
+        background.wait()
+        # An idle thread does not keep the command from ending as usual.
+        assert "writer" not in {thread.name for thread in threading.enumerate()}
+    assert names == ["writer", "writer"]
 
 
 KILLED = """

@@ -145,7 +145,8 @@ def test_the_trainer_draws_without_waiting_for_the_device(tmp_path: Path) -> Non
         draw = trainer.draws.timesteps(0, latents)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert {each.device.type for each in (draw.index, draw.time, draw.weight)} == {"cuda"}
+    drawn = (trainer.draws.quantiles, draw.index, draw.time, draw.weight)
+    assert {each.device.type for each in drawn} == {"cuda"}
     assert ((draw.index >= 0) & (draw.index < 1000)).all()
 
 

@@ -59,6 +59,16 @@ def test_a_launched_process_leaves_later_signals_to_the_launcher() -> None:
         assert stop.signal_name == "SIGINT"
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (None, "a signal")])
+def test_the_line_names_the_signal_unless_another_rank_got_it(
+    number: signal.Signals | None, name: str
+) -> None:
+    with StopRequest(is_launched=True) as stop:
+        if number is not None:
+            os.kill(os.getpid(), number)
+        assert stop.line(7) == f"{name}: ending after step 7, which is saved first"
+
+
 def test_leaving_restores_the_handlers() -> None:
     before = [signal.getsignal(number) for number in StopRequest.signals]
     with StopRequest():

@@ -10,7 +10,7 @@ from runs import small_config
 
 from speedit_plugins.trainer.parallel.plan import PLANS
 from speedit_plugins.trainer.training.dry_run import describe
-from speedit_plugins.trainer.training.planning import Passes, RankPlan, plan_lines
+from speedit_plugins.trainer.training.planning import Passes, RankPlan, plan_lines, size
 
 UNITS = {"MiB": 2**20, "GiB": 2**30}
 
@@ -66,9 +66,10 @@ def test_a_plugin_fits_or_says_why_not(tmp_path: Path) -> None:
     assert said(tmp_path, 8, needs["ddp"] - 1, **wide)["ddp"].startswith("too large: ")
     found = said(tmp_path, 8, needs["ddp"], **wide)
     # The plan's own batch is the largest, in 8 processes of 2 samples.
-    assert re.match(r"fits: .* MiB, data\.batch_size up to 16;", found["ddp"])
+    assert re.match(r"fits: .* MiB, data\.batch_size up to 16, sends ", found["ddp"])
     again = said(tmp_path, 8, needs["ddp"], **wide, model__gradient_checkpointing=True)
-    line = r"fits: .*; fits without gradient_checkpointing: .* up to 16; sends .* MiB in a step"
+    sends = size(sum(each.sent for each in plans.plan("ddp").transfers))
+    line = rf"fits: .*, sends {re.escape(sends)} in a step; fits without gradient_checkpointing: .* up to 16"
     assert re.fullmatch(line, again["ddp"])
     assert found["zero1"].startswith("fits: ")
     assert found["gemini"] == "left out: plugin: gemini trains in bf16 or fp16, got precision: fp32"

@@ -171,7 +171,7 @@ def test_the_choice_is_in_the_log_in_the_environment_and_in_the_checkpoint(
         "oneDNN's products in 2 of 32 x 128 (forward, by_weight), "
         "3 of 32 x 32 (by_input, by_weight), 2 of 32 x 96 (forward)"
     )
-    assert f"linear layers: {words}, the faster here; measured in " in capsys.readouterr().out
+    assert f"linear layers: {words}, chosen as the fastest here in " in capsys.readouterr().out
     assert json.loads((tmp_path / "environment.json").read_text())["linear layers"] == words
     # A resumed run measures nothing and writes the same words.
     (tmp_path / "environment.json").unlink()

@@ -341,13 +341,13 @@ def test_validation_of_another_order_of_classes_is_refused(tmp_path: Path) -> No
             ["data.accept_changed=true", "data.held_out_samples=5", "validate_every=5"],
             "data.accept_changed: held_out_samples of changed data would be others, some of them trained on",
         ),
-        (
-            ["validate_samples=5"],
-            "validate_samples: has no effect without validate_every; wanted its",
-        ),
-        (
-            ["evaluate_samples=5"],
-            "evaluate_samples: has no effect without evaluate_every; wanted its",
+        *(
+            (
+                [f"{kind}_samples=5"],
+                f"{kind}_samples: has no effect without {kind}_every; wanted its default, {default}, or"
+                f" {kind}_every > 0",
+            )
+            for kind, default in (("validate", 500), ("evaluate", 1000))
         ),
         (["keep_best=val_loss"], "keep_best: val_loss is not measured with validate_every: 0; wanted more"),
         (["keep_best=fid"], "keep_best: fid is not measured with evaluate_every: 0; wanted more"),

@@ -4,6 +4,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+# Name of the thread while it waits for a job.
+IDLE = "idle"
+
 
 class Background:
     """Runs jobs one after the other on a thread of its own. After one that failed, none is run.
@@ -11,7 +14,7 @@ class Background:
     The thread ends with the process, even in the middle of a job: `wait` before.
 
     Args:
-        name: of the thread.
+        name: of the thread while a job runs.
     """
 
     def __init__(self, name: str) -> None:
@@ -19,7 +22,7 @@ class Background:
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._num_left = 0
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        threading.Thread(target=self._run, args=[name], name=IDLE, daemon=True).start()
 
     @property
     def is_busy(self) -> bool:
@@ -37,9 +40,11 @@ class Background:
         with self._changed:
             return self._changed.wait_for(lambda: not self._num_left, timeout_seconds)
 
-    def _run(self) -> None:
+    def _run(self, name: str) -> None:
+        own = threading.current_thread()
         while True:
             job = self._jobs.get()
+            own.name = name
             try:
                 if self.fault is None:
                     job()
@@ -48,6 +53,7 @@ class Background:
                 self.fault = error
             # What the job holds is large, and the next one may be long in coming.
             del job
+            own.name = IDLE
             with self._changed:
                 self._num_left -= 1
                 self._changed.notify_all()

@@ -4,7 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-# Name of the thread that writes checkpoints while a training goes on.
+# Name of the thread that writes checkpoints while a training goes on, as long as it writes. It is here
+# because the command line asks for it, and imports no torch.
 WRITER = "speedit checkpoints"
 
 

@@ -256,7 +256,7 @@ def _memory(found: RankPlan) -> Iterator[tuple[str, str]]:
         if num_bytes or unknown and part == "moments":
             yield f"  {part}", f"{size(num_bytes)}{text}"
     yield "  activations", _activations(found, passes)
-    yield "  in all", f"about {size(memory.peak(passes.peak(found.num_samples)))} at most at a time"
+    yield "  in all", f"at most about {size(memory.peak(passes.peak(found.num_samples)))} at a time"
 
 
 def _activations(found: RankPlan, passes: Passes) -> str:
@@ -277,12 +277,13 @@ def _fit(found: RankPlan, plugin: str, gpu_memory: int) -> str:
     if refusal is not None:
         return f"left out: {refusal}"
     plan, own = found.plan(plugin), found.is_checkpointed
-    texts = [_largest(found, plugin, plan, gpu_memory, is_checkpointed=own)]
-    if found.can_checkpoint:
-        texts.append(_largest(found, plugin, plan, gpu_memory, is_checkpointed=not own))
+    text = _largest(found, plugin, plan, gpu_memory, is_checkpointed=own)
     if plan.transfers:
-        texts.append(f"sends {size(sum(each.sent for each in plan.transfers))} in a step")
-    return "; ".join(texts)
+        # Of the config as it is: blocks that compute again exchange their tokens again.
+        text += f", sends {size(sum(each.sent for each in plan.transfers))} in a step"
+    if found.can_checkpoint:
+        text += f"; {_largest(found, plugin, plan, gpu_memory, is_checkpointed=not own)}"
+    return text
 
 
 def _largest(found: RankPlan, plugin: str, plan: Plan, gpu_memory: int, *, is_checkpointed: bool) -> str:

@@ -26,11 +26,11 @@ class StepDraws:
         self._seed, self._batch_size = config.seed, config.data.batch_size
         self._num_quantiles = config.data.batch_size * config.optimizer.grad_accumulation
         self._num_rows = config.data.batch_size // runtime.data_size
-        # Of the noise, one for each sample of this rank in a batch.
+        # One for the noise of each sample of this rank in a batch.
         self.generators = [torch.Generator(runtime.device) for _ in range(self._num_rows)]
         self._timestep_generator = torch.Generator(runtime.device)
         self._step = 0
-        # Of the timesteps, in the step's global batch. They are equal on all ranks, so that strata span it.
+        # For the timesteps of the step's global batch, equal on all ranks, so that strata span it.
         self.quantiles = torch.empty(0)
 
     def begin(self, step: int) -> None:
@@ -51,13 +51,14 @@ class StepDraws:
         Args:
             latents: the samples, (B, ...).
         """
+        assert len(self.quantiles), "begin comes before"
         rows = slice(self._first(number), self._first(number) + self._num_rows)
         device = self._runtime.device
         if self._policy.needs_data:
             # In each batch anew, as its size may be another.
             self._policy.observe(latents)
             return self._policy.draw_at(self.quantiles[rows], device=device)
-        # Of the global batch, whose halves mirror each other in paired draws.
+        # The halves of the global batch mirror each other in paired draws.
         return self._policy.draw_at(self.quantiles, device=device).map(lambda table: table[rows])
 
     def _first(self, number: int) -> int:

@@ -135,7 +135,8 @@ def split_of(model: Any, num_tokens: int) -> WholeTokens:
     least, more = divmod(num_tokens, group.size)
     if not least:
         raise ValueError(
-            f"sequence_parallel: {group.size} processes share a sample, and it has tokens for {num_tokens}"
+            f"sequence_parallel: wanted at most as many processes as a sample has tokens, {num_tokens}, got"
+            f" {group.size}"
         )
     return TokenSplit(group, tuple(least + (rank < more) for rank in range(group.size)))
 

@@ -51,7 +51,7 @@ def choose_products(
     _give(model, of_ranks[0] if all(of_ranks) else {})
     if shapes and runtime.is_main:
         seconds = time.perf_counter() - start
-        say(f"linear layers: {describe(model)}, the faster here; measured in {seconds:.2f} s")
+        say(f"linear layers: {describe(model)}, chosen as the fastest here in {seconds:.2f} s")
 
 
 def layer_shapes(model: nn.Module, batch_size: int) -> dict[str, Shape]:
